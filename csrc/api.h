@@ -1,0 +1,72 @@
+// Every entry point of the native core. Raw addresses, 64-bit sizes and, on a GPU, a stream: no torch and no Python, so
+// that one build serves every torch version. bindings.cpp mirrors this file one to one.
+#pragma once
+
+#include <cstdint>
+
+#include "core/plan.h"
+
+namespace fastpost {
+
+// How a perturbation is cut from a gradient: e = scale * g, or for ASAM e = scale * t * t * g with t = |w| + eta.
+struct Perturbation {
+  double rho;
+  bool adaptive;
+  double eta;
+  DType seen_dtype;  // what the forward pass computes in; the report's "seen" is w + e after a cast to it
+};
+
+// Sums over all elements, gathered by the pass that writes w + e. stored = what was added once w + e was rounded to the
+// weights' dtype; seen = what the forward pass sees, once both w and w + e are cast to its dtype.
+struct PerturbSums {
+  double intended_sq, stored_sq, stored_dot, seen_sq, seen_dot;  // e.e, s.s, e.s, v.v, e.v
+  double changed;                                                // elements whose stored weight differs
+};
+
+enum class NoiseType : int { uniform = 0, normal = 1 };
+
+namespace cpu {
+
+// Name of the instruction set in use; FASTPOST_CPU_ISA (a name below or the best by default) is read once.
+const char* isa();
+// The instruction sets that this build holds and this machine runs, best first, separated by spaces.
+const char* isas();
+
+// Sum of squares of the gradients in float64; adaptive: of (|w| + eta) * g. Not finite if and only if an element is not.
+double squared_norm(const Plan& plan, bool adaptive, double eta, int threads);
+
+// stash = w, w = w + e, for every tensor of the plan; squared_norm is the one over all plans of the step. Where it is
+// zero or not finite, w keeps its bits. The caller has checked finiteness; sums are those of the writing pass.
+PerturbSums sam_perturb(const Plan& plan, const Perturbation& how, double squared_norm, int threads);
+
+// w = stash, bit for bit.
+void sam_restore(const Plan& plan, int threads);
+
+// g = -g, by its sign bit: exact for zeros, infinities and NaNs.
+void negate(const Plan& plan, int threads);
+
+// Flips the sign of each gradient element whose Philox bit is one; the same call again undoes it.
+void flip_signs(const Plan& plan, uint64_t seed, int threads);
+
+// g = -g, and the squared norm of the gradients in the same pass.
+double negate_norm(const Plan& plan, int threads);
+
+// g = -g * min(1, max_norm / sqrt(squared_norm)); where squared_norm is not finite, g = -g.
+void negate_clip(const Plan& plan, double squared_norm, double max_norm, int threads);
+
+// out = x + eps * z for n elements, z drawn from (seed, element); eps * z and the sum are rounded separately in float.
+// keep (one byte per row of row_length elements, or null): rows with 0 get no noise. x may equal out.
+void add_noise(const void* x, void* out, DType in_dtype, DType out_dtype, int64_t n, double eps, NoiseType type,
+               uint64_t seed, const uint8_t* keep, int64_t row_length, int threads);
+
+// clean[t] = table[ids[t]], noised[t] = clean[t] + eps * z; each table row is read once. clean may be null.
+void embedding_noise(const void* table, const int64_t* ids, void* clean, void* noised, DType table_dtype, DType noised_dtype,
+                     int64_t tokens, int64_t width, int64_t table_stride, double eps, NoiseType type, uint64_t seed,
+                     const uint8_t* keep, int threads);
+
+// Asks the kernel to back [address, address + bytes) with huge pages, which saves most page faults of a fresh buffer.
+// Returns whether the request was accepted.
+bool advise_huge_pages(void* address, int64_t bytes);
+
+}  // namespace cpu
+}  // namespace fastpost

@@ -1,0 +1,100 @@
+// The only file that knows pybind11. Mirrors api.h: addresses and streams arrive as integers, the GIL is released while a
+// kernel runs.
+#include <pybind11/native_enum.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "api.h"
+
+namespace py = pybind11;
+using namespace fastpost;
+
+namespace {
+
+using Address = uintptr_t;
+using Released = py::call_guard<py::gil_scoped_release>;
+
+template <class T = void>
+T* as(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_cpu(py::module_ cpu) {
+  cpu.def("isa", &cpu::isa);
+  cpu.def("isas", &cpu::isas);
+  cpu.def("squared_norm", &cpu::squared_norm, py::arg("plan"), py::arg("adaptive"), py::arg("eta"), py::arg("threads"),
+          Released());
+  cpu.def(
+      "sam_perturb",
+      [](const Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, double squared_norm, int threads) {
+        PerturbSums s;
+        {
+          py::gil_scoped_release released;
+          s = cpu::sam_perturb(plan, {rho, adaptive, eta, seen_dtype}, squared_norm, threads);
+        }
+        return py::make_tuple(s.intended_sq, s.stored_sq, s.stored_dot, s.seen_sq, s.seen_dot, s.changed);
+      },
+      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("seen_dtype"), py::arg("squared_norm"),
+      py::arg("threads"));
+  cpu.def("sam_restore", &cpu::sam_restore, py::arg("plan"), py::arg("threads"), Released());
+  cpu.def("negate", &cpu::negate, py::arg("plan"), py::arg("threads"), Released());
+  cpu.def("flip_signs", &cpu::flip_signs, py::arg("plan"), py::arg("seed"), py::arg("threads"), Released());
+  cpu.def("negate_norm", &cpu::negate_norm, py::arg("plan"), py::arg("threads"), Released());
+  cpu.def("negate_clip", &cpu::negate_clip, py::arg("plan"), py::arg("squared_norm"), py::arg("max_norm"),
+          py::arg("threads"), Released());
+  cpu.def(
+      "add_noise",
+      [](Address x, Address out, DType in_dtype, DType out_dtype, int64_t n, double eps, NoiseType type, uint64_t seed,
+         Address keep, int64_t row_length, int threads) {
+        cpu::add_noise(as(x), as(out), in_dtype, out_dtype, n, eps, type, seed, as<uint8_t>(keep), row_length, threads);
+      },
+      py::arg("x"), py::arg("out"), py::arg("in_dtype"), py::arg("out_dtype"), py::arg("n"), py::arg("eps"), py::arg("type"),
+      py::arg("seed"), py::arg("keep"), py::arg("row_length"), py::arg("threads"), Released());
+  cpu.def(
+      "embedding_noise",
+      [](Address table, Address ids, Address clean, Address noised, DType table_dtype, DType noised_dtype, int64_t tokens,
+         int64_t width, int64_t table_stride, double eps, NoiseType type, uint64_t seed, Address keep, int threads) {
+        cpu::embedding_noise(as(table), as<int64_t>(ids), as(clean), as(noised), table_dtype, noised_dtype, tokens, width,
+                             table_stride, eps, type, seed, as<uint8_t>(keep), threads);
+      },
+      py::arg("table"), py::arg("ids"), py::arg("clean"), py::arg("noised"), py::arg("table_dtype"), py::arg("noised_dtype"),
+      py::arg("tokens"), py::arg("width"), py::arg("table_stride"), py::arg("eps"), py::arg("type"), py::arg("seed"),
+      py::arg("keep"), py::arg("threads"), Released());
+  cpu.def(
+      "advise_huge_pages", [](Address address, int64_t bytes) { return cpu::advise_huge_pages(as(address), bytes); },
+      py::arg("address"), py::arg("bytes"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "fastpost's native core: raw addresses in, numbers out. Use fastpost.ops instead.";
+  m.attr("version") = FASTPOST_VERSION;
+
+  py::native_enum<DType>(m, "DType", "enum.IntEnum")
+      .value("f32", DType::f32)
+      .value("bf16", DType::bf16)
+      .value("f16", DType::f16)
+      .finalize();
+  py::native_enum<NoiseType>(m, "NoiseType", "enum.IntEnum")
+      .value("uniform", NoiseType::uniform)
+      .value("normal", NoiseType::normal)
+      .finalize();
+  py::native_enum<Column>(m, "Column", "enum.IntEnum")
+      .value("weight", kWeight)
+      .value("grad", kGrad)
+      .value("stash", kStash)
+      .finalize();
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<DType, std::vector<int64_t>, std::vector<int64_t>>(), py::arg("dtype"), py::arg("numels"),
+           py::arg("streams"))
+      .def("point", &Plan::point, py::arg("column"), py::arg("addresses"), py::arg("padded"))
+      .def_property_readonly("elements", &Plan::elements)
+      .def_property_readonly("chunks", [](const Plan& plan) { return plan.chunks().size(); })
+      .def(
+          "spans", [](const Plan& plan, int column_mask) { return plan.spans(column_mask).size(); },
+          py::arg("column_mask"));
+  m.attr("TENSOR_ALIGNMENT") = kTensorAlignment;
+
+  bind_cpu(m.def_submodule("cpu"));
+}

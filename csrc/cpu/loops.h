@@ -1,0 +1,46 @@
+// The inner loops, compiled once per instruction set and chosen at run time. Those translation units hold nothing but
+// plain functions over raw addresses: a template of the standard library instantiated there could be linked into code
+// that runs everywhere.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/params.h"
+
+#define FASTPOST_PASTE_(a, b) a##b
+#define FASTPOST_PASTE(a, b) FASTPOST_PASTE_(a, b)
+
+namespace fastpost::cpu {
+
+// Offsets into the sums of one perturbed chunk; the order of PerturbSums.
+enum PerturbSum : int { kIntendedSq, kStoredSq, kStoredDot, kSeenSq, kSeenDot, kChanged, kPerturbSums };
+
+struct PerturbLoop {
+  float scale_high, scale_low;
+  bool adaptive;
+  float eta;
+  DType seen_dtype;
+  bool stream;  // write the stash past the caches
+};
+
+struct ParamsLoops {
+  double (*squared_norm)(DType, const void* g, const void* w, double eta, int64_t n);  // w: null unless adaptive
+  void (*perturb)(DType, void* w, const void* g, void* stash, int64_t n, const PerturbLoop&, double* sums);
+  void (*copy)(void* to, const void* from, int64_t bytes, bool stream);
+  void (*negate)(DType, void* g, int64_t n);
+  void (*scale)(DType, void* g, double factor, int64_t n);
+  void (*flip_signs)(DType, void* g, uint64_t seed, uint64_t first_element, uint32_t stream, int64_t n);
+};
+
+struct NoiseLoops {
+  // out = x + eps * z for elements [first, first + n) of the counter sequence; noise off: a conversion.
+  void (*add_noise)(DType in, DType out, const void* x, void* y, uint64_t first, int64_t n, float eps, int type,
+                    uint64_t seed, bool noise);
+};
+
+// The tables of the instruction set in use.
+const ParamsLoops& params_loops();
+const NoiseLoops& noise_loops();
+
+}  // namespace fastpost::cpu

@@ -1,0 +1,137 @@
+// Parameter-list operations on the CPU: walks a plan with threads and folds the chunks' sums in a fixed order.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "api.h"
+#include "cpu/loops.h"
+#include "cpu/pool.h"
+
+namespace fastpost::cpu {
+namespace {
+
+// Above this many bytes a column outlives the last-level cache anyway; writing past it saves reading the line first.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+constexpr int64_t kPieceBytes = int64_t{256} << 10;  // of a span, per task
+
+// Work too small to be worth waking a thread for.
+int worth(int64_t elements, int threads) { return elements < (int64_t{1} << 15) ? 1 : threads; }
+
+// body(index of the chunk, chunk) for every chunk; a task is a run of them.
+template <class F>
+void for_chunks(const Plan& plan, int threads, F&& body) {
+  const auto& tasks = plan.tasks();
+  parallel_for(static_cast<int64_t>(tasks.size()) - 1, worth(plan.elements(), threads), [&](int64_t task) {
+    for (int64_t c = tasks[task]; c < tasks[task + 1]; ++c) body(c, plan.chunks()[c]);
+  });
+}
+
+// body(span, offset in bytes, bytes) over pieces of the spans of the given columns.
+template <class F>
+void for_spans(const Plan& plan, int column_mask, int threads, F&& body) {
+  const std::vector<Span>& spans = plan.spans(column_mask);
+  struct Piece {
+    const Span* span;
+    int64_t offset, bytes;
+  };
+  std::vector<Piece> pieces;
+  std::vector<int64_t> tasks{0};
+  int64_t gathered = 0;
+  for (const Span& span : spans)
+    for (int64_t offset = 0; offset < span.bytes; offset += kPieceBytes) {
+      pieces.push_back({&span, offset, std::min(kPieceBytes, span.bytes - offset)});
+      gathered += pieces.back().bytes;
+      if (gathered >= kPieceBytes) {
+        tasks.push_back(static_cast<int64_t>(pieces.size()));
+        gathered = 0;
+      }
+    }
+  if (tasks.back() != static_cast<int64_t>(pieces.size())) tasks.push_back(static_cast<int64_t>(pieces.size()));
+  parallel_for(static_cast<int64_t>(tasks.size()) - 1, worth(plan.elements(), threads), [&](int64_t task) {
+    for (int64_t p = tasks[task]; p < tasks[task + 1]; ++p) body(*pieces[p].span, pieces[p].offset, pieces[p].bytes);
+  });
+}
+
+double fold(const std::vector<double>& partial) {
+  double total = 0;
+  for (const double p : partial) total += p;
+  return total;
+}
+
+// double -> two floats whose product is the value as closely as one float can be, over the whole range of a norm.
+SplitScale split(double scale) {
+  const int exponent = scale == 0 ? 0 : std::ilogb(scale);
+  const int kept = std::max(-100, std::min(100, exponent));
+  return {static_cast<float>(std::ldexp(scale, kept - exponent)), static_cast<float>(std::ldexp(1.0, exponent - kept))};
+}
+
+}  // namespace
+
+double squared_norm(const Plan& plan, bool adaptive, double eta, int threads) {
+  std::vector<double> partial(plan.chunks().size());
+  for_chunks(plan, threads, [&](int64_t index, const Chunk& chunk) {
+    partial[index] = params_loops().squared_norm(plan.dtype(), plan.at(kGrad, chunk),
+                                                 adaptive ? plan.at(kWeight, chunk) : nullptr, eta, chunk.length);
+  });
+  return fold(partial);
+}
+
+PerturbSums sam_perturb(const Plan& plan, const Perturbation& how, double squared_norm, int threads) {
+  const bool stream = plan.bytes() >= kStreamBytes;
+  const bool moves = how.rho != 0 && squared_norm > 0 && std::isfinite(squared_norm);
+  if (!moves) {
+    for_spans(plan, 1 << kWeight | 1 << kStash, threads, [&](const Span& span, int64_t offset, int64_t bytes) {
+      params_loops().copy(span.base[kStash] + offset, span.base[kWeight] + offset, bytes, stream);
+    });
+    return {};
+  }
+  const SplitScale scale = split(how.rho / std::sqrt(squared_norm));
+  const PerturbLoop loop{scale.high, scale.low, how.adaptive, static_cast<float>(how.eta), how.seen_dtype, stream};
+  std::vector<double> partial(plan.chunks().size() * kPerturbSums);
+  for_chunks(plan, threads, [&](int64_t index, const Chunk& chunk) {
+    params_loops().perturb(plan.dtype(), plan.at(kWeight, chunk), plan.at(kGrad, chunk), plan.at(kStash, chunk),
+                           chunk.length, loop, &partial[index * kPerturbSums]);
+  });
+  double sums[kPerturbSums] = {};
+  for (size_t i = 0; i < partial.size(); ++i) sums[i % kPerturbSums] += partial[i];
+  return {sums[kIntendedSq], sums[kStoredSq], sums[kStoredDot], sums[kSeenSq], sums[kSeenDot], sums[kChanged]};
+}
+
+void sam_restore(const Plan& plan, int threads) {
+  const bool stream = plan.bytes() >= kStreamBytes;
+  for_spans(plan, 1 << kWeight | 1 << kStash, threads, [&](const Span& span, int64_t offset, int64_t bytes) {
+    params_loops().copy(span.base[kWeight] + offset, span.base[kStash] + offset, bytes, stream);
+  });
+}
+
+void negate(const Plan& plan, int threads) {
+  for_spans(plan, 1 << kGrad, threads, [&](const Span& span, int64_t offset, int64_t bytes) {
+    params_loops().negate(plan.dtype(), span.base[kGrad] + offset, bytes / element_size(plan.dtype()));
+  });
+}
+
+void flip_signs(const Plan& plan, uint64_t seed, int threads) {
+  for_chunks(plan, threads, [&](int64_t, const Chunk& chunk) {
+    params_loops().flip_signs(plan.dtype(), plan.at(kGrad, chunk), seed, static_cast<uint64_t>(chunk.begin),
+                              plan.stream(chunk.tensor), chunk.length);
+  });
+}
+
+double negate_norm(const Plan& plan, int threads) {
+  std::vector<double> partial(plan.chunks().size());
+  for_chunks(plan, threads, [&](int64_t index, const Chunk& chunk) {
+    partial[index] = params_loops().squared_norm(plan.dtype(), plan.at(kGrad, chunk), nullptr, 0, chunk.length);
+    params_loops().negate(plan.dtype(), plan.at(kGrad, chunk), chunk.length);
+  });
+  return fold(partial);
+}
+
+void negate_clip(const Plan& plan, double squared_norm, double max_norm, int threads) {
+  const double norm = std::sqrt(squared_norm);
+  if (!(norm > max_norm) || std::isinf(norm)) return negate(plan, threads);
+  for_chunks(plan, threads, [&](int64_t, const Chunk& chunk) {
+    params_loops().scale(plan.dtype(), plan.at(kGrad, chunk), -max_norm / norm, chunk.length);
+  });
+}
+
+}  // namespace fastpost::cpu

@@ -1,0 +1,217 @@
+// Inner loops of the parameter-list operations, for one instruction set.
+#include "core/params.h"
+
+#include "core/philox.h"
+#include "cpu/loops.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastpost::cpu {
+namespace {
+
+constexpr int64_t kBlock = 1024;  // elements whose float sums are folded into float64; also stays in the first cache
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Eight float64 lanes whatever the register width: the order of additions, and so the norm, is the same bits on every
+// instruction set (the product of two floats is exact in float64, so fused or not makes no difference).
+typedef double Lanes __attribute__((vector_size(64)));
+typedef float FloatLanes __attribute__((vector_size(32)));
+
+template <class T>
+inline Lanes load_lanes(const T* x) {
+  FloatLanes f;
+#pragma omp simd
+  for (int j = 0; j < 8; ++j) f[j] = to_float(x[j]);
+  return __builtin_convertvector(f, Lanes);
+}
+
+template <>
+inline Lanes load_lanes<float>(const float* x) {
+  FloatLanes f;
+  memcpy(&f, x, sizeof f);
+  return __builtin_convertvector(f, Lanes);
+}
+
+inline double fold(const Lanes& a) {
+  return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7]));
+}
+
+template <class T, bool adaptive>
+double squared_norm_of(const T* g, const T* w, double eta, int64_t n) {
+  Lanes sum[4] = {};
+  int64_t i = 0;
+  const auto term = [&](int64_t at) {
+    Lanes x = load_lanes(g + at);
+    if constexpr (adaptive) {
+      const Lanes v = load_lanes(w + at);
+      x *= (v < 0 ? -v : v) + eta;
+    }
+    return x * x;
+  };
+  for (; i + 32 <= n; i += 32)
+    for (int k = 0; k < 4; ++k) sum[k] += term(i + 8 * k);
+  for (; i + 8 <= n; i += 8) sum[0] += term(i);
+  double tail = 0;
+  for (; i < n; ++i) {
+    double x = to_float(g[i]);
+    if constexpr (adaptive) x *= __builtin_fabs(to_float(w[i])) + eta;
+    tail += x * x;
+  }
+  return fold((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
+}
+
+// Copies past the caches when asked to: a stash is not read again before a whole forward and backward pass.
+void copy(void* to, const void* from, int64_t bytes, bool stream) {
+  char* out = static_cast<char*>(to);
+  const char* in = static_cast<const char*>(from);
+#if defined(__x86_64__)
+  if (stream) {
+    const int64_t head = least(bytes, (-reinterpret_cast<intptr_t>(out)) & 63);
+    memcpy(out, in, head);
+    int64_t i = head;
+    for (; i + 64 <= bytes; i += 64) {
+#if defined(__AVX512F__)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
+#elif defined(__AVX__)
+      for (int k = 0; k < 64; k += 32)
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i + k),
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i + k)));
+#else
+      for (int k = 0; k < 64; k += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(out + i + k),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i + k)));
+#endif
+    }
+    memcpy(out + i, in + i, bytes - i);
+    _mm_sfence();
+    return;
+  }
+#endif
+  memcpy(out, in, bytes);
+}
+
+template <class T, class Seen, bool adaptive>
+void perturb_block(T* __restrict w, const T* __restrict g, int64_t n, const PerturbLoop& how, double* sums) {
+  constexpr bool cast = !__is_same(T, Seen);  // otherwise the forward sees what is stored
+  const SplitScale scale{how.scale_high, how.scale_low};
+  float intended = 0, stored = 0, dot = 0, seen = 0, seen_dot = 0;
+  int32_t changed = 0;
+#pragma omp simd reduction(+ : intended, stored, dot, seen, seen_dot, changed)
+  for (int64_t i = 0; i < n; ++i) {
+    const float before = to_float(w[i]);
+    float e;
+    if constexpr (adaptive)
+      e = perturbation(to_float(g[i]), scale, before, how.eta);
+    else
+      e = perturbation(to_float(g[i]), scale);
+    const T written = from_float<T>(before + e);
+    const float after = to_float(written);
+    const float s = after - before;
+    w[i] = written;
+    intended += e * e;
+    stored += s * s;
+    dot += e * s;
+    changed += static_cast<int32_t>(s != 0.0f);
+    if constexpr (cast) {
+      const float v = to_float(from_float<Seen>(after)) - to_float(from_float<Seen>(before));
+      seen += v * v;
+      seen_dot += e * v;
+    }
+  }
+  sums[kIntendedSq] += intended;
+  sums[kStoredSq] += stored;
+  sums[kStoredDot] += dot;
+  sums[kSeenSq] += cast ? seen : stored;
+  sums[kSeenDot] += cast ? seen_dot : dot;
+  sums[kChanged] += changed;
+}
+
+template <class T, class Seen, bool adaptive>
+void perturb_chunk(T* w, const T* g, T* stash, int64_t n, const PerturbLoop& how, double* sums) {
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t m = least(kBlock, n - i);
+    copy(stash + i, w + i, m * sizeof(T), how.stream);
+    perturb_block<T, Seen, adaptive>(w + i, g + i, m, how, sums);
+  }
+}
+
+template <class T>
+void negate_of(T* g, int64_t n) {
+  using Bits = typename SignBits<T>::type;
+  Bits* bits = reinterpret_cast<Bits*>(g);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) bits[i] ^= SignBits<T>::sign;
+}
+
+template <class T>
+void scale_of(T* g, double factor, int64_t n) {
+  // In float64 a factor below float's range still scales; the product is rounded to float, then to T.
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) g[i] = from_float<T>(static_cast<float>(to_float(g[i]) * factor));
+}
+
+template <class T>
+void flip_signs_of(T* g, uint64_t seed, uint64_t first, uint32_t stream, int64_t n) {
+  using Bits = typename SignBits<T>::type;
+  Bits* bits = reinterpret_cast<Bits*>(g);
+  constexpr int kCalls = 16;  // Philox calls at a time, 128 bits each; a chunk starts on a multiple of 128 elements
+  uint32_t words[4][kCalls];
+  for (int64_t i = 0; i < n; i += kCalls * 128) {
+#pragma omp simd
+    for (int k = 0; k < kCalls; ++k) {
+      const PhiloxWords r = philox(seed, (first + i) / 128 + k, stream);
+      for (int j = 0; j < 4; ++j) words[j][k] = r.word[j];
+    }
+    for (int64_t at = i; at < n && at < i + kCalls * 128; at += 32) {
+      const uint32_t word = words[(at - i) / 32 % 4][(at - i) / 128];
+      const int64_t m = least(32, n - at);
+#pragma omp simd
+      for (int64_t b = 0; b < m; ++b)
+        bits[at + b] ^= static_cast<Bits>((word >> b & 1u) << (8 * sizeof(Bits) - 1));
+    }
+  }
+}
+
+double squared_norm(DType dtype, const void* g, const void* w, double eta, int64_t n) {
+  double sum = 0;
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    const T* grad = static_cast<const T*>(g);
+    sum = w == nullptr ? squared_norm_of<T, false>(grad, nullptr, eta, n)
+                       : squared_norm_of<T, true>(grad, static_cast<const T*>(w), eta, n);
+  });
+  return sum;
+}
+
+void perturb(DType dtype, void* w, const void* g, void* stash, int64_t n, const PerturbLoop& how, double* sums) {
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    with_dtype(how.seen_dtype, [&](auto s) {
+      using Seen = decltype(s);
+      const auto run = how.adaptive ? perturb_chunk<T, Seen, true> : perturb_chunk<T, Seen, false>;
+      run(static_cast<T*>(w), static_cast<const T*>(g), static_cast<T*>(stash), n, how, sums);
+    });
+  });
+}
+
+void negate(DType dtype, void* g, int64_t n) {
+  with_dtype(dtype, [&](auto t) { negate_of(static_cast<decltype(t)*>(g), n); });
+}
+
+void scale(DType dtype, void* g, double factor, int64_t n) {
+  with_dtype(dtype, [&](auto t) { scale_of(static_cast<decltype(t)*>(g), factor, n); });
+}
+
+void flip_signs(DType dtype, void* g, uint64_t seed, uint64_t first, uint32_t stream, int64_t n) {
+  with_dtype(dtype, [&](auto t) { flip_signs_of(static_cast<decltype(t)*>(g), seed, first, stream, n); });
+}
+
+}  // namespace
+
+extern const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA);
+const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA) = {squared_norm, perturb, copy, negate, scale, flip_signs};
+
+}  // namespace fastpost::cpu
