@@ -1,0 +1,113 @@
+"""CPU tensors through the compiled core: portable SIMD, chosen at run time, and as many threads as torch uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpost.backends import native
+from fastpost.plan import Bucket
+
+_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def status() -> tuple[bool, str]:
+    """Availability, and the instruction set in use or the reason why not."""
+    why = native.failure()
+    if why is not None:
+        return False, why
+    try:
+        return True, f"{native.core().cpu.isa()} (this build and machine: {native.core().cpu.isas()})"
+    except ValueError as error:  # FASTPOST_CPU_ISA names something else
+        return False, str(error)
+
+
+def refuses(op: str, device: str, dtype: torch.dtype, walkable: bool) -> str | None:
+    """Why this backend cannot serve the call, or None."""
+    if op not in globals():
+        return "has no such operation"
+    if device != "cpu":
+        return f"serves CPU tensors, not {device}"
+    if dtype not in _DTYPES:
+        return f"serves {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}"
+    if not walkable:
+        return "the tensors' memory cannot be walked in step (mixed dtypes or strides that differ)"
+    return None
+
+
+def _dtype(dtype: torch.dtype) -> Any:
+    return getattr(native.core().DType, _DTYPES[dtype])
+
+
+def _plan(bucket: Bucket) -> Any:
+    return bucket.native(native.core(), _dtype(bucket.dtype))
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
+    total = native.core().cpu.squared_norm(_plan(bucket), eta is not None, eta or 0.0, _threads())
+    return torch.tensor(total, dtype=torch.float64)
+
+
+def sam_perturb_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
+    sums = native.core().cpu.sam_perturb(
+        _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared.item(), _threads()
+    )
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+def sam_restore_(bucket: Bucket) -> None:
+    native.core().cpu.sam_restore(_plan(bucket), _threads())
+
+
+def negate_(bucket: Bucket) -> None:
+    native.core().cpu.negate(_plan(bucket), _threads())
+
+
+def flip_signs_(bucket: Bucket, seed: Tensor) -> None:
+    native.core().cpu.flip_signs(_plan(bucket), seed.item() & (2**64 - 1), _threads())
+
+
+def negate_norm_(bucket: Bucket) -> Tensor:
+    return torch.tensor(native.core().cpu.negate_norm(_plan(bucket), _threads()), dtype=torch.float64)
+
+
+def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
+    native.core().cpu.negate_clip(_plan(bucket), squared.item(), max_norm, _threads())
+
+
+def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, keep: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    core = native.core()
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=out_dtype)
+    rows = keep.to(torch.uint8).contiguous() if keep is not None else None
+    core.cpu.add_noise(
+        x.data_ptr(), out.data_ptr(), _dtype(x.dtype), _dtype(out_dtype), x.numel(), eps,
+        getattr(core.NoiseType, noise_type), seed.item() & (2**64 - 1), rows.data_ptr() if rows is not None else 0,
+        x.shape[-1] if x.ndim else 1, _threads(),
+    )  # fmt: skip
+    return out
+
+
+def embedding_noise(
+    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, keep: Tensor | None, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    core = native.core()
+    if table.stride(-1) != 1:
+        table = table.contiguous()
+    width = table.shape[1]
+    clean = torch.empty((*ids.shape, width), dtype=table.dtype)
+    noised = torch.empty((*ids.shape, width), dtype=out_dtype)
+    ids = ids.to(torch.int64).contiguous()
+    rows = keep.to(torch.uint8).contiguous() if keep is not None else None
+    core.cpu.embedding_noise(
+        table.data_ptr(), ids.data_ptr(), clean.data_ptr(), noised.data_ptr(), _dtype(table.dtype), _dtype(out_dtype),
+        ids.numel(), width, table.stride(0), eps, getattr(core.NoiseType, noise_type), seed.item() & (2**64 - 1),
+        rows.data_ptr() if rows is not None else 0, _threads(),
+    )  # fmt: skip
+    return clean, noised

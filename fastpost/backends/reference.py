@@ -1,0 +1,174 @@
+"""The specification: every operation in plain torch, on any device and dtype that torch runs, float64 included.
+
+Written to be read beside the equations, never to be fast. Half-precision inputs are computed in float32, as the compiled
+backends do; float64 stays float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastpost.plan import Bucket
+
+
+def status() -> tuple[bool, str]:
+    return True, "pure torch, any device and dtype"
+
+
+def refuses(op: str, device: str, dtype: torch.dtype, walkable: bool) -> str | None:
+    return None if op in globals() else "has no such operation"
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+# -- params: lists of tensors ---------------------------------------------------------------------------------------------
+
+
+def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
+    """Sum of g^2 in float64; with eta, of ((|w| + eta) g)^2 (ASAM, 2102.11600, eq. 7)."""
+    total = torch.zeros((), dtype=torch.float64, device=bucket.device)
+    for i, g in enumerate(bucket.grads):
+        scaled = g.double()
+        if eta is not None:
+            scaled = scaled * (bucket.weights[i].double().abs() + eta)
+        total += scaled.square().sum()
+    return total
+
+
+def sam_perturb_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
+    """stash = w; w = w + e with e = rho g / |g| (2010.01412, eq. 2), or rho t^2 g / |t g|, t = |w| + eta for ASAM.
+
+    Nothing moves where the norm is zero or not finite. Returns the sums (e.e, s.s, e.s, v.v, e.v, changed) in float64: s is
+    what was stored, v what a forward pass in `seen_dtype` sees.
+    """
+    sums = torch.zeros(6, dtype=torch.float64, device=bucket.device)
+    moves = torch.isfinite(squared) & (squared > 0)
+    scale = torch.where(moves, rho / squared.sqrt(), torch.zeros_like(squared)) if rho else torch.zeros_like(squared)
+    for w, g, stash in zip(bucket.weights, bucket.grads, bucket.stash, strict=True):
+        stash.copy_(w)
+        work = _working(w.dtype)
+        e = g.to(work) * scale.to(work)
+        if eta is not None:
+            e = e * (w.to(work).abs() + eta).square()
+        e = torch.where(scale != 0, e, torch.zeros_like(e))  # 0 * inf is not 0
+        before = stash.to(work)
+        w.copy_(torch.where(scale != 0, (before + e).to(w.dtype), w))
+        stored = w.to(work) - before
+        seen = w.to(seen_dtype).to(work) - stash.to(seen_dtype).to(work)
+        e, stored, seen = e.double(), stored.double(), seen.double()
+        parts = (e * e, stored * stored, e * stored, seen * seen, e * seen, (stored != 0).double())
+        sums += torch.stack([part.sum() for part in parts])
+    return sums
+
+
+def sam_restore_(bucket: Bucket) -> None:
+    """w = stash, bit for bit."""
+    for w, stash in zip(bucket.weights, bucket.stash, strict=True):
+        w.copy_(stash)
+
+
+def negate_(bucket: Bucket) -> None:
+    for g in bucket.grads:
+        g.neg_()
+
+
+def flip_signs_(bucket: Bucket, seed: Tensor) -> None:
+    """Flips element e of tensor t where bit e % 32 of word (e % 128) // 32 of philox(seed, e // 128, t) is one."""
+    for g, stream in zip(bucket.grads, bucket.streams, strict=True):
+        n = g.numel()
+        words = philox(seed, torch.arange(-(-n // 128), device=g.device), stream)  # (calls, 4)
+        bits = (words[:, :, None] >> torch.arange(32, device=g.device)) & 1
+        flip = bits.reshape(-1)[:n].bool()
+        flat = _in_memory_order(g)
+        flat.copy_(torch.where(flip, -flat, flat))
+
+
+def negate_norm_(bucket: Bucket) -> Tensor:
+    squared = squared_norm(bucket, None)
+    negate_(bucket)
+    return squared
+
+
+def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
+    norm = squared.sqrt()
+    factor = torch.where(torch.isfinite(norm) & (norm > max_norm), max_norm / norm, torch.ones_like(norm))
+    for g in bucket.grads:
+        g.copy_(torch.where(factor == 1, -g, (g.double() * -factor).to(g.dtype)))
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A flat view over the elements as they lie in memory (the order that random numbers are counted in)."""
+    order = sorted(range(tensor.ndim), key=lambda d: tensor.stride(d), reverse=True)
+    return tensor.permute(order).view(-1)
+
+
+# -- noise ------------------------------------------------------------------------------------------------------------------
+
+_M32 = 0xFFFFFFFF
+
+
+def philox(seed: Tensor, counter: Tensor, stream: int = 0) -> Tensor:
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, as int64, for each counter.
+
+    Args:
+        seed: int64 tensor with one element, the key.
+        counter: int64, any shape; counts groups of four words.
+        stream: the third counter word.
+
+    Returns:
+        int64 tensor of shape (*counter.shape, 4), each value in [0, 2^32).
+    """
+    device = counter.device
+    key = seed.to(device)
+    k0, k1 = key & _M32, (key >> 32) & _M32
+    c0, c1 = counter & _M32, (counter >> 32) & _M32
+    c2 = torch.full_like(c0, stream & _M32)
+    c3 = torch.zeros_like(c0)
+    for _ in range(10):
+        low0, high0 = _multiply(c0, 0xD2511F53)
+        low1, high1 = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _M32, (k1 + 0xBB67AE85) & _M32
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """Low and high 32 bits of a 32 x 32 bit product, in halves because int64 has a sign."""
+    low = a * (constant & 0xFFFF)
+    high = a * (constant >> 16) + (low >> 16)
+    return ((high << 16) | (low & 0xFFFF)) & _M32, high >> 16
+
+
+def draw(n: int, noise_type: str, seed: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """n numbers of the counter sequence: uniform on (-1, 1), exact in float32, or standard normal (Box-Muller)."""
+    words = philox(seed, torch.arange(-(-n // 4), device=device))
+    if noise_type == "uniform":
+        z = ((words >> 8) * 2 + 1 - (1 << 24)).double() * 2.0**-24
+    else:
+        # u is a float32, as in the compiled backends: the word is rounded, then one is added.
+        u = ((words[:, 0::2].float() + 1) * 2.0**-32).double()
+        radius = (-2 * u.log()).sqrt()
+        angle = (words[:, 1::2] >> 8).double() * (2.0**-24 * 2 * torch.pi)
+        z = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+    return z.reshape(-1)[:n].to(dtype)
+
+
+def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, keep: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """fl(x + fl(eps z)), rounded once more to `out_dtype`; rows where `keep` is False stay as they are."""
+    work = _working(x.dtype)
+    z = draw(x.numel(), noise_type, seed, x.device, work).reshape(x.shape)
+    noised = x.to(work) + z * torch.tensor(eps, dtype=work, device=x.device)
+    if keep is not None:
+        noised = torch.where(keep.unsqueeze(-1), noised, x.to(work))
+    return noised.to(out_dtype)
+
+
+def embedding_noise(
+    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, keep: Tensor | None, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The rows of `table`, and the same rows with noise."""
+    clean = table[ids]
+    return clean, add_noise(clean, eps, noise_type, seed, keep, out_dtype)

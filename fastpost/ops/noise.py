@@ -1,0 +1,223 @@
+"""Noise on activations: added out of place, drawn from (seed, element), identity in the backward pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpost.dispatch import select
+from fastpost.errors import unknown
+from fastpost.ops.params import seed_tensor
+from fastpost.ops.registry import define
+
+NOISE_TYPES = ("uniform", "normal")
+
+
+def check_noise(op: str, eps: float, noise_type: str) -> None:
+    """Raises ValueError for a negative or non-finite eps or a noise type that does not exist."""
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"{op}: eps must be finite and >= 0, not {eps}")
+    if noise_type not in NOISE_TYPES:
+        raise unknown("noise_type", noise_type, NOISE_TYPES)
+
+
+def fresh_seed(device: torch.device) -> Tensor:
+    """A seed from torch's own generator of the device, so that torch.manual_seed makes noise repeatable."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def _add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, keep: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    function = select("add_noise", x.device, x.dtype, walkable=out_dtype != torch.float64)
+    result: Tensor = function(x, eps, noise_type, seed, keep, out_dtype)
+    return result
+
+
+def _embedding_noise(
+    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, keep: Tensor | None, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    function = select("embedding_noise", table.device, table.dtype, walkable=out_dtype != torch.float64)
+    clean, noised = function(table, ids, eps, noise_type, seed, keep, out_dtype)
+    return clean, noised
+
+
+_op_add_noise = define(
+    "add_noise(Tensor x, float eps, str noise_type, Tensor seed, Tensor? keep, ScalarType out_dtype) -> Tensor",
+    _add_noise,
+    lambda x, eps, noise_type, seed, keep, out_dtype: torch.empty(x.shape, dtype=out_dtype, device=x.device),
+)
+_op_embedding_noise = define(
+    "embedding_noise(Tensor table, Tensor ids, float eps, str noise_type, Tensor seed, Tensor? keep, ScalarType out_dtype)"
+    " -> (Tensor, Tensor)",
+    _embedding_noise,
+    lambda table, ids, eps, noise_type, seed, keep, out_dtype: (
+        table.new_empty((*ids.shape, table.shape[1])),
+        table.new_empty((*ids.shape, table.shape[1]), dtype=out_dtype),
+    ),
+)
+
+
+class _AddNoise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        eps: float,
+        noise_type: str,
+        seed: Tensor,
+        keep: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.dtype = x.dtype
+        noised: Tensor = _op_add_noise(x, eps, noise_type, seed, keep, out_dtype)
+        return noised
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad.to(ctx.dtype), None, None, None, None, None
+
+
+class _EmbeddingNoise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        table: Tensor,
+        ids: Tensor,
+        eps: float,
+        noise_type: str,
+        seed: Tensor,
+        keep: Tensor | None,
+        out_dtype: torch.dtype,
+        padding_idx: int,
+        detach_noised: bool,
+    ) -> tuple[Tensor, Tensor]:
+        clean, noised = _op_embedding_noise(table, ids, eps, noise_type, seed, keep, out_dtype)
+        ctx.save_for_backward(ids)
+        ctx.rows, ctx.padding_idx, ctx.detach_noised, ctx.dtype = (
+            table.shape[0],
+            padding_idx,
+            detach_noised,
+            table.dtype,
+        )
+        ctx.set_materialize_grads(False)
+        if detach_noised:
+            ctx.mark_non_differentiable(noised)
+        return clean, noised
+
+    @staticmethod
+    def backward(ctx: Any, clean: Tensor | None, noised: Tensor | None) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        grad = clean
+        if noised is not None and not ctx.detach_noised:
+            noised = noised.to(ctx.dtype)
+            grad = noised if grad is None else grad + noised
+        table = None
+        if grad is not None:
+            table = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.rows, ctx.padding_idx, False)
+        return table, None, None, None, None, None, None, None, None
+
+
+def _check_keep(op: str, keep: Tensor | None, shape: torch.Size) -> Tensor | None:
+    if keep is not None:
+        if keep.shape != shape:
+            raise ValueError(f"{op}: keep has shape {tuple(keep.shape)}, expected {tuple(shape)}")
+        if keep.dtype != torch.bool:
+            raise TypeError(f"{op}: keep must be bool (True = gets noise), not {keep.dtype}")
+    return keep
+
+
+def add_noise(
+    x: Tensor,
+    eps: float = 1e-5,
+    noise_type: str = "uniform",
+    *,
+    seed: int | Tensor | None = None,
+    keep: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x + eps * z, out of place; gradients pass through unchanged (R3F, 2008.03156, section 3).
+
+    The product and the sum are rounded separately in float32 (float64 for float64 input), then once to `out_dtype`; z depends
+    on the seed and the element's index alone. Uniform noise is the same bits in every backend.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, any shape.
+        eps: scale of the noise, >= 0, in the units of x.
+        noise_type: "uniform" on (-eps, eps), or "normal" with standard deviation eps.
+        seed: integer, int64 scalar tensor, or None to draw one from torch's generator.
+        keep: bool of shape x.shape[:-1]; rows where it is False get no noise (padding).
+        out_dtype: dtype of the result; default that of x.
+
+    Returns:
+        A new tensor of x's shape.
+
+    Raises:
+        ValueError: eps negative or not finite; unknown noise type; wrong shape of `keep`.
+        TypeError: x is not floating point.
+    """
+    check_noise("add_noise", eps, noise_type)
+    out_dtype = out_dtype or x.dtype
+    for name, dtype in (("x", x.dtype), ("out_dtype", out_dtype)):
+        if not dtype.is_floating_point:
+            raise TypeError(f"add_noise: {name} must be floating point, not {dtype}")
+    _check_keep("add_noise", keep, x.shape[:-1])
+    seed = fresh_seed(x.device) if seed is None else seed_tensor(seed, x.device)
+    noised: Tensor = _AddNoise.apply(x, eps, noise_type, seed, keep, out_dtype)
+    return noised
+
+
+def embedding_noise(
+    table: Tensor,
+    ids: Tensor,
+    eps: float = 1e-5,
+    noise_type: str = "uniform",
+    *,
+    seed: int | Tensor | None = None,
+    keep: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    padding_idx: int | None = None,
+    detach_noised: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Looks rows up once and returns them twice: as they are, and with noise (R3F's two streams).
+
+    Args:
+        table: (rows, width) embedding weights.
+        ids: int64 or int32 indices, any shape.
+        eps, noise_type, seed, out_dtype: as in `add_noise`; `out_dtype` is that of the noised rows.
+        keep: bool of ids' shape; rows where it is False get no noise.
+        padding_idx: row whose gradient is left out, as in torch.nn.Embedding.
+        detach_noised: no gradient reaches the table through the noised rows (fairseq's classifier).
+
+    Returns:
+        (clean, noised), each (*ids.shape, width).
+
+    Raises:
+        IndexError: an index lies outside the table.
+        ValueError, TypeError: as `add_noise`.
+    """
+    check_noise("embedding_noise", eps, noise_type)
+    if table.ndim != 2 or not table.dtype.is_floating_point:
+        raise TypeError(f"embedding_noise: table must be a floating-point matrix, not {tuple(table.shape)} {table.dtype}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"embedding_noise: ids must be int64 or int32, not {ids.dtype}")
+    if ids.device != table.device:
+        raise ValueError(f"embedding_noise: ids are on {ids.device}, the table on {table.device}")
+    # Reading the range waits for the device, so only CPU indices are checked here, before anything is gathered.
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(ids))
+        if low < 0 or high >= table.shape[0]:
+            raise IndexError(
+                f"embedding_noise: index {low if low < 0 else high} is outside a table of {table.shape[0]} rows"
+            )
+    _check_keep("embedding_noise", keep, ids.shape)
+    seed = fresh_seed(table.device) if seed is None else seed_tensor(seed, table.device)
+    if padding_idx is None:
+        padding_idx = -1
+    elif padding_idx < 0:
+        padding_idx += table.shape[0]
+    clean, noised = _EmbeddingNoise.apply(
+        table, ids, eps, noise_type, seed, keep, out_dtype or table.dtype, padding_idx, detach_noised
+    )
+    return clean, noised

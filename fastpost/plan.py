@@ -1,0 +1,115 @@
+"""Plans of spans: where the elements of tensor lists lie, so that one kernel call can walk them all.
+
+A plan sorts the tensors of a list into buckets that one call can serve: same device, same dtype, memory that can be walked
+by address. The native side of a bucket (chunks, spans) is kept from call to call and repointed when an address changes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 256  # bytes; every tensor of a flat buffer or a stash starts on this boundary
+
+
+def aligned_offsets(numels: Sequence[int], itemsize: int) -> list[int]:
+    """Where each tensor starts in a flat buffer, in elements, and at the end the size of the buffer."""
+    unit = ALIGNMENT // itemsize
+    offsets = [0]
+    for n in numels:
+        offsets.append(offsets[-1] + -(-n // unit) * unit)
+    return offsets
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether the tensor's elements fill a stretch of memory without gaps or overlap, in some order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def flat_like(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """One zeroed buffer with a view for each tensor, of its shape and strides; padding between them is zero."""
+    numels = [t.numel() for t in tensors]
+    offsets = aligned_offsets(numels, tensors[0].element_size())
+    # Room to start on an aligned address whatever the allocator returns.
+    unit = ALIGNMENT // tensors[0].element_size()
+    whole = torch.zeros(offsets[-1] + unit, dtype=tensors[0].dtype, device=tensors[0].device)
+    skip = (-whole.data_ptr() % ALIGNMENT) // whole.element_size()
+    buffer = whole[skip : skip + offsets[-1]]
+    views = [
+        torch.as_strided(buffer, t.shape, t.stride(), buffer.storage_offset() + o)
+        if dense(t)
+        else buffer[o : o + t.numel()].view(t.shape)
+        for t, o in zip(tensors, offsets, strict=False)
+    ]
+    _flat_buffers[whole.untyped_storage().data_ptr()] = buffer
+    return buffer, views
+
+
+class Bucket:
+    """The part of a tensor list that one kernel call serves, with up to three columns of equal shapes.
+
+    Attributes:
+        weights, grads, stash: the columns; empty where the operation does not use them.
+        streams: each tensor's index in the user's list, which keys its random numbers.
+        walkable: False when only the reference backend can serve these tensors.
+    """
+
+    __slots__ = ("_native", "_pointed", "device", "dtype", "grads", "stash", "streams", "walkable", "weights")
+
+    def __init__(
+        self,
+        streams: list[int],
+        *,
+        weights: list[Tensor] | None = None,
+        grads: list[Tensor] | None = None,
+        stash: list[Tensor] | None = None,
+        walkable: bool = True,
+    ) -> None:
+        self.streams = streams
+        self.weights = weights or []
+        self.grads = grads or []
+        self.stash = stash or []
+        first = (self.weights or self.grads)[0]
+        self.device = first.device
+        self.dtype = first.dtype
+        self.walkable = walkable
+        self._native: Any = None
+        self._pointed: dict[str, list[int]] = {}
+
+    def native(self, core: Any, dtype: Any) -> Any:
+        """The bucket's native plan, its columns pointing at where the tensors lie now."""
+        if self._native is None:
+            numels = [t.numel() for t in self.weights or self.grads]
+            self._native = core.Plan(dtype, numels, self.streams)
+        for name, tensors in (("weight", self.weights), ("grad", self.grads), ("stash", self.stash)):
+            if not tensors:
+                continue
+            addresses = [t.data_ptr() for t in tensors]
+            if self._pointed.get(name) != addresses:
+                self._native.point(getattr(core.Column, name), addresses, padded(tensors))
+                self._pointed[name] = addresses
+        return self._native
+
+
+# Live buffers made by flat_like, by the address of their storage, so that a span crosses padding only where padding is all
+# there is between two tensors.
+_flat_buffers: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
+def padded(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors lie in one buffer made by `flat_like`, whose padding may be written along with them."""
+    storages = {t.untyped_storage().data_ptr() for t in tensors}
+    return len(storages) == 1 and storages.pop() in _flat_buffers
