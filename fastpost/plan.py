@@ -111,5 +111,5 @@ _flat_buffers: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDicti
 
 def padded(tensors: Sequence[Tensor]) -> bool:
     """Whether all tensors lie in one buffer made by `flat_like`, whose padding may be written along with them."""
-    storages = {t.untyped_storage().data_ptr() for t in tensors}
-    return len(storages) == 1 and storages.pop() in _flat_buffers
+    storage = tensors[0].untyped_storage().data_ptr()
+    return storage in _flat_buffers and all(t.untyped_storage().data_ptr() == storage for t in tensors)

@@ -1,0 +1,128 @@
+"""Parameters and gradients as views of one buffer per dtype and device."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpost.plan import flat_like
+
+
+class FlatParameters:
+    """The buffers behind a flattened model; made by `flatten_parameters`.
+
+    Attributes:
+        parameters: one buffer per (dtype, device), each holding every parameter of that kind from a 256-byte boundary on;
+            padding is zero.
+        gradients: the same for gradients.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._hooks: list[Any] = []
+        self._warned = False
+        self._build(model)
+
+    def reflatten(self) -> None:
+        """Builds the buffers anew from where the parameters are now, after `model.to()` or the like."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError("FlatParameters: the model is gone")
+        self._build(model)
+
+    @torch.no_grad()
+    def _build(self, model: nn.Module) -> None:
+        parameters = list(model.parameters())
+        _check(parameters)
+        self.parameters: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self.gradients: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        while self._hooks:
+            self._hooks.pop().remove()
+        kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        for p in parameters:
+            kinds.setdefault((p.dtype, p.device), []).append(p)
+        for kind, members in kinds.items():
+            # Parameters tied by sharing memory under two names keep sharing it.
+            owners = {(p.data_ptr(), p.shape, p.stride()) if p.numel() else (id(p),): p for p in members}
+            self.parameters[kind], views = flat_like(list(owners.values()))
+            self.gradients[kind], gradient_views = flat_like(list(owners.values()))
+            place = {key: (v, g) for key, v, g in zip(owners, views, gradient_views, strict=True)}
+            for p in members:
+                view, gradient = place[(p.data_ptr(), p.shape, p.stride()) if p.numel() else (id(p),)]
+                view.copy_(p)
+                p.data = view
+                if p.grad is not None:
+                    gradient.copy_(p.grad)
+                    p.grad = gradient
+                if p.requires_grad:
+                    hook = self._keep_in(gradient, view.data_ptr())
+                    self._hooks.append(p.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+        self._warned = False
+
+    @property
+    def intact(self) -> bool:
+        """Whether every parameter still lies in its buffer. Assigning `p.data` from outside moves one out."""
+        model = self._model()
+        if model is None:
+            return False
+        homes = {(b.device, b.untyped_storage().data_ptr()) for b in self.parameters.values()}
+        return all((p.device, p.untyped_storage().data_ptr()) in homes for p in model.parameters() if p.numel())
+
+    def _keep_in(self, gradient: Tensor, home: int) -> Callable[[Tensor], None]:
+        """A hook that brings a gradient made elsewhere (after zero_grad(set_to_none=True)) back into the buffer."""
+
+        def hook(p: Tensor) -> None:
+            if p.data_ptr() != home:
+                if not self._warned:
+                    self._warned = True
+                    warnings.warn(
+                        "flattened parameters have left their buffer (model.to(), or p.data was assigned); results stay "
+                        "right, but call reflatten() to have one span again",
+                        stacklevel=2,
+                    )
+            elif p.grad is not None and p.grad.data_ptr() != gradient.data_ptr() and p.grad.dtype == gradient.dtype:
+                with torch.no_grad():
+                    gradient.copy_(p.grad)
+                    p.grad = gradient
+
+        return hook
+
+
+def _check(parameters: list[nn.Parameter]) -> None:
+    if not parameters:
+        raise ValueError("flatten_parameters: the model has no parameters")
+    for p in parameters:
+        if hasattr(p, "device_mesh"):
+            raise TypeError("flatten_parameters: the model holds DTensors (sharded parameters), which cannot be flattened")
+        if p.device.type == "meta":
+            raise ValueError("flatten_parameters: a parameter is on the meta device; load the weights first")
+        if not p.dtype.is_floating_point:
+            raise TypeError(
+                f"flatten_parameters: a parameter has dtype {p.dtype}; only floating-point ones can be flattened"
+            )
+
+
+def flatten_parameters(model: nn.Module) -> FlatParameters:
+    """Moves all parameters and gradients of a model into one buffer per dtype and device, in place.
+
+    Parameters stay the same objects with the same values, shapes and strides, so optimizers, `state_dict`, tied weights and
+    hooks keep working; element-wise operations on the list then see one span. After `zero_grad(set_to_none=True)`
+    gradients come back into the buffer, at the price of one copy. `model.to()` moves parameters out of it again: a warning says
+    so, and `reflatten()` mends it. Flatten before building anything that remembers addresses (CUDA graphs, DDP).
+
+    Args:
+        model: any module whose parameters are plain dense tensors.
+
+    Returns:
+        The buffers, which live as long as the model's parameters.
+
+    Raises:
+        ValueError: no parameters, or one on the meta device.
+        TypeError: sharded (DTensor) or non-floating-point parameters.
+    """
+    return FlatParameters(model)
