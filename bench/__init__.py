@@ -1,0 +1,1 @@
+"""Benchmarks: what fastpost's operations cost beside their floors and beside the published formulas."""

@@ -67,8 +67,6 @@ class Bucket:
         walkable: False when only the reference backend can serve these tensors.
     """
 
-    __slots__ = ("_native", "_pointed", "device", "dtype", "grads", "stash", "streams", "walkable", "weights")
-
     def __init__(
         self,
         streams: list[int],
@@ -87,20 +85,22 @@ class Bucket:
         self.dtype = first.dtype
         self.walkable = walkable
         self._native: Any = None
-        self._pointed: dict[str, list[int]] = {}
+        self._pointed: dict[str, tuple[list[Tensor], list[int]]] = {}
 
     def native(self, core: Any, dtype: Any) -> Any:
         """The bucket's native plan, its columns pointing at where the tensors lie now."""
         if self._native is None:
-            numels = [t.numel() for t in self.weights or self.grads]
-            self._native = core.Plan(dtype, numels, self.streams)
+            self._native = core.Plan(dtype, [t.numel() for t in self.weights or self.grads], self.streams)
         for name, tensors in (("weight", self.weights), ("grad", self.grads), ("stash", self.stash)):
-            if not tensors:
+            known, addresses = self._pointed.get(name, (None, None))
+            # Reading a thousand addresses costs more than a small kernel. Gradients and stashes stay where they are as
+            # long as their list does; a weight can be given new storage behind our back at any time.
+            if not tensors or (known is tensors and name != "weight"):
                 continue
-            addresses = [t.data_ptr() for t in tensors]
-            if self._pointed.get(name) != addresses:
-                self._native.point(getattr(core.Column, name), addresses, padded(tensors))
-                self._pointed[name] = addresses
+            now = list(map(Tensor.data_ptr, tensors))
+            if now != addresses:
+                self._native.point(getattr(core.Column, name), now, padded(tensors))
+            self._pointed[name] = (tensors, now)
         return self._native
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastpost.backends import native
 from fastpost.plan import Bucket
 
+_HUGE = 4 << 20  # bytes from which a buffer holds at least one aligned huge page
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -49,6 +51,15 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A fresh tensor; a large one on huge pages where the kernel grants them, since touching fresh pages costs more than
+    the arithmetic."""
+    out = torch.empty(shape, dtype=dtype)
+    if out.nbytes >= _HUGE:
+        native.core().cpu.advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
 def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
     total = native.core().cpu.squared_norm(_plan(bucket), eta is not None, eta or 0.0, _threads())
     return torch.tensor(total, dtype=torch.float64)
@@ -84,7 +95,7 @@ def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
 def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, keep: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     core = native.core()
     x = x.contiguous()
-    out = torch.empty(x.shape, dtype=out_dtype)
+    out = _empty(x.shape, out_dtype)
     rows = keep.to(torch.uint8).contiguous() if keep is not None else None
     core.cpu.add_noise(
         x.data_ptr(), out.data_ptr(), _dtype(x.dtype), _dtype(out_dtype), x.numel(), eps,
@@ -101,8 +112,8 @@ def embedding_noise(
     if table.stride(-1) != 1:
         table = table.contiguous()
     width = table.shape[1]
-    clean = torch.empty((*ids.shape, width), dtype=table.dtype)
-    noised = torch.empty((*ids.shape, width), dtype=out_dtype)
+    clean = _empty((*ids.shape, width), table.dtype)
+    noised = _empty((*ids.shape, width), out_dtype)
     ids = ids.to(torch.int64).contiguous()
     rows = keep.to(torch.uint8).contiguous() if keep is not None else None
     core.cpu.embedding_noise(

@@ -17,7 +17,7 @@ from fastpost import plan
 from fastpost.errors import unknown
 from fastpost.ops import params as ops
 from fastpost.sam.bases import MergedState, build_bases
-from fastpost.sam.buckets import ParameterBucket, cached_buckets
+from fastpost.sam.buckets import BucketCache, ParameterBucket
 from fastpost.sam.report import PerturbationReport
 from fastpost.sam.rng import RngState
 
@@ -108,8 +108,8 @@ class SAM(Optimizer):
         for group in self.param_groups:
             self._fill_group(group)
         self._in_scope = self._resolve_scope()
-        self._buckets: dict[tuple[int, ...], list[ParameterBucket]] = {}
-        self._finite_buckets: dict[tuple[int, ...], list[ParameterBucket]] = {}
+        self._ascent_buckets = BucketCache(stash=True)
+        self._finite_buckets = BucketCache(stash=False)
         self._perturbed: list[plan.Bucket] = []
         self._awaits_second = False
         self._steps_taken = 0
@@ -278,7 +278,6 @@ class SAM(Optimizer):
         self._bases[-1].add_param_group(param_group)
         self._fill_group(self._bases[-1].param_groups[-1])
         self._in_scope = self._resolve_scope()
-        self._buckets = {}
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's layout, with rho, adaptive and eta in its groups.
@@ -308,12 +307,11 @@ class SAM(Optimizer):
             kept = type(base.state)(dict) if hasattr(base.state, "default_factory") else type(base.state)()
             kept.update({k: v for k, v in moments.items() if k in owned or not isinstance(k, Tensor)})
             base.__setstate__({"state": kept, "param_groups": mine})
-        self._buckets = {}
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("copying or pickling")
-        addresses: dict[str, Any] = {"_buckets": {}, "_finite_buckets": {}}
-        return {**self.__dict__, **addresses}
+        fresh = {"_ascent_buckets": BucketCache(stash=True), "_finite_buckets": BucketCache(stash=False)}
+        return {**self.__dict__, **fresh}
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -356,15 +354,10 @@ class SAM(Optimizer):
 
     def _bucketed(self) -> list[ParameterBucket]:
         """Buckets of the tensors that are in scope and have a gradient, pointing at the gradients present."""
-        rows = [
-            (index, p)
-            for index, group in enumerate(self.param_groups)
-            for p in group["params"]
-            if p.grad is not None and (self._in_scope is None or id(p) in self._in_scope)
-        ]
-        if not rows:
+        buckets = self._ascent_buckets.of(self.param_groups, self._in_scope)
+        if not buckets:
             raise RuntimeError("SAM: no parameter (in scope) has a gradient; call backward() before the ascent")
-        return cached_buckets(self._buckets, rows, stash=True)
+        return buckets
 
     def _perturb(self, buckets: list[ParameterBucket]) -> None:
         groups = self.param_groups
@@ -443,10 +436,9 @@ class SAM(Optimizer):
     @torch.no_grad()
     def _overflowed(self, ascent: Tensor | None) -> Tensor:
         """1.0 where a gradient of either pass is not finite, else 0.0; a float32 scalar as GradScaler's found_inf."""
-        rows = [(0, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        buckets = self._finite_buckets.of(self.param_groups, None)
         finite = torch.isfinite(ascent) if ascent is not None else torch.ones((), dtype=torch.bool)
-        if rows:
-            buckets = cached_buckets(self._finite_buckets, rows, stash=False)
+        if buckets:
             norm = ops.total_squared_norm([b.bucket for b in buckets])
             finite = finite.to(norm.device) & torch.isfinite(norm)
         return (~finite).float()

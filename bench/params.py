@@ -1,0 +1,139 @@
+"""Parameter lists: SAM's norm, perturb and restore; sign flips."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastpost import SAM, flatten_parameters
+from fastpost.bench.registry import Case, Contender, Goal, case
+from fastpost.ops import params as ops
+from fastpost.published import PublishedSAM, foreach_sam_perturb, foreach_sam_restore
+
+
+def gpt2_shapes() -> list[tuple[int, ...]]:
+    """The 148 tensors of GPT-2 (124M parameters, tied head)."""
+    width, vocabulary, positions, layers = 768, 50257, 1024, 12
+    block: list[tuple[int, ...]] = [
+        (width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,),
+        (width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,),
+    ]  # fmt: skip
+    return [(vocabulary, width), (positions, width), *(block * layers), (width,), (width,)]
+
+
+class _Parameters(nn.Module):
+    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.list = nn.ParameterList([nn.Parameter(torch.randn(s) * 0.02) for s in shapes])
+
+    def give_gradients(self) -> _Parameters:
+        for p in self.list:
+            gradient = torch.randn(p.shape) * 1e-3
+            if p.grad is None:
+                p.grad = gradient
+            else:
+                p.grad.copy_(gradient)
+        return self
+
+
+def _sam(model: _Parameters) -> SAM:
+    return SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
+
+
+def _rounds(opt: SAM) -> None:
+    opt.first_step()
+    opt.restore_()
+
+
+@case
+def sam_gpt2() -> Case:
+    """Norm + perturb + restore over GPT-2's tensors: floor 7 bytes per byte of parameters, a copy moves 2."""
+    shapes = gpt2_shapes()
+    model = _Parameters(shapes).give_gradients()
+    listed = _sam(model)
+    flat_model = _Parameters(shapes)
+    flat_model.flat = flatten_parameters(flat_model)  # type: ignore[assignment]
+    for p in flat_model.parameters():
+        p.grad = None
+    sum((p * 1e-3).sum() for p in flat_model.parameters()).backward()  # type: ignore[union-attr]
+    flat_model.give_gradients()
+    flattened = _sam(flat_model)
+    size = 4 * sum(p.numel() for p in model.parameters())
+    source = torch.randn(size // 4)
+    target = torch.zeros_like(source)
+
+    params: list[Tensor] = [p.detach().clone() for p in model.parameters()]
+    grads: list[Tensor] = [p.grad for p in model.parameters() if p.grad is not None]
+    stash = [torch.zeros_like(p) for p in params]
+
+    def foreach() -> None:
+        foreach_sam_perturb(params, grads, stash, 0.05)
+        foreach_sam_restore(params, stash)
+
+    popular_model = _Parameters(shapes).give_gradients()
+    popular = PublishedSAM(popular_model.parameters(), None)
+
+    def wrapper() -> None:
+        popular.first_step()
+        popular.restore()
+
+    return Case(
+        "SAM norm + perturb + restore",
+        "GPT-2, 148 tensors, 124M",
+        "float32",
+        [
+            Contender("copy of the parameters", lambda: target.copy_(source), 2 * size),
+            Contender("fastpost, list", lambda: _rounds(listed), 7 * size),
+            Contender("fastpost, flattened", lambda: _rounds(flattened), 7 * size),
+            Contender("torch._foreach_ recipe", foreach, 10 * size),
+            Contender("popular wrapper's loop", wrapper, 12 * size),
+        ],
+        [
+            Goal("fastpost, list", "copy of the parameters", {"avx512": 3.0, "avx2": 3.0}),
+            Goal("fastpost, list", "torch._foreach_ recipe", {"avx512": 0.60, "avx2": 0.60}),
+            Goal("fastpost, list", "fastpost, flattened", {"avx512": 1.05, "avx2": 1.05}),
+            Goal("fastpost, list", "popular wrapper's loop", {}),
+        ],
+    )
+
+
+@case
+def sam_tiny() -> Case:
+    """Perturb + restore over a thousand tensors of 256 bytes to 4 KB: host time, not bandwidth."""
+    shapes: list[tuple[int, ...]] = [(64 * (1 + i % 16),) for i in range(1000)]
+    model = _Parameters(shapes).give_gradients()
+    opt = _sam(model)
+    popular = PublishedSAM(_Parameters(shapes).give_gradients().parameters(), None)
+
+    def wrapper() -> None:
+        popular.first_step()
+        popular.restore()
+
+    return Case(
+        "SAM perturb + restore, small tensors",
+        "1,000 x 256 B to 4 KB",
+        "float32",
+        [Contender("fastpost", lambda: _rounds(opt)), Contender("popular wrapper's loop", wrapper)],
+        [Goal("fastpost", "popular wrapper's loop", {"avx512": 0.20, "avx2": 0.20})],
+    )
+
+
+@case
+def negate() -> Case:
+    """Sign flips of 64M gradients: floor 2 bytes per byte, as a copy in place."""
+    x = torch.randn(1 << 26)
+    y = torch.zeros_like(x)
+    size = 4 * x.numel()
+    return Case(
+        "negate + norm, random flips",
+        "64M",
+        "float32",
+        [
+            Contender("copy", lambda: y.copy_(x), 2 * size),
+            Contender("fastpost negate_", lambda: ops.negate_([x]), 2 * size),
+            Contender("fastpost negate_clip_ (negate + norm)", lambda: ops.negate_clip_([x]), 2 * size),
+            Contender("fastpost flip_signs_", lambda: ops.flip_signs_([x], 7), 2 * size),
+            Contender("torch neg_ + vector_norm", lambda: torch.linalg.vector_norm(x.neg_()), 3 * size),
+        ],
+    )
