@@ -1,0 +1,314 @@
+"""GAP: a few optimizer steps uphill on one text (Yoon et al., 2306.07052)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpost.gap.progress import Reporter
+from fastpost.gap.text import CausalLoss, prepare
+from fastpost.gap.weights import Snapshot
+from fastpost.ops.params import negate_clip_
+
+Evaluate = Callable[[Any], Any]
+Progress = bool | Callable[[int, int], object]
+
+
+@dataclass
+class GapResult:
+    """What a run did. State k is the model after k steps; state 0 is the untouched one.
+
+    Attributes:
+        best_step: the state that the model holds now: the first with the highest score, or without `evaluate` the last
+            (within `max_drift`).
+        scores: evaluate()'s result for every state; empty without `evaluate`.
+        losses: the text's loss at every state, nats per token. It rises where the ascent works.
+        drift: 2-norm of (weights - untouched weights) at every state.
+        skipped_steps: steps that changed nothing, because a gradient was not finite.
+        moved_fraction: share of the weights with a nonzero gradient whose stored value changed in the first step that was
+            made; near 1 in float32, far less where the weights' dtype is too coarse for the learning rate. 0.0 when no
+            step was made.
+        stop_reason: "n_steps", "patience" or "max_drift".
+    """
+
+    best_step: int
+    scores: list[float]
+    losses: list[float]
+    drift: list[float]
+    skipped_steps: int
+    moved_fraction: float
+    stop_reason: str
+    _base: Snapshot = field(repr=False)
+
+    def summary(self) -> str:
+        """The last state in a few words."""
+        score = f", score {self.scores[-1]:.4g} (best {max(self.scores):.4g})" if self.scores else ""
+        return f"loss {self.losses[-1]:.4g}, drift {self.drift[-1]:.2g}{score}"
+
+    def rollback(self) -> None:
+        """Makes the model the untouched one again, bit for bit, in the same storage; may be called at any time, repeatedly.
+
+        Raises:
+            ValueError: the model's weights have changed dtype, shape or device since the run.
+        """
+        self._base.restore()
+
+
+class GAP:
+    """Gradient ascent post-training: Adam uphill on a single text, no decay, no schedule, dropout off.
+
+    theta <- Adam(theta, -grad CE(text; theta)), at most `n_steps` times; the defaults are the authors' recipe. The sign is
+    flipped by one fused pass over all gradients, which also measures their norm; it equals torch's `maximize=True` bit
+    for bit. A gradient that is not finite skips its step: nothing is written, `skipped_steps` counts it.
+
+    The weights are copied once, before the first step. If anything is raised on the way (by `evaluate`, by a step, by
+    Ctrl-C), they are put back bit for bit. Gradients, `requires_grad`, training modes and dropout are afterwards what they
+    were before. While climbing and in `evaluate` the whole model is in eval mode, so that no dropout is left, inside
+    attention functions neither.
+
+    Published scores pick the best state on the very data they report; give `evaluate` data that you report nothing on.
+
+    Args:
+        n_steps: at most so many steps, >= 0.
+        lr: Adam's learning rate, > 0; about how far each weight moves per step.
+        betas: Adam's.
+        eps: Adam's, > 0.
+        min_steps, patience: with `evaluate`, stop when the score has been below the highest one so far `patience` times (not
+            necessarily in a row) in states after `min_steps`, as the authors' code does. patience=None never stops.
+        max_drift: stop before the weights are farther than this from the untouched ones (2-norm); the step that would
+            cross it is taken back.
+        max_norm: clip the global gradient norm to this; None does not clip, as in the recipe.
+        fused: Adam's one-kernel form where torch has it for the model's devices; False takes torch's default form.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        n_steps: int = 15,
+        lr: float = 5e-5,
+        betas: tuple[float, float] = (0.9, 0.98),
+        *,
+        eps: float = 1e-8,
+        min_steps: int = 5,
+        patience: int | None = 2,
+        max_drift: float | None = None,
+        max_norm: float | None = None,
+        fused: bool = True,
+    ) -> None:
+        _check_count("n_steps", n_steps, least=0)
+        _check_count("min_steps", min_steps, least=0)
+        if patience is not None:
+            _check_count("patience", patience, least=1)
+        for name, value in (("lr", lr), ("eps", eps)):
+            if not (_real(value) and 0 < value < math.inf):
+                raise ValueError(f"GAP: {name} must be finite and > 0, not {value!r}")
+        if len(betas) != 2 or not all(_real(b) and 0 <= b < 1 for b in betas):
+            raise ValueError(f"GAP: betas must be two numbers in [0, 1), not {betas!r}")
+        for name, bound in (("max_drift", max_drift), ("max_norm", max_norm)):
+            if bound is not None and not (_real(bound) and bound > 0):
+                raise ValueError(f"GAP: {name} must be > 0 or None, not {bound!r}")
+        self.n_steps = int(n_steps)
+        self.lr = lr
+        self.betas = betas
+        self.eps = eps
+        self.min_steps = int(min_steps)
+        self.patience = patience
+        self.max_drift = max_drift
+        self.max_norm = max_norm
+        self.fused = fused
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        evaluate: Evaluate | None = None,
+        progress: Progress = False,
+    ) -> GapResult:
+        """Climbs on one text; the model then holds the best state, without `evaluate` the last.
+
+        Args:
+            model: a causal language model (transformers, PEFT, or any module from ids (1, n) to logits (1, n, V)). Weights
+                with `requires_grad` move. float32 is the precision to use; 16-bit weights work, but a step is often
+                below their resolution (`moved_fraction`, and a warning).
+            input_ids: token ids, integer, (T,) or (1, T).
+            attention_mask: same shape, nonzero = text. None: runs of `model.config.pad_token_id` at either end are padding.
+            evaluate: evaluate(model) -> a number, higher is better; called for state 0 and after each step, without
+                gradients, in eval mode. Costs a second copy of the weights, for the best state.
+            progress: True shows a bar (a line per step without `rich`); or a function of (step, n_steps).
+
+        Returns:
+            GapResult, which holds the copy of the untouched weights for `rollback()`.
+
+        Raises:
+            TypeError, ValueError: a text that cannot be used (see `fastpost.gap.text.prepare`), a model without weights to
+                train, an `evaluate` that returns NaN or no number. The weights are as before.
+        """
+        weights = [p for p in model.parameters() if p.requires_grad]
+        if not weights:
+            raise ValueError("GAP: the model has no weights with requires_grad; there is nothing to move")
+        if evaluate is not None and not callable(evaluate):
+            raise TypeError(f"GAP: evaluate must be a function of the model, not {type(evaluate).__name__}")
+        ids = prepare(model, input_ids, attention_mask)
+        base = Snapshot(weights)
+        with _as_before(model, weights):
+            try:
+                with Reporter(progress, self.n_steps) as report:
+                    return self._climb(model, weights, ids, base, evaluate, report)
+            except BaseException:
+                base.restore()
+                raise
+
+    def _climb(
+        self,
+        model: nn.Module,
+        weights: list[nn.Parameter],
+        ids: Tensor,
+        base: Snapshot,
+        evaluate: Evaluate | None,
+        report: Reporter,
+    ) -> GapResult:
+        loss_of = CausalLoss(model)
+        fused = self.fused and all(p.device.type in ("cpu", "cuda") for p in weights)
+        adam = torch.optim.Adam(weights, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused or None)
+        result = GapResult(0, [], [], [0.0], 0, 0.0, "n_steps", base)
+        held: Snapshot | None = None  # a copy of state best_step, made where that may not be the last
+        below = 0
+        if evaluate is not None:
+            result.scores.append(_score(evaluate, model))
+        for step in range(1, self.n_steps + 1):
+            model.eval()  # evaluate() may have left another mode
+            with torch.enable_grad():
+                loss = loss_of(ids)
+                gradients = _own(torch.autograd.grad(loss, weights, allow_unused=True), weights)
+            result.losses.append(float(loss.detach()))
+            moved = self._step(adam, weights, gradients, base, result)
+            del loss, gradients
+            drift = base.distance() if moved else result.drift[-1]
+            if self.max_drift is not None and not drift <= self.max_drift:
+                result.stop_reason = "max_drift"
+                break
+            result.drift.append(drift)
+            if evaluate is None:
+                result.best_step = step
+                if self.max_drift is not None:
+                    held = _keep(held, weights)
+            elif not moved:
+                result.scores.append(result.scores[-1])  # the same weights have the same score
+            else:
+                score, highest = _score(evaluate, model), max(result.scores)
+                result.scores.append(score)
+                if score > highest:
+                    result.best_step = step
+                    held = _keep(held, weights)
+                elif score < highest and step > self.min_steps:
+                    below += 1
+            report(step, result.summary())
+            if self.patience is not None and below >= self.patience:
+                result.stop_reason = "patience"
+                break
+        if result.stop_reason != "max_drift":  # the model is in the last state, whose loss no step has measured
+            model.eval()
+            with torch.no_grad():
+                result.losses.append(float(loss_of(ids)))
+        if result.stop_reason == "max_drift" or result.best_step != len(result.drift) - 1:
+            (held or base).restore()
+        return result
+
+    def _step(
+        self,
+        adam: torch.optim.Adam,
+        weights: list[nn.Parameter],
+        gradients: list[Tensor | None],
+        base: Snapshot,
+        result: GapResult,
+    ) -> bool:
+        """One step uphill; False, and nothing written, where a gradient is not finite."""
+        norm = negate_clip_([g for g in gradients if g is not None], self.max_norm)
+        if not bool(torch.isfinite(norm)):
+            result.skipped_steps += 1
+            return False
+        for p, g in zip(weights, gradients, strict=True):
+            p.grad = g
+        adam.step()
+        if len(result.drift) == 1 + result.skipped_steps:  # the first step that was made
+            result.moved_fraction = base.moved_fraction()
+            if result.moved_fraction < 0.9 and any(p.dtype.itemsize == 2 for p in weights):
+                warnings.warn(
+                    f"GAP: only {result.moved_fraction:.0%} of the weights moved in the first step; for the other 16-bit "
+                    f"weights lr={self.lr:g} is lost in rounding. Keep the weights in float32 (and use autocast for speed).",
+                    stacklevel=4,
+                )
+        for p in weights:
+            p.grad = None
+        return True
+
+
+def _own(gradients: tuple[Tensor | None, ...], weights: list[nn.Parameter]) -> list[Tensor | None]:
+    """Each gradient in memory of its own, laid out as its weight. Autograd promises neither outside of `.grad`, while
+    `.grad` itself belongs to the caller, or to a flattened model's buffer."""
+    seen: set[int] = set()
+    owned: list[Tensor | None] = []
+    for g, p in zip(gradients, weights, strict=True):
+        if g is not None and (g.layout != torch.strided or g.stride() != p.stride() or g.data_ptr() in seen):
+            g = torch.empty_like(p).copy_(g.to_dense() if g.layout != torch.strided else g)
+        if g is not None and g.numel():
+            seen.add(g.data_ptr())
+        owned.append(g)
+    return owned
+
+
+def _keep(held: Snapshot | None, weights: list[nn.Parameter]) -> Snapshot:
+    if held is None:
+        return Snapshot(weights)
+    held.save()
+    return held
+
+
+def _score(evaluate: Evaluate, model: nn.Module) -> float:
+    model.eval()
+    with torch.no_grad():
+        score = evaluate(model)
+    if isinstance(score, Tensor) and score.numel() == 1 and not score.is_complex():
+        score = score.item()
+    if not _real(score):
+        raise TypeError(f"GAP: evaluate must return a number, higher is better, not {type(score).__name__}")
+    if math.isnan(score):
+        raise ValueError("GAP: evaluate returned NaN, which cannot be compared; the weights are the untouched ones again")
+    return float(score)
+
+
+@contextlib.contextmanager
+def _as_before(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
+    """Takes the gradients out of the way, and puts them and every module's mode back, whatever happens inside."""
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [p.grad for p in weights]
+    try:
+        for p in weights:
+            p.grad = None
+        with torch.inference_mode(False):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for p, g in zip(weights, gradients, strict=True):
+            p.grad = g
+
+
+def _real(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, numbers.Real)
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if type(value) is bool or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"GAP: {name} must be a whole number >= {least}, not {value!r}")

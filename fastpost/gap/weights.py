@@ -1,0 +1,67 @@
+"""Copies of a model's weights that can be put back bit for bit, and how far the weights have gone from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastpost import plan
+from fastpost.ops import params as ops
+
+
+class Snapshot:
+    """One copy of a list of tensors, in one buffer per (device, dtype), taken when constructed.
+
+    Args:
+        tensors: dense floating-point tensors, each memory once; devices and dtypes may mix.
+
+    Raises:
+        TypeError, ValueError: as `fastpost.ops.params.check_lists`.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        ops.check_lists("GAP", {"weights": tensors}, written=("weights",))
+        self._tensors: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        self._buffers: list[Tensor] = []  # held beside their views, so that spans know the padding to be theirs
+        for bucket in ops.make_buckets(weights=tensors):
+            buffer, views = plan.flat_like(bucket.weights)
+            self._tensors += bucket.weights
+            self._copies += views
+            self._buffers.append(buffer)
+        self.save()
+
+    @torch.no_grad()
+    def save(self) -> None:
+        """Takes the tensors' present bits."""
+        ops.sam_restore_(self._copies, self._tensors)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the saved bits back, into the same storage."""
+        ops.sam_restore_(self._tensors, self._copies)
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """2-norm of (now - saved) over all tensors, summed in float64."""
+        squared = torch.zeros((), dtype=torch.float64)
+        for now, then in zip(self._tensors, self._copies, strict=True):
+            difference = now - then if now.dtype.itemsize >= 4 else now.float() - then.float()
+            squared = squared + torch.linalg.vector_norm(difference, dtype=torch.float64).square().to(squared.device)
+        return float(squared.sqrt())
+
+    @torch.no_grad()
+    def moved_fraction(self) -> float:
+        """Share of the elements with a nonzero gradient (in `.grad`) whose stored value is not the saved one.
+
+        Elements without a gradient say nothing about rounding: Adam leaves them where they are in any precision.
+        """
+        moved = pushed = 0
+        for now, then in zip(self._tensors, self._copies, strict=True):
+            if now.grad is not None:
+                has_gradient = now.grad != 0
+                pushed += int(has_gradient.sum())
+                moved += int(((now != then) & has_gradient).sum())
+        return moved / pushed if pushed else 0.0
