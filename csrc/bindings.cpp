@@ -92,8 +92,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def_property_readonly("elements", &Plan::elements)
       .def_property_readonly("chunks", [](const Plan& plan) { return plan.chunks().size(); })
       .def(
-          "spans", [](const Plan& plan, int column_mask) { return plan.spans(column_mask).size(); },
-          py::arg("column_mask"));
+          "spans", [](const Plan& plan, int column_mask) { return plan.spans(column_mask).size(); }, py::arg("column_mask"));
   m.attr("TENSOR_ALIGNMENT") = kTensorAlignment;
 
   bind_cpu(m.def_submodule("cpu"));

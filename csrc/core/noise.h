@@ -1,8 +1,8 @@
 // Noise from Philox words: four words, four numbers.
 #pragma once
 
-#include "core/philox.h"
 #include "core/dtype.h"
+#include "core/philox.h"
 
 namespace fastpost {
 inline namespace FASTPOST_ISA {
@@ -32,9 +32,9 @@ FASTPOST_HD float normal_radius(uint32_t word) {
 
 // (cos 2 pi u, sin 2 pi u) for u = (word >> 8) / 2^24. The quadrant comes off exactly, in integers.
 FASTPOST_HD void unit_circle(uint32_t word, float* cosine, float* sine) {
-  const uint32_t turn = word >> 8;                                  // 24 bits of a full turn
-  const uint32_t quadrant = (turn + (1u << 21)) >> 22;              // nearest multiple of a quarter, 0 ... 4
-  const int32_t rest = static_cast<int32_t>(turn - (quadrant << 22));  // +- 2^21
+  const uint32_t turn = word >> 8;                                       // 24 bits of a full turn
+  const uint32_t quadrant = (turn + (1u << 21)) >> 22;                   // nearest multiple of a quarter, 0 ... 4
+  const int32_t rest = static_cast<int32_t>(turn - (quadrant << 22));    // +- 2^21
   const float x = static_cast<float>(rest) * 0x1p-24f * 0x1.921fb6p+2f;  // |x| <= pi / 4
   const float y = x * x;
   const float s = x + x * y * (-0x1.555546p-3f + y * (0x1.11073p-7f + y * -0x1.9943f2p-13f));

@@ -13,7 +13,7 @@
 
 namespace fastpost::cpu {
 
-#define FASTPOST_DECLARE_ISA(isa)            \
+#define FASTPOST_DECLARE_ISA(isa)              \
   extern const ParamsLoops params_loops_##isa; \
   extern const NoiseLoops noise_loops_##isa;
 
@@ -56,7 +56,8 @@ const Isa& chosen() {
     for (const Isa& candidate : built())
       if (candidate.runs_here && (wanted == nullptr || *wanted == '\0' || std::string(wanted) == candidate.name))
         return candidate;
-    throw std::invalid_argument(std::string("FASTPOST_CPU_ISA=") + wanted + " is not among what this machine runs: " + isas());
+    throw std::invalid_argument(std::string("FASTPOST_CPU_ISA=") + wanted +
+                                " is not among what this machine runs: " + isas());
   }();
   return isa;
 }

@@ -1,8 +1,7 @@
 // Inner loops of noise, for one instruction set. Compiled without FMA contraction: x + eps * z must be the same bits in
 // every backend.
-#include "core/noise.h"
-
 #include "api.h"
+#include "core/noise.h"
 #include "cpu/loops.h"
 
 namespace fastpost::cpu {

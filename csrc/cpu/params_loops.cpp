@@ -1,6 +1,5 @@
 // Inner loops of the parameter-list operations, for one instruction set.
 #include "core/params.h"
-
 #include "core/philox.h"
 #include "cpu/loops.h"
 
@@ -35,9 +34,7 @@ inline Lanes load_lanes<float>(const float* x) {
   return __builtin_convertvector(f, Lanes);
 }
 
-inline double fold(const Lanes& a) {
-  return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7]));
-}
+inline double fold(const Lanes& a) { return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7])); }
 
 template <class T, bool adaptive>
 double squared_norm_of(const T* g, const T* w, double eta, int64_t n) {
@@ -169,8 +166,7 @@ void flip_signs_of(T* g, uint64_t seed, uint64_t first, uint32_t stream, int64_t
       const uint32_t word = words[(at - i) / 32 % 4][(at - i) / 128];
       const int64_t m = least(32, n - at);
 #pragma omp simd
-      for (int64_t b = 0; b < m; ++b)
-        bits[at + b] ^= static_cast<Bits>((word >> b & 1u) << (8 * sizeof(Bits) - 1));
+      for (int64_t b = 0; b < m; ++b) bits[at + b] ^= static_cast<Bits>((word >> b & 1u) << (8 * sizeof(Bits) - 1));
     }
   }
 }

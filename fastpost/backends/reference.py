@@ -50,10 +50,10 @@ def sam_perturb_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None,
     for w, g, stash in zip(bucket.weights, bucket.grads, bucket.stash, strict=True):
         stash.copy_(w)
         work = _working(w.dtype)
-        e = g.to(work) * scale.to(work)
+        e = g.double() * scale
         if eta is not None:
-            e = e * (w.to(work).abs() + eta).square()
-        e = torch.where(scale != 0, e, torch.zeros_like(e))  # 0 * inf is not 0
+            e = e * (w.double().abs() + eta).square()
+        e = torch.where(scale != 0, e, torch.zeros_like(e)).to(work)  # 0 * inf is not 0
         before = stash.to(work)
         w.copy_(torch.where(scale != 0, (before + e).to(w.dtype), w))
         stored = w.to(work) - before

@@ -1,0 +1,51 @@
+"""What all tests share: seeds, the backends of this machine, memory that shows what was never written."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched at run time
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastpost
+
+CPU_BACKENDS = ("reference", "cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The raw bits, so that NaN payloads and signed zeros count."""
+    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(width).clone()
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(bits(a), bits(b)))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(1234)
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per backend that serves CPU tensors."""
+    with fastpost.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty hands out NaN, so that an element that no kernel writes shows."""
+    plain = torch.empty
+
+    def empty(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = plain(*args, **kwargs)  # type: ignore[call-overload]
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", empty)
