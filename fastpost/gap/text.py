@@ -78,8 +78,8 @@ class CausalLoss:
     """Mean cross-entropy of each token given those before it, the causal-LM loss of a text without padding.
 
     Args:
-        model: called with the ids (by the name `input_ids` where it has that), with a mask of ones where it takes one; returns logits of shape
-            (1, n, V), or an object with `.logits`, or a tuple that begins with them.
+        model: called with the ids (by the name `input_ids` where it has that) and a mask of ones where it takes one; returns
+            logits of shape (1, n, V), or an object with `.logits`, or a tuple that begins with them.
     """
 
     def __init__(self, model: nn.Module) -> None:
