@@ -23,6 +23,12 @@ struct PerturbSums {
   double changed;                                                // elements whose stored weight differs
 };
 
+// A matrix whose rows are contiguous; stride counts elements from row to row. address may be null where that is said.
+struct LogitRows {
+  void* address;
+  int64_t stride;
+};
+
 enum class NoiseType : int { uniform = 0, normal = 1 };
 
 namespace cpu {
@@ -63,6 +69,22 @@ void add_noise(const void* x, void* out, DType in_dtype, DType out_dtype, int64_
 void embedding_noise(const void* table, const int64_t* ids, void* clean, void* noised, DType table_dtype, DType noised_dtype,
                      int64_t tokens, int64_t width, int64_t table_stride, double eps, NoiseType type, uint64_t seed,
                      const uint8_t* keep, int threads);
+
+// Per row: kl = KL(p|q) + KL(q|p) for p = softmax(clean), q = softmax(noised), ce = cross-entropy of clean at its label, and
+// the gradients of kl_weights[row] * kl + ce_weights[row] * ce with respect to both logits, in the logits' dtype.
+//   Weights: null = 1. Where one is 0 its value and gradient are exactly 0, whatever the logits hold.
+//   Gradients: a null address is not wanted; the logits' own addresses overwrite them.
+//   noised may have a null address, labels be null: then without KL, without CE. A label outside [0, cols) other than
+//   ignore_index gives ce = NaN and no CE gradient.
+//   -inf in both streams is a class that does not exist; in one, kl is infinite and the gradients are NaN. NaN gives NaN.
+void divergence_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean,
+                     const LogitRows& grad_noised, DType dtype, int64_t rows, int64_t cols, const int64_t* labels,
+                     int64_t ignore_index, const double* kl_weights, const double* ce_weights, double* kl, double* ce,
+                     int threads);
+
+// block[row] *= factors[row * factor_stride] (stride 0: one factor for all); rows whose factor is 1 are not touched.
+void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols, const double* factors,
+                int64_t factor_stride, int threads);
 
 // Asks the kernel to back [address, address + bytes) with huge pages, which saves most page faults of a fresh buffer.
 // Returns whether the request was accepted.

@@ -61,6 +61,27 @@ void bind_cpu(py::module_ cpu) {
       py::arg("tokens"), py::arg("width"), py::arg("table_stride"), py::arg("eps"), py::arg("type"), py::arg("seed"),
       py::arg("keep"), py::arg("threads"), Released());
   cpu.def(
+      "divergence_rows",
+      [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address grad_clean,
+         int64_t grad_clean_stride, Address grad_noised, int64_t grad_noised_stride, DType dtype, int64_t rows, int64_t cols,
+         Address labels, int64_t ignore_index, Address kl_weights, Address ce_weights, Address kl, Address ce, int threads) {
+        cpu::divergence_rows({as(clean), clean_stride}, {as(noised), noised_stride}, {as(grad_clean), grad_clean_stride},
+                             {as(grad_noised), grad_noised_stride}, dtype, rows, cols, as<int64_t>(labels), ignore_index,
+                             as<double>(kl_weights), as<double>(ce_weights), as<double>(kl), as<double>(ce), threads);
+      },
+      py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("grad_clean"),
+      py::arg("grad_clean_stride"), py::arg("grad_noised"), py::arg("grad_noised_stride"), py::arg("dtype"), py::arg("rows"),
+      py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("kl_weights"), py::arg("ce_weights"),
+      py::arg("kl"), py::arg("ce"), py::arg("threads"), Released());
+  cpu.def(
+      "scale_rows",
+      [](Address block, int64_t stride, DType dtype, int64_t rows, int64_t cols, Address factors, int64_t factor_stride,
+         int threads) {
+        cpu::scale_rows({as(block), stride}, dtype, rows, cols, as<double>(factors), factor_stride, threads);
+      },
+      py::arg("block"), py::arg("stride"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("factors"),
+      py::arg("factor_stride"), py::arg("threads"), Released());
+  cpu.def(
       "advise_huge_pages", [](Address address, int64_t bytes) { return cpu::advise_huge_pages(as(address), bytes); },
       py::arg("address"), py::arg("bytes"));
 }

@@ -68,8 +68,8 @@ FASTPOST_HD double centred(float a, float b, const RowShift<double>& shift) {
 // The sums of the second pass, over e_a = e^(a - clean_max) and e_b = e^(b - noised_max).
 template <class Real>
 struct RowSums {
-  Real clean, noised;    // e_a, e_b
-  Real excess;           // e_a - e_b
+  Real clean, noised;              // e_a, e_b
+  Real excess;                     // e_a - e_b
   Real clean_delta, noised_delta;  // e_a delta, e_b delta
 };
 
@@ -86,15 +86,15 @@ FASTPOST_HD float far_excess(float delta, float clean, float noised) {
 // What the third pass needs of a row.
 template <class Real>
 struct RowMoments {
-  Real log_ratio;               // r = delta - log_ratio
+  Real log_ratio;                   // r = delta - log_ratio
   float clean_scale, noised_scale;  // 1 / sum
-  float clean_kl, noised_kl;    // KL(p|q), KL(q|p)
+  float clean_kl, noised_kl;        // KL(p|q), KL(q|p)
 };
 
 template <class Real>
 FASTPOST_HD RowMoments<Real> row_moments(const RowSums<double>& sums) {
-  const double log_ratio = fabs(sums.excess) < 0.5 * sums.noised ? log1p(sums.excess / sums.noised)
-                                                                : log(sums.clean / sums.noised);
+  const double log_ratio =
+      fabs(sums.excess) < 0.5 * sums.noised ? log1p(sums.excess / sums.noised) : log(sums.clean / sums.noised);
   RowMoments<Real> moments;
   moments.log_ratio = static_cast<Real>(log_ratio);
   moments.clean_scale = static_cast<float>(1.0 / sums.clean);

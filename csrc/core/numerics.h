@@ -15,7 +15,8 @@ FASTPOST_HD float exp_nonpositive(float x) {
   const float shifted = x * 0x1.715476p+0f + rounder;
   const float n = shifted - rounder;
   const float f = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // the first product is exact, fused or not
-  const float tail = 0x1.fffffcp-2f + f * (0x1.55549p-3f + f * (0x1.5558f8p-5f + f * (0x1.123b02p-7f + f * 0x1.6a2256p-10f)));
+  const float tail =
+      0x1.fffffcp-2f + f * (0x1.55549p-3f + f * (0x1.5558f8p-5f + f * (0x1.123b02p-7f + f * 0x1.6a2256p-10f)));
   const float y = (1.0f + (f + f * f * tail)) * bits_float(float_bits(shifted) << 23);
   return bits_float(float_bits(y) & ~mask_of(x < -87.33f));
 }

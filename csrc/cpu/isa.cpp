@@ -15,7 +15,8 @@ namespace fastpost::cpu {
 
 #define FASTPOST_DECLARE_ISA(isa)              \
   extern const ParamsLoops params_loops_##isa; \
-  extern const NoiseLoops noise_loops_##isa;
+  extern const NoiseLoops noise_loops_##isa;   \
+  extern const DivergenceLoops divergence_loops_##isa;
 
 #if defined(__x86_64__)
 FASTPOST_DECLARE_ISA(sse)
@@ -32,9 +33,11 @@ struct Isa {
   bool runs_here;
   const ParamsLoops* params;
   const NoiseLoops* noise;
+  const DivergenceLoops* divergence;
 };
 
-#define FASTPOST_ISA_ENTRY(isa, runs_here) {#isa, static_cast<bool>(runs_here), &params_loops_##isa, &noise_loops_##isa}
+#define FASTPOST_ISA_ENTRY(isa, runs_here) \
+  {#isa, static_cast<bool>(runs_here), &params_loops_##isa, &noise_loops_##isa, &divergence_loops_##isa}
 
 // Best first.
 const std::vector<Isa>& built() {
@@ -78,6 +81,7 @@ const char* isas() {
 
 const ParamsLoops& params_loops() { return *chosen().params; }
 const NoiseLoops& noise_loops() { return *chosen().noise; }
+const DivergenceLoops& divergence_loops() { return *chosen().divergence; }
 
 bool advise_huge_pages(void* address, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

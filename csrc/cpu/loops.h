@@ -39,8 +39,21 @@ struct NoiseLoops {
                     uint64_t seed, bool noise);
 };
 
+// One row of divergence_rows. Without a noised stream, kl_weight is 0; without a label in range, ce_weight is.
+struct DivergenceRow {
+  const void *clean, *noised;
+  void *grad_clean, *grad_noised;  // null: not wanted; may be the logits themselves
+  int64_t cols, label;
+  double kl_weight, ce_weight;
+};
+
+struct DivergenceLoops {
+  void (*row)(DType, const DivergenceRow&, double* kl, double* ce);
+};
+
 // The tables of the instruction set in use.
 const ParamsLoops& params_loops();
+const DivergenceLoops& divergence_loops();
 const NoiseLoops& noise_loops();
 
 }  // namespace fastpost::cpu
