@@ -139,8 +139,8 @@ def add_noise(
 ) -> Tensor:
     """x + eps * z, out of place; gradients pass through unchanged (R3F, 2008.03156, section 3).
 
-    The product and the sum are rounded separately in float32 (float64 for float64 input), then once to `out_dtype`; z depends
-    on the seed and the element's index alone. Uniform noise is the same bits in every backend.
+    The product and the sum are rounded separately in float32 (float64 for float64 input), then once to `out_dtype`; z
+    depends on the seed and the element's index alone. Uniform noise is the same bits in every backend.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape.
@@ -164,7 +164,7 @@ def add_noise(
             raise TypeError(f"add_noise: {name} must be floating point, not {dtype}")
     _check_keep("add_noise", keep, x.shape[:-1])
     seed = fresh_seed(x.device) if seed is None else seed_tensor(seed, x.device)
-    noised: Tensor = _AddNoise.apply(x, eps, noise_type, seed, keep, out_dtype)
+    noised: Tensor = _AddNoise.apply(x, eps, noise_type, seed, keep, out_dtype)  # type: ignore[no-untyped-call]
     return noised
 
 
@@ -217,7 +217,7 @@ def embedding_noise(
         padding_idx = -1
     elif padding_idx < 0:
         padding_idx += table.shape[0]
-    clean, noised = _EmbeddingNoise.apply(
+    clean, noised = _EmbeddingNoise.apply(  # type: ignore[no-untyped-call]
         table, ids, eps, noise_type, seed, keep, out_dtype or table.dtype, padding_idx, detach_noised
     )
     return clean, noised

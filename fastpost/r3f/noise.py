@@ -1,0 +1,288 @@
+"""Where noise enters a model: at the output of its input embedding, for the length of one forward pass.
+
+A forward hook reaches the embedding through any wrapper (DDP, FSDP2, PEFT, a compiled module) and needs no cooperation from
+the model. fairseq's criteria call the embedding themselves and hand its output back in, which few models accept and FSDP2
+refuses.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpost.errors import unknown
+from fastpost.ops.noise import add_noise, embedding_noise
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside DistributedDataParallel, DataParallel or torch.compile."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and not hasattr(model, "get_input_embeddings"):
+            inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def find_embedding(model: Any, embedding: nn.Module | str | None = None) -> tuple[str, nn.Module]:
+    """The module whose output gets noise, and its name.
+
+    Args:
+        model: any module; wrappers are looked through.
+        embedding: the module itself, its dotted name, or None for `model.get_input_embeddings()`; of an
+            encoder-decoder, that of the encoder (as in fairseq, where only the source side is noised).
+
+    Raises:
+        TypeError: `embedding` is neither module, name nor None.
+        ValueError: no such module, or the model does not tell its input embedding.
+    """
+    model = unwrap(model)
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    if isinstance(embedding, str):
+        if embedding not in modules:
+            raise unknown("embedding", embedding, _embeddings(modules) or list(modules))
+        return embedding, modules[embedding]
+    if isinstance(embedding, nn.Module):
+        return next((name for name, module in modules.items() if module is embedding), "embedding"), embedding
+    if embedding is not None:
+        raise TypeError(f"R3F: embedding must be a module, a module's name or None, not {type(embedding).__name__}")
+    owner = model
+    if is_encoder_decoder(model) and callable(getattr(model, "get_encoder", None)):
+        owner = model.get_encoder()
+    found = None
+    if callable(getattr(owner, "get_input_embeddings", None)):
+        try:
+            found = owner.get_input_embeddings()
+        except NotImplementedError:  # transformers' answer where the attribute has an unusual name
+            found = None
+    if not isinstance(found, nn.Module):
+        names = ", ".join(repr(name) for name in _embeddings(modules)) or "none"
+        raise ValueError(
+            f"R3F: {type(model).__name__} has no get_input_embeddings(), so noise has no place to enter. Pass embedding= (a "
+            f"module or its name); nn.Embedding modules of this model: {names}."
+        )
+    return next((name for name, module in modules.items() if module is found), type(found).__name__), found
+
+
+def _embeddings(modules: Mapping[str, nn.Module]) -> list[str]:
+    return [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
+
+
+@dataclass
+class Noise:
+    """What is added in one step.
+
+    Attributes:
+        eps: scale, in the units of the embedding module's output.
+        noise_type: "uniform" or "normal".
+        seed: int64 scalar tensor.
+        detach: the noised branch sends no gradient into the embedding (fairseq's classifier).
+        measured: dtypes whose resolution has been compared with eps; shared from step to step, so that a warning comes once.
+    """
+
+    eps: float
+    noise_type: str
+    seed: Tensor
+    detach: bool = True
+    measured: set[torch.dtype] = field(default_factory=set)
+
+    def add(self, x: Tensor, keep: Tensor | None, call: int = 0) -> Tensor:
+        """x + noise, out of place, in float32 arithmetic.
+
+        Args:
+            x: (..., width) output of an embedding.
+            keep: bool of shape x.shape[:-1], False at padding; None for no padding.
+            call: how often the embedding ran before in this forward pass; each call gets numbers of its own.
+        """
+        noised = add_noise(
+            x.detach() if self.detach else x,
+            self.eps,
+            self.noise_type,
+            seed=self.seed + call,
+            keep=keep,
+            out_dtype=handed_on(x),
+        )
+        self.measure(x, noised, keep, call)
+        return noised
+
+    def look_up(self, table: Tensor, ids: Tensor, keep: Tensor | None, padding_idx: int | None, call: int = 0) -> Tensor:
+        """Rows of `table` for both halves of a double batch, (2 * B, ..., width), from one read of each row."""
+        clean, noised = embedding_noise(
+            table,
+            ids,
+            self.eps,
+            self.noise_type,
+            seed=self.seed + call,
+            keep=keep,
+            out_dtype=handed_on(table),
+            padding_idx=padding_idx,
+            detach_noised=self.detach,
+        )
+        self.measure(clean, noised, keep, call)
+        return torch.cat((clean, noised))  # in float32 where only the noised half is
+
+    def measure(self, clean: Tensor, noised: Tensor, keep: Tensor | None, call: int) -> None:
+        """Warns, once per dtype, when what was stored is not the noise that was meant.
+
+        Noise far below the last bit of an embedding value is rounded away in most places and blown up in a few, so R3F
+        would go on with another perturbation than the one asked for. Reads two numbers from the device, in the first step.
+        """
+        if noised.dtype in self.measured or self.eps == 0:
+            return
+        self.measured.add(noised.dtype)
+        with torch.no_grad():
+            work = torch.promote_types(noised.dtype, torch.float32)
+            zeros = torch.zeros_like(clean, dtype=work)
+            meant = add_noise(zeros, self.eps, self.noise_type, seed=self.seed + call, keep=keep).double()
+            stored = noised.double() - clean.double()
+            intended, norm, dot = float(meant.norm()), float(stored.norm()), float((stored * meant).sum())
+            size = float(clean.double().square().mean().sqrt()) if clean.numel() else 0.0
+        if intended == 0:  # nothing but padding
+            return
+        ratio, cosine = norm / intended, dot / (norm * intended) if norm else 0.0
+        if cosine < 0.5 or not 0.5 <= ratio <= 2:
+            warnings.warn(
+                f"R3F: eps={self.eps:g} is below what {str(noised.dtype).removeprefix('torch.')} resolves beside embedding "
+                f"values of about {size:.2g}: the noise as stored has {ratio:.2f} times the norm that was meant and cosine "
+                f"{cosine:.2f} with it. Keep the embedding in float32 (float32 weights under autocast), or use eps of at "
+                f"least about {size * torch.finfo(noised.dtype).eps:.1g}."
+            )
+
+
+def handed_on(x: Tensor) -> torch.dtype:
+    """The dtype in which a noised embedding goes on to the next module.
+
+    Float32 and float64 stay, also under autocast. A 16-bit model refuses float32 activations, so there the sum is rounded
+    once to the model's dtype; except under CUDA's autocast, whose layer norms take either (the CPU's do not).
+    """
+    if x.dtype.itemsize < 4 and x.is_cuda and torch.is_autocast_enabled("cuda"):
+        return torch.float32
+    return x.dtype
+
+
+def kept(ids: Tensor, attention_mask: Tensor | None, padding_idx: int | None) -> Tensor | None:
+    """Which positions get noise: bool of ids' shape, or None for all.
+
+    The attention mask decides where there is one for these ids. Otherwise the embedding's own padding_idx does; it comes
+    second because language models often declare a real token (end of text) to be their padding.
+    """
+    if attention_mask is not None and attention_mask.ndim <= 3 and attention_mask.numel() == ids.numel():
+        return attention_mask.reshape(ids.shape) != 0
+    return None if padding_idx is None else ids != padding_idx
+
+
+class NoisyEmbedding:
+    """While open, a module's output carries noise. Everything is taken back on the way out, whatever happened inside.
+
+    With `halves`, the batch is two copies of the same rows and only the second half gets noise. A plain nn.Embedding is
+    then replaced for the time being: each row is read once and written twice. Any other embedding runs as it is, on both
+    halves.
+
+    The noise lands on the module's *output*. fairseq adds it before the model multiplies by sqrt(width); a module that
+    scales inside itself (BART with scale_embedding, Gemma) therefore gets noise that is smaller by that factor, relative to
+    its values, at the same eps. Where the model scales after the embedding (T5X-like code), it is as in fairseq.
+
+    Args:
+        module: the embedding; called with token ids as its first argument.
+        noise: what to add.
+        attention_mask: of the whole call; (batch, time) or None.
+        halves: the call is a double batch.
+        first_only: noise only at the module's first call in the forward pass (an encoder-decoder may share the module with
+            its decoder, which runs second).
+
+    Attributes:
+        calls: how often the module ran with noise.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        noise: Noise,
+        attention_mask: Tensor | None = None,
+        *,
+        halves: bool = False,
+        first_only: bool = False,
+    ) -> None:
+        self.module, self.noise, self.attention_mask = module, noise, attention_mask
+        self.halves, self.first_only = halves, first_only
+        self.calls = 0
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> NoisyEmbedding:
+        if self.halves and _plain(self.module):
+            forward = self.module.forward
+
+            def look_up(input: Tensor) -> Tensor:  # nn.Embedding.forward's own argument name
+                if self._off():
+                    result: Tensor = forward(input)
+                    return result
+                return self._both_halves(input)
+
+            self.module.forward = look_up  # shadows the class's method; hooks of others still run around it
+            self._undo.append(lambda: self.module.__dict__.pop("forward", None))
+        else:
+            self._undo.append(self.module.register_forward_hook(self._hook, with_kwargs=True).remove)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _off(self) -> bool:
+        return self.first_only and self.calls > 0
+
+    def _padding_idx(self) -> int | None:
+        index = getattr(self.module, "padding_idx", None)
+        return index if isinstance(index, int) else None
+
+    def _mask(self) -> Tensor | None:
+        mask = self.attention_mask
+        return mask[: mask.shape[0] // 2] if self.halves and mask is not None else mask
+
+    def _both_halves(self, ids: Tensor) -> Tensor:
+        assert isinstance(self.module, nn.Embedding)
+        ids = ids[: ids.shape[0] // 2]
+        keep = kept(ids, self._mask(), self._padding_idx())
+        both = self.noise.look_up(self.module.weight, ids, keep, self._padding_idx(), self.calls)
+        self.calls += 1
+        return both
+
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self._off():
+            return output
+        if not isinstance(output, Tensor) or not output.dtype.is_floating_point:
+            raise TypeError(f"R3F: the embedding ({type(module).__name__}) must return a floating-point tensor")
+        ids = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(ids, Tensor) or ids.shape != output.shape[:-1]:
+            ids = None  # no token ids to find padding by, as in a module that mixes features
+        clean = output
+        if self.halves:
+            clean, output = output.chunk(2)
+            ids = None if ids is None else ids[: len(clean)]
+        keep = None if ids is None else kept(ids, self._mask(), self._padding_idx())
+        noised = self.noise.add(output, keep, self.calls)
+        self.calls += 1
+        return torch.cat((clean, noised)) if self.halves else noised
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether the module is a table look-up and nothing else."""
+    return (
+        type(module) is nn.Embedding
+        and type(module.weight) in (nn.Parameter, Tensor)
+        and "forward" not in module.__dict__
+        and module.max_norm is None
+        and not module.scale_grad_by_freq
+        and not module.sparse
+    )

@@ -1,0 +1,180 @@
+"""R4F: R3F with a spectrally normalised head, so that the head cannot enlarge what the noise moved (2008.03156, eq. 6)."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fastpost.errors import unknown
+
+LAYERS = ("last", "all")
+MODES = ("exact", "at_most")
+
+_BLOCK = 8  # vectors iterated together; a head with at most 8 classes is then solved at once
+_TOLERANCE = 1e-9  # relative change of sigma that ends the iteration
+_MAX_ITERATIONS = 50  # then a full decomposition is cheaper than going on
+
+
+class R4F:
+    """Divides the weight matrices of a head by their largest singular value, W / sigma_max(W) (2008.03156, section 3).
+
+        r4f = R4F(model.classifier)      # before or after the optimizer is made; parameters stay the same objects
+        ...                              # train with R3F
+        r4f.merge()                      # plain Linear layers again, same outputs
+
+    The weights are parametrised (torch.nn.utils.parametrize): the optimizer trains W, the layer computes with W / sigma.
+    sigma is exact to about 1e-7: a block power iteration in float64 that starts from the last step's vectors and runs
+    until it stands still (a full decomposition at the start, or where that takes too long). Its vectors count as
+    constants, as in torch's spectral_norm: with sigma = u' W v that is the exact gradient.
+
+    The iteration runs only when W has changed, which its version counter and address tell: both passes of an R3F step, and
+    evaluation, see one sigma without being told, and zero noise gives exactly zero KL. (Released R4F iterates in every
+    forward pass, so there the two passes differ by up to 2.5e-2 without any noise.) Writes through `weight.data` go
+    unnoticed by the counter; sigma then still follows to first order.
+
+    Args:
+        head: a module that holds nn.Linear layers, or one itself: `model.classifier` of transformers' classifiers.
+        layers: "last": the last nn.Linear of the head in registration order, as in the released code; "all": each of them,
+            as in the paper.
+        mode: "exact": W / sigma, which also enlarges small matrices (paper and release); "at_most": W / max(sigma, 1).
+
+    Attributes:
+        layers: names of the normalised layers inside `head` ("" for the head itself).
+
+    Raises:
+        TypeError: head is no module. ValueError: no nn.Linear in it, one that is parametrised already or whose weight is
+            not floating point; unknown `layers` or `mode`.
+    """
+
+    def __init__(self, head: nn.Module, layers: str = "last", mode: str = "exact") -> None:
+        if not isinstance(head, nn.Module):
+            raise TypeError(f"R4F: head must be a torch.nn.Module, not {type(head).__name__}")
+        if layers not in LAYERS:
+            raise unknown("layers", layers, LAYERS)
+        if mode not in MODES:
+            raise unknown("mode", mode, MODES)
+        found = {name: module for name, module in head.named_modules() if isinstance(module, nn.Linear)}
+        if not found:
+            raise ValueError(f"R4F: {type(head).__name__} holds no nn.Linear to normalise")
+        names = list(found)[-1:] if layers == "last" else list(found)
+        for name in names:  # all of them before the first is changed
+            layer, what = found[name], f"R4F: the weight of {name or 'the head'}"
+            if parametrize.is_parametrized(layer, "weight"):
+                raise ValueError(f"{what} is parametrised already; merge() or remove that first")
+            if not layer.weight.dtype.is_floating_point:
+                raise ValueError(f"{what} is {layer.weight.dtype}; only floating-point weights can be normalised")
+            if not bool(torch.isfinite(layer.weight).all()):
+                raise ValueError(f"{what} is not finite")
+        self.head, self.mode = head, mode
+        self.layers = tuple(names)
+        self._linear = {name: found[name] for name in names}
+        for layer in self._linear.values():
+            parametrize.register_parametrization(layer, "weight", SpectralNorm(at_most=mode == "at_most"))
+
+    def __repr__(self) -> str:
+        return f"R4F({type(self.head).__name__}, layers={self.layers}, mode={self.mode!r})"
+
+    @torch.no_grad()
+    def sigmas(self) -> dict[str, Tensor]:
+        """Largest singular value of each layer's own weight W (not of what it computes with), by name; scalars."""
+        sigmas: dict[str, Tensor] = {}
+        for name, layer in self._linear.items():
+            weights = cast(Any, layer).parametrizations.weight
+            sigmas[name] = weights[0].sigma(weights.original)
+        return sigmas
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Makes the layers plain again, with W / sigma as their weight: same outputs, bit for bit, and no trace of fastpost.
+
+        The parameters stay the same objects. A second call does nothing.
+        """
+        for layer in self._linear.values():
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        self._linear = {}
+
+
+class SpectralNorm(nn.Module):
+    """The parametrisation W -> W / sigma_max(W), or W / max(sigma_max(W), 1).
+
+    Args:
+        at_most: leave matrices alone whose norm is at most 1.
+    """
+
+    def __init__(self, at_most: bool = False) -> None:
+        super().__init__()
+        self.at_most = at_most
+        # Plain attributes: as buffers they would enter the state dict, and be rounded by model.bfloat16().
+        self._basis: Tensor | None = None  # (columns, block) in float64: the leading right singular vectors
+        self._u: Tensor | None = None
+        self._v: Tensor | None = None
+        self._seen: tuple[Any, ...] | None = None
+
+    def extra_repr(self) -> str:
+        return f"at_most={self.at_most}"
+
+    def forward(self, weight: Tensor) -> Tensor:
+        work = _working(weight)
+        sigma = self.sigma(weight)
+        # A weight of zeros has no direction to normalise; it stays zero.
+        divisor = sigma.clamp(min=1) if self.at_most else torch.where(sigma > 0, sigma, 1)
+        return (weight.to(work) / divisor).to(weight.dtype)
+
+    def sigma(self, weight: Tensor) -> Tensor:
+        """sigma_max(W) = u' W v, a scalar in W's dtype (float32 for 16-bit W), differentiable in W."""
+        state = _state(weight)
+        if state != self._seen:
+            with torch.no_grad():
+                self._refresh(weight.detach())
+            self._seen = state
+        assert self._u is not None
+        assert self._v is not None
+        work = _working(weight)
+        with torch.autocast(weight.device.type, enabled=False):  # in 16 bits sigma would be off by 1e-3
+            return torch.dot(self._u.to(work), torch.mv(weight.to(work), self._v.to(work)))
+
+    def _refresh(self, weight: Tensor) -> None:
+        """Brings u and v up to date with the weight."""
+        with torch.autocast(weight.device.type, enabled=False):
+            matrix = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)  # MPS has no float64
+            basis = self._basis
+            if basis is not None and basis.shape[0] == matrix.shape[1]:
+                basis = _iterate(matrix, basis.to(matrix))
+            if basis is None:
+                basis = torch.linalg.svd(matrix, full_matrices=False).Vh[:_BLOCK].mT.contiguous()
+            image = matrix @ basis[:, 0]
+            length = image.norm()
+            self._basis = basis
+            self._v = basis[:, 0].contiguous()
+            self._u = image / torch.where(length > 0, length, 1)
+
+
+def _iterate(matrix: Tensor, basis: Tensor) -> Tensor | None:
+    """The leading right singular vectors, found from nearby ones; None when the iteration does not settle.
+
+    Subspace iteration with a Rayleigh-Ritz step: the error of sigma shrinks by (sigma_9 / sigma_1)^4 at a time, and a block
+    notices when another direction overtakes the first, which a single vector that has converged never would.
+    """
+    last = None
+    for _ in range(_MAX_ITERATIONS):
+        basis = torch.linalg.qr(matrix.mT @ (matrix @ basis)).Q
+        _, values, right = torch.linalg.svd(matrix @ basis, full_matrices=False)
+        basis = basis @ right.mT
+        sigma = float(values[0])  # one read from the device for each iteration, mostly two a step
+        if last is not None and abs(sigma - last) <= _TOLERANCE * sigma:
+            return basis
+        last = sigma
+    return None
+
+
+def _working(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    """Differs whenever the weight may have changed: optimizers, loading and fastpost's own kernels bump the counter."""
+    version = None if weight.is_inference() else weight._version
+    return version, weight.data_ptr(), weight.dtype, weight.device
