@@ -26,7 +26,7 @@ _HOME = {
     "negate_grads_": "fastpost.ops.params",
     "flip_signs_": "fastpost.ops.params",
     "use_backend": "fastpost.dispatch",
-    "backends": "fastpost.dispatch",
+    "backends": "fastpost.backends",
 }
 
 __all__ = [*_HOME, "__version__"]
@@ -52,7 +52,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        value = getattr(importlib.import_module(_HOME[name]), name)
+        module = importlib.import_module(_HOME[name])
+        value = module if _HOME[name] == f"fastpost.{name}" else getattr(module, name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'fastpost' has no attribute {name!r}")

@@ -112,8 +112,8 @@ def flatten_parameters(model: nn.Module) -> FlatParameters:
 
     Parameters stay the same objects with the same values, shapes and strides, so optimizers, `state_dict`, tied weights and
     hooks keep working; element-wise operations on the list then see one span. After `zero_grad(set_to_none=True)`
-    gradients come back into the buffer, at the price of one copy. `model.to()` moves parameters out of it again: a warning says
-    so, and `reflatten()` mends it. Flatten before building anything that remembers addresses (CUDA graphs, DDP).
+    gradients come back into the buffer, at the price of one copy. `model.to()` moves parameters out of it again: a warning
+    says so, and `reflatten()` mends it. Flatten before building anything that remembers addresses (CUDA graphs, DDP).
 
     Args:
         model: any module whose parameters are plain dense tensors.
