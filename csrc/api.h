@@ -61,14 +61,15 @@ double negate_norm(const Plan& plan, int threads);
 void negate_clip(const Plan& plan, double squared_norm, double max_norm, int threads);
 
 // out = x + eps * z for n elements, z drawn from (seed, element); eps * z and the sum are rounded separately in float.
-// keep (one byte per row of row_length elements, or null): rows with 0 get no noise. x may equal out.
+// rows (one per row of row_length elements, or null): the row draws as if it stood at this place, so that numbers need not
+// depend on padding or batch layout; a negative place gets no noise. x may equal out.
 void add_noise(const void* x, void* out, DType in_dtype, DType out_dtype, int64_t n, double eps, NoiseType type,
-               uint64_t seed, const uint8_t* keep, int64_t row_length, int threads);
+               uint64_t seed, const int64_t* rows, int64_t row_length, int threads);
 
-// clean[t] = table[ids[t]], noised[t] = clean[t] + eps * z; each table row is read once. clean may be null.
+// clean[t] = table[ids[t]], noised[t] = clean[t] + eps * z; each table row is read once. clean may be null; rows as above.
 void embedding_noise(const void* table, const int64_t* ids, void* clean, void* noised, DType table_dtype, DType noised_dtype,
                      int64_t tokens, int64_t width, int64_t table_stride, double eps, NoiseType type, uint64_t seed,
-                     const uint8_t* keep, int threads);
+                     const int64_t* rows, int threads);
 
 // Per row: kl = KL(p|q) + KL(q|p) for p = softmax(clean), q = softmax(noised), ce = cross-entropy of clean at its label, and
 // the gradients of kl_weights[row] * kl + ce_weights[row] * ce with respect to both logits, in the logits' dtype.

@@ -45,21 +45,21 @@ void bind_cpu(py::module_ cpu) {
   cpu.def(
       "add_noise",
       [](Address x, Address out, DType in_dtype, DType out_dtype, int64_t n, double eps, NoiseType type, uint64_t seed,
-         Address keep, int64_t row_length, int threads) {
-        cpu::add_noise(as(x), as(out), in_dtype, out_dtype, n, eps, type, seed, as<uint8_t>(keep), row_length, threads);
+         Address rows, int64_t row_length, int threads) {
+        cpu::add_noise(as(x), as(out), in_dtype, out_dtype, n, eps, type, seed, as<int64_t>(rows), row_length, threads);
       },
       py::arg("x"), py::arg("out"), py::arg("in_dtype"), py::arg("out_dtype"), py::arg("n"), py::arg("eps"), py::arg("type"),
-      py::arg("seed"), py::arg("keep"), py::arg("row_length"), py::arg("threads"), Released());
+      py::arg("seed"), py::arg("rows"), py::arg("row_length"), py::arg("threads"), Released());
   cpu.def(
       "embedding_noise",
       [](Address table, Address ids, Address clean, Address noised, DType table_dtype, DType noised_dtype, int64_t tokens,
-         int64_t width, int64_t table_stride, double eps, NoiseType type, uint64_t seed, Address keep, int threads) {
+         int64_t width, int64_t table_stride, double eps, NoiseType type, uint64_t seed, Address rows, int threads) {
         cpu::embedding_noise(as(table), as<int64_t>(ids), as(clean), as(noised), table_dtype, noised_dtype, tokens, width,
-                             table_stride, eps, type, seed, as<uint8_t>(keep), threads);
+                             table_stride, eps, type, seed, as<int64_t>(rows), threads);
       },
       py::arg("table"), py::arg("ids"), py::arg("clean"), py::arg("noised"), py::arg("table_dtype"), py::arg("noised_dtype"),
       py::arg("tokens"), py::arg("width"), py::arg("table_stride"), py::arg("eps"), py::arg("type"), py::arg("seed"),
-      py::arg("keep"), py::arg("threads"), Released());
+      py::arg("rows"), py::arg("threads"), Released());
   cpu.def(
       "divergence_rows",
       [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address grad_clean,

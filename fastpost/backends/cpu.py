@@ -92,11 +92,11 @@ def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
     native.core().cpu.negate_clip(_plan(bucket), squared.item(), max_norm, _threads())
 
 
-def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, keep: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     core = native.core()
     x = x.contiguous()
     out = _empty(x.shape, out_dtype)
-    rows = keep.to(torch.uint8).contiguous() if keep is not None else None
+    rows = rows.contiguous() if rows is not None else None
     core.cpu.add_noise(
         x.data_ptr(), out.data_ptr(), _dtype(x.dtype), _dtype(out_dtype), x.numel(), eps,
         getattr(core.NoiseType, noise_type), seed.item() & (2**64 - 1), rows.data_ptr() if rows is not None else 0,
@@ -106,7 +106,7 @@ def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, keep: Tensor
 
 
 def embedding_noise(
-    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, keep: Tensor | None, out_dtype: torch.dtype
+    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     core = native.core()
     if table.stride(-1) != 1:
@@ -115,7 +115,7 @@ def embedding_noise(
     clean = _empty((*ids.shape, width), table.dtype)
     noised = _empty((*ids.shape, width), out_dtype)
     ids = ids.to(torch.int64).contiguous()
-    rows = keep.to(torch.uint8).contiguous() if keep is not None else None
+    rows = rows.contiguous() if rows is not None else None
     core.cpu.embedding_noise(
         table.data_ptr(), ids.data_ptr(), clean.data_ptr(), noised.data_ptr(), _dtype(table.dtype), _dtype(out_dtype),
         ids.numel(), width, table.stride(0), eps, getattr(core.NoiseType, noise_type), seed.item() & (2**64 - 1),

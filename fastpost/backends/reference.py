@@ -121,12 +121,15 @@ def philox(seed: Tensor, counter: Tensor, stream: int = 0) -> Tensor:
     Returns:
         int64 tensor of shape (*counter.shape, 4), each value in [0, 2^32).
     """
-    device = counter.device
-    key = seed.to(device)
-    k0, k1 = key & _M32, (key >> 32) & _M32
-    c0, c1 = counter & _M32, (counter >> 32) & _M32
-    c2 = torch.full_like(c0, stream & _M32)
-    c3 = torch.zeros_like(c0)
+    key = seed.to(counter.device)
+    low, high = counter & _M32, (counter >> 32) & _M32
+    words = (low, high, torch.full_like(low, stream & _M32), torch.zeros_like(low))
+    return philox_rounds(words, (key & _M32, (key >> 32) & _M32))
+
+
+def philox_rounds(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
+    """The ten rounds, on 32-bit words held in int64."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         low0, high0 = _multiply(c0, 0xD2511F53)
         low1, high1 = _multiply(c2, 0xCD9E8D57)
@@ -143,8 +146,13 @@ def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 
 
 def draw(n: int, noise_type: str, seed: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """n numbers of the counter sequence: uniform on (-1, 1), exact in float32, or standard normal (Box-Muller)."""
-    words = philox(seed, torch.arange(-(-n // 4), device=device))
+    """The first n numbers of the sequence: uniform on (-1, 1), exact in float32, or standard normal (Box-Muller)."""
+    return quads(torch.arange(-(-n // 4), device=device), noise_type, seed, dtype).reshape(-1)[:n]
+
+
+def quads(counter: Tensor, noise_type: str, seed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers 4c to 4c + 3 of the sequence for each counter c: shape (*counter.shape, 4)."""
+    words = philox(seed, counter)
     if noise_type == "uniform":
         z = ((words >> 8) * 2 + 1 - (1 << 24)).double() * 2.0**-24
     else:
@@ -152,23 +160,31 @@ def draw(n: int, noise_type: str, seed: Tensor, device: torch.device, dtype: tor
         u = ((words[:, 0::2].float() + 1) * 2.0**-32).double()
         radius = (-2 * u.log()).sqrt()
         angle = (words[:, 1::2] >> 8).double() * (2.0**-24 * 2 * torch.pi)
-        z = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-    return z.reshape(-1)[:n].to(dtype)
+        z = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).reshape(words.shape)
+    return z.to(dtype)
 
 
-def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, keep: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """fl(x + fl(eps z)), rounded once more to `out_dtype`; rows where `keep` is False stay as they are."""
+def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """fl(x + fl(eps z)), rounded once more to `out_dtype`.
+
+    Element (r, c) takes number rows[r] * width + c of the sequence, by default r * width + c; where rows[r] is negative it
+    stays as it is.
+    """
     work = _working(x.dtype)
-    z = draw(x.numel(), noise_type, seed, x.device, work).reshape(x.shape)
+    if rows is None:
+        z = draw(x.numel(), noise_type, seed, x.device, work).reshape(x.shape)
+    else:
+        number = rows.clamp(min=0).unsqueeze(-1) * x.shape[-1] + torch.arange(x.shape[-1], device=x.device)
+        z = quads(number // 4, noise_type, seed, work).gather(-1, (number % 4).unsqueeze(-1)).squeeze(-1)
     noised = x.to(work) + z * torch.tensor(eps, dtype=work, device=x.device)
-    if keep is not None:
-        noised = torch.where(keep.unsqueeze(-1), noised, x.to(work))
-    return noised.to(out_dtype)
+    if rows is not None:
+        noised = torch.where((rows >= 0).unsqueeze(-1), noised, x.to(work))
+    return noised.to(out_dtype).contiguous()
 
 
 def embedding_noise(
-    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, keep: Tensor | None, out_dtype: torch.dtype
+    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The rows of `table`, and the same rows with noise."""
     clean = table[ids]
-    return clean, add_noise(clean, eps, noise_type, seed, keep, out_dtype)
+    return clean, add_noise(clean, eps, noise_type, seed, rows, out_dtype)

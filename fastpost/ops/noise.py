@@ -29,30 +29,30 @@ def fresh_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-def _add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, keep: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def _add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     function = select("add_noise", x.device, x.dtype, walkable=out_dtype != torch.float64)
-    result: Tensor = function(x, eps, noise_type, seed, keep, out_dtype)
+    result: Tensor = function(x, eps, noise_type, seed, rows, out_dtype)
     return result
 
 
 def _embedding_noise(
-    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, keep: Tensor | None, out_dtype: torch.dtype
+    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     function = select("embedding_noise", table.device, table.dtype, walkable=out_dtype != torch.float64)
-    clean, noised = function(table, ids, eps, noise_type, seed, keep, out_dtype)
+    clean, noised = function(table, ids, eps, noise_type, seed, rows, out_dtype)
     return clean, noised
 
 
 _op_add_noise = define(
-    "add_noise(Tensor x, float eps, str noise_type, Tensor seed, Tensor? keep, ScalarType out_dtype) -> Tensor",
+    "add_noise(Tensor x, float eps, str noise_type, Tensor seed, Tensor? rows, ScalarType out_dtype) -> Tensor",
     _add_noise,
-    lambda x, eps, noise_type, seed, keep, out_dtype: torch.empty(x.shape, dtype=out_dtype, device=x.device),
+    lambda x, eps, noise_type, seed, rows, out_dtype: torch.empty(x.shape, dtype=out_dtype, device=x.device),
 )
 _op_embedding_noise = define(
-    "embedding_noise(Tensor table, Tensor ids, float eps, str noise_type, Tensor seed, Tensor? keep, ScalarType out_dtype)"
+    "embedding_noise(Tensor table, Tensor ids, float eps, str noise_type, Tensor seed, Tensor? rows, ScalarType out_dtype)"
     " -> (Tensor, Tensor)",
     _embedding_noise,
-    lambda table, ids, eps, noise_type, seed, keep, out_dtype: (
+    lambda table, ids, eps, noise_type, seed, rows, out_dtype: (
         table.new_empty((*ids.shape, table.shape[1])),
         table.new_empty((*ids.shape, table.shape[1]), dtype=out_dtype),
     ),
@@ -67,11 +67,11 @@ class _AddNoise(torch.autograd.Function):
         eps: float,
         noise_type: str,
         seed: Tensor,
-        keep: Tensor | None,
+        rows: Tensor | None,
         out_dtype: torch.dtype,
     ) -> Tensor:
         ctx.dtype = x.dtype
-        noised: Tensor = _op_add_noise(x, eps, noise_type, seed, keep, out_dtype)
+        noised: Tensor = _op_add_noise(x, eps, noise_type, seed, rows, out_dtype)
         return noised
 
     @staticmethod
@@ -88,12 +88,12 @@ class _EmbeddingNoise(torch.autograd.Function):
         eps: float,
         noise_type: str,
         seed: Tensor,
-        keep: Tensor | None,
+        rows: Tensor | None,
         out_dtype: torch.dtype,
         padding_idx: int,
         detach_noised: bool,
     ) -> tuple[Tensor, Tensor]:
-        clean, noised = _op_embedding_noise(table, ids, eps, noise_type, seed, keep, out_dtype)
+        clean, noised = _op_embedding_noise(table, ids, eps, noise_type, seed, rows, out_dtype)
         ctx.save_for_backward(ids)
         ctx.rows, ctx.padding_idx, ctx.detach_noised, ctx.dtype = (
             table.shape[0],
@@ -119,13 +119,16 @@ class _EmbeddingNoise(torch.autograd.Function):
         return table, None, None, None, None, None, None, None, None
 
 
-def _check_keep(op: str, keep: Tensor | None, shape: torch.Size) -> Tensor | None:
-    if keep is not None:
-        if keep.shape != shape:
-            raise ValueError(f"{op}: keep has shape {tuple(keep.shape)}, expected {tuple(shape)}")
-        if keep.dtype != torch.bool:
-            raise TypeError(f"{op}: keep must be bool (True = gets noise), not {keep.dtype}")
-    return keep
+def _places(op: str, keep: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """Each row's place among the rows that are kept, and -1 for the others: int64 of keep's shape."""
+    if keep is None:
+        return None
+    if keep.shape != shape:
+        raise ValueError(f"{op}: keep has shape {tuple(keep.shape)}, expected {tuple(shape)}")
+    if keep.dtype != torch.bool:
+        raise TypeError(f"{op}: keep must be bool (True = gets noise), not {keep.dtype}")
+    places = keep.reshape(-1).cumsum(0) - 1
+    return torch.where(keep, places.reshape(keep.shape), -1)
 
 
 def add_noise(
@@ -140,14 +143,15 @@ def add_noise(
     """x + eps * z, out of place; gradients pass through unchanged (R3F, 2008.03156, section 3).
 
     The product and the sum are rounded separately in float32 (float64 for float64 input), then once to `out_dtype`; z
-    depends on the seed and the element's index alone. Uniform noise is the same bits in every backend.
+    depends on the seed and the element's index (among the kept rows) alone. Uniform noise is the same bits in every backend.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape.
         eps: scale of the noise, >= 0, in the units of x.
         noise_type: "uniform" on (-eps, eps), or "normal" with standard deviation eps.
         seed: integer, int64 scalar tensor, or None to draw one from torch's generator.
-        keep: bool of shape x.shape[:-1]; rows where it is False get no noise (padding).
+        keep: bool of shape x.shape[:-1]; rows where it is False get no noise (padding). They are not counted either, so
+            that the numbers a row gets do not depend on how much padding lies before it.
         out_dtype: dtype of the result; default that of x.
 
     Returns:
@@ -162,9 +166,11 @@ def add_noise(
     for name, dtype in (("x", x.dtype), ("out_dtype", out_dtype)):
         if not dtype.is_floating_point:
             raise TypeError(f"add_noise: {name} must be floating point, not {dtype}")
-    _check_keep("add_noise", keep, x.shape[:-1])
+    if keep is not None and x.ndim == 0:
+        raise ValueError("add_noise: keep needs an x with rows, not a scalar")
+    rows = _places("add_noise", keep, x.shape[:-1])
     seed = fresh_seed(x.device) if seed is None else seed_tensor(seed, x.device)
-    noised: Tensor = _AddNoise.apply(x, eps, noise_type, seed, keep, out_dtype)  # type: ignore[no-untyped-call]
+    noised: Tensor = _AddNoise.apply(x, eps, noise_type, seed, rows, out_dtype)  # type: ignore[no-untyped-call]
     return noised
 
 
@@ -186,7 +192,7 @@ def embedding_noise(
         table: (rows, width) embedding weights.
         ids: int64 or int32 indices, any shape.
         eps, noise_type, seed, out_dtype: as in `add_noise`; `out_dtype` is that of the noised rows.
-        keep: bool of ids' shape; rows where it is False get no noise.
+        keep: bool of ids' shape; rows where it is False get no noise and are not counted.
         padding_idx: row whose gradient is left out, as in torch.nn.Embedding.
         detach_noised: no gradient reaches the table through the noised rows (fairseq's classifier).
 
@@ -211,13 +217,13 @@ def embedding_noise(
             raise IndexError(
                 f"embedding_noise: index {low if low < 0 else high} is outside a table of {table.shape[0]} rows"
             )
-    _check_keep("embedding_noise", keep, ids.shape)
+    rows = _places("embedding_noise", keep, ids.shape)
     seed = fresh_seed(table.device) if seed is None else seed_tensor(seed, table.device)
     if padding_idx is None:
         padding_idx = -1
     elif padding_idx < 0:
         padding_idx += table.shape[0]
     clean, noised = _EmbeddingNoise.apply(  # type: ignore[no-untyped-call]
-        table, ids, eps, noise_type, seed, keep, out_dtype or table.dtype, padding_idx, detach_noised
+        table, ids, eps, noise_type, seed, rows, out_dtype or table.dtype, padding_idx, detach_noised
     )
     return clean, noised
