@@ -92,4 +92,24 @@ void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols,
 bool advise_huge_pages(void* address, int64_t bytes);
 
 }  // namespace cpu
+
+// The same operations on CUDA tensors. Work is queued on `stream` (a cudaStream_t) of `device`; nothing waits for it and
+// nothing is allocated. partial: room for one group of sums per chunk of the plan. Failures to launch throw
+// std::runtime_error naming the operation and the device.
+namespace cuda {
+
+// Devices that this build runs on; throws where the driver is too old for it.
+int device_count();
+
+void squared_norm(const Plan& plan, bool adaptive, double eta, double* partial, double* out, int device, void* stream);
+
+// squared_norm and sums (the six of PerturbSums) are in device memory.
+void sam_perturb(const Plan& plan, const Perturbation& how, const double* squared_norm, double* partial, double* sums,
+                 int device, void* stream);
+
+void sam_restore(const Plan& plan, int device, void* stream);
+
+void negate(const Plan& plan, int device, void* stream);
+
+}  // namespace cuda
 }  // namespace fastpost

@@ -86,6 +86,34 @@ void bind_cpu(py::module_ cpu) {
       py::arg("address"), py::arg("bytes"));
 }
 
+#ifdef FASTPOST_WITH_CUDA
+void bind_cuda(py::module_ cuda) {
+  cuda.def("device_count", &cuda::device_count);
+  cuda.def(
+      "squared_norm",
+      [](const Plan& plan, bool adaptive, double eta, Address partial, Address out, int device, Address stream) {
+        cuda::squared_norm(plan, adaptive, eta, as<double>(partial), as<double>(out), device, as(stream));
+      },
+      py::arg("plan"), py::arg("adaptive"), py::arg("eta"), py::arg("partial"), py::arg("out"), py::arg("device"),
+      py::arg("stream"), Released());
+  cuda.def(
+      "sam_perturb",
+      [](const Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, Address squared_norm, Address partial,
+         Address sums, int device, Address stream) {
+        cuda::sam_perturb(plan, {rho, adaptive, eta, seen_dtype}, as<double>(squared_norm), as<double>(partial),
+                          as<double>(sums), device, as(stream));
+      },
+      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("seen_dtype"), py::arg("squared_norm"),
+      py::arg("partial"), py::arg("sums"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "sam_restore", [](const Plan& plan, int device, Address stream) { cuda::sam_restore(plan, device, as(stream)); },
+      py::arg("plan"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "negate", [](const Plan& plan, int device, Address stream) { cuda::negate(plan, device, as(stream)); },
+      py::arg("plan"), py::arg("device"), py::arg("stream"), Released());
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -117,4 +145,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("TENSOR_ALIGNMENT") = kTensorAlignment;
 
   bind_cpu(m.def_submodule("cpu"));
+#ifdef FASTPOST_WITH_CUDA
+  bind_cuda(m.def_submodule("cuda"));
+#endif
 }

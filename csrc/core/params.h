@@ -1,6 +1,8 @@
 // Element functors of the parameter-list operations.
 #pragma once
 
+#include <math.h>
+
 #include "core/dtype.h"
 
 namespace fastpost {
@@ -11,6 +13,12 @@ inline namespace FASTPOST_ISA {
 struct SplitScale {
   float high, low;
 };
+
+FASTPOST_HD SplitScale split_scale(double scale) {
+  const int exponent = scale == 0 ? 0 : ilogb(scale);
+  const int kept = exponent < -100 ? -100 : exponent > 100 ? 100 : exponent;
+  return {static_cast<float>(ldexp(scale, kept - exponent)), static_cast<float>(ldexp(1.0, exponent - kept))};
+}
 
 FASTPOST_HD float perturbation(float g, SplitScale scale) { return g * scale.low * scale.high; }
 

@@ -58,13 +58,6 @@ double fold(const std::vector<double>& partial) {
   return total;
 }
 
-// double -> two floats whose product is the value as closely as one float can be, over the whole range of a norm.
-SplitScale split(double scale) {
-  const int exponent = scale == 0 ? 0 : std::ilogb(scale);
-  const int kept = std::max(-100, std::min(100, exponent));
-  return {static_cast<float>(std::ldexp(scale, kept - exponent)), static_cast<float>(std::ldexp(1.0, exponent - kept))};
-}
-
 }  // namespace
 
 double squared_norm(const Plan& plan, bool adaptive, double eta, int threads) {
@@ -85,7 +78,7 @@ PerturbSums sam_perturb(const Plan& plan, const Perturbation& how, double square
     });
     return {};
   }
-  const SplitScale scale = split(how.rho / std::sqrt(squared_norm));
+  const SplitScale scale = split_scale(how.rho / std::sqrt(squared_norm));
   const PerturbLoop loop{scale.high, scale.low, how.adaptive, static_cast<float>(how.eta), how.seen_dtype, stream};
   std::vector<double> partial(plan.chunks().size() * kPerturbSums);
   for_chunks(plan, threads, [&](int64_t index, const Chunk& chunk) {
