@@ -157,9 +157,9 @@ def quads(counter: Tensor, noise_type: str, seed: Tensor, dtype: torch.dtype) ->
         z = ((words >> 8) * 2 + 1 - (1 << 24)).double() * 2.0**-24
     else:
         # u is a float32, as in the compiled backends: the word is rounded, then one is added.
-        u = ((words[:, 0::2].float() + 1) * 2.0**-32).double()
+        u = ((words[..., 0::2].float() + 1) * 2.0**-32).double()
         radius = (-2 * u.log()).sqrt()
-        angle = (words[:, 1::2] >> 8).double() * (2.0**-24 * 2 * torch.pi)
+        angle = (words[..., 1::2] >> 8).double() * (2.0**-24 * 2 * torch.pi)
         z = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).reshape(words.shape)
     return z.to(dtype)
 
