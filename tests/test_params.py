@@ -335,7 +335,8 @@ def test_any_list_perturbs_like_the_reference_and_restores(lengths: list[int], d
         _, expected = perturb(theirs, grads, 0.05)
     for a, b, w in zip(mine, theirs, weights, strict=True):
         a, b, w = a.double(), b.double(), w.double()
-        assert (a - b).abs().le(torch.finfo(dtype).eps * (w.abs() + (b - w).abs()) + 1e-12).all()
+        # The last bit of the sum may differ, and e carries two more float32 roundings in the compiled core.
+        assert (a - b).abs().le(torch.finfo(dtype).eps * (b.abs() + 2 * (b - w).abs()) + 1e-12).all()
     assert sums["intended_sq"] == pytest.approx(expected["intended_sq"], rel=1e-5, abs=1e-30)
     ops.sam_restore_(mine, stash)
     assert all(same_bits(a, w) for a, w in zip(mine, weights, strict=True))
