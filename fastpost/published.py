@@ -6,10 +6,13 @@ itself. Benches, tests and `fastpost compare` share them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 class PublishedSAM:
@@ -82,3 +85,73 @@ def distributions_noise(x: Tensor, eps: float, noise_type: str) -> Tensor:
     else:
         sampler = torch.distributions.Normal(loc=0.0, scale=eps)
     return x + sampler.sample(sample_shape=x.shape).to(x)
+
+
+def fairseq_symmetric_kl(noised_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL in both directions as fairseq's R3F criteria write it: two kl_div over float32 softmaxes, summed over every
+    element, divided by the first dimension.
+
+    Args:
+        noised_logits, logits: (rows, classes) or (batch, time, classes).
+    """
+    noised_log, clean_log = (F.log_softmax(x, dim=-1, dtype=torch.float32) for x in (noised_logits, logits))
+    noised_p, clean_p = (F.softmax(x, dim=-1, dtype=torch.float32) for x in (noised_logits, logits))
+    forward = F.kl_div(noised_log, clean_p, reduction="sum")
+    backward = F.kl_div(clean_log, noised_p, reduction="sum")
+    return (forward + backward) / noised_logits.size(0)
+
+
+def r3f_sentence_loss(
+    model: Any, batch: dict[str, Tensor], eps: float, r3f_lambda: float, noise_type: str = "uniform"
+) -> Tensor:
+    """One loss as fairseq's `sentence_prediction_r3f` puts it together, for a transformers classifier.
+
+    The embeddings are looked up on their own, detached and noised; then both passes run, and the sums over the batch of
+    cross-entropy and KL are divided by its size.
+
+    Args:
+        model: returns `.logits` (batch, classes); takes `input_ids` or `inputs_embeds`.
+        batch: `input_ids`, `labels` (batch,) and what else the model takes.
+        eps, r3f_lambda, noise_type: as in `fastpost.R3F`.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in ("input_ids", "labels")}
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    noised_embeddings = distributions_noise(embeddings.detach().clone(), eps, noise_type)
+    logits = model(input_ids=batch["input_ids"], **inputs).logits
+    noised_logits = model(inputs_embeds=noised_embeddings, **inputs).logits
+    size = batch["labels"].numel()
+    log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    task = F.nll_loss(log_probabilities, batch["labels"], reduction="sum")
+    loss: Tensor = (task + r3f_lambda * size * fairseq_symmetric_kl(noised_logits, logits)) / size
+    return loss
+
+
+def spectral_norm_last(head: nn.Module) -> None:
+    """R4F as released: torch's power-iteration spectral norm, one step per training forward, on the head's last layer."""
+    last = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
+    nn.utils.spectral_norm(last)
+
+
+def gap_ascent(
+    model: Any, input_ids: Tensor, n_steps: int, lr: float = 5e-5, betas: tuple[float, float] = (0.9, 0.98)
+) -> tuple[dict[str, Tensor], list[float]]:
+    """GAP as released, without its evaluations: a copy of the state to come back to, then Adam on the loss times -1.
+
+    Args:
+        model: a transformers causal language model; left in eval mode (the release loads it with dropout 0).
+        input_ids: (1, T) without padding.
+
+    Returns:
+        The copied state_dict, and the text's loss before each step.
+    """
+    start = copy.deepcopy(model.state_dict())
+    model.eval()
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=betas)
+    losses = []
+    for _ in range(n_steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=input_ids, labels=input_ids).loss
+        (loss * -1).backward()
+        losses.append(loss.item())
+        optimizer.step()
+    return start, losses
