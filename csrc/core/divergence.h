@@ -73,11 +73,8 @@ struct RowSums {
   Real clean_delta, noised_delta;  // e_a delta, e_b delta
 };
 
-// One pair's addends.
-FASTPOST_HD void close_terms(float delta, float noised, float* excess, float* excess_delta) {
-  *excess = noised * expm1_small(delta);
-  *excess_delta = *excess * delta;
-}
+// e_a - e_b, or p - q with r in place of delta: never a difference of nearby numbers, and of the sign of its first argument.
+FASTPOST_HD float close_excess(float delta, float noised) { return noised * expm1_small(delta); }
 
 FASTPOST_HD float far_excess(float delta, float clean, float noised) {
   return select(fabsf(delta) < 0.5f, noised * expm1_small(delta), clean - noised);
@@ -104,37 +101,13 @@ FASTPOST_HD RowMoments<Real> row_moments(const RowSums<double>& sums) {
   return moments;
 }
 
-// One pair in the third pass.
-struct Pair {
-  float p, q, r, excess;  // excess = p - q, with the sign of r
-};
-
-FASTPOST_HD Pair close_pair(float r, float noised, float noised_scale) {
-  Pair pair;
-  pair.r = r;
-  pair.q = noised * noised_scale;
-  pair.excess = pair.q * expm1_small(r);
-  pair.p = pair.q + pair.excess;
-  return pair;
+// The gradients of kl_weight * J + ce_weight * cross-entropy, short of the -ce_weight at the label.
+FASTPOST_HD float clean_gradient(float p, float r, float excess, float clean_kl, float kl_weight, float ce_weight) {
+  return kl_weight * (p * (r - clean_kl) + excess) + ce_weight * p;
 }
 
-FASTPOST_HD Pair far_pair(float r, float clean, float noised, float clean_scale, float noised_scale) {
-  Pair pair;
-  pair.r = r;
-  pair.p = clean * clean_scale;
-  pair.q = noised * noised_scale;
-  pair.excess = select(fabsf(r) < 0.5f, pair.q * expm1_small(r), pair.p - pair.q);
-  return pair;
-}
-
-FASTPOST_HD float divergence_term(const Pair& pair) { return pair.excess * pair.r; }
-
-FASTPOST_HD float clean_gradient(const Pair& pair, float clean_kl, float kl_weight, float ce_weight) {
-  return kl_weight * (pair.p * (pair.r - clean_kl) + pair.excess) + ce_weight * pair.p;
-}
-
-FASTPOST_HD float noised_gradient(const Pair& pair, float noised_kl, float kl_weight) {
-  return -kl_weight * (pair.q * (pair.r + noised_kl) + pair.excess);
+FASTPOST_HD float noised_gradient(float q, float r, float excess, float noised_kl, float kl_weight) {
+  return -kl_weight * (q * (r + noised_kl) + excess);
 }
 
 }  // namespace FASTPOST_ISA

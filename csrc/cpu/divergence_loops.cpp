@@ -6,7 +6,14 @@
 namespace fastpost::cpu {
 namespace {
 
-constexpr int64_t kBlock = 1024;   // elements whose float sums are folded into float64
+// Elements whose float sums are folded into float64: about 16 additions a lane, or rounding shows in the gradients.
+#if defined(__AVX512F__)
+constexpr int64_t kBlock = 256;
+#elif defined(__AVX__)
+constexpr int64_t kBlock = 128;
+#else
+constexpr int64_t kBlock = 64;
+#endif
 constexpr int64_t kNarrow = 1024;  // below this many columns differences and sums are float64
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -27,7 +34,7 @@ RowExtent extent_of(const T* a, const T* b, int64_t n) {
 }
 
 template <class T, class Real, bool close>
-RowSums<double> sums_of(const T* a, const T* b, int64_t n, const RowShift<Real>& shift) {
+RowSums<double> sums_of(const T* a, const T* b, int64_t n, const RowShift<Real> shift) {
   RowSums<double> total = {};
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = least(n, begin + kBlock);
@@ -40,10 +47,9 @@ RowSums<double> sums_of(const T* a, const T* b, int64_t n, const RowShift<Real>&
       noised += eb;
       noised_delta += eb * delta;
       if constexpr (close) {
-        float more, more_delta;
-        close_terms(delta, eb, &more, &more_delta);
+        const float more = close_excess(delta, eb);
         excess += more;
-        excess_delta += more_delta;
+        excess_delta += more * delta;
       } else {
         const float ea = exp_nonpositive(x - shift.clean_max);
         clean += ea;
@@ -66,8 +72,8 @@ RowSums<double> sums_of(const T* a, const T* b, int64_t n, const RowShift<Real>&
 
 // The scaled gradients, and the row's value. Without gradients (write off) only the value.
 template <class T, class Real, bool close, bool write>
-double finish_row(const T* a, const T* b, T* grad_clean, T* grad_noised, int64_t n, const RowShift<Real>& shift,
-                  const RowMoments<Real>& moments, float kl_weight, float ce_weight) {
+double finish_row(const T* a, const T* b, T* grad_clean, T* grad_noised, int64_t n, const RowShift<Real> shift,
+                  const RowMoments<Real> moments, float kl_weight, float ce_weight) {
   double value = 0;
   T unwanted[write ? kBlock : 1];  // where a gradient that nobody asked for goes
   for (int64_t begin = 0; begin < n; begin += kBlock) {
@@ -81,16 +87,19 @@ double finish_row(const T* a, const T* b, T* grad_clean, T* grad_noised, int64_t
     for (int64_t i = 0; i < m; ++i) {
       const float xi = to_float(x[i]), yi = to_float(y[i]);
       const float r = static_cast<float>(centred(xi, yi, shift) - moments.log_ratio);
-      const float eb = exp_nonpositive(yi - shift.noised_max);
-      Pair pair;
-      if constexpr (close)
-        pair = close_pair(r, eb, moments.noised_scale);
-      else
-        pair = far_pair(r, exp_nonpositive(xi - shift.clean_max), eb, moments.clean_scale, moments.noised_scale);
-      sum += divergence_term(pair);
+      const float q = exp_nonpositive(yi - shift.noised_max) * moments.noised_scale;
+      float p, excess;
+      if constexpr (close) {
+        excess = close_excess(r, q);
+        p = q + excess;
+      } else {
+        p = exp_nonpositive(xi - shift.clean_max) * moments.clean_scale;
+        excess = far_excess(r, p, q);
+      }
+      sum += excess * r;
       if constexpr (write) {
-        dx[i] = from_float<T>(clean_gradient(pair, moments.clean_kl, kl_weight, ce_weight));
-        dy[i] = from_float<T>(noised_gradient(pair, moments.noised_kl, kl_weight));
+        dx[i] = from_float<T>(clean_gradient(p, r, excess, moments.clean_kl, kl_weight, ce_weight));
+        dy[i] = from_float<T>(noised_gradient(q, r, excess, moments.noised_kl, kl_weight));
       }
     }
     value += sum;
@@ -175,11 +184,9 @@ void divergence_row(const DivergenceRow& row, const T* a, const T* b, double* kl
   if (grad_clean == nullptr) return;
   // p - 1 at the label, from the logarithm so that a confident row keeps its digits.
   const float r = static_cast<float>(centred(clean_label, noised_label, shift) - moments.log_ratio);
-  const float eb = exp_nonpositive(noised_label - shift.noised_max);
-  const Pair pair =
-      close ? close_pair(r, eb, moments.noised_scale)
-            : far_pair(r, exp_nonpositive(clean_label - shift.clean_max), eb, moments.clean_scale, moments.noised_scale);
-  const float divergence = clean_gradient(pair, moments.clean_kl, kl_weight, 0.0f);
+  const float p = exp_nonpositive(clean_label - shift.clean_max) * moments.clean_scale;
+  const float q = exp_nonpositive(noised_label - shift.noised_max) * moments.noised_scale;
+  const float divergence = clean_gradient(p, r, far_excess(r, p, q), moments.clean_kl, kl_weight, 0.0f);
   grad_clean[row.label] = from_float<T>(divergence + static_cast<float>(row.ce_weight * expm1(-*ce)));
 }
 
