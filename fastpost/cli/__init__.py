@@ -1,0 +1,44 @@
+"""The command line: `fastpost compare | bench | doctor`, also `python -m fastpost`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from fastpost.errors import unknown
+
+COMMANDS = {
+    "compare": "post-train real models by every method, beside the published formulas",
+    "bench": "time the operations beside their floors and the published formulas",
+    "doctor": "say what works on this machine, and what to do about what does not",
+}
+# What the commands need beyond fastpost's own requirements.
+_EXTRA = ("transformers", "rich", "matplotlib", "yaml", "tokenizers")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; returns its exit code. Only the module of that command is imported."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        listed = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+        print(f"usage: fastpost COMMAND [options]\n\n{listed}\n\n`fastpost COMMAND --help` shows a command's options.")
+        return 0 if arguments else 2
+    command = arguments.pop(0)
+    if command == "--version":
+        from fastpost import __version__
+
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        print(f"fastpost: error: {unknown('command', command, COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        module = importlib.import_module(f"fastpost.cli.{command}")
+        return int(module.main(arguments))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in _EXTRA:
+            raise
+        print(f"fastpost {command} needs {error.name}. Run: pip install 'fastpost[cli]'", file=sys.stderr)
+        return 2

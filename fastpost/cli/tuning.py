@@ -48,7 +48,7 @@ def packaged_model() -> Path:
     except importlib.metadata.PackageNotFoundError:
         files = []
     for file in files:
-        if file.name == "config.json":
+        if file.name == "model.safetensors":
             folder = Path(str(file.locate())).parent
             if folder.is_dir():
                 return folder
