@@ -1,15 +1,105 @@
-"""Tensors on any device that Triton compiles for."""
+"""Tensors on any device that Triton compiles for; CPU tensors through Triton's interpreter, for tests."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from fastpost.plan import Bucket
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def status() -> tuple[bool, str]:
-    """Availability, and the reason why not."""
-    return False, "this version of fastpost holds no Triton kernels yet."
+    """Availability, and the device in use or the reason why not."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed (`pip install triton`)."
+    if _interpreted():
+        return True, "Triton's interpreter on the CPU (TRITON_INTERPRET=1): right, and very slow"
+    for device in ("cuda", "xpu"):
+        if getattr(torch, device).is_available():
+            return True, f"Triton on {device}: {getattr(torch, device).get_device_name()}"
+    return False, "torch sees no GPU that Triton compiles for; TRITON_INTERPRET=1 runs the kernels on the CPU, for tests."
 
 
 def refuses(op: str, device: str, dtype: torch.dtype, walkable: bool) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    return "has no such operation"
+    if op not in globals():
+        return "has no such operation"
+    if device == "cpu" and not _interpreted():
+        return "serves GPU tensors (CPU tensors only under TRITON_INTERPRET=1)"
+    if dtype not in _DTYPES:
+        return f"serves {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}"
+    if not walkable:
+        return "the tensors' memory cannot be walked in step (mixed dtypes or strides that differ)"
+    return None
+
+
+def _kernels(family: str) -> Any:
+    return importlib.import_module(f"fastpost.triton_kernels.{family}")
+
+
+def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
+    weights = bucket.weights if eta is not None else None
+    total: Tensor = _kernels("params").squared_norm(bucket.grads, weights, eta or 0.0, bucket.streams)
+    return total
+
+
+def sam_perturb_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
+    sums: Tensor = _kernels("params").sam_perturb_(
+        bucket.weights, bucket.grads, bucket.stash, squared, rho, eta, seen_dtype, bucket.streams
+    )
+    return sums
+
+
+def sam_restore_(bucket: Bucket) -> None:
+    _kernels("params").sam_restore_(bucket.weights, bucket.stash, bucket.streams)
+
+
+def negate_(bucket: Bucket) -> None:
+    _kernels("params").flip_(bucket.grads, None, bucket.streams)
+
+
+def flip_signs_(bucket: Bucket, seed: Tensor) -> None:
+    _kernels("params").flip_(bucket.grads, seed, bucket.streams)
+
+
+def negate_norm_(bucket: Bucket) -> Tensor:
+    squared = squared_norm(bucket, None)
+    negate_(bucket)
+    return squared
+
+
+def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
+    norm = squared.sqrt()
+    clips = torch.isfinite(norm) & (norm > max_norm)
+    factor = torch.where(clips, -max_norm / norm, torch.full_like(norm, -1.0))
+    _kernels("params").scale_(bucket.grads, factor, bucket.streams)
+
+
+def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    _kernels("noise").add_noise(x, out, eps, noise_type, seed, rows.contiguous() if rows is not None else None)
+    return out
+
+
+def embedding_noise(
+    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if table.stride(-1) != 1:
+        table = table.contiguous()
+    clean = torch.empty((*ids.shape, table.shape[1]), dtype=table.dtype, device=table.device)
+    noised = torch.empty(clean.shape, dtype=out_dtype, device=table.device)
+    rows = rows.contiguous() if rows is not None else None
+    _kernels("noise").embedding_noise(table, ids.long().contiguous(), clean, noised, eps, noise_type, seed, rows)
+    return clean, noised

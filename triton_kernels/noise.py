@@ -1,0 +1,123 @@
+"""Noise on activations and at the embedding: drawn from (seed, number of the element), never stored."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .numerics import philox_words, round_to, uniform_from_word
+
+_QUADS = 256  # Philox calls of a program, four elements each
+
+
+@triton.jit
+def _radius(word):
+    """sqrt(-2 ln u) for u = (word + 1) / 2^32, rounded to float32 first."""
+    u = (word.to(tl.float32) + 1.0) * 2.3283064365386963e-10
+    shifted = u.to(tl.int32, bitcast=True) - 0x3F3504F3
+    exponent = shifted >> 23
+    m = ((shifted & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
+    f = m - 1.0
+    s = tl.div_rn(f, m + 1.0)
+    z = s * s
+    tail = z * (0.666666687 + z * (0.400000006 + z * (0.285714269 + z * 0.227783203)))
+    half = 0.5 * f * f
+    ln_m = f - (half - s * (half + tail))
+    e = exponent.to(tl.float32)
+    return tl.sqrt_rn(-2.0 * (e * 0.693145752 + (e * 1.42860677e-06 + ln_m)))
+
+
+@triton.jit
+def _circle(word):
+    """(cos 2 pi u, sin 2 pi u) for u = (word >> 8) / 2^24; the quadrant comes off exactly, in integers."""
+    turn = word >> 8
+    quadrant = (turn + 2097152) >> 22
+    rest = turn.to(tl.int32) - (quadrant << 22).to(tl.int32)
+    x = rest.to(tl.float32) * 5.9604644775390625e-08 * 6.28318548
+    y = x * x
+    s = x + x * y * (-0.166666552 + y * (0.00833215564 + y * -0.000195152956))
+    c = 1.0 + y * (-0.5 + y * (0.0416666456 + y * (-0.00138873153 + y * 2.44331568e-05)))
+    odd = (quadrant & 1) != 0
+    sine = tl.where(odd, c, s)
+    cosine = tl.where(odd, s, c)
+    return tl.where(((quadrant + 1) & 2) != 0, -cosine, cosine), tl.where((quadrant & 2) != 0, -sine, sine)
+
+
+@triton.jit
+def _noise_kernel(
+    source,
+    ids,
+    rows,
+    seed,
+    clean,
+    noised,
+    width,
+    stride,
+    eps,
+    dtype: tl.constexpr,
+    normal: tl.constexpr,
+    has_ids: tl.constexpr,
+    has_rows: tl.constexpr,
+    QUADS: tl.constexpr,
+):
+    # One program: a stretch of one row. Element c of the row takes number (row's number) * width + c, four to a quad, so a
+    # row may begin and end inside a quad.
+    row = tl.program_id(0).to(tl.int64)
+    line = tl.load(ids + row) if has_ids else row
+    number = tl.load(rows + row) if has_rows else row
+    first = tl.maximum(number, 0) * width
+    quad = first // 4 + tl.program_id(1).to(tl.int64) * QUADS + tl.arange(0, QUADS)
+    w0, w1, w2, w3 = philox_words(tl.load(seed), quad, tl.program_id(0) * 0)
+    if normal:
+        r0 = _radius(w0)
+        r2 = _radius(w2)
+        cosine0, sine0 = _circle(w1)
+        cosine2, sine2 = _circle(w3)
+        z = tl.interleave(tl.interleave(r0 * cosine0, r2 * cosine2), tl.interleave(r0 * sine0, r2 * sine2))
+    else:
+        words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+        z = uniform_from_word(words)
+    start = tl.program_id(1).to(tl.int64) * (4 * QUADS) - first % 4
+    column = start + tl.arange(0, 4 * QUADS)
+    inside = (column >= 0) & (column < width)
+    raw = tl.load(source + line * stride + column, mask=inside, other=0.0)
+    if has_ids:
+        tl.store(clean + row * width + column, raw, mask=inside)
+    x = raw.to(tl.float32)
+    x = tl.where(number >= 0, x + eps * z, x)
+    tl.store(noised + row * width + column, round_to(x, dtype), mask=inside)
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _launch(
+    source: Tensor, ids: Tensor | None, rows: Tensor | None, seed: Tensor, clean: Tensor | None, noised: Tensor,
+    n_rows: int, width: int, stride: int, eps: float, noise_type: str,
+) -> None:  # fmt: skip
+    if n_rows and width:
+        # Rows may start three elements into a quad. Without FMA fusion fl(x + fl(eps z)) is the same bits everywhere.
+        grid = (n_rows, triton.cdiv(width + 3, 4 * _QUADS))
+        _noise_kernel[grid](
+            source, ids if ids is not None else seed, rows if rows is not None else seed, seed,
+            clean if clean is not None else noised, noised, width, stride, eps, _TYPES[noised.dtype],
+            noise_type == "normal", ids is not None, rows is not None, QUADS=_QUADS, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def add_noise(x: Tensor, out: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None) -> None:
+    """out = x + eps z. x and out are contiguous; rows: int64 numbers of x's rows (negative: no noise), or None."""
+    if rows is None:
+        _launch(x, None, None, seed, None, out, 1, x.numel(), x.numel(), eps, noise_type)
+    else:
+        width = x.shape[-1]
+        _launch(x, None, rows, seed, None, out, rows.numel(), width, width, eps, noise_type)
+
+
+def embedding_noise(
+    table: Tensor, ids: Tensor, clean: Tensor, noised: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None
+) -> None:
+    """clean = table[ids], noised = clean + eps z; each row of the table is read once."""
+    _launch(table, ids, rows, seed, clean, noised, ids.numel(), table.shape[1], table.stride(0), eps, noise_type)

@@ -1,0 +1,58 @@
+"""Arithmetic shared by all Triton kernels: the same polynomials and the same rounding as csrc/core, so that backends agree.
+
+Everything is computed in float32 from values that were cast after loading: Triton's interpreter would otherwise calculate
+on the raw bits of bfloat16. Stores round with integer operations, to nearest even, because the interpreter truncates.
+"""
+
+import triton
+import triton.language as tl
+
+CHUNK = tl.constexpr(65536)  # elements; where reductions are cut, as in csrc/core/plan.h
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 to a narrower type, to nearest even; NaNs stay NaNs."""
+    if dtype == tl.bfloat16:
+        u = x.to(tl.uint32, bitcast=True)
+        rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
+        quiet = (u >> 16) | 0x40
+        half = tl.where((u & 0x7FFFFFFF) > 0x7F800000, quiet, rounded)
+        return half.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def exp_nonpositive(x):
+    """e^x for x <= 0 and NaN, within 1 ulp; 0 below -87.33, where the result leaves float's normal range."""
+    shifted = x * 1.44269502 + 12583039.0  # 1.5 * 2^23 + 127: the last bits become an exponent field
+    n = shifted - 12583039.0
+    f = (x - n * 0.693145752) - n * 1.42860677e-06
+    tail = 0.49999994 + f * (0.166665196 + f * (0.0416684002 + f * (0.00836885069 + f * 0.00138143206)))
+    scale = (shifted.to(tl.uint32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x < -87.33, 0.0, (1.0 + (f + f * f * tail)) * scale)
+
+
+@triton.jit
+def expm1_small(x):
+    """e^x - 1 for abs(x) <= 0.5, within 1 ulp; of the sign of x, and 0 at 0."""
+    tail = 0.50000006 + x * (
+        0.166666642 + x * (0.0416653603 + x * (0.00833357871 + x * (0.00139961764 + x * 0.000198498106)))
+    )
+    return x + x * x * tail
+
+
+@triton.jit
+def philox_words(seed, counter, stream):
+    """Philox4x32-10 with a 64-bit counter and the tensor's index as third word; `counter` is int64."""
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)
+    high = (counter >> 32).to(tl.uint32)
+    third = low * 0 + stream.to(tl.uint32)
+    return tl.philox(seed, low, high, third, low * 0)
+
+
+@triton.jit
+def uniform_from_word(word):
+    """An odd multiple of 2^-24 in (-1, 1), exact in float32."""
+    return (((word >> 8) * 2 + 1).to(tl.int32) - 16777216).to(tl.float32) * 5.9604644775390625e-08

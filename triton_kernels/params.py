@@ -1,0 +1,236 @@
+"""Parameter lists: norm, perturb, restore, sign flips.
+
+A table of addresses in device memory lets one launch walk a whole list.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .numerics import CHUNK, philox_words, round_to
+
+SUMS = 6  # e.e, s.s, e.s, v.v, e.v, changed
+_BLOCK = 2048
+
+
+def chunk_table(columns: list[list[Tensor]], streams: list[int]) -> tuple[Tensor, bool]:
+    """One row (addresses of the columns, length, tensor's index, first element) per chunk of 65,536 elements.
+
+    Returns:
+        int64 tensor of shape (chunks, len(columns) + 3) on the tensors' device, and whether every address lies on 16 bytes.
+    """
+    rows = []
+    size = columns[0][0].element_size()
+    for i, tensor in enumerate(columns[0]):
+        addresses = [column[i].data_ptr() for column in columns]
+        for begin in range(0, tensor.numel(), CHUNK.value):
+            length = min(CHUNK.value, tensor.numel() - begin)
+            rows.append([*(a + begin * size for a in addresses), length, streams[i], begin])
+    aligned = all(a % 16 == 0 for row in rows for a in row[: len(columns)])
+    table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(columns) + 3)
+    return table.to(columns[0][0].device, non_blocking=True), aligned
+
+
+@triton.jit
+def _pointer(table, column: tl.constexpr, width: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr):
+    address = tl.load(table + tl.program_id(0).to(tl.int64) * width + column)
+    pointer = address.to(tl.pointer_type(dtype))
+    if aligned:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _squared_norm_kernel(
+    table, partial, eta, dtype: tl.constexpr, adaptive: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr
+):
+    width: tl.constexpr = 5 if adaptive else 4
+    g = _pointer(table, 0, width, dtype, aligned)
+    if adaptive:
+        w = _pointer(table, 1, width, dtype, aligned)
+    length = tl.load(table + tl.program_id(0).to(tl.int64) * width + (width - 3))
+    total = tl.zeros((BLOCK,), dtype=tl.float64)
+    for begin in range(0, length, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        x = tl.load(g + i, mask=i < length, other=0.0).to(tl.float32).to(tl.float64)
+        if adaptive:
+            x *= tl.abs(tl.load(w + i, mask=i < length, other=0.0).to(tl.float32)).to(tl.float64) + eta
+        total += x * x
+    tl.store(partial + tl.program_id(0), tl.sum(total, axis=0))
+
+
+@triton.jit
+def _sam_perturb_kernel(
+    table,
+    partial,
+    scale,
+    eta,
+    dtype: tl.constexpr,
+    seen: tl.constexpr,
+    adaptive: tl.constexpr,
+    aligned: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    w = _pointer(table, 0, 6, dtype, aligned)
+    g = _pointer(table, 1, 6, dtype, aligned)
+    stash = _pointer(table, 2, 6, dtype, aligned)
+    length = tl.load(table + tl.program_id(0).to(tl.int64) * 6 + 3)
+    # Two factors, the second a power of two, hold a scale that float32 alone could not; 0 means that nothing moves.
+    high = tl.load(scale)
+    low = tl.load(scale + 1)
+    ee = tl.zeros((BLOCK,), dtype=tl.float32)
+    ss = ee
+    es = ee
+    vv = ee
+    ev = ee
+    changed = ee
+    for begin in range(0, length, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        inside = i < length
+        raw = tl.load(w + i, mask=inside, other=0.0)
+        tl.store(stash + i, raw, mask=inside)
+        if high != 0.0:
+            before = raw.to(tl.float32)
+            e = tl.load(g + i, mask=inside, other=0.0).to(tl.float32) * low * high
+            if adaptive:
+                t = tl.abs(before) + eta
+                e = e * t * t
+            e = tl.where(inside, e, 0.0)
+            written = round_to(before + e, dtype)
+            after = written.to(tl.float32)
+            s = after - before
+            v = round_to(after, seen).to(tl.float32) - round_to(before, seen).to(tl.float32)
+            tl.store(w + i, written, mask=inside)
+            ee += e * e
+            ss += s * s
+            es += e * s
+            vv += v * v
+            ev += e * v
+            changed += tl.where(s != 0.0, 1.0, 0.0)
+    at = partial + tl.program_id(0).to(tl.int64) * 6
+    tl.store(at, tl.sum(ee.to(tl.float64), axis=0))
+    tl.store(at + 1, tl.sum(ss.to(tl.float64), axis=0))
+    tl.store(at + 2, tl.sum(es.to(tl.float64), axis=0))
+    tl.store(at + 3, tl.sum(vv.to(tl.float64), axis=0))
+    tl.store(at + 4, tl.sum(ev.to(tl.float64), axis=0))
+    tl.store(at + 5, tl.sum(changed.to(tl.float64), axis=0))
+
+
+@triton.jit
+def _restore_kernel(table, bits: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr):
+    w = _pointer(table, 0, 5, bits, aligned)
+    stash = _pointer(table, 1, 5, bits, aligned)
+    length = tl.load(table + tl.program_id(0).to(tl.int64) * 5 + 2)
+    for begin in range(0, length, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        tl.store(w + i, tl.load(stash + i, mask=i < length), mask=i < length)
+
+
+@triton.jit
+def _flip_kernel(
+    table, seed, bits: tl.constexpr, sign: tl.constexpr, random: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = table + tl.program_id(0).to(tl.int64) * 4
+    g = _pointer(table, 0, 4, bits, aligned)
+    length = tl.load(row + 1)
+    for begin in range(0, length, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        x = tl.load(g + i, mask=i < length, other=0)
+        if random:
+            element = tl.load(row + 3) + i
+            w0, w1, w2, w3 = philox_words(tl.load(seed), element // 128, tl.load(row + 2))
+            which = (element % 128) // 32
+            word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
+            flip = ((word >> (element % 32).to(tl.uint32)) & 1) != 0
+            x = tl.where(flip, x ^ sign, x)
+        else:
+            x = x ^ sign
+        tl.store(g + i, x, mask=i < length)
+
+
+@triton.jit
+def _scale_kernel(table, factor, dtype: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr):
+    g = _pointer(table, 0, 4, dtype, aligned)
+    length = tl.load(table + tl.program_id(0).to(tl.int64) * 4 + 1)
+    by = tl.load(factor)
+    for begin in range(0, length, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        x = tl.load(g + i, mask=i < length, other=0.0).to(tl.float32).to(tl.float64)
+        tl.store(g + i, round_to((x * by).to(tl.float32), dtype), mask=i < length)
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _bits(dtype: torch.dtype) -> tuple[tl.dtype, int]:
+    """The integer type of an element's width, and its sign bit as a value of that type."""
+    return (tl.int32, -(1 << 31)) if dtype.itemsize == 4 else (tl.int16, -(1 << 15))
+
+
+def squared_norm(grads: list[Tensor], weights: list[Tensor] | None, eta: float, streams: list[int]) -> Tensor:
+    """Float64 scalar: sum of g^2, or of ((abs(w) + eta) g)^2. One partial sum per chunk, folded in order of the chunks."""
+    columns = [grads] if weights is None else [grads, weights]
+    table, aligned = chunk_table(columns, streams)
+    partial = torch.zeros(len(table), dtype=torch.float64, device=table.device)
+    if len(table):
+        _squared_norm_kernel[(len(table),)](
+            table, partial, eta, _TYPES[grads[0].dtype], weights is not None, aligned, BLOCK=_BLOCK, num_warps=8
+        )
+    return partial.sum()
+
+
+def sam_perturb_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    stash: list[Tensor],
+    squared: Tensor,
+    rho: float,
+    eta: float | None,
+    seen: torch.dtype,
+    streams: list[int],
+) -> Tensor:
+    """stash = w, w = w + e; returns the six sums in float64. Nothing waits for the device."""
+    table, aligned = chunk_table([weights, grads, stash], streams)
+    partial = torch.zeros((len(table), SUMS), dtype=torch.float64, device=table.device)
+    if len(table):
+        _sam_perturb_kernel[(len(table),)](
+            table, partial, _split(squared, rho), eta or 0.0, _TYPES[weights[0].dtype], _TYPES[seen], eta is not None,
+            aligned, BLOCK=_BLOCK, num_warps=8,
+        )  # fmt: skip
+    return partial.sum(dim=0)
+
+
+def sam_restore_(weights: list[Tensor], stash: list[Tensor], streams: list[int]) -> None:
+    """w = stash, bit for bit."""
+    table, aligned = chunk_table([weights, stash], streams)
+    if len(table):
+        _restore_kernel[(len(table),)](table, _bits(weights[0].dtype)[0], aligned, BLOCK=_BLOCK, num_warps=8)
+
+
+def flip_(grads: list[Tensor], seed: Tensor | None, streams: list[int]) -> None:
+    """Flips every sign bit, or with a seed those that its Philox bits choose."""
+    table, aligned = chunk_table([grads], streams)
+    if len(table):
+        bits, sign = _bits(grads[0].dtype)
+        given = table if seed is None else seed
+        _flip_kernel[(len(table),)](table, given, bits, sign, seed is not None, aligned, BLOCK=_BLOCK, num_warps=8)
+
+
+def scale_(grads: list[Tensor], factor: Tensor, streams: list[int]) -> None:
+    """g = factor * g, with the factor in device memory (float64, one element)."""
+    table, aligned = chunk_table([grads], streams)
+    if len(table):
+        _scale_kernel[(len(table),)](table, factor, _TYPES[grads[0].dtype], aligned, BLOCK=_BLOCK, num_warps=8)
+
+
+def _split(squared: Tensor, rho: float) -> Tensor:
+    """rho / sqrt(squared) as two float32 factors, the second a power of two; (0, 0) where nothing may move."""
+    scale = rho / squared.double().sqrt()
+    moves = torch.isfinite(squared) & (squared > 0) & (rho != 0)
+    mantissa, exponent = torch.frexp(torch.where(moves, scale, torch.ones_like(scale)))
+    kept = exponent.clamp(-100, 100)
+    pair = torch.stack((torch.ldexp(mantissa, kept), torch.ldexp(torch.ones_like(mantissa), exponent - kept)))
+    return torch.where(moves, pair, torch.zeros_like(pair)).float()
