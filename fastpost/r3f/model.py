@@ -68,7 +68,9 @@ class R3F:
     bit.
 
     What moves the outputs: with dropout on and dropout="independent", the masks of the two passes differ, and at eps =
-    1e-5 that difference is all there is (R3F then acts like R-Drop); with dropout off or shared, the KL falls as eps^2.
+    1e-5 that difference is all there is (R3F then acts like R-Drop); with dropout off or shared, the KL and its gradient
+    fall as eps^2. (But for the embedding table's gradient under detach_noised_embedding, which falls as eps: there the
+    noised branch is frozen.)
 
     Args:
         eps: scale of the noise in the units of the embeddings, >= 0.
@@ -377,9 +379,16 @@ def _check_labels(labels: Tensor, classes: int | None, ignore_index: int) -> Non
 
 
 def _give_decoder_inputs(root: Any, inputs: dict[str, Any], labels: Tensor) -> None:
-    """An encoder-decoder makes its decoder's inputs from labels, which it is not given here."""
-    if not is_encoder_decoder(root) or labels.ndim != 2:
-        return  # labels of one dimension: a classifier on an encoder-decoder, which needs none
+    """An encoder-decoder makes its decoder's inputs from labels, which it is not given here.
+
+    Nor, without labels, would it know that it need not fill a cache for generation.
+    """
+    if not is_encoder_decoder(root):
+        return
+    if "use_cache" in inspect.signature(root.forward).parameters:
+        inputs.setdefault("use_cache", False)
+    if labels.ndim != 2:
+        return  # a classifier on an encoder-decoder, which makes its decoder's inputs from the encoder's
     if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
         return
     for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):

@@ -1,0 +1,666 @@
+"""R3F on whole models: what must be exactly zero, what must be equal, and the published criteria as oracles."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastpost import R3F, R3FOutput
+from fastpost.ops.noise import add_noise
+from fastpost.r3f.noise import find_embedding
+from tests.conftest import same_bits
+from tests.tiny import VOCABULARY, Batch, batch_for, build, gradients, pad
+
+KINDS = ("sequence", "tokens", "causal", "seq2seq")
+ALL_KINDS = (*KINDS, "roberta", "masked_lm", "llama", "t5", "decoder", "seq2seq_sequence")
+FORWARDS = ("two_pass", "double_batch")
+
+
+class Count:
+    """Counts forward passes of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.calls = 0
+        module.register_forward_pre_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self.calls += 1
+
+
+def untouched(model: nn.Module) -> bool:
+    return all(not m._forward_hooks and "forward" not in m.__dict__ for m in model.modules())
+
+
+def trained_as_here(kind: str) -> Batch:
+    """T5 fills its cache for generation even while it trains, which rounds otherwise; R3F, like BART, does not."""
+    return {**batch_for(kind), **({"use_cache": False} if kind == "t5" else {})}
+
+
+# -- nothing added --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_lambda_zero_is_plain_fine_tuning_bit_for_bit(kind: str) -> None:
+    trained = []
+    for r3f in (None, R3F(r3f_lambda=0)):
+        model, batch = build(kind, dropout=0.1), trained_as_here(kind)
+        passes = Count(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        torch.manual_seed(3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = model(**batch).loss if r3f is None else r3f(model, **batch).loss
+            loss.backward()
+            optimizer.step()
+        assert passes.calls == 3
+        trained.append(copy.deepcopy(model.state_dict()))
+    assert all(same_bits(trained[0][name], trained[1][name]) for name in trained[0])
+    start = build(kind, dropout=0.1).state_dict()
+    assert any(not torch.equal(start[name], trained[0][name]) for name in start)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_eval_mode_is_the_plain_loss(kind: str) -> None:
+    model, batch = build(kind, dropout=0.1).eval(), trained_as_here(kind)
+    passes = Count(model)
+    before = torch.get_rng_state()
+    out = R3F(eps=0.1)(model, **batch)
+    assert passes.calls == 1
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same_bits(out.loss, model(**batch).loss)
+    assert float(out.symm_kl) == 0
+    assert out.logits is not None
+    assert same_bits(out.logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("grad", ["both", "noised", "clean"])
+def test_no_noise_and_shared_dropout_give_exactly_zero(kind: str, grad: str) -> None:
+    model, batch = build(kind, dropout=0.2), batch_for(kind)
+    found = []
+    for weight in (1.0, 1e6):
+        torch.manual_seed(8)
+        out = R3F(eps=0.0, r3f_lambda=weight, dropout="shared", grad=grad)(model, **batch)
+        assert float(out.symm_kl) == 0
+        assert float(out.loss.detach()) == float(out.task_loss)
+        found.append(gradients(model, out.loss))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    # and the masks do matter: drawn independently, the two passes differ
+    assert float(R3F(eps=0.0)(model, **batch).symm_kl) > 1e-5
+
+
+def test_shared_dropout_leaves_the_generator_after_one_pass() -> None:
+    model, batch = build("sequence", dropout=0.2), batch_for("sequence")
+    torch.manual_seed(8)
+    R3F(eps=1e-3, dropout="shared", seed=1)(model, **batch)
+    after = torch.get_rng_state()
+    torch.manual_seed(8)
+    model(**batch)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+# -- how large it is ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kl_falls_as_the_square_of_eps(kind: str) -> None:
+    model, batch = build(kind, dtype=torch.float64), batch_for(kind)
+    kl = [float(R3F(eps=eps, seed=4)(model, **batch).symm_kl) for eps in (1e-2, 1e-3, 1e-4)]
+    assert kl[2] > 0
+    assert kl[0] / kl[1] == pytest.approx(100, rel=0.1)
+    assert kl[1] / kl[2] == pytest.approx(100, rel=0.01)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize(("grad", "power"), [("both", 2), ("noised", 1), ("clean", 1)])
+def test_gradient_of_the_kl_falls_as_eps_squared_only_with_both_branches(grad: str, power: int, detach: bool) -> None:
+    model, batch = build("sequence", dtype=torch.float64), batch_for("sequence")
+    plain = gradients(model, R3F(r3f_lambda=0)(model, **batch).loss)
+    table, others = [], []
+    for eps in (1e-2, 1e-3):
+        r3f = R3F(eps, 1e4, grad=grad, seed=4, detach_noised_embedding=detach)
+        with_kl = gradients(model, r3f(model, **batch).loss)
+        squares = {n: float((with_kl[n] - plain[n]).square().sum()) for n in plain}
+        table.append(math.sqrt(squares.pop("bert.embeddings.word_embeddings.weight")))
+        others.append(math.sqrt(sum(squares.values())))
+    assert others[0] / others[1] == pytest.approx(10**power, rel=0.1)
+    if detach and grad == "noised":
+        assert table[0] == 0  # frozen in the one branch, detached in the other
+    else:  # the detached table sees one branch only, whatever `grad` says
+        assert table[0] / table[1] == pytest.approx(10 if detach else 10**power, rel=0.1)
+
+
+# -- the published criteria -----------------------------------------------------------------------------------------------
+
+
+def numbers(batch: Batch, width: int, eps: float, noise_type: str, seed: int) -> Tensor:
+    """The noise of one step, from the reference's sequence; at padding something else, as fairseq does too."""
+    mask = batch["attention_mask"].bool()
+    z = torch.full((*mask.shape, width), 0.3, dtype=torch.float64)
+    drawn = add_noise(torch.zeros(int(mask.sum()) * width, dtype=torch.float64), eps, noise_type, seed=seed)
+    z[mask] = drawn.view(-1, width)
+    return z
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    return logits - logits.exp().sum(-1, keepdim=True).log()
+
+
+def fairseq_kl(clean: Tensor, noised: Tensor) -> Tensor:
+    """Sum over everything of p (log p - log q) + q (log q - log p)."""
+    p, q = log_probabilities(clean), log_probabilities(noised)
+    return (p.exp() * (p - q)).sum() + (q.exp() * (q - p)).sum()
+
+
+@pytest.mark.parametrize("noise_type", ["uniform", "normal"])
+def test_sentence_prediction_r3f(noise_type: str) -> None:
+    """fairseq's classifier: the noised embeddings are detached, both terms are per sentence."""
+    model, batch = build("sequence", dtype=torch.float64), batch_for("sequence")
+    eps, weight, seed = 0.05, 0.7, 77
+    embedded = model.get_input_embeddings()(batch["input_ids"])  # type: ignore[operator]
+    mask = batch["attention_mask"]
+    clean = model(inputs_embeds=embedded, attention_mask=mask).logits
+    z = numbers(batch, embedded.shape[-1], eps, noise_type, seed)
+    noised = model(inputs_embeds=embedded.detach() + z, attention_mask=mask).logits
+    rows = len(batch["labels"])
+    task = -log_probabilities(clean)[torch.arange(rows), batch["labels"]].sum() / rows
+    kl = fairseq_kl(clean, noised) / rows
+    expected = gradients(model, task + weight * kl)
+
+    out = R3F(eps, weight, noise_type, seed=seed)(model, **batch)
+    torch.testing.assert_close(out.task_loss, task.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(out.symm_kl, kl.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(out.loss.detach(), (task + weight * kl).detach(), rtol=1e-12, atol=0)
+    found = gradients(model, out.loss)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-7, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("noise_type", ["uniform", "normal"])
+def test_label_smoothed_cross_entropy_r3f(noise_type: str) -> None:
+    """fairseq's sequence-to-sequence criterion (no smoothing): gradient through the noise, KL over every position."""
+    model, batch = build("seq2seq", dtype=torch.float64), batch_for("seq2seq")
+    eps, weight, seed = 0.05, 0.7, 78
+    mask, labels = batch["attention_mask"], batch["labels"]
+    decoder = model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+    embedded = find_embedding(model)[1](batch["input_ids"])
+    clean = model(inputs_embeds=embedded, attention_mask=mask, decoder_input_ids=decoder).logits
+    z = numbers(batch, embedded.shape[-1], eps, noise_type, seed)
+    noised = model(inputs_embeds=embedded + z, attention_mask=mask, decoder_input_ids=decoder).logits
+    counts = labels != -100
+    task = -log_probabilities(clean)[counts].gather(-1, labels[counts].unsqueeze(-1)).sum() / counts.sum()
+    kl = fairseq_kl(clean, noised) / labels.shape[0]
+    expected = gradients(model, task + weight * kl)
+
+    r3f = R3F(eps, weight, noise_type, seed=seed, reduction="fairseq", detach_noised_embedding=False)
+    out = r3f(model, **batch)
+    torch.testing.assert_close(out.loss.detach(), (task + weight * kl).detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(out.symm_kl, kl.detach(), rtol=1e-9, atol=0)
+    found = gradients(model, out.loss)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-7, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("reduction", ["token", "sum", "fairseq"])
+@pytest.mark.parametrize("grad", ["both", "noised", "clean"])
+@pytest.mark.parametrize("num_items", [None, 50])
+def test_every_gradient_mode_and_reduction_on_a_causal_model(grad: str, reduction: str, num_items: int | None) -> None:
+    model, batch = build("causal", dtype=torch.float64), batch_for("causal")
+    r3f = R3F(0.05, 0.7, seed=5, grad=grad, reduction=reduction)
+    z = numbers(batch, 24, 0.05, "uniform", 5)
+    embedded = model.get_input_embeddings()(batch["input_ids"])  # type: ignore[operator]
+    clean = model(inputs_embeds=embedded, attention_mask=batch["attention_mask"]).logits
+    noised = model(inputs_embeds=embedded.detach() + z, attention_mask=batch["attention_mask"]).logits
+    a = clean.detach() if grad == "noised" else clean
+    b = noised.detach() if grad == "clean" else noised
+    # Row t is compared with label t + 1; the last row has no label.
+    counts = F.pad(batch["labels"][:, 1:] != -100, (0, 1))
+    items = num_items or int(counts.sum())
+    task = F.cross_entropy(clean[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    if reduction == "fairseq":
+        task, kl = task / items, fairseq_kl(a, b) / len(counts)
+    else:
+        kl = fairseq_kl(a[counts], b[counts])
+        task, kl = (task / items, kl / items) if reduction == "token" else (task, kl)
+    out = r3f(model, num_items=num_items, **batch)
+    torch.testing.assert_close(out.loss.detach(), (task + 0.7 * kl).detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(out.symm_kl, kl.detach(), rtol=1e-9, atol=0)
+    expected, found = gradients(model, task + 0.7 * kl), gradients(model, out.loss)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-7, atol=1e-12, msg=name)
+
+
+# -- padding, layouts, forms ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "roberta", "t5"])
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_padding_changes_nothing(kind: str, forward: str) -> None:
+    model, batch = build(kind, dtype=torch.float64), batch_for(kind)
+    outs = []
+    for pads in (0, 5):
+        out = R3F(0.05, seed=6, forward=forward)(model, **pad(batch, pads))
+        outs.append((out, gradients(model, out.loss)))
+    (short, short_grads), (long, long_grads) = outs
+    assert float(short.symm_kl) > 1e-6
+    torch.testing.assert_close(long.loss, short.loss, rtol=1e-10, atol=0)
+    torch.testing.assert_close(long.symm_kl, short.symm_kl, rtol=1e-8, atol=0)
+    for name in short_grads:
+        torch.testing.assert_close(long_grads[name], short_grads[name], rtol=1e-6, atol=1e-12, msg=name)
+
+
+def test_fairseq_reduction_does_count_padding() -> None:
+    model, batch = build("seq2seq", dtype=torch.float64), batch_for("seq2seq")
+    kl = [float(R3F(0.05, seed=6, reduction="fairseq")(model, **pad(batch, pads)).symm_kl) for pads in (0, 5)]
+    assert kl[1] > kl[0] * 1.01
+
+
+def test_noise_keeps_away_from_padding() -> None:
+    model, batch = build("sequence"), batch_for("sequence")
+    module = find_embedding(model)[1]
+    seen: list[Tensor] = []
+    for mask in (batch["attention_mask"], None):  # without a mask, the embedding's padding_idx tells
+        given = {**batch, "attention_mask": mask}
+        seen.clear()
+        handle = model.bert.embeddings.LayerNorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))  # type: ignore[union-attr]
+        R3F(0.05, seed=1)(model, **given)
+        handle.remove()
+        pads = batch["attention_mask"] == 0
+        difference = (seen[1] - seen[0]).abs().amax(-1)
+        assert float(difference[pads].max()) == 0
+        assert float(difference[~pads].min()) > 0.01
+    assert isinstance(module, nn.Embedding)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "t5", "llama", "seq2seq_sequence"])
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("grad", ["both", "noised", "clean"])
+def test_double_batch_equals_two_passes(kind: str, detach: bool, grad: str) -> None:
+    model, batch = build(kind, dtype=torch.float64), batch_for(kind)
+    results = []
+    for forward, expected_passes in (("two_pass", 2), ("double_batch", 1)):
+        passes = Count(model)
+        r3f = R3F(0.05, 0.7, seed=9, forward=forward, detach_noised_embedding=detach, grad=grad)
+        out = r3f(model, **batch)
+        assert passes.calls == expected_passes
+        results.append((out, gradients(model, out.loss)))
+    (two, two_grads), (double, double_grads) = results
+    assert float(two.symm_kl) > 1e-6
+    torch.testing.assert_close(double.loss, two.loss, rtol=1e-11, atol=0)
+    torch.testing.assert_close(double.symm_kl, two.symm_kl, rtol=1e-8, atol=0)
+    torch.testing.assert_close(double.logits, two.logits, rtol=1e-10, atol=1e-12)
+    for name in two_grads:
+        torch.testing.assert_close(double_grads[name], two_grads[name], rtol=1e-7, atol=1e-12, msg=name)
+
+
+def test_double_batch_in_float32_reads_each_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastpost.r3f import noise as module
+
+    looked_up = []
+    real = module.embedding_noise
+    monkeypatch.setattr(module, "embedding_noise", lambda *a, **k: looked_up.append(a[1].shape) or real(*a, **k))
+    model, batch = build("sequence"), batch_for("sequence")
+    gathers = []
+    monkeypatch.setattr(F, "embedding", lambda *a, **k: gathers.append(a) or torch.embedding(a[1], a[0]))
+    double = R3F(0.05, seed=9, forward="double_batch")(model, **batch)
+    assert looked_up == [batch["input_ids"].shape]
+    assert len(gathers) == 2  # positions and types; not the words
+    two = R3F(0.05, seed=9)(model, **batch)
+    torch.testing.assert_close(double.loss, two.loss, rtol=1e-5, atol=1e-6)
+
+
+def test_embeddings_given_directly_get_the_same_noise() -> None:
+    model, batch = build("sequence", dtype=torch.float64), batch_for("sequence")
+    module = find_embedding(model)[1]
+    for forward in FORWARDS:
+        direct = {**batch, "inputs_embeds": module(batch["input_ids"])}
+        del direct["input_ids"]
+        a = R3F(0.05, seed=9, forward=forward)(model, **batch)
+        b = R3F(0.05, seed=9, forward=forward)(model, **direct)
+        torch.testing.assert_close(a.loss, b.loss, rtol=1e-12, atol=0)
+        assert float(a.symm_kl) > 1e-6
+
+
+def test_only_the_encoder_is_noised_even_where_the_decoder_shares_the_module() -> None:
+    for kind in ("seq2seq", "t5"):
+        model, batch = build(kind), batch_for(kind)
+        if kind == "seq2seq":
+            model.model.decoder.embed_tokens = model.model.encoder.embed_tokens  # type: ignore[union-attr]
+            decoder: Any = model.model.decoder.layernorm_embedding  # type: ignore[union-attr]
+            encoder: Any = model.model.encoder.layernorm_embedding  # type: ignore[union-attr]
+        else:
+            model.decoder.embed_tokens = model.encoder.embed_tokens  # type: ignore[union-attr]
+            decoder, encoder = model.decoder.dropout, model.encoder.dropout  # type: ignore[union-attr]
+        for forward in FORWARDS:
+            seen: dict[str, list[Tensor]] = {"encoder": [], "decoder": []}
+            handles = [
+                module.register_forward_pre_hook(lambda _, args, given=seen[name]: given.append(args[0]))
+                for name, module in (("encoder", encoder), ("decoder", decoder))
+            ]
+            R3F(0.05, seed=1, forward=forward)(model, **batch)
+            for handle in handles:
+                handle.remove()
+            first = {name: given[0] for name, given in seen.items()}
+            if forward == "double_batch":
+                pairs = {name: given.chunk(2) for name, given in first.items()}
+            else:
+                pairs = {name: (given[0], given[len(given) // 2]) for name, given in seen.items()}
+            assert not torch.equal(*pairs["encoder"])
+            assert torch.equal(*pairs["decoder"])
+
+
+def test_labels_are_shifted_as_asked() -> None:
+    model, batch = build("causal").eval(), batch_for("causal")
+    logits, labels = model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"]
+    shifted = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    straight = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    for asked, expected in ((None, shifted), (True, shifted), (False, straight)):
+        torch.testing.assert_close(R3F(shift_labels=asked)(model, **batch).loss, expected)
+
+
+# -- outputs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_logits_are_the_clean_ones_and_survive_backward(forward: str) -> None:
+    model, batch = build("tokens"), batch_for("tokens")
+    plain = model(**batch).logits
+    out = R3F(0.05, forward=forward)(model, **batch)
+    assert isinstance(out, R3FOutput)
+    assert out["logits"] is out.logits
+    with pytest.raises(KeyError):
+        out["logit"]
+    out.loss.backward()
+    assert out.logits is not None
+    torch.testing.assert_close(out.logits, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.loss.detach(), out.task_loss + out.symm_kl)
+    assert not out.task_loss.requires_grad
+    assert not out.symm_kl.requires_grad
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+@pytest.mark.parametrize("kind", ["sequence", "causal"])
+def test_in_place_gradients_are_the_same(kind: str, forward: str) -> None:
+    model, batch = build(kind), batch_for(kind)
+    outs = [R3F(0.05, seed=2, forward=forward, inplace=inplace)(model, **batch) for inplace in (False, True)]
+    assert outs[1].logits is None
+    grads = [gradients(model, out.loss) for out in outs]
+    torch.testing.assert_close(outs[0].loss, outs[1].loss)
+    for name in grads[0]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_every_label_ignored() -> None:
+    model, batch = build("tokens"), batch_for("tokens")
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    for r3f in (R3F(0.05), R3F(0.05, r3f_lambda=0), R3F(0.05, grad="noised"), R3F(0.05, grad="clean")):
+        out = r3f(model, **batch)
+        assert float(out.loss.detach()) == 0
+        assert all(float(g.abs().max()) == 0 for g in gradients(model, out.loss).values())
+
+
+# -- seeds ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+@pytest.mark.parametrize("dropout", ["independent", "shared"])
+def test_repeatable_under_manual_seed(forward: str, dropout: str) -> None:
+    if forward == "double_batch" and dropout == "shared":
+        with pytest.raises(ValueError, match="needs forward='two_pass'"):
+            R3F(dropout=dropout, forward=forward)
+        return
+    model, batch = build("sequence", dropout=0.1), batch_for("sequence")
+    r3f = R3F(0.05, dropout=dropout, forward=forward)
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append([float(r3f(model, **batch).loss.detach()) for _ in range(2)])
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+    assert losses[0][0] != losses[0][1]
+
+
+def test_an_explicit_seed_advances_with_each_step() -> None:
+    model, batch = build("sequence"), batch_for("sequence")
+    r3f = R3F(0.05, seed=2**64 - 1)
+    kls = [float(r3f(model, **batch).symm_kl) for _ in range(3)]
+    assert len(set(kls)) == 3
+    assert r3f.step == 3
+    again = R3F(0.05, seed=2**64 - 1)
+    again.step = 2
+    assert float(again(model, **batch).symm_kl) == kls[2]
+    assert float(R3F(0.05, seed=0)(model, **batch).symm_kl) == kls[1]  # seeds wrap
+
+
+# -- precision ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_one_warning_where_bfloat16_swallows_the_noise(forward: str) -> None:
+    model, batch = build("sequence", dtype=torch.bfloat16), batch_for("sequence")
+    r3f = R3F(1e-5, forward=forward)
+    with pytest.warns(UserWarning, match=r"eps=1e-05 is below what bfloat16 resolves .* cosine 0\.[0-4]") as caught:
+        r3f(model, **batch)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        r3f(model, **batch)  # once is enough
+        R3F(0.5, forward=forward)(model, **batch)
+        R3F(0.0, forward=forward)(model, **batch)
+        R3F(1e-5, forward=forward)(build("sequence"), **batch)  # float32 holds it
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_the_sum_stays_in_float32_under_autocast(forward: str) -> None:
+    model, batch = build("sequence"), batch_for("sequence")
+    seen: list[Tensor] = []
+    model.bert.embeddings.LayerNorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))  # type: ignore[union-attr]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = R3F(1e-5, seed=1, forward=forward)(model, **batch)
+    clean, noised = seen if forward == "two_pass" else seen[0].chunk(2)
+    assert noised.dtype == torch.float32
+    kept = batch["attention_mask"].bool()
+    z = numbers(batch, 24, 1e-5, "uniform", 1)[kept]
+    stored = (noised - clean)[kept].double()
+    assert float((stored * z).sum() / stored.norm() / z.norm()) > 0.99
+    gradients(model, out.loss)
+    assert math.isfinite(float(out.loss.detach()))
+
+
+# -- other models ---------------------------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """A classifier outside transformers' conventions."""
+
+    def __init__(self, form: str = "tensor") -> None:
+        super().__init__()
+        self.form = form
+        self.words = nn.Embedding(VOCABULARY, 8)
+        self.head = nn.Linear(8, 3)
+        self.fail = 0
+
+    def forward(self, ids: Tensor) -> Any:
+        embedded = self.words(ids)
+        if self.fail:
+            self.fail -= 1
+            if not self.fail:
+                raise KeyboardInterrupt
+        logits = self.head(embedded.tanh().mean(1))
+        return {"tensor": logits, "dict": {"logits": logits}, "tuple": (logits, None), "none": None}[self.form]
+
+
+IDS, CLASSES = torch.tensor([[3, 5, 7], [8, 2, 9]]), torch.tensor([0, 2])
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+@pytest.mark.parametrize("form", ["tensor", "dict", "tuple"])
+def test_plain_modules(form: str, forward: str) -> None:
+    model = Plain(form)
+    by_name = R3F(0.05, embedding="words", seed=1, forward=forward)(model, ids=IDS, labels=CLASSES)
+    by_module = R3F(0.05, embedding=model.words, seed=1, forward=forward)(model, ids=IDS, labels=CLASSES)
+    assert float(by_name.symm_kl) == float(by_module.symm_kl) > 0
+    wrapped = nn.Module()
+    wrapped.module, wrapped.forward = model, model.forward  # type: ignore[method-assign, assignment]
+    through = R3F(0.05, embedding="words", seed=1, forward=forward)(wrapped, ids=IDS, labels=CLASSES)
+    assert float(through.symm_kl) == float(by_name.symm_kl)
+    function = R3F(0.05, embedding=model.words, seed=1, forward=forward)(lambda ids: model(ids), ids=IDS, labels=CLASSES)
+    assert float(function.symm_kl) == float(by_name.symm_kl)
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_compiled_model(forward: str) -> None:
+    model = Plain()
+    r3f = R3F(0.05, seed=1, forward=forward, embedding="words")
+    expected = [r3f(model, ids=IDS, labels=CLASSES) for _ in range(2)]
+    r3f.step = 0
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        compiled = torch.compile(model, backend="eager")
+        for out in expected:
+            torch.testing.assert_close(r3f(compiled, ids=IDS, labels=CLASSES).symm_kl, out.symm_kl)
+            torch.testing.assert_close(compiled(IDS), model(IDS))  # no noise stays behind
+    torch.compiler.reset()
+
+
+def test_a_compiled_model_that_ignores_hooks_is_an_error() -> None:
+    compiled = torch.compile(Plain(), backend="eager")
+    with pytest.raises(RuntimeError, match=r"'words' .* was not called .*skip_nnmodule_hook_guards = False"):
+        R3F(0.05, embedding="words")(compiled, ids=IDS, labels=CLASSES)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_embedding_with_hooks_and_unusual_options(forward: str) -> None:
+    """Another hook on the embedding still runs; an embedding that is more than a look-up is run as it is."""
+    for change in ("hook", "max_norm", "subclass"):
+        model = Plain()
+        expected = None
+        if change == "hook":
+            model.words.register_forward_hook(lambda *args: args[2] * 2)
+        elif change == "max_norm":
+            model.words.max_norm = 0.5
+        else:
+            model.words.__class__ = type("Scaled", (nn.Embedding,), {"forward": lambda s, i: nn.Embedding.forward(s, i) * 3})
+        expected = model(IDS)
+        hooks = dict(model.words._forward_hooks)
+        out = R3F(0.05, embedding="words", forward=forward)(model, ids=IDS, labels=CLASSES)
+        assert out.logits is not None
+        torch.testing.assert_close(out.logits, expected)
+        assert float(out.symm_kl) > 0
+        assert dict(model.words._forward_hooks) == hooks
+
+
+# -- nothing left behind --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+@pytest.mark.parametrize("fails_in", [1, 2])
+def test_hooks_are_gone_after_an_exception(forward: str, fails_in: int) -> None:
+    model = Plain()
+    r3f = R3F(0.05, embedding="words", forward=forward)
+    model.fail = fails_in
+    if forward == "two_pass" or fails_in == 1:
+        with pytest.raises(KeyboardInterrupt):
+            r3f(model, ids=IDS, labels=CLASSES)
+    assert untouched(model)
+    model.fail = 0
+    expected = model(IDS)
+    assert same_bits(model(IDS), expected)
+    for kind in KINDS:
+        other = build(kind)
+        R3F(0.05, forward=forward)(other, **batch_for(kind))
+        assert untouched(other)
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps": -1.0}, "eps must be finite and >= 0, not -1.0"),
+        ({"eps": math.nan}, "eps must be finite and >= 0, not nan"),
+        ({"r3f_lambda": -0.5}, "r3f_lambda must be finite and >= 0, not -0.5"),
+        ({"r3f_lambda": math.nan}, "r3f_lambda must be finite"),
+        ({"r3f_lambda": math.inf}, "r3f_lambda must be finite"),
+        ({"noise_type": "gauss"}, "unknown noise_type 'gauss'"),
+        ({"noise_type": "normale"}, "Did you mean 'normal'"),
+        ({"grad": "noise"}, "unknown grad 'noise'. Did you mean 'noised'? Valid: both, noised, clean"),
+        ({"dropout": "share"}, "Did you mean 'shared'"),
+        ({"forward": "double"}, "Did you mean 'double_batch'"),
+        ({"reduction": "tokens"}, "Did you mean 'token'"),
+        ({"seed": 2**64}, "seed must lie in"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        R3F(**options)
+    if "seed" not in options:  # and again when changed later, as a schedule does
+        model, r3f = build("sequence"), R3F()
+        passes = Count(model)
+        for name, value in options.items():
+            setattr(r3f, name, value)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            r3f(model, **batch_for("sequence"))
+        assert passes.calls == 0
+
+
+def test_bad_batches_fail_before_anything_runs() -> None:
+    model, batch = build("sequence"), batch_for("sequence")
+    passes, r3f = Count(model), R3F()
+
+    def fails(message: str, model: Any = model, error: type[Exception] = ValueError, **changes: Any) -> None:
+        with pytest.raises(error, match=message):
+            r3f(model, **{k: v for k, v in {**batch, **changes}.items() if v is not None})
+
+    fails(r"no 'labels', only attention_mask, input_ids, label\. Rename 'label'\?", labels=None, label=batch["labels"])
+    fails("labels must be a tensor, not list", error=TypeError, labels=[0, 1, 2, 0])
+    fails("regression or multi-label", labels=torch.rand(4))
+    fails("must be int64 or int32 class indices, not torch.bool", labels=torch.ones(4, dtype=torch.bool))
+    fails("label 3 is out of range; valid are 0 to 2", labels=torch.tensor([0, 1, 3, 0]))
+    fails("label -1 is out of range", labels=torch.tensor([0, 1, -1, 0]))
+    fails(r"labels have shape \(0,\)", labels=torch.zeros(0, dtype=torch.int64))
+    one = build("sequence")
+    one.config.num_labels = 1  # type: ignore[union-attr]
+    passes_of_one = Count(one)
+    fails("regression or multi-label", model=one, labels=torch.zeros(4, dtype=torch.int64))
+    plain = Plain()
+    passes_of_plain = Count(plain)
+    with pytest.raises(ValueError, match=r"Plain has no get_input_embeddings\(\).*nn\.Embedding modules .*: 'words'"):
+        r3f(plain, ids=IDS, labels=CLASSES)
+    with pytest.raises(ValueError, match=r"unknown embedding 'word'\. Did you mean 'words'\?"):
+        R3F(embedding="word")(plain, ids=IDS, labels=CLASSES)
+    with pytest.raises(TypeError, match="embedding must be a module"):
+        R3F(embedding=3)  # type: ignore[arg-type]
+    assert passes.calls == passes_of_one.calls == passes_of_plain.calls == 0
+
+
+def test_models_that_do_not_fit() -> None:
+    r3f = R3F(embedding="words")
+    with pytest.raises(ValueError, match=r"labels have shape \(3,\), logits \(2, 3\); expected labels of shape \(2,\)"):
+        r3f(Plain(), ids=IDS, labels=torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="label 9 is out of range; valid are 0 to 2"):
+        r3f(Plain(), ids=IDS, labels=torch.tensor([0, 9]))
+    with pytest.raises(TypeError, match="the model returned NoneType, in which no logits were found"):
+        r3f(Plain("none"), ids=IDS, labels=CLASSES)
+    one = Plain()
+    one.head = nn.Linear(8, 1)
+    with pytest.raises(ValueError, match="one output"):
+        r3f(one, ids=IDS, labels=torch.zeros(2, dtype=torch.int64))
+    unused = Plain()
+    unused.spare = nn.Embedding(3, 3)
+    for forward in FORWARDS:
+        with pytest.raises(RuntimeError, match=r"the embedding module 'spare' \(Embedding\) was not called"):
+            R3F(embedding="spare", forward=forward)(unused, ids=IDS, labels=CLASSES)
+        assert untouched(unused)
+    seq2seq = build("seq2seq")
+    assert "decoder_input_ids" not in batch_for("seq2seq")
+    R3F()(seq2seq, **batch_for("seq2seq"))

@@ -1,0 +1,175 @@
+"""Tiny transformers models with random weights, built from configurations: nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported: its advice is not about us
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BartForConditionalGeneration,
+    BartForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+VOCABULARY = 61
+PAD = 1
+Batch = dict[str, Any]
+
+
+def _encoder(dropout: float) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+        "pad_token_id": PAD,
+        "num_labels": 3,
+        "initializer_range": 0.2,  # wider than usual, so that outputs depend on inputs
+    }
+
+
+def _bart(dropout: float) -> BartConfig:
+    return BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=24,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+        dropout=dropout,
+        attention_dropout=dropout,
+        pad_token_id=PAD,
+        bos_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        num_labels=3,
+        init_std=0.2,
+    )
+
+
+def build(kind: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model in training mode; the same weights every time for one kind."""
+    with torch.random.fork_rng():
+        torch.manual_seed(sum(map(ord, kind)))
+        model: nn.Module = _build(kind, dropout)
+    return model.to(dtype).train()
+
+
+def _build(kind: str, dropout: float) -> Any:
+    encoder = _encoder(dropout)
+    if kind == "sequence":
+        return BertForSequenceClassification(BertConfig(**encoder, classifier_dropout=dropout))
+    if kind == "roberta":
+        return RobertaForSequenceClassification(RobertaConfig(**encoder, classifier_dropout=dropout))
+    if kind == "tokens":
+        return BertForTokenClassification(BertConfig(**encoder, classifier_dropout=dropout))
+    if kind == "masked_lm":
+        return BertForMaskedLM(BertConfig(**encoder))
+    if kind == "causal":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=VOCABULARY,
+                n_embd=24,
+                n_layer=2,
+                n_head=2,
+                n_positions=64,
+                resid_pdrop=dropout,
+                embd_pdrop=dropout,
+                attn_pdrop=dropout,
+                initializer_range=0.2,
+                bos_token_id=0,
+                eos_token_id=2,
+            )
+        )
+    if kind == "llama":
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=24,
+                intermediate_size=48,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=64,
+                attention_dropout=dropout,
+                initializer_range=0.2,
+            )
+        )
+    if kind == "seq2seq":
+        return BartForConditionalGeneration(_bart(dropout))
+    if kind == "seq2seq_sequence":
+        return BartForSequenceClassification(_bart(dropout))
+    if kind == "decoder":
+        return BartForCausalLM(_bart(dropout))
+    assert kind == "t5"
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=24,
+            d_kv=12,
+            d_ff=48,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=dropout,
+            pad_token_id=PAD,
+            eos_token_id=2,
+            decoder_start_token_id=PAD,
+        )
+    )
+
+
+def batch_for(kind: str, rows: int = 4, pads: int = 0) -> Batch:
+    """Texts of different lengths, padded on the right to the longest and then `pads` further, with labels."""
+    generator = torch.Generator().manual_seed(17)
+    lengths = [9, 6, 7, 4][:rows]
+    ids = torch.randint(3, VOCABULARY, (rows, 9), generator=generator)
+    ids[:, 0] = 0
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    ids[torch.arange(rows), torch.tensor(lengths) - 1] = 2
+    if kind in ("sequence", "roberta", "seq2seq_sequence"):
+        labels = torch.randint(0, 3, (rows,), generator=generator)
+    else:
+        classes = 3 if kind == "tokens" else VOCABULARY
+        labels = torch.randint(3 if classes > 3 else 0, classes, (rows, 9), generator=generator)
+        labels = torch.where(mask, labels, -100)
+    batch = {"input_ids": torch.where(mask, ids, PAD), "attention_mask": mask.long(), "labels": labels}
+    return pad(batch, pads)
+
+
+def pad(batch: Batch, pads: int) -> Batch:
+    fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
+    return {
+        name: nn.functional.pad(value, (0, pads), value=fill[name]) if value.ndim == 2 else value
+        for name, value in batch.items()
+    }
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Gradient of every parameter; zeros where there is none."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, found, strict=True)}
