@@ -50,6 +50,7 @@ class CompareArguments:
     lm_width: int = _option(128, "its width")
     lm_layers: int = _option(4, "its layers")
     lm_context: int = _option(128, "its context, in tokens; also the length of GAP's text")
+    lm_bytes: int = _option(6_000_000, "source text it learns from at most, in characters")
     gap_steps: int = _option(15, "GAP's steps at most")
     gap_lr: float = _option(5e-5, "GAP's learning rate")
 
@@ -83,7 +84,7 @@ class CompareArguments:
 _LEAST: dict[str, float] = {
     "train_size": 0, "validation_size": 0, "test_size": 0, "epochs": 0, "batch_size": 1, "max_length": 0, "evaluations": 1,
     "lr": 0, "weight_decay": 0, "rho": 0, "asam_rho": 0, "eps": 0, "r3f_lambda": 0, "timing_rounds": 0, "lm_steps": 1,
-    "lm_width": 4, "lm_layers": 1, "lm_context": 8, "gap_steps": 0, "gap_lr": 0,
+    "lm_width": 4, "lm_layers": 1, "lm_context": 8, "lm_bytes": 10_000, "gap_steps": 0, "gap_lr": 0,
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ class LmOptions:
         vocabulary: tokens of the byte-level BPE, trained on the training files.
         width, layers, heads, context: of the GPT-2 configuration.
         steps, batch_size, lr: AdamW on random windows of `context` tokens.
-        files_bytes: how much source text is read at most.
+        files_bytes: how much source text is read at most, in characters; of one file a hundredth of it.
         eval_windows: windows of `context` tokens in the validation and in the test text each.
     """
 
@@ -72,7 +72,7 @@ def build_corpus(options: LmOptions, folder: Path | None = None) -> Corpus:
     texts: list[str] = []
     total = 0
     for path in files:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")[: options.files_bytes // 100]
         texts.append(text)
         total += len(text)
         if total > options.files_bytes:

@@ -61,7 +61,9 @@ def prepare(arguments: CompareArguments) -> Plan:
         if "r4f" in methods:
             tuning.find_head(classifier.fresh(0))
     heads = max(h for h in (1, 2, 4) if a.lm_width % h == 0)
-    lm_options = lm.LmOptions(width=a.lm_width, layers=a.lm_layers, heads=heads, context=a.lm_context, steps=a.lm_steps)
+    lm_options = lm.LmOptions(
+        width=a.lm_width, layers=a.lm_layers, heads=heads, context=a.lm_context, steps=a.lm_steps, files_bytes=a.lm_bytes
+    )
     corpus = lm.build_corpus(lm_options) if "gap" in methods else None
     return Plan(a, methods, seeds, task, classifier, corpus, lm_options, hyper)
 
@@ -84,14 +86,14 @@ class Session:
 
     def run(self) -> None:
         classifiers = [method for method in self.plan.methods if method != "gap"]
-        units = len(classifiers) * (len(self.plan.seeds) + 1) + (
-            2 + len(self.plan.seeds) if "gap" in self.plan.methods else 0
-        )
+        timed = 1 if self.plan.arguments.timing_rounds else 0
+        units = len(classifiers) * (len(self.plan.seeds) + timed)
+        if "gap" in self.plan.methods:
+            units += len(self.plan.seeds) + timed + 1
         overall = self.progress.add_task("all", total=units)
-        if self.plan.arguments.timing_rounds:
-            for method in classifiers:
-                self.time_classifier(method)
-                self.progress.advance(overall)
+        for method in classifiers if timed else []:
+            self.time_classifier(method)
+            self.progress.advance(overall)
         for seed in self.plan.seeds:
             for method in classifiers:
                 self.finetune(method, seed)
@@ -99,13 +101,12 @@ class Session:
         if "gap" in self.plan.methods:
             model = self.train_lm()
             self.progress.advance(overall)
-            if self.plan.arguments.timing_rounds:
+            if timed:
                 self.time_gap(model)
-            self.progress.advance(overall)
+                self.progress.advance(overall)
             for seed in self.plan.seeds:
                 self.ascend(model, seed)
                 self.progress.advance(overall)
-        self.progress.update(overall, completed=units)
 
     # -- classifiers ------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ Files are parsed, never imported.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import re
 import sysconfig
@@ -28,7 +29,17 @@ AREAS = {
     "calendar zoneinfo _strptime _pylong",
     "testing": "unittest doctest pdb bdb trace traceback timeit cProfile profile pstats tracemalloc warnings cmd _pyrepl",
 }
-_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload", "encodings"}
+_SKIPPED = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib-dynload",
+    "encodings",
+    "pydoc_data",
+}
 
 
 def root() -> Path:
@@ -37,20 +48,24 @@ def root() -> Path:
 
 
 def sources(folder: Path | None = None) -> Iterator[Path]:
-    """The library's Python files in a fixed order, without tests, generated codec tables and installed packages."""
+    """The library's Python files in a fixed order, without tests, generated tables and installed packages."""
     folder = folder or root()
     for path in sorted(folder.rglob("*.py")):
         if not _SKIPPED.intersection(path.relative_to(folder).parts[:-1]):
             yield path
 
 
-def docstrings(folder: Path | None = None) -> Iterator[tuple[str, str, str]]:
+@functools.cache
+def docstrings(folder: Path | None = None) -> tuple[tuple[str, str, str], ...]:
     """(area, file, text) for each docstring worth classifying, in a fixed order; a text occurs once in all.
 
     The text is the docstring's prose without examples, and without the names of its own module and package, which would
     give the answer away.
     """
-    folder = folder or root()
+    return tuple(_docstrings(folder or root()))
+
+
+def _docstrings(folder: Path) -> Iterator[tuple[str, str, str]]:
     area_of = {module: area for area, modules in AREAS.items() for module in modules.split()}
     seen: set[str] = set()
     for path in sources(folder):
