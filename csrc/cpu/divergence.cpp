@@ -11,11 +11,14 @@ namespace {
 
 constexpr int64_t kTaskElements = int64_t{1} << 14;
 
+// body(row, end): end is where the rows of the same task, and so of the same thread, stop.
 template <class Body>
 void for_rows(int64_t rows, int64_t cols, int threads, const Body& body) {
-  const int64_t per_task = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, cols));
+  const int64_t narrow = kTaskElements / std::max<int64_t>(1, cols);
+  const int64_t per_task = std::max<int64_t>({1, narrow, std::min<int64_t>(8, rows / (4 * std::max(1, threads)))});
   parallel_for((rows + per_task - 1) / per_task, threads, [&](int64_t task) {
-    for (int64_t row = task * per_task; row < std::min(rows, (task + 1) * per_task); ++row) body(row);
+    const int64_t end = std::min(rows, (task + 1) * per_task);
+    for (int64_t row = task * per_task; row < end; ++row) body(row, end);
   });
 }
 
@@ -29,10 +32,12 @@ void divergence_rows(const LogitRows& clean, const LogitRows& noised, const Logi
   const auto at = [&](const LogitRows& block, int64_t row) -> void* {
     return block.address == nullptr ? nullptr : static_cast<char*>(block.address) + row * block.stride * size;
   };
-  for_rows(rows, cols, threads, [&](int64_t i) {
+  for_rows(rows, cols, threads, [&](int64_t i, int64_t end) {
     DivergenceRow row;
     row.clean = at(clean, i);
     row.noised = at(noised, i);
+    row.next_clean = i + 1 < end ? at(clean, i + 1) : nullptr;
+    row.next_noised = i + 1 < end ? at(noised, i + 1) : nullptr;
     row.grad_clean = at(grad_clean, i);
     row.grad_noised = at(grad_noised, i);
     row.cols = cols;
@@ -52,7 +57,7 @@ void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols,
                 int64_t factor_stride, int threads) {
   if (factor_stride == 0 && *factors == 1) return;
   const int64_t size = element_size(dtype);
-  for_rows(rows, cols, threads, [&](int64_t i) {
+  for_rows(rows, cols, threads, [&](int64_t i, int64_t) {
     const double factor = factors[i * factor_stride];
     if (factor != 1) params_loops().scale(dtype, static_cast<char*>(block.address) + i * block.stride * size, factor, cols);
   });

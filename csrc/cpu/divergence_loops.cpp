@@ -18,26 +18,37 @@ constexpr int64_t kNarrow = 1024;  // below this many columns differences and su
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Asks for the part of the next row that this thread will read, while it computes on the present one.
+template <class T>
+inline void prefetch(const T* next, int64_t begin, int64_t end) {
+  if (next == nullptr) return;
+  for (int64_t i = begin; i < end; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(next + i, 0, 2);
+}
+
 template <class T>
 RowExtent extent_of(const T* a, const T* b, int64_t n) {
   float clean_max = -INFINITY, noised_max = -INFINITY, low = INFINITY, high = -INFINITY;
-#pragma omp simd reduction(max : clean_max, noised_max, high) reduction(min : low)
+  float clean_min = INFINITY;
+#pragma omp simd reduction(max : clean_max, noised_max, high) reduction(min : low, clean_min)
   for (int64_t i = 0; i < n; ++i) {
     const float x = to_float(a[i]), y = to_float(b[i]);
     const float d = x - y;  // NaN where both are -inf: compares false, so left out
     clean_max = x > clean_max ? x : clean_max;
+    clean_min = x < clean_min ? x : clean_min;
     noised_max = y > noised_max ? y : noised_max;
     high = d > high ? d : high;
     low = d < low ? d : low;
   }
-  return {clean_max, noised_max, low, high};
+  return {clean_max, noised_max, clean_min, low, high};
 }
 
-template <class T, class Real, bool close>
-RowSums<double> sums_of(const T* a, const T* b, int64_t n, const RowShift<Real> shift) {
-  RowSums<double> total = {};
+template <class T, class Shift, bool close>
+RowSums sums_of(const T* a, const T* b, const T* next, int64_t n, const Shift shift) {
+  using Real = typename Shift::Real;
+  RowSums total = {};
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = least(n, begin + kBlock);
+    prefetch(next, begin, end);
     Real clean = 0, noised = 0, excess = 0, excess_delta = 0, clean_delta = 0, noised_delta = 0;
 #pragma omp simd reduction(+ : clean, noised, excess, excess_delta, clean_delta, noised_delta)
     for (int64_t i = begin; i < end; ++i) {
@@ -71,13 +82,15 @@ RowSums<double> sums_of(const T* a, const T* b, int64_t n, const RowShift<Real> 
 }
 
 // The scaled gradients, and the row's value. Without gradients (write off) only the value.
-template <class T, class Real, bool close, bool write>
-double finish_row(const T* a, const T* b, T* grad_clean, T* grad_noised, int64_t n, const RowShift<Real> shift,
-                  const RowMoments<Real> moments, float kl_weight, float ce_weight) {
+template <class T, class Shift, bool close, bool write>
+double finish_row(const T* a, const T* b, const T* next, T* grad_clean, T* grad_noised, int64_t n, const Shift shift,
+                  const RowMoments<typename Shift::Real> moments, float kl_weight, float ce_weight) {
+  using Real = typename Shift::Real;
   double value = 0;
   T unwanted[write ? kBlock : 1];  // where a gradient that nobody asked for goes
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t m = least(kBlock, n - begin);
+    prefetch(next, begin, begin + m);
     const T* x = a + begin;
     const T* y = b + begin;
     T* dx = grad_clean == nullptr ? unwanted : grad_clean + begin;
@@ -150,34 +163,27 @@ bool undefined(const T* a, const T* b, int64_t n) {
   return false;
 }
 
-template <class T, class Real>
-void divergence_row(const DivergenceRow& row, const T* a, const T* b, double* kl, double* ce) {
+template <class T, class Shift>
+void divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shift& shift, bool close, double* kl,
+                    double* ce) {
+  using Real = typename Shift::Real;
+  const T* a = static_cast<const T*>(row.clean);
+  const T* b = static_cast<const T*>(row.noised);
+  const T* next_clean = static_cast<const T*>(row.next_clean);
+  const T* next_noised = static_cast<const T*>(row.next_noised);
   T* grad_clean = static_cast<T*>(row.grad_clean);
   T* grad_noised = static_cast<T*>(row.grad_noised);
-  const int64_t n = row.cols;
-  const float kl_weight = static_cast<float>(row.kl_weight);
-  const float ce_weight = static_cast<float>(row.ce_weight);
-  const RowExtent extent = extent_of(a, b, n);
-  if (extent.difference_max == INFINITY || extent.difference_min == -INFINITY) {
-    // One stream rules a class out that the other does not: the divergence is infinite and has no gradient.
-    *kl = undefined(a, b, n) ? NAN : INFINITY;
-    if (row.ce_weight != 0) *ce = cross_entropy_row<T>(a, nullptr, n, row.label, ce_weight);
-    fill(grad_clean, n, NAN);
-    fill(grad_noised, n, NAN);
-    return;
-  }
-  const RowShift<Real> shift = row_shift(extent, Real{});
-  const Real above = extent.difference_max - shift.centre, below = shift.centre - extent.difference_min;
-  const bool close = above <= kCloseSpread && below <= kCloseSpread;  // false where a NaN took part
-  const RowSums<double> sums = close ? sums_of<T, Real, true>(a, b, n, shift) : sums_of<T, Real, false>(a, b, n, shift);
+  const float kl_weight = static_cast<float>(row.kl_weight), ce_weight = static_cast<float>(row.ce_weight);
+  const auto sum = close ? sums_of<T, Shift, true> : sums_of<T, Shift, false>;
+  const RowSums sums = sum(a, b, next_clean, row.cols, shift);
   const RowMoments<Real> moments = row_moments<Real>(sums);
 
   const float clean_label = row.ce_weight != 0 ? to_float(a[row.label]) : 0.0f;  // gradients may overwrite them
   const float noised_label = row.ce_weight != 0 ? to_float(b[row.label]) : 0.0f;
   const bool write = grad_clean != nullptr || grad_noised != nullptr;
-  const auto finish = close ? (write ? finish_row<T, Real, true, true> : finish_row<T, Real, true, false>)
-                            : (write ? finish_row<T, Real, false, true> : finish_row<T, Real, false, false>);
-  *kl = finish(a, b, grad_clean, grad_noised, n, shift, moments, kl_weight, ce_weight);
+  const auto finish = close ? (write ? finish_row<T, Shift, true, true> : finish_row<T, Shift, true, false>)
+                            : (write ? finish_row<T, Shift, false, true> : finish_row<T, Shift, false, false>);
+  *kl = finish(a, b, next_noised, grad_clean, grad_noised, row.cols, shift, moments, kl_weight, ce_weight);
   if (*kl < 0) *kl = 0;  // where a probability underflows in one stream a term may be -1e-38
   if (row.ce_weight == 0) return;
   *ce = (static_cast<double>(extent.clean_max) - clean_label) + log(sums.clean);
@@ -190,17 +196,38 @@ void divergence_row(const DivergenceRow& row, const T* a, const T* b, double* kl
   grad_clean[row.label] = from_float<T>(divergence + static_cast<float>(row.ce_weight * expm1(-*ce)));
 }
 
+template <class T>
+void two_stream_row(const DivergenceRow& row, double* kl, double* ce) {
+  const T* a = static_cast<const T*>(row.clean);
+  const T* b = static_cast<const T*>(row.noised);
+  const RowExtent extent = extent_of(a, b, row.cols);
+  if (extent.difference_max == INFINITY || extent.difference_min == -INFINITY) {
+    // One stream rules a class out that the other does not: the divergence is infinite and has no gradient.
+    *kl = undefined(a, b, row.cols) ? NAN : INFINITY;
+    if (row.ce_weight != 0) *ce = cross_entropy_row<T>(a, nullptr, row.cols, row.label, 0.0f);
+    fill(static_cast<T*>(row.grad_clean), row.cols, NAN);
+    fill(static_cast<T*>(row.grad_noised), row.cols, NAN);
+    return;
+  }
+  const float spread = row_spread(extent);
+  const bool close = spread <= kCloseSpread;
+  if (row.cols < kNarrow)
+    divergence_row<T>(row, extent, narrow_shift(extent), close, kl, ce);
+  else if (plain_suffices(extent, spread))
+    divergence_row<T>(row, extent, plain_shift(extent), close, kl, ce);
+  else
+    divergence_row<T>(row, extent, exact_shift(extent), close, kl, ce);
+}
+
 void row(DType dtype, const DivergenceRow& row, double* kl, double* ce) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    const T* a = static_cast<const T*>(row.clean);
-    const T* b = static_cast<const T*>(row.noised);
     T* grad_clean = static_cast<T*>(row.grad_clean);
     *kl = *ce = 0;
-    if (row.kl_weight != 0)
-      return row.cols < kNarrow ? divergence_row<T, double>(row, a, b, kl, ce) : divergence_row<T, float>(row, a, b, kl, ce);
+    if (row.kl_weight != 0) return two_stream_row<T>(row, kl, ce);
     if (row.ce_weight != 0)
-      *ce = cross_entropy_row<T>(a, grad_clean, row.cols, row.label, static_cast<float>(row.ce_weight));
+      *ce = cross_entropy_row<T>(static_cast<const T*>(row.clean), grad_clean, row.cols, row.label,
+                                 static_cast<float>(row.ce_weight));
     else
       fill(grad_clean, row.cols, 0.0f);
     fill(static_cast<T*>(row.grad_noised), row.cols, 0.0f);

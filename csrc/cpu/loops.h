@@ -42,6 +42,7 @@ struct NoiseLoops {
 // One row of divergence_rows. Without a noised stream, kl_weight is 0; without a label in range, ce_weight is.
 struct DivergenceRow {
   const void *clean, *noised;
+  const void *next_clean, *next_noised;  // the row that the same thread will be given next, or null
   void *grad_clean, *grad_noised;  // null: not wanted; may be the logits themselves
   int64_t cols, label;
   double kl_weight, ce_weight;
