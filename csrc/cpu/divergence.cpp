@@ -1,6 +1,7 @@
 // Rows of logits on the CPU: one row after the other, rows shared out among threads.
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "api.h"
 #include "cpu/loops.h"
@@ -33,7 +34,11 @@ void divergence_rows(const LogitRows& clean, const LogitRows& noised, const Logi
     return block.address == nullptr ? nullptr : static_cast<char*>(block.address) + row * block.stride * size;
   };
   for_rows(rows, cols, threads, [&](int64_t i, int64_t end) {
+    thread_local std::vector<float> scratch;  // two rows, so kept: it is small beside the logits
+    if (scratch.size() < static_cast<size_t>(2 * cols)) scratch.resize(2 * cols);
     DivergenceRow row;
+    row.clean_exp = scratch.data();
+    row.noised_exp = scratch.data() + cols;
     row.clean = at(clean, i);
     row.noised = at(noised, i);
     row.next_clean = i + 1 < end ? at(clean, i + 1) : nullptr;

@@ -43,7 +43,7 @@ RowExtent extent_of(const T* a, const T* b, int64_t n) {
 }
 
 template <class T, class Shift, bool close>
-RowSums sums_of(const T* a, const T* b, const T* next, int64_t n, const Shift shift) {
+RowSums sums_of(const T* a, const T* b, const T* next, float* clean_exp, float* noised_exp, int64_t n, const Shift shift) {
   using Real = typename Shift::Real;
   RowSums total = {};
   for (int64_t begin = 0; begin < n; begin += kBlock) {
@@ -55,6 +55,7 @@ RowSums sums_of(const T* a, const T* b, const T* next, int64_t n, const Shift sh
       const float x = to_float(a[i]), y = to_float(b[i]);
       const float delta = static_cast<float>(centred(x, y, shift));
       const float eb = exp_nonpositive(y - shift.noised_max);
+      noised_exp[i] = eb;
       noised += eb;
       noised_delta += eb * delta;
       if constexpr (close) {
@@ -63,6 +64,7 @@ RowSums sums_of(const T* a, const T* b, const T* next, int64_t n, const Shift sh
         excess_delta += more * delta;
       } else {
         const float ea = exp_nonpositive(x - shift.clean_max);
+        clean_exp[i] = ea;
         clean += ea;
         clean_delta += ea * delta;
         excess += far_excess(delta, ea, eb);
@@ -83,8 +85,9 @@ RowSums sums_of(const T* a, const T* b, const T* next, int64_t n, const Shift sh
 
 // The scaled gradients, and the row's value. Without gradients (write off) only the value.
 template <class T, class Shift, bool close, bool write>
-double finish_row(const T* a, const T* b, const T* next, T* grad_clean, T* grad_noised, int64_t n, const Shift shift,
-                  const RowMoments<typename Shift::Real> moments, float kl_weight, float ce_weight) {
+double finish_row(const T* a, const T* b, const T* next, const float* clean_exp, const float* noised_exp, T* grad_clean,
+                  T* grad_noised, int64_t n, const Shift shift, const RowMoments<typename Shift::Real> moments,
+                  float kl_weight, float ce_weight) {
   using Real = typename Shift::Real;
   double value = 0;
   T unwanted[write ? kBlock : 1];  // where a gradient that nobody asked for goes
@@ -93,6 +96,8 @@ double finish_row(const T* a, const T* b, const T* next, T* grad_clean, T* grad_
     prefetch(next, begin, begin + m);
     const T* x = a + begin;
     const T* y = b + begin;
+    const float* ea = clean_exp + begin;
+    const float* eb = noised_exp + begin;
     T* dx = grad_clean == nullptr ? unwanted : grad_clean + begin;
     T* dy = grad_noised == nullptr ? unwanted : grad_noised + begin;
     Real sum = 0;
@@ -100,13 +105,13 @@ double finish_row(const T* a, const T* b, const T* next, T* grad_clean, T* grad_
     for (int64_t i = 0; i < m; ++i) {
       const float xi = to_float(x[i]), yi = to_float(y[i]);
       const float r = static_cast<float>(centred(xi, yi, shift) - moments.log_ratio);
-      const float q = exp_nonpositive(yi - shift.noised_max) * moments.noised_scale;
+      const float q = eb[i] * moments.noised_scale;
       float p, excess;
       if constexpr (close) {
         excess = close_excess(r, q);
         p = q + excess;
       } else {
-        p = exp_nonpositive(xi - shift.clean_max) * moments.clean_scale;
+        p = ea[i] * moments.clean_scale;
         excess = far_excess(r, p, q);
       }
       sum += excess * r;
@@ -175,7 +180,7 @@ void divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shi
   T* grad_noised = static_cast<T*>(row.grad_noised);
   const float kl_weight = static_cast<float>(row.kl_weight), ce_weight = static_cast<float>(row.ce_weight);
   const auto sum = close ? sums_of<T, Shift, true> : sums_of<T, Shift, false>;
-  const RowSums sums = sum(a, b, next_clean, row.cols, shift);
+  const RowSums sums = sum(a, b, next_clean, row.clean_exp, row.noised_exp, row.cols, shift);
   const RowMoments<Real> moments = row_moments<Real>(sums);
 
   const float clean_label = row.ce_weight != 0 ? to_float(a[row.label]) : 0.0f;  // gradients may overwrite them
@@ -183,7 +188,8 @@ void divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shi
   const bool write = grad_clean != nullptr || grad_noised != nullptr;
   const auto finish = close ? (write ? finish_row<T, Shift, true, true> : finish_row<T, Shift, true, false>)
                             : (write ? finish_row<T, Shift, false, true> : finish_row<T, Shift, false, false>);
-  *kl = finish(a, b, next_noised, grad_clean, grad_noised, row.cols, shift, moments, kl_weight, ce_weight);
+  *kl = finish(a, b, next_noised, row.clean_exp, row.noised_exp, grad_clean, grad_noised, row.cols, shift, moments,
+               kl_weight, ce_weight);
   if (*kl < 0) *kl = 0;  // where a probability underflows in one stream a term may be -1e-38
   if (row.ce_weight == 0) return;
   *ce = (static_cast<double>(extent.clean_max) - clean_label) + log(sums.clean);

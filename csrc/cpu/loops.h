@@ -43,7 +43,8 @@ struct NoiseLoops {
 struct DivergenceRow {
   const void *clean, *noised;
   const void *next_clean, *next_noised;  // the row that the same thread will be given next, or null
-  void *grad_clean, *grad_noised;  // null: not wanted; may be the logits themselves
+  float *clean_exp, *noised_exp;         // scratch, cols each: exponentials of the second pass, for the third
+  void *grad_clean, *grad_noised;        // null: not wanted; may be the logits themselves
   int64_t cols, label;
   double kl_weight, ce_weight;
 };
