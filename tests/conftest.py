@@ -13,7 +13,8 @@ import torch
 
 import fastpost
 
-CPU_BACKENDS = ("reference", "cpu")
+# Triton's interpreter is chosen when its kernels are first imported, so it takes a run of its own (see the Makefile).
+CPU_BACKENDS = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ("reference", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -41,7 +41,8 @@ def perturb(weights: list[Tensor], grads: list[Tensor], rho: float, eta: float |
 
 
 # float64 is the reference's alone.
-SERVED = [(name, dtype) for name in CPU_BACKENDS for dtype in DTYPES] + [("reference", torch.float64)]
+SERVED = [(name, dtype) for name in CPU_BACKENDS for dtype in DTYPES]
+SERVED += [("reference", torch.float64)] if "reference" in CPU_BACKENDS else []
 
 
 @pytest.mark.parametrize(("backend", "dtype"), SERVED, indirect=["backend"])
@@ -174,7 +175,7 @@ def test_restore_is_bitwise_over_a_thousand_rounds(backend: str, dtype: torch.dt
         [special, 1, -(2 ** (8 * dtype.itemsize - 1)), 2], dtype=integers.dtype
     )  # NaN, subnormal, -0
     before = [bits(w) for w in weights]
-    for _ in range(1000 if backend == "cpu" else 50):
+    for _ in range(1000 if backend == "cpu" else 20):
         stash, _ = perturb(weights, grads, 0.3)
         ops.sam_restore_(weights, stash)
     assert all(torch.equal(bits(w), b) for w, b in zip(weights, before, strict=True))
@@ -215,17 +216,17 @@ def test_random_flips_agree_between_backends_and_undo_themselves(dtype: torch.dt
     _, tensors = lists(dtype)
     before = [bits(t) for t in tensors]
     flipped = {}
-    for name in ("reference", "cpu"):
+    for name in ("reference", *CPU_BACKENDS):
         with fastpost.use_backend(name):
             mine = [t.clone() for t in tensors]
             ops.flip_signs_(mine, 2**63 + 5)
             flipped[name] = [bits(t) for t in mine]
             ops.flip_signs_(mine, 2**63 + 5)
             assert all(torch.equal(bits(t), b) for t, b in zip(mine, before, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(flipped["reference"], flipped["cpu"], strict=True))
-    share = torch.cat([(a != b).flatten() for a, b in zip(before, flipped["cpu"], strict=True)]).double().mean()
+    assert all(torch.equal(a, b) for a, b in zip(flipped["reference"], flipped[CPU_BACKENDS[-1]], strict=True))
+    share = torch.cat([(a != b).flatten() for a, b in zip(before, flipped[CPU_BACKENDS[-1]], strict=True)]).double().mean()
     assert abs(share - 0.5) < 0.005
-    first, second = flipped["cpu"][8] != before[8], flipped["cpu"][10][: len(before[8])] != before[10][: len(before[8])]
+    first, second = flipped[CPU_BACKENDS[-1]][8] != before[8], flipped[CPU_BACKENDS[-1]][10][: len(before[8])] != before[10][: len(before[8])]
     assert not torch.equal(first, second)  # each tensor of a list draws its own
 
 
@@ -266,7 +267,7 @@ def test_negate_grads_equals_maximize(backend: str) -> None:
 
 
 def test_mixed_dtypes_layouts_and_empty_tensors_in_one_list(backend: str) -> None:
-    if backend == "cpu":
+    if backend != "reference":
         fastpost.use_backend(None)  # float64 and gaps are what a forced backend refuses
     base = torch.randn(40, 30)
     weights = [

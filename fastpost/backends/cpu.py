@@ -81,7 +81,7 @@ def negate_(bucket: Bucket) -> None:
 
 
 def flip_signs_(bucket: Bucket, seed: Tensor) -> None:
-    native.core().cpu.flip_signs(_plan(bucket), seed.item() & (2**64 - 1), _threads())
+    native.core().cpu.flip_signs(_plan(bucket), int(seed.item()) & (2**64 - 1), _threads())
 
 
 def negate_norm_(bucket: Bucket) -> Tensor:
@@ -99,7 +99,7 @@ def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor
     rows = rows.contiguous() if rows is not None else None
     core.cpu.add_noise(
         x.data_ptr(), out.data_ptr(), _dtype(x.dtype), _dtype(out_dtype), x.numel(), eps,
-        getattr(core.NoiseType, noise_type), seed.item() & (2**64 - 1), rows.data_ptr() if rows is not None else 0,
+        getattr(core.NoiseType, noise_type), int(seed.item()) & (2**64 - 1), rows.data_ptr() if rows is not None else 0,
         x.shape[-1] if x.ndim else 1, _threads(),
     )  # fmt: skip
     return out
@@ -118,7 +118,46 @@ def embedding_noise(
     rows = rows.contiguous() if rows is not None else None
     core.cpu.embedding_noise(
         table.data_ptr(), ids.data_ptr(), clean.data_ptr(), noised.data_ptr(), _dtype(table.dtype), _dtype(out_dtype),
-        ids.numel(), width, table.stride(0), eps, getattr(core.NoiseType, noise_type), seed.item() & (2**64 - 1),
+        ids.numel(), width, table.stride(0), eps, getattr(core.NoiseType, noise_type), int(seed.item()) & (2**64 - 1),
         rows.data_ptr() if rows is not None else 0, _threads(),
     )  # fmt: skip
     return clean, noised
+
+
+def divergence_rows(
+    clean: Tensor,
+    noised: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    kl_weights: Tensor | None,
+    ce_weights: Tensor | None,
+    grad_clean: Tensor | None,
+    grad_noised: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows, cols = clean.shape
+    kl, ce = (torch.empty(rows, dtype=torch.float64) for _ in range(2))
+    blocks = [part for block in (clean, noised, grad_clean, grad_noised) for part in _rows(block)]
+    native.core().cpu.divergence_rows(
+        *blocks, _dtype(clean.dtype), rows, cols, _address(labels), ignore_index, _address(kl_weights),
+        _address(ce_weights), kl.data_ptr(), ce.data_ptr(), _threads(),
+    )  # fmt: skip
+    return kl, ce
+
+
+def scale_rows_(block: Tensor, factors: Tensor) -> None:
+    stride = 1 if factors.numel() > 1 else 0
+    native.core().cpu.scale_rows(*_rows(block), _dtype(block.dtype), *block.shape, factors.data_ptr(), stride, _threads())
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows(block: Tensor | None) -> tuple[int, int]:
+    """Address and row stride in elements."""
+    return (0, 0) if block is None else (block.data_ptr(), block.stride(0))
+
+
+def gradient_like(logits: Tensor) -> Tensor:
+    """Room for a gradient, not yet written."""
+    return _empty(logits.shape, logits.dtype)

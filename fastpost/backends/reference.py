@@ -188,3 +188,60 @@ def embedding_noise(
     """The rows of `table`, and the same rows with noise."""
     clean = table[ids]
     return clean, add_noise(clean, eps, noise_type, seed, rows, out_dtype)
+
+
+# -- divergence: rows of logits in two streams ----------------------------------------------------------------------------
+
+
+def divergence_rows(
+    clean: Tensor,
+    noised: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    kl_weights: Tensor | None,
+    ce_weights: Tensor | None,
+    grad_clean: Tensor | None,
+    grad_noised: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Per row KL(p|q) + KL(q|p) and cross-entropy of the clean logits, and the gradients of their weighted sum.
+
+    J = sum (p - q)(log p - log q); dJ/da = p (log p - log q - KL(p|q)) + p - q, dJ/db with p and q exchanged. In float64
+    whatever the logits' dtype. Gradients are written to the tensors given, which may be the logits themselves; rows of
+    weight 0 give exactly 0. Classes that are -inf in both streams do not exist.
+    """
+    a, b = clean.double(), noised.double()
+    ones = torch.ones(len(a), dtype=torch.float64, device=a.device)
+    kl_weights = ones if kl_weights is None else kl_weights
+    ce_weights = ones if ce_weights is None else ce_weights
+    absent = (a == -torch.inf) & (b == -torch.inf)
+    log_p, log_q = torch.log_softmax(a, dim=-1), torch.log_softmax(b, dim=-1)
+    p, q = log_p.exp(), log_q.exp()
+    r = torch.where(absent, torch.zeros_like(a), log_p - log_q)
+    kl_pq, kl_qp = (p * r).sum(-1, keepdim=True), -(q * r).sum(-1, keepdim=True)
+    kl = ((p - q) * r).sum(-1)
+    grad_a = kl_weights.unsqueeze(-1) * (p * (r - kl_pq) + p - q)
+    grad_b = kl_weights.unsqueeze(-1) * (q * (-r - kl_qp) + q - p)
+    used = (kl_weights != 0).unsqueeze(-1)
+    grad_a, grad_b = torch.where(used, grad_a, torch.zeros_like(a)), torch.where(used, grad_b, torch.zeros_like(b))
+    ce = torch.zeros_like(kl)
+    if labels is not None:
+        counts = (labels != ignore_index) & (ce_weights != 0)
+        targets = torch.where(counts, labels, torch.zeros_like(labels)).unsqueeze(-1)
+        ce = torch.where(counts, -log_p.gather(-1, targets).squeeze(-1), ce)
+        one_hot = torch.zeros_like(p).scatter_(-1, targets, 1.0)
+        grad_a = grad_a + torch.where(counts.unsqueeze(-1), ce_weights.unsqueeze(-1) * (p - one_hot), torch.zeros_like(p))
+    if grad_clean is not None:
+        grad_clean.copy_(grad_a)
+    if grad_noised is not None:
+        grad_noised.copy_(grad_b)
+    return torch.where(kl_weights != 0, kl, torch.zeros_like(kl)), ce
+
+
+def scale_rows_(block: Tensor, factors: Tensor) -> None:
+    """block[row] *= factors[row]; one factor serves all rows."""
+    block.copy_(block.double() * factors.reshape(-1, 1))
+
+
+def gradient_like(logits: Tensor) -> Tensor:
+    """Room for a gradient, not yet written."""
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)

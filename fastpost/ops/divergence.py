@@ -1,0 +1,355 @@
+"""Divergence of two streams of logits: symmetric KL, alone or in one pass with the cross-entropy of the first stream."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpost.dispatch import select
+from fastpost.errors import unknown
+from fastpost.ops.params import wrote
+from fastpost.ops.registry import define
+
+KL_REDUCTIONS = ("none", "sum", "mean", "batchmean")
+R3F_REDUCTIONS = ("token", "sentence", "fairseq", "sum")
+
+
+class R3FLoss(NamedTuple):
+    """loss = task_loss + r3f_lambda * symm_kl; only `loss` carries a graph."""
+
+    loss: Tensor
+    task_loss: Tensor
+    symm_kl: Tensor
+
+
+# -- implementations behind torch.ops.fastpost ----------------------------------------------------------------------------
+
+
+def _divergence_rows(
+    clean: Tensor,
+    noised: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    kl_weights: Tensor | None,
+    ce_weights: Tensor | None,
+    want_clean: bool,
+    want_noised: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    function = select("divergence_rows", clean.device, clean.dtype)
+    like = select("gradient_like", clean.device, clean.dtype)
+    grad_clean, grad_noised = like(clean) if want_clean else None, like(noised) if want_noised else None
+    kl, ce = function(clean, noised, labels, ignore_index, kl_weights, ce_weights, grad_clean, grad_noised)
+    nothing = clean.new_empty(0)
+    return (
+        kl,
+        ce,
+        nothing if grad_clean is None else grad_clean,
+        noised.new_empty(0) if grad_noised is None else grad_noised,
+    )
+
+
+def _divergence_rows_(
+    clean: Tensor,
+    noised: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    kl_weights: Tensor | None,
+    ce_weights: Tensor | None,
+    want_clean: bool,
+    want_noised: bool,
+) -> tuple[Tensor, Tensor]:
+    function = select("divergence_rows", clean.device, clean.dtype)
+    kl, ce = function(
+        clean, noised, labels, ignore_index, kl_weights, ce_weights, clean if want_clean else None,
+        noised if want_noised else None,
+    )  # fmt: skip
+    return kl, ce
+
+
+def _scale_rows_(block: Tensor, factors: Tensor) -> None:
+    select("scale_rows_", block.device, block.dtype)(block, factors)
+
+
+def _row_values(clean: Tensor) -> Tensor:
+    return clean.new_empty(clean.shape[0], dtype=torch.float64)
+
+
+_SIGNATURE = "Tensor? labels, int ignore_index, Tensor? kl_weights, Tensor? ce_weights, bool want_clean, bool want_noised"
+_op_rows = define(
+    f"divergence_rows(Tensor clean, Tensor noised, {_SIGNATURE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _divergence_rows,
+    lambda clean, noised, labels, ignore_index, kl_weights, ce_weights, want_clean, want_noised: (
+        _row_values(clean),
+        _row_values(clean),
+        clean.new_empty(clean.shape if want_clean else 0),
+        noised.new_empty(noised.shape if want_noised else 0),
+    ),
+)
+_op_rows_ = define(
+    f"divergence_rows_(Tensor(a!) clean, Tensor(b!) noised, {_SIGNATURE}) -> (Tensor, Tensor)",
+    _divergence_rows_,
+    lambda clean, *_: (_row_values(clean), _row_values(clean)),
+)
+_op_scale_ = define("scale_rows_(Tensor(a!) block, Tensor factors) -> ()", _scale_rows_, None)
+
+
+# -- autograd -------------------------------------------------------------------------------------------------------------
+
+
+class _Divergence(torch.autograd.Function):
+    """Weighted row values; gradients are made in the forward pass, where the rows are at hand, and scaled in the backward.
+
+    Forward returns kl * kl_weights + ce * ce_weights per row (float64), then kl and ce for show.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        clean: Tensor,
+        noised: Tensor,
+        labels: Tensor | None,
+        ignore_index: int,
+        kl_weights: Tensor | None,
+        ce_weights: Tensor | None,
+        want: tuple[bool, bool],
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rest = (labels, ignore_index, kl_weights, ce_weights, *want)
+        if inplace:
+            kl, ce = _op_rows_(clean, noised, *rest)
+            # Whoever else wanted these logits in its backward is told by autograd's version check.
+            wrote([t for t, wanted in zip((clean, noised), want, strict=True) if wanted])
+            grads = (clean.detach() if want[0] else None, noised.detach() if want[1] else None)
+        else:
+            kl, ce, grad_clean, grad_noised = _op_rows(clean, noised, *rest)
+            grads = (grad_clean if want[0] else None, grad_noised if want[1] else None)
+            ctx.save_for_backward(clean, noised, labels, kl_weights, ce_weights)
+        ctx.grads = grads
+        ctx.inplace, ctx.ignore_index, ctx.want = inplace, ignore_index, want
+        ctx.mark_non_differentiable(kl, ce)
+        value = kl.clone() if kl_weights is None else kl * kl_weights
+        if labels is not None:
+            value = value + (ce if ce_weights is None else ce * ce_weights)
+        return value, kl, ce
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if ctx.grads is not None:
+            grads, ctx.grads = ctx.grads, None
+        elif ctx.inplace:
+            raise RuntimeError(
+                "symmetric_kl/r3f_loss with inplace=True: the logits were overwritten by the first backward pass; a second "
+                "one (retain_graph) needs inplace=False"
+            )
+        else:
+            clean, noised, labels, kl_weights, ce_weights = ctx.saved_tensors
+            *_, grad_clean, grad_noised = _op_rows(
+                clean, noised, labels, ctx.ignore_index, kl_weights, ce_weights, *ctx.want
+            )
+            grads = (grad_clean if ctx.want[0] else None, grad_noised if ctx.want[1] else None)
+        # One number for all rows, where a sum was taken: an expanded scalar. On the CPU asking whether it is 1 is free.
+        factors = upstream[:1] if upstream.stride(0) == 0 and len(upstream) else upstream
+        factors = factors.double().contiguous()
+        free = factors.device.type == "cpu" and factors.numel() == 1 and not torch.compiler.is_compiling()
+        if factors.numel() and not (free and factors.item() == 1):
+            for g in grads:
+                if g is not None:
+                    _op_scale_(g, factors)
+        return *grads, None, None, None, None, None, None
+
+
+def _rows_of(logits: Tensor) -> Tensor:
+    """(rows, classes) with contiguous classes; a view where the layout allows it."""
+    flat = logits.reshape(-1, logits.shape[-1]) if logits.ndim != 2 else logits
+    return flat if flat.stride(-1) == 1 and (flat.shape[0] <= 1 or flat.stride(0) >= flat.shape[1]) else flat.contiguous()
+
+
+def _check(op: str, logits: Tensor, noised_logits: Tensor) -> None:
+    for name, t in (("logits", logits), ("noised_logits", noised_logits)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(t).__name__}, not a tensor")
+        if not t.dtype.is_floating_point or t.dtype.itemsize < 2:
+            raise TypeError(f"{op}: {name} has dtype {t.dtype}; float16, bfloat16, float32 and float64 are served")
+    if logits.shape != noised_logits.shape:
+        raise ValueError(
+            f"{op}: logits have shape {tuple(logits.shape)}, noised_logits {tuple(noised_logits.shape)}; they must agree"
+        )
+    if logits.ndim < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"{op}: logits of shape {tuple(logits.shape)} have no classes in the last dimension")
+    if logits.dtype != noised_logits.dtype:
+        raise ValueError(f"{op}: logits are {logits.dtype}, noised_logits {noised_logits.dtype}; they must agree")
+    if logits.device != noised_logits.device:
+        raise ValueError(f"{op}: logits are on {logits.device}, noised_logits on {noised_logits.device}")
+
+
+def _run(
+    op: str,
+    logits: Tensor,
+    noised_logits: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    kl_weights: Tensor | None,
+    ce_weights: Tensor | None,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    clean, noised = _rows_of(logits), _rows_of(noised_logits)
+    if inplace and (clean.data_ptr() != logits.data_ptr() or noised.data_ptr() != noised_logits.data_ptr()):
+        raise ValueError(f"{op}: inplace=True needs logits whose rows lie contiguous in memory")
+    if inplace and logits.data_ptr() == noised_logits.data_ptr() and logits.numel():
+        raise ValueError(
+            f"{op}: inplace=True with the same memory for both streams; their gradients would overwrite each other"
+        )
+    want = tuple(torch.is_grad_enabled() and t.requires_grad for t in (clean, noised))
+    value, kl, ce = _Divergence.apply(  # type: ignore[no-untyped-call]
+        clean, noised, labels, ignore_index, kl_weights, ce_weights, want, inplace
+    )
+    return value, kl, ce
+
+
+def _weighted(weights: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if weights is None else weights.to(device=device, dtype=torch.float64).contiguous()
+
+
+def _out_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def symmetric_kl(
+    logits: Tensor,
+    noised_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "batchmean",
+    inplace: bool = False,
+) -> Tensor:
+    """KL(p || q) + KL(q || p) for p = softmax(logits), q = softmax(noised_logits) (R3F, 2008.03156, eq. 4).
+
+    One pass from raw logits, gradients to both streams. Values are right to 1e-6 relative for float32 logits however close
+    the streams are (the textbook formula loses every digit at differences of 1e-5), never negative, and exactly 0 for
+    identical rows. A class that is -inf in both streams does not exist; in one only, the value is inf.
+
+    Args:
+        logits, noised_logits: (..., classes); float16, bfloat16, float32 or float64. Arithmetic is float32 or wider.
+        mask: bool of shape (...); rows where it is False count in no reduction and get no gradient.
+        reduction: "none" gives shape (...), zeros where masked; "sum"; "mean" over the rows that count; "batchmean" divides
+            the sum by logits.shape[0], as fairseq does.
+        inplace: the gradients overwrite the logits in this very call, without any allocation of their size; then only one
+            backward pass can be run, and nobody else may use the logits.
+
+    Returns:
+        float32 (float64 for float64 logits). No rows, or none that count, give 0.
+
+    Raises:
+        ValueError: shapes, dtypes or devices differ; unknown reduction; wrong shape of the mask.
+        TypeError: logits are not floating point, the mask not bool.
+    """
+    op = "symmetric_kl"
+    _check(op, logits, noised_logits)
+    if reduction not in KL_REDUCTIONS:
+        raise unknown("reduction", reduction, KL_REDUCTIONS)
+    rows = logits.shape[:-1]
+    if mask is not None:
+        if mask.shape != rows:
+            raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}, expected {tuple(rows)}")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{op}: mask must be bool (True = counts), not {mask.dtype}")
+    n = math.prod(rows)
+    weights = None if mask is None else mask.reshape(-1).double()
+    if reduction in ("mean", "batchmean"):
+        if reduction == "batchmean":
+            scale: float | Tensor = 1.0 / max(rows[0] if rows else 1, 1)
+        else:
+            scale = 1.0 / max(n, 1) if mask is None else 1.0 / mask.sum().clamp(min=1).double()
+        ones = torch.ones(n, dtype=torch.float64, device=logits.device) if weights is None else weights
+        weights = ones * scale
+    weights = _weighted(weights, logits.device)
+    value, _, _ = _run(op, logits, noised_logits, None, -100, weights, None, inplace)
+    result = value.reshape(rows) if reduction == "none" else value.sum()
+    return result.to(_out_dtype(logits))
+
+
+def r3f_loss(
+    logits: Tensor,
+    noised_logits: Tensor,
+    labels: Tensor,
+    *,
+    r3f_lambda: float = 1.0,
+    reduction: str = "token",
+    ignore_index: int = -100,
+    num_items: int | Tensor | None = None,
+    inplace: bool = False,
+) -> R3FLoss:
+    """Cross-entropy of the clean logits plus r3f_lambda times the symmetric KL of both streams, in one pass (2008.03156).
+
+    Args:
+        logits, noised_logits: (..., classes), as in `symmetric_kl`.
+        labels: integers of shape (...), each a class or `ignore_index`.
+        r3f_lambda: weight of the KL, >= 0; at 0 the noised stream is not looked at and gets zero gradients.
+        reduction: how both terms are reduced.
+            "token": averaged over the rows whose label counts (or divided by `num_items`).
+            "sentence": averaged over the batch; for (batch, classes).
+            "fairseq": cross-entropy averaged over the rows that count, KL summed over *every* row, padding included, and
+            divided by logits.shape[0] (what label_smoothed_cross_entropy_r3f does).
+            "sum": both summed over the rows that count.
+        ignore_index: label of rows that do not count.
+        num_items: divisor in place of the count, for gradient accumulation; "token" only.
+        inplace: as in `symmetric_kl`.
+
+    Returns:
+        R3FLoss(loss, task_loss, symm_kl), scalars; task_loss and symm_kl are detached. Where no label counts, the loss is 0
+        with zero gradients, not NaN.
+
+    Raises:
+        ValueError: shapes, dtypes or devices differ; unknown reduction; labels out of range (CPU; elsewhere they give NaN);
+            r3f_lambda negative or not finite; num_items not positive or with another reduction.
+        TypeError: logits not floating point, labels not integers.
+    """
+    op = "r3f_loss"
+    _check(op, logits, noised_logits)
+    rows = logits.shape[:-1]
+    if reduction not in R3F_REDUCTIONS:
+        raise unknown("reduction", reduction, R3F_REDUCTIONS)
+    if not (math.isfinite(r3f_lambda) and r3f_lambda >= 0):
+        raise ValueError(f"{op}: r3f_lambda must be finite and >= 0, not {r3f_lambda}")
+    if labels.shape != rows:
+        raise ValueError(f"{op}: labels have shape {tuple(labels.shape)}, expected {tuple(rows)}")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"{op}: labels must be integers, not {labels.dtype}")
+    if reduction == "sentence" and logits.ndim != 2:
+        raise ValueError(f"{op}: reduction 'sentence' is for logits (batch, classes), not {tuple(logits.shape)}")
+    if num_items is not None:
+        if reduction != "token":
+            raise ValueError(f"{op}: num_items goes with reduction 'token', not {reduction!r}")
+        if not isinstance(num_items, Tensor) and not num_items > 0:
+            raise ValueError(f"{op}: num_items must be > 0, not {num_items}")
+    labels = labels.reshape(-1).to(device=logits.device, dtype=torch.int64).contiguous()
+    counts = labels != ignore_index
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = counts & ((labels < 0) | (labels >= logits.shape[-1]))
+        if bool(outside.any()):
+            at = int(outside.nonzero()[0])
+            raise ValueError(
+                f"{op}: label {int(labels[at])} in row {at} is outside [0, {logits.shape[-1]}) and is not ignore_index "
+                f"({ignore_index})"
+            )
+    counted = counts.double()
+    total = counted.sum().clamp(min=1)
+    batch = max(rows[0] if rows else 1, 1)
+    if reduction == "token" and num_items is not None:
+        ce_scale: Tensor | float = 1.0 / num_items
+    elif reduction == "sum":
+        ce_scale = 1.0
+    else:
+        ce_scale = 1.0 / total
+    kl_rows = torch.ones_like(counted) if reduction == "fairseq" else counted
+    kl_scale = 1.0 / batch if reduction == "fairseq" else ce_scale
+    ce_weights = _weighted(counted * ce_scale, logits.device)
+    kl_weights = _weighted(kl_rows * kl_scale * r3f_lambda, logits.device)
+    value, kl, ce = _run(op, logits, noised_logits, labels, ignore_index, kl_weights, ce_weights, inplace)
+    dtype = _out_dtype(logits)
+    task = torch.where(counts, ce, torch.zeros_like(ce)).sum() * ce_scale
+    symm = (kl * kl_rows).sum() * kl_scale
+    return R3FLoss(value.sum().to(dtype), task.detach().to(dtype), symm.detach().to(dtype))
