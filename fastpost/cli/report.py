@@ -132,7 +132,7 @@ def table(results: Results) -> Any:
     shown = Table(title="fastpost compare", caption="±: standard deviation over seeds; step times: medians")
     headings = (
         "method",
-        "test score",
+        "test accuracy / perplexity",
         "step, published",
         "step, fastpost",
         "ratio",
@@ -154,7 +154,7 @@ def _score(runs: list[Run]) -> str:
     if runs[0].metric == "accuracy":
         return f"{mean:.1%}" + ("" if math.isnan(spread) else f" ± {spread * 100:.1f}")
     before = statistics.fmean([run.untouched or math.nan for run in runs])
-    return f"perplexity {before:.2f} → {mean:.2f}" + ("" if math.isnan(spread) else f" ± {spread:.2f}")
+    return f"{before:.2f} → {mean:.2f}" + ("" if math.isnan(spread) else f" ± {spread:.2f}")
 
 
 def _cost_cells(method: str, cost: StepCost | None) -> tuple[str, str, str, str]:

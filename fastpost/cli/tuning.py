@@ -27,7 +27,7 @@ Batch = dict[str, Tensor]
 class Hyper:
     """What all classifiers share (lr and weight decay of AdamW), and what single methods add."""
 
-    lr: float = 1e-4
+    lr: float = 2e-4
     weight_decay: float = 0.01
     rho: float = 0.05
     asam_rho: float = 0.5
@@ -267,7 +267,8 @@ def finetune(
         trainee.optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
     )
     ask = {steps * (i + 1) // evaluations for i in range(evaluations)}
-    best, best_step, best_test = -1.0, 0, 0.0
+    best, best_step = -1.0, 0
+    held: list[Tensor] = []
     for step, batch in enumerate(classifier.batches(train, batch_size, steps, seed), start=1):
         trainee.step(batch)
         schedule.step()
@@ -276,6 +277,10 @@ def finetune(
             score = accuracy(classifier, trainee.model, validation)
             if score > best:
                 best, best_step = score, step
-                best_test = accuracy(classifier, trainee.model, test)
+                held = [] if step == steps else [p.detach().clone() for p in trainee.model.parameters()]
+    with torch.no_grad():
+        for p, kept in zip(trainee.model.parameters(), held, strict=False):  # nothing is held when the last state is best
+            p.copy_(kept)
+    best_test = accuracy(classifier, trainee.model, test)
     report = trainee.sam.report if trainee.sam is not None else None
     return Outcome(best, best_test, best_step, report.as_dict() if report is not None else None)
