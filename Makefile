@@ -33,6 +33,7 @@ demo: $(VENV)/.model
 
 test: $(VENV)/.model
 	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_params.py tests/test_noise.py tests/test_divergence.py -k triton
 
 lint: install
 	$(BIN)/ruff check .
