@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-_library = torch.library.Library("fastpost", "DEF")
+_library = torch.library.Library("fastpost", "DEF")  # type: ignore[no-untyped-call]
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any] | None) -> Any:
@@ -23,8 +23,8 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
         fake: shapes and dtypes only; None for operations that return nothing.
     """
     name = schema.split("(", 1)[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     if fake is None:
         torch.library.register_fake(f"fastpost::{name}", lambda *args, **kwargs: None, lib=_library)
     else:
