@@ -207,7 +207,8 @@ def divergence_rows(
 
     J = sum (p - q)(log p - log q); dJ/da = p (log p - log q - KL(p|q)) + p - q, dJ/db with p and q exchanged. In float64
     whatever the logits' dtype. Gradients are written to the tensors given, which may be the logits themselves; rows of
-    weight 0 give exactly 0. Classes that are -inf in both streams do not exist.
+    weight 0 give exactly 0. Classes that are -inf in both streams do not exist; one that is -inf in one stream only makes
+    the value infinite and the gradients NaN.
     """
     a, b = clean.double(), noised.double()
     ones = torch.ones(len(a), dtype=torch.float64, device=a.device)
@@ -218,9 +219,10 @@ def divergence_rows(
     p, q = log_p.exp(), log_q.exp()
     r = torch.where(absent, torch.zeros_like(a), log_p - log_q)
     kl_pq, kl_qp = (p * r).sum(-1, keepdim=True), -(q * r).sum(-1, keepdim=True)
-    kl = ((p - q) * r).sum(-1)
+    kl = ((p - q) * r).sum(-1).clamp(min=0)  # rounding can leave -1e-34
     grad_a = kl_weights.unsqueeze(-1) * (p * (r - kl_pq) + p - q)
     grad_b = kl_weights.unsqueeze(-1) * (q * (-r - kl_qp) + q - p)
+    grad_a, grad_b = (torch.where(kl.isfinite().unsqueeze(-1), g, torch.full_like(g, torch.nan)) for g in (grad_a, grad_b))
     used = (kl_weights != 0).unsqueeze(-1)
     grad_a, grad_b = torch.where(used, grad_a, torch.zeros_like(a)), torch.where(used, grad_b, torch.zeros_like(b))
     ce = torch.zeros_like(kl)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastpost.dispatch import select
 from fastpost.errors import unknown
@@ -136,6 +137,7 @@ class _Divergence(torch.autograd.Function):
         return value, kl, ce
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.grads is not None:
             grads, ctx.grads = ctx.grads, None
@@ -185,6 +187,35 @@ def _check(op: str, logits: Tensor, noised_logits: Tensor) -> None:
         raise ValueError(f"{op}: logits are on {logits.device}, noised_logits on {noised_logits.device}")
 
 
+def _check_inplace(op: str, given: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor], want: tuple[bool, ...]) -> None:
+    for name, t, walked, wanted in zip(("logits", "noised_logits"), given, rows, want, strict=True):
+        base = t._base if t._is_view() else t
+        if wanted and base is not None and base.is_leaf and base.requires_grad:
+            raise ValueError(
+                f"{op}: inplace=True would overwrite {name}, a leaf that requires grad (or a view of one), whose value "
+                "is still needed; pass the output of a model, or inplace=False"
+            )
+        if t.numel() and t.data_ptr() != walked.data_ptr():
+            raise ValueError(
+                f"{op}: inplace=True needs {name} whose last dimension is contiguous and whose rows lie at one distance; "
+                f"the strides are {t.stride()}"
+            )
+    if _overlap(*rows):
+        raise ValueError(f"{op}: inplace=True with logits that share memory; their gradients would overwrite each other")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two row-strided matrices share an element; rows of one stride may lie between each other."""
+    if a.numel() == 0 or torch.compiler.is_compiling():
+        return False
+    (rows, cols), stride = a.shape, a.stride(0)
+    first, second = sorted((a.data_ptr() // a.element_size(), b.data_ptr() // b.element_size()))
+    if rows == 1 or stride != b.stride(0):
+        return second - first < max(rows - 1, 0) * max(stride, b.stride(0)) + cols
+    apart = second - first
+    return apart < (rows - 1) * stride + cols and not cols <= apart % stride <= stride - cols
+
+
 def _run(
     op: str,
     logits: Tensor,
@@ -196,13 +227,10 @@ def _run(
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     clean, noised = _rows_of(logits), _rows_of(noised_logits)
-    if inplace and (clean.data_ptr() != logits.data_ptr() or noised.data_ptr() != noised_logits.data_ptr()):
-        raise ValueError(f"{op}: inplace=True needs logits whose rows lie contiguous in memory")
-    if inplace and logits.data_ptr() == noised_logits.data_ptr() and logits.numel():
-        raise ValueError(
-            f"{op}: inplace=True with the same memory for both streams; their gradients would overwrite each other"
-        )
     want = tuple(torch.is_grad_enabled() and t.requires_grad for t in (clean, noised))
+    inplace = inplace and any(want)
+    if inplace:
+        _check_inplace(op, (logits, noised_logits), (clean, noised), want)
     value, kl, ce = _Divergence.apply(  # type: ignore[no-untyped-call]
         clean, noised, labels, ignore_index, kl_weights, ce_weights, want, inplace
     )
@@ -287,7 +315,7 @@ def r3f_loss(
     Args:
         logits, noised_logits: (..., classes), as in `symmetric_kl`.
         labels: integers of shape (...), each a class or `ignore_index`.
-        r3f_lambda: weight of the KL, >= 0; at 0 the noised stream is not looked at and gets zero gradients.
+        r3f_lambda: weight of the KL, >= 0; at 0 the noised stream is not looked at, gets zero gradients, and symm_kl is 0.
         reduction: how both terms are reduced.
             "token": averaged over the rows whose label counts (or divided by `num_items`).
             "sentence": averaged over the batch; for (batch, classes).
@@ -314,6 +342,8 @@ def r3f_loss(
         raise unknown("reduction", reduction, R3F_REDUCTIONS)
     if not (math.isfinite(r3f_lambda) and r3f_lambda >= 0):
         raise ValueError(f"{op}: r3f_lambda must be finite and >= 0, not {r3f_lambda}")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{op}: labels are a {type(labels).__name__}, not a tensor")
     if labels.shape != rows:
         raise ValueError(f"{op}: labels have shape {tuple(labels.shape)}, expected {tuple(rows)}")
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
