@@ -103,3 +103,31 @@ def embedding_noise(
     rows = rows.contiguous() if rows is not None else None
     _kernels("noise").embedding_noise(table, ids.long().contiguous(), clean, noised, eps, noise_type, seed, rows)
     return clean, noised
+
+
+def divergence_rows(
+    clean: Tensor,
+    noised: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    kl_weights: Tensor | None,
+    ce_weights: Tensor | None,
+    grad_clean: Tensor | None,
+    grad_noised: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    ones = torch.ones(clean.shape[0], dtype=torch.float64, device=clean.device)
+    ce_weights = ones if ce_weights is None else ce_weights
+    ce_weights = torch.zeros_like(ones) if labels is None else torch.where(labels == ignore_index, 0.0, ce_weights)
+    kl, ce = _kernels("divergence").divergence_rows(
+        clean, noised, labels, ignore_index, ones if kl_weights is None else kl_weights, ce_weights, grad_clean, grad_noised
+    )
+    return kl, ce
+
+
+def scale_rows_(block: Tensor, factors: Tensor) -> None:
+    _kernels("divergence").scale_rows_(block, factors)
+
+
+def gradient_like(logits: Tensor) -> Tensor:
+    """Room for a gradient, not yet written."""
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)

@@ -1,0 +1,344 @@
+"""Rows of logits in two streams: symmetric KL, cross-entropy, and the gradients of both.
+
+The equations are in csrc/core/divergence.h. One program per row, three passes: extent, sums, value and gradients; the later
+passes find the row in the second cache. A row is cut into an unaligned head, a body of whole blocks that needs no mask and
+keeps 16-byte accesses even where the width is odd (50,257), and a tail.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .numerics import exp_nonpositive, expm1_small, round_to
+
+_BLOCK = 4096
+_NARROW = 1024  # below this many columns differences and sums are float64
+_INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _error(first, second, difference):
+    """first - second = difference + error, exactly (Knuth)."""
+    back = difference - first
+    return (first - (difference - back)) - (second + back)
+
+
+@triton.jit
+def _centred(a, b, centre, centre_error, wide: tl.constexpr):
+    """a - b - centre without losing digits to a large constant; 0 where both are -inf."""
+    if wide:
+        delta = (a.to(tl.float64) - b.to(tl.float64)) - centre
+    else:
+        d = a - b
+        delta = (d - centre) + (_error(a, b, d) - centre_error)
+    return tl.where(a + b == -_INFINITY, 0.0, delta)
+
+
+@triton.jit
+def _excess(delta, clean, noised):
+    """clean - noised, never as a difference of nearby numbers: delta is their logarithms' difference."""
+    return tl.where(tl.abs(delta) < 0.5, noised * expm1_small(delta), clean - noised)
+
+
+@triton.jit
+def _block_extent(a, b, inside, clean_max, noised_max, low, high, bad):
+    d = a - b
+    counts = inside & (d == d)  # both -inf: the pair says nothing of the difference
+    clean_max = tl.maximum(clean_max, tl.max(tl.where(inside, a, -_INFINITY), axis=0))
+    noised_max = tl.maximum(noised_max, tl.max(tl.where(inside, b, -_INFINITY), axis=0))
+    low = tl.minimum(low, tl.min(tl.where(counts, d, _INFINITY), axis=0))
+    high = tl.maximum(high, tl.max(tl.where(counts, d, -_INFINITY), axis=0))
+    meaningless = inside & ((a != a) | (b != b) | (a == _INFINITY) | (b == _INFINITY))
+    return clean_max, noised_max, low, high, tl.maximum(bad, tl.max(meaningless.to(tl.int32), axis=0))
+
+
+@triton.jit
+def _block_sums(a, b, inside, clean_max, noised_max, centre, centre_error, wide: tl.constexpr):
+    delta = _centred(a, b, centre, centre_error, wide).to(tl.float32)
+    ea = tl.where(inside, exp_nonpositive(a - clean_max), 0.0)
+    eb = tl.where(inside, exp_nonpositive(b - noised_max), 0.0)
+    delta = tl.where(inside, delta, 0.0)
+    excess = _excess(delta, ea, eb)
+    noised = eb.to(tl.float64)
+    difference = excess.to(tl.float64)
+    weighted_noised = (eb * delta).to(tl.float64)
+    # Through the excess the clean sums share the noised ones' digits.
+    weighted_excess = (excess * delta).to(tl.float64)
+    clean = ea.to(tl.float64)
+    return (
+        tl.sum(clean, axis=0),
+        tl.sum(noised, axis=0),
+        tl.sum(difference, axis=0),
+        tl.sum(weighted_noised, axis=0),
+        tl.sum(weighted_excess, axis=0),
+    )
+
+
+@triton.jit
+def _block_finish(
+    a, b, inside, grad_clean, grad_noised, at,
+    clean_max, noised_max, centre, centre_error, log_ratio, clean_scale, noised_scale, clean_kl, noised_kl,
+    kl_weight, ce_weight, dtype: tl.constexpr, want_clean: tl.constexpr, want_noised: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    r = (_centred(a, b, centre, centre_error, wide) - log_ratio).to(tl.float32)
+    p = exp_nonpositive(a - clean_max) * clean_scale
+    q = exp_nonpositive(b - noised_max) * noised_scale
+    excess = _excess(r, p, q)
+    # A weight of 0 gives exactly 0, whatever the logits hold.
+    if want_clean:
+        gradient = tl.where(kl_weight != 0.0, kl_weight * (p * (r - clean_kl) + excess), 0.0)
+        gradient += tl.where(ce_weight != 0.0, ce_weight * p, 0.0)
+        tl.store(grad_clean + at, round_to(gradient, dtype), mask=inside)
+    if want_noised:
+        gradient = tl.where(kl_weight != 0.0, -kl_weight * (q * (r + noised_kl) + excess), 0.0)
+        tl.store(grad_noised + at, round_to(gradient, dtype), mask=inside)
+    term = excess * r
+    if inside is not None:
+        term = tl.where(inside, term, 0.0)
+    return tl.sum(term.to(tl.float64), axis=0)
+
+
+@triton.jit
+def _load(pointer, at, inside):
+    return tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _divergence_kernel(
+    clean, noised, grad_clean, grad_noised, labels, kl_weights, ce_weights, kl_out, ce_out,
+    cols, clean_stride, noised_stride, grad_clean_stride, grad_noised_stride,
+    dtype: tl.constexpr, vector: tl.constexpr, has_labels: tl.constexpr, want_clean: tl.constexpr,
+    want_noised: tl.constexpr, wide: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    a_row = clean + row * clean_stride
+    b_row = noised + row * noised_stride
+    ga_row = grad_clean + row * grad_clean_stride
+    gb_row = grad_noised + row * grad_noised_stride
+    kl_weight = tl.load(kl_weights + row).to(tl.float32)
+    ce_weight = tl.load(ce_weights + row).to(tl.float32)
+    # The head ends where the row reaches a 16-byte boundary (the same in every tensor, the launcher has checked); from there
+    # whole blocks need no mask, so their accesses stay wide.
+    head = 0
+    body = 0
+    if vector:
+        head = ((HEAD - (row * clean_stride) % HEAD) % HEAD).to(tl.int32)
+        head = tl.minimum(head, cols)
+        body = (cols - head) // BLOCK
+    edge = tl.arange(0, HEAD)
+    full = tl.arange(0, BLOCK)
+    all_in = full >= 0
+    tail = head + body * BLOCK
+
+    clean_max = -_INFINITY
+    noised_max = -_INFINITY
+    low = _INFINITY
+    high = -_INFINITY
+    bad = 0
+    if vector:
+        inside = edge < head
+        clean_max, noised_max, low, high, bad = _block_extent(
+            _load(a_row, edge, inside), _load(b_row, edge, inside), inside, clean_max, noised_max, low, high, bad
+        )
+        a_body = tl.multiple_of(a_row + head, HEAD)
+        b_body = tl.multiple_of(b_row + head, HEAD)
+        for block in range(body):
+            at = block * BLOCK + full
+            clean_max, noised_max, low, high, bad = _block_extent(
+                tl.load(a_body + at).to(tl.float32), tl.load(b_body + at).to(tl.float32), all_in,
+                clean_max, noised_max, low, high, bad,
+            )  # fmt: skip
+    for begin in range(tail, cols, BLOCK):
+        at = begin + full
+        inside = at < cols
+        clean_max, noised_max, low, high, bad = _block_extent(
+            _load(a_row, at, inside), _load(b_row, at, inside), inside, clean_max, noised_max, low, high, bad
+        )
+
+    infinite = (high == _INFINITY) | (low == -_INFINITY)
+    if wide:
+        centre = clean_max.to(tl.float64) - noised_max.to(tl.float64)
+        centre_error = centre * 0
+    else:
+        centre = clean_max - noised_max
+        centre_error = _error(clean_max, noised_max, centre)
+
+    zero = tl.full((), 0.0, tl.float64)
+    sa = zero
+    sb = zero
+    sd = zero
+    swb = zero
+    swd = zero
+    if vector:
+        inside = edge < head
+        s0, s1, s2, s3, s4 = _block_sums(
+            _load(a_row, edge, inside), _load(b_row, edge, inside), inside, clean_max, noised_max, centre, centre_error, wide
+        )
+        sa += s0
+        sb += s1
+        sd += s2
+        swb += s3
+        swd += s4
+        for block in range(body):
+            at = block * BLOCK + full
+            s0, s1, s2, s3, s4 = _block_sums(
+                tl.load(a_body + at).to(tl.float32), tl.load(b_body + at).to(tl.float32), all_in,
+                clean_max, noised_max, centre, centre_error, wide,
+            )  # fmt: skip
+            sa += s0
+            sb += s1
+            sd += s2
+            swb += s3
+            swd += s4
+    for begin in range(tail, cols, BLOCK):
+        at = begin + full
+        inside = at < cols
+        s0, s1, s2, s3, s4 = _block_sums(
+            _load(a_row, at, inside), _load(b_row, at, inside), inside, clean_max, noised_max, centre, centre_error, wide
+        )
+        sa += s0
+        sb += s1
+        sd += s2
+        swb += s3
+        swd += s4
+
+    ratio = sd / sb
+    one_more = 1.0 + ratio
+    near = tl.log(one_more) - ((one_more - 1.0) - ratio) / one_more  # log1p in float64
+    log_ratio64 = tl.where(tl.abs(ratio) < 0.5, near, tl.log(sa / sb))
+    clean_kl = ((swb + swd) / sa - log_ratio64).to(tl.float32)
+    noised_kl = (log_ratio64 - swb / sb).to(tl.float32)
+    clean_scale = (1.0 / sa).to(tl.float32)
+    noised_scale = (1.0 / sb).to(tl.float32)
+    log_ratio = log_ratio64 if wide else log_ratio64.to(tl.float32)
+
+    # Infinite and meaningless rows have no gradient.
+    kl_scale = tl.where((kl_weight != 0.0) & (infinite | (bad != 0)), float("nan"), kl_weight)
+    # What the label needs is read before gradients may overwrite the logits.
+    ce = zero
+    label = zero.to(tl.int64)
+    label_clean = zero.to(tl.float32)
+    label_noised = zero.to(tl.float32)
+    if has_labels:
+        label = tl.load(labels + row)
+        if (ce_weight != 0.0) & ((label < 0) | (label >= cols)):
+            ce += float("nan")
+            ce_weight = ce_weight * 0.0
+        if ce_weight != 0.0:
+            label_clean += tl.load(a_row + label).to(tl.float32)
+            label_noised += tl.load(b_row + label).to(tl.float32)
+            ce += (clean_max.to(tl.float64) - label_clean.to(tl.float64)) + tl.log(sa)
+    tl.debug_barrier()
+
+    value = zero
+    if vector:
+        inside = edge < head
+        value += _block_finish(
+            _load(a_row, edge, inside), _load(b_row, edge, inside), inside, ga_row, gb_row, edge,
+            clean_max, noised_max, centre, centre_error, log_ratio, clean_scale, noised_scale, clean_kl, noised_kl,
+            kl_scale, ce_weight, dtype, want_clean, want_noised, wide,
+        )  # fmt: skip
+        ga_body = tl.multiple_of(ga_row + head, HEAD)
+        gb_body = tl.multiple_of(gb_row + head, HEAD)
+        for block in range(body):
+            at = block * BLOCK + full
+            value += _block_finish(
+                tl.load(a_body + at).to(tl.float32), tl.load(b_body + at).to(tl.float32), None, ga_body, gb_body, at,
+                clean_max, noised_max, centre, centre_error, log_ratio, clean_scale, noised_scale, clean_kl, noised_kl,
+                kl_scale, ce_weight, dtype, want_clean, want_noised, wide,
+            )  # fmt: skip
+    for begin in range(tail, cols, BLOCK):
+        at = begin + full
+        inside = at < cols
+        value += _block_finish(
+            _load(a_row, at, inside), _load(b_row, at, inside), inside, ga_row, gb_row, at,
+            clean_max, noised_max, centre, centre_error, log_ratio, clean_scale, noised_scale, clean_kl, noised_kl,
+            kl_scale, ce_weight, dtype, want_clean, want_noised, wide,
+        )  # fmt: skip
+    if has_labels and want_clean:
+        tl.debug_barrier()
+        if ce_weight != 0.0:
+            # p - 1 at the label, from the logarithm so that a confident row keeps its digits.
+            r = (_centred(label_clean, label_noised, centre, centre_error, wide) - log_ratio).to(tl.float32)
+            p = exp_nonpositive(label_clean - clean_max) * clean_scale
+            q = exp_nonpositive(label_noised - noised_max) * noised_scale
+            gradient = tl.where(kl_weight != 0.0, kl_scale * (p * (r - clean_kl) + _excess(r, p, q)), 0.0)
+            gradient += (ce_weight.to(tl.float64) * (tl.exp(-ce) - 1.0)).to(tl.float32)
+            tl.store(ga_row + label, round_to(gradient, dtype))
+    value = tl.where(value < 0.0, 0.0, value)
+    value = tl.where(bad != 0, float("nan"), tl.where(infinite, _INFINITY, value))
+    tl.store(kl_out + row, tl.where(kl_weight != 0.0, value, 0.0))
+    tl.store(ce_out + row, ce)
+
+
+@triton.jit
+def _scale_rows_kernel(block, factors, cols, stride, factor_stride, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(factors + row * factor_stride).to(tl.float64)
+    if factor != 1.0:
+        for begin in range(0, cols, BLOCK):
+            at = begin + tl.arange(0, BLOCK)
+            x = tl.load(block + row * stride + at, mask=at < cols, other=0.0).to(tl.float32).to(tl.float64)
+            tl.store(block + row * stride + at, round_to((x * factor).to(tl.float32), dtype), mask=at < cols)
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _block(cols: int) -> int:
+    return min(_BLOCK, triton.next_power_of_2(cols))
+
+
+def divergence_rows(
+    clean: Tensor,
+    noised: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    kl_weights: Tensor,
+    ce_weights: Tensor,
+    grad_clean: Tensor | None,
+    grad_noised: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Per row (float64): symmetric KL and cross-entropy; gradients go to the tensors given, which may be the logits.
+
+    Labels must have ce_weights 0 where they equal ignore_index. Rows are strided, columns contiguous.
+    """
+    rows, cols = clean.shape
+    kl, ce = (torch.empty(rows, dtype=torch.float64, device=clean.device) for _ in range(2))
+    if not rows:
+        return kl, ce
+    blocks = [
+        clean,
+        noised,
+        grad_clean if grad_clean is not None else clean,
+        grad_noised if grad_noised is not None else noised,
+    ]
+    elements = 16 // clean.element_size()
+    vector = cols >= _BLOCK and all(b.data_ptr() % 16 == 0 for b in blocks)
+    vector = vector and len({b.stride(0) % elements for b in blocks}) == 1
+    block = _block(cols)
+    _divergence_kernel[(rows,)](
+        *blocks, labels if labels is not None else clean, kl_weights, ce_weights, kl, ce,
+        cols, *(b.stride(0) for b in blocks), _TYPES[clean.dtype], vector, labels is not None, grad_clean is not None,
+        grad_noised is not None, cols < _NARROW, HEAD=elements, BLOCK=block, num_warps=16 if block >= 4096 else 4,
+    )  # fmt: skip
+    return kl, ce
+
+
+def scale_rows_(block: Tensor, factors: Tensor) -> None:
+    """block[row] *= factors[row]; a single factor serves all rows."""
+    rows, cols = block.shape
+    if rows:
+        _scale_rows_kernel[(rows,)](
+            block,
+            factors,
+            cols,
+            block.stride(0),
+            int(factors.numel() > 1),
+            _TYPES[block.dtype],
+            BLOCK=_block(cols),
+            num_warps=8,
+        )
