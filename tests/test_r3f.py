@@ -209,9 +209,8 @@ def test_label_smoothed_cross_entropy_r3f(noise_type: str) -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-7, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("reduction", ["token", "sum", "fairseq"])
+@pytest.mark.parametrize(("reduction", "num_items"), [("token", None), ("token", 50), ("sum", None), ("fairseq", None)])
 @pytest.mark.parametrize("grad", ["both", "noised", "clean"])
-@pytest.mark.parametrize("num_items", [None, 50])
 def test_every_gradient_mode_and_reduction_on_a_causal_model(grad: str, reduction: str, num_items: int | None) -> None:
     model, batch = build("causal", dtype=torch.float64), batch_for("causal")
     r3f = R3F(0.05, 0.7, seed=5, grad=grad, reduction=reduction)
@@ -274,7 +273,7 @@ def test_noise_keeps_away_from_padding() -> None:
         R3F(0.05, seed=1)(model, **given)
         handle.remove()
         pads = batch["attention_mask"] == 0
-        difference = (seen[1] - seen[0]).abs().amax(-1)
+        difference = (seen[1] - seen[0]).detach().abs().amax(-1)
         assert float(difference[pads].max()) == 0
         assert float(difference[~pads].min()) > 0.01
     assert isinstance(module, nn.Embedding)
@@ -398,6 +397,30 @@ def test_in_place_gradients_are_the_same(kind: str, forward: str) -> None:
         torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["sequence", "tokens"])
+@pytest.mark.parametrize("grad", ["both", "noised"])
+def test_num_items_divides_both_terms(kind: str, grad: str) -> None:
+    """As transformers' Trainer hands it over for a window of micro-batches, explicitly or in the batch."""
+    model, batch = build(kind, dtype=torch.float64), batch_for(kind)
+    count = int((batch["labels"] != -100).sum())
+    for r3f in (R3F(0.05, seed=3, grad=grad), R3F(r3f_lambda=0)):
+        plain = r3f(model, **batch)
+        for times, given in (
+            (1, {"num_items": count}),
+            (3, {"num_items": torch.tensor(3 * count)}),
+            (4, {"num_items_in_batch": 4 * count}),
+        ):
+            r3f.step = 0  # the same noise again
+            out = r3f(model, **given, **batch)
+            torch.testing.assert_close(out.task_loss, plain.task_loss / times)
+            torch.testing.assert_close(out.symm_kl, plain.symm_kl / times)
+            torch.testing.assert_close(out.loss, out.task_loss + r3f.r3f_lambda * out.symm_kl)
+    with pytest.raises(ValueError, match="num_items must be > 0, not 0"):
+        R3F()(model, num_items=0, **batch)
+    with pytest.raises(ValueError, match="num_items goes with reduction 'token' or 'sentence', not 'sum'"):
+        R3F(reduction="sum")(model, num_items=3, **batch)
+
+
 def test_every_label_ignored() -> None:
     model, batch = build("tokens"), batch_for("tokens")
     batch["labels"] = torch.full_like(batch["labels"], -100)
@@ -469,7 +492,7 @@ def test_the_sum_stays_in_float32_under_autocast(forward: str) -> None:
     assert noised.dtype == torch.float32
     kept = batch["attention_mask"].bool()
     z = numbers(batch, 24, 1e-5, "uniform", 1)[kept]
-    stored = (noised - clean)[kept].double()
+    stored = (noised - clean)[kept].detach().double()
     assert float((stored * z).sum() / stored.norm() / z.norm()) > 0.99
     gradients(model, out.loss)
     assert math.isfinite(float(out.loss.detach()))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import inspect
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +14,15 @@ from fastpost.errors import unknown
 from fastpost.ops.divergence import r3f_loss, symmetric_kl
 from fastpost.ops.noise import check_noise, fresh_seed
 from fastpost.ops.params import seed_tensor
+from fastpost.r3f.conventions import (
+    accelerators,
+    check_range,
+    class_labels,
+    device_of,
+    give_decoder_inputs,
+    logits_of,
+    shifts_labels,
+)
 from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, unwrap
 
 OPTIONS = {
@@ -156,25 +162,29 @@ class R3F:
 
         Args:
             model: called as `model(**batch)` without the labels.
-            num_items: what the token sums are divided by, instead of the labels of this batch that count (gradient
+            num_items: what "token" and "sentence" divide by, instead of the labels of this batch that count (gradient
                 accumulation; transformers' `num_items_in_batch`, which is also taken from the batch).
             batch: the model's inputs and `labels`: integers of shape (batch,) or (batch, time).
 
         Raises:
             ValueError: no labels; labels of the wrong shape, out of range or not integers (regression has no KL); a
-                model without input embeddings.
+                model without input embeddings; num_items not positive or with another reduction.
             RuntimeError: the embedding was not called in the forward pass.
         """
         self._check()
         root = unwrap(model)
-        labels = _labels(root, batch, self.ignore_index)
+        labels = class_labels(root, batch, self.ignore_index)
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
         if num_items is None:
             num_items = batch.get("num_items_in_batch")
-        _give_decoder_inputs(root, inputs, labels)
+        if num_items is not None and self.reduction in ("fairseq", "sum"):
+            raise ValueError(f"R3F: num_items goes with reduction 'token' or 'sentence', not {self.reduction!r}")
+        if isinstance(num_items, int) and num_items <= 0:
+            raise ValueError(f"R3F: num_items must be > 0, not {num_items}")
+        give_decoder_inputs(root, inputs, labels)
 
         if self.r3f_lambda == 0 or not getattr(model, "training", True):
-            clean = _logits(model(**inputs))
+            clean = logits_of(model(**inputs))
             targets = self._targets(root, clean, labels)
             task = self._task_loss(clean, targets, num_items)
             return R3FOutput(task, task.detach(), torch.zeros_like(task), clean)
@@ -187,7 +197,7 @@ class R3F:
     def _both(self, model: Any, root: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
         embeds = inputs.get("inputs_embeds") if self.embedding is None else None
         name, module = ("inputs_embeds", None) if embeds is not None else find_embedding(root, self.embedding)
-        device = embeds.device if embeds is not None else _device(module, root, labels)
+        device = embeds.device if embeds is not None else device_of(module, root, labels)
         noise = Noise(self.eps, self.noise_type, self._seed(device), self.detach_noised_embedding, self._measured)
         mask = inputs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) else None
@@ -198,7 +208,7 @@ class R3F:
                 key: torch.cat((value, value)) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
                 for key, value in inputs.items()
             }
-            both = _logits(self._noised(model, root, inputs, name, module, noise, inputs.get("attention_mask"), rows))
+            both = logits_of(self._noised(model, root, inputs, name, module, noise, inputs.get("attention_mask"), rows))
             if both.shape[0] != 2 * rows:
                 raise ValueError(
                     f"R3F: a double batch of {2 * rows} rows gave {both.shape[0]} rows of logits; use forward='two_pass'"
@@ -211,14 +221,14 @@ class R3F:
             return clean, noised
 
         # What the clean pass draws is drawn again by the noised one.
-        shared = torch.random.fork_rng(_accelerators(root)) if self.dropout == "shared" else contextlib.nullcontext()
+        shared = torch.random.fork_rng(accelerators(root)) if self.dropout == "shared" else contextlib.nullcontext()
         with shared:
-            clean = _logits(model(**inputs))
-        _check_range(labels, clean, self.ignore_index)
+            clean = logits_of(model(**inputs))
+        self._targets(root, clean, labels)  # what does not fit says so before the second pass
         # grad="clean" has no use for the noised pass's graph. The clean pass ran first, so that weights which autocast
         # cached have theirs.
         with torch.no_grad() if self.grad == "clean" else contextlib.nullcontext():
-            noised = _logits(self._noised(model, root, inputs, name, module, noise, mask, None))
+            noised = logits_of(self._noised(model, root, inputs, name, module, noise, mask, None))
         return clean, noised
 
     def _noised(
@@ -269,11 +279,11 @@ class R3F:
                 f"R3F: labels have shape {tuple(labels.shape)}, logits {tuple(logits.shape)}; "
                 f"expected labels of shape {tuple(logits.shape[:-1])}"
             )
-        _check_range(labels, logits, self.ignore_index)
+        check_range(labels, logits.shape[-1], self.ignore_index)
         labels = labels.to(logits.device)
         shift = self.shift_labels
         if shift is None:
-            shift = logits.ndim > 2 and not is_encoder_decoder(root) and _causal(root)
+            shift = logits.ndim > 2 and not is_encoder_decoder(root) and shifts_labels(root)
         if not shift:
             return labels
         # The labels move rather than the logits: no copy of the logits, and the last row just does not count.
@@ -304,6 +314,8 @@ class R3F:
             return task + self.r3f_lambda * kl, task, kl
         if self.grad == "clean":
             noised = noised.detach()
+        if num_items is not None and reduction == "sentence":
+            reduction = "token"  # the same over two-dimensional logits, with a divisor of choice
         out = r3f_loss(
             clean,
             noised,
@@ -327,120 +339,3 @@ class R3F:
         if num_items is None:
             return symmetric_kl(clean, noised, mask=mask, reduction="mean")
         return symmetric_kl(clean, noised, mask=mask, reduction="sum") / num_items
-
-
-# -- what models and batches look like --------------------------------------------------------------------------------------
-
-
-def _labels(root: Any, batch: dict[str, Any], ignore_index: int) -> Tensor:
-    labels = batch.get("labels")
-    if labels is None:
-        near = difflib.get_close_matches("labels", [k for k in batch if "label" in k], n=1, cutoff=0.4)
-        hint = f" Rename {near[0]!r}?" if near else ""
-        raise ValueError(f"R3F: the batch has no 'labels', only {', '.join(sorted(batch)) or 'nothing'}.{hint}")
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"R3F: labels must be a tensor, not {type(labels).__name__}")
-    config = getattr(root, "config", None)
-    classifies = "Classification" in type(root).__name__
-    if (
-        labels.dtype.is_floating_point
-        or getattr(config, "problem_type", None) in ("regression", "multi_label_classification")
-        or (classifies and getattr(config, "num_labels", None) == 1)
-    ):
-        raise ValueError(
-            "R3F: this is regression or multi-label classification (float labels, or one output), where outputs form no "
-            "distribution to take a KL of; labels must be class indices"
-        )
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"R3F: labels must be int64 or int32 class indices, not {labels.dtype}")
-    if labels.ndim == 0 or labels.numel() == 0:
-        raise ValueError(f"R3F: labels have shape {tuple(labels.shape)}, so there is nothing to learn from")
-    if classifies and isinstance(getattr(config, "num_labels", None), int):
-        _check_labels(labels, config.num_labels, ignore_index)  # type: ignore[union-attr]
-    else:
-        _check_labels(labels, None, ignore_index)
-    return labels.long()
-
-
-def _check_range(labels: Tensor, logits: Tensor, ignore_index: int) -> None:
-    _check_labels(labels, logits.shape[-1], ignore_index)
-
-
-def _check_labels(labels: Tensor, classes: int | None, ignore_index: int) -> None:
-    """Reading labels on an accelerator would wait for it, so there the loss kernels look at them."""
-    if labels.device.type != "cpu":
-        return
-    wrong = (labels != ignore_index) & ((labels < 0) | ((labels >= classes) if classes is not None else False))
-    if bool(wrong.any()):
-        raise ValueError(
-            f"R3F: label {int(labels[wrong][0])} is out of range; valid are 0 to "
-            f"{classes - 1 if classes is not None else 'the number of classes - 1'} and ignore_index={ignore_index}"
-        )
-
-
-def _give_decoder_inputs(root: Any, inputs: dict[str, Any], labels: Tensor) -> None:
-    """An encoder-decoder makes its decoder's inputs from labels, which it is not given here.
-
-    Nor, without labels, would it know that it need not fill a cache for generation.
-    """
-    if not is_encoder_decoder(root):
-        return
-    if "use_cache" in inspect.signature(root.forward).parameters:
-        inputs.setdefault("use_cache", False)
-    if labels.ndim != 2:
-        return  # a classifier on an encoder-decoder, which makes its decoder's inputs from the encoder's
-    if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
-        return
-    for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
-        shift = getattr(root, name, None)
-        if callable(shift):
-            inputs["decoder_input_ids"] = shift(labels)
-            return
-    raise ValueError(
-        f"R3F: {type(root).__name__} is an encoder-decoder that cannot make decoder inputs from labels; add "
-        "decoder_input_ids to the batch"
-    )
-
-
-def _causal(root: Any) -> bool:
-    """Whether the model's own loss compares row t with label t + 1.
-
-    Class names do not tell: BartForCausalLM, XLNetLMHeadModel and some forty others take labels that are shifted already.
-    """
-    model = root.get_base_model() if callable(getattr(root, "get_base_model", None)) else root  # PEFT
-    code = getattr(inspect.unwrap(getattr(type(model), "forward", None) or _causal), "__code__", None)
-    names = {*code.co_names, *code.co_varnames} if code is not None else set()
-    if "loss_function" in names:
-        return getattr(model.loss_function, "__name__", "") == "ForCausalLMLoss"
-    return bool(names & {"shift_logits", "shift_labels"})
-
-
-def _logits(output: Any) -> Tensor:
-    logits = output
-    if not isinstance(output, Tensor):
-        logits = getattr(output, "logits", None)
-        if logits is None and isinstance(output, dict):
-            logits = output.get("logits")
-        if logits is None and isinstance(output, tuple | list) and output:
-            logits = output[0]
-    if not isinstance(logits, Tensor) or not logits.dtype.is_floating_point or logits.ndim < 2:
-        raise TypeError(
-            f"R3F: the model returned {type(output).__name__}, in which no logits were found (a tensor of at least two "
-            "dimensions, or an object with .logits)"
-        )
-    return logits
-
-
-def _device(module: nn.Module | None, root: Any, labels: Tensor) -> torch.device:
-    owners: Iterable[Any] = (module, root)
-    for owner in owners:
-        if isinstance(owner, nn.Module):
-            for parameter in owner.parameters():
-                return parameter.device
-    return labels.device
-
-
-def _accelerators(root: Any) -> list[torch.device]:
-    if not isinstance(root, nn.Module):
-        return []
-    return sorted({p.device for p in root.parameters() if p.is_cuda}, key=str)

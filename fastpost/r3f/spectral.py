@@ -13,9 +13,10 @@ from fastpost.errors import unknown
 LAYERS = ("last", "all")
 MODES = ("exact", "at_most")
 
-_BLOCK = 8  # vectors iterated together; a head with at most 8 classes is then solved at once
-_TOLERANCE = 1e-9  # relative change of sigma that ends the iteration
-_MAX_ITERATIONS = 50  # then a full decomposition is cheaper than going on
+_DIRECT = 128  # up to this many rows or columns (a head of few classes), eigenvectors are had directly
+_LEADERS = 8  # singular vectors of larger matrices that are kept to start from: one of them will lead next time
+_TOLERANCE = 1e-6  # of the leading pair's residual, relative to sigma^2
+_MAX_STEPS = 128  # then a full decomposition is cheaper than going on
 
 
 class R4F:
@@ -26,11 +27,11 @@ class R4F:
         r4f.merge()                      # plain Linear layers again, same outputs
 
     The weights are parametrised (torch.nn.utils.parametrize): the optimizer trains W, the layer computes with W / sigma.
-    sigma is exact to about 1e-7: a block power iteration in float64 that starts from the last step's vectors and runs
-    until it stands still (a full decomposition at the start, or where that takes too long). Its vectors count as
-    constants, as in torch's spectral_norm: with sigma = u' W v that is the exact gradient.
+    sigma is exact to about 1e-7: from eigenvectors where a head has few classes, in larger layers by Lanczos' method in
+    float64 from the last step's leading vectors on. Its vectors count as constants, as in torch's spectral_norm: with
+    sigma = u' W v that is the exact gradient.
 
-    The iteration runs only when W has changed, which its version counter and address tell: both passes of an R3F step, and
+    They are sought only when W has changed, as its version counter and address tell: both passes of an R3F step, and
     evaluation, see one sigma without being told, and zero noise gives exactly zero KL. (Released R4F iterates in every
     forward pass, so there the two passes differ by up to 2.5e-2 without any noise.) Writes through `weight.data` go
     unnoticed by the counter; sigma then still follows to first order.
@@ -108,7 +109,8 @@ class SpectralNorm(nn.Module):
         super().__init__()
         self.at_most = at_most
         # Plain attributes: as buffers they would enter the state dict, and be rounded by model.bfloat16().
-        self._basis: Tensor | None = None  # (columns, block) in float64: the leading right singular vectors
+        self._leaders: Tensor | None = None  # (columns, 8), of large matrices: the leading right singular vectors
+        self._refreshed = 0
         self._u: Tensor | None = None
         self._v: Tensor | None = None
         self._seen: tuple[Any, ...] | None = None
@@ -119,8 +121,8 @@ class SpectralNorm(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         work = _working(weight)
         sigma = self.sigma(weight)
-        # A weight of zeros has no direction to normalise; it stays zero.
-        divisor = sigma.clamp(min=1) if self.at_most else torch.where(sigma > 0, sigma, 1)
+        # A weight of zeros has no direction to normalise; it stays zero. A NaN stays one.
+        divisor = sigma.clamp(min=1) if self.at_most else torch.where(sigma == 0, 1, sigma)
         return (weight.to(work) / divisor).to(weight.dtype)
 
     def sigma(self, weight: Tensor) -> Tensor:
@@ -140,33 +142,63 @@ class SpectralNorm(nn.Module):
         """Brings u and v up to date with the weight."""
         with torch.autocast(weight.device.type, enabled=False):
             matrix = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)  # MPS has no float64
-            basis = self._basis
-            if basis is not None and basis.shape[0] == matrix.shape[1]:
-                basis = _iterate(matrix, basis.to(matrix))
-            if basis is None:
-                basis = torch.linalg.svd(matrix, full_matrices=False).Vh[:_BLOCK].mT.contiguous()
-            image = matrix @ basis[:, 0]
+            if not bool(torch.isfinite(matrix).all()):  # a run that has diverged: sigma is NaN, and so is the output
+                self._u, self._v = matrix.new_zeros(matrix.shape[0]), matrix.new_zeros(matrix.shape[1])
+                return
+            if min(matrix.shape) <= _DIRECT:
+                v = _leading(matrix)
+            else:
+                # A start that leans on the last leaders and also knows every other direction. torch's own generator is
+                # not to be moved by looking at sigma.
+                self._refreshed += 1
+                generator = torch.Generator().manual_seed(self._refreshed)
+                start = torch.randn(matrix.shape[1], generator=generator, dtype=torch.float64).to(matrix)
+                start = start / start.norm()
+                if self._leaders is not None and len(self._leaders) == matrix.shape[1]:
+                    start = start + self._leaders.to(matrix).sum(1)
+                leaders = _lanczos(matrix, start)
+                if leaders is None:
+                    leaders = torch.linalg.svd(matrix, full_matrices=False).Vh[:_LEADERS].mT
+                self._leaders, v = leaders, leaders[:, 0]
+            image = matrix @ v
             length = image.norm()
-            self._basis = basis
-            self._v = basis[:, 0].contiguous()
-            self._u = image / torch.where(length > 0, length, 1)
+            self._v, self._u = v.contiguous(), image / torch.where(length > 0, length, 1)
 
 
-def _iterate(matrix: Tensor, basis: Tensor) -> Tensor | None:
-    """The leading right singular vectors, found from nearby ones; None when the iteration does not settle.
+def _leading(matrix: Tensor) -> Tensor:
+    """The leading right singular vector, by the eigenvectors of the smaller Gram matrix."""
+    if matrix.shape[0] >= matrix.shape[1]:
+        right: Tensor = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[:, -1]
+        return right
+    v: Tensor = matrix.mT @ torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, -1]
+    length = v.norm()
+    return v / torch.where(length > 0, length, 1)
 
-    Subspace iteration with a Rayleigh-Ritz step: the error of sigma shrinks by (sigma_9 / sigma_1)^4 at a time, and a block
-    notices when another direction overtakes the first, which a single vector that has converged never would.
+
+def _lanczos(matrix: Tensor, start: Tensor) -> Tensor | None:
+    """Leading right singular vectors, (columns, at most 8), best first; None when they do not settle in time.
+
+    Lanczos' method on W'W: power iteration that keeps every power, so that it needs tens of products where the power
+    iteration needs thousands when singular values lie close.
     """
-    last = None
-    for _ in range(_MAX_ITERATIONS):
-        basis = torch.linalg.qr(matrix.mT @ (matrix @ basis)).Q
-        _, values, right = torch.linalg.svd(matrix @ basis, full_matrices=False)
-        basis = basis @ right.mT
-        sigma = float(values[0])  # one read from the device for each iteration, mostly two a step
-        if last is not None and abs(sigma - last) <= _TOLERANCE * sigma:
-            return basis
-        last = sigma
+    steps = min(_MAX_STEPS, *matrix.shape)
+    basis = matrix.new_empty(matrix.shape[1], steps)
+    images = matrix.new_empty(matrix.shape[0], steps)
+    v = start / start.norm()
+    for k in range(1, steps + 1):
+        basis[:, k - 1] = v
+        images[:, k - 1] = matrix @ v
+        known, w = basis[:, :k], matrix.mT @ images[:, k - 1]
+        for _ in range(2):  # once leaves rounding errors that grow into copies of the leader
+            w = w - known @ (known.mT @ w)
+        length = w.norm()
+        if k % 8 == 0 or k == steps:
+            values, vectors = torch.linalg.eigh(images[:, :k].mT @ images[:, :k])
+            # The residual of the leading pair; its square bounds the error of sigma^2. One read from the device.
+            if bool(length * vectors[-1, -1].abs() <= _TOLERANCE * values[-1]):
+                leaders: Tensor = (known @ vectors[:, -_LEADERS:]).flip(1)
+                return leaders
+        v = w / torch.where(length > 0, length, 1)
     return None
 
 

@@ -1,0 +1,126 @@
+"""What models and batches look like: labels, logits, and what transformers' classes do with them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpost.r3f.noise import is_encoder_decoder
+
+
+def class_labels(root: Any, batch: dict[str, Any], ignore_index: int) -> Tensor:
+    """The batch's labels as int64, or an error that says why they cannot serve; runs before the model does."""
+    labels = batch.get("labels")
+    if labels is None:
+        near = difflib.get_close_matches("labels", [k for k in batch if "label" in k], n=1, cutoff=0.4)
+        hint = f" Rename {near[0]!r}?" if near else ""
+        raise ValueError(f"R3F: the batch has no 'labels', only {', '.join(sorted(batch)) or 'nothing'}.{hint}")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"R3F: labels must be a tensor, not {type(labels).__name__}")
+    config = getattr(root, "config", None)
+    classifies = "Classification" in type(root).__name__
+    if (
+        labels.dtype.is_floating_point
+        or getattr(config, "problem_type", None) in ("regression", "multi_label_classification")
+        or (classifies and getattr(config, "num_labels", None) == 1)
+    ):
+        raise ValueError(
+            "R3F: this is regression or multi-label classification (float labels, or one output), where outputs form no "
+            "distribution to take a KL of; labels must be class indices"
+        )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"R3F: labels must be int64 or int32 class indices, not {labels.dtype}")
+    if labels.ndim == 0 or labels.numel() == 0:
+        raise ValueError(f"R3F: labels have shape {tuple(labels.shape)}, so there is nothing to learn from")
+    classes = getattr(config, "num_labels", None) if classifies else None
+    check_range(labels, classes if isinstance(classes, int) else None, ignore_index)
+    return labels.long()
+
+
+def check_range(labels: Tensor, classes: int | None, ignore_index: int) -> None:
+    """Raises ValueError for a label that is no class (`classes`: their number, None where not known yet).
+
+    Labels on an accelerator are left to the loss kernels: reading them here would wait for the device.
+    """
+    if labels.device.type != "cpu":
+        return
+    wrong = (labels != ignore_index) & ((labels < 0) | ((labels >= classes) if classes is not None else False))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"R3F: label {int(labels[wrong][0])} is out of range; valid are 0 to "
+            f"{classes - 1 if classes is not None else 'the number of classes - 1'} and ignore_index={ignore_index}"
+        )
+
+
+def give_decoder_inputs(root: Any, inputs: dict[str, Any], labels: Tensor) -> None:
+    """An encoder-decoder makes its decoder's inputs from labels, which it is not given here.
+
+    Nor, without labels, would it know that it need not fill a cache for generation.
+    """
+    if not is_encoder_decoder(root):
+        return
+    if "use_cache" in inspect.signature(root.forward).parameters:
+        inputs.setdefault("use_cache", False)
+    if labels.ndim != 2:
+        return  # a classifier on an encoder-decoder, which makes its decoder's inputs from the encoder's
+    if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
+        return
+    for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
+        shift = getattr(root, name, None)
+        if callable(shift):
+            inputs["decoder_input_ids"] = shift(labels)
+            return
+    raise ValueError(
+        f"R3F: {type(root).__name__} is an encoder-decoder that cannot make decoder inputs from labels; add "
+        "decoder_input_ids to the batch"
+    )
+
+
+def shifts_labels(root: Any) -> bool:
+    """Whether the model's own loss compares row t with label t + 1.
+
+    Class names do not tell: BartForCausalLM, XLNetLMHeadModel and some forty others take labels that are shifted already.
+    """
+    model = root.get_base_model() if callable(getattr(root, "get_base_model", None)) else root  # PEFT
+    code = getattr(inspect.unwrap(getattr(type(model), "forward", None) or shifts_labels), "__code__", None)
+    names = {*code.co_names, *code.co_varnames} if code is not None else set()
+    if "loss_function" in names:
+        return getattr(model.loss_function, "__name__", "") == "ForCausalLMLoss"
+    return bool(names & {"shift_logits", "shift_labels"})
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned: a tensor, `.logits`, `["logits"]`, or the first of a tuple."""
+    logits = output
+    if not isinstance(output, Tensor):
+        logits = getattr(output, "logits", None)
+        if logits is None and isinstance(output, dict):
+            logits = output.get("logits")
+        if logits is None and isinstance(output, tuple | list) and output:
+            logits = output[0]
+    if not isinstance(logits, Tensor) or not logits.dtype.is_floating_point or logits.ndim < 2:
+        raise TypeError(
+            f"R3F: the model returned {type(output).__name__}, in which no logits were found (a tensor of at least two "
+            "dimensions, or an object with .logits)"
+        )
+    return logits
+
+
+def device_of(module: nn.Module | None, root: Any, labels: Tensor) -> torch.device:
+    """Where noise will be drawn: the embedding's device, else the model's, else the labels'."""
+    for owner in (module, root):
+        if isinstance(owner, nn.Module):
+            for parameter in owner.parameters():
+                return parameter.device
+    return labels.device
+
+
+def accelerators(root: Any) -> list[torch.device]:
+    """The CUDA devices that hold parameters, whose generators draw dropout masks."""
+    if not isinstance(root, nn.Module):
+        return []
+    return sorted({p.device for p in root.parameters() if p.is_cuda}, key=str)
