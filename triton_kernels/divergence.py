@@ -139,12 +139,12 @@ def _divergence_kernel(
     high = -_INFINITY
     bad = 0
     if vector:
-        inside = edge < head
+        on_edge = edge < head
         clean_max, noised_max, low, high, bad = _block_extent(
-            _load(a_row, edge, inside), _load(b_row, edge, inside), inside, clean_max, noised_max, low, high, bad
+            _load(a_row, edge, on_edge), _load(b_row, edge, on_edge), on_edge, clean_max, noised_max, low, high, bad
         )
-        a_body = tl.multiple_of(a_row + head, HEAD)
-        b_body = tl.multiple_of(b_row + head, HEAD)
+        a_body = tl.multiple_of(a_row + head, 16)
+        b_body = tl.multiple_of(b_row + head, 16)
         for block in range(body):
             at = block * BLOCK + full
             clean_max, noised_max, low, high, bad = _block_extent(
@@ -173,9 +173,16 @@ def _divergence_kernel(
     swb = zero
     swd = zero
     if vector:
-        inside = edge < head
+        on_edge = edge < head
         s0, s1, s2, s3, s4 = _block_sums(
-            _load(a_row, edge, inside), _load(b_row, edge, inside), inside, clean_max, noised_max, centre, centre_error, wide
+            _load(a_row, edge, on_edge),
+            _load(b_row, edge, on_edge),
+            on_edge,
+            clean_max,
+            noised_max,
+            centre,
+            centre_error,
+            wide,
         )
         sa += s0
         sb += s1
@@ -235,14 +242,14 @@ def _divergence_kernel(
 
     value = zero
     if vector:
-        inside = edge < head
+        on_edge = edge < head
         value += _block_finish(
-            _load(a_row, edge, inside), _load(b_row, edge, inside), inside, ga_row, gb_row, edge,
+            _load(a_row, edge, on_edge), _load(b_row, edge, on_edge), on_edge, ga_row, gb_row, edge,
             clean_max, noised_max, centre, centre_error, log_ratio, clean_scale, noised_scale, clean_kl, noised_kl,
             kl_scale, ce_weight, dtype, want_clean, want_noised, wide,
         )  # fmt: skip
-        ga_body = tl.multiple_of(ga_row + head, HEAD)
-        gb_body = tl.multiple_of(gb_row + head, HEAD)
+        ga_body = tl.multiple_of(ga_row + head, 16)
+        gb_body = tl.multiple_of(gb_row + head, 16)
         for block in range(body):
             at = block * BLOCK + full
             value += _block_finish(

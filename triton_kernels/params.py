@@ -53,13 +53,48 @@ def _squared_norm_kernel(
         w = _pointer(table, 1, width, dtype, aligned)
     length = tl.load(table + tl.program_id(0).to(tl.int64) * width + (width - 3))
     total = tl.zeros((BLOCK,), dtype=tl.float64)
-    for begin in range(0, length, BLOCK):
-        i = begin + tl.arange(0, BLOCK)
-        x = tl.load(g + i, mask=i < length, other=0.0).to(tl.float32).to(tl.float64)
+    body = length // BLOCK
+    for block in range(body):  # whole blocks need no mask, which keeps their accesses wide
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(g + i).to(tl.float32).to(tl.float64)
         if adaptive:
-            x *= tl.abs(tl.load(w + i, mask=i < length, other=0.0).to(tl.float32)).to(tl.float64) + eta
+            x *= tl.abs(tl.load(w + i).to(tl.float32)).to(tl.float64) + eta
         total += x * x
+    i = body * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(g + i, mask=i < length, other=0.0).to(tl.float32).to(tl.float64)
+    if adaptive:
+        x *= tl.abs(tl.load(w + i, mask=i < length, other=0.0).to(tl.float32)).to(tl.float64) + eta
+    total += x * x
     tl.store(partial + tl.program_id(0), tl.sum(total, axis=0))
+
+
+@triton.jit
+def _perturb_block(w, g, stash, i, inside, high, low, eta, dtype: tl.constexpr, seen: tl.constexpr, adaptive: tl.constexpr):
+    """Perturbs one block; returns the element-wise terms of the six sums. inside: None for a whole block."""
+    if inside is None:
+        raw = tl.load(w + i)
+        slope = tl.load(g + i).to(tl.float32)
+    else:
+        raw = tl.load(w + i, mask=inside, other=0.0)
+        slope = tl.load(g + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(stash + i, raw, mask=inside)
+    before = raw.to(tl.float32)
+    e = slope * low * high
+    if adaptive:
+        t = tl.abs(before) + eta
+        e = e * t * t
+    if high == 0.0:  # nothing moves: 0 * inf is not 0, and -0 + 0 is not -0
+        e = tl.zeros_like(e)
+    written = round_to(before + e, dtype)
+    if high != 0.0:
+        tl.store(w + i, written, mask=inside)
+    after = written.to(tl.float32)
+    s = after - before
+    v = round_to(after, seen).to(tl.float32) - round_to(before, seen).to(tl.float32)
+    if high == 0.0:
+        s = tl.zeros_like(s)  # NaN weights: NaN - NaN is not 0 either
+        v = tl.zeros_like(v)
+    return e * e, s * s, e * s, v * v, e * v, tl.where(s != 0.0, 1.0, 0.0)
 
 
 @triton.jit
@@ -87,36 +122,25 @@ def _sam_perturb_kernel(
     vv = ee
     ev = ee
     changed = ee
-    for begin in range(0, length, BLOCK):
-        i = begin + tl.arange(0, BLOCK)
-        inside = i < length
-        raw = tl.load(w + i, mask=inside, other=0.0)
-        tl.store(stash + i, raw, mask=inside)
-        if high != 0.0:
-            before = raw.to(tl.float32)
-            e = tl.load(g + i, mask=inside, other=0.0).to(tl.float32) * low * high
-            if adaptive:
-                t = tl.abs(before) + eta
-                e = e * t * t
-            e = tl.where(inside, e, 0.0)
-            written = round_to(before + e, dtype)
-            after = written.to(tl.float32)
-            s = after - before
-            v = round_to(after, seen).to(tl.float32) - round_to(before, seen).to(tl.float32)
-            tl.store(w + i, written, mask=inside)
-            ee += e * e
-            ss += s * s
-            es += e * s
-            vv += v * v
-            ev += e * v
-            changed += tl.where(s != 0.0, 1.0, 0.0)
+    body = length // BLOCK
+    for block in range(body):  # whole blocks need no mask, which keeps their accesses wide
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        t0, t1, t2, t3, t4, t5 = _perturb_block(w, g, stash, i, None, high, low, eta, dtype, seen, adaptive)
+        ee += t0
+        ss += t1
+        es += t2
+        vv += t3
+        ev += t4
+        changed += t5
+    i = body * BLOCK + tl.arange(0, BLOCK)
+    t0, t1, t2, t3, t4, t5 = _perturb_block(w, g, stash, i, i < length, high, low, eta, dtype, seen, adaptive)
     at = partial + tl.program_id(0).to(tl.int64) * 6
-    tl.store(at, tl.sum(ee.to(tl.float64), axis=0))
-    tl.store(at + 1, tl.sum(ss.to(tl.float64), axis=0))
-    tl.store(at + 2, tl.sum(es.to(tl.float64), axis=0))
-    tl.store(at + 3, tl.sum(vv.to(tl.float64), axis=0))
-    tl.store(at + 4, tl.sum(ev.to(tl.float64), axis=0))
-    tl.store(at + 5, tl.sum(changed.to(tl.float64), axis=0))
+    tl.store(at, tl.sum((ee + t0).to(tl.float64), axis=0))
+    tl.store(at + 1, tl.sum((ss + t1).to(tl.float64), axis=0))
+    tl.store(at + 2, tl.sum((es + t2).to(tl.float64), axis=0))
+    tl.store(at + 3, tl.sum((vv + t3).to(tl.float64), axis=0))
+    tl.store(at + 4, tl.sum((ev + t4).to(tl.float64), axis=0))
+    tl.store(at + 5, tl.sum((changed + t5).to(tl.float64), axis=0))
 
 
 @triton.jit
@@ -124,9 +148,25 @@ def _restore_kernel(table, bits: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.
     w = _pointer(table, 0, 5, bits, aligned)
     stash = _pointer(table, 1, 5, bits, aligned)
     length = tl.load(table + tl.program_id(0).to(tl.int64) * 5 + 2)
-    for begin in range(0, length, BLOCK):
-        i = begin + tl.arange(0, BLOCK)
-        tl.store(w + i, tl.load(stash + i, mask=i < length), mask=i < length)
+    body = length // BLOCK
+    for block in range(body):
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        tl.store(w + i, tl.load(stash + i))
+    i = body * BLOCK + tl.arange(0, BLOCK)
+    tl.store(w + i, tl.load(stash + i, mask=i < length), mask=i < length)
+
+
+@triton.jit
+def _flipped(x, i, row, seed, sign: tl.constexpr, random: tl.constexpr):
+    if random:
+        element = tl.load(row + 3) + i
+        w0, w1, w2, w3 = philox_words(tl.load(seed), element // 128, tl.load(row + 2))
+        which = (element % 128) // 32
+        word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
+        flip = ((word >> (element % 32).to(tl.uint32)) & 1) != 0
+        return tl.where(flip, x ^ sign, x)
+    else:
+        return x ^ sign
 
 
 @triton.jit
@@ -136,19 +176,18 @@ def _flip_kernel(
     row = table + tl.program_id(0).to(tl.int64) * 4
     g = _pointer(table, 0, 4, bits, aligned)
     length = tl.load(row + 1)
-    for begin in range(0, length, BLOCK):
-        i = begin + tl.arange(0, BLOCK)
-        x = tl.load(g + i, mask=i < length, other=0)
-        if random:
-            element = tl.load(row + 3) + i
-            w0, w1, w2, w3 = philox_words(tl.load(seed), element // 128, tl.load(row + 2))
-            which = (element % 128) // 32
-            word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
-            flip = ((word >> (element % 32).to(tl.uint32)) & 1) != 0
-            x = tl.where(flip, x ^ sign, x)
-        else:
-            x = x ^ sign
-        tl.store(g + i, x, mask=i < length)
+    body = length // BLOCK
+    for block in range(body):
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        tl.store(g + i, _flipped(tl.load(g + i), i, row, seed, sign, random))
+    i = body * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(g + i, mask=i < length, other=0)
+    tl.store(g + i, _flipped(x, i, row, seed, sign, random), mask=i < length)
+
+
+@triton.jit
+def _scaled(x, by, dtype: tl.constexpr):
+    return round_to((x.to(tl.float32).to(tl.float64) * by).to(tl.float32), dtype)
 
 
 @triton.jit
@@ -156,10 +195,12 @@ def _scale_kernel(table, factor, dtype: tl.constexpr, aligned: tl.constexpr, BLO
     g = _pointer(table, 0, 4, dtype, aligned)
     length = tl.load(table + tl.program_id(0).to(tl.int64) * 4 + 1)
     by = tl.load(factor)
-    for begin in range(0, length, BLOCK):
-        i = begin + tl.arange(0, BLOCK)
-        x = tl.load(g + i, mask=i < length, other=0.0).to(tl.float32).to(tl.float64)
-        tl.store(g + i, round_to((x * by).to(tl.float32), dtype), mask=i < length)
+    body = length // BLOCK
+    for block in range(body):
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        tl.store(g + i, _scaled(tl.load(g + i), by, dtype))
+    i = body * BLOCK + tl.arange(0, BLOCK)
+    tl.store(g + i, _scaled(tl.load(g + i, mask=i < length, other=0.0), by, dtype), mask=i < length)
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
