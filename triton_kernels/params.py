@@ -244,11 +244,17 @@ def sam_perturb_(
     return partial.sum(dim=0)
 
 
+def copy_block(itemsize: int) -> int:
+    """Elements per step of a copy: 16 bytes for each of 256 threads. With twice that ptxas puts a value on the stack."""
+    return 4096 // itemsize
+
+
 def sam_restore_(weights: list[Tensor], stash: list[Tensor], streams: list[int]) -> None:
     """w = stash, bit for bit."""
     table, aligned = chunk_table([weights, stash], streams)
     if len(table):
-        _restore_kernel[(len(table),)](table, _bits(weights[0].dtype)[0], aligned, BLOCK=_BLOCK, num_warps=8)
+        bits = _bits(weights[0].dtype)[0]
+        _restore_kernel[(len(table),)](table, bits, aligned, BLOCK=copy_block(weights[0].element_size()), num_warps=8)
 
 
 def flip_(grads: list[Tensor], seed: Tensor | None, streams: list[int]) -> None:

@@ -1,0 +1,145 @@
+"""Triton kernels compiled ahead of time, without a GPU: wide accesses, no stack, no local memory.
+
+The interpreter shows that the kernels are right (run the operation tests with TRITON_INTERPRET=1); this shows what a GPU
+would execute, read from its machine code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed here")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter has no compiled kernels", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fastpost.triton_kernels import divergence, noise, params  # noqa: E402
+
+ARCHS = (80, 90, 100)
+TYPES = {"float32": ("*fp32", tl.float32, 4), "bfloat16": ("*bf16", tl.bfloat16, 8)}
+TOOLS = Path(triton.__file__).parent
+
+
+def tool(name: str) -> Path:
+    return next(path for path in TOOLS.rglob(name) if path.is_file())
+
+
+def compiled(kernel, types: dict, constants: dict, aligned: tuple, warps: int, arch: int, tmp_path: Path, **options):
+    """(resource line, machine code) of a kernel for one architecture."""
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={n: "constexpr" if n in constants else types[n] for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    options = {"num_warps": warps, "enable_fp_fusion": True, **options}
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"])
+    run = {"capture_output": True, "text": True, "check": True}
+    usage = subprocess.run([tool("cuobjdump"), "-res-usage", binary], **run)
+    (line,) = [x for x in (usage.stdout + usage.stderr).splitlines() if "REG:" in x]
+    return line, subprocess.run([tool("nvdisasm"), binary], **run).stdout
+
+
+def complaints(line: str, code: str, registers: int, width: int = 128, accesses: str = "LDG STG") -> list[str]:
+    """What is wrong with a kernel: stack or local memory (LOCAL:0 is printed even then), registers, narrow accesses."""
+    found = []
+    if "STACK:0 " not in line:
+        found.append(f"uses the stack: {line}")
+    if re.search(r"\b(LDL|STL)\b", code):
+        found.append("reads or writes local memory")
+    used = int(re.search(r"REG:(\d+)", line)[1])
+    if used > registers:
+        found.append(f"{used} registers, budget {registers}")
+    for access in accesses.split():
+        if not re.search(rf"\b{access}\.[\w.]*\b{width}\b", code):
+            found.append(f"no {width}-bit {access}")
+    return found
+
+
+def divergence_kernel(dtype: str, arch: int, tmp_path: Path, warps: int = 16, **changed) -> tuple[str, str]:
+    pointer, element, head = TYPES[dtype]
+    blocks = ("clean", "noised", "grad_clean", "grad_noised")
+    types = dict.fromkeys(blocks, pointer) | {"labels": "*i64", "cols": "i32"}
+    types |= dict.fromkeys(("kl_weights", "ce_weights", "kl_out", "ce_out"), "*fp64")
+    types |= {f"{b}_stride": "i64" for b in blocks}
+    constants = {
+        "dtype": element, "vector": True, "has_labels": True, "want_clean": True, "want_noised": True, "wide": False,
+        "HEAD": head, "BLOCK": 4096, **changed,
+    }  # fmt: skip
+    return compiled(divergence._divergence_kernel, types, constants, blocks, warps, arch, tmp_path)
+
+
+def perturb_kernel(dtype: str, arch: int, tmp_path: Path, **changed) -> tuple[str, str]:
+    constants = {"dtype": TYPES[dtype][1], "seen": tl.bfloat16, "adaptive": False, "aligned": True, "BLOCK": 2048, **changed}
+    types = {"table": "*i64", "partial": "*fp64", "scale": "*fp32", "eta": "fp32"}
+    return compiled(params._sam_perturb_kernel, types, constants, ("table",), 8, arch, tmp_path)
+
+
+def norm_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    constants = {"dtype": TYPES[dtype][1], "adaptive": False, "aligned": True, "BLOCK": 2048}
+    types = {"table": "*i64", "partial": "*fp64", "eta": "fp32"}
+    return compiled(params._squared_norm_kernel, types, constants, ("table",), 8, arch, tmp_path)
+
+
+def restore_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    bits = tl.int32 if dtype == "float32" else tl.int16
+    constants = {"bits": bits, "aligned": True, "BLOCK": params.copy_block(4 if dtype == "float32" else 2)}
+    return compiled(params._restore_kernel, {"table": "*i64"}, constants, ("table",), 8, arch, tmp_path)
+
+
+def flip_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    bits, sign = (tl.int32, -(1 << 31)) if dtype == "float32" else (tl.int16, -(1 << 15))
+    constants = {"bits": bits, "sign": sign, "random": True, "aligned": True, "BLOCK": 2048}
+    types = {"table": "*i64", "seed": "*i64"}
+    return compiled(params._flip_kernel, types, constants, ("table",), 8, arch, tmp_path)
+
+
+def noise_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    pointer, element, _ = TYPES[dtype]
+    types = dict.fromkeys(("source", "clean", "noised"), pointer) | dict.fromkeys(("ids", "rows", "seed"), "*i64")
+    types |= {"width": "i64", "stride": "i64", "eps": "fp32"}
+    constants = {"dtype": element, "normal": True, "has_ids": False, "has_rows": False, "QUADS": 256}
+    aligned = ("source", "clean", "noised", "width", "stride")
+    return compiled(noise._noise_kernel, types, constants, aligned, 4, arch, tmp_path, enable_fp_fusion=False)
+
+
+# Registers that still leave room for two blocks (of 512 threads), four (256) or eight (128) on a multiprocessor.
+KERNELS = {
+    "divergence": (divergence_kernel, 128),
+    "perturb": (perturb_kernel, 128),
+    "norm": (norm_kernel, 128),
+    "restore": (restore_kernel, 64),
+    "flip": (flip_kernel, 128),
+    "noise": (noise_kernel, 64),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_use_wide_accesses_and_no_local_memory(name: str, dtype: str, arch: int, tmp_path: Path) -> None:
+    build, registers = KERNELS[name]
+    # Four numbers of a Philox call lie side by side: 8 bytes of bfloat16, 16 of float32.
+    width = 64 if (name, dtype) == ("noise", "bfloat16") else 128
+    accesses = "LDG" if name == "norm" else "LDG STG"  # a norm writes one number per chunk
+    assert complaints(*build(dtype, arch, tmp_path), registers, width, accesses) == []
+
+
+def test_the_checks_see_planted_defects(tmp_path: Path) -> None:
+    narrow = complaints(*divergence_kernel("float32", 90, tmp_path, vector=False), 128)
+    assert [c for c in narrow if "128-bit" in c]
+    spilling = complaints(*divergence_kernel("float32", 90, tmp_path, warps=4), 255)
+    assert [c for c in spilling if "local memory" in c or "stack" in c]
+    unaligned = complaints(*perturb_kernel("bfloat16", 90, tmp_path, aligned=False), 128)
+    assert [c for c in unaligned if "128-bit" in c]
+    assert complaints(*perturb_kernel("bfloat16", 90, tmp_path), 20)
