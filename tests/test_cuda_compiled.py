@@ -1,0 +1,79 @@
+"""The CUDA core as it was built, read from its machine code: architectures, registers and access widths need no GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fastpost.backends import native
+
+pytest.importorskip("triton", reason="cuobjdump comes with Triton's package, which is not installed here")
+
+from .test_triton_compiled import complaints, tool
+
+MODULE = native.core().__file__
+REGISTERS = 64  # two blocks of 512 threads on a multiprocessor
+# Kernel: accesses that have to be wide. Folding a few sums is not worth a wide load.
+HOT = {
+    "sam_perturb_kernel": "LDG STG",
+    "squared_norm_kernel": "LDG",
+    "restore_kernel": "LDG STG",
+    "negate_kernel": "LDG STG",
+    "fold_kernel": "",
+}
+
+needs_cuda = pytest.mark.skipif(not hasattr(native.core(), "cuda"), reason="this build holds no CUDA core (no nvcc)")
+
+
+def dump(*arguments: object) -> str:
+    run = subprocess.run([tool("cuobjdump"), *map(str, arguments)], capture_output=True, text=True, check=True)
+    return run.stdout + run.stderr
+
+
+def kernels(usage: str) -> dict[str, str]:
+    """Mangled name -> resource line."""
+    return {m[1]: m[2] for m in re.finditer(r"Function (\S+):\s*\n\s*(REG:.*)", usage)}
+
+
+@needs_cuda
+def test_cubins_for_four_architectures_and_ptx_of_the_newest() -> None:
+    assert sorted(re.findall(r"\.(sm_\d+)\.cubin", dump("-lelf", MODULE))) == ["sm_100", "sm_120", "sm_80", "sm_90"]
+    assert re.findall(r"\.(sm_\d+)\.ptx", dump("-lptx", MODULE)) == ["sm_120"]
+
+
+@needs_cuda
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_every_kernel_keeps_its_budget_and_its_wide_accesses(arch: str) -> None:
+    usage = kernels(dump("-res-usage", "-arch", arch, MODULE))
+    code = dump("-sass", "-arch", arch, MODULE)
+    bodies = {m[1]: m[2] for m in re.finditer(r"Function : (\S+)\n(.*?)(?=\n\t\tFunction : |\Z)", code, re.S)}
+    assert usage.keys() == bodies.keys()
+    seen = set()
+    for name, line in usage.items():
+        (kind,) = [k for k in HOT if k in name]
+        seen.add(kind)
+        assert complaints(line, bodies[name], REGISTERS, accesses=HOT[kind]) == [], name
+    assert seen == set(HOT)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_checks_see_planted_defects(tmp_path: Path) -> None:
+    (tmp_path / "bad.cu").write_text(
+        "__global__ void negate_kernel(float* x, const int* at) {\n"
+        "  float local[64] = {};\n"
+        "  for (int i = 0; i < 64; ++i) local[at[i] & 63] += x[i];\n"
+        "  x[threadIdx.x] = local[at[threadIdx.x] & 63];\n"
+        "}\n"
+    )
+    cubin = tmp_path / "bad.cubin"
+    subprocess.run(["nvcc", "-arch=sm_90", "-cubin", "-o", cubin, tmp_path / "bad.cu"], check=True, capture_output=True)
+    ((_, line),) = kernels(dump("-res-usage", cubin)).items()
+    found = complaints(line, dump("-sass", cubin), 8)
+    assert [c for c in found if "stack" in c]
+    assert [c for c in found if "local memory" in c]
+    assert [c for c in found if "registers" in c]
+    assert [c for c in found if "128-bit STG" in c]
