@@ -13,25 +13,20 @@ from fastpost.published import fairseq_symmetric_kl
 
 
 class _Logits:
-    """Two streams of logits that differ by `difference`, with a fresh copy for every run that overwrites them."""
+    """Two streams of logits that differ by `difference`, as a model hands them over: results, so they may be overwritten."""
 
     def __init__(self, rows: int, cols: int, difference: float) -> None:
         torch.manual_seed(0)
-        self.kept = [3 * torch.randn(rows, cols)]
-        self.kept.append(self.kept[0] + difference * torch.randn(rows, cols))
-        self.used = [t.clone().requires_grad_() for t in self.kept]
+        clean = 3 * torch.randn(rows, cols)
+        self.kept = [t.requires_grad_() for t in (clean, clean + difference * torch.randn(rows, cols))]
+        self.used: list[Tensor] = []
 
     def renew(self) -> None:
-        with torch.no_grad():
-            for used, kept in zip(self.used, self.kept, strict=True):
-                used.copy_(kept)
-                used.grad = None
+        self.used = []
+        self.used = [t.clone() for t in self.kept]
 
-    def forward_backward(self, divergence: Callable[..., Tensor], **options: object) -> Callable[[], None]:
-        def run() -> None:
-            divergence(*self.used, **options).backward()
-
-        return run
+    def forward_backward(self, divergence: Callable[..., Tensor], **options: object) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(divergence(*self.used, **options), self.used)
 
 
 def _case(difference: float, what: str, goals: bool) -> Case:
@@ -42,7 +37,7 @@ def _case(difference: float, what: str, goals: bool) -> Case:
 
     def copy_both() -> None:
         for target, source in zip(copies, logits.kept, strict=True):
-            target.copy_(source)
+            target.copy_(source.detach())
 
     published, fresh, inplace = "fairseq formula", "fastpost, fresh gradients", "fastpost, in place"
     copied = "copy of both inputs"
