@@ -177,7 +177,7 @@ def refusal(capsys, argv: list[str]) -> str:
         (["--seeds", "0,x"], "--seeds"),
         (["--seeds", "-1"], "--seeds"),
         (["--noise-type", "gauss"], "unknown noise type 'gauss'"),
-        (["--metods", "sam"], "unknown option '--metods'. Did you mean '--methods'?"),
+        (["--seedz", "0"], "unknown option '--seedz'. Did you mean '--seeds'?"),
         (["--rho", "-0.1"], "--rho must be at least 0"),
         (["--lr", "nan"], "--lr must be at least 0"),
         (["--max-steps", "0"], "--max-steps"),
