@@ -532,7 +532,7 @@ def test_r3f_loss(backend: str, reduction: str, cols: int, difference: float) ->
     assert not out.task_loss.requires_grad
     assert not out.symm_kl.requires_grad
     for got, want in zip(out, (loss, task, symm), strict=True):
-        assert float(got) == pytest.approx(want, rel=1e-6)
+        assert float(got.detach()) == pytest.approx(want, rel=1e-6)
     (out.loss * 3).backward()
     assert x.grad is not None
     assert y.grad is not None
@@ -549,7 +549,9 @@ def test_a_confident_label_keeps_its_digits(backend: str) -> None:
         r3f_loss(x, y, torch.tensor([2])).loss.backward()
         _, expected = oracles.cross_entropy(a, torch.tensor([2]))
         assert x.grad is not None
-        assert float(x.grad[0, 2]) == pytest.approx(expected[0, 2], rel=1e-6 if cols == 5 else 0.03)
+        # Narrow rows are summed in float64; in wide ones the sum itself is a float32 near 1.
+        close = {"rel": 1e-6} if cols == 5 else {"abs": 6e-7}
+        assert float(x.grad[0, 2]) == pytest.approx(expected[0, 2], **close)
 
 
 def test_lambda_zero_is_cross_entropy(backend: str) -> None:
