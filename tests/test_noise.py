@@ -330,8 +330,8 @@ def test_bad_eps(backend: str, eps: float) -> None:
 
 def test_bad_input_is_named(backend: str) -> None:
     x, table, ids = torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 4])
-    with pytest.raises(ValueError, match=r"unknown noise_type 'unifrom'\. Did you mean 'uniform'\? Valid: uniform, normal"):
-        add_noise(x, noise_type="unifrom")
+    with pytest.raises(ValueError, match=r"unknown noise_type 'uniforms'\. Did you mean 'uniform'\? Valid: uniform, normal"):
+        add_noise(x, noise_type="uniforms")
     with pytest.raises(TypeError, match=r"x must be floating point, not torch\.int64"):
         add_noise(x.long())
     with pytest.raises(TypeError, match="out_dtype must be floating point"):

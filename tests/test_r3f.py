@@ -615,7 +615,7 @@ def test_hooks_are_gone_after_an_exception(forward: str, fails_in: int) -> None:
         ({"r3f_lambda": math.nan}, "r3f_lambda must be finite"),
         ({"r3f_lambda": math.inf}, "r3f_lambda must be finite"),
         ({"noise_type": "gauss"}, "unknown noise_type 'gauss'"),
-        ({"noise_type": "normale"}, "Did you mean 'normal'"),
+        ({"noise_type": "norma"}, "Did you mean 'normal'"),
         ({"grad": "noise"}, "unknown grad 'noise'. Did you mean 'noised'? Valid: both, noised, clean"),
         ({"dropout": "share"}, "Did you mean 'shared'"),
         ({"forward": "double"}, "Did you mean 'double_batch'"),
