@@ -19,7 +19,6 @@ from fastpost.ops import params as ops
 from fastpost.sam.bases import MergedState, build_bases
 from fastpost.sam.buckets import BucketCache, ParameterBucket
 from fastpost.sam.report import PerturbationReport
-from fastpost.sam.rng import RngState
 
 Closure = Callable[[], Any]
 Scope = Callable[[str | None, Tensor], bool] | Iterable[str] | None
@@ -180,16 +179,14 @@ class SAM(Optimizer):
             raise RuntimeError("SAM: step(closure) while perturbed; finish with second_step() or step() first")
         moves = self._steps_taken % self.interval == 0
         loss = None
-        rng = None
         if not reuse_grads:
             self.zero_grad()
-            rng = RngState.capture(self._devices()) if self.dropout_rng == "same" and moves else None
-            with torch.enable_grad():
+            # What the first pass draws is drawn again by the second.
+            same = self.dropout_rng == "same" and moves
+            with torch.enable_grad(), torch.random.fork_rng(self._cuda_devices() if same else (), enabled=same):
                 loss = closure()
         if moves:
             with self.perturbed():
-                if rng is not None:
-                    rng.replay()
                 with torch.enable_grad():
                     second = closure()
                 loss = second if reuse_grads else loss
@@ -349,8 +346,9 @@ class SAM(Optimizer):
             raise ValueError(f"SAM: no parameter is in scope {patterns if patterns is not None else self._scope!r}")
         return chosen
 
-    def _devices(self) -> set[torch.device]:
-        return {p.device for group in self.param_groups for p in group["params"]}
+    def _cuda_devices(self) -> list[torch.device]:
+        """The CUDA devices in use, whose generators draw dropout masks."""
+        return sorted({p.device for group in self.param_groups for p in group["params"] if p.is_cuda}, key=str)
 
     def _bucketed(self) -> list[ParameterBucket]:
         """Buckets of the tensors that are in scope and have a gradient, pointing at the gradients present."""
