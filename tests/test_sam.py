@@ -222,7 +222,7 @@ def test_all_forms_of_a_step_agree(backend: str) -> None:
         with opt.perturbed():
             loss_of(model).backward()
         assert not opt.is_perturbed
-        opt.base_optimizer.step()
+        opt.step()
 
     def context_with_a_step_inside(model: nn.Module, opt: SAM) -> None:
         opt.zero_grad()
@@ -432,6 +432,29 @@ def test_a_non_finite_gradient_skips_the_step_without_a_trace(backend: str, over
     assert same_state(state, opt.state_dict())
     assert opt.skipped_steps == 1
     opt.step(closure_of(model))
+    assert opt.skipped_steps == 1
+    assert not unchanged(model, before)
+
+
+@pytest.mark.parametrize("overflowing", ["ascent", "descent"])
+def test_a_step_after_the_block_is_guarded_too(overflowing: str) -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.AdamW, rho=0.1, lr=1e-2)
+    before = all_bits(model)
+    (loss_of(model) * (math.inf if overflowing == "ascent" else 1.0)).backward()
+    with opt.perturbed():
+        (loss_of(model) * (math.inf if overflowing == "descent" else 1.0)).backward()
+    opt.step()
+    assert unchanged(model, before)
+    assert opt.skipped_steps == 1
+    # An overflow in a step that was given up does not haunt the next one.
+    opt.zero_grad()
+    (loss_of(model) * math.inf).backward()
+    with pytest.raises(RuntimeError, match="out"), opt.perturbed():
+        raise RuntimeError("out")
+    opt.zero_grad()
+    loss_of(model).backward()
+    opt.step()
     assert opt.skipped_steps == 1
     assert not unchanged(model, before)
 

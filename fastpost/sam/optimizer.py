@@ -199,7 +199,7 @@ class SAM(Optimizer):
     def perturbed(self, zero_grad: bool = True) -> Iterator[SAM]:
         """Perturbs on entry by the gradients present and restores on exit, whatever happens inside.
 
-        A step inside restores, once; the exit then finds nothing to do.
+        A step inside restores, once; the exit then finds nothing to do. A step after it uses the gradient made inside.
 
         Args:
             zero_grad: drop the ascent gradients on entry.
@@ -207,6 +207,9 @@ class SAM(Optimizer):
         self.first_step(zero_grad=zero_grad)
         try:
             yield self
+        except BaseException:
+            self._ascent_norm = None  # of a step that will not be made
+            raise
         finally:
             if self.is_perturbed:
                 self.restore_()
@@ -399,13 +402,11 @@ class SAM(Optimizer):
 
     def _finish(self) -> None:
         """Restores if need be, then steps with every base optimizer unless a gradient is not finite."""
-        guarded = bool(self._perturbed)
-        ascent = self._ascent_norm if guarded else None
+        ascent, self._ascent_norm = self._ascent_norm, None
         self.restore_()
-        self._ascent_norm = None
         self._steps_taken += 1
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is None and guarded:
+        if found_inf is None and ascent is not None:
             found_inf = self._overflowed(ascent)
         if found_inf is None:
             for base in self._bases:
@@ -432,10 +433,10 @@ class SAM(Optimizer):
                 base.step()
 
     @torch.no_grad()
-    def _overflowed(self, ascent: Tensor | None) -> Tensor:
+    def _overflowed(self, ascent: Tensor) -> Tensor:
         """1.0 where a gradient of either pass is not finite, else 0.0; a float32 scalar as GradScaler's found_inf."""
         buckets = self._finite_buckets.of(self.param_groups, None)
-        finite = torch.isfinite(ascent) if ascent is not None else torch.ones((), dtype=torch.bool)
+        finite = torch.isfinite(ascent)
         if buckets:
             norm = ops.total_squared_norm([b.bucket for b in buckets])
             finite = finite.to(norm.device) & torch.isfinite(norm)
