@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastpost.backends import native
+from fastpost.backends.serving import DTYPES, refusal
 from fastpost.plan import Bucket
 
 _HUGE = 4 << 20  # bytes from which a buffer holds at least one aligned huge page
-_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def status() -> tuple[bool, str]:
@@ -28,19 +28,12 @@ def status() -> tuple[bool, str]:
 
 def refuses(op: str, device: str, dtype: torch.dtype, walkable: bool) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    if op not in globals():
-        return "has no such operation"
-    if device != "cpu":
-        return f"serves CPU tensors, not {device}"
-    if dtype not in _DTYPES:
-        return f"serves {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}"
-    if not walkable:
-        return "the tensors' memory cannot be walked in step (mixed dtypes or strides that differ)"
-    return None
+    wrong = None if device == "cpu" else f"serves CPU tensors, not {device}"
+    return refusal(globals(), op, wrong, dtype, walkable)
 
 
 def _dtype(dtype: torch.dtype) -> Any:
-    return getattr(native.core().DType, _DTYPES[dtype])
+    return getattr(native.core().DType, DTYPES[dtype])
 
 
 def _plan(bucket: Bucket) -> Any:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastpost.backends import native
+from fastpost.backends.serving import DTYPES, refusal
 from fastpost.plan import Bucket
 
-_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _SUMS = 6  # of a perturbation, as in fastpost.ops.params.NAMES_OF_SUMS
 
 
@@ -35,19 +35,12 @@ def status() -> tuple[bool, str]:
 
 def refuses(op: str, device: str, dtype: torch.dtype, walkable: bool) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    if op not in globals():
-        return "has no such operation"
-    if device != "cuda":
-        return f"serves CUDA tensors, not {device}"
-    if dtype not in _DTYPES:
-        return f"serves {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}"
-    if not walkable:
-        return "the tensors' memory cannot be walked in step (mixed dtypes or strides that differ)"
-    return None
+    wrong = None if device == "cuda" else f"serves CUDA tensors, not {device}"
+    return refusal(globals(), op, wrong, dtype, walkable)
 
 
 def _plan(bucket: Bucket) -> Any:
-    return bucket.native(native.core(), getattr(native.core().DType, _DTYPES[bucket.dtype]))
+    return bucket.native(native.core(), getattr(native.core().DType, DTYPES[bucket.dtype]))
 
 
 def _where(bucket: Bucket) -> tuple[int, int]:
@@ -70,7 +63,7 @@ def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
 def sam_perturb_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
     plan = _plan(bucket)
     sums, partial = _doubles(bucket, _SUMS), _doubles(bucket, _SUMS * max(plan.chunks, 1))
-    seen = getattr(native.core().DType, _DTYPES[seen_dtype])
+    seen = getattr(native.core().DType, DTYPES[seen_dtype])
     native.core().cuda.sam_perturb(
         plan,
         rho,

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpost.backends.serving import refusal
 from fastpost.plan import Bucket
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _interpreted() -> bool:
@@ -33,15 +32,9 @@ def status() -> tuple[bool, str]:
 
 def refuses(op: str, device: str, dtype: torch.dtype, walkable: bool) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    if op not in globals():
-        return "has no such operation"
-    if device == "cpu" and not _interpreted():
-        return "serves GPU tensors (CPU tensors only under TRITON_INTERPRET=1)"
-    if dtype not in _DTYPES:
-        return f"serves {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}"
-    if not walkable:
-        return "the tensors' memory cannot be walked in step (mixed dtypes or strides that differ)"
-    return None
+    on_cpu = device == "cpu" and not _interpreted()
+    wrong = "serves GPU tensors (CPU tensors only under TRITON_INTERPRET=1)" if on_cpu else None
+    return refusal(globals(), op, wrong, dtype, walkable)
 
 
 def _kernels(family: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -49,3 +50,35 @@ class MergedState(MutableMapping[Tensor, Any]):
 
     def __len__(self) -> int:
         return sum(len(base.state) for base in self._bases)
+
+
+def step_bases(bases: Sequence[Optimizer], scale: Tensor | None, found_inf: Tensor | None) -> int | Tensor:
+    """Lets every base optimizer step, unless a gradient is not finite; returns how many steps were skipped.
+
+    Args:
+        bases: the wrapped optimizers.
+        scale: GradScaler's factor, still on the gradients; None where there is none or it has come off.
+        found_inf: 0 or 1, float32; None where nobody has looked. Base optimizers that take it decide on the device; for
+            others it is read here.
+    """
+    if found_inf is None:
+        for base in bases:
+            base.step()
+        return 0
+    takes_it = all(getattr(base, "_step_supports_amp_scaling", False) for base in bases)
+    if found_inf.device.type != "cpu" and takes_it:
+        for base in bases:
+            base.grad_scale, base.found_inf = scale, found_inf  # type: ignore[attr-defined]
+            try:
+                base.step()
+            finally:
+                del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
+        return found_inf.sum()
+    if bool(found_inf):
+        return 1
+    for base in bases:
+        if scale is not None:
+            grads = [p.grad for group in base.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_div_(grads, scale)
+        base.step()
+    return 0

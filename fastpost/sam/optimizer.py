@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +15,12 @@ from torch.optim import Optimizer
 from fastpost import plan
 from fastpost.errors import unknown
 from fastpost.ops import params as ops
-from fastpost.sam.bases import MergedState, build_bases
+from fastpost.sam.bases import MergedState, build_bases, step_bases
 from fastpost.sam.buckets import BucketCache, ParameterBucket
 from fastpost.sam.report import PerturbationReport
+from fastpost.sam.scope import Scope, resolve_scope
 
 Closure = Callable[[], Any]
-Scope = Callable[[str | None, Tensor], bool] | Iterable[str] | None
 _RADIUS_KEYS = ("rho", "adaptive", "eta")
 
 
@@ -106,7 +105,7 @@ class SAM(Optimizer):
         self.defaults = {**self.base_optimizer.defaults, **self._radius}
         for group in self.param_groups:
             self._fill_group(group)
-        self._in_scope = self._resolve_scope()
+        self._in_scope = resolve_scope(self._scope, self.param_groups)
         self._ascent_buckets = BucketCache(stash=True)
         self._finite_buckets = BucketCache(stash=False)
         self._perturbed: list[plan.Bucket] = []
@@ -277,7 +276,7 @@ class SAM(Optimizer):
         ops.check_radius("SAM", radius["rho"], radius["eta"])
         self._bases[-1].add_param_group(param_group)
         self._fill_group(self._bases[-1].param_groups[-1])
-        self._in_scope = self._resolve_scope()
+        self._in_scope = resolve_scope(self._scope, self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's layout, with rho, adaptive and eta in its groups.
@@ -325,29 +324,6 @@ class SAM(Optimizer):
             raise RuntimeError(
                 f"SAM: {what} while the weights are perturbed; call second_step(), step() or restore_() first"
             )
-
-    def _resolve_scope(self) -> set[int] | None:
-        """Ids of the tensors that are perturbed; None for all."""
-        if self._scope is None:
-            return None
-        chosen = set()
-        patterns: list[str] | None = None
-        if not callable(self._scope):
-            patterns = [self._scope] if isinstance(self._scope, str) else list(self._scope)
-            if not all("param_names" in group for group in self.param_groups):
-                raise ValueError("SAM: scope by name needs named parameters: pass model.named_parameters()")
-        for group in self.param_groups:
-            names = group.get("param_names") or [None] * len(group["params"])
-            for name, p in zip(names, group["params"], strict=True):
-                if patterns is None:
-                    inside = self._scope(name, p)  # type: ignore[operator]
-                else:
-                    inside = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-                if inside:
-                    chosen.add(id(p))
-        if not chosen:
-            raise ValueError(f"SAM: no parameter is in scope {patterns if patterns is not None else self._scope!r}")
-        return chosen
 
     def _cuda_devices(self) -> list[torch.device]:
         """The CUDA devices in use, whose generators draw dropout masks."""
@@ -408,29 +384,7 @@ class SAM(Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is None and ascent is not None:
             found_inf = self._overflowed(ascent)
-        if found_inf is None:
-            for base in self._bases:
-                base.step()
-            return
-        on_device = found_inf.device.type != "cpu" and all(
-            getattr(base, "_step_supports_amp_scaling", False) for base in self._bases
-        )
-        if on_device:
-            self._skipped = self._skipped + found_inf.sum()
-            for base in self._bases:
-                base.grad_scale, base.found_inf = scale, found_inf  # type: ignore[attr-defined]
-                try:
-                    base.step()
-                finally:
-                    del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
-        elif bool(found_inf):
-            self._skipped = self._skipped + 1
-        else:
-            if scale is not None:
-                grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-                torch._foreach_div_(grads, scale.to(grads[0].dtype) if grads else scale)
-            for base in self._bases:
-                base.step()
+        self._skipped = self._skipped + step_bases(self._bases, scale, found_inf)
 
     @torch.no_grad()
     def _overflowed(self, ascent: Tensor) -> Tensor:

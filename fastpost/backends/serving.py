@@ -1,0 +1,33 @@
+"""What the compiled and the Triton backends have in common: the dtypes they serve, and how they refuse a call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+# Each dtype with its name in the native core.
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def refusal(
+    operations: Mapping[str, object], op: str, wrong_device: str | None, dtype: torch.dtype, walkable: bool
+) -> str | None:
+    """Why a backend cannot serve a call, or None.
+
+    Args:
+        operations: the backend's module namespace.
+        op: name of the operation.
+        wrong_device: what to say of a device that the backend does not serve; None where it does.
+        dtype: of the tensors.
+        walkable: whether their memory can be walked by address.
+    """
+    if op not in operations:
+        return "has no such operation"
+    if wrong_device is not None:
+        return wrong_device
+    if dtype not in DTYPES:
+        return f"serves {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
+    if not walkable:
+        return "the tensors' memory cannot be walked in step (mixed dtypes or strides that differ)"
+    return None
