@@ -13,7 +13,7 @@ from fastpost.cli import lm, measure, report, tasks, tuning
 from fastpost.cli.arguments import CompareArguments
 from fastpost.errors import unknown
 
-_GAP_TIMED_STEPS = 5
+_GAP_TIMED_STEPS = 15  # the whole of a run: saving and going back belong to it
 
 
 @dataclass

@@ -10,6 +10,8 @@ from torch import Tensor
 from fastpost import plan
 from fastpost.ops import params as ops
 
+_PIECE = 1 << 20  # elements
+
 
 class Snapshot:
     """One copy of a list of tensors, in one buffer per (device, dtype), taken when constructed.
@@ -45,12 +47,14 @@ class Snapshot:
 
     @torch.no_grad()
     def distance(self) -> float:
-        """2-norm of (now - saved) over all tensors, summed in float64."""
-        squared = torch.zeros((), dtype=torch.float64)
+        """2-norm of (now - saved) over all tensors; differences and their squares in float32, partial sums in float64."""
+        norms: list[Tensor] = []
         for now, then in zip(self._tensors, self._copies, strict=True):
-            difference = now - then if now.dtype.itemsize >= 4 else now.float() - then.float()
-            squared = squared + torch.linalg.vector_norm(difference, dtype=torch.float64).square().to(squared.device)
-        return float(squared.sqrt())
+            for a, b in zip(_pieces(now), _pieces(then), strict=True):
+                difference = a - b if a.dtype.itemsize >= 4 else a.float() - b.float()
+                norms.append(torch.linalg.vector_norm(difference))
+        device = norms[0].device
+        return float(torch.stack([n.to(device, torch.float64) for n in norms]).square().sum().sqrt())
 
     @torch.no_grad()
     def moved_fraction(self) -> float:
@@ -65,3 +69,8 @@ class Snapshot:
                 pushed += int(has_gradient.sum())
                 moved += int(((now != then) & has_gradient).sum())
         return moved / pushed if pushed else 0.0
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensor in pieces that fit a cache, so that a difference need not travel to memory and back."""
+    return tensor.view(-1).split(_PIECE) if tensor.is_contiguous() else (tensor,)  # type: ignore[no-untyped-call]
