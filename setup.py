@@ -19,8 +19,6 @@ class CMakeExtension(Extension):
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         cuda = os.environ.get("FASTPOST_CUDA", "auto").lower()
         if cuda not in {"auto", "0", "1"}:
             raise SystemExit(f"FASTPOST_CUDA={cuda!r}: use auto (build the CUDA core when nvcc is found), 0 or 1.")
@@ -30,6 +28,8 @@ class CMakeBuild(build_ext):
                 "FASTPOST_CUDA=1, but nvcc was not found. Put it on PATH or set CUDACXX to it; "
                 "FASTPOST_CUDA=0 builds the CPU core alone."
             )
+        import pybind11
+
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)

@@ -249,13 +249,16 @@ def test_never_negative_and_symmetric(rows: tuple[list[float], list[float]], wid
     value, (grad_a, grad_b) = gradients(symmetric_kl, a, b)
     swapped, (swapped_b, swapped_a) = gradients(symmetric_kl, b, a)
     expected, _, _ = oracles.divergence(a, b)
+    # An exponent far below the maximum is rounded to float32 like anything else, and exp makes that a relative error.
+    exponent = 2.0**-24 * max(float(t.max() - t.min()) for t in (a, b))
+    allowed = 2e-6 + exponent
     assert float(value) >= 0
-    assert float(value) == pytest.approx(float(expected[0]), rel=2e-6, abs=1e-30)
-    assert float(value) == pytest.approx(float(swapped), rel=2e-6, abs=1e-30)
+    assert float(value) == pytest.approx(float(expected[0]), rel=allowed, abs=1e-30)
+    assert float(value) == pytest.approx(float(swapped), rel=allowed, abs=1e-30)
     for g, s in ((grad_a, swapped_a), (grad_b, swapped_b)):
         assert g is not None
         assert s is not None
-        assert float((g - s).norm()) <= 4e-6 * float(g.norm()) + 1e-30
+        assert float((g - s).norm()) <= 2 * allowed * float(g.norm()) + 1e-30
 
 
 @pytest.mark.parametrize("cols", [50, 5000])
