@@ -1,0 +1,108 @@
+"""SAM's state: checkpoints, copies, hooks, groups."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import torch
+
+from fastpost import SAM
+
+from .small import all_bits, closure_of, loss_of, network, same_state, unchanged
+
+
+def test_resuming_from_a_state_dict_continues_bit_by_bit() -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.AdamW, rho=0.1, lr=1e-2)
+    for _ in range(3):
+        opt.step(closure_of(model))
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+    for _ in range(3):
+        opt.step(closure_of(model))
+    resumed = network()
+    resumed.load_state_dict(weights)
+    again = SAM(resumed.parameters(), torch.optim.AdamW, rho=0.9, adaptive=True, lr=5.0)
+    again.load_state_dict(state)
+    assert again.param_groups[0]["rho"] == 0.1
+    for _ in range(3):
+        again.step(closure_of(resumed))
+    assert unchanged(resumed, all_bits(model))
+
+
+def test_a_plain_checkpoint_loads_and_missing_keys_keep_their_values() -> None:
+    model = network()
+    plain = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    closure_of(model)()
+    plain.step()
+    opt = SAM(model.parameters(), torch.optim.AdamW, rho=0.2, adaptive=True, eta=0.01, lr=1.0)
+    opt.load_state_dict(plain.state_dict())
+    group = opt.param_groups[0]
+    assert (group["rho"], group["adaptive"], group["eta"], group["lr"]) == (0.2, True, 0.01, 3e-3)
+    assert same_state(plain.state_dict(), opt.state_dict())
+    plain.load_state_dict(opt.state_dict())  # and the way back
+    assert opt.param_groups is opt.base_optimizer.param_groups
+    assert opt.state is opt.base_optimizer.state
+
+
+def test_torch_distributed_checkpoints_can_warm_the_optimizer_up() -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.AdamW, rho=0.1, lr=1e-2)
+    opt.step(closure_of(model))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
+    resumed = network()
+    resumed.load_state_dict(model.state_dict())
+    fresh = SAM(resumed.parameters(), torch.optim.AdamW, rho=0.1, lr=1e-2)
+    set_optimizer_state_dict(resumed, fresh, saved)
+    opt.step(closure_of(model))
+    fresh.step(closure_of(resumed))
+    assert unchanged(resumed, all_bits(model))
+
+
+def test_copies_and_pickles_keep_working() -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.AdamW, rho=0.1, lr=1e-2)
+    opt.step(closure_of(model))
+    for twin_model, twin in (copy.deepcopy((model, opt)), pickle.loads(pickle.dumps((model, opt)))):
+        reference = all_bits(model)
+        assert unchanged(twin_model, reference)
+        twin.step(closure_of(twin_model))
+        assert not unchanged(twin_model, reference)
+        assert unchanged(model, reference)
+
+
+def test_hooks_and_profiling_of_the_optimizer_base_class_run_once_per_step() -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    seen: list[str] = []
+    opt.register_step_pre_hook(lambda *_: seen.append("pre"))
+    opt.register_step_post_hook(lambda *_: seen.append("post"))
+    opt.register_state_dict_post_hook(lambda *_: seen.append("state"))
+    opt.step(closure_of(model))
+    loss_of(model).backward()
+    opt.first_step(zero_grad=True)
+    loss_of(model).backward()
+    opt.second_step()
+    opt.state_dict()
+    assert seen == ["pre", "post", "pre", "post", "state"]
+
+
+def test_add_param_group() -> None:
+    model = network()
+    params = list(model.parameters())
+    opt = SAM(params[:2], torch.optim.SGD, rho=0.1, lr=0.1)
+    opt.step(closure_of(model))
+    opt.add_param_group({"params": params[2:], "rho": 0.2})
+    assert [g["rho"] for g in opt.param_groups] == [0.1, 0.2]
+    loss_of(model).backward()
+    before = [p.detach().clone() for p in params]
+    opt.first_step()
+    assert all(not torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_the_lm_preset() -> None:
+    opt = SAM.lm(network().parameters(), torch.optim.AdamW, lr=1e-3)
+    assert (opt.param_groups[0]["rho"], opt.ascent_fraction) == (0.15, 0.25)
+    assert SAM.lm(network().parameters(), torch.optim.AdamW, rho=0.05).param_groups[0]["rho"] == 0.05
