@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastpost import SAM
+from fastpost.sam import overflow
 
-from .small import BASES, X, all_bits, closure_of, loss_of, network, same_state, unchanged
+from .conftest import bits
+from .small import BASES, X, Y, all_bits, closure_of, loss_of, network, same_state, unchanged
 
 
 @pytest.mark.parametrize("base", ["adamw", "adamw fused"])
@@ -100,3 +103,101 @@ def test_the_gradscaler_recipe(overflowing: str | None) -> None:
         for p, q in zip(model.parameters(), plain.parameters(), strict=True):
             assert (p - q).abs().max() <= 1e-6
         assert scaler.get_scale() == 2.0**10
+
+
+# -- an ascent overflow on a device that nobody wants to wait for -----------------------------------------------------------
+
+
+@pytest.fixture
+def far_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors treated as those of a device whose values cannot be read without waiting."""
+    monkeypatch.setattr(overflow, "at_hand", lambda norm: False)
+
+
+def two_branches() -> tuple[nn.Module, SAM, torch.amp.GradScaler]:
+    torch.manual_seed(3)
+    model = nn.ModuleDict({"used": nn.Linear(20, 3), "other": nn.Linear(20, 3), "tiny": nn.Linear(1, 1)})
+    opt = SAM(model.parameters(), torch.optim.AdamW, rho=0.1, lr=1e-2, weight_decay=0.5)
+    return model, opt, torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+
+
+def ascend_on_all_then_descend_on_one(model, opt, scaler, factor: float = 1.0) -> None:
+    opt.zero_grad()
+    loss = sum(nn.functional.cross_entropy(model[name](X), Y) for name in ("used", "other"))
+    loss = loss + model["tiny"](torch.ones(1, 1)).sum()
+    scaler.scale(loss * factor).backward()
+    opt.first_step(zero_grad=True)
+    scaler.scale(nn.functional.cross_entropy(model["used"](X), Y)).backward()
+
+
+def test_parameters_without_a_second_gradient_stay_without_one(far_device: None) -> None:
+    """A gradient of zero is not none: weight decay would act, moments would decay and step counts go up."""
+    model, opt, scaler = two_branches()
+    before = {name: bits(p) for name, p in model.named_parameters()}
+    for _ in range(3):
+        ascend_on_all_then_descend_on_one(model, opt, scaler)
+        assert {n for n, p in model.named_parameters() if p.grad is not None} == {"used.weight", "used.bias"}
+        scaler.step(opt)
+        scaler.update()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(bits(p), before[n])}
+    assert changed == {"used.weight", "used.bias"}
+    assert len(opt.state) == 2
+    assert opt.skipped_steps == 0
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_an_overflow_in_the_ascent_alone_reaches_the_scaler(far_device: None, unscale: bool) -> None:
+    model, opt, scaler = two_branches()
+    ascend_on_all_then_descend_on_one(model, opt, scaler)
+    scaler.step(opt)
+    scaler.update()
+    before, state = all_bits(model), copy.deepcopy(opt.state_dict())
+    ascend_on_all_then_descend_on_one(model, opt, scaler, factor=math.inf)
+    if unscale:  # as trainers do before they clip
+        scaler.unscale_(opt)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(opt)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert opt.skipped_steps == 1
+    assert unchanged(model, before)
+    assert same_state(state, opt.state_dict())
+    ascend_on_all_then_descend_on_one(model, opt, scaler)  # and nothing of it is left
+    assert all(p.grad.isfinite().all() for p in model["used"].parameters())
+    scaler.step(opt)
+    assert opt.skipped_steps == 1
+    assert not unchanged(model, before)
+
+
+@pytest.mark.parametrize("dropped_by", ["optimizer", "model", "twice"])
+def test_an_overflow_survives_gradients_being_dropped_by_hand(far_device: None, dropped_by: str) -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.AdamW, rho=0.1, lr=1e-2)
+    before = all_bits(model)
+    (loss_of(model) * math.inf).backward()
+    opt.first_step()
+    (model if dropped_by == "model" else opt).zero_grad()
+    loss_of(model).backward()
+    if dropped_by == "twice":
+        opt.zero_grad()
+        loss_of(model).backward()
+    assert not all(p.grad.isfinite().all() for p in model.parameters())
+    opt.step()
+    assert unchanged(model, before)
+
+
+def test_the_whole_overflow_story_holds_without_reading_the_device(far_device: None) -> None:
+    for overflowing in ("ascent", "descent"):
+        test_a_non_finite_gradient_skips_the_step_without_a_trace("cpu", overflowing, "adamw")
+        test_a_step_after_the_block_is_guarded_too(overflowing)
+    test_the_gradscaler_recipe("ascent")
+
+
+def test_hooks_leave_with_the_optimizer(far_device: None) -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    opt.step(closure_of(model))
+    assert all(p._post_accumulate_grad_hooks for p in model.parameters())
+    del opt
+    gc.collect()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())

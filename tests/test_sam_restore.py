@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -126,5 +128,29 @@ def test_a_backend_failing_midway_leaves_the_weights_restored(monkeypatch: pytes
     monkeypatch.setattr(ops, "run", run)
     with pytest.raises(RuntimeError, match="device lost"):
         opt.first_step()
+    assert unchanged(model, before)
+    assert not opt.is_perturbed
+
+
+@pytest.mark.parametrize("op", ["sam_perturb_", "sam_restore_"])
+def test_ctrl_c_during_a_kernel_leaves_the_weights_restored(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """Python delivers it when the kernel returns, before the next line can note that the weights were written."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2).double())
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    before, plain, calls = all_bits(model), ops.run, []
+
+    def run(name: str, bucket, *args):
+        result = plain(name, bucket, *args)
+        if name == op and not calls:
+            calls.append(name)
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(ops, "run", run)
+    with pytest.raises(KeyboardInterrupt), opt.perturbed():
+        assert op == "sam_restore_"
+    assert calls
     assert unchanged(model, before)
     assert not opt.is_perturbed

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, cast
 
 from torch import Tensor
 
 from fastpost import plan
 from fastpost.ops import params as ops
+from fastpost.sam.reduction import Reduction
+
+Gradient = Callable[[Tensor], Tensor | None]
 
 
 class ParameterBucket:
     """A bucket of one parameter group's tensors, kept from step to step.
 
     Attributes:
-        bucket: the columns as operations take them.
+        bucket: the columns as operations take them; with shards, this rank's part.
+        params: the parameters, as the optimizer knows them.
         group: index of the parameter group.
+        key: parameters whose norms are reduced over the same ranks.
         rows: where its tensors stand among all that have a gradient.
     """
 
-    def __init__(self, bucket: plan.Bucket, group: int, rows: list[int], stash: bool) -> None:
+    def __init__(
+        self, bucket: plan.Bucket, params: list[Tensor], group: int, key: Hashable, rows: list[int], stash: bool
+    ) -> None:
         self.bucket = bucket
+        self.params = params
         self.group = group
+        self.key = key
         self.rows = rows
         self._numels = [p.numel() for p in bucket.weights]
         self.elements = sum(self._numels)
@@ -30,10 +40,12 @@ class ParameterBucket:
         if stash:
             self._stash_buffer, bucket.stash = plan.flat_like(bucket.weights)
 
-    def point(self, grads: list[Tensor]) -> bool:
+    def point(self, grads: list[Tensor], reduction: Reduction) -> bool:
         """Takes these gradients; False when the bucket has to be built anew."""
         # Weights can be given other storage between steps (model.to(), p.data = ...); a stale plan would walk off its end.
         bucket, weights = self.bucket, self.bucket.weights
+        if reduction.shards:
+            weights = bucket.weights = [reduction.local(p) for p in self.params]
         if {p.dtype for p in weights} != {bucket.dtype} or weights[0].device != bucket.device:
             return False
         if list(map(Tensor.numel, weights)) != self._numels:
@@ -53,39 +65,56 @@ class BucketCache:
 
     Args:
         stash: whether each bucket keeps room for a copy of its weights.
+        reduction: where a parameter's part on this rank lies.
     """
 
-    def __init__(self, stash: bool) -> None:
+    def __init__(self, stash: bool, reduction: Reduction) -> None:
         self._stash = stash
+        self._reduction = reduction
         self._key: tuple[int, ...] = ()
         self._buckets: list[ParameterBucket] = []
 
-    def of(self, groups: list[dict[str, Any]], scope: set[int] | None) -> list[ParameterBucket]:
-        """Buckets of the tensors in scope (ids, or None for all), pointing at the gradients present."""
+    def of(
+        self, groups: list[dict[str, Any]], scope: set[int] | None, gradient: Gradient | None = None
+    ) -> list[ParameterBucket]:
+        """Buckets of the tensors in scope (ids, or None for all), pointing at their gradients.
+
+        Args:
+            groups: parameter groups.
+            scope: ids of the tensors to take; None for all.
+            gradient: what to take for a tensor's gradient, or None for one that has none; by default its own.
+        """
         params = [p for group in groups for p in group["params"]]
         if scope is not None:
             params = [p for p in params if id(p) in scope]
-        grads = [p.grad for p in params]
-        if type(None) in set(map(type, grads)):
-            params = [p for p, g in zip(params, grads, strict=True) if g is not None]
-            grads = [g for g in grads if g is not None]
+        if gradient is None and self._reduction.shards:
+            gradient = self._reduction.gradient
+        found = [p.grad for p in params] if gradient is None else list(map(gradient, params))
+        if type(None) in set(map(type, found)):
+            params = [p for p, g in zip(params, found, strict=True) if g is not None]
+            found = [g for g in found if g is not None]
+        grads = cast("list[Tensor]", found)
         key = tuple(map(id, params))
         if key != self._key or not all(
-            b.point(grads if len(b.rows) == len(grads) else [grads[i] for i in b.rows]) for b in self._buckets
+            b.point(grads if len(b.rows) == len(grads) else [grads[i] for i in b.rows], self._reduction)
+            for b in self._buckets
         ):
+            self._key = ()
             self._buckets = self._build(groups, params, grads) if params else []
             self._key = key
         return self._buckets
 
     def _build(self, groups: list[dict[str, Any]], params: list[Tensor], grads: list[Tensor]) -> list[ParameterBucket]:
-        ops.check_lists("SAM", {"parameters": params, "gradients": grads}, written=("parameters",))
+        weights = [self._reduction.local(p) for p in params] if self._reduction.shards else params
+        ops.check_lists("SAM", {"parameters": weights, "gradients": grads}, written=("parameters",))
         group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
-        members: dict[int, list[int]] = {}
+        members: dict[tuple[int, Hashable], list[int]] = {}
         for row, p in enumerate(params):
-            members.setdefault(group_of[id(p)], []).append(row)
+            members.setdefault((group_of[id(p)], self._reduction.key(p)), []).append(row)
         result = []
-        for group, rows in sorted(members.items()):
-            weights, gradients = [params[i] for i in rows], [grads[i] for i in rows]
-            for bucket in ops.make_buckets(weights=weights, grads=gradients, streams=rows):
-                result.append(ParameterBucket(bucket, group, bucket.streams, self._stash))
+        for (group, key), rows in members.items():
+            buckets = ops.make_buckets(weights=[weights[i] for i in rows], grads=[grads[i] for i in rows], streams=rows)
+            for bucket in buckets:
+                mine = [params[i] for i in bucket.streams]
+                result.append(ParameterBucket(bucket, mine, group, key, bucket.streams, self._stash))
         return result

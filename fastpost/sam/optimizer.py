@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastpost import plan
 from fastpost.errors import unknown
 from fastpost.ops import params as ops
-from fastpost.sam.bases import MergedState, build_bases, step_bases
+from fastpost.sam.bases import build_bases, step_bases
 from fastpost.sam.buckets import BucketCache, ParameterBucket
+from fastpost.sam.face import Wrapper
+from fastpost.sam.overflow import OverflowGuard
+from fastpost.sam.perturbation import Perturbation, Term
+from fastpost.sam.reduction import Reduction
 from fastpost.sam.report import PerturbationReport
-from fastpost.sam.scope import Scope, resolve_scope
+from fastpost.sam.scope import Scope, ScopeCache
 
 Closure = Callable[[], Any]
-_RADIUS_KEYS = ("rho", "adaptive", "eta")
 
 
-class SAM(Optimizer):
+class SAM(Wrapper):
     """Sharpness-aware minimization: the gradient is taken at w + e, the step from w.
 
     e = rho * g / |g| over all perturbed tensors together (2010.01412, eq. 2), or with `adaptive` ASAM's
@@ -100,24 +101,23 @@ class SAM(Optimizer):
         self.compute_dtype = compute_dtype
         self.dropout_rng = dropout_rng
         self.interval = int(interval)
-        self._scope = scope
-        self._radius = {"rho": rho, "adaptive": adaptive, "eta": eta}
-        self.defaults = {**self.base_optimizer.defaults, **self._radius}
-        for group in self.param_groups:
-            self._fill_group(group)
-        self._in_scope = resolve_scope(self._scope, self.param_groups)
-        self._ascent_buckets = BucketCache(stash=True)
-        self._finite_buckets = BucketCache(stash=False)
-        self._perturbed: list[plan.Bucket] = []
+        self._group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "sam_steps": 0}
+        self._adopt()
+        self._scope = ScopeCache(scope)
+        self._scope.ids(self.param_groups)  # a scope that cannot be resolved is told now
+        self._reduction = Reduction()
+        self._perturbation = Perturbation()
+        self._empty_caches()
         self._awaits_second = False
-        self._steps_taken = 0
-        self._ascent_norm: Tensor | None = None
         self._sums: Tensor | None = None
         self._elements = 0
         self._skipped: int | Tensor = 0
         self._warned = False
-        Optimizer.__setstate__(self, {})  # hooks and the profiled step, without a second list of groups
-        self._warned_capturable_if_run_uncaptured = True
+
+    def _empty_caches(self) -> None:
+        self._ascent_buckets = BucketCache(self._perturbation.stash, self._reduction)
+        self._finite_buckets = BucketCache(False, self._reduction)
+        self._guard = OverflowGuard(self._reduction)
 
     @classmethod
     def lm(cls, params: Any, base_optimizer: Any, **kwargs: Any) -> SAM:
@@ -138,14 +138,12 @@ class SAM(Optimizer):
         """
         if self.is_perturbed:
             raise RuntimeError("SAM: first_step() was called twice; second_step() or step() comes in between")
-        moves = self._steps_taken % self.interval == 0
         buckets = self._bucketed()
-        if moves:
+        if self.ascends:
             self._perturb(buckets)
         self._awaits_second = True
         if zero_grad:
             self.zero_grad()
-            self._carry_overflow()
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Restores the weights bit for bit and lets the base optimizer step with the gradients present.
@@ -174,17 +172,24 @@ class SAM(Optimizer):
         if closure is None:
             self._finish()
             return None
+        if hasattr(self, "found_inf"):
+            # The scaler looked at older gradients than the closure makes, and whether that one scales its loss is unknown.
+            _leave_scaler(self)
+            raise RuntimeError(
+                "SAM: a closure cannot go through GradScaler.step, nor through a wrapper that passes it on (Accelerate). "
+                "Scale both losses yourself: backward, first_step(zero_grad=True), backward, then scaler.step(opt)"
+            )
         if self.is_perturbed:
             raise RuntimeError("SAM: step(closure) while perturbed; finish with second_step() or step() first")
-        moves = self._steps_taken % self.interval == 0
+        ascends = self.ascends
         loss = None
         if not reuse_grads:
             self.zero_grad()
             # What the first pass draws is drawn again by the second.
-            same = self.dropout_rng == "same" and moves
+            same = self.dropout_rng == "same" and ascends
             with torch.enable_grad(), torch.random.fork_rng(self._cuda_devices() if same else (), enabled=same):
                 loss = closure()
-        if moves:
+        if ascends:
             with self.perturbed():
                 with torch.enable_grad():
                     second = closure()
@@ -207,7 +212,7 @@ class SAM(Optimizer):
         try:
             yield self
         except BaseException:
-            self._ascent_norm = None  # of a step that will not be made
+            self._guard.forget()  # the step will not be made
             raise
         finally:
             if self.is_perturbed:
@@ -216,16 +221,26 @@ class SAM(Optimizer):
     @torch.no_grad()
     def restore_(self) -> None:
         """Puts w back, bit for bit, into the same storage, and makes no step. Without a perturbation it does nothing."""
-        for bucket in self._perturbed:
-            ops.run("sam_restore_", bucket)
-            ops.wrote(bucket.weights)
-        self._perturbed = []
-        self._awaits_second = False
+        try:
+            self._perturbation.undo(self._reduction)
+        finally:
+            self._awaits_second = self._perturbation.active
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients; between the two passes too, an ascent that overflowed stays known."""
+        super().zero_grad(set_to_none)
+        if self.is_perturbed:
+            self._guard.rearm(self._tensors())
 
     @property
     def is_perturbed(self) -> bool:
         """Whether a first step waits for its second."""
         return self._awaits_second
+
+    @property
+    def ascends(self) -> bool:
+        """Whether the coming step perturbs; with `interval` only some do."""
+        return bool(self.param_groups[0]["sam_steps"] % self.interval == 0)
 
     # -- what was done ------------------------------------------------------------------------------------------------
 
@@ -251,147 +266,107 @@ class SAM(Optimizer):
         """How many steps were skipped because a gradient was not finite; waits for the device."""
         return int(self._skipped)
 
-    # -- the optimizer's own face -------------------------------------------------------------------------------------
-
-    @property
-    def base_optimizer(self) -> Optimizer:
-        return self._bases[0]
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The base optimizer's own groups, so that schedulers act on both."""
-        if len(self._bases) == 1:
-            return self.base_optimizer.param_groups
-        return [group for base in self._bases for group in base.param_groups]
-
-    @property
-    def state(self) -> MutableMapping[Tensor, Any]:  # type: ignore[override]
-        """The base optimizer's own state."""
-        return self.base_optimizer.state if len(self._bases) == 1 else MergedState(self._bases)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the (last) base optimizer; rho, adaptive and eta default to the constructor's."""
-        self._refuse_while_perturbed("add_param_group()")
-        radius = {**self._radius, **{k: param_group[k] for k in _RADIUS_KEYS if k in param_group}}
-        ops.check_radius("SAM", radius["rho"], radius["eta"])
-        self._bases[-1].add_param_group(param_group)
-        self._fill_group(self._bases[-1].param_groups[-1])
-        self._in_scope = resolve_scope(self._scope, self.param_groups)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's layout, with rho, adaptive and eta in its groups.
-
-        Raises:
-            RuntimeError: the weights are perturbed; a checkpoint taken now would hold the wrong ones.
-        """
-        self._refuse_while_perturbed("state_dict()")
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of SAM or of the plain base optimizer; keys that are missing keep their values."""
-        self._refuse_while_perturbed("load_state_dict()")
-        super().load_state_dict(state_dict)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if state.keys() != {"state", "param_groups"}:  # unpickling or copying
-            super().__setstate__(state)
-            return
-        groups, moments = list(state["param_groups"]), state["state"]
-        for base in self._bases:
-            mine, groups = groups[: len(base.param_groups)], groups[len(base.param_groups) :]
-            for group, old in zip(mine, base.param_groups, strict=True):
-                for key in _RADIUS_KEYS:
-                    group.setdefault(key, old[key])
-            owned = {p for group in mine for p in group["params"]}
-            kept = type(base.state)(dict) if hasattr(base.state, "default_factory") else type(base.state)()
-            kept.update({k: v for k, v in moments.items() if k in owned or not isinstance(k, Tensor)})
-            base.__setstate__({"state": kept, "param_groups": mine})
-
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("copying or pickling")
-        fresh = {"_ascent_buckets": BucketCache(stash=True), "_finite_buckets": BucketCache(stash=False)}
-        return {**self.__dict__, **fresh}
+        caches = ("_ascent_buckets", "_finite_buckets", "_guard")
+        return {key: value for key, value in self.__dict__.items() if key not in caches}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_perturbation" in state:
+            self._empty_caches()
 
     # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _fill_group(self, group: dict[str, Any]) -> None:
-        for key, value in self._radius.items():
-            group.setdefault(key, value)
-        ops.check_radius("SAM", group["rho"], group["eta"])
-
-    def _refuse_while_perturbed(self, what: str) -> None:
-        if self.is_perturbed:
-            raise RuntimeError(
-                f"SAM: {what} while the weights are perturbed; call second_step(), step() or restore_() first"
-            )
 
     def _cuda_devices(self) -> list[torch.device]:
         """The CUDA devices in use, whose generators draw dropout masks."""
         return sorted({p.device for group in self.param_groups for p in group["params"] if p.is_cuda}, key=str)
 
+    def _tensors(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def _bucketed(self) -> list[ParameterBucket]:
         """Buckets of the tensors that are in scope and have a gradient, pointing at the gradients present."""
-        buckets = self._ascent_buckets.of(self.param_groups, self._in_scope)
+        groups = self.param_groups
+        buckets = self._ascent_buckets.of(groups, self._scope.ids(groups))
         if not buckets:
             raise RuntimeError("SAM: no parameter (in scope) has a gradient; call backward() before the ascent")
         return buckets
 
     def _perturb(self, buckets: list[ParameterBucket]) -> None:
-        groups = self.param_groups
-        etas = [groups[b.group]["eta"] if groups[b.group]["adaptive"] else None for b in buckets]
-        squared = ops.total_squared_norm([b.bucket for b in buckets], etas)
-        total = None
-        try:
-            for b, eta in zip(buckets, etas, strict=True):
-                rho = float(groups[b.group]["rho"])
-                part = ops.run("sam_perturb_", b.bucket, squared.to(b.bucket.device), rho, eta, self._seen(b.bucket))
-                self._perturbed.append(b.bucket)
-                ops.wrote(b.bucket.weights)
-                total = part if total is None else total + part.to(total.device)
-        except BaseException:  # a later bucket failed: the earlier ones must not stay perturbed
-            self.restore_()
-            raise
-        self._sums = total
+        terms = []
+        for b in buckets:
+            group = self.param_groups[b.group]
+            terms.append(Term(float(group["rho"]), group["eta"] if group["adaptive"] else None, self._seen(b)))
+        squared = self._squared_norm(buckets, [term.eta for term in terms])
+        self._sums = self._perturbation.apply(buckets, terms, squared, self._reduction)
         self._elements = sum(b.elements for b in buckets)
-        self._ascent_norm = squared
+        self._guard.saw(squared, self._tensors())
 
-    def _seen(self, bucket: plan.Bucket) -> torch.dtype:
+    def _squared_norm(self, buckets: list[ParameterBucket], etas: Sequence[float | None]) -> Tensor:
+        parts: dict[Hashable, Tensor] = {}
+        for b, eta in zip(buckets, etas, strict=True):
+            part = ops.run("squared_norm", b.bucket, eta)
+            parts[b.key] = parts[b.key] + part.to(parts[b.key].device) if b.key in parts else part
+        return self._reduction.total(parts)
+
+    def _seen(self, b: ParameterBucket) -> torch.dtype:
+        device = b.bucket.device.type
         if self.compute_dtype is not None:
             return self.compute_dtype
-        if torch.is_autocast_enabled(bucket.device.type):
-            return torch.get_autocast_dtype(bucket.device.type)
-        return bucket.dtype
-
-    def _carry_overflow(self) -> None:
-        """Leaves a NaN behind as a gradient when the ascent overflowed, so that the second gradient shows it to everyone.
-
-        GradScaler, fused base optimizers and our own test then all see it. On the CPU the norm is at hand; elsewhere the
-        seed is 0 or NaN without asking the device.
-        """
-        norm = self._ascent_norm
-        if norm is None or not self._perturbed or (norm.device.type == "cpu" and bool(torch.isfinite(norm))):
-            return
-        carrier = min((p for b in self._perturbed for p in b.weights if p.numel()), key=Tensor.numel)
-        seed = torch.where(torch.isfinite(norm), torch.zeros_like(norm), torch.full_like(norm, math.nan))
-        carrier.grad = torch.zeros_like(carrier)
-        carrier.grad.view(-1)[:1].add_(seed.to(carrier.device, carrier.dtype))
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else b.bucket.dtype
 
     def _finish(self) -> None:
         """Restores if need be, then steps with every base optimizer unless a gradient is not finite."""
-        ascent, self._ascent_norm = self._ascent_norm, None
+        ascent = self._guard.take()
         self.restore_()
-        self._steps_taken += 1
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is None and ascent is not None:
-            found_inf = self._overflowed(ascent)
-        self._skipped = self._skipped + step_bases(self._bases, scale, found_inf)
+        if not isinstance(found_inf, Tensor):  # the scaler says 0 where no gradient was there to look at
+            found_inf = None
+        if ascent is not None:
+            found_inf = self._overflowed(ascent, found_inf)
+        self._count_step(ascended=ascent is not None)
+        try:
+            self._skipped = self._skipped + step_bases(self._bases, scale, found_inf)
+        except BaseException:
+            _leave_scaler(self)
+            raise
+
+    def _count_step(self, ascended: bool) -> None:
+        # A checkpoint of a fresh optimizer is made after one step at a learning rate of 0: that one does not count.
+        groups = self.param_groups
+        rates = [group["lr"] for group in groups if "lr" in group]
+        if not ascended and rates and all(_is_zero(rate) for rate in rates):
+            return
+        for group in groups:
+            group["sam_steps"] += 1
 
     @torch.no_grad()
-    def _overflowed(self, ascent: Tensor) -> Tensor:
-        """1.0 where a gradient of either pass is not finite, else 0.0; a float32 scalar as GradScaler's found_inf."""
+    def _overflowed(self, ascent: Tensor, found_inf: Tensor | None) -> Tensor:
+        """1.0 where a gradient of either pass is not finite, else 0.0; a float32 scalar as GradScaler's found_inf.
+
+        Args:
+            ascent: squared norm of the ascent gradient.
+            found_inf: what GradScaler found in the second gradient; None where nobody has looked.
+        """
+        bad = (~torch.isfinite(ascent)).float()
+        if found_inf is not None:
+            return self._reduction.agree(torch.maximum(found_inf.float(), bad.to(found_inf.device)))
         buckets = self._finite_buckets.of(self.param_groups, None)
-        finite = torch.isfinite(ascent)
         if buckets:
-            norm = ops.total_squared_norm([b.bucket for b in buckets])
-            finite = finite.to(norm.device) & torch.isfinite(norm)
-        return (~finite).float()
+            norm = self._squared_norm(buckets, [None] * len(buckets))
+            bad = torch.maximum(bad.to(norm.device), (~torch.isfinite(norm)).float())
+        return self._reduction.agree(bad)
+
+
+def _leave_scaler(opt: SAM) -> None:
+    """Drops what GradScaler.step has set; it does so itself only where the step succeeds."""
+    for name in ("grad_scale", "found_inf"):
+        if hasattr(opt, name):
+            delattr(opt, name)
+
+
+def _is_zero(rate: float | Tensor) -> bool:
+    if isinstance(rate, Tensor) and rate.device.type != "cpu":
+        return False  # asking would wait for the device
+    return float(rate) == 0

@@ -42,3 +42,22 @@ def resolve_scope(scope: Scope, groups: list[dict[str, Any]]) -> set[int] | None
     if not chosen:
         raise ValueError(f"SAM: no parameter is in scope {patterns if patterns is not None else scope!r}")
     return chosen
+
+
+class ScopeCache:
+    """A scope resolved anew whenever the optimizer's tensors are others: groups are added, trainers swap parameters."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._key: tuple[int, ...] = ()
+        self._ids: set[int] | None = None
+
+    def ids(self, groups: list[dict[str, Any]]) -> set[int] | None:
+        """Ids of the tensors in scope; None for all."""
+        if self._scope is None:
+            return None
+        key = tuple(id(p) for group in groups for p in group["params"])
+        if key != self._key:
+            self._ids = resolve_scope(self._scope, groups)
+            self._key = key
+        return self._ids

@@ -1,0 +1,101 @@
+"""The face of an optimizer that wraps others: its groups, state and checkpoints are theirs."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastpost.ops import params as ops
+from fastpost.sam.bases import MergedState
+
+RADIUS_KEYS = ("rho", "adaptive", "eta")
+# Beside the radius, each group counts the steps taken, so that `interval` and random rounding go on after a resume.
+GROUP_KEYS = (*RADIUS_KEYS, "sam_steps")
+
+
+class Wrapper(Optimizer):
+    """A torch optimizer whose `param_groups` and `state` are those of the optimizers in `_bases`."""
+
+    _bases: list[Optimizer]
+    _group_defaults: dict[str, Any]
+
+    def _adopt(self) -> None:
+        """Gives every group the keys it lacks and prepares torch's hooks, without a second list of groups."""
+        self.defaults = {**self.base_optimizer.defaults, **self._group_defaults}
+        for group in self.param_groups:
+            self._fill_group(group)
+        Optimizer.__setstate__(self, {})
+        self._warned_capturable_if_run_uncaptured = True
+
+    def _fill_group(self, group: dict[str, Any]) -> None:
+        for key, value in self._group_defaults.items():
+            group.setdefault(key, value)
+        ops.check_radius("SAM", group["rho"], group["eta"])
+
+    @property
+    def is_perturbed(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def base_optimizer(self) -> Optimizer:
+        return self._bases[0]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's own groups, so that schedulers act on both."""
+        if len(self._bases) == 1:
+            return self.base_optimizer.param_groups
+        return [group for base in self._bases for group in base.param_groups]
+
+    @property
+    def state(self) -> MutableMapping[Tensor, Any]:  # type: ignore[override]
+        """The base optimizer's own state."""
+        return self.base_optimizer.state if len(self._bases) == 1 else MergedState(self._bases)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the (last) base optimizer; rho, adaptive and eta default to the constructor's."""
+        self._refuse_while_perturbed("add_param_group()")
+        radius = {key: param_group.get(key, self._group_defaults[key]) for key in RADIUS_KEYS}
+        ops.check_radius("SAM", radius["rho"], radius["eta"])
+        self._bases[-1].add_param_group(param_group)
+        group = self._bases[-1].param_groups[-1]
+        group["sam_steps"] = self.param_groups[0]["sam_steps"]
+        self._fill_group(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's layout, with rho, adaptive, eta and the number of steps in its groups.
+
+        Raises:
+            RuntimeError: the weights are perturbed; a checkpoint taken now would hold the wrong ones.
+        """
+        self._refuse_while_perturbed("state_dict()")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of SAM or of the plain base optimizer; keys that are missing keep their values."""
+        self._refuse_while_perturbed("load_state_dict()")
+        super().load_state_dict(state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state.keys() != {"state", "param_groups"}:  # unpickling or copying
+            super().__setstate__(state)
+            return
+        groups, moments = list(state["param_groups"]), state["state"]
+        for base in self._bases:
+            mine, groups = groups[: len(base.param_groups)], groups[len(base.param_groups) :]
+            for group, old in zip(mine, base.param_groups, strict=True):
+                for key in GROUP_KEYS:
+                    group.setdefault(key, old[key])
+            owned = {p for group in mine for p in group["params"]}
+            kept = type(base.state)(dict) if hasattr(base.state, "default_factory") else type(base.state)()
+            kept.update({k: v for k, v in moments.items() if k in owned or not isinstance(k, Tensor)})
+            base.__setstate__({"state": kept, "param_groups": mine})
+
+    def _refuse_while_perturbed(self, what: str) -> None:
+        if self.is_perturbed:
+            raise RuntimeError(
+                f"SAM: {what} while the weights are perturbed; call second_step(), step() or restore_() first"
+            )

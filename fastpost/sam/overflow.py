@@ -1,0 +1,89 @@
+"""An ascent gradient that is not finite, shown to everyone who looks at the second gradient."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpost.sam.reduction import Reduction
+
+
+def at_hand(norm: Tensor) -> bool:
+    """Whether reading this value waits for nobody."""
+    return norm.device.type == "cpu"
+
+
+class OverflowGuard:
+    """Carries a non-finite ascent norm into the second pass.
+
+    GradScaler, fused base optimizers and our own test all look for NaN in gradients. So the first gradient that the second
+    backward pass brings forth gets NaN * (norm is not finite), that is NaN or nothing, added to one element: on the device,
+    inside backward, hence before any `unscale_`. Parameters without a second gradient stay without one.
+    """
+
+    def __init__(self, reduction: Reduction) -> None:
+        self._reduction = reduction
+        self._norm: Tensor | None = None
+        self._seed: Tensor | None = None
+        self._hooked: tuple[int, ...] = ()
+        self._handles: list[Any] = []
+        weakref.finalize(self, _remove, self._handles)
+
+    def saw(self, squared: Tensor, params: Sequence[Tensor]) -> None:
+        """Remembers the squared norm of an ascent; `params` are those that may get a second gradient."""
+        # Sums of squares stay NaN or inf once they are: windows that ascend several times add up.
+        self._norm = squared if self._norm is None else self._norm + squared.to(self._norm.device)
+        self.rearm(params)
+
+    def rearm(self, params: Iterable[Tensor]) -> None:
+        """Seeds (again) the next gradient to appear, as after the gradients were dropped."""
+        norm = self._norm
+        if norm is None or (at_hand(norm) and bool(torch.isfinite(norm))):
+            self._seed = None
+            return
+        self._seed = torch.where(torch.isfinite(norm), torch.zeros_like(norm), torch.full_like(norm, math.nan))
+        self._hook([p for p in params if p.requires_grad])
+
+    def forget(self) -> None:
+        """The step is given up."""
+        self._norm = self._seed = None
+
+    def take(self) -> Tensor | None:
+        """The squared norm seen since the last step, None without one; the guard starts afresh."""
+        norm = self._norm
+        self.forget()
+        return norm
+
+    def _hook(self, params: list[Tensor]) -> None:
+        key = tuple(map(id, params))
+        if key == self._hooked:
+            return
+        _remove(self._handles)
+        myself = weakref.ref(self)
+
+        def plant(p: Tensor) -> None:
+            guard = myself()
+            if guard is not None and guard._seed is not None:
+                guard._plant(p)
+
+        self._handles += [p.register_post_accumulate_grad_hook(plant) for p in params]  # type: ignore[no-untyped-call]
+        self._hooked = key
+
+    @torch.no_grad()
+    def _plant(self, p: Tensor) -> None:
+        grad = self._reduction.gradient(p)
+        if grad is None or not grad.numel():
+            return
+        assert self._seed is not None
+        grad[(0,) * grad.ndim].add_(self._seed.to(grad.device, grad.dtype))
+        self._seed = None
+
+
+def _remove(handles: list[Any]) -> None:
+    while handles:
+        handles.pop().remove()
