@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastpost.errors import unknown
 from fastpost.ops import params as ops
 from fastpost.sam.bases import build_bases, step_bases
 from fastpost.sam.buckets import BucketCache, ParameterBucket
 from fastpost.sam.face import Wrapper
+from fastpost.sam.options import check_options
 from fastpost.sam.overflow import OverflowGuard
 from fastpost.sam.perturbation import Perturbation, Term
 from fastpost.sam.reduction import Reduction
 from fastpost.sam.report import PerturbationReport
+from fastpost.sam.rng import RandomState, accelerators
 from fastpost.sam.scope import Scope, ScopeCache
+from fastpost.sam.variants import Variant
 
 Closure = Callable[[], Any]
 
@@ -59,6 +61,8 @@ class SAM(Wrapper):
         dropout_rng: "same" gives both passes of `step(closure)` the same random numbers, as in the original; "independent"
             does not.
         interval: SAM on every interval-th step, the base optimizer on the others.
+        sync_ascent: whether ranks average the ascent gradient (True) or each perturbs by its own (False: m-sharpness, the
+            original); None takes the gradients as they are. Windows act on it.
         **kwargs: passed to the base optimizer's class.
 
     Attributes:
@@ -85,22 +89,19 @@ class SAM(Wrapper):
         compute_dtype: torch.dtype | None = None,
         dropout_rng: str = "same",
         interval: int = 1,
+        sync_ascent: bool | None = None,
+        variant: Variant | None = None,
         **kwargs: Any,
     ) -> None:
         ops.check_radius("SAM", rho, eta)
-        if not 0 < ascent_fraction <= 1:
-            raise ValueError(f"SAM: ascent_fraction must lie in (0, 1], not {ascent_fraction}")
-        if dropout_rng not in ("same", "independent"):
-            raise unknown("dropout_rng", dropout_rng, ("same", "independent"))
-        if int(interval) != interval or interval < 1:
-            raise ValueError(f"SAM: interval must be a whole number >= 1, not {interval}")
-        if compute_dtype is not None and not compute_dtype.is_floating_point:
-            raise TypeError(f"SAM: compute_dtype must be a floating-point dtype, not {compute_dtype}")
+        check_options(ascent_fraction, dropout_rng, interval, compute_dtype, sync_ascent)
         self._bases = build_bases(params, base_optimizer, kwargs)
         self.ascent_fraction = ascent_fraction
         self.compute_dtype = compute_dtype
         self.dropout_rng = dropout_rng
         self.interval = int(interval)
+        self.sync_ascent = sync_ascent
+        self.variant = Variant() if variant is None else variant
         self._group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "sam_steps": 0}
         self._adopt()
         self._scope = ScopeCache(scope)
@@ -185,10 +186,11 @@ class SAM(Wrapper):
         loss = None
         if not reuse_grads:
             self.zero_grad()
-            # What the first pass draws is drawn again by the second.
-            same = self.dropout_rng == "same" and ascends
-            with torch.enable_grad(), torch.random.fork_rng(self._cuda_devices() if same else (), enabled=same):
+            before = RandomState(self.accelerators())
+            with torch.enable_grad():
                 loss = closure()
+            if self.dropout_rng == "same" and ascends:
+                before.put()  # what the first pass drew is drawn again by the second
         if ascends:
             with self.perturbed():
                 with torch.enable_grad():
@@ -211,12 +213,24 @@ class SAM(Wrapper):
         self.first_step(zero_grad=zero_grad)
         try:
             yield self
+            self.end_ascent()
         except BaseException:
             self._guard.forget()  # the step will not be made
             raise
         finally:
             if self.is_perturbed:
                 self.restore_()
+
+    def end_ascent(self) -> None:
+        """Restores w after the second pass and leaves its gradients for a step. Without a perturbation it does nothing."""
+        if self.is_perturbed:
+            self.restore_()
+
+    def abandon(self) -> None:
+        """Gives the step up: w is back and the gradients are dropped."""
+        self._guard.forget()
+        self.restore_()
+        self.zero_grad()
 
     @torch.no_grad()
     def restore_(self) -> None:
@@ -230,7 +244,7 @@ class SAM(Wrapper):
         """Drops the gradients; between the two passes too, an ascent that overflowed stays known."""
         super().zero_grad(set_to_none)
         if self.is_perturbed:
-            self._guard.rearm(self._tensors())
+            self._guard.rearm(self.tensors())
 
     @property
     def is_perturbed(self) -> bool:
@@ -278,11 +292,12 @@ class SAM(Wrapper):
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _cuda_devices(self) -> list[torch.device]:
-        """The CUDA devices in use, whose generators draw dropout masks."""
-        return sorted({p.device for group in self.param_groups for p in group["params"] if p.is_cuda}, key=str)
+    def accelerators(self) -> list[torch.device]:
+        """The devices, other than the CPU, whose generators the passes draw from."""
+        return accelerators(self.tensors())
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """All parameters, in or out of scope."""
         return [p for group in self.param_groups for p in group["params"]]
 
     def _bucketed(self) -> list[ParameterBucket]:
@@ -301,7 +316,7 @@ class SAM(Wrapper):
         squared = self._squared_norm(buckets, [term.eta for term in terms])
         self._sums = self._perturbation.apply(buckets, terms, squared, self._reduction)
         self._elements = sum(b.elements for b in buckets)
-        self._guard.saw(squared, self._tensors())
+        self._guard.saw(squared, self.tensors())
 
     def _squared_norm(self, buckets: list[ParameterBucket], etas: Sequence[float | None]) -> Tensor:
         parts: dict[Hashable, Tensor] = {}
@@ -318,8 +333,8 @@ class SAM(Wrapper):
 
     def _finish(self) -> None:
         """Restores if need be, then steps with every base optimizer unless a gradient is not finite."""
+        self.end_ascent()
         ascent = self._guard.take()
-        self.restore_()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):  # the scaler says 0 where no gradient was there to look at
             found_inf = None

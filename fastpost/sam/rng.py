@@ -1,0 +1,33 @@
+"""Random number states of the CPU and of accelerators, so that a second pass can draw what the first one drew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class RandomState:
+    """The states of torch's default generators at the time of construction.
+
+    Args:
+        devices: accelerator devices to include beside the CPU.
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+        self._cpu = torch.get_rng_state()
+        self._others: list[tuple[torch.device, Tensor]] = []
+        for device in devices:
+            self._others.append((device, torch.get_device_module(device).get_rng_state(device)))
+
+    def put(self) -> None:
+        """Makes the generators go on from here."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._others:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+def accelerators(tensors: Iterable[Tensor]) -> list[torch.device]:
+    """The devices, other than the CPU, that these tensors live on."""
+    return sorted({t.device for t in tensors if t.device.type not in ("cpu", "meta")}, key=str)
