@@ -1,11 +1,19 @@
-"""The form of a bench: contenders that do the same work, and the ratios between them that are goals."""
+"""The form of a bench: contenders that do the same work, and the bounds on what they take that are goals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+
+import torch
 
 Work = Callable[[], object]
+
+
+class Skipped(Exception):
+    """Raised by a builder whose case cannot be run here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -13,16 +21,47 @@ class Contender:
     """One way of doing the work.
 
     Attributes:
-        name: as it appears in the table.
+        name: as it appears in the table; the one called "copy" sets the scale of the case's bandwidths.
         run: does the work once.
         bytes: the fewest bytes that this way must move, 0 where that is not the point; shown as GB/s.
         before: untimed, ahead of every run (puts inputs back).
+        slow: three rounds suffice.
+        peak: whether to measure how much memory it allocates at most (GPU only).
+        launches: whether to count what it launches on the device (GPU only).
     """
 
     name: str
     run: Work
     bytes: int = 0
     before: Work | None = None
+    slow: bool = False
+    peak: bool = False
+    launches: bool = False
+
+
+@dataclass
+class Result:
+    """What a run found out about one contender: seconds of each round, host seconds until the call came back, and where
+    asked for the bytes allocated at most and the number of launches."""
+
+    bytes: int = 0
+    seconds: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    peak: int | None = None
+    launches: int | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def host_median(self) -> float:
+        return statistics.median(self.host)
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second."""
+        return self.bytes / self.median
 
 
 @dataclass(frozen=True)
@@ -31,7 +70,7 @@ class Goal:
 
     Attributes:
         contender, baseline: names of the two.
-        limit: the bound, by instruction set ("avx512", "avx2"); instruction sets without one are only reported.
+        limit: the bound, by platform ("avx512", "avx2", "cuda"); platforms without one are only reported.
         faster: True: baseline / contender must be at least the limit; False: contender / baseline at most.
     """
 
@@ -40,32 +79,172 @@ class Goal:
     limit: dict[str, float]
     faster: bool = False
 
-    def measured(self, medians: dict[str, float]) -> float:
-        a, b = medians[self.contender], medians[self.baseline]
+    unit = ""
+
+    def measured(self, results: Mapping[str, Result]) -> float:
+        a, b = results[self.contender].median, results[self.baseline].median
         return b / a if self.faster else a / b
 
-    def hit(self, value: float, isa: str) -> bool | None:
-        if isa not in self.limit:
+    def hit(self, value: float, platform: str) -> bool | None:
+        if platform not in self.limit:
             return None
-        return value >= self.limit[isa] if self.faster else value <= self.limit[isa]
+        return value >= self.limit[platform] if self.faster else value <= self.limit[platform]
+
+    def describe(self) -> str:
+        return f"{self.contender} {'faster than' if self.faster else 'over'} {self.baseline}"
+
+
+@dataclass(frozen=True)
+class Bandwidth(Goal):
+    """At least this share of the bytes per second of the baseline, or of `other` where that is faster."""
+
+    faster: bool = True
+    other: str = ""
+
+    def measured(self, results: Mapping[str, Result]) -> float:
+        best = max(results[name].rate for name in (self.baseline, self.other) if name)
+        return results[self.contender].rate / best
+
+    def describe(self) -> str:
+        return f"bandwidth of {self.contender}, share of {' or '.join(filter(None, (self.baseline, self.other)))}"
+
+
+@dataclass(frozen=True)
+class Floor(Goal):
+    """At most this multiple of the time in which the baseline's bandwidth moves `bytes`."""
+
+    bytes: int = 0
+
+    def measured(self, results: Mapping[str, Result]) -> float:
+        return results[self.contender].median / (self.bytes / results[self.baseline].rate)
+
+    def describe(self) -> str:
+        return f"{self.contender} over the floor of {self.bytes / 1e9:.3g} GB at the rate of {self.baseline}"
+
+
+@dataclass(frozen=True)
+class HostTime(Goal):
+    """At most so many microseconds of host time until the call comes back. There is no baseline."""
+
+    baseline: str = ""
+    limit: dict[str, float] = field(default_factory=dict)
+
+    unit = " us"
+
+    def measured(self, results: Mapping[str, Result]) -> float:
+        return 1e6 * results[self.contender].host_median
+
+    def describe(self) -> str:
+        return f"host time of {self.contender}"
+
+
+@dataclass(frozen=True)
+class PeakMemory(Goal):
+    """Bytes allocated at most, per `per`: alone at most the limit; with `faster` at least so much below the baseline's."""
+
+    per: int = 1
+
+    unit = " B/logit"
+
+    def measured(self, results: Mapping[str, Result]) -> float:
+        peaks = [results[name].peak for name in (self.contender, self.baseline) if name]
+        if None in peaks:
+            return float("nan")
+        return (peaks[1] - peaks[0] if self.faster else peaks[0]) / self.per  # type: ignore[operator]
+
+    def describe(self) -> str:
+        return f"peak memory of {self.contender}{f', below {self.baseline}' if self.faster else ''}"
+
+
+@dataclass(frozen=True)
+class Launches(Goal):
+    """At most so many launches on the device. There is no baseline."""
+
+    baseline: str = ""
+    limit: dict[str, float] = field(default_factory=dict)
+
+    def measured(self, results: Mapping[str, Result]) -> float:
+        launches = results[self.contender].launches
+        return float("nan") if launches is None else launches
+
+    def describe(self) -> str:
+        return f"launches of {self.contender}"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of work: its size in words, who competes, and what must come out."""
+    """One line of work: its size in words, who competes, and what must come out.
+
+    Attributes:
+        contenders: the ways, or a function that allocates their inputs and returns them (so that a listing needs no memory).
+        bytes: the fewest bytes that fastpost's call must move.
+        work: how often those bytes one round of all contenders moves, roughly; for the estimate of a listing.
+        memory: bytes of device memory needed, roughly.
+        wall: time from an idle device until it is idle again, host included, instead of time on the device.
+        seconds: added to the estimate (compilation).
+    """
 
     name: str
     shape: str
     dtype: str
-    contenders: list[Contender]
+    contenders: list[Contender] | Callable[[], list[Contender]]
     goals: list[Goal] = field(default_factory=list)
+    bytes: int = 0
+    work: float = 6.0
+    memory: int = 0
+    wall: bool = False
+    seconds: float = 0.0
+
+    def build(self) -> list[Contender]:
+        return self.contenders() if callable(self.contenders) else self.contenders
+
+    def estimate(self, rounds: int) -> float:
+        """Seconds on a device that moves 3.5 TB/s, set-up included."""
+        return 1.0 + self.seconds + (rounds + 3) * (self.bytes * self.work / 3.5e12 + 1e-3)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a case for accelerators is built; `scale` shrinks it, so that tests can build it on the CPU."""
+
+    device: torch.device
+    scale: float = 1.0
+
+    def size(self, n: int, at_least: int = 1) -> int:
+        return max(at_least, int(n * self.scale))
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, device=self.device).mul_(std)
+
+    def compiled(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """torch.compile's form; elsewhere than on a GPU its tracing alone."""
+        return torch.compile(function, backend="inductor" if self.device.type == "cuda" else "eager")  # type: ignore[no-any-return]
 
 
 # Builders by name, in the order they are run; each allocates its inputs only when called.
 CASES: dict[str, Callable[[], Case]] = {}
+# The same for accelerators; their inputs are allocated by Case.build().
+CUDA_CASES: dict[str, Callable[[Target], Case]] = {}
 
 
 def case(build: Callable[[], Case]) -> Callable[[], Case]:
-    """Registers a builder under its own name."""
+    """Registers a builder for the CPU under its own name."""
     CASES[build.__name__] = build
     return build
+
+
+def cuda_case(**variants: object) -> Callable[[Callable[..., Case]], Callable[..., Case]]:
+    """Registers build(target, value) for accelerators, once per keyword, as `<its name>_<keyword>`."""
+
+    def register(build: Callable[..., Case]) -> Callable[..., Case]:
+        if not variants:
+            CUDA_CASES[build.__name__] = build
+        for suffix, value in variants.items():
+            CUDA_CASES[f"{build.__name__}_{suffix}"] = partial(_call, build, value)
+        return build
+
+    return register
+
+
+def _call(build: Callable[..., Case], value: object, at: Target) -> Case:
+    return build(at, value)

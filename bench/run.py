@@ -1,140 +1,188 @@
-"""Runs cases: interleaved, medians, ratios within one run; a table, and a CSV that says on what and when."""
+"""Runs cases: interleaved, so that medians of one run make ratios; on the CPU and on GPUs."""
 
 from __future__ import annotations
 
-import csv
 import datetime
 import gc
+import os
 import platform
-import statistics
+import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 
 import fastpost
 from fastpost.backends import native
-from fastpost.bench.registry import CASES, Case
+from fastpost.bench.clocks import DeviceClock, HostClock, measure
+from fastpost.bench.registry import CASES, CUDA_CASES, Case, Skipped, Target
+from fastpost.bench.table import rows, show, summary, write
 from fastpost.errors import unknown
 
-COLUMNS = [
-    "case", "shape", "dtype", "contender", "median_ms", "p20_ms", "p80_ms", "gb_per_s", "goal", "ratio", "limit", "result",
-    "isa", "threads", "cpu", "torch", "fastpost", "date",
-]  # fmt: skip
+SECONDS_PER_CASE = 6.0  # on a GPU; rounds beyond it are not begun
 
 
-def load(names: Sequence[str]) -> dict[str, object]:
-    """The builders asked for, or all."""
-    from fastpost.bench import divergence, noise, params  # noqa: F401  (importing registers their cases)
+@dataclass
+class Outcome:
+    """How a run ended: how many goals were hit and missed, what was skipped, and the names of cases that failed."""
 
+    hit: int = 0
+    missed: int = 0
+    skipped: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return not (self.missed or self.failed)
+
+
+def load(names: Sequence[str], device: str = "cpu") -> dict[str, Callable[..., Case]]:
+    """The builders asked for, or all, of the cases for the CPU or for accelerators."""
+    from fastpost.bench import (  # noqa: F401  (importing registers their cases)
+        divergence,
+        divergence_cuda,
+        noise,
+        noise_cuda,
+        params,
+        params_cuda,
+        r3f_cuda,
+        sam_cuda,
+    )
+
+    known: dict[str, Callable[..., Case]] = dict(CASES if device == "cpu" else CUDA_CASES)
     for name in names:
-        if name not in CASES:
-            raise unknown("bench", name, CASES)
-    return {name: CASES[name] for name in names or CASES}
+        if name not in known:
+            raise unknown("bench", name, known)
+    return {name: known[name] for name in names or known}
 
 
-def measure(case: Case, repeats: int, tick: object = None) -> dict[str, list[float]]:
-    """Seconds of every contender, one run of each in turn, after a warm-up round."""
-    times: dict[str, list[float]] = {c.name: [] for c in case.contenders}
-    for round_ in range(repeats + 1):
-        for contender in case.contenders:
-            if contender.before is not None:
-                contender.before()
-            start = time.perf_counter()
-            contender.run()
-            seconds = time.perf_counter() - start
-            if round_:
-                times[contender.name].append(seconds)
-        if callable(tick):
-            tick()
-    return times
-
-
-def rows(case: Case, times: dict[str, list[float]], isa: str) -> list[dict[str, object]]:
-    """One row per contender, then one per goal."""
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    machine = {
-        "isa": isa,
+def machine(device: torch.device) -> dict[str, object]:
+    """The columns that say on what a run was made."""
+    found: dict[str, object] = {
+        "isa": "cuda" if device.type == "cuda" else native.core().cpu.isa(),
         "threads": torch.get_num_threads(),
         "cpu": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "fastpost": fastpost.__version__,
         "date": datetime.date.today().isoformat(),
+        "commit": os.environ.get("FASTPOST_COMMIT")
+        or _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
     }
-    common = {"case": case.name, "shape": case.shape, "dtype": case.dtype, **machine}
-    result: list[dict[str, object]] = []
-    for c in case.contenders:
-        deciles = statistics.quantiles(times[c.name], n=5) if len(times[c.name]) > 1 else [medians[c.name]] * 4
-        result.append(
-            {
-                **common,
-                "contender": c.name,
-                "median_ms": round(1e3 * medians[c.name], 4),
-                "p20_ms": round(1e3 * deciles[0], 4),
-                "p80_ms": round(1e3 * deciles[-1], 4),
-                "gb_per_s": round(c.bytes / medians[c.name] / 1e9, 2) if c.bytes else "",
-            }
-        )
-    for goal in case.goals:
-        value = goal.measured(medians)
-        hit = goal.hit(value, isa)
-        result.append(
-            {
-                **common,
-                "goal": f"{goal.contender} {'faster than' if goal.faster else 'over'} {goal.baseline}",
-                "ratio": round(value, 3),
-                "limit": f"{'>=' if goal.faster else '<='} {goal.limit[isa]:g}" if isa in goal.limit else "",
-                "result": {True: "hit", False: "MISS", None: "info"}[hit],
-            }
-        )
-    return result
+    if device.type == "cuda":
+        import triton
+
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+        found["triton"] = triton.__version__
+    return found
 
 
-def run(names: Sequence[str], repeats: int, output: Path | None, console: Console | None = None) -> bool:
-    """Measures the cases, prints a table each and writes the CSV after every case. Returns whether every goal was hit."""
+def _output(*command: str) -> str:
+    """What a command prints, or nothing where there is no such command or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def run(
+    names: Sequence[str],
+    rounds: int,
+    output: Path | None,
+    console: Console | None = None,
+    *,
+    device: str = "cpu",
+    seconds: float = float("inf"),
+) -> Outcome:
+    """Measures the cases, prints a table each and writes the CSV after every case.
+
+    Args:
+        names: cases; none stands for all of the device.
+        rounds: how often each contender runs.
+        output: the CSV.
+        console: where tables go.
+        device: "cpu", or a CUDA device; there a case that fails is reported and the others go on.
+        seconds: begin no further case after this time.
+    """
     console = console or Console()
-    isa = native.core().cpu.isa()
-    written: list[dict[str, object]] = []
+    place = torch.device(device)
+    where = machine(place)
+    outcome, written, begun = Outcome(), [], time.perf_counter()
     console.print(
-        f"fastpost {fastpost.__version__}, torch {torch.__version__}, {isa}, {torch.get_num_threads()} threads. Ratios hold "
-        "within this run; milliseconds are this machine's."
+        f"fastpost {fastpost.__version__}, torch {torch.__version__}, {where.get('gpu') or where['isa']}, "
+        f"{torch.get_num_threads()} threads. Ratios hold within this run; milliseconds are this machine's."
     )
-    for name, build in load(names).items():
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(name, total=repeats + 1)
-            case: Case = build()  # type: ignore[operator]
-            new = rows(case, measure(case, repeats, lambda task=task: progress.advance(task)), isa)
+    for name, build in load(names, place.type).items():
+        if time.perf_counter() - begun > seconds:
+            outcome.failed.append(name)
+            console.print(f"[bold red]{name}: not run, the time limit of {seconds:g} s is over[/]")
+            continue
+        try:
+            with Progress(console=console, transient=True) as progress:
+                new = _one(name, build, rounds, place, where, progress)
+        except Skipped as reason:
+            outcome.skipped.append(name)
+            console.print(f"{name}: skipped: {escape(str(reason))}\n")
+            continue
+        except Exception as error:
+            if place.type == "cpu":
+                raise
+            outcome.failed.append(name)
+            console.print(f"[bold red]{name}: failed:[/] {type(error).__name__}: {escape(str(error))}\n", highlight=False)
+            continue
+        finally:
+            gc.collect()
+            if place.type == "cuda":
+                torch.cuda.empty_cache()
         written += new
-        _print(console, case, new)
-        del case
-        gc.collect()
+        show(console, new)
         if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            with output.open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(written)
-    missed = [row for row in written if row.get("result") == "MISS"]
-    reached = [row for row in written if row.get("result") == "hit"]
-    console.print(f"{len(reached)} goals hit, {len(missed)} missed.")
-    return not missed
+            write(output, written)
+    results = [row.get("result") for row in written]
+    outcome.hit, outcome.missed = results.count("hit"), results.count("MISS")
+    if place.type != "cpu":
+        summary(console, written)
+    console.print(f"{outcome.hit} goals hit, {outcome.missed} missed.")
+    for what, cases in (("skipped", outcome.skipped), ("failed", outcome.failed)):
+        if cases:
+            console.print(f"Cases {what}: {', '.join(cases)}.")
+    return outcome
 
 
-def _print(console: Console, case: Case, new: list[dict[str, object]]) -> None:
-    table = Table(title=f"{case.name}: {case.shape}, {case.dtype}", title_justify="left", min_width=100)
-    for column, justify in (("", "left"), ("median ms", "right"), ("p20 ... p80", "right"), ("GB/s", "right"), ("", "left")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for row in new:
-        if "contender" in row:
-            spread = f"{row['p20_ms']:.3g} ... {row['p80_ms']:.3g}"
-            table.add_row(str(row["contender"]), f"{row['median_ms']:.4g}", spread, str(row["gb_per_s"]), "")
-    table.add_section()
-    for row in new:
-        if "goal" in row:
-            style = {"hit": "green", "MISS": "bold red", "info": ""}[str(row["result"])]
-            table.add_row(str(row["goal"]), f"{row['ratio']:.3g}x", str(row["limit"]), "", str(row["result"]), style=style)
-    console.print(table)
+def _one(
+    name: str,
+    build: Callable[..., Case],
+    rounds: int,
+    place: torch.device,
+    where: dict[str, object],
+    progress: Progress,
+) -> list[dict[str, object]]:
+    """Builds and measures one case; its inputs are gone when this returns."""
+    if place.type == "cpu":
+        case, clock = build(), HostClock()
+        limit = float("inf")
+    else:
+        case = build(Target(place))
+        free, _ = torch.cuda.mem_get_info(place)
+        if case.memory > 0.9 * free:
+            raise Skipped(f"needs {case.memory / 1e9:.0f} GB of device memory, of which {free / 1e9:.0f} are free")
+        clock, limit = DeviceClock(place, case.wall), SECONDS_PER_CASE
+    task = progress.add_task(name, total=rounds + clock.warm_up)
+    results = measure(case, case.build(), rounds, clock, lambda: progress.advance(task), limit)
+    return rows(case, results, where)
+
+
+def listing(names: Sequence[str], rounds: int, device: str) -> list[str]:
+    """One line per case for accelerators: name, shape, dtype, bytes of one call, estimated seconds. Allocates nothing."""
+    lines, total = [], 0.0
+    for name, build in load(names, "cuda").items():
+        case = build(Target(torch.device(device)))
+        total += case.estimate(rounds)
+        lines.append(
+            f"{name:<34} {case.shape:<44} {case.dtype:<9} {case.bytes / 1e9:8.3f} GB  ~{case.estimate(rounds):4.1f} s"
+        )
+    return [*lines, f"{len(lines)} cases, about {total:.0f} s at 3.5 TB/s"]

@@ -8,24 +8,35 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benches named (all by default). Returns 1 with --strict when a goal was missed, else 0."""
+    """Runs the benches named (all by default). Returns 1 when a case failed or, with --strict, a goal was missed."""
     parser = argparse.ArgumentParser(prog="fastpost bench", description=__doc__)
     parser.add_argument("names", nargs="*", help="cases to run; --list shows them")
-    parser.add_argument("--list", action="store_true", help="print the names of all cases and stop")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds; each runs every contender once (default 9)")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N; each has cases of its own")
+    parser.add_argument("--list", action="store_true", help="print the device's cases and stop; needs no such device")
+    parser.add_argument("--repeats", type=int, help="rounds; each runs every contender once (default 9; on a GPU 25)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further case after this time")
     parser.add_argument("--output", type=Path, help="write a CSV here, after every case")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a goal is missed")
     options = parser.parse_args(argv)
-    if options.repeats < 1:
+    kind = options.device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu, cuda or cuda:N, not {options.device}")
+    rounds = options.repeats if options.repeats is not None else 9 if kind == "cpu" else 25
+    if rounds < 1:
         parser.error("--repeats must be at least 1")
     from fastpost.bench import run
 
     try:
-        cases = run.load(options.names)
+        cases = run.load(options.names, kind)
     except ValueError as error:
         parser.error(str(error))
     if options.list:
-        print("\n".join(cases))
+        print("\n".join(cases if kind == "cpu" else run.listing(options.names, rounds, options.device)))
         return 0
-    reached = run.run(options.names, options.repeats, options.output)
-    return 1 if options.strict and not reached else 0
+    if kind == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch sees no CUDA device; --list shows what would be timed")
+    outcome = run.run(options.names, rounds, options.output, device=options.device, seconds=options.seconds)
+    return 1 if outcome.failed or (options.strict and not outcome) else 0

@@ -1,0 +1,121 @@
+"""Passes over one large tensor on a GPU beside copies of it: norm, perturb, restore, sign flips."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import fastpost
+from fastpost.bench.registry import (
+    Bandwidth,
+    Case,
+    Contender,
+    Goal,
+    Target,
+    Work,
+    cuda_case,
+)
+from fastpost.ops import params as ops
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RHO = 0.05
+COPY = "copy"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def also_triton(at: Target, name: str, work: Work, bytes: int) -> list[Contender]:
+    """The same call through Triton where that is not the default; nothing where there is no Triton for the device."""
+    if at.device.type != "cuda" or not fastpost.backends()["triton"].available:
+        return []
+
+    def run() -> None:
+        with fastpost.use_backend("triton"):
+            work()
+
+    return [Contender(f"{name}, triton", run, bytes)]
+
+
+def copy_of(source: Tensor) -> Contender:
+    target = torch.empty_like(source)
+    return Contender(COPY, lambda: target.copy_(source), 2 * source.nbytes)
+
+
+@cuda_case(**DTYPES)
+def norm_flat(at: Target, dtype: torch.dtype) -> Case:
+    """Squared norm of one large tensor: floor one read."""
+    n = at.size((1 << 30) // dtype.itemsize)
+    size = n * dtype.itemsize
+
+    def contenders() -> list[Contender]:
+        x = at.randn(n, dtype=dtype)
+        words = x.view(torch.float32) if n % 2 == 0 else x
+        work = lambda: ops.squared_norm([x])  # noqa: E731
+        return [
+            copy_of(x),
+            Contender("read (torch.sum)", lambda: words.sum(), size),
+            Contender("squared_norm", work, size),
+            *also_triton(at, "squared_norm", work, size),
+        ]
+
+    goals = [Bandwidth("squared_norm", "read (torch.sum)", {"cuda": 0.90}, other=COPY)]
+    return Case("norm, flat", f"{n:,}", name_of(dtype), contenders, goals, bytes=size, work=6, memory=2 * size)
+
+
+@cuda_case(**DTYPES)
+def perturb_flat(at: Target, dtype: torch.dtype) -> Case:
+    """The perturbing pass over one large tensor: floor two reads and two writes; and the way back, one of each."""
+    n = at.size((1 << 30) // dtype.itemsize)
+    size = n * dtype.itemsize
+
+    def contenders() -> list[Contender]:
+        w, g = at.randn(n, dtype=dtype, std=0.02), at.randn(n, dtype=dtype, std=1e-3)
+        stash = [torch.empty_like(w)]
+        norm = ops.squared_norm([g])
+        perturb = lambda: ops.sam_perturb_([w], [g], stash, norm, rho=RHO)  # noqa: E731
+        perturb()
+        restore = lambda: ops.sam_restore_([w], stash)  # noqa: E731
+        return [
+            copy_of(g),
+            Contender("sam_perturb_", perturb, 4 * size, before=restore),
+            *also_triton(at, "sam_perturb_", perturb, 4 * size),
+            Contender("sam_restore_", restore, 2 * size),
+            *also_triton(at, "sam_restore_", restore, 2 * size),
+        ]
+
+    goals: list[Goal] = [
+        Bandwidth("sam_perturb_", COPY, {"cuda": 0.92}),
+        Bandwidth("sam_restore_", COPY, {"cuda": 0.92}),
+    ]
+    return Case("perturb, flat", f"{n:,}", name_of(dtype), contenders, goals, bytes=4 * size, work=4, memory=4 * size)
+
+
+@cuda_case(**DTYPES)
+def negate(at: Target, dtype: torch.dtype) -> Case:
+    """Sign flips in place: floor one read and one write."""
+    n = at.size((1 << 30) // dtype.itemsize)
+    size = n * dtype.itemsize
+
+    def contenders() -> list[Contender]:
+        x = at.randn(n, dtype=dtype)
+        works: dict[str, tuple[Work, int]] = {
+            "negate_": (lambda: ops.negate_([x]), 2),
+            "flip_signs_": (lambda: ops.flip_signs_([x], seed), 2),
+            "negate_clip_, no bound (negate + norm)": (lambda: ops.negate_clip_([x]), 2),
+            "negate_clip_ (norm, then scale)": (lambda: ops.negate_clip_([x], 1e30), 3),
+        }
+        seed = torch.full((), 7, dtype=torch.int64, device=at.device)
+        made = [copy_of(x), Contender("torch neg_", lambda: x.neg_(), 2 * size)]
+        for name, (work, times) in works.items():
+            made += [Contender(name, work, times * size), *also_triton(at, name, work, times * size)]
+        return made
+
+    goals = [
+        Bandwidth("negate_", COPY, {"cuda": 0.92}),
+        Bandwidth("flip_signs_", COPY, {"cuda": 0.88}),
+        Bandwidth("negate_clip_, no bound (negate + norm)", COPY, {}),
+        Bandwidth("negate_clip_ (norm, then scale)", COPY, {}),
+    ]
+    return Case("sign flips", f"{n:,}", name_of(dtype), contenders, goals, bytes=2 * size, work=11, memory=2 * size)

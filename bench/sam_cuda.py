@@ -1,0 +1,232 @@
+"""SAM over whole lists on a GPU, beside torch's multi-tensor operations and the popular wrapper; what the host pays."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastpost import SAM, flatten_parameters, plan
+from fastpost.bench.params_cuda import COPY, DTYPES, also_triton, copy_of, name_of
+from fastpost.bench.registry import (
+    Bandwidth,
+    Case,
+    Contender,
+    Goal,
+    HostTime,
+    Launches,
+    Skipped,
+    Target,
+    Work,
+    cuda_case,
+)
+from fastpost.ops import params as ops
+from fastpost.published import PublishedSAM, foreach_sam_perturb, foreach_sam_restore
+
+Shapes = list[tuple[int, ...]]
+RHO = 0.05
+
+
+def llama_shapes(at: Target, width: int) -> Shapes:
+    """290 tensors as in a Llama of 32 layers: embedding, four attention and three MLP matrices and two norms each, norm."""
+    width = at.size(width, 8)
+    wide = (width * 11 // 4 + 7) // 8 * 8
+    square, up, down = (width, width), (wide, width), (width, wide)
+    block: Shapes = [square, square, square, square, up, up, down, (width,), (width,)]
+    return [(at.size(32000, 8), width), *(block * at.size(32)), (width,)]
+
+
+def elements(shapes: Shapes) -> int:
+    return sum(torch.Size(s).numel() for s in shapes)
+
+
+def parameters(at: Target, shapes: Shapes, dtype: torch.dtype, grads: list[Tensor] | None = None) -> nn.ParameterList:
+    """Weights of a trained model's size; gradients are given or drawn."""
+    made = nn.ParameterList([nn.Parameter(at.randn(*s, dtype=dtype, std=0.02)) for s in shapes])
+    for i, p in enumerate(made):
+        p.grad = grads[i] if grads is not None else at.randn(*p.shape, dtype=dtype, std=1e-3)
+    return made
+
+
+def gradients(params: nn.ParameterList) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
+def rounds(params: nn.ParameterList) -> Work:
+    """SAM's way to w + e and back."""
+    opt = SAM(params.parameters(), torch.optim.SGD, rho=RHO, lr=0.1)
+
+    def run() -> None:
+        opt.first_step()
+        opt.restore_()
+
+    return run
+
+
+def foreach(params: nn.ParameterList) -> Work:
+    weights, grads = [p.detach() for p in params], gradients(params)
+    stash = [torch.empty_like(w) for w in weights]
+
+    def run() -> None:
+        foreach_sam_perturb(weights, grads, stash, RHO)
+        foreach_sam_restore(weights, stash)
+
+    return run
+
+
+def wrapper(params: nn.ParameterList) -> Work:
+    popular = PublishedSAM(params.parameters(), None, RHO)
+
+    def run() -> None:
+        popular.first_step()
+        popular.restore()
+
+    return run
+
+
+@cuda_case(**DTYPES)
+def sam_llama(at: Target, dtype: torch.dtype) -> Case:
+    """Norm + perturb + restore over a billion parameters in 290 tensors: floor 7 bytes per byte of parameters."""
+    shapes = llama_shapes(at, 1536)
+    size = elements(shapes) * dtype.itemsize
+
+    def contenders() -> list[Contender]:
+        listed = parameters(at, shapes, dtype)
+        grads = gradients(listed)
+        flat = parameters(at, shapes, dtype, grads)
+        flatten_parameters(flat)
+        work = rounds(listed)
+        return [
+            copy_of(at.randn(elements(shapes), dtype=dtype)),
+            Contender("list", work, 7 * size, launches=True, peak=True),
+            *also_triton(at, "list", rounds(parameters(at, shapes, dtype, grads)), 7 * size),
+            Contender("flattened", rounds(flat), 7 * size, launches=True),
+            Contender(
+                "_foreach_ recipe", foreach(parameters(at, shapes, dtype, grads)), 10 * size, peak=True, launches=True
+            ),
+            Contender("popular wrapper", wrapper(parameters(at, shapes, dtype, grads)), 12 * size, peak=True),
+        ]
+
+    goals: list[Goal] = [
+        Goal("list", "flattened", {"cuda": 1.08}),
+        Goal("list", "_foreach_ recipe", {"cuda": 0.72}),
+        Goal("list", "popular wrapper", {"cuda": 0.60}),
+        Launches("list", limit={"cuda": 3}),
+        Bandwidth("list", COPY, {}),
+    ]
+    shape = f"{len(shapes)} tensors, {elements(shapes) / 1e6:,.0f}M"
+    return Case(
+        "norm + perturb + restore, Llama-like", shape, name_of(dtype), contenders, goals,
+        bytes=7 * size, work=9, memory=20 * size, seconds=2,
+    )  # fmt: skip
+
+
+@cuda_case()
+def sam_small(at: Target) -> Case:
+    """A thousand tensors of 1 to 64 KB: launches and host time, not bandwidth."""
+    shapes: Shapes = [(256 * (1 + i % 64),) for i in range(at.size(1000, 70))]
+    size = 4 * elements(shapes)
+
+    def contenders() -> list[Contender]:
+        return [
+            Contender("list", rounds(parameters(at, shapes, torch.float32)), 7 * size, launches=True),
+            Contender("_foreach_ recipe", foreach(parameters(at, shapes, torch.float32)), launches=True),
+            Contender("popular wrapper", wrapper(parameters(at, shapes, torch.float32))),
+        ]
+
+    goals = [
+        Goal("list", "_foreach_ recipe", {"cuda": 10.0}, faster=True),
+        Goal("list", "popular wrapper", {"cuda": 30.0}, faster=True),
+    ]
+    return Case(
+        "norm + perturb + restore, small tensors", f"{len(shapes):,} x 1 to 64 KB", "float32", contenders, goals,
+        bytes=7 * size, work=9, wall=True, seconds=1,
+    )  # fmt: skip
+
+
+@cuda_case()
+def host_time(at: Target) -> Case:
+    """What a call costs the host: the plan of a flat buffer, and 600 tensors whose gradients are new each time."""
+    shapes: Shapes = [(1024,)] * at.size(600, 30)
+
+    def one(listed: nn.ParameterList) -> tuple[plan.Bucket, Work]:
+        """A bucket with its stash, kept from call to call as SAM keeps it, and the pass over it."""
+        weights, grads = [p.detach() for p in listed], gradients(listed)
+        bucket = ops.make_buckets(weights=weights, grads=grads, stash=plan.flat_like(weights)[1])[0]
+        norm = ops.squared_norm(grads)
+        return bucket, lambda: ops.run("sam_perturb_", bucket, norm, RHO, None, torch.float32)
+
+    def contenders() -> list[Contender]:
+        _, perturb_flat = one(parameters(at, [(at.size(1 << 20),)], torch.float32))
+        many = parameters(at, shapes, torch.float32)
+        bucket, perturb_listed = one(many)
+        fresh: list[list[Tensor]] = [gradients(many), [g.clone() for g in gradients(many)]]
+        whole = SAM(parameters(at, shapes, torch.float32).parameters(), torch.optim.SGD, rho=RHO, lr=0.1)
+
+        def repoint() -> object:
+            fresh.reverse()
+            bucket.grads = list(fresh[0])
+            return perturb_listed()
+
+        def renew() -> None:
+            whole.restore_()
+            for group in whole.param_groups:
+                for p in group["params"]:
+                    p.grad = p.grad.clone()
+
+        return [
+            Contender("perturb, flat plan", perturb_flat),
+            Contender("perturb, 600 new gradients", repoint),
+            Contender("SAM.first_step, 600 new gradients", whole.first_step, before=renew),
+        ]
+
+    goals: list[Goal] = [
+        HostTime("perturb, flat plan", limit={"cuda": 15}),
+        HostTime("perturb, 600 new gradients", limit={"cuda": 120}),
+        HostTime("SAM.first_step, 600 new gradients"),
+    ]
+    return Case("host time of a perturbation", f"{len(shapes)} x 4 KB", "float32", contenders, goals, wall=True)
+
+
+@cuda_case(**DTYPES)
+def restore_adamw(at: Target, dtype: torch.dtype) -> Case:
+    """The way back and AdamW's step, in one pass and in two: floor 4 reads and 3 writes."""
+    shapes = llama_shapes(at, 768)
+    size = elements(shapes) * dtype.itemsize
+
+    def sam(grads: list[Tensor] | None = None, **options: object) -> SAM:
+        made = parameters(at, shapes, dtype, grads)
+        return SAM(list(made), torch.optim.AdamW, rho=RHO, lr=1e-5, **options)  # type: ignore[arg-type]
+
+    def contenders() -> list[Contender]:
+        try:
+            fused = sam(fused_restore=True)
+        except TypeError as error:
+            raise Skipped(f"SAM takes no fused_restore here: {error}") from error
+        grads = [p.grad for group in fused.param_groups for p in group["params"]]
+        apart = sam(grads, fused=True)
+        plain = parameters(at, shapes, dtype, grads)
+        weights, stash = [p.detach() for p in plain], [p.detach().clone() for p in plain]
+        adamw = torch.optim.AdamW(plain.parameters(), lr=1e-5, fused=True)
+
+        def torch_only() -> None:
+            foreach_sam_restore(weights, stash)
+            adamw.step()
+
+        return [
+            copy_of(at.randn(elements(shapes), dtype=dtype)),
+            Contender("fused restore + AdamW", fused.second_step, 7 * size, before=fused.first_step, launches=True),
+            Contender(
+                "restore, then torch's fused AdamW", apart.second_step, 9 * size, before=apart.first_step, launches=True
+            ),
+            Contender("torch alone: copy back, fused AdamW", torch_only, 9 * size),
+        ]
+
+    goals = [
+        Goal("fused restore + AdamW", "restore, then torch's fused AdamW", {"cuda": 0.88}),
+        Goal("fused restore + AdamW", "torch alone: copy back, fused AdamW", {}),
+        Bandwidth("fused restore + AdamW", COPY, {}),
+    ]
+    shape = f"{len(shapes)} tensors, {elements(shapes) / 1e6:,.0f}M"
+    return Case(
+        "restore + AdamW", shape, name_of(dtype), contenders, goals, bytes=7 * size, work=6, memory=18 * size, seconds=1
+    )
