@@ -8,16 +8,17 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpost.ops import params as ops
 from fastpost.sam.bases import build_bases, step_bases
 from fastpost.sam.buckets import BucketCache, ParameterBucket
 from fastpost.sam.face import Wrapper
+from fastpost.sam.kinds import build_perturbation
 from fastpost.sam.options import check_options
 from fastpost.sam.overflow import OverflowGuard
-from fastpost.sam.perturbation import Perturbation, Term
+from fastpost.sam.perturbation import Term
 from fastpost.sam.reduction import Reduction
 from fastpost.sam.report import PerturbationReport
 from fastpost.sam.rng import RandomState, accelerators
@@ -63,6 +64,9 @@ class SAM(Wrapper):
         interval: SAM on every interval-th step, the base optimizer on the others.
         sync_ascent: whether ranks average the ascent gradient (True) or each perturbs by its own (False: m-sharpness, the
             original); None takes the gradients as they are. Windows act on it.
+        perturb: "stored" writes w + e over w. "functional" never writes w: the layers of `model` add what e would add to
+            their outputs, so no rounding to the grid of the weights loses e (`fastpost.sam.functional`).
+        model: the model, for "functional".
         **kwargs: passed to the base optimizer's class.
 
     Attributes:
@@ -90,6 +94,8 @@ class SAM(Wrapper):
         dropout_rng: str = "same",
         interval: int = 1,
         sync_ascent: bool | None = None,
+        perturb: str = "stored",
+        model: nn.Module | None = None,
         variant: Variant | None = None,
         **kwargs: Any,
     ) -> None:
@@ -105,9 +111,9 @@ class SAM(Wrapper):
         self._group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "sam_steps": 0}
         self._adopt()
         self._scope = ScopeCache(scope)
-        self._scope.ids(self.param_groups)  # a scope that cannot be resolved is told now
         self._reduction = Reduction()
-        self._perturbation = Perturbation()
+        self._perturbation = build_perturbation(perturb, model)
+        self._perturbation.check(self._in_scope())
         self._empty_caches()
         self._awaits_second = False
         self._sums: Tensor | None = None
@@ -280,6 +286,11 @@ class SAM(Wrapper):
         """How many steps were skipped because a gradient was not finite; waits for the device."""
         return int(self._skipped)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the (last) base optimizer; rho, adaptive and eta default to the constructor's."""
+        super().add_param_group(param_group)
+        self._perturbation.check(self._in_scope())
+
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("copying or pickling")
         caches = ("_ascent_buckets", "_finite_buckets", "_guard")
@@ -299,6 +310,10 @@ class SAM(Wrapper):
     def tensors(self) -> list[Tensor]:
         """All parameters, in or out of scope."""
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _in_scope(self) -> list[Tensor]:
+        ids = self._scope.ids(self.param_groups)
+        return [p for p in self.tensors() if ids is None or id(p) in ids]
 
     def _bucketed(self) -> list[ParameterBucket]:
         """Buckets of the tensors that are in scope and have a gradient, pointing at the gradients present."""

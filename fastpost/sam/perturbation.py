@@ -38,6 +38,9 @@ class Perturbation:
     def __init__(self) -> None:
         self._done: list[ParameterBucket] = []
 
+    def check(self, params: Sequence[Tensor]) -> None:
+        """Raises ValueError where these parameters cannot be perturbed this way."""
+
     @property
     def active(self) -> bool:
         """Whether weights are perturbed."""
