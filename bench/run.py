@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import gc
+import importlib
+import importlib.util
 import os
 import platform
 import subprocess
@@ -24,6 +26,8 @@ from fastpost.bench.registry import CASES, CUDA_CASES, Case, Skipped, Target
 from fastpost.bench.table import rows, show, summary, write
 from fastpost.errors import unknown
 
+# Where cases are registered, each family in a module for the CPU and one for GPUs, in the order they are run.
+FAMILIES = ("params", "sam", "noise", "r3f", "divergence")
 SECONDS_PER_CASE = 6.0  # on a GPU; rounds beyond it are not begun
 
 
@@ -42,17 +46,10 @@ class Outcome:
 
 def load(names: Sequence[str], device: str = "cpu") -> dict[str, Callable[..., Case]]:
     """The builders asked for, or all, of the cases for the CPU or for accelerators."""
-    from fastpost.bench import (  # noqa: F401  (importing registers their cases)
-        divergence,
-        divergence_cuda,
-        noise,
-        noise_cuda,
-        params,
-        params_cuda,
-        r3f_cuda,
-        sam_cuda,
-    )
-
+    for family in FAMILIES:
+        for suffix in ("", "_cuda"):
+            if importlib.util.find_spec(f"fastpost.bench.{family}{suffix}"):
+                importlib.import_module(f"fastpost.bench.{family}{suffix}")
     known: dict[str, Callable[..., Case]] = dict(CASES if device == "cpu" else CUDA_CASES)
     for name in names:
         if name not in known:

@@ -133,3 +133,8 @@ def peak_bytes(work: Callable[[], object]) -> int:
     work()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """As a plugin (`pytest -p tests.gpu`): only a module's own tests, without the bodies that it borrows."""
+    items[:] = [item for item in items if item.function.__module__ == item.module.__name__]  # type: ignore[attr-defined]

@@ -1,0 +1,136 @@
+"""Every operation a few times on small awkward inputs, for compute-sanitizer: `python -m tests.gpu_sanitize cuda`.
+
+What is computed is the tests' business; here addresses are. PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor an
+allocation of its own, so that the step beyond its end is seen. Two words in place of a backend plant a defect each, by which
+a sanitizer shows that it looks at our kernels at all: "overrun" walks past an allocation, "unwritten" reads what nobody wrote.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import fastpost
+from fastpost import SAM, plan
+from fastpost.ops import params as ops
+from fastpost.ops.divergence import r3f_loss, symmetric_kl
+from fastpost.ops.noise import NOISE_TYPES, add_noise, embedding_noise
+
+LENGTHS = (1, 7, 0, 33, 1025, 65537)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def shifted(t: Tensor, offset: int) -> Tensor:
+    """A copy that starts `offset` elements into its allocation and ends with it."""
+    return torch.empty(t.numel() + offset, dtype=t.dtype, device=t.device)[offset:].copy_(t.flatten())
+
+
+def lists(device: str, dtype: torch.dtype, offsets: tuple[int, int, int]) -> list[list[Tensor]]:
+    made = [[torch.randn(n, device=device).to(dtype) for n in LENGTHS] for _ in range(3)]
+    return [[shifted(t, k) for t in column] for column, k in zip(made, offsets, strict=True)]
+
+
+def params(device: str) -> Iterator[str]:
+    for dtype in DTYPES:
+        for offsets in ((0, 0, 0), (3, 3, 3), (1, 2, 3)):
+            w, g, s = lists(device, dtype, offsets)
+            for eta in (None, 0.01):
+                squared = ops.squared_norm(g, None if eta is None else w, eta=eta or 0.0)
+                for seen in (dtype, torch.bfloat16):
+                    ops.sam_perturb_(w, g, s, squared, rho=0.3, adaptive=eta is not None, eta=eta or 0.0, seen_dtype=seen)
+                    ops.sam_restore_(w, s)
+            ops.negate_(g)
+            ops.flip_signs_(g, 3)
+            ops.negate_clip_(g)
+            ops.negate_clip_(g, 1.0)
+            yield f"lists of {dtype}, offsets {offsets}"
+    many = [torch.randn(1 + i % 9, device=device) for i in range(1700)]
+    ops.flip_signs_(many, 3)
+    ops.squared_norm(many)
+    yield "1,700 tensors"
+
+
+def noise(device: str) -> Iterator[str]:
+    for dtype in DTYPES:
+        for shape in ((5, 3), (4, 1031), (1, 65537), (3, 8)):
+            x = shifted(torch.randn(shape, device=device).to(dtype), 1).view(shape)
+            keep = torch.rand(shape[0], device=device) < 0.6
+            for kind in NOISE_TYPES:
+                for out in (dtype, torch.float32):
+                    add_noise(x, 0.1, kind, seed=3, out_dtype=out)
+                    add_noise(x, 0.1, kind, seed=3, keep=keep, out_dtype=out)
+                ids = torch.randint(0, shape[0], (2, 7), device=device)
+                embedding_noise(x, ids, 0.1, kind, seed=3)
+                embedding_noise(x, ids, 0.1, kind, seed=3, keep=ids > 1)
+            yield f"noise on {dtype} {shape}"
+
+
+def divergence(device: str) -> Iterator[str]:
+    for dtype in DTYPES:
+        for rows, cols in ((3, 2), (5, 33), (4, 1031), (2, 5000)):
+            wide = torch.randn(2, rows, cols + 3, device=device).to(dtype)
+            labels = torch.randint(0, cols, (rows,), device=device)
+            labels[0] = -100
+            for a, b in ((wide[0, :, 3:], wide[1, :, 3:]), (wide[0, :, :cols].contiguous(), wide[1, :, 1 : cols + 1])):
+                x, y = a.detach().requires_grad_(), b.detach().requires_grad_()
+                (symmetric_kl(x, y) * 2).backward()
+                symmetric_kl(x, y, mask=labels >= 0, reduction="none").sum().backward()
+                (r3f_loss(x * 1, y * 1, labels, inplace=True).loss * 3).backward()
+                symmetric_kl(a, b)
+            yield f"rows of {dtype}, {rows} x {cols}"
+
+
+def steps(device: str) -> Iterator[str]:
+    for options in ({"fused": True}, {"fused_restore": True}):
+        model = torch.nn.Sequential(torch.nn.Linear(9, 33), torch.nn.Linear(33, 5)).to(device)
+        try:
+            opt = SAM(model.parameters(), torch.optim.AdamW, rho=0.1, lr=1e-2, **options)
+        except TypeError as error:
+            yield f"NOT RUN, {options}: {error}"
+            continue
+        for _ in range(3):
+            model(torch.randn(4, 9, device=device)).square().sum().backward()
+            opt.first_step(zero_grad=True)
+            model(torch.randn(4, 9, device=device)).square().sum().backward()
+            opt.second_step(zero_grad=True)
+        yield f"SAM steps, {options}"
+
+
+def overrun(device: str) -> None:
+    """Negates 4,096 elements where 64 were allocated."""
+    large, small = torch.zeros(4096, device=device), torch.zeros(64, device=device)
+    bucket = plan.Bucket([0], grads=[large])
+    ops.run("negate_", bucket)
+    bucket.grads = [small]  # the plan keeps its lengths
+    ops.run("negate_", bucket)
+
+
+def unwritten(device: str) -> None:
+    """The norm of an allocation that nothing was written to."""
+    ops.squared_norm([torch.empty(5000, device=device)])
+
+
+def wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def main(what: str, device: str = "cuda") -> int:
+    """Runs all operations through the backend named, or plants one of the defects. Returns 0."""
+    if what in ("overrun", "unwritten"):
+        {"overrun": overrun, "unwritten": unwritten}[what](device)
+        wait(device)
+        return 0
+    with fastpost.use_backend(what):
+        for family in (params, noise, divergence, steps):
+            for line in family(device):
+                wait(device)
+                print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
