@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "core/params.h"
 #include "core/plan.h"
 
 namespace fastpost {
@@ -47,6 +48,11 @@ PerturbSums sam_perturb(const Plan& plan, const Perturbation& how, double square
 
 // w = stash, bit for bit.
 void sam_restore(const Plan& plan, int threads);
+
+// w = one step of AdamW from the stash (torch.optim.AdamW's formulas), with g and both moments in the plan's columns; steps
+// counts each tensor's steps, this one included. The gradients are divided by grad_scale. skip: w = stash, bit for bit, and
+// the moments stay.
+void sam_restore_adamw(const Plan& plan, const AdamW& how, const double* steps, double grad_scale, bool skip, int threads);
 
 // g = -g, by its sign bit: exact for zeros, infinities and NaNs.
 void negate(const Plan& plan, int threads);
@@ -94,8 +100,9 @@ bool advise_huge_pages(void* address, int64_t bytes);
 }  // namespace cpu
 
 // The same operations on CUDA tensors. Work is queued on `stream` (a cudaStream_t) of `device`; nothing waits for it and
-// nothing is allocated. partial: room for one group of sums per chunk of the plan. Failures to launch throw
-// std::runtime_error naming the operation and the device.
+// nothing is allocated, so a graph may capture it. Norms, seeds, scales and flags are read from device memory. partial: room
+// for one group of sums per chunk of the plan. Failures to launch throw std::runtime_error naming the operation and the
+// device.
 namespace cuda {
 
 // Devices that this build runs on; throws where the driver is too old for it.
@@ -103,13 +110,39 @@ int device_count();
 
 void squared_norm(const Plan& plan, bool adaptive, double eta, double* partial, double* out, int device, void* stream);
 
-// squared_norm and sums (the six of PerturbSums) are in device memory.
+// sums: the six of PerturbSums.
 void sam_perturb(const Plan& plan, const Perturbation& how, const double* squared_norm, double* partial, double* sums,
                  int device, void* stream);
 
 void sam_restore(const Plan& plan, int device, void* stream);
 
+// steps: an address on the device per tensor. grad_scale, found_inf: on the device, or null; found_inf other than 0: skip.
+void sam_restore_adamw(const Plan& plan, const AdamW& how, const float* const* steps, const float* grad_scale,
+                       const float* found_inf, int device, void* stream);
+
 void negate(const Plan& plan, int device, void* stream);
+
+void flip_signs(const Plan& plan, const int64_t* seed, int device, void* stream);
+
+void negate_norm(const Plan& plan, double* partial, double* out, int device, void* stream);
+
+void negate_clip(const Plan& plan, const double* squared_norm, double max_norm, int device, void* stream);
+
+void add_noise(const void* x, void* out, DType in_dtype, DType out_dtype, int64_t n, double eps, NoiseType type,
+               const int64_t* seed, const int64_t* rows, int64_t row_length, int device, void* stream);
+
+// An id outside the table gives rows of NaN.
+void embedding_noise(const void* table, const int64_t* ids, void* clean, void* noised, DType table_dtype, DType noised_dtype,
+                     int64_t tokens, int64_t table_rows, int64_t width, int64_t table_stride, double eps, NoiseType type,
+                     const int64_t* seed, const int64_t* rows, int device, void* stream);
+
+void divergence_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean,
+                     const LogitRows& grad_noised, DType dtype, int64_t rows, int64_t cols, const int64_t* labels,
+                     int64_t ignore_index, const double* kl_weights, const double* ce_weights, double* kl, double* ce,
+                     int device, void* stream);
+
+void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols, const double* factors,
+                int64_t factor_stride, int device, void* stream);
 
 }  // namespace cuda
 }  // namespace fastpost

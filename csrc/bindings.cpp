@@ -37,6 +37,15 @@ void bind_cpu(py::module_ cpu) {
       py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("seen_dtype"), py::arg("squared_norm"),
       py::arg("threads"));
   cpu.def("sam_restore", &cpu::sam_restore, py::arg("plan"), py::arg("threads"), Released());
+  cpu.def(
+      "sam_restore_adamw",
+      [](const Plan& plan, double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
+         const std::vector<double>& steps, double grad_scale, bool skip, int threads) {
+        cpu::sam_restore_adamw(plan, {lr, beta1, beta2, eps, weight_decay, maximize}, steps.data(), grad_scale, skip,
+                               threads);
+      },
+      py::arg("plan"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
+      py::arg("maximize"), py::arg("steps"), py::arg("grad_scale"), py::arg("skip"), py::arg("threads"), Released());
   cpu.def("negate", &cpu::negate, py::arg("plan"), py::arg("threads"), Released());
   cpu.def("flip_signs", &cpu::flip_signs, py::arg("plan"), py::arg("seed"), py::arg("threads"), Released());
   cpu.def("negate_norm", &cpu::negate_norm, py::arg("plan"), py::arg("threads"), Released());
@@ -109,8 +118,81 @@ void bind_cuda(py::module_ cuda) {
       "sam_restore", [](const Plan& plan, int device, Address stream) { cuda::sam_restore(plan, device, as(stream)); },
       py::arg("plan"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
+      "sam_restore_adamw",
+      [](const Plan& plan, double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
+         const std::vector<Address>& steps, Address grad_scale, Address found_inf, int device, Address stream) {
+        cuda::sam_restore_adamw(plan, {lr, beta1, beta2, eps, weight_decay, maximize},
+                                reinterpret_cast<const float* const*>(steps.data()), as<float>(grad_scale),
+                                as<float>(found_inf), device, as(stream));
+      },
+      py::arg("plan"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
+      py::arg("maximize"), py::arg("steps"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("device"),
+      py::arg("stream"), Released());
+  cuda.def(
       "negate", [](const Plan& plan, int device, Address stream) { cuda::negate(plan, device, as(stream)); },
       py::arg("plan"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "flip_signs",
+      [](const Plan& plan, Address seed, int device, Address stream) {
+        cuda::flip_signs(plan, as<int64_t>(seed), device, as(stream));
+      },
+      py::arg("plan"), py::arg("seed"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "negate_norm",
+      [](const Plan& plan, Address partial, Address out, int device, Address stream) {
+        cuda::negate_norm(plan, as<double>(partial), as<double>(out), device, as(stream));
+      },
+      py::arg("plan"), py::arg("partial"), py::arg("out"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "negate_clip",
+      [](const Plan& plan, Address squared_norm, double max_norm, int device, Address stream) {
+        cuda::negate_clip(plan, as<double>(squared_norm), max_norm, device, as(stream));
+      },
+      py::arg("plan"), py::arg("squared_norm"), py::arg("max_norm"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "add_noise",
+      [](Address x, Address out, DType in_dtype, DType out_dtype, int64_t n, double eps, NoiseType type, Address seed,
+         Address rows, int64_t row_length, int device, Address stream) {
+        cuda::add_noise(as(x), as(out), in_dtype, out_dtype, n, eps, type, as<int64_t>(seed), as<int64_t>(rows), row_length,
+                        device, as(stream));
+      },
+      py::arg("x"), py::arg("out"), py::arg("in_dtype"), py::arg("out_dtype"), py::arg("n"), py::arg("eps"), py::arg("type"),
+      py::arg("seed"), py::arg("rows"), py::arg("row_length"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "embedding_noise",
+      [](Address table, Address ids, Address clean, Address noised, DType table_dtype, DType noised_dtype, int64_t tokens,
+         int64_t table_rows, int64_t width, int64_t table_stride, double eps, NoiseType type, Address seed, Address rows,
+         int device, Address stream) {
+        cuda::embedding_noise(as(table), as<int64_t>(ids), as(clean), as(noised), table_dtype, noised_dtype, tokens,
+                              table_rows, width, table_stride, eps, type, as<int64_t>(seed), as<int64_t>(rows), device,
+                              as(stream));
+      },
+      py::arg("table"), py::arg("ids"), py::arg("clean"), py::arg("noised"), py::arg("table_dtype"), py::arg("noised_dtype"),
+      py::arg("tokens"), py::arg("table_rows"), py::arg("width"), py::arg("table_stride"), py::arg("eps"), py::arg("type"),
+      py::arg("seed"), py::arg("rows"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "divergence_rows",
+      [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address grad_clean,
+         int64_t grad_clean_stride, Address grad_noised, int64_t grad_noised_stride, DType dtype, int64_t rows, int64_t cols,
+         Address labels, int64_t ignore_index, Address kl_weights, Address ce_weights, Address kl, Address ce, int device,
+         Address stream) {
+        cuda::divergence_rows({as(clean), clean_stride}, {as(noised), noised_stride}, {as(grad_clean), grad_clean_stride},
+                              {as(grad_noised), grad_noised_stride}, dtype, rows, cols, as<int64_t>(labels), ignore_index,
+                              as<double>(kl_weights), as<double>(ce_weights), as<double>(kl), as<double>(ce), device,
+                              as(stream));
+      },
+      py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("grad_clean"),
+      py::arg("grad_clean_stride"), py::arg("grad_noised"), py::arg("grad_noised_stride"), py::arg("dtype"), py::arg("rows"),
+      py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("kl_weights"), py::arg("ce_weights"),
+      py::arg("kl"), py::arg("ce"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "scale_rows",
+      [](Address block, int64_t stride, DType dtype, int64_t rows, int64_t cols, Address factors, int64_t factor_stride,
+         int device, Address stream) {
+        cuda::scale_rows({as(block), stride}, dtype, rows, cols, as<double>(factors), factor_stride, device, as(stream));
+      },
+      py::arg("block"), py::arg("stride"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("factors"),
+      py::arg("factor_stride"), py::arg("device"), py::arg("stream"), Released());
 }
 #endif
 
@@ -133,12 +215,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .value("weight", kWeight)
       .value("grad", kGrad)
       .value("stash", kStash)
+      .value("first", kFirst)
+      .value("second", kSecond)
       .finalize();
   py::class_<Plan>(m, "Plan")
       .def(py::init<DType, std::vector<int64_t>, std::vector<int64_t>>(), py::arg("dtype"), py::arg("numels"),
            py::arg("streams"))
       .def("point", &Plan::point, py::arg("column"), py::arg("addresses"), py::arg("padded"))
-      .def_property_readonly("elements", &Plan::elements)
+      .def_property_readonly("elements", [](const Plan& plan) { return plan.elements(); })
       .def_property_readonly("chunks", [](const Plan& plan) { return plan.chunks().size(); })
       .def(
           "spans", [](const Plan& plan, int column_mask) { return plan.spans(column_mask).size(); }, py::arg("column_mask"));

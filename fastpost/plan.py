@@ -58,11 +58,15 @@ def flat_like(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return buffer, views
 
 
+_COLUMNS = ("weight", "grad", "stash", "first", "second")  # as in csrc/core/plan.h
+
+
 class Bucket:
-    """The part of a tensor list that one kernel call serves, with up to three columns of equal shapes.
+    """The part of a tensor list that one kernel call serves, with up to five columns of equal shapes.
 
     Attributes:
-        weights, grads, stash: the columns; empty where the operation does not use them.
+        weights, grads, stash, first, second: the columns (the last two an optimizer's moments); empty where the operation
+            does not use them.
         streams: each tensor's index in the user's list, which keys its random numbers.
         walkable: False when only the reference backend can serve these tensors.
     """
@@ -74,15 +78,19 @@ class Bucket:
         weights: list[Tensor] | None = None,
         grads: list[Tensor] | None = None,
         stash: list[Tensor] | None = None,
+        first: list[Tensor] | None = None,
+        second: list[Tensor] | None = None,
         walkable: bool = True,
     ) -> None:
         self.streams = streams
         self.weights = weights or []
         self.grads = grads or []
         self.stash = stash or []
-        first = (self.weights or self.grads)[0]
-        self.device = first.device
-        self.dtype = first.dtype
+        self.first = first or []
+        self.second = second or []
+        sample = (self.weights or self.grads)[0]
+        self.device = sample.device
+        self.dtype = sample.dtype
         self.walkable = walkable
         self._native: Any = None
         self._pointed: dict[str, tuple[list[Tensor], list[int]]] = {}
@@ -91,7 +99,8 @@ class Bucket:
         """The bucket's native plan, its columns pointing at where the tensors lie now."""
         if self._native is None:
             self._native = core.Plan(dtype, [t.numel() for t in self.weights or self.grads], self.streams)
-        for name, tensors in (("weight", self.weights), ("grad", self.grads), ("stash", self.stash)):
+        columns = (self.weights, self.grads, self.stash, self.first, self.second)
+        for name, tensors in zip(_COLUMNS, columns, strict=True):
             known, addresses = self._pointed.get(name, (None, None))
             # Reading a thousand addresses costs more than a small kernel. Gradients and stashes stay where they are as
             # long as their list does; a weight can be given new storage behind our back at any time.

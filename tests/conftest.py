@@ -6,6 +6,11 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched at run time
 
+from tests import emulation
+
+if emulation.enabled():
+    emulation.activate()  # before anything loads the real core
+
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +25,13 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 # Triton's interpreter is chosen when its kernels are first imported, so it takes a run of its own (see the Makefile).
-CPU_BACKENDS = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ("reference", "cpu")
+# The same holds for the CUDA core that is compiled for the CPU (see emulation.py).
+if os.environ.get("TRITON_INTERPRET") == "1":
+    CPU_BACKENDS: tuple[str, ...] = ("triton",)
+elif emulation.enabled():
+    CPU_BACKENDS = ("cuda",)
+else:
+    CPU_BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -157,6 +157,44 @@ def _restore_kernel(table, bits: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
+def _adamw_block(table, row, factors, skips, i, inside, dtype: tl.constexpr, aligned: tl.constexpr):
+    """One block of AdamW from the stash. factors: as in csrc/core/params.h, the gradients' scale first."""
+    w = _pointer(table, 0, 8, dtype, aligned)
+    g = _pointer(table, 1, 8, dtype, aligned)
+    stash = _pointer(table, 2, 8, dtype, aligned)
+    first = _pointer(table, 3, 8, dtype, aligned)
+    second = _pointer(table, 4, 8, dtype, aligned)
+    at = factors + tl.load(row + 6) * 8
+    raw = tl.load(stash + i, mask=inside)
+    if skips == 0.0:
+        slope = tl.load(g + i, mask=inside).to(tl.float32) * tl.load(at)
+        m = tl.load(first + i, mask=inside).to(tl.float32)
+        v = tl.load(second + i, mask=inside).to(tl.float32)
+        m += tl.load(at + 2) * (slope - m)
+        v = tl.load(at + 3) * v + tl.load(at + 4) * slope * slope
+        value = raw.to(tl.float32)
+        value -= tl.load(at + 1) * value
+        value -= tl.load(at + 7) * (m / (tl.sqrt(v) * tl.load(at + 5) + tl.load(at + 6)))
+        tl.store(w + i, round_to(value, dtype), mask=inside)
+        tl.store(first + i, round_to(m, dtype), mask=inside)
+        tl.store(second + i, round_to(v, dtype), mask=inside)
+    else:
+        tl.store(w + i, raw, mask=inside)
+
+
+@triton.jit
+def _restore_adamw_kernel(table, factors, skip, dtype: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr):
+    row = table + tl.program_id(0).to(tl.int64) * 8
+    length = tl.load(row + 5)
+    skips = tl.load(skip)
+    body = length // BLOCK
+    for block in range(body):
+        _adamw_block(table, row, factors, skips, block * BLOCK + tl.arange(0, BLOCK), None, dtype, aligned)
+    i = body * BLOCK + tl.arange(0, BLOCK)
+    _adamw_block(table, row, factors, skips, i, i < length, dtype, aligned)
+
+
+@triton.jit
 def _flipped(x, i, row, seed, sign: tl.constexpr, random: tl.constexpr):
     if random:
         element = tl.load(row + 3) + i
@@ -255,6 +293,33 @@ def sam_restore_(weights: list[Tensor], stash: list[Tensor], streams: list[int])
     if len(table):
         bits = _bits(weights[0].dtype)[0]
         _restore_kernel[(len(table),)](table, bits, aligned, BLOCK=copy_block(weights[0].element_size()), num_warps=8)
+
+
+def sam_restore_adamw_(
+    columns: list[list[Tensor]], steps: list[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+    maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> None:  # fmt: skip
+    """One step of AdamW from the stash; columns: weights, gradients, stash, first and second moments."""
+    table, aligned = chunk_table(columns, list(range(len(steps))))
+    if not len(table):
+        return
+    count = torch.stack([step.reshape(()) for step in steps]).to(table.device).double()
+    unscale = torch.ones_like(count) if grad_scale is None else 1.0 / grad_scale.double().expand(len(steps))
+    factors = torch.stack(
+        [
+            -unscale if maximize else unscale,
+            torch.full_like(count, lr * weight_decay),
+            torch.full_like(count, 1 - betas[0]),
+            torch.full_like(count, betas[1]),
+            torch.full_like(count, 1 - betas[1]),
+            (1 - betas[1] ** count).rsqrt(),
+            torch.full_like(count, eps),
+            lr / (1 - betas[0] ** count),
+        ],
+        dim=1,
+    ).float()
+    skip = torch.zeros(1, device=table.device) if found_inf is None else found_inf.float().reshape(1)
+    _restore_adamw_kernel[(len(table),)](table, factors, skip, _TYPES[columns[0][0].dtype], aligned, BLOCK=1024, num_warps=8)
 
 
 def flip_(grads: list[Tensor], seed: Tensor | None, streams: list[int]) -> None:

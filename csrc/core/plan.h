@@ -1,6 +1,6 @@
 // A plan of spans: where the elements of a tensor list lie, and how work on them is cut.
 //
-// A tensor list has up to three columns of addresses (the weights, their gradients, their stash) and one row per tensor.
+// A tensor list has columns of addresses (the weights, their gradients, their stash, ...) and one row per tensor.
 // Two cuts exist. Chunks are cut per (tensor, element) and carry everything that sums or draws random numbers: their
 // boundaries do not depend on addresses, so neither do the results. Spans are maximal runs that are contiguous in every
 // column asked for; they carry element-wise work, where a flattened model is a single span.
@@ -13,8 +13,9 @@
 
 namespace fastpost {
 
-enum Column : int { kWeight = 0, kGrad = 1, kStash = 2 };
-constexpr int kColumns = 3;
+// The last two are an optimizer's first and second moment.
+enum Column : int { kWeight = 0, kGrad = 1, kStash = 2, kFirst = 3, kSecond = 4 };
+constexpr int kColumns = 5;
 constexpr int64_t kChunkElements = int64_t{1} << 16;
 constexpr int64_t kTensorAlignment = 256;  // bytes; every tensor of a flat buffer or stash starts on this boundary
 
@@ -41,6 +42,7 @@ class Plan {
   DType dtype() const { return dtype_; }
   int64_t tensors() const { return static_cast<int64_t>(numels_.size()); }
   int64_t elements() const { return elements_; }
+  int64_t elements(int64_t tensor) const { return numels_[tensor]; }
   int64_t bytes() const { return elements_ * element_size(dtype_); }
   uint32_t stream(int64_t tensor) const { return streams_[tensor]; }
   const std::vector<Chunk>& chunks() const { return chunks_; }

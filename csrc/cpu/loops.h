@@ -31,6 +31,9 @@ struct ParamsLoops {
   void (*negate)(DType, void* g, int64_t n);
   void (*scale)(DType, void* g, double factor, int64_t n);
   void (*flip_signs)(DType, void* g, uint64_t seed, uint64_t first_element, uint32_t stream, int64_t n);
+  // One step of AdamW from the stash into w; how and steps: csrc/api.h.
+  void (*restore_adamw)(DType, void* w, const void* g, const void* stash, void* first, void* second, int64_t n,
+                        const AdamW& how, double steps, double grad_scale);
 };
 
 struct NoiseLoops {

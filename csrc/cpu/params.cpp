@@ -97,6 +97,15 @@ void sam_restore(const Plan& plan, int threads) {
   });
 }
 
+void sam_restore_adamw(const Plan& plan, const AdamW& how, const double* steps, double grad_scale, bool skip, int threads) {
+  if (skip) return sam_restore(plan, threads);
+  for_chunks(plan, threads, [&](int64_t, const Chunk& chunk) {
+    params_loops().restore_adamw(plan.dtype(), plan.at(kWeight, chunk), plan.at(kGrad, chunk), plan.at(kStash, chunk),
+                                 plan.at(kFirst, chunk), plan.at(kSecond, chunk), chunk.length, how, steps[chunk.tensor],
+                                 grad_scale);
+  });
+}
+
 void negate(const Plan& plan, int threads) {
   for_spans(plan, 1 << kGrad, threads, [&](const Span& span, int64_t offset, int64_t bytes) {
     params_loops().negate(plan.dtype(), span.base[kGrad] + offset, bytes / element_size(plan.dtype()));

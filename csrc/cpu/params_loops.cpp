@@ -171,6 +171,19 @@ void flip_signs_of(T* g, uint64_t seed, uint64_t first, uint32_t stream, int64_t
   }
 }
 
+template <class T>
+void restore_adamw_of(T* __restrict w, const T* __restrict g, const T* __restrict stash, T* __restrict first,
+                      T* __restrict second, int64_t n, const AdamWStep step, float unscale) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    float value = to_float(stash[i]), m = to_float(first[i]), v = to_float(second[i]);
+    adamw_update(step, to_float(g[i]) * unscale, value, m, v);
+    w[i] = from_float<T>(value);
+    first[i] = from_float<T>(m);
+    second[i] = from_float<T>(v);
+  }
+}
+
 double squared_norm(DType dtype, const void* g, const void* w, double eta, int64_t n) {
   double sum = 0;
   with_dtype(dtype, [&](auto t) {
@@ -205,9 +218,20 @@ void flip_signs(DType dtype, void* g, uint64_t seed, uint64_t first, uint32_t st
   with_dtype(dtype, [&](auto t) { flip_signs_of(static_cast<decltype(t)*>(g), seed, first, stream, n); });
 }
 
+void restore_adamw(DType dtype, void* w, const void* g, const void* stash, void* first, void* second, int64_t n,
+                   const AdamW& how, double steps, double grad_scale) {
+  const AdamWStep step = adamw_step(how, steps);
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    restore_adamw_of(static_cast<T*>(w), static_cast<const T*>(g), static_cast<const T*>(stash), static_cast<T*>(first),
+                     static_cast<T*>(second), n, step, static_cast<float>(1.0 / grad_scale));
+  });
+}
+
 }  // namespace
 
 extern const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA);
-const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA) = {squared_norm, perturb, copy, negate, scale, flip_signs};
+const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA) = {squared_norm, perturb,    copy,         negate,
+                                                                 scale,        flip_signs, restore_adamw};
 
 }  // namespace fastpost::cpu

@@ -13,21 +13,6 @@
 
 namespace fastpost::cuda {
 
-struct Entry {
-  char* base[kColumns];
-  int64_t elements;
-  int64_t first_chunk;  // counted over the whole list, so that sums land in the same place however the list is split
-};
-
-constexpr int kEntries = 800;  // 40 bytes each, within the 32,764 bytes of a kernel's parameters
-
-struct Table {
-  int64_t first_chunk, chunks;
-  int entries;
-  Entry entry[kEntries];
-};
-static_assert(sizeof(Table) <= 32764 - 64, "a table and a kernel's other arguments must fit in its parameters");
-
 constexpr int kThreads = 512;
 
 inline void check(cudaError_t status, const char* op, int device) {
@@ -38,91 +23,132 @@ inline void check(cudaError_t status, const char* op, int device) {
                            ". `fastpost doctor` shows the devices, driver and architectures of this build.");
 }
 
-// Makes a device current, and the one before it again.
-class DeviceGuard {
+// One call of one operation: its name for errors, its device (made current until the call ends) and its stream.
+class Call {
  public:
-  DeviceGuard(int device, const char* op) {
-    check(cudaGetDevice(&previous_), op, device);
-    if (previous_ != device) check(cudaSetDevice(device), op, device);
-    device_ = device;
+  Call(const char* op, int device, void* stream) : op_(op), device_(device), stream_(static_cast<cudaStream_t>(stream)) {
+    check(cudaGetDevice(&previous_));
+    if (previous_ != device_) check(cudaSetDevice(device_));
   }
-  ~DeviceGuard() {
+  ~Call() {
     if (previous_ != device_) cudaSetDevice(previous_);
+  }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, const Arguments&... arguments) const {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = stream_;
+    check(cudaLaunchKernelEx(&config, kernel, arguments...));
+  }
+
+  // Blocks that fill the device when two fit on a multiprocessor.
+  int64_t resident() const {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
+    return int64_t{2} * count;
   }
 
  private:
-  int previous_ = 0, device_ = 0;
+  void check(cudaError_t status) const { cuda::check(status, op_, device_); }
+
+  const char* op_;
+  int device_, previous_ = 0;
+  cudaStream_t stream_;
+};
+
+// -- lists of tensors -----------------------------------------------------------------------------------------------------
+
+// One tensor or span: a word per column (an address, or a number that a kernel wants), its length, and its first chunk,
+// counted over the whole list so that sums land in the same place however the list is split.
+template <int columns>
+struct Entry {
+  uint64_t word[columns];
+  int64_t elements;
+  int64_t first_chunk;
+};
+
+template <int columns>
+struct Table {
+  // What fits in a kernel's 32,764 bytes of parameters beside its other arguments.
+  static constexpr int capacity = (32764 - 192) / static_cast<int>(sizeof(Entry<columns>));
+
+  int64_t first_chunk, chunks;
+  int64_t entries;
+  Entry<columns> entry[capacity];
 };
 
 inline int64_t chunks_of(int64_t elements) { return (elements + kChunkElements - 1) / kChunkElements; }
 
-inline int multiprocessors(int device, const char* op) {
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), op, device);
-  return count;
-}
-
-// launch(table, blocks) for each table that the rows (addresses, elements) fill: a grid that stays, two blocks per
-// multiprocessor, and walks the chunks.
-template <class Rows, class Launch>
-void with_tables(const Rows& rows, int device, const char* op, Launch&& launch) {
-  const int64_t resident = int64_t{2} * multiprocessors(device, op);
-  Table table{};
+// Launches kernel(table, arguments...) for each table that the rows fill: a grid that stays and walks the chunks.
+template <int columns, class... Parameters, class... Arguments>
+void launch_list(const Call& call, const std::vector<Entry<columns>>& rows, void (*kernel)(Table<columns>, Parameters...),
+                 const Arguments&... arguments) {
+  const int64_t resident = call.resident();
+  Table<columns> table{};
   int64_t chunk = 0;
   const auto flush = [&] {
     table.chunks = chunk - table.first_chunk;
-    if (table.chunks > 0) launch(table, static_cast<int>(std::min(resident, table.chunks)));
+    if (table.chunks > 0) call.launch(kernel, std::min(resident, table.chunks), kThreads, table, arguments...);
     table.first_chunk = chunk;
     table.entries = 0;
   };
-  table.first_chunk = 0;
-  table.entries = 0;
-  for (const auto& row : rows) {
+  for (const Entry<columns>& row : rows) {
     if (row.elements == 0) continue;
-    if (table.entries == kEntries) flush();
-    Entry& entry = table.entry[table.entries++];
-    std::copy(row.base.begin(), row.base.end(), entry.base);
-    entry.elements = row.elements;
+    if (table.entries == Table<columns>::capacity) flush();
+    Entry<columns>& entry = table.entry[table.entries++];
+    entry = row;
     entry.first_chunk = chunk;
     chunk += chunks_of(row.elements);
   }
   flush();
 }
 
-struct Row {
-  std::array<char*, kColumns> base;
-  int64_t elements;
-};
-
-// One row per tensor: for whatever sums or draws random numbers.
-inline std::vector<Row> tensor_rows(const Plan& plan) {
-  std::vector<Row> rows(plan.tensors());
-  for (const Chunk& chunk : plan.chunks()) {
-    Row& row = rows[chunk.tensor];
-    if (chunk.begin == 0)
-      for (int c = 0; c < kColumns; ++c)
-        row.base[c] = plan.has(static_cast<Column>(c)) ? plan.at(static_cast<Column>(c), chunk) : nullptr;
-    row.elements = chunk.begin + chunk.length;
+// One row per tensor, with the named columns' addresses: for whatever sums or draws random numbers.
+template <int columns>
+std::vector<Entry<columns>> tensor_rows(const Plan& plan, const Column (&names)[columns]) {
+  std::vector<Entry<columns>> rows(plan.tensors());
+  for (int64_t t = 0; t < plan.tensors(); ++t) {
+    for (int c = 0; c < columns; ++c)
+      rows[t].word[c] = plan.has(names[c]) ? reinterpret_cast<uintptr_t>(plan.at(names[c], {t, 0, 0})) : 0;
+    rows[t].elements = plan.elements(t);
   }
   return rows;
 }
 
 // One row per span: for element-wise work.
-inline std::vector<Row> span_rows(const Plan& plan, int column_mask) {
-  std::vector<Row> rows;
-  for (const Span& span : plan.spans(column_mask)) rows.push_back({span.base, span.bytes / element_size(plan.dtype())});
+template <int columns>
+std::vector<Entry<columns>> span_rows(const Plan& plan, const Column (&names)[columns]) {
+  int mask = 0;
+  for (const Column name : names) mask |= 1 << name;
+  std::vector<Entry<columns>> rows;
+  for (const Span& span : plan.spans(mask)) {
+    Entry<columns>& row = rows.emplace_back();
+    for (int c = 0; c < columns; ++c) row.word[c] = reinterpret_cast<uintptr_t>(span.base[names[c]]);
+    row.elements = span.bytes / element_size(plan.dtype());
+  }
   return rows;
 }
 
-// A chunk of the table: its entry, where it begins, and its index in the whole list.
+// A chunk of the table: its entry, where it begins, its length, and its index in the whole list.
+template <int columns>
 struct Place {
-  const Entry* entry;
+  const Entry<columns>* entry;
   int64_t begin, length, chunk;
+
+  template <class T>
+  __device__ T* at(int column) const {
+    return reinterpret_cast<T*>(entry->word[column]) + begin;
+  }
 };
 
-__device__ __forceinline__ Place locate(const Table& table, int64_t index) {
+template <int columns>
+__device__ __forceinline__ Place<columns> locate(const Table<columns>& table, int64_t index) {
   const int64_t chunk = table.first_chunk + index;
-  int low = 0, high = table.entries - 1;
+  int low = 0, high = static_cast<int>(table.entries) - 1;
 #pragma unroll 1
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -131,11 +157,13 @@ __device__ __forceinline__ Place locate(const Table& table, int64_t index) {
     else
       high = middle - 1;
   }
-  const Entry& entry = table.entry[low];
+  const Entry<columns>& entry = table.entry[low];
   const int64_t begin = (chunk - entry.first_chunk) * kChunkElements;
   const int64_t rest = entry.elements - begin;
   return {&entry, begin, rest < kChunkElements ? rest : kChunkElements, chunk};
 }
+
+// -- 16-byte accesses -----------------------------------------------------------------------------------------------------
 
 template <class T>
 struct alignas(16) Pack {
@@ -143,15 +171,51 @@ struct alignas(16) Pack {
   T value[size];
 };
 
-// Elements up to the next 16-byte boundary of all addresses, or n when they are out of step: the part to walk one by one.
+// Whether an address lies on 16 bytes; null does, since nothing is read or written there.
+__device__ __forceinline__ bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15u) == 0; }
+
+enum class Cache { keep, stream };  // stream: not needed again before the cache has turned over
+
+// One access where the address allows it, else one per element: which thread holds which element must not depend on
+// addresses, or sums would. The intrinsics keep an access whole; the compiler may split an assignment.
+template <Cache cache = Cache::keep, class T>
+__device__ __forceinline__ Pack<T> load_pack(const T* from, bool wide) {
+  Pack<T> pack;
+  if (wide) {
+    const float4* at = reinterpret_cast<const float4*>(from);
+    const float4 raw = cache == Cache::stream ? __ldcs(at) : __ldca(at);
+    memcpy(&pack, &raw, sizeof pack);
+  } else {
+#pragma unroll
+    for (int k = 0; k < Pack<T>::size; ++k) pack.value[k] = from[k];
+  }
+  return pack;
+}
+
+template <Cache cache = Cache::keep, class T>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T>& pack, bool wide) {
+  if (wide) {
+    float4 raw;
+    memcpy(&raw, &pack, sizeof raw);
+    float4* at = reinterpret_cast<float4*>(to);
+    if (cache == Cache::stream)
+      __stcs(at, raw);
+    else
+      __stwb(at, raw);
+  } else {
+#pragma unroll
+    for (int k = 0; k < Pack<T>::size; ++k) to[k] = pack.value[k];
+  }
+}
+
+// Elements up to the next 16-byte boundary, at most n.
 template <class T>
-__device__ __forceinline__ int64_t head_of(int64_t n, const void* a, const void* b, const void* c) {
-  const auto offset = [](const void* p) { return static_cast<unsigned>(reinterpret_cast<uintptr_t>(p) & 15u); };
-  const unsigned at = offset(a);
-  if ((b != nullptr && offset(b) != at) || (c != nullptr && offset(c) != at)) return n;
-  const int64_t head = ((16u - at) & 15u) / sizeof(T);
+__device__ __forceinline__ int64_t head_of(int64_t n, const T* p) {
+  const int64_t head = ((16u - (reinterpret_cast<uintptr_t>(p) & 15u)) & 15u) / sizeof(T);
   return head < n ? head : n;
 }
+
+// -- sums -----------------------------------------------------------------------------------------------------------------
 
 // Sums of a block's threads, by warps and then across them, in an order fixed by the thread index alone. The result is on
 // thread 0.

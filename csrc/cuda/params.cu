@@ -1,40 +1,68 @@
 // Parameter-list operations on CUDA: launches around core/params.h.
 #include "api.h"
 #include "core/params.h"
+#include "core/philox.h"
 #include "cuda/launch.cuh"
 
 namespace fastpost::cuda {
 namespace {
 
-template <class T, bool adaptive>
-__global__ void __launch_bounds__(kThreads, 2)
-    squared_norm_kernel(const __grid_constant__ Table table, double eta, double* __restrict__ partial) {
+constexpr int kPair = 2;  // blocks of 512 threads that share a multiprocessor
+
+// pack(v, i) for each 16 bytes of n elements that this thread holds, i being the first of them; single(i) for the rest.
+template <class T, int unroll, class Packs, class Single>
+__device__ __forceinline__ void walk(int64_t n, Packs&& pack, Single&& single) {
+  constexpr int64_t size = Pack<T>::size;
+  const int64_t packs = n / size;
+#pragma unroll unroll
+  for (int64_t v = threadIdx.x; v < packs; v += kThreads) pack(v * size);
+#pragma unroll 1
+  for (int64_t i = packs * size + threadIdx.x; i < n; i += kThreads) single(i);
+}
+
+template <class T>
+__device__ __forceinline__ T negated(T x) {
+  typename SignBits<T>::type bits;
+  memcpy(&bits, &x, sizeof bits);
+  bits ^= SignBits<T>::sign;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Sums of squares per chunk; negate: the gradients change sign in the same pass.
+template <class T, bool adaptive, bool negate>
+__global__ void __launch_bounds__(kThreads, kPair)
+    squared_norm_kernel(const __grid_constant__ Table<2> table, double eta, double* __restrict__ partial) {
 #pragma unroll 1
   for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const Place place = locate(table, c);
-    const T* g = reinterpret_cast<const T*>(place.entry->base[kGrad]) + place.begin;
-    const T* w = adaptive ? reinterpret_cast<const T*>(place.entry->base[kWeight]) + place.begin : nullptr;
+    const Place<2> place = locate(table, c);
+    T* g = place.at<T>(0);
+    const T* w = adaptive ? place.at<T>(1) : nullptr;
+    const bool wide = aligned(g), wide_w = aligned(w);
     double sum[1] = {0};
     const auto add = [&](T gi, T wi) {
       double x = to_float(gi);
       if constexpr (adaptive) x *= fabs(static_cast<double>(to_float(wi))) + eta;
       sum[0] += x * x;
     };
-    const int64_t head = head_of<T>(place.length, g, w, nullptr);
-    const int64_t packs = (place.length - head) / Pack<T>::size;
-#pragma unroll 1
-    for (int64_t i = threadIdx.x; i < head; i += kThreads) add(g[i], adaptive ? w[i] : g[i]);
-#pragma unroll 2
-    for (int64_t v = threadIdx.x; v < packs; v += kThreads) {
-      const Pack<T> gs = reinterpret_cast<const Pack<T>*>(g + head)[v];
-      Pack<T> ws = gs;
-      if constexpr (adaptive) ws = reinterpret_cast<const Pack<T>*>(w + head)[v];
+    walk<T, 2>(
+        place.length,
+        [&](int64_t i) {
+          Pack<T> gs = load_pack(g + i, wide);
+          Pack<T> ws = gs;
+          if constexpr (adaptive) ws = load_pack(w + i, wide_w);
 #pragma unroll
-      for (int k = 0; k < Pack<T>::size; ++k) add(gs.value[k], ws.value[k]);
-    }
-#pragma unroll 1
-    for (int64_t i = head + packs * Pack<T>::size + threadIdx.x; i < place.length; i += kThreads)
-      add(g[i], adaptive ? w[i] : g[i]);
+          for (int k = 0; k < Pack<T>::size; ++k) add(gs.value[k], ws.value[k]);
+          if constexpr (negate) {
+#pragma unroll
+            for (int k = 0; k < Pack<T>::size; ++k) gs.value[k] = negated(gs.value[k]);
+            store_pack(g + i, gs, wide);
+          }
+        },
+        [&](int64_t i) {
+          add(g[i], adaptive ? w[i] : g[i]);
+          if constexpr (negate) g[i] = negated(g[i]);
+        });
     block_sum(sum);
     if (threadIdx.x == 0) partial[place.chunk] = sum[0];
   }
@@ -55,18 +83,19 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const double* __restrict
 constexpr int kSums = 6;
 
 template <class T, class Seen, bool adaptive>
-__global__ void __launch_bounds__(kThreads, 2)
-    sam_perturb_kernel(const __grid_constant__ Table table, double rho, float eta, const double* __restrict__ squared_norm,
-                       double* __restrict__ partial) {
+__global__ void __launch_bounds__(kThreads, kPair)
+    sam_perturb_kernel(const __grid_constant__ Table<3> table, double rho, float eta,
+                       const double* __restrict__ squared_norm, double* __restrict__ partial) {
   const double squared = *squared_norm;
   const bool moves = rho != 0 && squared > 0 && isfinite(squared);
   const SplitScale scale = split_scale(moves ? rho / sqrt(squared) : 0);
 #pragma unroll 1
   for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const Place place = locate(table, c);
-    T* w = reinterpret_cast<T*>(place.entry->base[kWeight]) + place.begin;
-    const T* g = reinterpret_cast<const T*>(place.entry->base[kGrad]) + place.begin;
-    T* stash = reinterpret_cast<T*>(place.entry->base[kStash]) + place.begin;
+    const Place<3> place = locate(table, c);
+    T* w = place.at<T>(0);
+    const T* g = place.at<T>(1);
+    T* stash = place.at<T>(2);
+    const bool wide_w = aligned(w), wide_g = aligned(g), wide_stash = aligned(stash);
     float sum[kSums] = {};  // of at most 128 elements per thread
     const auto perturbed = [&](T wi, T gi) {
       if (!moves) return wi;  // its bits, not its value plus zero
@@ -83,31 +112,21 @@ __global__ void __launch_bounds__(kThreads, 2)
       sum[5] += s != 0.0f ? 1.0f : 0.0f;
       return written;
     };
-    const int64_t head = head_of<T>(place.length, w, g, stash);
-    const int64_t packs = (place.length - head) / Pack<T>::size;
-    const auto single = [&](int64_t i) {
-      const T before = w[i];
-      stash[i] = before;
-      w[i] = perturbed(before, g[i]);
-    };
-#pragma unroll 1
-    for (int64_t i = threadIdx.x; i < head; i += kThreads) single(i);
-#pragma unroll 1
-    for (int64_t v = threadIdx.x; v < packs; v += kThreads) {
-      const float4 raw_w = reinterpret_cast<const float4*>(w + head)[v];
-      const float4 raw_g = __ldcs(reinterpret_cast<const float4*>(g + head) + v);  // read for the last time
-      __stcs(reinterpret_cast<float4*>(stash + head) + v, raw_w);
-      Pack<T> ws, gs;
-      memcpy(&ws, &raw_w, sizeof ws);
-      memcpy(&gs, &raw_g, sizeof gs);
+    walk<T, 1>(
+        place.length,
+        [&](int64_t i) {
+          Pack<T> ws = load_pack(w + i, wide_w);
+          const Pack<T> gs = load_pack<Cache::stream>(g + i, wide_g);  // read for the last time
+          store_pack<Cache::stream>(stash + i, ws, wide_stash);
 #pragma unroll
-      for (int k = 0; k < Pack<T>::size; ++k) ws.value[k] = perturbed(ws.value[k], gs.value[k]);
-      float4 out;
-      memcpy(&out, &ws, sizeof out);
-      reinterpret_cast<float4*>(w + head)[v] = out;
-    }
-#pragma unroll 1
-    for (int64_t i = head + packs * Pack<T>::size + threadIdx.x; i < place.length; i += kThreads) single(i);
+          for (int k = 0; k < Pack<T>::size; ++k) ws.value[k] = perturbed(ws.value[k], gs.value[k]);
+          store_pack(w + i, ws, wide_w);
+        },
+        [&](int64_t i) {
+          const T before = w[i];
+          stash[i] = before;
+          w[i] = perturbed(before, g[i]);
+        });
     double wide[kSums];
 #pragma unroll
     for (int k = 0; k < kSums; ++k) wide[k] = sum[k];
@@ -119,53 +138,155 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // to = from; T is an integer of the element's width, since a copy knows no numbers.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) restore_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, kPair) restore_kernel(const __grid_constant__ Table<2> table) {
 #pragma unroll 1
   for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const Place place = locate(table, c);
-    T* to = reinterpret_cast<T*>(place.entry->base[kWeight]) + place.begin;
-    const T* from = reinterpret_cast<const T*>(place.entry->base[kStash]) + place.begin;
-    const int64_t head = head_of<T>(place.length, to, from, nullptr);
-    const int64_t packs = (place.length - head) / Pack<T>::size;
-#pragma unroll 1
-    for (int64_t i = threadIdx.x; i < head; i += kThreads) to[i] = from[i];
-#pragma unroll 2
-    for (int64_t v = threadIdx.x; v < packs; v += kThreads)
-      reinterpret_cast<float4*>(to + head)[v] = __ldcs(reinterpret_cast<const float4*>(from + head) + v);
-#pragma unroll 1
-    for (int64_t i = head + packs * Pack<T>::size + threadIdx.x; i < place.length; i += kThreads) to[i] = from[i];
+    const Place<2> place = locate(table, c);
+    T* to = place.at<T>(0);
+    const T* from = place.at<T>(1);
+    const bool wide = aligned(to) && aligned(from);
+    walk<T, 2>(
+        place.length,
+        [&](int64_t i) {
+          if (wide) {  // never apart: eight 16-bit values would be put together again one by one
+            __stwb(reinterpret_cast<float4*>(to + i), __ldcs(reinterpret_cast<const float4*>(from + i)));
+          } else {
+#pragma unroll
+            for (int k = 0; k < Pack<T>::size; ++k) to[i + k] = from[i + k];
+          }
+        },
+        [&](int64_t i) { to[i] = from[i]; });
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) negate_kernel(const __grid_constant__ Table table) {
-  using Bits = typename SignBits<T>::type;
-  constexpr unsigned sign = sizeof(Bits) == 4 ? 0x80000000u : 0x80008000u;
+__global__ void __launch_bounds__(kThreads, kPair) negate_kernel(const __grid_constant__ Table<1> table) {
 #pragma unroll 1
   for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const Place place = locate(table, c);
-    Bits* g = reinterpret_cast<Bits*>(place.entry->base[kGrad]) + place.begin;
-    const int64_t head = head_of<Bits>(place.length, g, nullptr, nullptr);
-    const int64_t packs = (place.length - head) / Pack<Bits>::size;
-#pragma unroll 1
-    for (int64_t i = threadIdx.x; i < head; i += kThreads) g[i] ^= SignBits<T>::sign;
-#pragma unroll 2
-    for (int64_t v = threadIdx.x; v < packs; v += kThreads) {
-      uint4* at = reinterpret_cast<uint4*>(g + head) + v;
-      uint4 x = *at;
-      x.x ^= sign;
-      x.y ^= sign;
-      x.z ^= sign;
-      x.w ^= sign;
-      *at = x;
-    }
-#pragma unroll 1
-    for (int64_t i = head + packs * Pack<Bits>::size + threadIdx.x; i < place.length; i += kThreads)
-      g[i] ^= SignBits<T>::sign;
+    const Place<1> place = locate(table, c);
+    T* g = place.at<T>(0);
+    const bool wide = aligned(g);
+    walk<T, 2>(
+        place.length,
+        [&](int64_t i) {
+          Pack<T> pack = load_pack(g + i, wide);
+#pragma unroll
+          for (int k = 0; k < Pack<T>::size; ++k) pack.value[k] = negated(pack.value[k]);
+          store_pack(g + i, pack, wide);
+        },
+        [&](int64_t i) { g[i] = negated(g[i]); });
   }
 }
 
-cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
+// Column 1 of the table is the tensor's number, which keys its bits.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kPair)
+    flip_signs_kernel(const __grid_constant__ Table<2> table, const int64_t* __restrict__ seed) {
+  const uint64_t key = static_cast<uint64_t>(*seed);
+#pragma unroll 1
+  for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
+    const Place<2> place = locate(table, c);
+    T* g = place.at<T>(0);
+    const bool wide = aligned(g);
+    const uint32_t stream = static_cast<uint32_t>(place.entry->word[1]);
+    // The 32 elements around i share a word. Indexing an array with it would put the array into local memory.
+    const auto word_of = [&](int64_t i) {
+      const uint64_t element = static_cast<uint64_t>(place.begin + i);
+      const PhiloxWords words = philox(key, element / 128, stream);
+      const unsigned which = element % 128 / 32;
+      return which < 2 ? (which == 0 ? words.word[0] : words.word[1]) : (which == 2 ? words.word[2] : words.word[3]);
+    };
+    const auto flipped = [](T x, uint32_t bit) { return bit ? negated(x) : x; };
+    walk<T, 1>(
+        place.length,
+        [&](int64_t i) {
+          Pack<T> pack = load_pack(g + i, wide);
+          const uint32_t bits = word_of(i) >> (i % 32);
+#pragma unroll
+          for (int k = 0; k < Pack<T>::size; ++k) pack.value[k] = flipped(pack.value[k], bits >> k & 1u);
+          store_pack(g + i, pack, wide);
+        },
+        [&](int64_t i) { g[i] = flipped(g[i], word_of(i) >> (i % 32) & 1u); });
+  }
+}
+
+// g = -g * min(1, max_norm / norm). Unless the norm is finite and above max_norm the sign bits flip and nothing is scaled.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kPair)
+    negate_clip_kernel(const __grid_constant__ Table<1> table, double max_norm, const double* __restrict__ squared_norm) {
+  const double norm = sqrt(*squared_norm);
+  const bool clips = norm > max_norm && isfinite(norm);
+  const double factor = clips ? -max_norm / norm : -1.0;
+  const auto clipped = [&](T x) {
+    return clips ? from_float<T>(static_cast<float>(static_cast<double>(to_float(x)) * factor)) : negated(x);
+  };
+#pragma unroll 1
+  for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
+    const Place<1> place = locate(table, c);
+    T* g = place.at<T>(0);
+    const bool wide = aligned(g);
+    walk<T, 2>(
+        place.length,
+        [&](int64_t i) {
+          Pack<T> pack = load_pack(g + i, wide);
+#pragma unroll
+          for (int k = 0; k < Pack<T>::size; ++k) pack.value[k] = clipped(pack.value[k]);
+          store_pack(g + i, pack, wide);
+        },
+        [&](int64_t i) { g[i] = clipped(g[i]); });
+  }
+}
+
+// Column 5 is the address of the tensor's step count, a float.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    restore_adamw_kernel(const __grid_constant__ Table<6> table, const AdamW how, const float* __restrict__ grad_scale,
+                         const float* __restrict__ found_inf) {
+  const bool skips = found_inf != nullptr && *found_inf != 0.0f;
+  const float unscale = grad_scale == nullptr ? 1.0f : 1.0f / *grad_scale;
+  __shared__ AdamWStep shared;
+#pragma unroll 1
+  for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
+    const Place<6> place = locate(table, c);
+    T* w = place.at<T>(0);
+    const T* g = place.at<T>(1);
+    const T* stash = place.at<T>(2);
+    T* first = place.at<T>(3);
+    T* second = place.at<T>(4);
+    __syncthreads();  // the last chunk's constants have been read
+    if (threadIdx.x == 0) shared = adamw_step(how, *reinterpret_cast<const float*>(place.entry->word[5]));
+    __syncthreads();
+    const AdamWStep step = shared;
+    const bool wide_w = aligned(w), wide_g = aligned(g), wide_stash = aligned(stash), wide_first = aligned(first),
+               wide_second = aligned(second);
+    const auto update = [&](T& wi, T gi, T& mi, T& vi) {
+      float value = to_float(wi), m = to_float(mi), v = to_float(vi);
+      adamw_update(step, to_float(gi) * unscale, value, m, v);
+      wi = from_float<T>(value);
+      mi = from_float<T>(m);
+      vi = from_float<T>(v);
+    };
+    walk<T, 1>(
+        place.length,
+        [&](int64_t i) {
+          Pack<T> ws = load_pack<Cache::stream>(stash + i, wide_stash);
+          if (!skips) {
+            const Pack<T> gs = load_pack<Cache::stream>(g + i, wide_g);
+            Pack<T> ms = load_pack(first + i, wide_first), vs = load_pack(second + i, wide_second);
+#pragma unroll
+            for (int k = 0; k < Pack<T>::size; ++k) update(ws.value[k], gs.value[k], ms.value[k], vs.value[k]);
+            store_pack<Cache::stream>(first + i, ms, wide_first);
+            store_pack<Cache::stream>(second + i, vs, wide_second);
+          }
+          store_pack(w + i, ws, wide_w);
+        },
+        [&](int64_t i) {
+          T value = stash[i];
+          if (!skips) update(value, g[i], first[i], second[i]);
+          w[i] = value;
+        });
+  }
+}
 
 }  // namespace
 
@@ -180,59 +301,87 @@ int device_count() {
   return count;
 }
 
+namespace {
+
+template <int count>
+void fold(const Call& call, const Plan& plan, const double* partial, double* out) {
+  call.launch(fold_kernel<count>, 1, kThreads, partial, static_cast<int64_t>(plan.chunks().size()), out);
+}
+
+}  // namespace
+
 void squared_norm(const Plan& plan, bool adaptive, double eta, double* partial, double* out, int device, void* stream) {
-  const char* op = "squared_norm";
-  const DeviceGuard guard(device, op);
+  const Call call("squared_norm", device, stream);
+  const auto rows = tensor_rows<2>(plan, {kGrad, kWeight});
   with_dtype(plan.dtype(), [&](auto t) {
     using T = decltype(t);
-    const auto kernel = adaptive ? squared_norm_kernel<T, true> : squared_norm_kernel<T, false>;
-    with_tables(tensor_rows(plan), device, op, [&](const Table& table, int blocks) {
-      kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(table, eta, partial);
-      check(cudaGetLastError(), op, device);
-    });
+    launch_list(call, rows, adaptive ? squared_norm_kernel<T, true, false> : squared_norm_kernel<T, false, false>, eta,
+                partial);
   });
-  fold_kernel<1><<<1, kThreads, 0, as_stream(stream)>>>(partial, static_cast<int64_t>(plan.chunks().size()), out);
-  check(cudaGetLastError(), op, device);
+  fold<1>(call, plan, partial, out);
 }
 
 void sam_perturb(const Plan& plan, const Perturbation& how, const double* squared_norm, double* partial, double* sums,
                  int device, void* stream) {
-  const char* op = "sam_perturb_";
-  const DeviceGuard guard(device, op);
+  const Call call("sam_perturb_", device, stream);
+  const auto rows = tensor_rows<3>(plan, {kWeight, kGrad, kStash});
   with_dtype(plan.dtype(), [&](auto t) {
     with_dtype(how.seen_dtype, [&](auto s) {
       using T = decltype(t);
       using Seen = decltype(s);
-      const auto kernel = how.adaptive ? sam_perturb_kernel<T, Seen, true> : sam_perturb_kernel<T, Seen, false>;
-      with_tables(tensor_rows(plan), device, op, [&](const Table& table, int blocks) {
-        kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(table, how.rho, static_cast<float>(how.eta), squared_norm,
-                                                           partial);
-        check(cudaGetLastError(), op, device);
-      });
+      launch_list(call, rows, how.adaptive ? sam_perturb_kernel<T, Seen, true> : sam_perturb_kernel<T, Seen, false>, how.rho,
+                  static_cast<float>(how.eta), squared_norm, partial);
     });
   });
-  fold_kernel<kSums><<<1, kThreads, 0, as_stream(stream)>>>(partial, static_cast<int64_t>(plan.chunks().size()), sums);
-  check(cudaGetLastError(), op, device);
+  fold<kSums>(call, plan, partial, sums);
 }
 
 void sam_restore(const Plan& plan, int device, void* stream) {
-  const char* op = "sam_restore_";
-  const DeviceGuard guard(device, op);
-  const auto kernel = element_size(plan.dtype()) == 4 ? restore_kernel<uint32_t> : restore_kernel<uint16_t>;
-  with_tables(span_rows(plan, 1 << kWeight | 1 << kStash), device, op, [&](const Table& table, int blocks) {
-    kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(table);
-    check(cudaGetLastError(), op, device);
-  });
+  const Call call("sam_restore_", device, stream);
+  launch_list(call, span_rows<2>(plan, {kWeight, kStash}),
+              element_size(plan.dtype()) == 4 ? restore_kernel<uint32_t> : restore_kernel<uint16_t>);
+}
+
+void sam_restore_adamw(const Plan& plan, const AdamW& how, const float* const* steps, const float* grad_scale,
+                       const float* found_inf, int device, void* stream) {
+  const Call call("sam_restore_adamw_", device, stream);
+  const auto columns = tensor_rows<5>(plan, {kWeight, kGrad, kStash, kFirst, kSecond});
+  std::vector<Entry<6>> rows(columns.size());
+  for (size_t t = 0; t < rows.size(); ++t) {
+    std::copy(columns[t].word, columns[t].word + 5, rows[t].word);
+    rows[t].word[5] = reinterpret_cast<uintptr_t>(steps[t]);
+    rows[t].elements = columns[t].elements;
+  }
+  with_dtype(plan.dtype(),
+             [&](auto t) { launch_list(call, rows, restore_adamw_kernel<decltype(t)>, how, grad_scale, found_inf); });
 }
 
 void negate(const Plan& plan, int device, void* stream) {
-  const char* op = "negate_";
-  const DeviceGuard guard(device, op);
-  const auto kernel = element_size(plan.dtype()) == 4 ? negate_kernel<float> : negate_kernel<bf16>;
-  with_tables(span_rows(plan, 1 << kGrad), device, op, [&](const Table& table, int blocks) {
-    kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(table);
-    check(cudaGetLastError(), op, device);
-  });
+  const Call call("negate_", device, stream);
+  launch_list(call, span_rows<1>(plan, {kGrad}),
+              element_size(plan.dtype()) == 4 ? negate_kernel<float> : negate_kernel<bf16>);
+}
+
+void flip_signs(const Plan& plan, const int64_t* seed, int device, void* stream) {
+  const Call call("flip_signs_", device, stream);
+  auto rows = tensor_rows<2>(plan, {kGrad, kGrad});
+  for (int64_t t = 0; t < plan.tensors(); ++t) rows[t].word[1] = plan.stream(t);
+  launch_list(call, rows, element_size(plan.dtype()) == 4 ? flip_signs_kernel<float> : flip_signs_kernel<bf16>, seed);
+}
+
+void negate_norm(const Plan& plan, double* partial, double* out, int device, void* stream) {
+  const Call call("negate_clip_", device, stream);
+  const auto rows = tensor_rows<2>(plan, {kGrad, kWeight});
+  with_dtype(plan.dtype(),
+             [&](auto t) { launch_list(call, rows, squared_norm_kernel<decltype(t), false, true>, 0.0, partial); });
+  fold<1>(call, plan, partial, out);
+}
+
+void negate_clip(const Plan& plan, const double* squared_norm, double max_norm, int device, void* stream) {
+  const Call call("negate_clip_", device, stream);
+  const auto rows = span_rows<1>(plan, {kGrad});
+  with_dtype(plan.dtype(),
+             [&](auto t) { launch_list(call, rows, negate_clip_kernel<decltype(t)>, max_norm, squared_norm); });
 }
 
 }  // namespace fastpost::cuda

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpost.backends import native
-from fastpost.backends.serving import DTYPES, refusal
+from fastpost.backends.serving import DTYPES, address, address_and_stride, contiguous, refusal
 from fastpost.plan import Bucket
 
 _HUGE = 4 << 20  # bytes from which a buffer holds at least one aligned huge page
@@ -69,6 +69,17 @@ def sam_restore_(bucket: Bucket) -> None:
     native.core().cpu.sam_restore(_plan(bucket), _threads())
 
 
+def sam_restore_adamw_(
+    bucket: Bucket, steps: list[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+    maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> None:  # fmt: skip
+    scale = 1.0 if grad_scale is None else float(grad_scale)
+    skip = found_inf is not None and bool(found_inf)
+    native.core().cpu.sam_restore_adamw(
+        _plan(bucket), lr, *betas, eps, weight_decay, maximize, [float(step) for step in steps], scale, skip, _threads()
+    )
+
+
 def negate_(bucket: Bucket) -> None:
     native.core().cpu.negate(_plan(bucket), _threads())
 
@@ -87,12 +98,11 @@ def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
 
 def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     core = native.core()
-    x = x.contiguous()
+    x, rows = x.contiguous(), contiguous(rows)
     out = _empty(x.shape, out_dtype)
-    rows = rows.contiguous() if rows is not None else None
     core.cpu.add_noise(
         x.data_ptr(), out.data_ptr(), _dtype(x.dtype), _dtype(out_dtype), x.numel(), eps,
-        getattr(core.NoiseType, noise_type), int(seed.item()) & (2**64 - 1), rows.data_ptr() if rows is not None else 0,
+        getattr(core.NoiseType, noise_type), int(seed.item()) & (2**64 - 1), address(rows),
         x.shape[-1] if x.ndim else 1, _threads(),
     )  # fmt: skip
     return out
@@ -107,12 +117,11 @@ def embedding_noise(
     width = table.shape[1]
     clean = _empty((*ids.shape, width), table.dtype)
     noised = _empty((*ids.shape, width), out_dtype)
-    ids = ids.to(torch.int64).contiguous()
-    rows = rows.contiguous() if rows is not None else None
+    ids, rows = ids.to(torch.int64).contiguous(), contiguous(rows)
     core.cpu.embedding_noise(
         table.data_ptr(), ids.data_ptr(), clean.data_ptr(), noised.data_ptr(), _dtype(table.dtype), _dtype(out_dtype),
         ids.numel(), width, table.stride(0), eps, getattr(core.NoiseType, noise_type), int(seed.item()) & (2**64 - 1),
-        rows.data_ptr() if rows is not None else 0, _threads(),
+        address(rows), _threads(),
     )  # fmt: skip
     return clean, noised
 
@@ -129,26 +138,19 @@ def divergence_rows(
 ) -> tuple[Tensor, Tensor]:
     rows, cols = clean.shape
     kl, ce = (torch.empty(rows, dtype=torch.float64) for _ in range(2))
-    blocks = [part for block in (clean, noised, grad_clean, grad_noised) for part in _rows(block)]
+    blocks = [part for block in (clean, noised, grad_clean, grad_noised) for part in address_and_stride(block)]
     native.core().cpu.divergence_rows(
-        *blocks, _dtype(clean.dtype), rows, cols, _address(labels), ignore_index, _address(kl_weights),
-        _address(ce_weights), kl.data_ptr(), ce.data_ptr(), _threads(),
+        *blocks, _dtype(clean.dtype), rows, cols, address(labels), ignore_index, address(kl_weights),
+        address(ce_weights), kl.data_ptr(), ce.data_ptr(), _threads(),
     )  # fmt: skip
     return kl, ce
 
 
 def scale_rows_(block: Tensor, factors: Tensor) -> None:
     stride = 1 if factors.numel() > 1 else 0
-    native.core().cpu.scale_rows(*_rows(block), _dtype(block.dtype), *block.shape, factors.data_ptr(), stride, _threads())
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _rows(block: Tensor | None) -> tuple[int, int]:
-    """Address and row stride in elements."""
-    return (0, 0) if block is None else (block.data_ptr(), block.stride(0))
+    native.core().cpu.scale_rows(
+        *address_and_stride(block), _dtype(block.dtype), *block.shape, factors.data_ptr(), stride, _threads()
+    )
 
 
 def gradient_like(logits: Tensor) -> Tensor:

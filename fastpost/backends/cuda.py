@@ -1,4 +1,4 @@
-"""CUDA tensors through the compiled core: parameter lists in one launch each, on the caller's stream and device."""
+"""CUDA tensors through the compiled core, on the caller's stream and device; nothing here waits for the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpost.backends import native
-from fastpost.backends.serving import DTYPES, refusal
+from fastpost.backends.serving import DTYPES, address, address_and_stride, contiguous, refusal
 from fastpost.plan import Bucket
 
 _SUMS = 6  # of a perturbation, as in fastpost.ops.params.NAMES_OF_SUMS
@@ -39,54 +39,144 @@ def refuses(op: str, device: str, dtype: torch.dtype, walkable: bool) -> str | N
     return refusal(globals(), op, wrong, dtype, walkable)
 
 
+def _dtype(dtype: torch.dtype) -> Any:
+    return getattr(native.core().DType, DTYPES[dtype])
+
+
 def _plan(bucket: Bucket) -> Any:
-    return bucket.native(native.core(), getattr(native.core().DType, DTYPES[bucket.dtype]))
+    return bucket.native(native.core(), _dtype(bucket.dtype))
 
 
-def _where(bucket: Bucket) -> tuple[int, int]:
+def _where(device: torch.device) -> tuple[int, int]:
     """Device index, and the caller's stream on that device."""
-    index = bucket.device.index if bucket.device.index is not None else torch.cuda.current_device()
-    return index, torch.cuda.current_stream(bucket.device).cuda_stream
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return index, torch.cuda.current_stream(device).cuda_stream
 
 
-def _doubles(bucket: Bucket, n: int) -> Tensor:
-    return torch.empty(n, dtype=torch.float64, device=bucket.device)
+def _doubles(device: torch.device, n: int) -> Tensor:
+    return torch.empty(n, dtype=torch.float64, device=device)
+
+
+def _sums(bucket: Bucket, plan: Any, count: int) -> tuple[Tensor, Tensor]:
+    """Room for the result, and for one group of sums per chunk."""
+    return _doubles(bucket.device, count), _doubles(bucket.device, count * max(plan.chunks, 1))
+
+
+# -- params ---------------------------------------------------------------------------------------------------------------
 
 
 def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
     plan = _plan(bucket)
-    out, partial = _doubles(bucket, 1), _doubles(bucket, max(plan.chunks, 1))
-    native.core().cuda.squared_norm(plan, eta is not None, eta or 0.0, partial.data_ptr(), out.data_ptr(), *_where(bucket))
+    out, partial = _sums(bucket, plan, 1)
+    native.core().cuda.squared_norm(
+        plan, eta is not None, eta or 0.0, partial.data_ptr(), out.data_ptr(), *_where(bucket.device)
+    )
     return out[0]
 
 
 def sam_perturb_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
     plan = _plan(bucket)
-    sums, partial = _doubles(bucket, _SUMS), _doubles(bucket, _SUMS * max(plan.chunks, 1))
-    seen = getattr(native.core().DType, DTYPES[seen_dtype])
+    sums, partial = _sums(bucket, plan, _SUMS)
     native.core().cuda.sam_perturb(
-        plan,
-        rho,
-        eta is not None,
-        eta or 0.0,
-        seen,
-        squared.data_ptr(),
-        partial.data_ptr(),
-        sums.data_ptr(),
-        *_where(bucket),
-    )
+        plan, rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared.data_ptr(), partial.data_ptr(), sums.data_ptr(),
+        *_where(bucket.device),
+    )  # fmt: skip
     return sums
 
 
 def sam_restore_(bucket: Bucket) -> None:
-    native.core().cuda.sam_restore(_plan(bucket), *_where(bucket))
+    native.core().cuda.sam_restore(_plan(bucket), *_where(bucket.device))
+
+
+def sam_restore_adamw_(
+    bucket: Bucket, steps: list[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+    maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> None:  # fmt: skip
+    native.core().cuda.sam_restore_adamw(
+        _plan(bucket), lr, *betas, eps, weight_decay, maximize, [step.data_ptr() for step in steps], address(grad_scale),
+        address(found_inf), *_where(bucket.device),
+    )  # fmt: skip
 
 
 def negate_(bucket: Bucket) -> None:
-    native.core().cuda.negate(_plan(bucket), *_where(bucket))
+    native.core().cuda.negate(_plan(bucket), *_where(bucket.device))
+
+
+def flip_signs_(bucket: Bucket, seed: Tensor) -> None:
+    native.core().cuda.flip_signs(_plan(bucket), seed.data_ptr(), *_where(bucket.device))
 
 
 def negate_norm_(bucket: Bucket) -> Tensor:
-    squared = squared_norm(bucket, None)
-    negate_(bucket)
-    return squared
+    plan = _plan(bucket)
+    out, partial = _sums(bucket, plan, 1)
+    native.core().cuda.negate_norm(plan, partial.data_ptr(), out.data_ptr(), *_where(bucket.device))
+    return out[0]
+
+
+def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
+    native.core().cuda.negate_clip(_plan(bucket), squared.data_ptr(), max_norm, *_where(bucket.device))
+
+
+# -- noise ----------------------------------------------------------------------------------------------------------------
+
+
+def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    core = native.core()
+    x, rows = x.contiguous(), contiguous(rows)
+    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    core.cuda.add_noise(
+        x.data_ptr(), out.data_ptr(), _dtype(x.dtype), _dtype(out_dtype), x.numel(), eps,
+        getattr(core.NoiseType, noise_type), seed.data_ptr(), address(rows), x.shape[-1] if x.ndim else 1, *_where(x.device),
+    )  # fmt: skip
+    return out
+
+
+def embedding_noise(
+    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    core = native.core()
+    table = table if table.stride(-1) == 1 else table.contiguous()
+    ids, rows = ids.to(torch.int64).contiguous(), contiguous(rows)
+    clean = torch.empty((*ids.shape, table.shape[1]), dtype=table.dtype, device=table.device)
+    noised = torch.empty(clean.shape, dtype=out_dtype, device=table.device)
+    core.cuda.embedding_noise(
+        table.data_ptr(), ids.data_ptr(), clean.data_ptr(), noised.data_ptr(), _dtype(table.dtype), _dtype(out_dtype),
+        ids.numel(), *table.shape, table.stride(0), eps, getattr(core.NoiseType, noise_type), seed.data_ptr(), address(rows),
+        *_where(table.device),
+    )  # fmt: skip
+    return clean, noised
+
+
+# -- divergence -----------------------------------------------------------------------------------------------------------
+
+
+def divergence_rows(
+    clean: Tensor,
+    noised: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    kl_weights: Tensor | None,
+    ce_weights: Tensor | None,
+    grad_clean: Tensor | None,
+    grad_noised: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows, cols = clean.shape
+    kl, ce = (_doubles(clean.device, rows) for _ in range(2))
+    blocks = [part for block in (clean, noised, grad_clean, grad_noised) for part in address_and_stride(block)]
+    native.core().cuda.divergence_rows(
+        *blocks, _dtype(clean.dtype), rows, cols, address(labels), ignore_index, address(kl_weights), address(ce_weights),
+        kl.data_ptr(), ce.data_ptr(), *_where(clean.device),
+    )  # fmt: skip
+    return kl, ce
+
+
+def scale_rows_(block: Tensor, factors: Tensor) -> None:
+    stride = 1 if factors.numel() > 1 else 0
+    native.core().cuda.scale_rows(
+        *address_and_stride(block), _dtype(block.dtype), *block.shape, factors.data_ptr(), stride, *_where(block.device)
+    )
+
+
+def gradient_like(logits: Tensor) -> Tensor:
+    """Room for a gradient, not yet written."""
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)

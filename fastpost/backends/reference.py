@@ -70,6 +70,31 @@ def sam_restore_(bucket: Bucket) -> None:
         w.copy_(stash)
 
 
+def sam_restore_adamw_(
+    bucket: Bucket, steps: list[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+    maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> None:  # fmt: skip
+    """One step of AdamW (1711.05101, algorithm 2) from the stash, moments and gradients in the bucket; steps count this one.
+
+    The gradients are divided by grad_scale; where found_inf is not 0, w = stash and the moments stay.
+    """
+    columns = zip(bucket.weights, bucket.grads, bucket.stash, bucket.first, bucket.second, steps, strict=True)
+    for w, g, stash, first, second, step in columns:
+        work = _working(w.dtype)
+        count = step.double().to(w.device)
+        gradient = g.to(work) if grad_scale is None else (g.double() / grad_scale.to(w.device)).to(work)
+        gradient = -gradient if maximize else gradient
+        m = betas[0] * first.to(work) + (1 - betas[0]) * gradient
+        v = betas[1] * second.to(work) + (1 - betas[1]) * gradient.square()
+        m_hat, v_hat = m / (1 - betas[0] ** count).to(work), v / (1 - betas[1] ** count).to(work)
+        new = stash.to(work)
+        new = new - lr * weight_decay * new - lr * m_hat / (v_hat.sqrt() + eps)
+        skips = torch.zeros((), dtype=torch.bool, device=w.device) if found_inf is None else found_inf.to(w.device) != 0
+        w.copy_(torch.where(skips, stash, new.to(w.dtype)))
+        first.copy_(torch.where(skips, first, m.to(w.dtype)))
+        second.copy_(torch.where(skips, second, v.to(w.dtype)))
+
+
 def negate_(bucket: Bucket) -> None:
     for g in bucket.grads:
         g.neg_()

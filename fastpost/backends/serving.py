@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 # Each dtype with its name in the native core.
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -31,3 +32,17 @@ def refusal(
     if not walkable:
         return "the tensors' memory cannot be walked in step (mixed dtypes or strides that differ)"
     return None
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the tensor begins; 0, the native core's null, for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def address_and_stride(block: Tensor | None) -> tuple[int, int]:
+    """Of a matrix: where it begins, and from row to row how many elements."""
+    return (0, 0) if block is None else (block.data_ptr(), block.stride(0))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.backends.serving import refusal
+from fastpost.backends.serving import contiguous, refusal
 from fastpost.plan import Bucket
 
 
@@ -58,6 +58,14 @@ def sam_restore_(bucket: Bucket) -> None:
     _kernels("params").sam_restore_(bucket.weights, bucket.stash, bucket.streams)
 
 
+def sam_restore_adamw_(
+    bucket: Bucket, steps: list[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+    maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> None:  # fmt: skip
+    columns = [bucket.weights, bucket.grads, bucket.stash, bucket.first, bucket.second]
+    _kernels("params").sam_restore_adamw_(columns, steps, lr, betas, eps, weight_decay, maximize, grad_scale, found_inf)
+
+
 def negate_(bucket: Bucket) -> None:
     _kernels("params").flip_(bucket.grads, None, bucket.streams)
 
@@ -82,7 +90,7 @@ def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
 def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    _kernels("noise").add_noise(x, out, eps, noise_type, seed, rows.contiguous() if rows is not None else None)
+    _kernels("noise").add_noise(x, out, eps, noise_type, seed, contiguous(rows))
     return out
 
 
@@ -93,7 +101,7 @@ def embedding_noise(
         table = table.contiguous()
     clean = torch.empty((*ids.shape, table.shape[1]), dtype=table.dtype, device=table.device)
     noised = torch.empty(clean.shape, dtype=out_dtype, device=table.device)
-    rows = rows.contiguous() if rows is not None else None
+    rows = contiguous(rows)
     _kernels("noise").embedding_noise(table, ids.long().contiguous(), clean, noised, eps, noise_type, seed, rows)
     return clean, noised
 

@@ -71,10 +71,13 @@ def make_buckets(
     weights: Sequence[Tensor] | None = None,
     grads: Sequence[Tensor] | None = None,
     stash: Sequence[Tensor] | None = None,
+    first: Sequence[Tensor] | None = None,
+    second: Sequence[Tensor] | None = None,
     streams: Sequence[int] | None = None,
 ) -> list[plan.Bucket]:
     """Sorts checked lists into buckets that one kernel call can serve, in order of first appearance."""
-    columns = {k: v for k, v in (("weights", weights), ("grads", grads), ("stash", stash)) if v is not None}
+    given = {"weights": weights, "grads": grads, "stash": stash, "first": first, "second": second}
+    columns = {k: v for k, v in given.items() if v is not None}
     lists = list(columns.values())
     rows: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
     for i, t in enumerate(lists[0]):
@@ -143,6 +146,28 @@ def _sam_restore_(weights: list[Tensor], stash: list[Tensor]) -> None:
         run("sam_restore_", bucket)
 
 
+def _sam_restore_adamw_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    stash: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    for b in make_buckets(weights=weights, grads=grads, stash=stash, first=exp_avgs, second=exp_avg_sqs):
+        flags = [None if t is None else t.to(b.device) for t in (grad_scale, found_inf)]
+        counts = [steps[i] for i in b.streams]
+        run("sam_restore_adamw_", b, counts, lr, (beta1, beta2), eps, weight_decay, maximize, *flags)
+
+
 def _negate_(tensors: list[Tensor]) -> None:
     for bucket in make_buckets(grads=tensors):
         run("negate_", bucket)
@@ -180,6 +205,13 @@ _op_sam_perturb_ = define(
     lambda weights, *_: torch.empty(6, dtype=torch.float64, device=weights[0].device),
 )
 _op_sam_restore_ = define("sam_restore_(Tensor(a!)[] weights, Tensor[] stash) -> ()", _sam_restore_, None)
+_op_sam_restore_adamw_ = define(
+    "sam_restore_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor[] stash, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, Tensor[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
+    "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()",
+    _sam_restore_adamw_,
+    None,
+)
 _op_negate_ = define("negate_(Tensor(a!)[] tensors) -> ()", _negate_, None)
 _op_flip_signs_ = define("flip_signs_(Tensor(a!)[] tensors, Tensor seed) -> ()", _flip_signs_, None)
 _op_negate_clip_ = define(
@@ -263,6 +295,64 @@ def sam_restore_(weights: Sequence[Tensor], stash: Sequence[Tensor]) -> None:
     check_lists("sam_restore_", columns, written=("weights",))
     _op_sam_restore_(*columns.values())
     wrote(columns["weights"])
+
+
+def sam_restore_adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    stash: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """SAM's restore and a step of AdamW (Loshchilov and Hutter, 1711.05101) in one pass: w = AdamW(stash, g).
+
+    The weights need not be restored first, nor read: that saves a pass over them and over the stash. Equal to
+    `sam_restore_` and then torch.optim.AdamW(fused=True) within rounding.
+
+    Args:
+        weights, grads, stash, exp_avgs, exp_avg_sqs: lists of equal length; shapes, dtypes and devices agree row by row.
+            Weights and both moments are written.
+        steps: one scalar per tensor, how many steps its moments have seen with this one; float32, on the tensor's device
+            where that is no CPU.
+        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
+        grad_scale: scalar that the gradients are divided by, as GradScaler's; None is 1.
+        found_inf: scalar; where it is not 0 nothing but the restore is done. None is 0.
+    """
+    columns = {
+        "weights": list(weights), "grads": list(grads), "stash": list(stash), "exp_avgs": list(exp_avgs),
+        "exp_avg_sqs": list(exp_avg_sqs),
+    }  # fmt: skip
+    op = "sam_restore_adamw_"
+    check_lists(op, columns, written=("weights", "exp_avgs", "exp_avg_sqs"))
+    check_steps(op, columns["weights"], steps)
+    _op_sam_restore_adamw_(
+        *columns.values(), list(steps), float(lr), *betas, eps, weight_decay, maximize, grad_scale, found_inf
+    )
+    for name in ("weights", "exp_avgs", "exp_avg_sqs"):
+        wrote(columns[name])
+
+
+def check_steps(op: str, weights: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
+    """Raises unless every tensor has a step count that its kernel can read."""
+    if len(steps) != len(weights):
+        raise ValueError(f"{op}: {len(weights)} weights but {len(steps)} steps")
+    for i, (w, step) in enumerate(zip(weights, steps, strict=True)):
+        if step.numel() != 1 or step.dtype != torch.float32:
+            raise TypeError(f"{op}: steps[{i}] must be one float32, not {step.numel()} of {step.dtype}")
+        if w.device.type != "cpu" and step.device != w.device:
+            raise ValueError(
+                f"{op}: steps[{i}] is on {step.device}, its weights on {w.device}; AdamW(fused=True) or capturable=True "
+                "keeps them together"
+            )
 
 
 def negate_(tensors: Sequence[Tensor]) -> None:

@@ -1,0 +1,57 @@
+"""The CUDA core on the CPU: csrc/cuda compiled by the host compiler with tests/cuda_emulation in place of CUDA.
+
+What runs is the kernels' own source and the backend's own launcher code, on CPU tensors: indexing, barriers, sums and the
+arithmetic are tested where there is no GPU. `CUDA_EMULATION=1 pytest ...` switches it on for a whole run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parent.parent
+
+
+def enabled() -> bool:
+    return os.environ.get("CUDA_EMULATION") == "1"
+
+
+def build(source: Path = ROOT, build_dir: Path = ROOT / "build" / "emulated") -> Path:
+    """Builds the native module with emulated CUDA; returns its file."""
+    import pybind11
+
+    build_dir.mkdir(parents=True, exist_ok=True)
+    configure = [
+        "cmake", "-S", source, "-B", build_dir, "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={build_dir / 'out'}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DFASTPOST_CUDA=0",
+        f"-DFASTPOST_CUDA_EMULATION={ROOT / 'tests' / 'cuda_emulation'}",
+    ]  # fmt: skip
+    for command in (configure, ["cmake", "--build", build_dir, "--target", "install"]):
+        run = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(f"building the emulated CUDA core failed:\n{run.stdout}\n{run.stderr}")
+    (module,) = (build_dir / "out").glob("_C*.so")
+    return module
+
+
+def activate() -> None:
+    """Makes the emulated core the one that fastpost loads, and lets its cuda backend serve CPU tensors."""
+    spec = importlib.util.spec_from_file_location("fastpost._C", build())
+    assert spec is not None
+    assert spec.loader is not None
+    core: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(core)
+    sys.modules["fastpost._C"] = core
+
+    from fastpost.backends import cuda
+    from fastpost.backends.serving import refusal
+
+    cuda.status = lambda: (True, "the CUDA core, emulated on the CPU")  # type: ignore[assignment]
+    cuda._where = lambda device: (0, 0)  # type: ignore[assignment]
+    cuda.refuses = lambda op, device, dtype, walkable: refusal(  # type: ignore[assignment]
+        vars(cuda), op, None if device == "cpu" else f"serves no {device} here", dtype, walkable
+    )
