@@ -39,6 +39,9 @@ class MergedState(MutableMapping[Tensor, Any]):
     def __getitem__(self, p: Tensor) -> Any:
         return self._owner[id(p)].state[p]
 
+    def __contains__(self, p: object) -> bool:
+        return id(p) in self._owner and p in self._owner[id(p)].state  # without making an entry, as reading would
+
     def __setitem__(self, p: Tensor, value: Any) -> None:
         self._owner[id(p)].state[p] = value
 
@@ -74,6 +77,11 @@ def step_bases(bases: Sequence[Optimizer], scale: Tensor | None, found_inf: Tens
             finally:
                 del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
         return found_inf.sum()
+    if found_inf.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "SAM: in a CUDA graph nobody can read whether a gradient overflowed; use a base optimizer that decides on the "
+            "device, such as AdamW(fused=True, capturable=True)"
+        )
     if bool(found_inf):
         return 1
     for base in bases:

@@ -15,6 +15,7 @@ from fastpost.ops import params as ops
 from fastpost.sam.bases import build_bases, step_bases
 from fastpost.sam.buckets import BucketCache, ParameterBucket
 from fastpost.sam.face import Wrapper
+from fastpost.sam.fused import FusedRestore, check_fused_restore
 from fastpost.sam.kinds import build_perturbation
 from fastpost.sam.options import check_options
 from fastpost.sam.overflow import OverflowGuard
@@ -23,7 +24,7 @@ from fastpost.sam.reduction import Reduction
 from fastpost.sam.report import PerturbationReport
 from fastpost.sam.rng import RandomState, accelerators
 from fastpost.sam.scope import Scope, ScopeCache
-from fastpost.sam.variants import Variant
+from fastpost.sam.variants import Gradients, Variant
 
 Closure = Callable[[], Any]
 
@@ -67,6 +68,9 @@ class SAM(Wrapper):
         perturb: "stored" writes w + e over w. "functional" never writes w: the layers of `model` add what e would add to
             their outputs, so no rounding to the grid of the weights loses e (`fastpost.sam.functional`).
         model: the model, for "functional".
+        variant: one of `fastpost.sam.variants`, such as `LookSAM()`; None is SAM (or ASAM).
+        fused_restore: make AdamW's step from the stash, in one pass with the restore; equal to restore and step within
+            rounding. For torch.optim.AdamW, on GPUs with fused=True or capturable=True.
         **kwargs: passed to the base optimizer's class.
 
     Attributes:
@@ -97,6 +101,7 @@ class SAM(Wrapper):
         perturb: str = "stored",
         model: nn.Module | None = None,
         variant: Variant | None = None,
+        fused_restore: bool = False,
         **kwargs: Any,
     ) -> None:
         ops.check_radius("SAM", rho, eta)
@@ -114,7 +119,16 @@ class SAM(Wrapper):
         self._reduction = Reduction()
         self._perturbation = build_perturbation(perturb, model)
         self._perturbation.check(self._in_scope())
+        self._fused: FusedRestore | None = None
+        if fused_restore:
+            if not self._perturbation.stash:
+                raise ValueError("SAM: fused_restore=True steps from a stash, and perturb='functional' keeps none")
+            check_fused_restore(self._bases)
+            self._fused = FusedRestore()
         self._empty_caches()
+        self._clean: Gradients = {}
+        self._pending: dict[Tensor, dict[str, Tensor]] = {}
+        self._combined = False
         self._awaits_second = False
         self._sums: Tensor | None = None
         self._elements = 0
@@ -143,14 +157,17 @@ class SAM(Wrapper):
         Raises:
             RuntimeError: the weights are perturbed already, or no perturbed tensor has a gradient.
         """
-        if self.is_perturbed:
-            raise RuntimeError("SAM: first_step() was called twice; second_step() or step() comes in between")
-        buckets = self._bucketed()
-        if self.ascends:
-            self._perturb(buckets)
-        self._awaits_second = True
-        if zero_grad:
-            self.zero_grad()
+        self._refuse_a_second_ascent()
+        try:
+            self._combined = False
+            if self.ascends:
+                self._perturb()
+            self._awaits_second = True
+            if zero_grad:
+                self.zero_grad()
+        except BaseException:
+            self.restore_()
+            raise
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Restores the weights bit for bit and lets the base optimizer step with the gradients present.
@@ -192,6 +209,7 @@ class SAM(Wrapper):
         loss = None
         if not reuse_grads:
             self.zero_grad()
+        if not reuse_grads and (self.variant.ascent_pass or not ascends):
             before = RandomState(self.accelerators())
             with torch.enable_grad():
                 loss = closure()
@@ -201,7 +219,7 @@ class SAM(Wrapper):
             with self.perturbed():
                 with torch.enable_grad():
                     second = closure()
-                loss = second if reuse_grads else loss
+                loss = second if loss is None else loss
                 self._finish()
         else:
             self._finish()
@@ -216,25 +234,36 @@ class SAM(Wrapper):
         Args:
             zero_grad: drop the ascent gradients on entry.
         """
-        self.first_step(zero_grad=zero_grad)
+        self._refuse_a_second_ascent()
         try:
+            self.first_step(zero_grad=zero_grad)
             yield self
             self.end_ascent()
         except BaseException:
             self._guard.forget()  # the step will not be made
+            self._combined = False
             raise
         finally:
             if self.is_perturbed:
                 self.restore_()
 
+    @torch.no_grad()
     def end_ascent(self) -> None:
-        """Restores w after the second pass and leaves its gradients for a step. Without a perturbation it does nothing."""
-        if self.is_perturbed:
-            self.restore_()
+        """Ends the second pass: lets the variant rewrite its gradients, once, and restores w. Then a step may follow.
+
+        `perturbed()` and windows call it; so does a step, where it has not been called.
+        """
+        try:
+            if not self._combined:
+                self._combine()
+        finally:
+            if self.is_perturbed:
+                self.restore_()
 
     def abandon(self) -> None:
         """Gives the step up: w is back and the gradients are dropped."""
         self._guard.forget()
+        self._combined = False
         self.restore_()
         self.zero_grad()
 
@@ -255,7 +284,7 @@ class SAM(Wrapper):
     @property
     def is_perturbed(self) -> bool:
         """Whether a first step waits for its second."""
-        return self._awaits_second
+        return self._awaits_second or self._perturbation.active
 
     @property
     def ascends(self) -> bool:
@@ -294,7 +323,8 @@ class SAM(Wrapper):
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("copying or pickling")
         caches = ("_ascent_buckets", "_finite_buckets", "_guard")
-        return {key: value for key, value in self.__dict__.items() if key not in caches}
+        fused = None if self._fused is None else FusedRestore()  # its buckets point at these parameters
+        return {**{key: value for key, value in self.__dict__.items() if key not in caches}, "_fused": fused}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -315,23 +345,38 @@ class SAM(Wrapper):
         ids = self._scope.ids(self.param_groups)
         return [p for p in self.tensors() if ids is None or id(p) in ids]
 
-    def _bucketed(self) -> list[ParameterBucket]:
-        """Buckets of the tensors that are in scope and have a gradient, pointing at the gradients present."""
-        groups = self.param_groups
-        buckets = self._ascent_buckets.of(groups, self._scope.ids(groups))
-        if not buckets:
-            raise RuntimeError("SAM: no parameter (in scope) has a gradient; call backward() before the ascent")
-        return buckets
+    def _refuse_a_second_ascent(self) -> None:
+        if self.is_perturbed:
+            raise RuntimeError("SAM: first_step() was called twice; second_step() or step() comes in between")
 
-    def _perturb(self, buckets: list[ParameterBucket]) -> None:
+    def _gradients(self) -> Gradients:
+        """This rank's part of every gradient present."""
+        found = ((p, self._reduction.gradient(p)) for p in self.tensors())
+        return {p: g for p, g in found if g is not None}
+
+    def _perturb(self) -> None:
+        variant, gradient = self.variant, None
+        if type(variant).direction is not Variant.direction:
+            gradient = variant.direction(self, self._gradients()).get
+        buckets = self._ascent_buckets.of(self.param_groups, self._scope.ids(self.param_groups), gradient)
+        if not buckets:
+            if not variant.ascent_pass:
+                return
+            raise RuntimeError("SAM: no parameter (in scope) has a gradient; call backward() before the ascent")
         terms = []
         for b in buckets:
             group = self.param_groups[b.group]
             terms.append(Term(float(group["rho"]), group["eta"] if group["adaptive"] else None, self._seen(b)))
-        squared = self._squared_norm(buckets, [term.eta for term in terms])
+        squared = norm = self._squared_norm(buckets, [term.eta for term in terms])
+        radius = variant.radius()
+        if radius is not None:  # rho d / |g| is rho / sqrt(|g|^2 / d^2); where d is 0 nothing moves
+            radius = radius.to(squared.device, torch.float64)
+            norm, squared = squared + 0 * radius, squared / radius.square()
+        if variant.keeps_gradient:
+            self._clean = {p: g.clone() for p, g in self._gradients().items()}
         self._sums = self._perturbation.apply(buckets, terms, squared, self._reduction)
         self._elements = sum(b.elements for b in buckets)
-        self._guard.saw(squared, self.tensors())
+        self._guard.saw(norm, self.tensors())
 
     def _squared_norm(self, buckets: list[ParameterBucket], etas: Sequence[float | None]) -> Tensor:
         parts: dict[Hashable, Tensor] = {}
@@ -346,21 +391,58 @@ class SAM(Wrapper):
             return self.compute_dtype
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else b.bucket.dtype
 
+    def _combine(self) -> None:
+        """Lets the variant rewrite the gradients of this step, once."""
+        variant, ascended = self.variant, self._guard.armed
+        clean, self._clean = self._clean, {}
+        self._combined = True
+        if ascended and type(variant).descend is not Variant.descend:
+            if variant.scales_must_agree and hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None:
+                raise RuntimeError(
+                    f"SAM: {type(variant).__name__} combines the gradients of both passes, of which unscale_() has rescaled "
+                    "one. Put the second pass into `with opt.perturbed():` or a window, and unscale after it"
+                )
+            variant.descend(self, clean, self._gradients())
+        elif not self.ascends and type(variant).between is not Variant.between:
+            variant.between(self, self._gradients())
+
     def _finish(self) -> None:
         """Restores if need be, then steps with every base optimizer unless a gradient is not finite."""
-        self.end_ascent()
-        ascent = self._guard.take()
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if not isinstance(found_inf, Tensor):  # the scaler says 0 where no gradient was there to look at
-            found_inf = None
-        if ascent is not None:
-            found_inf = self._overflowed(ascent, found_inf)
-        self._count_step(ascended=ascent is not None)
         try:
-            self._skipped = self._skipped + step_bases(self._bases, scale, found_inf)
+            if self._fused is None:
+                self.end_ascent()
+            elif not self._combined:
+                self._combine()
+            ascent = self._guard.take()
+            scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            if not isinstance(found_inf, Tensor):  # the scaler says 0 where no gradient was there to look at
+                found_inf = None
+            if ascent is not None:
+                found_inf = self._overflowed(ascent, found_inf)
+            self._count_step(ascended=ascent is not None)
+            if self._fused is not None and self._perturbation.active:
+                with self._perturbation.settled(self._reduction) as buckets:
+                    skipped = self._fused.step(self._bases, buckets, scale, found_inf)
+                self._awaits_second = False
+            else:
+                self.end_ascent()
+                skipped = step_bases(self._bases, scale, found_inf)
         except BaseException:
             _leave_scaler(self)
             raise
+        finally:
+            self._combined = False
+        self._count_skipped(skipped)
+        if self.variant.state_names and not (isinstance(skipped, int) and skipped):
+            self._store()
+
+    def _count_skipped(self, skipped: int | Tensor) -> None:
+        if isinstance(skipped, Tensor) and isinstance(self._skipped, Tensor):
+            self._skipped.add_(skipped)  # in place, so that a captured graph goes on counting
+        elif isinstance(skipped, Tensor):
+            self._skipped = skipped.double() + self._skipped
+        else:
+            self._skipped = self._skipped + skipped
 
     def _count_step(self, ascended: bool) -> None:
         # A checkpoint of a fresh optimizer is made after one step at a learning rate of 0: that one does not count.
@@ -370,6 +452,39 @@ class SAM(Wrapper):
             return
         for group in groups:
             group["sam_steps"] += 1
+
+    # -- what variants work with --------------------------------------------------------------------------------------
+
+    def dot(self, a: Gradients, b: Gradients) -> Tensor:
+        """Sum of a * b over all parameters that both hold, and over all ranks: a float64 scalar."""
+        parts: dict[Hashable, Tensor] = {}
+        for p, x in a.items():
+            if p in b:
+                key, part = self._reduction.key(p), (x.double() * b[p].double()).sum()
+                parts[key] = parts[key] + part.to(parts[key].device) if key in parts else part
+        return self._reduction.total(parts) if parts else torch.zeros((), dtype=torch.float64)
+
+    def kept(self, p: Tensor, name: str) -> Tensor:
+        """What a variant keeps for a parameter from step to step; zeros before it kept anything."""
+        value = self._pending.get(p, {}).get(name)
+        if value is None and p in self.state:
+            value = self.state[p].get(name)
+        return torch.zeros_like(self._reduction.local(p)) if value is None else value
+
+    def keep(self, p: Tensor, name: str, value: Tensor) -> None:
+        """Keeps a tensor for a parameter; it enters `state[p]` once the base optimizer has made its own entries there."""
+        self._pending.setdefault(p, {})[name] = value
+
+    def _store(self) -> None:
+        for p in self._gradients():
+            values = {name: self.kept(p, name) for name in self.variant.state_names}
+            self._pending.pop(p, None)
+            state = self.state.setdefault(p, {})
+            for name, value in values.items():
+                if name in state:
+                    state[name].copy_(value)
+                else:
+                    state[name] = value.detach().clone()
 
     @torch.no_grad()
     def _overflowed(self, ascent: Tensor, found_inf: Tensor | None) -> Tensor:

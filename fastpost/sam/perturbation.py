@@ -75,6 +75,15 @@ class Perturbation:
             torch.clear_autocast_cache()
             self._done = []
 
+    @contextlib.contextmanager
+    def settled(self, reduction: Reduction) -> Iterator[list[ParameterBucket]]:
+        """Hands the perturbed buckets to a block that writes all their weights itself."""
+        with uninterrupted():
+            yield self._done
+            reduction.wrote([p for b in self._done for p in b.params])
+            torch.clear_autocast_cache()
+            self._done = []
+
     def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
         """Perturbs one bucket and returns its six sums."""
         sums = ops.run("sam_perturb_", b.bucket, squared, term.rho, term.eta, term.seen)
