@@ -14,7 +14,6 @@ from fastpost.bench.registry import (
     Goal,
     HostTime,
     Launches,
-    Skipped,
     Target,
     Work,
     cuda_case,
@@ -198,10 +197,7 @@ def restore_adamw(at: Target, dtype: torch.dtype) -> Case:
         return SAM(list(made), torch.optim.AdamW, rho=RHO, lr=1e-5, **options)  # type: ignore[arg-type]
 
     def contenders() -> list[Contender]:
-        try:
-            fused = sam(fused_restore=True)
-        except TypeError as error:
-            raise Skipped(f"SAM takes no fused_restore here: {error}") from error
+        fused = sam(fused=True, fused_restore=True)
         grads = [p.grad for group in fused.param_groups for p in group["params"]]
         apart = sam(grads, fused=True)
         plain = parameters(at, shapes, dtype, grads)

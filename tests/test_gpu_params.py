@@ -16,6 +16,7 @@ from fastpost.errors import BackendUnavailable
 from fastpost.ops import params as ops
 
 from . import test_params as bodies
+from . import test_restore_adamw
 from .conftest import DTYPES, bits, same_bits
 from .gpu import BACKENDS, DEVICE, ON_GPU, Captured, at_home, borrow, late_stream, needs_gpu, needs_memory, no_sync, there
 from .test_params import (  # noqa: F401  (collected here once more, on the device)
@@ -35,6 +36,12 @@ from .test_params import (  # noqa: F401  (collected here once more, on the devi
     test_squared_norm_is_not_finite_only_when_an_element_is_not,
     test_written_tensors_raise_their_version,
 )
+from .test_restore_adamw import (  # noqa: F401
+    test_equals_the_algorithm_in_float64,
+    test_equals_torchs_fused_adamw_within_rounding_over_steps,
+    test_found_inf_restores_bit_for_bit_and_leaves_the_moments,
+    test_gradients_are_divided_by_the_scale,
+)
 
 pytestmark = needs_gpu
 SEED = 2**63 + 5
@@ -44,6 +51,7 @@ MANY = 5000 if ON_GPU else 60
 @pytest.fixture(autouse=True)
 def _borrowed(monkeypatch: pytest.MonkeyPatch) -> None:
     borrow(monkeypatch, bodies)
+    borrow(monkeypatch, test_restore_adamw)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -203,7 +211,14 @@ def every_operation(seed: Tensor | int = 3) -> dict[str, Callable[[list[Tensor],
         perturb(w, g, s)
         ops.sam_restore_(w, s)
 
+    def adamw(w: list[Tensor], g: list[Tensor], s: list[Tensor]) -> None:
+        moments = [[torch.ones_like(t) for t in w] for _ in range(2)]
+        steps = [torch.ones((), device=t.device) for t in w]
+        torch._foreach_copy_(s, w)
+        ops.sam_restore_adamw_(w, g, s, *moments, steps, lr=0.1, found_inf=torch.zeros((), device=DEVICE))
+
     return {
+        "sam_restore_adamw_": adamw,
         "squared_norm": lambda w, g, s: ops.squared_norm(g, w, eta=0.01),
         "sam_perturb_": perturb,
         "sam_restore_": there_and_back,
@@ -289,6 +304,22 @@ OPCHECKS = {
     "squared_norm": lambda a, b: ([a], [b], 0.01),
     "sam_perturb_": lambda a, b: ([a], [b], [a.clone()], a.new_ones((), dtype=torch.float64), 0.1, True, 0.01, None),
     "sam_restore_": lambda a, b: ([a], [b]),
+    "sam_restore_adamw_": lambda a, b: (
+        [a],
+        [b],
+        [a.clone()],
+        [b.clone()],
+        [b.square()],
+        [a.new_ones(())],
+        0.1,
+        0.9,
+        0.99,
+        1e-8,
+        0.1,
+        False,
+        None,
+        None,
+    ),
     "negate_": lambda a, b: ([a, b.bfloat16()],),
     "flip_signs_": lambda a, b: ([a], torch.full((), 3, dtype=torch.int64, device=DEVICE)),
     "negate_clip_": lambda a, b: ([a], 1.0),
