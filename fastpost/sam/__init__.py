@@ -1,7 +1,24 @@
 """Sharpness-aware minimization."""
 
+from fastpost.sam.logits import FunctionalSAM, logits_sam
 from fastpost.sam.optimizer import SAM
 from fastpost.sam.report import PerturbationReport
+from fastpost.sam.scope import norm_layers
+from fastpost.sam.variants import GSAM, TRAM, FriendlySAM, LookSAM, MomentumSAM, StableSAM, Variant
 from fastpost.sam.window import SAMWindow
 
-__all__ = ["SAM", "PerturbationReport", "SAMWindow"]
+__all__ = [
+    "GSAM",
+    "SAM",
+    "TRAM",
+    "FriendlySAM",
+    "FunctionalSAM",
+    "LookSAM",
+    "MomentumSAM",
+    "PerturbationReport",
+    "SAMWindow",
+    "StableSAM",
+    "Variant",
+    "logits_sam",
+    "norm_layers",
+]

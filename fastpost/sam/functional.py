@@ -2,123 +2,174 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fastpost.sam.buckets import ParameterBucket
 from fastpost.sam.perturbation import Perturbation, Term
 from fastpost.sam.reduction import Reduction
+from fastpost.sam.rounding import hashed_bits, round_randomly
 
-Direction = dict[str, Tensor]
-Rule = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Direction], Tensor]
+# A layer's directions and the factor that they are multiplied with: e = factor * direction.
+Directions = dict[str, Tensor]
+Rule = Callable[[Any, Directions, float, tuple[Any, ...], dict[str, Any]], Tensor]
 
-# -- what a layer's output gains per unit of direction: every layer here is affine in its parameters ------------------------
-
-
-def _linear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], u: Direction) -> Tensor:
-    if "weight" not in u:
-        return u["bias"]
-    return F.linear(_input(args, kwargs), u["weight"], u.get("bias"))
+# -- layers at w + e --------------------------------------------------------------------------------------------------------
+#
+# Adding c (x U^T) to an output that is rounded already would lose it: below half a unit in the last place nothing changes.
+# It has to be there before the product x W^T is rounded.
 
 
-def _conv1d(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], u: Direction) -> Tensor:
+def _product(x: Tensor, weight: Tensor, u: Tensor | None, factor: float) -> Tensor:
+    """x W + factor * x U for matrices of shape (in, out), rounded once."""
+    flat = x.reshape(-1, x.shape[-1])
+    out = flat @ weight if u is None else torch.addmm((flat @ u).mul_(factor), flat, weight)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _plus_bias(y: Tensor, bias: Tensor | None, u: Directions, factor: float) -> Tensor:
+    if bias is None:
+        return y
+    return (y + _moved(bias, u.get("bias"), factor)).to(y.dtype)
+
+
+def _moved(p: Tensor, u: Tensor | None, factor: float) -> Tensor:
+    """p + e in float32 at least; small tensors only."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return p.to(wide) if u is None else torch.add(p.to(wide), u.to(wide), alpha=factor)
+
+
+def _linear(module: Any, u: Directions, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    direction = u.get("weight")
+    y = _product(_input(args, kwargs), module.weight.t(), None if direction is None else direction.t(), factor)
+    return _plus_bias(y, module.bias, u, factor)
+
+
+def _conv1d(module: Any, u: Directions, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """transformers' Conv1D, a linear layer whose weight is stored (in, out)."""
-    if "weight" not in u:
-        return u["bias"]
-    return F.linear(_input(args, kwargs), u["weight"].t(), u.get("bias"))
+    return _plus_bias(_product(_input(args, kwargs), module.weight, u.get("weight"), factor), module.bias, u, factor)
 
 
-def _embedding(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], u: Direction) -> Tensor:
-    return F.embedding(_input(args, kwargs), u["weight"])
+def _embedding(module: Any, u: Directions, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Rows of w + e; in 16 bits at random between neighbours, each element always the same way, or most of e were lost."""
+    rows: Tensor = _original(module)(module, *args, **kwargs)
+    gain = F.embedding(_input(args, kwargs), u["weight"])
+    if rows.dtype.itemsize > 2:
+        return torch.add(rows, gain, alpha=factor)
+    width = rows.shape[-1]
+    index = _input(args, kwargs).unsqueeze(-1) * width + torch.arange(width, device=rows.device)
+    with torch.no_grad():
+        moved = round_randomly(rows.float() + gain.float() * factor, hashed_bits(index), rows.dtype) - rows
+    return rows + moved  # the difference of neighbours is exact, and so is the sum
 
 
-def _layer_norm(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], u: Direction) -> Tensor:
-    if "weight" not in u:
-        return u["bias"]
-    return F.layer_norm(_input(args, kwargs), module.normalized_shape, u["weight"], u.get("bias"), module.eps)
+def _norm(module: Any, u: Directions, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Any layer with small parameters: its own forward, with w + e in float32 in their place."""
+    moved = {name: _moved(p, u.get(name), factor) for name, p in module.named_parameters(recurse=False)}
+    forward, x = _original(module), _input(args, kwargs)
+    narrow = next(iter(moved.values())).dtype != module.weight.dtype
+    with _holding(module, moved):
+        y: Tensor = forward(module, *_widened(args), **dict(zip(kwargs, _widened(kwargs.values()), strict=True)))
+    return y.to(x.dtype) if narrow else y
 
 
-def _affine(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], u: Direction) -> Tensor:
-    """Any other layer that is affine in its parameters: f(x; u) - f(x; 0). Cheap for norms and look-ups only."""
-    zero = {name: torch.zeros_like(value) for name, value in u.items()}
-    at_u: Tensor = functional_call(module, u, args, kwargs)
-    at_zero: Tensor = functional_call(module, zero, args, kwargs)
-    return at_u - at_zero
+@contextlib.contextmanager
+def _holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The module with these tensors in the place of its parameters, without running its hooks again."""
+    own = {name: module._parameters[name] for name in tensors}
+    module._parameters.update(tensors)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        module._parameters.update(own)
+
+
+def _original(module: Any) -> Any:
+    """The forward that the module has when it is not perturbed."""
+    return type(module).__mro__[1].forward  # type: ignore[attr-defined]
+
+
+def _widened(values: Any) -> tuple[Any, ...]:
+    return tuple(v.float() if isinstance(v, Tensor) and v.dtype.itemsize == 2 else v for v in values)
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-_EXACT: dict[Any, Rule] = {
-    nn.Linear.forward: _linear,
-    nn.Embedding.forward: _embedding,
-    nn.LayerNorm.forward: _layer_norm,
-}
+_EXACT: dict[Any, Rule] = {nn.Linear.forward: _linear, nn.Embedding.forward: _embedding}
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """How a module's output moves with its parameters; None when nothing is known of it."""
-    rule = _EXACT.get(type(module).forward)
-    if rule is not None:
-        return None if getattr(module, "max_norm", None) is not None else rule  # such a look-up rewrites its table
+    """How a module computes at w + e; None when nothing is known of it."""
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+        return None  # such a look-up rewrites its table, or has no dense gradient
     name = type(module).__name__
     if name == "Conv1D" and type(module).__module__.startswith("transformers."):
         return _conv1d
     if name.endswith("Norm") and not isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return _affine
-    if isinstance(module, nn.Embedding) and module.max_norm is None:  # scaled look-ups (Gemma, BART)
-        return _affine
-    return None
+        return _norm
+    return _EXACT.get(type(module).forward) or (_scaled_embedding if isinstance(module, nn.Embedding) else None)
 
 
-class _Layer:
-    """The forward hook of one module; without a direction it does nothing. Copies and pickles of it never do anything."""
+def _scaled_embedding(module: Any, u: Directions, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A look-up with more in it (a scale in Gemma, an offset in BART), affine in its table: f(x; w) + f(x; u) - f(x; 0)."""
+    forward = _original(module)
+    y: Tensor = forward(module, *args, **kwargs)
+    gains = []
+    for table in (u["weight"].to(module.weight.dtype), torch.zeros_like(module.weight)):
+        with _holding(module, {"weight": table}):
+            gains.append(forward(module, *args, **kwargs))
+    return torch.add(y, gains[0] - gains[1], alpha=factor)
 
-    def __init__(self, rule: Rule | None = None) -> None:
-        self.rule = rule
-        self.direction: Direction | None = None
-        self.factor = 0.0
-        self.called = False
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        direction, rule = self.direction, self.rule
-        if direction is None or rule is None:
-            self.called = True
-            return None
-        self.direction = None  # rules may call the module
-        try:
-            usable = {name: _as_used(u, getattr(module, name)) for name, u in direction.items()}
-            gain = rule(module, args, kwargs, usable)
-        finally:
-            self.direction = direction
-        return torch.add(output, gain, alpha=self.factor).to(output.dtype)
+@functools.cache
+def _perturbed_class(cls: Any, rule: Rule) -> Any:
+    """A subclass whose forward computes at w + e. A module is of this class between perturbing and restoring."""
 
-    def __deepcopy__(self, memo: Any) -> _Layer:
-        return _Layer()
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        directions: Directions = {name: _as_used(u, getattr(self, name)) for name, u in self._sam_directions.items()}
+        return rule(self, directions, self._sam_factor, args, kwargs)
 
-    def __reduce__(self) -> Any:
-        return _Layer, ()
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
 
 
 def _as_used(u: Tensor, weight: Tensor) -> Tensor:
-    return u if torch.is_autocast_enabled(u.device.type) else u.to(weight.dtype)
+    return u if torch.is_autocast_enabled(u.device.type) or u.ndim < 2 else u.to(weight.dtype)
+
+
+class _Called:
+    """A forward hook that notes that its module was used. Copies and pickles of it note nothing of this one."""
+
+    def __init__(self) -> None:
+        self.yes = False
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.yes = True
+
+    def __deepcopy__(self, memo: Any) -> _Called:
+        return _Called()
+
+    def __reduce__(self) -> Any:
+        return _Called, ()
 
 
 class FunctionalPerturbation(Perturbation):
     """w stays as it is; layers add what e would have added to their outputs.
 
     For y = x W^T the second pass computes x W^T + c (x U^T), with c U = e: U is the ascent gradient scaled to elements of
-    about 1, in the dtype that the forward computes in, and c a power of two. So e is rounded relative to its own size and
-    never to the grid of the weights, nothing has to be restored, and autograd gives the gradient at w + e. Costs two more
-    products per linear layer in the second pass (forward, and the gradient of x), and room for U.
+    about 1, in the dtype that the forward computes in, and c a power of two; the sum is rounded once. So e is rounded
+    relative to its own size and never to the grid of the weights, nothing has to be restored, and autograd gives the
+    gradient at w + e. Costs two more products per linear layer in the second pass (forward, and the gradient of x), and room
+    for U.
 
     Args:
         model: whose layers compute with the parameters. Linear and embedding layers, transformers' Conv1D and norms are
@@ -133,21 +184,22 @@ class FunctionalPerturbation(Perturbation):
         self._install()
 
     def _install(self) -> None:
-        self._layers: list[tuple[nn.Module, _Layer]] = []
+        self._layers: list[tuple[nn.Module, Rule, _Called]] = []
+        self._moved: list[nn.Module] = []
         self._directions: dict[int, tuple[Tensor, float]] = {}
         self._room: dict[int, Tensor] = {}
         handles: list[Any] = []
         for module in self._model.modules():
             rule = rule_for(module)
             if rule is not None and any(True for _ in module.parameters(recurse=False)):
-                layer = _Layer(rule)
-                handles.append(module.register_forward_hook(layer, with_kwargs=True))
-                self._layers.append((module, layer))
+                called = _Called()
+                handles.append(module.register_forward_hook(called))
+                self._layers.append((module, rule, called))
         weakref.finalize(self, _remove, handles)
 
     def check(self, params: Sequence[Tensor]) -> None:
         """Raises ValueError when one of these parameters belongs to a layer that is not served, or is sharded."""
-        served = {module for module, _ in self._layers}
+        served = {module for module, _, _ in self._layers}
         wanted = {id(p) for p in params}
         owners = [
             f"{name or 'the model'} ({type(module).__name__})"
@@ -171,17 +223,20 @@ class FunctionalPerturbation(Perturbation):
         elements = sum(b.elements for b in buckets)
         self._unit = math.sqrt(max(elements, 1))
         sums = super().apply(buckets, terms, squared, reduction)
-        for module, layer in self._layers:
-            mine = {
-                n: self._directions[id(p)] for n, p in module.named_parameters(recurse=False) if id(p) in self._directions
-            }
-            if mine:
-                layer.factor = max(factor for _, factor in mine.values())
-                layer.direction = {n: u if f == layer.factor else u * (f / layer.factor) for n, (u, f) in mine.items()}
+        for module, rule, _ in self._layers:
+            mine = {name: self._directions.get(id(p)) for name, p in module.named_parameters(recurse=False)}
+            found = {name: pair for name, pair in mine.items() if pair is not None}
+            if found:
+                factor = max(f for _, f in found.values())
+                same = {name: u if f == factor else u * (f / factor) for name, (u, f) in found.items()}
+                module.__dict__.update(_sam_directions=same, _sam_factor=factor)
+                cls: Any = type(module)
+                module.__class__ = _perturbed_class(cls, rule)
+                self._moved.append(module)
         return sums
 
     def _refuse_unused(self, params: list[Tensor]) -> None:
-        called = {id(p) for module, layer in self._layers if layer.called for p in module.parameters(recurse=False)}
+        called = {id(p) for module, _, hook in self._layers if hook.yes for p in module.parameters(recurse=False)}
         unused = {id(p) for p in params} - called
         if unused:
             names = [name for name, p in self._model.named_parameters() if id(p) in unused]
@@ -204,10 +259,13 @@ class FunctionalPerturbation(Perturbation):
         return direction_(b, room, squared, term, factor)
 
     def put_back(self, b: ParameterBucket) -> None:
+        for module in self._moved:
+            module.__class__ = type(module).__mro__[1]
+            del module.__dict__["_sam_directions"], module.__dict__["_sam_factor"]
+        for _, _, called in self._layers:
+            called.yes = False
+        self._moved = []
         self._directions.clear()
-        for _, layer in self._layers:
-            layer.direction = None
-            layer.called = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_model": self._model, "_done": []}

@@ -17,6 +17,7 @@ from fastpost.sam.buckets import BucketCache, ParameterBucket
 from fastpost.sam.face import Wrapper
 from fastpost.sam.fused import FusedRestore, check_fused_restore
 from fastpost.sam.kinds import build_perturbation
+from fastpost.sam.memory import Gradients, Memory
 from fastpost.sam.options import check_options
 from fastpost.sam.overflow import OverflowGuard
 from fastpost.sam.perturbation import Term
@@ -24,7 +25,7 @@ from fastpost.sam.reduction import Reduction
 from fastpost.sam.report import PerturbationReport
 from fastpost.sam.rng import RandomState, accelerators
 from fastpost.sam.scope import Scope, ScopeCache
-from fastpost.sam.variants import Gradients, Variant
+from fastpost.sam.variants import Variant
 
 Closure = Callable[[], Any]
 
@@ -113,6 +114,8 @@ class SAM(Wrapper):
         self.interval = int(interval)
         self.sync_ascent = sync_ascent
         self.variant = Variant() if variant is None else variant
+        if not isinstance(self.variant, Variant):
+            raise TypeError(f"SAM: variant must be an instance of fastpost.sam.Variant, not {variant!r}")
         self._group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "sam_steps": 0}
         self._adopt()
         self._scope = ScopeCache(scope)
@@ -127,8 +130,8 @@ class SAM(Wrapper):
             self._fused = FusedRestore()
         self._empty_caches()
         self._clean: Gradients = {}
-        self._pending: dict[Tensor, dict[str, Tensor]] = {}
         self._combined = False
+        self.cycle = 0  # goes up with every fresh start, so that what was kept from a first pass can be told stale
         self._awaits_second = False
         self._sums: Tensor | None = None
         self._elements = 0
@@ -139,6 +142,7 @@ class SAM(Wrapper):
         self._ascent_buckets = BucketCache(self._perturbation.stash, self._reduction)
         self._finite_buckets = BucketCache(False, self._reduction)
         self._guard = OverflowGuard(self._reduction)
+        self._memory = Memory(self._reduction, lambda: self.state, self.tensors, self.variant.state_names)
 
     @classmethod
     def lm(cls, params: Any, base_optimizer: Any, **kwargs: Any) -> SAM:
@@ -238,7 +242,8 @@ class SAM(Wrapper):
         try:
             self.first_step(zero_grad=zero_grad)
             yield self
-            self.end_ascent()
+            if self.is_perturbed:  # unless a step was made inside
+                self.end_ascent()
         except BaseException:
             self._guard.forget()  # the step will not be made
             self._combined = False
@@ -280,6 +285,9 @@ class SAM(Wrapper):
         super().zero_grad(set_to_none)
         if self.is_perturbed:
             self._guard.rearm(self.tensors())
+        else:
+            self.cycle += 1
+            self._combined = False
 
     @property
     def is_perturbed(self) -> bool:
@@ -322,7 +330,7 @@ class SAM(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("copying or pickling")
-        caches = ("_ascent_buckets", "_finite_buckets", "_guard")
+        caches = ("_ascent_buckets", "_finite_buckets", "_guard", "_memory")
         fused = None if self._fused is None else FusedRestore()  # its buckets point at these parameters
         return {**{key: value for key, value in self.__dict__.items() if key not in caches}, "_fused": fused}
 
@@ -357,7 +365,7 @@ class SAM(Wrapper):
     def _perturb(self) -> None:
         variant, gradient = self.variant, None
         if type(variant).direction is not Variant.direction:
-            gradient = variant.direction(self, self._gradients()).get
+            gradient = variant.direction(self._memory, self._gradients()).get
         buckets = self._ascent_buckets.of(self.param_groups, self._scope.ids(self.param_groups), gradient)
         if not buckets:
             if not variant.ascent_pass:
@@ -402,9 +410,9 @@ class SAM(Wrapper):
                     f"SAM: {type(variant).__name__} combines the gradients of both passes, of which unscale_() has rescaled "
                     "one. Put the second pass into `with opt.perturbed():` or a window, and unscale after it"
                 )
-            variant.descend(self, clean, self._gradients())
+            variant.descend(self._memory, clean, self._gradients())
         elif not self.ascends and type(variant).between is not Variant.between:
-            variant.between(self, self._gradients())
+            variant.between(self._memory, self._gradients())
 
     def _finish(self) -> None:
         """Restores if need be, then steps with every base optimizer unless a gradient is not finite."""
@@ -434,7 +442,7 @@ class SAM(Wrapper):
             self._combined = False
         self._count_skipped(skipped)
         if self.variant.state_names and not (isinstance(skipped, int) and skipped):
-            self._store()
+            self._memory.store(self._gradients())
 
     def _count_skipped(self, skipped: int | Tensor) -> None:
         if isinstance(skipped, Tensor) and isinstance(self._skipped, Tensor):
@@ -452,39 +460,6 @@ class SAM(Wrapper):
             return
         for group in groups:
             group["sam_steps"] += 1
-
-    # -- what variants work with --------------------------------------------------------------------------------------
-
-    def dot(self, a: Gradients, b: Gradients) -> Tensor:
-        """Sum of a * b over all parameters that both hold, and over all ranks: a float64 scalar."""
-        parts: dict[Hashable, Tensor] = {}
-        for p, x in a.items():
-            if p in b:
-                key, part = self._reduction.key(p), (x.double() * b[p].double()).sum()
-                parts[key] = parts[key] + part.to(parts[key].device) if key in parts else part
-        return self._reduction.total(parts) if parts else torch.zeros((), dtype=torch.float64)
-
-    def kept(self, p: Tensor, name: str) -> Tensor:
-        """What a variant keeps for a parameter from step to step; zeros before it kept anything."""
-        value = self._pending.get(p, {}).get(name)
-        if value is None and p in self.state:
-            value = self.state[p].get(name)
-        return torch.zeros_like(self._reduction.local(p)) if value is None else value
-
-    def keep(self, p: Tensor, name: str, value: Tensor) -> None:
-        """Keeps a tensor for a parameter; it enters `state[p]` once the base optimizer has made its own entries there."""
-        self._pending.setdefault(p, {})[name] = value
-
-    def _store(self) -> None:
-        for p in self._gradients():
-            values = {name: self.kept(p, name) for name in self.variant.state_names}
-            self._pending.pop(p, None)
-            state = self.state.setdefault(p, {})
-            for name, value in values.items():
-                if name in state:
-                    state[name].copy_(value)
-                else:
-                    state[name] = value.detach().clone()
 
     @torch.no_grad()
     def _overflowed(self, ascent: Tensor, found_inf: Tensor | None) -> Tensor:

@@ -53,6 +53,11 @@ class OverflowGuard:
         """The step is given up."""
         self._norm = self._seed = None
 
+    @property
+    def armed(self) -> bool:
+        """Whether there was an ascent since the last step."""
+        return self._norm is not None
+
     def take(self) -> Tensor | None:
         """The squared norm seen since the last step, None without one; the guard starts afresh."""
         norm = self._norm

@@ -1,15 +1,237 @@
-"""Variants of SAM: what each changes in a step, through the same few hooks."""
+"""Variants of SAM: what each changes in a step, through the same few hooks.
+
+SAM itself is `Variant()`. ASAM is SAM's own `adaptive=True`, m-SAM is `SAMWindow(per_micro_batch=True)`, SAM every k-th
+step is `interval=k`, SAM on norm layers only is `scope=norm_layers(model)`; logits-SAM and Functional-SAM act on losses and
+live in `fastpost.sam.logits`.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpost.sam.memory import Gradients, Memory
 
 
 class Variant:
     """SAM itself: every hook leaves the step as it is.
 
+    Gradients are dictionaries from parameter to tensor (with shards: this rank's part) and hold what has a gradient. No hook
+    may wait for a device.
+
     Attributes:
         ascent_pass: whether the direction comes from a gradient at w, that is from a pass of its own.
-        keeps_gradient: whether the gradient at w is kept until the second one is there.
+        keeps_gradient: whether the gradient at w is kept until the second one is there, at the price of a copy.
+        scales_must_agree: whether `descend` mixes the two passes, so that a loss scale must be on both gradients or on none.
+        state_names: tensors kept per parameter from step to step, in `state[p]`; each begins with "sam_".
     """
 
     ascent_pass = True
     keeps_gradient = False
+    scales_must_agree = False
+    state_names: tuple[str, ...] = ()
+
+    def direction(self, memory: Memory, gradients: Gradients) -> Gradients:
+        """What is followed uphill in place of the gradients at w, normalised and scaled like them."""
+        return gradients
+
+    def radius(self) -> Tensor | None:
+        """A factor on rho for this step (scalar, any device); None for 1."""
+        return None
+
+    def descend(self, memory: Memory, clean: Gradients, second: Gradients) -> None:
+        """Rewrites the second gradients in place; `clean` is empty unless `keeps_gradient`."""
+
+    def between(self, memory: Memory, gradients: Gradients) -> None:
+        """Rewrites, in place, the gradients of a step without an ascent (`interval`)."""
+
+
+class StableSAM(Variant):
+    """Stable SAM (2401.07250): the second gradient, rescaled to the norm of the gradient at w.
+
+    Use it when SAM diverges at a learning rate that the base optimizer bears.
+    """
+
+    scales_must_agree = True
+
+    def __init__(self) -> None:
+        self._clean: Tensor | None = None
+
+    def direction(self, memory: Memory, gradients: Gradients) -> Gradients:
+        self._clean = memory.dot(gradients, gradients)
+        return gradients
+
+    def descend(self, memory: Memory, clean: Gradients, second: Gradients) -> None:
+        assert self._clean is not None
+        _scale_(second, _ratio(self._clean, memory.dot(second, second)).sqrt())
+
+
+class GSAM(Variant):
+    """GSAM (2203.08065): also narrows the gap between L(w + e) and L(w).
+
+    The second gradient g' becomes g' - alpha (g - <g, g'> / |g'|^2 g'), g the gradient at w. Use it with a rho that follows
+    the learning rate (set `rho` in the groups) when SAM at one radius is too strong late in training. Where the gradients
+    are scaled, both must be: `unscale_` comes after the second pass of `perturbed()` or of a window, not inside.
+
+    Args:
+        alpha: how much of the orthogonal part is taken away, >= 0.
+    """
+
+    keeps_gradient = True
+    scales_must_agree = True
+
+    def __init__(self, alpha: float = 0.1) -> None:
+        self.alpha = _not_negative("GSAM", "alpha", alpha)
+
+    def descend(self, memory: Memory, clean: Gradients, second: Gradients) -> None:
+        along = _ratio(memory.dot(clean, second), memory.dot(second, second))
+        _scale_(second, 1 + self.alpha * along)
+        _add_(second, clean, -self.alpha)
+
+
+class LookSAM(Variant):
+    """LookSAM (2203.02714): with `interval=k`, the steps in between reuse the part of the SAM gradient that was new.
+
+    On a SAM step v = g' - <g', g> / |g|^2 g is kept; on the others the gradient g becomes g + alpha |g| / |v| v. Use it when
+    SAM's second pass is too dear on every step; `interval=5` is the authors'.
+
+    Args:
+        alpha: weight of the kept part, >= 0.
+    """
+
+    keeps_gradient = True
+    state_names = ("sam_look",)
+
+    def __init__(self, alpha: float = 0.7) -> None:
+        self.alpha = _not_negative("LookSAM", "alpha", alpha)
+
+    def descend(self, memory: Memory, clean: Gradients, second: Gradients) -> None:
+        along = _ratio(memory.dot(clean, second), memory.dot(clean, clean))
+        ok = torch.isfinite(along)
+        for p, g in second.items():
+            new = g - along.to(g) * clean[p] if p in clean else g
+            # An overflow skips the step; what was kept before stays.
+            memory.keep(p, "sam_look", torch.where(ok.to(g.device), new, memory.kept(p, "sam_look")))
+
+    def between(self, memory: Memory, gradients: Gradients) -> None:
+        look = {p: memory.kept(p, "sam_look") for p in gradients}
+        factor = _ratio(memory.dot(gradients, gradients), memory.dot(look, look)).sqrt()
+        _add_(gradients, look, self.alpha * factor)
+
+
+class FriendlySAM(Variant):
+    """Friendly-SAM (2403.12350): ascends along the noise of the gradient, g - sigma m, m its running mean.
+
+    m_t = decay m_{t-1} + (1 - decay) g_t, from m_0 = 0. Use it with small batches, where SAM's ascent mostly follows the
+    full gradient. With a GradScaler give `loss_scale`, because gradients of different scales do not add up.
+
+    Args:
+        sigma: how much of the mean is taken away.
+        decay: lambda of the paper, in [0, 1).
+        loss_scale: returns the current factor on the gradients, such as `scaler.get_scale`.
+    """
+
+    state_names = ("sam_mean",)
+
+    def __init__(
+        self, sigma: float = 1.0, decay: float = 0.9, loss_scale: Callable[[], float | Tensor] | None = None
+    ) -> None:
+        self.sigma = _not_negative("FriendlySAM", "sigma", sigma)
+        if not 0 <= decay < 1:
+            raise ValueError(f"FriendlySAM: decay must lie in [0, 1), not {decay}")
+        self.decay = decay
+        self.loss_scale = loss_scale
+
+    def direction(self, memory: Memory, gradients: Gradients) -> Gradients:
+        scale = 1.0 if self.loss_scale is None else self.loss_scale()
+        ok = torch.isfinite(memory.dot(gradients, gradients))
+        result = {}
+        for p, g in gradients.items():
+            before = memory.kept(p, "sam_mean")
+            mean = torch.where(ok.to(g.device), self.decay * before + (1 - self.decay) / scale * g, before)
+            memory.keep(p, "sam_mean", mean)
+            result[p] = g - self.sigma * scale * mean
+        return result
+
+
+class MomentumSAM(Variant):
+    """Momentum-SAM (2401.12033): the gradient at w - rho v / |v|, v the base optimizer's momentum. One pass a step.
+
+    Use it when a second pass is out of the question; its rho is larger than SAM's (the authors: up to 3). The first step,
+    which has no momentum yet, is the base optimizer's.
+
+    Args:
+        buffers: names under which base optimizers keep their momentum, tried in turn.
+    """
+
+    ascent_pass = False
+
+    def __init__(self, buffers: Sequence[str] = ("momentum_buffer", "exp_avg")) -> None:
+        self.buffers = tuple(buffers)
+
+    def direction(self, memory: Memory, gradients: Gradients) -> Gradients:
+        result: Gradients = {}
+        for p in memory.tensors():
+            state: Mapping[str, Any] = memory.state.get(p, {})
+            found = next((state[name] for name in self.buffers if state.get(name) is not None), None)
+            if found is not None:
+                result[p] = -found.to(p.dtype)
+            elif state and p.requires_grad:
+                raise RuntimeError(
+                    f"SAM: MomentumSAM found none of {', '.join(self.buffers)} in the base optimizer's state "
+                    f"({', '.join(state)}); give it momentum, or name its buffer"
+                )
+        return result
+
+
+class TRAM(Variant):
+    """TRAM (2310.03646): the radius is how far the outputs move under noise, rather than a constant.
+
+    e = rho d t^2 g / |t g| with t = abs(w) + eta (take `adaptive=True`, `rho=1.0`), d the divergence given to `observe()` in
+    the first pass, such as R3F's symmetric KL. Use it to join SAM with R3F: their plain sum did worse than either (table 2
+    there). From the equations: the released code leaves the gradient out.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def observe(self, divergence: Tensor) -> None:
+        """Takes the divergence of one (micro-)batch; the radius is the mean over the window."""
+        value = divergence.detach().double()
+        self._sum = value if self._sum is None else self._sum + value
+        self._count += 1
+
+    def radius(self) -> Tensor | None:
+        if self._sum is None:
+            raise RuntimeError("SAM: TRAM has no radius: call observe(divergence) in the first pass of each step")
+        return self._sum / self._count
+
+    def descend(self, memory: Memory, clean: Gradients, second: Gradients) -> None:
+        self._sum, self._count = None, 0  # what the second pass observed does not count
+
+
+def _not_negative(who: str, name: str, value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{who}: {name} must be finite and >= 0, not {value}")
+    return value
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0."""
+    return torch.where(b == 0, torch.zeros_like(a), a / b)
+
+
+def _scale_(tensors: Gradients, factor: Tensor) -> None:
+    for g in tensors.values():
+        g.mul_(factor.to(g.device, g.dtype))
+
+
+def _add_(tensors: Gradients, others: Gradients, factor: float | Tensor) -> None:
+    for p, g in tensors.items():
+        if p in others:
+            g.add_(others[p] * (factor.to(g.device, g.dtype) if isinstance(factor, Tensor) else factor))

@@ -1,0 +1,141 @@
+"""logits-SAM and Functional-SAM against their equations, in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp
+
+from fastpost import SAM
+from fastpost.sam import FunctionalSAM, MomentumSAM, SAMWindow, logits_sam
+
+from .small import X, Y, network
+
+RHO = 0.4
+
+
+def head_problem(tokens: int, width: int, vocabulary: int):
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((2, tokens // 2, width), (vocabulary, width), (vocabulary,))
+    )
+    labels = torch.randint(0, vocabulary, (2, tokens // 2), generator=generator)
+    return hidden, weight, bias, lambda z: nn.functional.cross_entropy(z.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize(("tokens", "width", "vocabulary"), [(6, 16, 50), (60, 8, 10)])  # both orders of products
+@pytest.mark.parametrize("biased", [False, True])
+def test_logits_sam_is_a_perturbed_head(tokens: int, width: int, vocabulary: int, biased: bool) -> None:
+    hidden, weight, bias, loss = head_problem(tokens, width, vocabulary)
+    inputs = [hidden, weight, *([bias] if biased else [])]
+
+    def at(w: Tensor) -> Tensor:
+        return loss(hidden @ w.T + (bias if biased else 0))
+
+    (g,) = torch.autograd.grad(at(weight), weight)
+    e = RHO * g / g.norm()
+    expected = at(weight + e)
+    gradients = torch.autograd.grad(expected, inputs)
+    got = logits_sam(hidden, weight, loss, RHO, bias=bias if biased else None)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-13)
+    for a, b in zip(torch.autograd.grad(got, inputs), gradients, strict=True):
+        assert (a - b).abs().max() <= 1e-13
+
+
+@pytest.mark.parametrize("tokens", [6, 60])
+def test_logits_sam_where_nothing_moves(tokens: int) -> None:
+    hidden, weight, _, loss = head_problem(tokens, 8, 10)
+    assert logits_sam(hidden, weight, loss, 0.0).item() == loss(hidden @ weight.T).item()
+    assert logits_sam(hidden, weight, lambda z: (z * 0).sum()).item() == 0
+    assert logits_sam(hidden.detach() / 0, weight, loss).isnan()
+    with pytest.raises(ValueError, match="rho"):
+        logits_sam(hidden, weight, loss, -1.0)
+
+
+def equations(model: nn.Module, x: Tensor, y: Tensor, weight: float) -> dict[str, Tensor]:
+    """J(w + e)^T dL/dz(w), e along the gradient at w of the whole loss."""
+    w = {n: p.detach() for n, p in model.named_parameters()}
+
+    def logits(w: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, w, (x,))
+
+    z, pull = vjp(logits, w)
+    z = z.detach().requires_grad_()
+    (dz,) = torch.autograd.grad(nn.functional.cross_entropy(z, y) * weight, z)
+    (g,) = pull(dz)
+    norm = torch.stack([v.square().sum() for v in g.values()]).sum().sqrt()
+    _, pull = vjp(logits, {n: w[n] + RHO * g[n] / norm for n in w})
+    return pull(dz)[0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("form", ["closure", "window"])
+def test_functional_sam(form: str, scale: float) -> None:
+    model, lr = network().double(), 0.3
+    x, y = X.double(), Y
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=lr)
+    functional = FunctionalSAM(opt)
+    for _ in range(3):
+        g = equations(model, x, y, 1.0)
+        expected = {n: p.detach() - lr * g[n] for n, p in model.named_parameters()}
+        plain = copy.deepcopy(model)
+        nn.functional.cross_entropy(plain(x), y).backward()
+
+        def forward_backward(rows: slice) -> Tensor:
+            def loss_of(z: Tensor) -> Tensor:
+                return nn.functional.cross_entropy(z, y[rows]) * len(y[rows]) / len(y)
+
+            loss = functional(model(x[rows]), loss_of)
+            (loss * scale).backward()
+            return loss
+
+        if form == "closure":
+            opt.zero_grad()
+            forward_backward(slice(0, 32))
+            with opt.perturbed():
+                forward_backward(slice(0, 32))
+        else:
+            SAMWindow(opt, forward_backward).run([slice(0, 8), slice(8, 32)])
+        for p in model.parameters():
+            p.grad /= scale
+        assert any((p.grad - q.grad).abs().max() > 1e-3 for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+        opt.step()
+        for n, p in model.named_parameters():
+            assert (p.detach() - expected[n]).abs().max() <= 1e-13
+
+
+def test_functional_sam_after_a_step_that_was_given_up() -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=0.1)
+    functional = FunctionalSAM(opt)
+
+    def loss(rows: slice) -> Tensor:
+        return functional(model(X[rows]), lambda z: nn.functional.cross_entropy(z, Y[rows]))
+
+    loss(slice(0, 5)).backward()
+    opt.zero_grad()  # never perturbed: what was kept is stale
+    loss(slice(0, 7)).backward()
+    with pytest.raises(RuntimeError, match=r"shape \(9, 3\) meet those of \(7, 3\)"), opt.perturbed():
+        loss(slice(0, 9))
+    opt.zero_grad()
+    loss(slice(0, 9)).backward()
+    with opt.perturbed():
+        loss(slice(0, 9)).backward()
+
+
+def test_functional_sam_needs_a_first_pass() -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=0.1, momentum=0.9, variant=MomentumSAM())
+    functional = FunctionalSAM(opt)
+
+    def closure() -> Tensor:
+        loss = functional(model(X), lambda z: nn.functional.cross_entropy(z, Y))
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="no first pass"):
+        opt.step(closure)

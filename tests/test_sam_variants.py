@@ -1,0 +1,386 @@
+"""Every variant against its equations, in float64, over several steps; state, scale and faults of the hooks."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fastpost import SAM
+from fastpost.sam import GSAM, TRAM, FriendlySAM, LookSAM, MomentumSAM, SAMWindow, StableSAM, Variant, norm_layers
+
+from . import tiny
+from .small import Y, all_bits, closure_of, network, same_state, unchanged
+
+LR, RHO, STEPS = 0.2, 0.3, 5
+BATCHES = [torch.randn(32, 20, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in range(STEPS)]
+
+
+def loss_on(model: nn.Module, x: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(x), Y)
+
+
+class Problem:
+    """The network's loss and gradient as functions of one vector w."""
+
+    def __init__(self) -> None:
+        self.model = network().double()
+        self.shapes = {n: p.shape for n, p in self.model.named_parameters()}
+        self.w = torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+    def gradient(self, w: Tensor, x: Tensor) -> Tensor:
+        live = w.detach().requires_grad_()
+        parts = live.split([s.numel() for s in self.shapes.values()])
+        named = {n: part.view(s) for (n, s), part in zip(self.shapes.items(), parts, strict=True)}
+        return torch.autograd.grad(nn.functional.cross_entropy(functional_call(self.model, named, (x,)), Y), live)[0]
+
+
+def sam_gradient(problem: Problem, w: Tensor, x: Tensor, rho: float = RHO) -> Tensor:
+    g = problem.gradient(w, x)
+    return problem.gradient(w + rho * g / g.norm(), x)
+
+
+def stable(problem: Problem, w: Tensor):
+    for x in BATCHES:
+        g, h = problem.gradient(w, x), sam_gradient(problem, w, x)
+        w = w - LR * h * g.norm() / h.norm()
+        yield w
+
+
+def gsam(problem: Problem, w: Tensor):
+    for x in BATCHES:
+        g, h = problem.gradient(w, x), sam_gradient(problem, w, x)
+        unit = h / h.norm()
+        w = w - LR * (h - 0.4 * (g - (g @ unit) * unit))
+        yield w
+
+
+def look(problem: Problem, w: Tensor):
+    for t, x in enumerate(BATCHES):
+        g = problem.gradient(w, x)
+        if t % 2 == 0:
+            h = sam_gradient(problem, w, x)
+            cosine = g @ h / g.norm() / h.norm()
+            v = h - h.norm() * cosine * g / g.norm()
+        else:
+            h = g + 0.7 * g.norm() / v.norm() * v
+        w = w - LR * h
+        yield w
+
+
+def friendly(problem: Problem, w: Tensor):
+    m = torch.zeros_like(w)
+    for x in BATCHES:
+        g = problem.gradient(w, x)
+        m = 0.6 * m + 0.4 * g
+        d = g - 0.8 * m
+        w = w - LR * problem.gradient(w + RHO * d / d.norm(), x)
+        yield w
+
+
+def momentum(problem: Problem, w: Tensor):
+    v = torch.zeros_like(w)
+    for x in BATCHES:
+        at = w - RHO * v / v.norm() if v.any() else w
+        v = 0.9 * v + problem.gradient(at, x)
+        w = w - LR * v
+        yield w
+
+
+CASES = {
+    "stable": (stable, StableSAM, {}),
+    "gsam": (gsam, lambda: GSAM(alpha=0.4), {}),
+    "look": (look, LookSAM, {"interval": 2}),
+    "friendly": (friendly, lambda: FriendlySAM(sigma=0.8, decay=0.6), {}),
+    "momentum": (momentum, MomentumSAM, {"momentum": 0.9}),
+}
+
+
+def by_closure(model: nn.Module, opt: SAM, x: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
+    def closure() -> Tensor:
+        loss = loss_on(model, x)
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+
+
+def by_window(model: nn.Module, opt: SAM, x: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
+    def forward_backward(rows: slice) -> Tensor:
+        loss = nn.functional.cross_entropy(model(x[rows]), Y[rows]) / 2
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        return loss
+
+    SAMWindow(opt, forward_backward).run([slice(0, 16), slice(16, 32)])
+    if scaler is None:
+        opt.step()
+        return
+    scaler.unscale_(opt)
+    scaler.step(opt)
+    scaler.update()
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("form", [by_closure, by_window])
+@pytest.mark.parametrize("name", CASES)
+def test_a_variant_follows_its_equations_to_1e_12(name: str, form) -> None:
+    equations, variant, options = CASES[name]
+    problem = Problem()
+    model = copy.deepcopy(problem.model)
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, variant=variant(), **options)
+    for x, expected in zip(BATCHES, equations(problem, problem.w), strict=True):
+        form(model, opt, x)
+        assert (weights(model) - expected).abs().max() <= 1e-12
+        assert not opt.is_perturbed
+    plain = SAM(problem.model.parameters(), torch.optim.SGD, rho=RHO, lr=LR)
+    for x in BATCHES:
+        form(problem.model, plain, x)
+    assert (weights(model) - weights(problem.model)).abs().max() > 1e-3  # and is not SAM
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_variant_does_not_feel_the_loss_scale(name: str) -> None:
+    equations, variant, options = CASES[name]
+    problem = Problem()
+    model = copy.deepcopy(problem.model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_factor=2.0, growth_interval=1)  # another one each step
+    made = variant()
+    if isinstance(made, FriendlySAM):
+        made.loss_scale = scaler.get_scale
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, variant=made, **options)
+    for x, expected in zip(BATCHES, equations(problem, problem.w), strict=True):
+        by_window(model, opt, x, scaler)
+        assert (weights(model) - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("overflowing", ["ascent", "descent"])
+@pytest.mark.parametrize("name", ["stable", "gsam", "look", "friendly"])
+def test_an_overflow_poisons_nothing_that_a_variant_keeps(name: str, overflowing: str) -> None:
+    _, variant, options = CASES[name]
+    options = {**options, "interval": 1}
+    calm, hit = network(), network()
+    opts = [SAM(m.parameters(), torch.optim.AdamW, rho=RHO, lr=1e-2, variant=variant(), **options) for m in (calm, hit)]
+    for model, opt in zip((calm, hit), opts, strict=True):
+        opt.step(closure_of(model))
+    before, state = all_bits(hit), copy.deepcopy(opts[1].state_dict())
+    passes = []
+
+    def closure() -> Tensor:
+        passes.append(1)
+        loss = closure_of(hit)() * 1
+        if len(passes) == (1 if overflowing == "ascent" else 2):
+            for p in hit.parameters():
+                p.grad.fill_(math.inf)
+        return loss
+
+    opts[1].step(closure)
+    assert opts[1].skipped_steps == 1
+    assert unchanged(hit, before)
+    assert same_state(state, opts[1].state_dict())
+    for _ in range(2):
+        opts[1].step(closure_of(hit))
+    assert all(p.isfinite().all() for p in hit.parameters())
+    assert all(v.isfinite().all() for s in opts[1].state.values() for v in s.values() if isinstance(v, Tensor))
+
+
+@pytest.mark.parametrize("name", ["look", "friendly", "momentum"])
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
+def test_what_a_variant_keeps_is_resumed_bit_by_bit(name: str, base) -> None:
+    """In the middle of an interval, through state_dict and through torch.distributed.checkpoint."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    _, variant, options = CASES[name]
+    options = (
+        {**options, "momentum": 0.9} if base is torch.optim.SGD else {k: v for k, v in options.items() if k != "momentum"}
+    )
+
+    def build(model: nn.Module) -> SAM:
+        return SAM(model.parameters(), base, rho=RHO, lr=1e-2, variant=variant(), **options)
+
+    model = network()
+    opt = build(model)
+    for _ in range(3):
+        opt.step(closure_of(model))
+    middle, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+    sharded = copy.deepcopy(get_optimizer_state_dict(model, opt))
+    for _ in range(3):
+        opt.step(closure_of(model))
+    for load in (lambda m, o: o.load_state_dict(state), lambda m, o: set_optimizer_state_dict(m, o, sharded)):
+        resumed = network()
+        resumed.load_state_dict(middle)
+        again = build(resumed)
+        load(resumed, again)
+        for _ in range(3):
+            again.step(closure_of(resumed))
+        assert unchanged(resumed, all_bits(model))
+
+
+def test_a_checkpoint_of_a_fresh_optimizer_does_not_shift_the_interval() -> None:
+    """torch warms it up with a step at a learning rate of 0, which creates the state and must not count."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.AdamW, rho=RHO, lr=1e-2, interval=2, variant=LookSAM())
+    before = all_bits(model)
+    saved = get_optimizer_state_dict(model, opt)
+    assert unchanged(model, before)
+    assert opt.param_groups[0]["sam_steps"] == 0
+    assert all("sam_look" in entry for entry in saved["state"].values())
+    assert opt.ascends
+
+
+def test_gsam_refuses_gradients_of_two_scales() -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, variant=GSAM())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    before = all_bits(model)
+    for _ in range(2):
+        scaler.scale(loss_on(model, BATCHES[0].float())).backward()
+        if not opt.is_perturbed:
+            opt.first_step(zero_grad=True)
+    scaler.unscale_(opt)
+    with pytest.raises(RuntimeError, match=r"GSAM combines the gradients of both passes.*perturbed\(\)"):
+        scaler.step(opt)
+    assert unchanged(model, before)
+    assert not opt.is_perturbed
+
+
+def test_parameters_that_take_part_in_one_pass_only(backend: str) -> None:
+    for name in ("gsam", "look", "friendly", "stable"):
+        _, variant, _ = CASES[name]
+        used, other = nn.Parameter(torch.ones(5)), nn.Parameter(torch.full((7,), 2.0))
+        opt = SAM([used, other], torch.optim.AdamW, rho=0.5, lr=0.1, variant=variant())
+        (used.square().sum() + other.square().sum()).backward()
+        opt.first_step(zero_grad=True)
+        used.square().sum().backward()
+        opt.second_step(zero_grad=True)
+        assert torch.equal(other, torch.full((7,), 2.0))
+        (other.square().sum()).backward()
+        opt.first_step(zero_grad=True)
+        (used.square().sum() + other.square().sum()).backward()
+        opt.second_step(zero_grad=True)
+        assert not torch.equal(other, torch.full((7,), 2.0))
+        assert opt.skipped_steps == 0
+
+
+# -- TRAM -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["closure", "window"])
+def test_tram_follows_its_equations(form: str) -> None:
+    """e = d t^2 g / |t g|, t = abs(w) + eta; d from the first pass, averaged over micro-batches."""
+    problem, eta = Problem(), 0.05
+    model, w, tram = copy.deepcopy(problem.model), problem.w, TRAM()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=1.0, adaptive=True, eta=eta, lr=LR, variant=tram)
+    for x in BATCHES:
+        d = x[:16].square().mean() / 2 + x[16:].square().mean() / 2 if form == "window" else x.square().mean()
+        g, t = problem.gradient(w, x), w.abs() + eta
+        w = w - LR * problem.gradient(w + d * t**2 * g / (t * g).norm(), x)
+
+        def forward_backward(rows: slice, x: Tensor = x) -> Tensor:
+            tram.observe(x[rows].square().mean())
+            loss = nn.functional.cross_entropy(model(x[rows]), Y[rows]) * len(Y[rows]) / len(Y)
+            loss.backward()
+            return loss
+
+        if form == "window":
+            SAMWindow(opt, forward_backward).run([slice(0, 16), slice(16, 32)])
+            opt.step()
+        else:
+            opt.step(lambda: forward_backward(slice(0, 32)))
+        assert (weights(model) - w).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize(("divergence", "skipped"), [(0.0, 0), (math.nan, 1), (math.inf, 1)])
+def test_tram_with_a_divergence_that_is_zero_or_not_finite(divergence: float, skipped: int) -> None:
+    model, tram = network(), TRAM()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=1.0, adaptive=True, lr=0.0, variant=tram)
+    before = all_bits(model)
+    tram.observe(torch.tensor(divergence))
+    closure_of(model)()
+    opt.first_step(zero_grad=True)
+    assert unchanged(model, before)
+    closure_of(model)()
+    opt.second_step()
+    assert opt.skipped_steps == skipped
+
+
+def test_tram_without_a_divergence_says_so() -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=1.0, lr=0.0, variant=TRAM())
+    with pytest.raises(RuntimeError, match="call observe"):
+        opt.step(closure_of(model))
+    assert not opt.is_perturbed
+
+
+# -- scopes, passes, bad input ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sequence", "llama"])
+def test_sam_on_norm_layers_only(kind: str) -> None:
+    model = tiny.build(kind)
+    opt = SAM(model.named_parameters(), torch.optim.SGD, rho=0.5, lr=0.0, scope=norm_layers(model))
+    model(**tiny.batch_for(kind)).loss.backward()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    opt.first_step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved
+    assert all("norm" in n.lower() for n in moved)
+    e = torch.cat([(p.detach() - before[n]).flatten() for n, p in model.named_parameters()])
+    assert e.norm().item() == pytest.approx(0.5, rel=1e-5)
+    with pytest.raises(ValueError, match="no norm layer"):
+        norm_layers(network())
+
+
+def test_momentum_sam_makes_one_pass_and_leaves_no_perturbation_between_steps() -> None:
+    model, calls = network(), []
+    opt = SAM(model.parameters(), torch.optim.AdamW, rho=RHO, lr=1e-2, variant=MomentumSAM())
+    for _ in range(3):
+        opt.step(lambda: calls.append(1) or closure_of(model)())
+        opt.state_dict()  # refused while perturbed
+    assert len(calls) == 3
+
+
+def test_momentum_sam_asks_for_momentum() -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.Adagrad, rho=RHO, lr=1e-2, variant=MomentumSAM())
+    with pytest.raises(RuntimeError, match="found none of momentum_buffer, exp_avg"):
+        opt.step(closure_of(model))
+    assert not opt.is_perturbed
+
+
+def test_several_bases_and_a_variant() -> None:
+    model = network()
+    params = list(model.parameters())
+    bases = [torch.optim.SGD(params[:2], lr=0.1, momentum=0.9), torch.optim.AdamW(params[2:], lr=1e-2)]
+    opt = SAM(None, bases, rho=RHO, variant=FriendlySAM())
+    for _ in range(3):
+        opt.step(closure_of(model))
+    assert all("sam_mean" in opt.state[p] for p in params)
+    assert all("exp_avg" in opt.state[p] for p in params[2:])
+
+
+def test_bad_input() -> None:
+    model = network()
+    for call, message in (
+        (lambda: GSAM(alpha=-1.0), "alpha"),
+        (lambda: LookSAM(alpha=math.nan), "alpha"),
+        (lambda: FriendlySAM(decay=1.0), "decay"),
+        (lambda: FriendlySAM(sigma=-0.1), "sigma"),
+        (
+            lambda: SAMWindow(SAM(model.parameters(), torch.optim.SGD, variant=GSAM()), lambda b: b, per_micro_batch=True),
+            "GSAM combines",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="variant must be"):
+        SAM(model.parameters(), torch.optim.SGD, variant=GSAM)
+    assert isinstance(SAM(model.parameters(), torch.optim.SGD).variant, Variant)
