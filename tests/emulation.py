@@ -39,7 +39,7 @@ def build(source: Path = ROOT, build_dir: Path = ROOT / "build" / "emulated") ->
 
 
 def activate() -> None:
-    """Makes the emulated core the one that fastpost loads, and lets its cuda backend serve CPU tensors."""
+    """Makes the emulated core the one that fastpost loads, and its cuda backend the one that serves CPU tensors."""
     spec = importlib.util.spec_from_file_location("fastpost._C", build())
     assert spec is not None
     assert spec.loader is not None
@@ -47,6 +47,7 @@ def activate() -> None:
     spec.loader.exec_module(core)
     sys.modules["fastpost._C"] = core
 
+    from fastpost import dispatch
     from fastpost.backends import cuda
     from fastpost.backends.serving import refusal
 
@@ -55,3 +56,4 @@ def activate() -> None:
     cuda.refuses = lambda op, device, dtype, walkable: refusal(  # type: ignore[assignment]
         vars(cuda), op, None if device == "cpu" else f"serves no {device} here", dtype, walkable
     )
+    dispatch._DEFAULT_ORDER["cpu"] = ("cuda", "reference")

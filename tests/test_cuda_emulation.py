@@ -1,0 +1,130 @@
+"""The CUDA core's source, run on the CPU (see emulation.py): what the emulation itself sees, and long lists.
+
+`CUDA_EMULATION=1 pytest -k cuda` runs the operation tests on it; the tests here that need that mode say so.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastpost
+from fastpost.backends import native
+from fastpost.ops import noise  # noqa: F401  (registers torch.ops.fastpost.embedding_noise)
+from fastpost.ops import params as ops
+
+from . import emulation
+from .conftest import same_bits
+
+HERE = Path(__file__).parent / "cuda_emulation"
+needs_emulation = pytest.mark.skipif(not emulation.enabled(), reason="needs CUDA_EMULATION=1 (a step of `make test`)")
+
+
+# -- the emulation sees defects -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def defects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("emulation") / "defects"
+    compiler = shutil.which("g++") or shutil.which("c++")
+    assert compiler is not None
+    command = [
+        compiler, "-std=c++17", "-O1", "-fsanitize=alignment", "-fno-sanitize-recover=all", f"-I{HERE}",
+        f"-I{emulation.ROOT / 'csrc'}", "-o", program, HERE / "defects.cpp", HERE / "fibers.cpp",
+        emulation.ROOT / "csrc" / "core" / "plan.cpp",
+    ]  # fmt: skip
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    return program
+
+
+@pytest.mark.parametrize(
+    ("defect", "shows"),
+    [
+        ("none", "right"),
+        ("race", "wrong"),
+        ("barrier", "wait at a barrier that others never reach"),
+        ("warp", "wait at a barrier that others never reach"),
+        ("aligned", "right"),
+        ("misaligned", "misaligned address"),
+        ("ragged block", "a block of whole warps is needed"),
+    ],
+)
+def test_planted_defects_show(defects: Path, defect: str, shows: str) -> None:
+    run = subprocess.run([str(defects), defect], capture_output=True, text=True)
+    assert shows in run.stdout + run.stderr
+    assert (run.returncode == 0) == (shows in ("right", "wrong"))
+
+
+# -- lists that take several launches, and what a launch refuses -----------------------------------------------------------
+
+
+@needs_emulation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lists_longer_than_one_launch(dtype: torch.dtype) -> None:
+    """A table holds some 800 tensors; sums and random signs must not show where it was cut."""
+    numels = [(7 * i) % 53 for i in range(2500)]
+    numels[1234] = 70_001  # two chunks in the midst of it
+    weights = [torch.randn(n).to(dtype) for n in numels]
+    grads = [torch.randn(n).to(dtype) for n in numels]
+    results = {}
+    for backend in ("cpu", "cuda"):
+        with fastpost.use_backend(backend):
+            w, g = [t.clone() for t in weights], [t.clone() for t in grads]
+            stash = [torch.full_like(t, float("nan")) for t in w]
+            squared = ops.squared_norm(g)
+            sums = ops.sam_perturb_(w, g, stash, squared, rho=0.3)
+            perturbed = [t.clone() for t in w]
+            ops.sam_restore_(w, stash)
+            ops.flip_signs_(g, 11)
+            results[backend] = (squared, sums, perturbed, w, [t.clone() for t in g])
+            ops.negate_(g)
+            ops.negate_clip_(g, 0.5)
+    for mine, theirs in zip(results["cuda"][3], weights, strict=True):
+        assert same_bits(mine, theirs)
+    for mine, theirs in zip(results["cuda"][4], results["cpu"][4], strict=True):
+        assert same_bits(mine, theirs)
+    for k in (0, 1):
+        torch.testing.assert_close(results["cuda"][k], results["cpu"][k], rtol=1e-6, atol=0)
+    tolerance = {torch.float32: 2e-7, torch.bfloat16: 8e-3}[dtype]  # one unit in the last place: CPU loops fuse
+    for mine, theirs in zip(results["cuda"][2], results["cpu"][2], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=1e-8)
+
+
+@needs_emulation
+def test_results_do_not_depend_on_addresses_or_on_how_a_list_is_cut() -> None:
+    """The same bits for misaligned copies, and for one tensor alone or among others."""
+    numels = (70_001, 3, 129, 65_536)
+    grads = [torch.randn(n) for n in numels]
+    room = [torch.randn(n + 8) for n in numels]
+    with fastpost.use_backend("cuda"):
+        plain = ops.squared_norm(grads)
+        for offset in (1, 2, 3):
+            moved = [r[offset : offset + n].copy_(g) for r, g, n in zip(room, grads, numels, strict=True)]
+            assert same_bits(ops.squared_norm(moved), plain)
+        alone = ops.squared_norm(grads[:1])
+        assert same_bits(ops.squared_norm([grads[0], torch.zeros(5), torch.zeros(0)]), alone)
+
+
+@needs_emulation
+def test_a_failed_launch_names_the_operation_and_the_device() -> None:
+    core = native.core()
+    plan = core.Plan(core.DType.f32, [4], [0])
+    x = torch.ones(4)
+    plan.point(core.Column.grad, [x.data_ptr()], False)
+    with pytest.raises(RuntimeError, match=r"negate_ on cuda:3 failed: invalid device ordinal.*fastpost doctor"):
+        core.cuda.negate(plan, 3, 0)
+    assert bool((x == 1).all())
+
+
+@needs_emulation
+def test_an_id_outside_the_table_gives_nan_and_reads_nothing() -> None:
+    with fastpost.use_backend("cuda"):
+        op = torch.ops.fastpost.embedding_noise
+        table, ids = torch.randn(5, 12), torch.tensor([0, 5, -1, 4, 2**40])
+        clean, noised = op(table, ids, 1e-3, "uniform", torch.tensor(3), None, torch.float32)
+    assert clean.isnan().all(1).tolist() == noised.isnan().all(1).tolist() == [False, True, True, False, True]
+    assert same_bits(clean[3], table[4])
