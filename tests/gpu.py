@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -123,10 +124,13 @@ class Captured:
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Bytes allocated at most while `work` runs, beside what was there; 0 in a rehearsal."""
+    """Bytes allocated at most while `work` runs, beside what was there."""
     if not ON_GPU:
-        work()
-        return 0
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            work()
+        events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+        return max(itertools.accumulate(changes, initial=0))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -1,9 +1,8 @@
 """Every operation a few times on small awkward inputs, for compute-sanitizer: `python -m tests.gpu_sanitize cuda`.
 
 What is computed is the tests' business; here addresses are. PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor an
-allocation of its own, so that the step beyond its end is seen. Two words in place of a backend plant a defect each, by
-which a sanitizer shows that it looks at our kernels at all: "overrun" walks past an allocation, "unwritten" reads memory that
-was never written.
+allocation of its own, so that the step beyond its end is seen. Two words in place of a backend plant a defect each, which
+shows that a sanitizer looks at our kernels at all: "overrun" walks past an allocation, "unwritten" reads what nobody wrote.
 """
 
 from __future__ import annotations

@@ -131,7 +131,9 @@ def test_logits_that_cross_32_bits(backend: str, inplace: bool) -> None:
 def test_in_place_allocates_nothing_of_the_logits_size(
     backend: str, dtype: torch.dtype, record_property: pytest.RecordProperty
 ) -> None:
-    rows, cols = (512, 50257) if ON_GPU else (8, 500)
+    if backend == "reference":
+        pytest.skip("the specification allocates as it likes")
+    rows, cols = (512, 50257) if ON_GPU else (64, 5000)
     sources = [t.to(dtype).requires_grad_() for t in there(*bodies.streams(rows, cols, 1.0))]
 
     def step(inplace: bool) -> int:
