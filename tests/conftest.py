@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched at run time
 
@@ -12,9 +14,11 @@ if emulation.enabled():
     emulation.activate()  # before anything loads the real core
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 import fastpost
@@ -67,3 +71,20 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.fixture
+def gigabytes(request: pytest.FixtureRequest) -> Iterator[float]:
+    """So much device memory (the parameter, indirect), for one test at a time, given back afterwards.
+
+    Skips where the device has not that much left.
+    """
+    if not torch.cuda.is_available() or os.environ.get("FASTPOST_GPU_TESTS") == "cpu":
+        pytest.skip("needs gigabytes of device memory")
+    with FileLock(Path(tempfile.gettempdir()) / "fastpost-gpu-tests.lock"):  # between the processes of one run
+        free = torch.cuda.mem_get_info()[0] / 1e9
+        if free < request.param:
+            pytest.skip(f"needs {request.param} GB of device memory, of which {free:.0f} are free")
+        yield request.param
+        gc.collect()
+        torch.cuda.empty_cache()

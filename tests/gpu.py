@@ -59,15 +59,6 @@ def there(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().clone().to(DEVICE) for t in tensors]
 
 
-def needs_memory(gigabytes: float) -> None:
-    """Skips where the device has not that much left; a rehearsal never has."""
-    if not ON_GPU:
-        pytest.skip("a rehearsal on the CPU leaves out what needs gigabytes")
-    free = torch.cuda.mem_get_info()[0] / 1e9
-    if free < gigabytes:
-        pytest.skip(f"needs {gigabytes:.0f} GB of device memory, of which {free:.0f} are free")
-
-
 @contextlib.contextmanager
 def no_sync() -> Iterator[None]:
     """Whatever waits for the device in here raises."""

@@ -25,7 +25,6 @@ from .gpu import (
     borrow,
     late_stream,
     needs_gpu,
-    needs_memory,
     no_sync,
     peak_bytes,
     there,
@@ -103,10 +102,10 @@ def test_rows_are_the_same_bits_alone_and_in_any_batch(backend: str, cols: int) 
 # -- sizes beyond 2^31 ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("gigabytes", [40], indirect=True)
 @pytest.mark.parametrize("inplace", [False, True])
-def test_logits_that_cross_32_bits(backend: str, inplace: bool) -> None:
+def test_logits_that_cross_32_bits(backend: str, inplace: bool, gigabytes: float) -> None:
     """16,750 tokens of a vocabulary of 128,256: the rows on both sides of element 2^31 against the equations."""
-    needs_memory(40)
     rows, cols = 16_750, 128_256
     crossing = 2**31 // cols
     at = [0, 1, crossing - 1, crossing, crossing + 1, rows - 1]

@@ -14,7 +14,7 @@ from fastpost.ops.noise import add_noise, embedding_noise
 
 from . import test_noise as bodies
 from .conftest import DTYPES, same_bits
-from .gpu import BACKENDS, DEVICE, ON_GPU, Captured, borrow, late_stream, needs_gpu, needs_memory, no_sync, there
+from .gpu import BACKENDS, DEVICE, ON_GPU, Captured, borrow, late_stream, needs_gpu, no_sync, there
 from .test_noise import (  # noqa: F401  (collected here once more, on the device)
     NOISE_TYPES,
     NORMAL_ULPS,
@@ -116,8 +116,8 @@ def test_rows_are_placed_where_their_number_says() -> None:
     assert same_bits(whole[37:38], place(37, 8, 11))
 
 
-def test_more_elements_than_32_bits_count(backend: str) -> None:
-    needs_memory(20)
+@pytest.mark.parametrize("gigabytes", [20], indirect=True)
+def test_more_elements_than_32_bits_count(backend: str, gigabytes: float) -> None:
     n = 2**31 + 8
     noised = add_noise(torch.zeros(n, dtype=torch.bfloat16, device=DEVICE), 1.0, seed=11)
     for row in (0, 2**28 - 1, 2**28):
@@ -125,8 +125,8 @@ def test_more_elements_than_32_bits_count(backend: str) -> None:
     assert not any(bool((part == 0).all()) for part in noised.split(1 << 24))
 
 
-def test_a_table_beyond_32_bits(backend: str) -> None:
-    needs_memory(12)
+@pytest.mark.parametrize("gigabytes", [12], indirect=True)
+def test_a_table_beyond_32_bits(backend: str, gigabytes: float) -> None:
     rows, width = 2**20 + 3, 2**11
     table = torch.zeros(rows, width, dtype=torch.bfloat16, device=DEVICE)
     table[-1] = 5

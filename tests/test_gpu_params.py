@@ -18,7 +18,7 @@ from fastpost.ops import params as ops
 from . import test_params as bodies
 from . import test_restore_adamw
 from .conftest import DTYPES, bits, same_bits
-from .gpu import BACKENDS, DEVICE, ON_GPU, Captured, at_home, borrow, late_stream, needs_gpu, needs_memory, no_sync, there
+from .gpu import BACKENDS, DEVICE, ON_GPU, Captured, at_home, borrow, late_stream, needs_gpu, no_sync, there
 from .test_params import (  # noqa: F401  (collected here once more, on the device)
     test_any_list_perturbs_like_the_reference_and_restores,
     test_large_lists_are_stashed_past_the_caches_with_the_same_result,
@@ -171,8 +171,8 @@ def test_flips_follow_the_generator() -> None:
     assert torch.equal(x < 0, flipped(SEED, 1, torch.arange(1000)))
 
 
-def test_more_elements_than_32_bits_count(backend: str) -> None:
-    needs_memory(20)
+@pytest.mark.parametrize("gigabytes", [20], indirect=True)
+def test_more_elements_than_32_bits_count(backend: str, gigabytes: float) -> None:
     n = 2**31 + 5
     g = torch.ones(n, dtype=torch.bfloat16, device=DEVICE)
     g[-1] = 3

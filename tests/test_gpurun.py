@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,20 @@ def test_the_dry_run_compiles_the_cuda_core() -> None:
     done = run(SCRIPT, "--dry-run", "--only", "build")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "params.cu.o" in done.stdout
+
+
+def test_a_python_in_which_fastpost_is_not_installed_finds_all_of_it(tmp_path: Path) -> None:
+    """On PYTHONPATH a folder of packages brings no editable installs."""
+    python = tmp_path / "python"
+    packages = sysconfig.get_paths()["purelib"]
+    python.write_text(f'#!/bin/bash\nPYTHONPATH=$PYTHONPATH:{packages} exec {sys._base_executable} "$@"\n')
+    python.chmod(0o755)
+    bare = [str(python), "-c", "import fastpost.bench"]
+    missing = subprocess.run(bare, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert "No module named 'fastpost.bench'" in missing.stderr
+    done = run(SCRIPT, "--dry-run", "--only", "bench", PYTHON=str(python))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "290 tensors" in done.stdout
 
 
 def test_unknown_options_are_named() -> None:
