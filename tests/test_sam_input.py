@@ -31,6 +31,19 @@ def perturbed_then(call):
     return run
 
 
+def marked(name: str, value: object) -> nn.Parameter:
+    """A parameter with the attribute by which FSDP1 and DeepSpeed mark theirs."""
+    p = nn.Parameter(torch.zeros(2))
+    setattr(p, name, value)
+    return p
+
+
+def zero_optimizer() -> type:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer
+
+
 P = [nn.Parameter(torch.zeros(2))]
 INSTANCE = torch.optim.SGD(P, lr=0.1)
 BAD = {
@@ -51,6 +64,13 @@ BAD = {
     "keywords for an instance": (lambda: SAM(None, INSTANCE, lr=1.0), TypeError, "lr"),
     "no optimizer": (lambda: SAM(P, "adamw"), TypeError, "base_optimizer"),
     "SAM in SAM": (lambda: SAM(None, SAM(P, torch.optim.SGD)), TypeError, "SAM itself"),
+    "LBFGS": (lambda: SAM(P, torch.optim.LBFGS), TypeError, "LBFGS needs a closure .* SGD or AdamW"),
+    "LBFGS instance": (lambda: SAM(None, torch.optim.LBFGS(P)), TypeError, "LBFGS needs a closure"),
+    "sync without a group": (lambda: SAM(P, torch.optim.SGD, sync_ascent=True), ValueError, "no process group"),
+    "no sync without a group": (lambda: SAM(P, torch.optim.SGD, sync_ascent=False), ValueError, "no process group"),
+    "ZeRO": (lambda: SAM(P, zero_optimizer()), TypeError, "ZeRO.*FSDP2"),
+    "FSDP1": (lambda: SAM([marked("_fsdp_flattened", True)], torch.optim.SGD), TypeError, "FSDP1.*use FSDP2"),
+    "DeepSpeed": (lambda: SAM([marked("ds_id", 3)], torch.optim.SGD), TypeError, "DeepSpeed's ZeRO"),
     "no gradient": (lambda: SAM(P, torch.optim.SGD).first_step(), RuntimeError, "backward"),
     "second without first": (lambda: with_gradients()[1].second_step(), RuntimeError, "without first_step"),
     "first twice": (perturbed_then(lambda o: o.first_step()), RuntimeError, "twice"),

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, MutableMapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+if TYPE_CHECKING:
+    from fastpost.sam.masters import Masters
 
-def build_bases(params: Any, base_optimizer: Any, kwargs: dict[str, Any]) -> list[Optimizer]:
+
+def build_bases(params: Any, base_optimizer: Any, kwargs: dict[str, Any], masters: Masters | None = None) -> list[Optimizer]:
+    """The wrapped optimizers.
+
+    Raises:
+        TypeError, ValueError: what was given is no optimizer, does not fit together, or cannot be wrapped.
+    """
     if isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer):
         if params is None:
             raise TypeError("SAM: params are needed to build the base optimizer from its class")
-        return [base_optimizer(params, **kwargs)]
+        _check_servable([], base_optimizer)
+        base = base_optimizer(params if masters is None else masters.for_base(), **kwargs)
+        _check_servable([base], base_optimizer)
+        return [base]
     bases = list(base_optimizer) if isinstance(base_optimizer, (list, tuple)) else [base_optimizer]
     if not bases or not all(isinstance(base, Optimizer) for base in bases):
         raise TypeError(
@@ -24,9 +36,34 @@ def build_bases(params: Any, base_optimizer: Any, kwargs: dict[str, Any]) -> lis
         raise TypeError("SAM: base_optimizer is a SAM itself")
     if kwargs:
         raise TypeError(f"SAM: {', '.join(kwargs)} would configure a base optimizer that is built already")
-    if params is not None:
+    if masters is not None:
+        masters.belong_to(bases)
+    elif params is not None:
         raise TypeError("SAM: pass None for params when base_optimizer is an instance; it has its own")
+    for base in bases:
+        _check_servable([base], type(base))
     return bases
+
+
+def _check_servable(bases: list[Optimizer], cls: type[Optimizer]) -> None:
+    """Refuses what SAM cannot wrap, saying what to use instead."""
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"SAM: {cls.__name__} needs a closure for its own search, and SAM's two passes leave it none. Use an optimizer "
+            "whose step() goes without one, such as SGD or AdamW"
+        )
+    if cls.__name__ == "ZeroRedundancyOptimizer" or cls.__module__.split(".")[0] == "deepspeed":
+        raise TypeError(
+            f"SAM: {cls.__name__} (ZeRO) keeps gradients or steps where SAM cannot reach them; shard with FSDP2 "
+            "(fully_shard), or use DDP"
+        )
+    for base in bases:
+        for p in (p for group in base.param_groups for p in group["params"]):
+            if getattr(p, "_fsdp_flattened", False):
+                raise TypeError("SAM: FSDP1 keeps parameters in flat buffers of its own; use FSDP2 (fully_shard) instead")
+            if hasattr(p, "ds_id"):
+                raise TypeError("SAM: DeepSpeed's ZeRO has partitioned these parameters; use FSDP2 (fully_shard) instead")
 
 
 class MergedState(MutableMapping[Tensor, Any]):

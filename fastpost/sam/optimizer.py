@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from fastpost.sam.buckets import BucketCache, ParameterBucket
 from fastpost.sam.face import Wrapper
 from fastpost.sam.fused import FusedRestore, check_fused_restore
 from fastpost.sam.kinds import build_perturbation
+from fastpost.sam.masters import Masters
 from fastpost.sam.memory import Gradients, Memory
 from fastpost.sam.options import check_options
 from fastpost.sam.overflow import OverflowGuard
@@ -66,6 +67,11 @@ class SAM(Wrapper):
         interval: SAM on every interval-th step, the base optimizer on the others.
         sync_ascent: whether ranks average the ascent gradient (True) or each perturbs by its own (False: m-sharpness, the
             original); None takes the gradients as they are. Windows act on it.
+        rounding: how w + e is stored in 16-bit weights: to "nearest", or "stochastic", at random between neighbours, which
+            keeps the mean of the step but not its direction.
+        rounding_seed: key of those random numbers.
+        master_params: float32 masters of the 16-bit `params`, in their order. The base optimizer steps the masters; w + e is
+            cast(master + e), restoring is a cast, and nothing is stashed.
         perturb: "stored" writes w + e over w. "functional" never writes w: the layers of `model` add what e would add to
             their outputs, so no rounding to the grid of the weights loses e (`fastpost.sam.functional`).
         model: the model, for "functional".
@@ -99,6 +105,9 @@ class SAM(Wrapper):
         dropout_rng: str = "same",
         interval: int = 1,
         sync_ascent: bool | None = None,
+        rounding: str = "nearest",
+        rounding_seed: int = 0,
+        master_params: Iterable[Tensor] | None = None,
         perturb: str = "stored",
         model: nn.Module | None = None,
         variant: Variant | None = None,
@@ -107,7 +116,8 @@ class SAM(Wrapper):
     ) -> None:
         ops.check_radius("SAM", rho, eta)
         check_options(ascent_fraction, dropout_rng, interval, compute_dtype, sync_ascent)
-        self._bases = build_bases(params, base_optimizer, kwargs)
+        self._masters = None if master_params is None else Masters(params, master_params)
+        self._bases = build_bases(params, base_optimizer, kwargs, self._masters)
         self.ascent_fraction = ascent_fraction
         self.compute_dtype = compute_dtype
         self.dropout_rng = dropout_rng
@@ -116,21 +126,27 @@ class SAM(Wrapper):
         self.variant = Variant() if variant is None else variant
         if not isinstance(self.variant, Variant):
             raise TypeError(f"SAM: variant must be an instance of fastpost.sam.Variant, not {variant!r}")
+        if self._masters is not None and type(self.variant) is not Variant:
+            raise ValueError(f"SAM: master_params do not serve {type(self.variant).__name__}; use it without masters")
         self._group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "sam_steps": 0}
         self._adopt()
         self._scope = ScopeCache(scope)
         self._reduction = Reduction()
-        self._perturbation = build_perturbation(perturb, model)
+        self._perturbation = build_perturbation(perturb, model, rounding, rounding_seed, self._masters)
         self._perturbation.check(self._in_scope())
         self._fused: FusedRestore | None = None
         if fused_restore:
             if not self._perturbation.stash:
-                raise ValueError("SAM: fused_restore=True steps from a stash, and perturb='functional' keeps none")
+                raise ValueError(
+                    "SAM: fused_restore=True steps from a stash, and perturb='functional' keeps none; nor do master_params"
+                )
             check_fused_restore(self._bases)
             self._fused = FusedRestore()
         self._empty_caches()
         self._clean: Gradients = {}
         self._combined = False
+        self._ascents = 0  # in this step; m-SAM has several
+        self._masters_fit = True
         self.cycle = 0  # goes up with every fresh start, so that what was kept from a first pass can be told stale
         self._awaits_second = False
         self._sums: Tensor | None = None
@@ -283,6 +299,8 @@ class SAM(Wrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients; between the two passes too, an ascent that overflowed stays known."""
         super().zero_grad(set_to_none)
+        if self._masters is not None:
+            self._masters.zero_grad(set_to_none)
         if self.is_perturbed:
             self._guard.rearm(self.tensors())
         else:
@@ -328,6 +346,11 @@ class SAM(Wrapper):
         super().add_param_group(param_group)
         self._perturbation.check(self._in_scope())
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of SAM or of the plain base optimizer; keys that are missing keep their values."""
+        super().load_state_dict(state_dict)
+        self._masters_fit = False
+
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("copying or pickling")
         caches = ("_ascent_buckets", "_finite_buckets", "_guard", "_memory")
@@ -346,11 +369,15 @@ class SAM(Wrapper):
         return accelerators(self.tensors())
 
     def tensors(self) -> list[Tensor]:
-        """All parameters, in or out of scope."""
-        return [p for group in self.param_groups for p in group["params"]]
+        """All parameters that the model computes with, in or out of scope."""
+        return [p for group in self._model_groups() for p in group["params"]]
+
+    def _model_groups(self) -> list[dict[str, Any]]:
+        """The groups with the tensors that the model computes with, which masters are not."""
+        return self.param_groups if self._masters is None else self._masters.groups_of_weights(self.param_groups)
 
     def _in_scope(self) -> list[Tensor]:
-        ids = self._scope.ids(self.param_groups)
+        ids = self._scope.ids(self._model_groups())
         return [p for p in self.tensors() if ids is None or id(p) in ids]
 
     def _refuse_a_second_ascent(self) -> None:
@@ -366,14 +393,15 @@ class SAM(Wrapper):
         variant, gradient = self.variant, None
         if type(variant).direction is not Variant.direction:
             gradient = variant.direction(self._memory, self._gradients()).get
-        buckets = self._ascent_buckets.of(self.param_groups, self._scope.ids(self.param_groups), gradient)
+        groups = self._model_groups()
+        buckets = self._ascent_buckets.of(groups, self._scope.ids(groups), gradient)
         if not buckets:
             if not variant.ascent_pass:
                 return
             raise RuntimeError("SAM: no parameter (in scope) has a gradient; call backward() before the ascent")
         terms = []
         for b in buckets:
-            group = self.param_groups[b.group]
+            group = groups[b.group]
             terms.append(Term(float(group["rho"]), group["eta"] if group["adaptive"] else None, self._seen(b)))
         squared = norm = self._squared_norm(buckets, [term.eta for term in terms])
         radius = variant.radius()
@@ -382,6 +410,11 @@ class SAM(Wrapper):
             norm, squared = squared + 0 * radius, squared / radius.square()
         if variant.keeps_gradient:
             self._clean = {p: g.clone() for p, g in self._gradients().items()}
+        if self._masters is not None and not self._masters_fit:
+            self._masters.check()
+            self._masters_fit = True
+        self._perturbation.number = self.param_groups[0]["sam_steps"] * 2**20 + self._ascents
+        self._ascents += 1
         self._sums = self._perturbation.apply(buckets, terms, squared, self._reduction)
         self._elements = sum(b.elements for b in buckets)
         self._guard.saw(norm, self.tensors())
@@ -421,6 +454,10 @@ class SAM(Wrapper):
                 self.end_ascent()
             elif not self._combined:
                 self._combine()
+            if self._masters is not None:
+                if hasattr(self, "found_inf"):
+                    raise RuntimeError("SAM: GradScaler finds no gradients on master_params; bfloat16 needs no loss scaling")
+                self._masters.take_gradients()
             ascent = self._guard.take()
             scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             if not isinstance(found_inf, Tensor):  # the scaler says 0 where no gradient was there to look at
@@ -435,11 +472,15 @@ class SAM(Wrapper):
             else:
                 self.end_ascent()
                 skipped = step_bases(self._bases, scale, found_inf)
+            if self._masters is not None:
+                self._masters.give_weights()
         except BaseException:
             _leave_scaler(self)
             raise
         finally:
             self._combined = False
+            self._ascents = 0
+            self.cycle += 1
         self._count_skipped(skipped)
         if self.variant.state_names and not (isinstance(skipped, int) and skipped):
             self._memory.store(self._gradients())

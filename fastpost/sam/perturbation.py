@@ -34,6 +34,7 @@ class Perturbation:
     """w + e written over w, with w kept aside in a buffer that is allocated once."""
 
     stash = True
+    number = 0  # of the ascent, counted over steps: a key for random numbers
 
     def __init__(self) -> None:
         self._done: list[ParameterBucket] = []

@@ -1,0 +1,156 @@
+"""float32 masters of 16-bit weights: the base optimizer steps them, the model computes with their casts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastpost.ops import params as ops
+from fastpost.plan import Bucket
+from fastpost.sam.buckets import ParameterBucket
+from fastpost.sam.perturbation import Perturbation, Term
+
+
+class Masters:
+    """Pairs of a model's 16-bit parameters and their float32 masters.
+
+    Args:
+        params: the model's parameters: tensors, named tensors or groups, as for any optimizer.
+        masters: one float32 tensor per parameter, in the same order.
+
+    Raises:
+        TypeError, ValueError: counts, shapes, dtypes or devices do not fit, or a weight is not the cast of its master.
+    """
+
+    def __init__(self, params: Any, masters: Iterable[Tensor]) -> None:
+        self._params = list(params)
+        self._masters = list(masters)
+        self.weights = [p for group in self._groups() for p in group["params"]]
+        if len(self.weights) != len(self._masters):
+            raise ValueError(f"SAM: {len(self.weights)} parameters but {len(self._masters)} master_params")
+        for i, (w, m) in enumerate(zip(self.weights, self._masters, strict=True)):
+            if m.dtype != torch.float32 or w.dtype not in (torch.bfloat16, torch.float16):
+                raise TypeError(
+                    f"SAM: master_params[{i}] has dtype {m.dtype} and its parameter {w.dtype}; masters are float32, their "
+                    "parameters bfloat16 or float16"
+                )
+            if m.shape != w.shape or m.device != w.device:
+                raise ValueError(f"SAM: master_params[{i}] and its parameter differ in shape or device")
+        self._weight_of = {id(m): w for w, m in zip(self.weights, self._masters, strict=True)}
+        self.master_of = {id(w): m for w, m in zip(self.weights, self._masters, strict=True)}
+        self.check()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameters given, as groups of plain tensors."""
+        groups = self._params if self._params and isinstance(self._params[0], dict) else [{"params": self._params}]
+        result = []
+        for group in groups:
+            given = group["params"]
+            entries = [given] if isinstance(given, Tensor) else list(given)
+            named = [entry if isinstance(entry, tuple) else (None, entry) for entry in entries]
+            result.append({**group, "params": [p for _, p in named], "param_names": [name for name, _ in named]})
+        return result
+
+    def for_base(self) -> list[dict[str, Any]]:
+        """The groups for the base optimizer's class: masters, by the names of their parameters where there are any."""
+        groups = []
+        for group in self._groups():
+            names = group.pop("param_names")
+            masters = [self.master_of[id(p)] for p in group["params"]]
+            groups.append({**group, "params": masters if None in names else list(zip(names, masters, strict=True))})
+        return groups
+
+    def belong_to(self, bases: Sequence[Optimizer]) -> None:
+        """Raises ValueError unless these optimizers step the masters and nothing else."""
+        theirs = {id(p) for base in bases for group in base.param_groups for p in group["params"]}
+        if theirs != set(self._weight_of):
+            raise ValueError("SAM: with master_params the base optimizer has to be built from the masters, all of them")
+
+    def groups_of_weights(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The optimizer's groups with the model's parameters in the place of their masters."""
+        return [{**group, "params": [self._weight_of[id(m)] for m in group["params"]]} for group in groups]
+
+    def check(self) -> None:
+        """Raises ValueError where a weight is not, bit for bit, the cast of its master."""
+        for i, (w, m) in enumerate(zip(self.weights, self._masters, strict=True)):
+            if not torch.equal(w.detach().view(torch.int16), m.detach().to(w.dtype).view(torch.int16)):
+                raise ValueError(
+                    f"SAM: parameter {i} is not the cast of master_params[{i}]; restoring would change it. Copy one into "
+                    "the other before building SAM and after loading a checkpoint"
+                )
+
+    def take_gradients(self) -> None:
+        """The masters get the weights' gradients, in float32."""
+        for w, m in zip(self.weights, self._masters, strict=True):
+            m.grad = None if w.grad is None else w.grad.to(m.dtype)
+
+    @torch.no_grad()
+    def give_weights(self) -> None:
+        """The weights become the casts of their masters, whose gradients are let go."""
+        for w, m in zip(self.weights, self._masters, strict=True):
+            w.copy_(m)
+            m.grad = None
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        for w in self.weights:
+            if set_to_none:
+                w.grad = None
+            elif w.grad is not None:
+                w.grad.zero_()
+
+
+class MasterPerturbation(Perturbation):
+    """w = cast(m + e), and back to cast(m): nothing is stashed.
+
+    Like every rounding to 16 bits it keeps little of e where e is small beside the weights' last place; m + e is formed in
+    float32, so that what is kept is right on average.
+    """
+
+    stash = False
+
+    def __init__(self, masters: Masters) -> None:
+        super().__init__()
+        self._masters = masters
+
+    def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
+        sums = sam_perturb_masters_(b.bucket, self._of(b), squared, term)
+        ops.wrote(b.bucket.weights)
+        return sums
+
+    def put_back(self, b: ParameterBucket) -> None:
+        sam_cast_(b.bucket, self._of(b))
+        ops.wrote(b.bucket.weights)
+
+    def _of(self, b: ParameterBucket) -> list[Tensor]:
+        return [self._masters.master_of[id(p)] for p in b.params]
+
+
+def sam_perturb_masters_(bucket: Bucket, masters: list[Tensor], squared: Tensor, term: Term) -> Tensor:
+    """w = round(m + e), e = rho t^2 g / |t g| with t = 1 or abs(m) + eta; returns the six sums of `ops.sam_perturb_`.
+
+    "Stored" is round(m + e) - round(m). Nothing moves where the norm is zero or not finite.
+    """
+    moves = torch.isfinite(squared) & (squared > 0)
+    scale = torch.where(moves, term.rho / squared.sqrt(), torch.zeros_like(squared))
+    sums = torch.zeros(6, dtype=torch.float64, device=squared.device)
+    for w, g, m in zip(bucket.weights, bucket.grads, masters, strict=True):
+        e = g.float() if term.eta is None else g.float() * (m.abs() + term.eta).square()
+        e = torch.where(moves, e * scale.float(), torch.zeros_like(e))
+        before = m.to(w.dtype)
+        w.copy_(m + e)
+        stored = (w.float() - before.float()).double()
+        seen = (w.to(term.seen).float() - before.to(term.seen).float()).double()
+        e = e.double()
+        parts = (e * e, stored * stored, e * stored, seen * seen, e * seen, (stored != 0).double())
+        sums += torch.stack([part.sum() for part in parts])
+    return sums
+
+
+def sam_cast_(bucket: Bucket, masters: list[Tensor]) -> None:
+    """w = round(m)."""
+    for w, m in zip(bucket.weights, masters, strict=True):
+        w.copy_(m)
