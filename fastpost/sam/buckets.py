@@ -22,6 +22,7 @@ class ParameterBucket:
         params: the parameters, as the optimizer knows them.
         group: index of the parameter group.
         key: parameters whose norms are reduced over the same ranks.
+        elements, elements_everywhere: how many elements lie on this rank, and on all that share the parameters.
         rows: where its tensors stand among all that have a gradient.
     """
 
@@ -35,6 +36,7 @@ class ParameterBucket:
         self.rows = rows
         self._numels = [p.numel() for p in bucket.weights]
         self.elements = sum(self._numels)
+        self.elements_everywhere = sum(p.numel() for p in params)
         # The buffer is held beside its views, so that spans know the stash's padding to be its own.
         self._stash_buffer: Tensor | None = None
         if stash:

@@ -215,10 +215,10 @@ class FunctionalPerturbation(Perturbation):
                 "SAM: functional perturbation serves linear and embedding layers, transformers' Conv1D and norms, not "
                 f"{shown}; leave them out with scope=, or use perturb='stored'"
             )
-        if any(hasattr(p, "device_mesh") for p in params):
-            raise ValueError("SAM: functional perturbation needs whole parameters, not DTensors; use perturb='stored'")
+        _refuse_shards(params)
 
     def apply(self, buckets: Any, terms: Any, squared: Tensor, reduction: Reduction) -> Tensor:
+        _refuse_shards([p for b in buckets for p in b.params])
         self._refuse_unused([p for b in buckets for p in b.params])
         elements = sum(b.elements for b in buckets)
         self._unit = math.sqrt(max(elements, 1))
@@ -294,6 +294,11 @@ def direction_(b: ParameterBucket, out: list[Tensor], squared: Tensor, term: Ter
         square, dot = (stored * stored).sum(), (e * stored).sum()
         sums += torch.stack([(e * e).sum(), square, dot, square, dot, (stored != 0).sum().double()])
     return sums
+
+
+def _refuse_shards(params: Sequence[Tensor]) -> None:
+    if any(hasattr(p, "device_mesh") for p in params):
+        raise ValueError("SAM: functional perturbation needs whole parameters, not DTensors; use perturb='stored'")
 
 
 def _remove(handles: list[Any]) -> None:

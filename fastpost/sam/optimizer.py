@@ -416,7 +416,7 @@ class SAM(Wrapper):
         self._perturbation.number = self.param_groups[0]["sam_steps"] * 2**20 + self._ascents
         self._ascents += 1
         self._sums = self._perturbation.apply(buckets, terms, squared, self._reduction)
-        self._elements = sum(b.elements for b in buckets)
+        self._elements = sum(b.elements_everywhere for b in buckets)
         self._guard.saw(norm, self.tensors())
 
     def _squared_norm(self, buckets: list[ParameterBucket], etas: Sequence[float | None]) -> Tensor:
