@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
 from torch import Tensor
@@ -120,3 +120,12 @@ class BucketCache:
                 mine = [params[i] for i in bucket.streams]
                 result.append(ParameterBucket(bucket, mine, group, key, bucket.streams, self._stash))
         return result
+
+
+def total_squared_norm(buckets: Sequence[ParameterBucket], etas: Sequence[float | None], reduction: Reduction) -> Tensor:
+    """Squared norm of all gradients, scaled by abs(w) + eta where there is an eta, over all ranks: a float64 scalar."""
+    parts: dict[Hashable, Tensor] = {}
+    for b, eta in zip(buckets, etas, strict=True):
+        part = ops.run("squared_norm", b.bucket, eta)
+        parts[b.key] = parts[b.key] + part.to(parts[b.key].device) if b.key in parts else part
+    return reduction.total(parts)

@@ -94,8 +94,23 @@ class Wrapper(Optimizer):
             kept.update({k: v for k, v in moments.items() if k in owned or not isinstance(k, Tensor)})
             base.__setstate__({"state": kept, "param_groups": mine})
 
+    def _count_step(self, ascended: bool) -> None:
+        # A checkpoint of a fresh optimizer is made after one step at a learning rate of 0: that one does not count.
+        groups = self.param_groups
+        rates = [group["lr"] for group in groups if "lr" in group]
+        if not ascended and rates and all(map(_is_zero, rates)):
+            return
+        for group in groups:
+            group["sam_steps"] += 1
+
     def _refuse_while_perturbed(self, what: str) -> None:
         if self.is_perturbed:
             raise RuntimeError(
                 f"SAM: {what} while the weights are perturbed; call second_step(), step() or restore_() first"
             )
+
+
+def _is_zero(rate: float | Tensor) -> bool:
+    if isinstance(rate, Tensor) and rate.device.type != "cpu":
+        return False  # asking would wait for the device
+    return float(rate) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 
 from fastpost.ops import params as ops
 from fastpost.sam.bases import build_bases, step_bases
-from fastpost.sam.buckets import BucketCache, ParameterBucket
+from fastpost.sam.buckets import BucketCache, ParameterBucket, total_squared_norm
 from fastpost.sam.face import Wrapper
 from fastpost.sam.fused import FusedRestore, check_fused_restore
 from fastpost.sam.kinds import build_perturbation
 from fastpost.sam.masters import Masters
 from fastpost.sam.memory import Gradients, Memory
 from fastpost.sam.options import check_options
-from fastpost.sam.overflow import OverflowGuard
+from fastpost.sam.overflow import OverflowGuard, overflowed
 from fastpost.sam.perturbation import Term
 from fastpost.sam.reduction import Reduction
 from fastpost.sam.report import PerturbationReport
@@ -403,7 +403,7 @@ class SAM(Wrapper):
         for b in buckets:
             group = groups[b.group]
             terms.append(Term(float(group["rho"]), group["eta"] if group["adaptive"] else None, self._seen(b)))
-        squared = norm = self._squared_norm(buckets, [term.eta for term in terms])
+        squared = norm = total_squared_norm(buckets, [term.eta for term in terms], self._reduction)
         radius = variant.radius()
         if radius is not None:  # rho d / |g| is rho / sqrt(|g|^2 / d^2); where d is 0 nothing moves
             radius = radius.to(squared.device, torch.float64)
@@ -418,13 +418,6 @@ class SAM(Wrapper):
         self._sums = self._perturbation.apply(buckets, terms, squared, self._reduction)
         self._elements = sum(b.elements_everywhere for b in buckets)
         self._guard.saw(norm, self.tensors())
-
-    def _squared_norm(self, buckets: list[ParameterBucket], etas: Sequence[float | None]) -> Tensor:
-        parts: dict[Hashable, Tensor] = {}
-        for b, eta in zip(buckets, etas, strict=True):
-            part = ops.run("squared_norm", b.bucket, eta)
-            parts[b.key] = parts[b.key] + part.to(parts[b.key].device) if b.key in parts else part
-        return self._reduction.total(parts)
 
     def _seen(self, b: ParameterBucket) -> torch.dtype:
         device = b.bucket.device.type
@@ -463,7 +456,8 @@ class SAM(Wrapper):
             if not isinstance(found_inf, Tensor):  # the scaler says 0 where no gradient was there to look at
                 found_inf = None
             if ascent is not None:
-                found_inf = self._overflowed(ascent, found_inf)
+                buckets = [] if found_inf is not None else self._finite_buckets.of(self.param_groups, None)
+                found_inf = overflowed(ascent, found_inf, buckets, self._reduction)
             self._count_step(ascended=ascent is not None)
             if self._fused is not None and self._perturbation.active:
                 with self._perturbation.settled(self._reduction) as buckets:
@@ -493,41 +487,9 @@ class SAM(Wrapper):
         else:
             self._skipped = self._skipped + skipped
 
-    def _count_step(self, ascended: bool) -> None:
-        # A checkpoint of a fresh optimizer is made after one step at a learning rate of 0: that one does not count.
-        groups = self.param_groups
-        rates = [group["lr"] for group in groups if "lr" in group]
-        if not ascended and rates and all(_is_zero(rate) for rate in rates):
-            return
-        for group in groups:
-            group["sam_steps"] += 1
-
-    @torch.no_grad()
-    def _overflowed(self, ascent: Tensor, found_inf: Tensor | None) -> Tensor:
-        """1.0 where a gradient of either pass is not finite, else 0.0; a float32 scalar as GradScaler's found_inf.
-
-        Args:
-            ascent: squared norm of the ascent gradient.
-            found_inf: what GradScaler found in the second gradient; None where nobody has looked.
-        """
-        bad = (~torch.isfinite(ascent)).float()
-        if found_inf is not None:
-            return self._reduction.agree(torch.maximum(found_inf.float(), bad.to(found_inf.device)))
-        buckets = self._finite_buckets.of(self.param_groups, None)
-        if buckets:
-            norm = self._squared_norm(buckets, [None] * len(buckets))
-            bad = torch.maximum(bad.to(norm.device), (~torch.isfinite(norm)).float())
-        return self._reduction.agree(bad)
-
 
 def _leave_scaler(opt: SAM) -> None:
     """Drops what GradScaler.step has set; it does so itself only where the step succeeds."""
     for name in ("grad_scale", "found_inf"):
         if hasattr(opt, name):
             delattr(opt, name)
-
-
-def _is_zero(rate: float | Tensor) -> bool:
-    if isinstance(rate, Tensor) and rate.device.type != "cpu":
-        return False  # asking would wait for the device
-    return float(rate) == 0

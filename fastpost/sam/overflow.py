@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpost.sam.buckets import ParameterBucket, total_squared_norm
 from fastpost.sam.reduction import Reduction
 
 
@@ -87,6 +88,25 @@ class OverflowGuard:
         assert self._seed is not None
         grad[(0,) * grad.ndim].add_(self._seed.to(grad.device, grad.dtype))
         self._seed = None
+
+
+@torch.no_grad()
+def overflowed(ascent: Tensor, found_inf: Tensor | None, buckets: Sequence[ParameterBucket], reduction: Reduction) -> Tensor:
+    """1.0 where a gradient of either pass is not finite on any rank, else 0.0; a float32 scalar as GradScaler's found_inf.
+
+    Args:
+        ascent: squared norm of the ascent gradient.
+        found_inf: what GradScaler found in the second gradient; None where nobody has looked.
+        buckets: the second gradients, to be looked at where nobody has.
+        reduction: how ranks agree.
+    """
+    bad = (~torch.isfinite(ascent)).float()
+    if found_inf is not None:
+        bad = torch.maximum(found_inf.float(), bad.to(found_inf.device))
+    elif buckets:
+        norm = total_squared_norm(buckets, [None] * len(buckets), reduction)
+        bad = torch.maximum(bad.to(norm.device), (~torch.isfinite(norm)).float())
+    return reduction.agree(bad)
 
 
 def _remove(handles: list[Any]) -> None:
