@@ -1,0 +1,193 @@
+"""The state of a SAM step between its two passes: what is perturbed, by what, and how it ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpost.sam.buckets import BucketCache, ParameterBucket, total_squared_norm
+from fastpost.sam.face import Wrapper
+from fastpost.sam.fused import FusedRestore
+from fastpost.sam.masters import Masters
+from fastpost.sam.memory import Gradients, Memory
+from fastpost.sam.overflow import OverflowGuard
+from fastpost.sam.perturbation import Perturbation, Term
+from fastpost.sam.reduction import Reduction
+from fastpost.sam.rng import accelerators
+from fastpost.sam.scope import ScopeCache
+from fastpost.sam.variants import Variant
+
+
+class Ascent(Wrapper):
+    """A wrapped optimizer that can perturb its parameters by their gradients and restore them."""
+
+    variant: Variant
+    interval: int
+    compute_dtype: torch.dtype | None
+    cycle: int
+    _scope: ScopeCache
+    _masters: Masters | None
+    _masters_fit: bool
+    _reduction: Reduction
+    _perturbation: Perturbation
+    _fused: FusedRestore | None
+    _clean: Gradients
+    _combined: bool
+    _ascents: int
+    _awaits_second: bool
+    _sums: Tensor | None
+    _elements: int
+
+    def _empty_caches(self) -> None:
+        self._ascent_buckets = BucketCache(self._perturbation.stash, self._reduction)
+        self._finite_buckets = BucketCache(False, self._reduction)
+        self._guard = OverflowGuard(self._reduction)
+        self._memory = Memory(self._reduction, lambda: self.state, self.tensors, self.variant.state_names)
+
+    @torch.no_grad()
+    def end_ascent(self) -> None:
+        """Ends the second pass: lets the variant rewrite its gradients, once, and restores w. Then a step may follow.
+
+        `perturbed()` and windows call it; so does a step, where it has not been called.
+        """
+        try:
+            if not self._combined:
+                self._combine()
+        finally:
+            if self.is_perturbed:
+                self.restore_()
+
+    def abandon(self) -> None:
+        """Gives the step up: w is back and the gradients are dropped."""
+        self._guard.forget()
+        self._combined = False
+        self.restore_()
+        self.zero_grad()
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Puts w back, bit for bit, into the same storage, and makes no step. Without a perturbation it does nothing."""
+        try:
+            self._perturbation.undo(self._reduction)
+        finally:
+            self._awaits_second = self._perturbation.active
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients; between the two passes too, an ascent that overflowed stays known."""
+        super().zero_grad(set_to_none)
+        if self._masters is not None:
+            self._masters.zero_grad(set_to_none)
+        if self.is_perturbed:
+            self._guard.rearm(self.tensors())
+        else:
+            self.cycle += 1
+            self._combined = False
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether a first step waits for its second."""
+        return self._awaits_second or self._perturbation.active
+
+    @property
+    def ascends(self) -> bool:
+        """Whether the coming step perturbs; with `interval` only some do."""
+        return bool(self.param_groups[0]["sam_steps"] % self.interval == 0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the (last) base optimizer; rho, adaptive and eta default to the constructor's."""
+        super().add_param_group(param_group)
+        self._perturbation.check(self._in_scope())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of SAM or of the plain base optimizer; keys that are missing keep their values."""
+        super().load_state_dict(state_dict)
+        self._masters_fit = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_while_perturbed("copying or pickling")
+        caches = ("_ascent_buckets", "_finite_buckets", "_guard", "_memory")
+        fused = None if self._fused is None else FusedRestore()  # its buckets point at these parameters
+        return {**{key: value for key, value in self.__dict__.items() if key not in caches}, "_fused": fused}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_perturbation" in state:
+            self._empty_caches()
+
+    def accelerators(self) -> list[torch.device]:
+        """The devices, other than the CPU, whose generators the passes draw from."""
+        return accelerators(self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All parameters that the model computes with, in or out of scope."""
+        return [p for group in self._model_groups() for p in group["params"]]
+
+    def _model_groups(self) -> list[dict[str, Any]]:
+        """The groups with the tensors that the model computes with, which masters are not."""
+        return self.param_groups if self._masters is None else self._masters.groups_of_weights(self.param_groups)
+
+    def _in_scope(self) -> list[Tensor]:
+        ids = self._scope.ids(self._model_groups())
+        return [p for p in self.tensors() if ids is None or id(p) in ids]
+
+    def _refuse_a_second_ascent(self) -> None:
+        if self.is_perturbed:
+            raise RuntimeError("SAM: first_step() was called twice; second_step() or step() comes in between")
+
+    def _gradients(self) -> Gradients:
+        """This rank's part of every gradient present."""
+        found = ((p, self._reduction.gradient(p)) for p in self.tensors())
+        return {p: g for p, g in found if g is not None}
+
+    def _perturb(self) -> None:
+        variant, gradient = self.variant, None
+        if type(variant).direction is not Variant.direction:
+            gradient = variant.direction(self._memory, self._gradients()).get
+        groups = self._model_groups()
+        buckets = self._ascent_buckets.of(groups, self._scope.ids(groups), gradient)
+        if not buckets:
+            if not variant.ascent_pass:
+                return
+            raise RuntimeError("SAM: no parameter (in scope) has a gradient; call backward() before the ascent")
+        terms = []
+        for b in buckets:
+            group = groups[b.group]
+            terms.append(Term(float(group["rho"]), group["eta"] if group["adaptive"] else None, self._seen(b)))
+        squared = norm = total_squared_norm(buckets, [term.eta for term in terms], self._reduction)
+        radius = variant.radius()
+        if radius is not None:  # rho d / |g| is rho / sqrt(|g|^2 / d^2); where d is 0 nothing moves
+            radius = radius.to(squared.device, torch.float64)
+            norm, squared = squared + 0 * radius, squared / radius.square()
+        if variant.keeps_gradient:
+            self._clean = {p: g.clone() for p, g in self._gradients().items()}
+        if self._masters is not None and not self._masters_fit:
+            self._masters.check()
+            self._masters_fit = True
+        self._perturbation.number = self.param_groups[0]["sam_steps"] * 2**20 + self._ascents
+        self._ascents += 1
+        self._sums = self._perturbation.apply(buckets, terms, squared, self._reduction)
+        self._elements = sum(b.elements_everywhere for b in buckets)
+        self._guard.saw(norm, self.tensors())
+
+    def _seen(self, b: ParameterBucket) -> torch.dtype:
+        device = b.bucket.device.type
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else b.bucket.dtype
+
+    def _combine(self) -> None:
+        """Lets the variant rewrite the gradients of this step, once."""
+        variant, ascended = self.variant, self._guard.armed
+        clean, self._clean = self._clean, {}
+        self._combined = True
+        if ascended and type(variant).descend is not Variant.descend:
+            if variant.scales_must_agree and hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None:
+                raise RuntimeError(
+                    f"SAM: {type(variant).__name__} combines the gradients of both passes, of which unscale_() has rescaled "
+                    "one. Put the second pass into `with opt.perturbed():` or a window, and unscale after it"
+                )
+            variant.descend(self._memory, clean, self._gradients())
+        elif not self.ascends and type(variant).between is not Variant.between:
+            variant.between(self._memory, self._gradients())
