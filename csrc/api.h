@@ -108,6 +108,9 @@ namespace cuda {
 // Devices that this build runs on; throws where the driver is too old for it.
 int device_count();
 
+// Whether this build holds code for the device's architecture.
+bool supports(int device);
+
 void squared_norm(const Plan& plan, bool adaptive, double eta, double* partial, double* out, int device, void* stream);
 
 // sums: the six of PerturbSums.

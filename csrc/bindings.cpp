@@ -98,6 +98,7 @@ void bind_cpu(py::module_ cpu) {
 #ifdef FASTPOST_WITH_CUDA
 void bind_cuda(py::module_ cuda) {
   cuda.def("device_count", &cuda::device_count);
+  cuda.def("supports", &cuda::supports, py::arg("device"));
   cuda.def(
       "squared_norm",
       [](const Plan& plan, bool adaptive, double eta, Address partial, Address out, int device, Address stream) {
@@ -225,7 +226,35 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def_property_readonly("elements", [](const Plan& plan) { return plan.elements(); })
       .def_property_readonly("chunks", [](const Plan& plan) { return plan.chunks().size(); })
       .def(
-          "spans", [](const Plan& plan, int column_mask) { return plan.spans(column_mask).size(); }, py::arg("column_mask"));
+          "spans", [](const Plan& plan, int column_mask) { return plan.spans(column_mask).size(); }, py::arg("column_mask"))
+      .def("chunk_list",
+           [](const Plan& plan) {
+             std::vector<std::array<int64_t, 3>> list;  // tensor, first element, length
+             for (const Chunk& chunk : plan.chunks()) list.push_back({chunk.tensor, chunk.begin, chunk.length});
+             return list;
+           })
+      .def("task_list", [](const Plan& plan) { return plan.tasks(); })
+      .def(
+          "chunk_addresses",
+          [](const Plan& plan, Column column) {
+            plan.require(column);
+            std::vector<Address> list;
+            for (const Chunk& chunk : plan.chunks()) list.push_back(reinterpret_cast<Address>(plan.at(column, chunk)));
+            return list;
+          },
+          py::arg("column"))
+      .def(
+          "span_list",
+          [](const Plan& plan, int column_mask) {
+            std::vector<std::pair<std::vector<Address>, int64_t>> list;  // addresses in the mask's columns, bytes
+            for (const Span& span : plan.spans(column_mask)) {
+              list.push_back({{}, span.bytes});
+              for (int c = 0; c < kColumns; ++c)
+                if (column_mask & 1 << c) list.back().first.push_back(reinterpret_cast<Address>(span.base[c]));
+            }
+            return list;
+          },
+          py::arg("column_mask"));
   m.attr("TENSOR_ALIGNMENT") = kTensorAlignment;
 
   bind_cpu(m.def_submodule("cpu"));

@@ -88,6 +88,11 @@ def _current() -> str | None:
     return _forced or None
 
 
+def strict() -> bool:
+    """Whether FASTPOST_CHECKS=1 asks for checks of values that wait for the device, to find a bad label or index."""
+    return os.environ.get("FASTPOST_CHECKS") == "1"
+
+
 def select(op: str, device: torch.device, dtype: torch.dtype, *, walkable: bool = True) -> Callable[..., Any]:
     """The function that runs `op` on tensors of this device and dtype.
 
@@ -107,15 +112,18 @@ def select(op: str, device: torch.device, dtype: torch.dtype, *, walkable: bool 
 @functools.cache
 def _select(op: str, device: str, dtype: torch.dtype, walkable: bool, forced: str | None) -> Callable[..., Any]:
     refusals: list[str] = []
+    missing: list[str] = []
     for name in (forced,) if forced else _DEFAULT_ORDER.get(device, ("triton", "reference")):
         if not backends()[name].available:
             refusals.append(f"{name}: {backends()[name].reason}")
-            if name == device == "cpu":
-                warnings.warn(f"fastpost runs on its slow reference backend: {backends()[name].reason}", stacklevel=4)
+            missing.append(refusals[-1])
             continue
         module = _module(name)
         why = module.refuses(op, device, dtype, walkable)
         if why is None:
+            if name == "reference" and missing:
+                reasons = "; ".join(missing)
+                warnings.warn(f"fastpost serves {device} tensors by its slow reference backend. {reasons}", stacklevel=4)
             function: Callable[..., Any] = getattr(module, op)
             return function
         refusals.append(f"{name}: {why}")

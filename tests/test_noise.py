@@ -356,3 +356,13 @@ def test_bad_input_is_named(backend: str) -> None:
         embedding_noise(table[0], ids)
     with pytest.raises(ValueError, match="keep has shape"):
         embedding_noise(table, ids, keep=torch.ones(3, dtype=torch.bool))
+
+
+def test_an_index_outside_the_table_reads_nothing(backend: str) -> None:
+    """Where looking at indices would wait for the device nobody does: such a row is NaN, its neighbours are not."""
+    if backend not in ("cuda", "triton"):
+        pytest.skip("the CPU checks indices before anything is gathered")
+    table, ids = torch.randn(5, 12), torch.tensor([0, 5, -1, 4, 2**40])
+    clean, noised = torch.ops.fastpost.embedding_noise(table, ids, 1e-3, "uniform", torch.tensor(3), None, torch.float32)
+    assert clean.isnan().all(1).tolist() == noised.isnan().all(1).tolist() == [False, True, True, False, True]
+    assert same_bits(clean[3], table[4])

@@ -107,7 +107,7 @@ def flip_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
 def noise_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
     pointer, element, _ = TYPES[dtype]
     types = dict.fromkeys(("source", "clean", "noised"), pointer) | dict.fromkeys(("ids", "rows", "seed"), "*i64")
-    types |= {"width": "i64", "stride": "i64", "eps": "fp32"}
+    types |= {"lines": "i64", "width": "i64", "stride": "i64", "eps": "fp32"}
     constants = {"dtype": element, "normal": True, "has_ids": False, "has_rows": False, "QUADS": 256}
     aligned = ("source", "clean", "noised", "width", "stride")
     return compiled(noise._noise_kernel, types, constants, aligned, 4, arch, tmp_path, enable_fp_fusion=False)

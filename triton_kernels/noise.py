@@ -53,6 +53,7 @@ def _noise_kernel(
     seed,
     clean,
     noised,
+    lines,
     width,
     stride,
     eps,
@@ -82,7 +83,9 @@ def _noise_kernel(
     start = tl.program_id(1).to(tl.int64) * (4 * QUADS) - first % 4
     column = start + tl.arange(0, 4 * QUADS)
     inside = (column >= 0) & (column < width)
-    raw = tl.load(source + line * stride + column, mask=inside, other=0.0)
+    at = line + 0 * column
+    known = (at >= 0) & (at < lines)  # an index outside the table gives NaN, and reads nothing
+    raw = tl.load(source + line * stride + column, mask=inside & known, other=float("nan"))
     if has_ids:
         tl.store(clean + row * width + column, raw, mask=inside)
     x = raw.to(tl.float32)
@@ -95,14 +98,14 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 def _launch(
     source: Tensor, ids: Tensor | None, rows: Tensor | None, seed: Tensor, clean: Tensor | None, noised: Tensor,
-    n_rows: int, width: int, stride: int, eps: float, noise_type: str,
+    n_rows: int, lines: int, width: int, stride: int, eps: float, noise_type: str,
 ) -> None:  # fmt: skip
     if n_rows and width:
         # Rows may start three elements into a quad. Without FMA fusion fl(x + fl(eps z)) is the same bits everywhere.
         grid = (n_rows, triton.cdiv(width + 3, 4 * _QUADS))
         _noise_kernel[grid](
             source, ids if ids is not None else seed, rows if rows is not None else seed, seed,
-            clean if clean is not None else noised, noised, width, stride, eps, _TYPES[noised.dtype],
+            clean if clean is not None else noised, noised, lines, width, stride, eps, _TYPES[noised.dtype],
             noise_type == "normal", ids is not None, rows is not None, QUADS=_QUADS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -110,14 +113,14 @@ def _launch(
 def add_noise(x: Tensor, out: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None) -> None:
     """out = x + eps z. x and out are contiguous; rows: int64 numbers of x's rows (negative: no noise), or None."""
     if rows is None:
-        _launch(x, None, None, seed, None, out, 1, x.numel(), x.numel(), eps, noise_type)
+        _launch(x, None, None, seed, None, out, 1, 1, x.numel(), x.numel(), eps, noise_type)
     else:
         width = x.shape[-1]
-        _launch(x, None, rows, seed, None, out, rows.numel(), width, width, eps, noise_type)
+        _launch(x, None, rows, seed, None, out, rows.numel(), rows.numel(), width, width, eps, noise_type)
 
 
 def embedding_noise(
     table: Tensor, ids: Tensor, clean: Tensor, noised: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None
 ) -> None:
     """clean = table[ids], noised = clean + eps z; each row of the table is read once."""
-    _launch(table, ids, rows, seed, clean, noised, ids.numel(), table.shape[1], table.stride(0), eps, noise_type)
+    _launch(table, ids, rows, seed, clean, noised, ids.numel(), *table.shape, table.stride(0), eps, noise_type)

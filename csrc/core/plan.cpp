@@ -42,7 +42,15 @@ void Plan::point(Column column, const std::vector<uintptr_t>& addresses, bool pa
     if (mask & (1 << column)) spans_[mask].clear();
 }
 
+void Plan::require(Column column) const {
+  if (!has(column) && tensors() != 0)
+    throw std::invalid_argument("Plan: column " + std::to_string(column) + " has no addresses yet");
+}
+
 const std::vector<Span>& Plan::spans(int column_mask) const {
+  if (column_mask <= 0 || column_mask >= 1 << kColumns) throw std::invalid_argument("Plan: no such columns");
+  for (int c = 0; c < kColumns; ++c)
+    if (column_mask & (1 << c)) require(static_cast<Column>(c));
   std::vector<Span>& spans = spans_[column_mask];
   if (!spans.empty() || elements_ == 0) return spans;
   for (int64_t t = 0; t < tensors(); ++t) {

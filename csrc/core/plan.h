@@ -52,6 +52,7 @@ class Plan {
     return addresses_[column][chunk.tensor] + chunk.begin * element_size(dtype_);
   }
   bool has(Column column) const { return !addresses_[column].empty(); }
+  void require(Column column) const;  // throws unless the column has been pointed
 
   // Spans contiguous in every column of the mask (bit c = column c), in list order; computed once per set of addresses.
   const std::vector<Span>& spans(int column_mask) const;

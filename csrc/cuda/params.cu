@@ -301,6 +301,18 @@ int device_count() {
   return count;
 }
 
+bool supports(int device) {
+  const Call call("looking for this build's kernels", device, nullptr);
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, fold_kernel<1>);
+  if (status != cudaErrorNoKernelImageForDevice && status != cudaErrorInvalidDeviceFunction) {
+    check(status, "looking for this build's kernels", device);
+    return true;
+  }
+  cudaGetLastError();
+  return false;
+}
+
 namespace {
 
 template <int count>

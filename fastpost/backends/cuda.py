@@ -30,6 +30,11 @@ def status() -> tuple[bool, str]:
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return False, f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}; 8.0 or newer is needed."
+    if not native.core().cuda.supports(torch.cuda.current_device()):
+        return False, (
+            f"this build holds no code for {torch.cuda.get_device_name()} (compute capability {major}.{minor}); build with "
+            f"FASTPOST_CUDA_ARCHS={major}{minor}-real, or leave it unset for all."
+        )
     return True, torch.cuda.get_device_name()
 
 

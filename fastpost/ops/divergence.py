@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpost.dispatch import select
+from fastpost.dispatch import select, strict
 from fastpost.errors import unknown
 from fastpost.ops.params import wrote
 from fastpost.ops.registry import define
@@ -234,6 +234,10 @@ def _run(
     value, kl, ce = _Divergence.apply(  # type: ignore[no-untyped-call]
         clean, noised, labels, ignore_index, kl_weights, ce_weights, want, inplace
     )
+    if strict() and not torch.compiler.is_compiling() and not bool(kl.isfinite().all()):
+        at = int((~kl.isfinite()).nonzero()[0])
+        why = "NaN or +inf" if bool(kl[at].isnan()) else "a class that is -inf in one stream only"
+        raise ValueError(f"{op}: row {at} holds {why}, so its divergence is {float(kl[at])} (FASTPOST_CHECKS=1)")
     return value, kl, ce
 
 
@@ -331,8 +335,9 @@ def r3f_loss(
         with zero gradients, not NaN.
 
     Raises:
-        ValueError: shapes, dtypes or devices differ; unknown reduction; labels out of range (CPU; elsewhere they give NaN);
-            r3f_lambda negative or not finite; num_items not positive or with another reduction.
+        ValueError: shapes, dtypes or devices differ; unknown reduction; labels out of range (on the CPU and under
+            FASTPOST_CHECKS=1; elsewhere they give NaN); r3f_lambda negative or not finite; num_items not positive or with
+            another reduction.
         TypeError: logits not floating point, labels not integers.
     """
     op = "r3f_loss"
@@ -357,7 +362,7 @@ def r3f_loss(
             raise ValueError(f"{op}: num_items must be > 0, not {num_items}")
     labels = labels.reshape(-1).to(device=logits.device, dtype=torch.int64).contiguous()
     counts = labels != ignore_index
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if (labels.device.type == "cpu" or strict()) and not torch.compiler.is_compiling():
         outside = counts & ((labels < 0) | (labels >= logits.shape[-1]))
         if bool(outside.any()):
             at = int(outside.nonzero()[0])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.dispatch import select
+from fastpost.dispatch import select, strict
 from fastpost.errors import unknown
 from fastpost.ops.params import seed_tensor
 from fastpost.ops.registry import define
@@ -200,7 +200,7 @@ def embedding_noise(
         (clean, noised), each (*ids.shape, width).
 
     Raises:
-        IndexError: an index lies outside the table.
+        IndexError: an index lies outside the table (on the CPU and under FASTPOST_CHECKS=1; on GPUs it gives rows of NaN).
         ValueError, TypeError: as `add_noise`.
     """
     check_noise("embedding_noise", eps, noise_type)
@@ -210,8 +210,8 @@ def embedding_noise(
         raise TypeError(f"embedding_noise: ids must be int64 or int32, not {ids.dtype}")
     if ids.device != table.device:
         raise ValueError(f"embedding_noise: ids are on {ids.device}, the table on {table.device}")
-    # Reading the range waits for the device, so only CPU indices are checked here, before anything is gathered.
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+    # Reading the range waits for the device, where kernels turn a bad index into NaN.
+    if (ids.device.type == "cpu" or strict()) and ids.numel() and not torch.compiler.is_compiling():
         low, high = (int(v) for v in torch.aminmax(ids))
         if low < 0 or high >= table.shape[0]:
             raise IndexError(

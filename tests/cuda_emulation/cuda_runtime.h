@@ -92,10 +92,13 @@ void __stwb(T* at, T value) {
 
 enum cudaError_t {
   cudaSuccess = 0,
-  cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDeviceFunction = 98,
   cudaErrorNoDevice = 100,
-  cudaErrorInvalidConfiguration = 9
+  cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209
 };
+struct cudaFuncAttributes {};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
@@ -113,6 +116,10 @@ inline const char* cudaGetErrorString(cudaError_t status) {
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
+}
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 // Few, so that small inputs make a grid that stays walk several chunks.
