@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastpost import SAM
 from fastpost.sam import SAMWindow
@@ -188,6 +189,31 @@ def test_under_autocast_the_loss_rises_as_in_float32(kind: str, autocast_at_the_
             assert {u.dtype for u in room if u.ndim == 2} == {torch.bfloat16}
     assert rises[0] > 0.1
     assert rises[1] == pytest.approx(rises[0], rel=0.1)
+
+
+def test_an_optimizer_built_after_the_first_pass_is_no_misuse() -> None:
+    model = network()
+    clean = loss_of(model)
+    clean.backward()
+    with functional(model).perturbed():
+        assert loss_of(model) > clean + 0.01
+
+
+def test_its_price_in_floating_point_operations() -> None:
+    """Of a linear layer's three products two are doubled: the second pass costs 5/3, the step 4/3 of a stored one."""
+    model = tiny.build("sequence")
+    batch = tiny.batch_for("sequence")
+
+    def operations() -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(**batch).loss.backward()
+        return counter.get_total_flops()
+
+    opt = functional(model)
+    plain = operations()
+    with opt.perturbed():
+        ratio = operations() / plain
+    assert 1.55 < ratio <= 5 / 3
 
 
 def test_an_overflow_leaves_the_second_pass_unperturbed_and_skips() -> None:

@@ -188,7 +188,8 @@ class FunctionalPerturbation(Perturbation):
         self._moved: list[nn.Module] = []
         self._directions: dict[int, tuple[Tensor, float]] = {}
         self._room: dict[int, Tensor] = {}
-        handles: list[Any] = []
+        self._root = _Called()
+        handles: list[Any] = [self._model.register_forward_hook(self._root)]
         for module in self._model.modules():
             rule = rule_for(module)
             if rule is not None and any(True for _ in module.parameters(recurse=False)):
@@ -238,7 +239,7 @@ class FunctionalPerturbation(Perturbation):
     def _refuse_unused(self, params: list[Tensor]) -> None:
         called = {id(p) for module, _, hook in self._layers if hook.yes for p in module.parameters(recurse=False)}
         unused = {id(p) for p in params} - called
-        if unused:
+        if unused and (called or self._root.yes):  # else the first pass came before this optimizer was built
             names = [name for name, p in self._model.named_parameters() if id(p) in unused]
             raise RuntimeError(
                 f"SAM: functional perturbation: {', '.join(names[:5])} got a gradient although the layer was not called: "
@@ -262,7 +263,7 @@ class FunctionalPerturbation(Perturbation):
         for module in self._moved:
             module.__class__ = type(module).__mro__[1]
             del module.__dict__["_sam_directions"], module.__dict__["_sam_factor"]
-        for _, _, called in self._layers:
+        for called in (self._root, *(called for _, _, called in self._layers)):
             called.yes = False
         self._moved = []
         self._directions.clear()
