@@ -134,7 +134,7 @@ tests() {
     return
   fi
   "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch sees no CUDA device")'
-  has pytest_timeout && options+=(--timeout=120)
+  has pytest_timeout && options+=(--timeout=150)
   if has xdist; then
     local workers
     workers=$(nproc)
