@@ -70,6 +70,8 @@ def noise(device: str) -> Iterator[str]:
                 ids = torch.randint(0, shape[0], (2, 7), device=device)
                 embedding_noise(x, ids, 0.1, kind, seed=3)
                 embedding_noise(x, ids, 0.1, kind, seed=3, keep=ids > 1)
+                if device != "cpu":  # rows that do not exist
+                    embedding_noise(x, torch.tensor([0, shape[0], -1, 2**40], device=device), 0.1, kind, seed=3)
             yield f"noise on {dtype} {shape}"
 
 
@@ -84,6 +86,8 @@ def divergence(device: str) -> Iterator[str]:
                 (symmetric_kl(x, y) * 2).backward()
                 symmetric_kl(x, y, mask=labels >= 0, reduction="none").sum().backward()
                 (r3f_loss(x * 1, y * 1, labels, inplace=True).loss * 3).backward()
+                if device != "cpu":  # classes that do not exist
+                    r3f_loss(x, y, torch.where(labels < 0, 2**40, -labels - 1)).loss.backward()
                 symmetric_kl(a, b)
             yield f"rows of {dtype}, {rows} x {cols}"
 

@@ -221,13 +221,16 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
 # -- errors ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_label_out_of_range_gives_nan_without_waiting(backend: str) -> None:
-    if not ON_GPU:
-        pytest.skip("on the CPU it is an error, raised at once")
+@pytest.mark.skipif(not ON_GPU, reason="on the CPU it is an error, raised at once")
+def test_a_bad_label_gives_nan_or_an_error_where_asked(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b, labels = inputs()
     labels[3] = 1201
     out = r3f_loss(a.requires_grad_(), b, labels)
     out.loss.backward()
+    with monkeypatch.context() as strict:
+        strict.setenv("FASTPOST_CHECKS", "1")
+        with pytest.raises(ValueError, match="label 1201 in row 3"):
+            r3f_loss(a, b, labels)
     assert math.isnan(out.task_loss.item())
     assert bool(a.grad.isfinite().all())
 

@@ -18,6 +18,7 @@ from .gpu import BACKENDS, DEVICE, ON_GPU, Captured, borrow, late_stream, needs_
 from .test_noise import (  # noqa: F401  (collected here once more, on the device)
     NOISE_TYPES,
     NORMAL_ULPS,
+    test_an_index_outside_the_table_reads_nothing,
     test_bad_eps,
     test_compiles_without_graph_breaks,
     test_embedding_noise_is_gather_then_noise,
@@ -198,6 +199,17 @@ def test_a_graph_draws_anew_at_every_replay(backend: str) -> None:
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not ON_GPU, reason="on the CPU it is an error, raised at once")
+def test_a_bad_index_gives_nan_or_an_error_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, ids = torch.zeros(5, 3, device=DEVICE), torch.tensor([0, 5, 4], device=DEVICE)
+    with no_sync():
+        clean, _ = embedding_noise(table, ids)
+    assert clean.isnan().all(1).tolist() == [False, True, False]
+    monkeypatch.setenv("FASTPOST_CHECKS", "1")
+    with pytest.raises(IndexError, match="index 5 is outside a table of 5 rows"):
+        embedding_noise(table, ids)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="about the GPU's own errors")
