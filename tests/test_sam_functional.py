@@ -253,18 +253,33 @@ def test_checkpointed_layers_recompute_at_the_perturbed_point() -> None:
 
 
 def test_compiled_models_see_the_perturbation() -> None:
-    model = network()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 8), nn.LayerNorm(8), nn.RMSNorm(8), nn.Linear(8, 11))
+    ids = torch.arange(11)
     opt = functional(model, 0.3)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     losses = []
-    for _ in range(2):
+    for forward in (model, compiled, compiled):
         model.zero_grad()
-        loss = nn.functional.cross_entropy(compiled(X), Y)
+        loss = nn.functional.cross_entropy(forward(ids), ids)
         loss.backward()
         with opt.perturbed():
-            losses.append((loss.item(), nn.functional.cross_entropy(compiled(X), Y).item()))
-    assert losses[0] == losses[1]
+            losses.append((loss.item(), nn.functional.cross_entropy(forward(ids), ids).item()))
+    assert losses[1] == losses[2] == pytest.approx(losses[0], rel=1e-6)
     assert losses[0][1] > losses[0][0] + 0.05
+
+
+def test_float16_products_stay_below_its_end() -> None:
+    """A coherent input of width 4,096 meets a direction of ones: 4,096 times what one element gives."""
+    model = nn.Linear(4096, 3, bias=False).half()
+    x = torch.full((2, 4096), 30.0, dtype=torch.float16)
+    opt = functional(model, 0.1)
+    model(x)
+    model.weight.grad = torch.ones_like(model.weight)
+    with opt.perturbed(zero_grad=False):
+        rise = model(x).float().sum() - nn.functional.linear(x, model.weight).float().sum()
+    expected = 2 * 3 * 4096 * 30 * 0.1 / (3 * 4096) ** 0.5
+    assert rise.item() == pytest.approx(expected, rel=0.02)
 
 
 def test_copies_are_on_their_own_and_hooks_leave_with_the_optimizer() -> None:

@@ -201,3 +201,19 @@ def test_hooks_leave_with_the_optimizer(far_device: None) -> None:
     del opt
     gc.collect()
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_an_overflow_in_a_step_that_is_not_made_does_not_haunt_the_next(far_device: None) -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    (loss_of(model) * math.inf).backward()
+    with opt.perturbed():
+        loss_of(model).backward()
+    opt.zero_grad()  # given up
+    before = all_bits(model)
+    loss_of(model).backward()
+    with opt.perturbed():
+        loss_of(model).backward()
+    opt.step()
+    assert opt.skipped_steps == 0
+    assert not unchanged(model, before)

@@ -84,6 +84,7 @@ class Ascent(Wrapper):
         else:
             self.cycle += 1
             self._combined = False
+            self._guard.forget()  # what was known of a step that is not made
 
     @property
     def is_perturbed(self) -> bool:

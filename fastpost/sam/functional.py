@@ -67,8 +67,8 @@ def _embedding(module: Any, u: Directions, factor: float, args: tuple[Any, ...],
     width = rows.shape[-1]
     index = _input(args, kwargs).unsqueeze(-1) * width + torch.arange(width, device=rows.device)
     with torch.no_grad():
-        moved = round_randomly(rows.float() + gain.float() * factor, hashed_bits(index), rows.dtype) - rows
-    return rows + moved  # the difference of neighbours is exact, and so is the sum
+        moved = round_randomly(rows.float() + gain.float() * factor, hashed_bits(index), rows.dtype)
+    return moved + (rows - rows.detach())  # the second term is 0 and carries the gradient
 
 
 def _norm(module: Any, u: Directions, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -248,8 +248,10 @@ class FunctionalPerturbation(Perturbation):
             )
 
     def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
-        factor = 2.0 ** round(math.log2(term.rho / self._unit)) if term.rho else 1.0
-        room = []
+        # float16 ends at 65,504, which a product with elements of about 1 may reach.
+        room_above = 5 if term.seen == torch.float16 else 0
+        factor = 2.0 ** (round(math.log2(term.rho / self._unit)) + room_above) if term.rho else 1.0
+        room: list[Tensor] = []
         for p, w in zip(b.params, b.bucket.weights, strict=True):
             u = self._room.get(id(p))
             dtype = term.seen if w.ndim > 1 else w.dtype  # norms compute in the dtype of their weights

@@ -178,6 +178,7 @@ class SAM(Ascent):
             if zero_grad:
                 self.zero_grad()
         except BaseException:
+            self._guard.forget()
             self.restore_()
             raise
 
