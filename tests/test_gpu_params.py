@@ -15,8 +15,8 @@ from fastpost.backends import reference
 from fastpost.errors import BackendUnavailable
 from fastpost.ops import params as ops
 
+from . import test_build, test_restore_adamw
 from . import test_params as bodies
-from . import test_restore_adamw
 from .conftest import DTYPES, bits, same_bits
 from .gpu import BACKENDS, DEVICE, ON_GPU, Captured, at_home, borrow, late_stream, needs_gpu, no_sync, there
 from .test_params import (  # noqa: F401  (collected here once more, on the device)
@@ -300,37 +300,20 @@ def test_a_list_over_the_gpu_and_the_cpu() -> None:
 
 # -- the compiler and its checks ------------------------------------------------------------------------------------------
 
-OPCHECKS = {
-    "squared_norm": lambda a, b: ([a], [b], 0.01),
-    "sam_perturb_": lambda a, b: ([a], [b], [a.clone()], a.new_ones((), dtype=torch.float64), 0.1, True, 0.01, None),
-    "sam_restore_": lambda a, b: ([a], [b]),
-    "sam_restore_adamw_": lambda a, b: (
-        [a],
-        [b],
-        [a.clone()],
-        [b.clone()],
-        [b.square()],
-        [a.new_ones(())],
-        0.1,
-        0.9,
-        0.99,
-        1e-8,
-        0.1,
-        False,
-        None,
-        None,
-    ),
-    "negate_": lambda a, b: ([a, b.bfloat16()],),
-    "flip_signs_": lambda a, b: ([a], torch.full((), 3, dtype=torch.int64, device=DEVICE)),
-    "negate_clip_": lambda a, b: ([a], 1.0),
-}
+
+def adamw_arguments() -> tuple[object, ...]:
+    a, b = there(torch.randn(70), torch.randn(70))
+    numbers = (0.1, 0.9, 0.99, 1e-8, 0.1, False)
+    return ([a], [b], [a.clone()], [b.clone()], [b.square()], [a.new_ones(())], *numbers, None, None)
+
+
+OPCHECKS = {**test_build.OPCHECKS, "sam_restore_adamw_": adamw_arguments}
 
 
 @pytest.mark.parametrize("name", OPCHECKS)
-def test_opcheck(name: str) -> None:
-    torch.library.opcheck(
-        getattr(torch.ops.fastpost, name).default, OPCHECKS[name](*there(torch.randn(70), torch.randn(70)))
-    )
+def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    borrow(monkeypatch, test_build)
+    torch.library.opcheck(getattr(torch.ops.fastpost, name).default, OPCHECKS[name]())
 
 
 def test_compiles_without_a_graph_break() -> None:
