@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 
+import pytest
 import torch
+from torch import nn
 
 from fastpost import SAM
 
@@ -106,3 +108,58 @@ def test_the_lm_preset() -> None:
     opt = SAM.lm(network().parameters(), torch.optim.AdamW, lr=1e-3)
     assert (opt.param_groups[0]["rho"], opt.ascent_fraction) == (0.15, 0.25)
     assert SAM.lm(network().parameters(), torch.optim.AdamW, rho=0.05).param_groups[0]["rho"] == 0.05
+
+
+class EightBit(torch.optim.SGD):
+    """A base optimizer with uint8 state, which torch's own loading would cast to the parameters' dtype."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                code = self.state[p].setdefault("code", torch.zeros_like(p, dtype=torch.uint8))
+                assert code.dtype == torch.uint8
+                code.add_((p.grad * 100).abs().to(torch.uint8))
+                p.data.add_(code.to(p.dtype), alpha=-1e-3)
+
+    def load_state_dict(self, state_dict) -> None:
+        codes = {k: v["code"] for k, v in state_dict["state"].items()}
+        super().load_state_dict(state_dict)
+        for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            self.state[p]["code"] = codes[i].clone()
+
+
+@pytest.mark.parametrize("bases", [1, 2])
+def test_a_base_optimizer_loads_its_own_state(bases: int) -> None:
+    def build(model: nn.Module) -> SAM:
+        params = list(model.parameters())
+        parts = [params] if bases == 1 else [params[:2]]
+        made: list[torch.optim.Optimizer] = [EightBit(part, lr=0.1) for part in parts]
+        return SAM(None, made if bases == 1 else [*made, torch.optim.AdamW(params[2:], lr=1e-2)], rho=0.1)
+
+    model = network()
+    opt = build(model)
+    for _ in range(2):
+        opt.step(closure_of(model))
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+    opt.step(closure_of(model))
+    resumed = network()
+    resumed.load_state_dict(weights)
+    again = build(resumed)
+    again.load_state_dict(state)
+    again.step(closure_of(resumed))
+    assert unchanged(resumed, all_bits(model))
+
+
+def test_loading_runs_hooks_once_and_says_what_does_not_fit() -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    seen: list[str] = []
+    opt.register_load_state_dict_pre_hook(lambda *_: seen.append("before"))
+    opt.register_load_state_dict_post_hook(lambda *_: seen.append("after"))
+    opt.load_state_dict(opt.state_dict())
+    assert seen == ["before", "after"]
+    other = SAM([{"params": [p]} for p in network().parameters()], torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="4 parameter groups, this optimizer 1"):
+        opt.load_state_dict(other.state_dict())

@@ -72,27 +72,37 @@ class Wrapper(Optimizer):
             RuntimeError: the weights are perturbed; a checkpoint taken now would hold the wrong ones.
         """
         self._refuse_while_perturbed("state_dict()")
-        return super().state_dict()
+        if len(self._bases) > 1:
+            return super().state_dict()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = self.base_optimizer.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
+            state = state if changed is None else changed
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of SAM or of the plain base optimizer; keys that are missing keep their values."""
-        self._refuse_while_perturbed("load_state_dict()")
-        super().load_state_dict(state_dict)
+        """Loads a state of SAM or of the plain base optimizer; keys that are missing keep their values.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if state.keys() != {"state", "param_groups"}:  # unpickling or copying
-            super().__setstate__(state)
-            return
-        groups, moments = list(state["param_groups"]), state["state"]
+        The base optimizer loads it itself: 8-bit ones must not have their state cast as torch would.
+        """
+        self._refuse_while_perturbed("load_state_dict()")
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        groups, moments = list(state_dict["param_groups"]), state_dict["state"]
+        if len(groups) != len(self.param_groups):
+            raise ValueError(f"SAM: the state has {len(groups)} parameter groups, this optimizer {len(self.param_groups)}")
         for base in self._bases:
             mine, groups = groups[: len(base.param_groups)], groups[len(base.param_groups) :]
-            for group, old in zip(mine, base.param_groups, strict=True):
-                for key in GROUP_KEYS:
-                    group.setdefault(key, old[key])
+            kept = [{key: old[key] for key in GROUP_KEYS} for old in base.param_groups]
+            filled = [{**defaults, **group} for defaults, group in zip(kept, mine, strict=True)]
             owned = {p for group in mine for p in group["params"]}
-            kept = type(base.state)(dict) if hasattr(base.state, "default_factory") else type(base.state)()
-            kept.update({k: v for k, v in moments.items() if k in owned or not isinstance(k, Tensor)})
-            base.__setstate__({"state": kept, "param_groups": mine})
+            state = moments if len(self._bases) == 1 else {k: v for k, v in moments.items() if k in owned}
+            base.load_state_dict({**state_dict, "state": state, "param_groups": filled})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def _count_step(self, ascended: bool) -> None:
         # A checkpoint of a fresh optimizer is made after one step at a learning rate of 0: that one does not count.
