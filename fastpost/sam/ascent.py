@@ -80,7 +80,7 @@ class Ascent(Wrapper):
         if self._masters is not None:
             self._masters.zero_grad(set_to_none)
         if self.is_perturbed:
-            self._guard.rearm(self.tensors())
+            self._guard.rearm(self.tensors)
         else:
             self.cycle += 1
             self._combined = False
@@ -170,7 +170,7 @@ class Ascent(Wrapper):
         self._ascents += 1
         self._sums = self._perturbation.apply(buckets, terms, squared, self._reduction)
         self._elements = sum(b.elements_everywhere for b in buckets)
-        self._guard.saw(norm, self.tensors())
+        self._guard.saw(norm, self.tensors)
 
     def _seen(self, b: ParameterBucket) -> torch.dtype:
         device = b.bucket.device.type

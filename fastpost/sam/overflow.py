@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,20 +35,20 @@ class OverflowGuard:
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
 
-    def saw(self, squared: Tensor, params: Sequence[Tensor]) -> None:
-        """Remembers the squared norm of an ascent; `params` are those that may get a second gradient."""
+    def saw(self, squared: Tensor, params: Callable[[], list[Tensor]]) -> None:
+        """Remembers the squared norm of an ascent; `params` returns those that may get a second gradient."""
         # Sums of squares stay NaN or inf once they are: windows that ascend several times add up.
         self._norm = squared if self._norm is None else self._norm + squared.to(self._norm.device)
         self.rearm(params)
 
-    def rearm(self, params: Iterable[Tensor]) -> None:
+    def rearm(self, params: Callable[[], list[Tensor]]) -> None:
         """Seeds (again) the next gradient to appear, as after the gradients were dropped."""
         norm = self._norm
         if norm is None or (at_hand(norm) and bool(torch.isfinite(norm))):
             self._seed = None
             return
         self._seed = torch.where(torch.isfinite(norm), torch.zeros_like(norm), torch.full_like(norm, math.nan))
-        self._hook([p for p in params if p.requires_grad])
+        self._hook([p for p in params() if p.requires_grad])
 
     def forget(self) -> None:
         """The step is given up."""
