@@ -44,7 +44,16 @@ double squared_norm(const Plan& plan, bool adaptive, double eta, int threads);
 
 // stash = w, w = w + e, for every tensor of the plan; squared_norm is the one over all plans of the step. Where it is
 // zero or not finite, w keeps its bits. The caller has checked finiteness; sums are those of the writing pass.
-PerturbSums sam_perturb(const Plan& plan, const Perturbation& how, double squared_norm, int threads);
+// seed: 16-bit weights are rounded at random (core/params.h), or null: to nearest. Element e of tensor t takes half e % 2 of
+// word e % 8 / 2 of philox(seed, e / 8, t).
+PerturbSums sam_perturb(const Plan& plan, const Perturbation& how, double squared_norm, const uint64_t* seed, int threads);
+
+// w = m + e, rounded to nearest, for 16-bit weights of which the stash column holds the float masters m (read only; the
+// gradients have the weights' type). Where nothing may move, w = m.
+PerturbSums sam_perturb_masters(const Plan& plan, const Perturbation& how, double squared_norm, int threads);
+
+// w = m, rounded to nearest.
+void sam_cast(const Plan& plan, int threads);
 
 // w = stash, bit for bit.
 void sam_restore(const Plan& plan, int threads);
@@ -113,9 +122,14 @@ bool supports(int device);
 
 void squared_norm(const Plan& plan, bool adaptive, double eta, double* partial, double* out, int device, void* stream);
 
-// sums: the six of PerturbSums.
-void sam_perturb(const Plan& plan, const Perturbation& how, const double* squared_norm, double* partial, double* sums,
-                 int device, void* stream);
+// sums: the six of PerturbSums. seed: one int64 on the device, or null.
+void sam_perturb(const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed, double* partial,
+                 double* sums, int device, void* stream);
+
+void sam_perturb_masters(const Plan& plan, const Perturbation& how, const double* squared_norm, double* partial,
+                         double* sums, int device, void* stream);
+
+void sam_cast(const Plan& plan, int device, void* stream);
 
 void sam_restore(const Plan& plan, int device, void* stream);
 

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "api.h"
 
 namespace py = pybind11;
@@ -24,18 +26,36 @@ void bind_cpu(py::module_ cpu) {
   cpu.def("isas", &cpu::isas);
   cpu.def("squared_norm", &cpu::squared_norm, py::arg("plan"), py::arg("adaptive"), py::arg("eta"), py::arg("threads"),
           Released());
+  const auto as_tuple = [](const PerturbSums& s) {
+    return py::make_tuple(s.intended_sq, s.stored_sq, s.stored_dot, s.seen_sq, s.seen_dot, s.changed);
+  };
   cpu.def(
       "sam_perturb",
-      [](const Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, double squared_norm, int threads) {
-        PerturbSums s;
+      [as_tuple](const Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, double squared_norm,
+                 std::optional<uint64_t> seed, int threads) {
+        PerturbSums sums;
         {
           py::gil_scoped_release released;
-          s = cpu::sam_perturb(plan, {rho, adaptive, eta, seen_dtype}, squared_norm, threads);
+          sums = cpu::sam_perturb(plan, {rho, adaptive, eta, seen_dtype}, squared_norm, seed ? &*seed : nullptr, threads);
         }
-        return py::make_tuple(s.intended_sq, s.stored_sq, s.stored_dot, s.seen_sq, s.seen_dot, s.changed);
+        return as_tuple(sums);
+      },
+      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("seen_dtype"), py::arg("squared_norm"),
+      py::arg("seed"), py::arg("threads"));
+  cpu.def(
+      "sam_perturb_masters",
+      [as_tuple](const Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, double squared_norm,
+                 int threads) {
+        PerturbSums sums;
+        {
+          py::gil_scoped_release released;
+          sums = cpu::sam_perturb_masters(plan, {rho, adaptive, eta, seen_dtype}, squared_norm, threads);
+        }
+        return as_tuple(sums);
       },
       py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("seen_dtype"), py::arg("squared_norm"),
       py::arg("threads"));
+  cpu.def("sam_cast", &cpu::sam_cast, py::arg("plan"), py::arg("threads"), Released());
   cpu.def("sam_restore", &cpu::sam_restore, py::arg("plan"), py::arg("threads"), Released());
   cpu.def(
       "sam_restore_adamw",
@@ -108,13 +128,25 @@ void bind_cuda(py::module_ cuda) {
       py::arg("stream"), Released());
   cuda.def(
       "sam_perturb",
+      [](const Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, Address squared_norm, Address seed,
+         Address partial, Address sums, int device, Address stream) {
+        cuda::sam_perturb(plan, {rho, adaptive, eta, seen_dtype}, as<double>(squared_norm), as<int64_t>(seed),
+                          as<double>(partial), as<double>(sums), device, as(stream));
+      },
+      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("seen_dtype"), py::arg("squared_norm"),
+      py::arg("seed"), py::arg("partial"), py::arg("sums"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "sam_perturb_masters",
       [](const Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, Address squared_norm, Address partial,
          Address sums, int device, Address stream) {
-        cuda::sam_perturb(plan, {rho, adaptive, eta, seen_dtype}, as<double>(squared_norm), as<double>(partial),
-                          as<double>(sums), device, as(stream));
+        cuda::sam_perturb_masters(plan, {rho, adaptive, eta, seen_dtype}, as<double>(squared_norm), as<double>(partial),
+                                  as<double>(sums), device, as(stream));
       },
       py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("seen_dtype"), py::arg("squared_norm"),
       py::arg("partial"), py::arg("sums"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "sam_cast", [](const Plan& plan, int device, Address stream) { cuda::sam_cast(plan, device, as(stream)); },
+      py::arg("plan"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_restore", [](const Plan& plan, int device, Address stream) { cuda::sam_restore(plan, device, as(stream)); },
       py::arg("plan"), py::arg("device"), py::arg("stream"), Released());

@@ -21,6 +21,8 @@ MODULE = native.core().__file__
 # arithmetic.
 HOT = {
     "sam_perturb_kernel": (64, "LDG STG"),
+    "sam_perturb_masters_kernel": (64, "LDG STG"),
+    "cast_kernel": (64, "LDG STG"),
     "squared_norm_kernel": (64, "LDG"),
     "restore_kernel": (64, "LDG STG"),
     "restore_adamw_kernel": (128, "LDG STG"),

@@ -80,9 +80,25 @@ def divergence_kernel(dtype: str, arch: int, tmp_path: Path, warps: int = 16, **
 
 
 def perturb_kernel(dtype: str, arch: int, tmp_path: Path, **changed) -> tuple[str, str]:
-    constants = {"dtype": TYPES[dtype][1], "seen": tl.bfloat16, "adaptive": False, "aligned": True, "BLOCK": 2048, **changed}
-    types = {"table": "*i64", "partial": "*fp64", "scale": "*fp32", "eta": "fp32"}
+    constants = {
+        "dtype": TYPES[dtype][1], "seen": tl.bfloat16, "adaptive": False, "masters": False, "stochastic": False,
+        "aligned": True, "BLOCK": 2048, **changed,
+    }  # fmt: skip
+    types = {"table": "*i64", "partial": "*fp64", "scale": "*fp32", "seed": "*i64", "eta": "fp32"}
     return compiled(params._sam_perturb_kernel, types, constants, ("table",), 8, arch, tmp_path)
+
+
+def stochastic_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    return perturb_kernel("bfloat16", arch, tmp_path, stochastic=True)
+
+
+def masters_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    return perturb_kernel("bfloat16", arch, tmp_path, masters=True)
+
+
+def cast_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    constants = {"dtype": tl.bfloat16, "aligned": True, "BLOCK": 2048}
+    return compiled(params._cast_kernel, {"table": "*i64"}, constants, ("table",), 8, arch, tmp_path)
 
 
 def norm_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
@@ -117,6 +133,9 @@ def noise_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
 KERNELS = {
     "divergence": (divergence_kernel, 128),
     "perturb": (perturb_kernel, 128),
+    "perturb, stochastic": (stochastic_kernel, 192),  # eight Philox calls at a time leave room for one block
+    "perturb from masters": (masters_kernel, 128),
+    "cast of masters": (cast_kernel, 64),
     "norm": (norm_kernel, 128),
     "restore": (restore_kernel, 64),
     "flip": (flip_kernel, 128),

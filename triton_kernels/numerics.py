@@ -24,6 +24,26 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def round_randomly(x, random, dtype: tl.constexpr):
+    """float32 to 16 bits, away from zero with the probability that keeps the mean; random: uint32 below 65536."""
+    u = x.to(tl.uint32, bitcast=True)
+    if dtype == tl.bfloat16:
+        special = round_to(x, dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
+        half = tl.where((u & 0x7F800000) == 0x7F800000, special, (u + random) >> 16)
+        return half.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    elif dtype == tl.float16:
+        magnitude = u & 0x7FFFFFFF
+        small = magnitude < 0x38800000  # below 2^-14 the last place is 2^-24: in 2^-40 steps only whole ones can carry
+        steps = (tl.where(small, tl.abs(x), 0.0) * 1099511627776.0).to(tl.int32).to(tl.uint32)
+        half = tl.where(small, (steps + random) >> 16, (magnitude + 0xC8000000 + (random >> 3)) >> 13)
+        half = tl.where(magnitude >= 0x47800000, 0x7C00, half)
+        half = tl.where(magnitude > 0x7F800000, 0x7E00, half)
+        return (half | ((u >> 16) & 0x8000)).to(tl.uint16).to(tl.float16, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
 def exp_nonpositive(x):
     """e^x for x <= 0 and NaN, within 1 ulp; 0 below -87.33, where the result leaves float's normal range."""
     shifted = x * 1.44269502 + 12583039.0  # 1.5 * 2^23 + 127: the last bits become an exponent field

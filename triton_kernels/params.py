@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .numerics import CHUNK, philox_words, round_to
+from .numerics import CHUNK, philox_words, round_randomly, round_to
 
 SUMS = 6  # e.e, s.s, e.s, v.v, e.v, changed
 _BLOCK = 2048
@@ -23,12 +23,12 @@ def chunk_table(columns: list[list[Tensor]], streams: list[int]) -> tuple[Tensor
         int64 tensor of shape (chunks, len(columns) + 3) on the tensors' device, and whether every address lies on 16 bytes.
     """
     rows = []
-    size = columns[0][0].element_size()
+    sizes = [column[0].element_size() for column in columns]
     for i, tensor in enumerate(columns[0]):
         addresses = [column[i].data_ptr() for column in columns]
         for begin in range(0, tensor.numel(), CHUNK.value):
             length = min(CHUNK.value, tensor.numel() - begin)
-            rows.append([*(a + begin * size for a in addresses), length, streams[i], begin])
+            rows.append([*(a + begin * size for a, size in zip(addresses, sizes, strict=True)), length, streams[i], begin])
     aligned = all(a % 16 == 0 for row in rows for a in row[: len(columns)])
     table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(columns) + 3)
     return table.to(columns[0][0].device, non_blocking=True), aligned
@@ -69,25 +69,54 @@ def _squared_norm_kernel(
 
 
 @triton.jit
-def _perturb_block(w, g, stash, i, inside, high, low, eta, dtype: tl.constexpr, seen: tl.constexpr, adaptive: tl.constexpr):
+def _random_halves(row, seed, i):
+    """16 bits for element e = begin + i of a tensor: half e % 2 of word e % 8 // 2 of philox(seed, e // 8, tensor)."""
+    element = tl.load(row + 5) + i
+    w0, w1, w2, w3 = philox_words(tl.load(seed), element // 8, tl.load(row + 4))
+    which = (element % 8) // 2
+    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
+    return (word >> ((element % 2) * 16).to(tl.uint32)) & 0xFFFF
+
+
+@triton.jit
+def _perturb_block(
+    w, g, stash, row, seed, i, inside, high, low, eta, dtype: tl.constexpr, seen: tl.constexpr, adaptive: tl.constexpr,
+    masters: tl.constexpr, stochastic: tl.constexpr,
+):  # fmt: skip
     """Perturbs one block; returns the element-wise terms of the six sums. inside: None for a whole block."""
     if inside is None:
-        raw = tl.load(w + i)
         slope = tl.load(g + i).to(tl.float32)
     else:
-        raw = tl.load(w + i, mask=inside, other=0.0)
         slope = tl.load(g + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(stash + i, raw, mask=inside)
-    before = raw.to(tl.float32)
+    if masters:  # the stash holds them, and is not written
+        if inside is None:
+            exact = tl.load(stash + i)
+        else:
+            exact = tl.load(stash + i, mask=inside, other=0.0)
+        before = round_to(exact, dtype).to(tl.float32)
+    else:
+        if inside is None:
+            raw = tl.load(w + i)
+        else:
+            raw = tl.load(w + i, mask=inside, other=0.0)
+        tl.store(stash + i, raw, mask=inside)
+        exact = raw.to(tl.float32)
+        before = exact
     e = slope * low * high
     if adaptive:
-        t = tl.abs(before) + eta
+        t = tl.abs(exact) + eta
         e = e * t * t
     if high == 0.0:  # nothing moves: 0 * inf is not 0, and -0 + 0 is not -0
         e = tl.zeros_like(e)
-    written = round_to(before + e, dtype)
-    if high != 0.0:
+    if stochastic:
+        written = round_randomly(exact + e, _random_halves(row, seed, i), dtype)
+    else:
+        written = round_to(exact + e, dtype)
+    if masters:
         tl.store(w + i, written, mask=inside)
+    else:
+        if high != 0.0:
+            tl.store(w + i, written, mask=inside)
     after = written.to(tl.float32)
     s = after - before
     v = round_to(after, seen).to(tl.float32) - round_to(before, seen).to(tl.float32)
@@ -102,17 +131,24 @@ def _sam_perturb_kernel(
     table,
     partial,
     scale,
+    seed,
     eta,
     dtype: tl.constexpr,
     seen: tl.constexpr,
     adaptive: tl.constexpr,
+    masters: tl.constexpr,
+    stochastic: tl.constexpr,
     aligned: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    row = table + tl.program_id(0).to(tl.int64) * 6
     w = _pointer(table, 0, 6, dtype, aligned)
     g = _pointer(table, 1, 6, dtype, aligned)
-    stash = _pointer(table, 2, 6, dtype, aligned)
-    length = tl.load(table + tl.program_id(0).to(tl.int64) * 6 + 3)
+    if masters:
+        stash = _pointer(table, 2, 6, tl.float32, aligned)
+    else:
+        stash = _pointer(table, 2, 6, dtype, aligned)
+    length = tl.load(row + 3)
     # Two factors, the second a power of two, hold a scale that float32 alone could not; 0 means that nothing moves.
     high = tl.load(scale)
     low = tl.load(scale + 1)
@@ -125,7 +161,9 @@ def _sam_perturb_kernel(
     body = length // BLOCK
     for block in range(body):  # whole blocks need no mask, which keeps their accesses wide
         i = block * BLOCK + tl.arange(0, BLOCK)
-        t0, t1, t2, t3, t4, t5 = _perturb_block(w, g, stash, i, None, high, low, eta, dtype, seen, adaptive)
+        t0, t1, t2, t3, t4, t5 = _perturb_block(
+            w, g, stash, row, seed, i, None, high, low, eta, dtype, seen, adaptive, masters, stochastic
+        )
         ee += t0
         ss += t1
         es += t2
@@ -133,7 +171,9 @@ def _sam_perturb_kernel(
         ev += t4
         changed += t5
     i = body * BLOCK + tl.arange(0, BLOCK)
-    t0, t1, t2, t3, t4, t5 = _perturb_block(w, g, stash, i, i < length, high, low, eta, dtype, seen, adaptive)
+    t0, t1, t2, t3, t4, t5 = _perturb_block(
+        w, g, stash, row, seed, i, i < length, high, low, eta, dtype, seen, adaptive, masters, stochastic
+    )
     at = partial + tl.program_id(0).to(tl.int64) * 6
     tl.store(at, tl.sum((ee + t0).to(tl.float64), axis=0))
     tl.store(at + 1, tl.sum((ss + t1).to(tl.float64), axis=0))
@@ -270,16 +310,42 @@ def sam_perturb_(
     eta: float | None,
     seen: torch.dtype,
     streams: list[int],
+    seed: Tensor | None = None,
+    masters: bool = False,
 ) -> Tensor:
-    """stash = w, w = w + e; returns the six sums in float64. Nothing waits for the device."""
+    """stash = w, w = w + e; returns the six sums in float64. Nothing waits for the device.
+
+    seed: round 16-bit weights at random. masters: the stash holds float32 masters m, which are only read, and w = m + e.
+    """
     table, aligned = chunk_table([weights, grads, stash], streams)
     partial = torch.zeros((len(table), SUMS), dtype=torch.float64, device=table.device)
     if len(table):
+        stochastic = seed is not None and weights[0].element_size() == 2
         _sam_perturb_kernel[(len(table),)](
-            table, partial, _split(squared, rho), eta or 0.0, _TYPES[weights[0].dtype], _TYPES[seen], eta is not None,
-            aligned, BLOCK=_BLOCK, num_warps=8,
+            table, partial, _split(squared, rho), table if seed is None else seed, eta or 0.0, _TYPES[weights[0].dtype],
+            _TYPES[seen], eta is not None, masters, stochastic, aligned, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip
     return partial.sum(dim=0)
+
+
+@triton.jit
+def _cast_kernel(table, dtype: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr):
+    w = _pointer(table, 0, 5, dtype, aligned)
+    masters = _pointer(table, 1, 5, tl.float32, aligned)
+    length = tl.load(table + tl.program_id(0).to(tl.int64) * 5 + 2)
+    body = length // BLOCK
+    for block in range(body):
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        tl.store(w + i, round_to(tl.load(masters + i), dtype))
+    i = body * BLOCK + tl.arange(0, BLOCK)
+    tl.store(w + i, round_to(tl.load(masters + i, mask=i < length, other=0.0), dtype), mask=i < length)
+
+
+def sam_cast_(weights: list[Tensor], masters: list[Tensor], streams: list[int]) -> None:
+    """w = m, rounded to nearest."""
+    table, aligned = chunk_table([weights, masters], streams)
+    if len(table):
+        _cast_kernel[(len(table),)](table, _TYPES[weights[0].dtype], aligned, BLOCK=_BLOCK, num_warps=8)
 
 
 def copy_block(itemsize: int) -> int:

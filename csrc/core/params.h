@@ -35,6 +35,39 @@ FASTPOST_HD float perturbation(float g, SplitScale scale, float w, float eta) {
   return g * scale.low * scale.high * t * t;
 }
 
+// Stochastic rounding: away from zero with the probability that keeps the mean. `random` has 16 bits; numbers that T holds
+// stay as they are, whatever the bits, as do infinities and NaNs.
+template <class T>
+FASTPOST_HD T round_randomly(float x, uint32_t random);
+
+template <>
+FASTPOST_HD float round_randomly<float>(float x, uint32_t) {
+  return x;
+}
+
+template <>
+FASTPOST_HD bf16 round_randomly<bf16>(float x, uint32_t random) {
+  const uint32_t u = float_bits(x);
+  const uint32_t up = (u + random) >> 16;
+  const uint32_t special = from_float<bf16>(x).bits;
+  return bf16{static_cast<uint16_t>(select_bits(mask_of((u & 0x7f800000u) == 0x7f800000u), special, up))};
+}
+
+template <>
+FASTPOST_HD f16 round_randomly<f16>(float x, uint32_t random) {
+  const uint32_t u = float_bits(x);
+  const uint32_t magnitude = u & 0x7fffffffu;
+  const uint32_t sign = (u >> 16) & 0x8000u;
+  const uint32_t normal = (magnitude + 0xc8000000u + (random >> 3)) >> 13;  // rebias by -112; 13 bits are to go
+  // Below 2^-14 the last place is 2^-24: in 2^-40 steps only whole ones can carry.
+  const float small = select(magnitude < 0x38800000u, bits_float(magnitude), 0.0f);
+  const uint32_t subnormal = (static_cast<uint32_t>(static_cast<int32_t>(small * 0x1p40f)) + random) >> 16;
+  uint32_t half = select_bits(mask_of(magnitude < 0x38800000u), subnormal, normal);
+  half = select_bits(mask_of(magnitude >= 0x477fffffu + 1u), 0x7c00u, half);
+  half = select_bits(mask_of(magnitude > 0x7f800000u), 0x7e00u, half);
+  return f16{static_cast<uint16_t>(half | sign)};
+}
+
 // What one step of AdamW multiplies with; bias corrections in double, as the count of steps may be large.
 struct AdamWStep {
   float sign, decay, first_share, second_kept, second_share, second_scale, eps, size;

@@ -128,9 +128,8 @@ double finish_row(const T* a, const T* b, const T* next, const float* clean_exp,
 template <class T>
 void fill(T* x, int64_t n, float value) {
   if (x == nullptr) return;
-  const T v = from_float<T>(value);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) x[i] = v;
+  for (int64_t i = 0; i < n; ++i) x[i] = from_float<T>(value);
 }
 
 // Cross-entropy alone: the clean stream only.

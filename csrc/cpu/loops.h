@@ -21,12 +21,18 @@ struct PerturbLoop {
   bool adaptive;
   float eta;
   DType seen_dtype;
-  bool stream;  // write the stash past the caches
+  bool stream;      // write the stash past the caches
+  bool masters;     // the stash holds float masters to read, and is not written
+  bool stochastic;  // round 16-bit weights at random
+  uint64_t seed;
 };
 
 struct ParamsLoops {
   double (*squared_norm)(DType, const void* g, const void* w, double eta, int64_t n);  // w: null unless adaptive
-  void (*perturb)(DType, void* w, const void* g, void* stash, int64_t n, const PerturbLoop&, double* sums);
+  // first, stream: where the elements stand in their tensor, and the tensor's number; they key the random bits.
+  void (*perturb)(DType, void* w, const void* g, void* stash, int64_t n, uint64_t first, uint32_t stream, const PerturbLoop&,
+                  double* sums);
+  void (*cast)(DType, void* w, const float* masters, int64_t n);
   void (*copy)(void* to, const void* from, int64_t bytes, bool stream);
   void (*negate)(DType, void* g, int64_t n);
   void (*scale)(DType, void* g, double factor, int64_t n);

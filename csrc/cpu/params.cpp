@@ -69,25 +69,62 @@ double squared_norm(const Plan& plan, bool adaptive, double eta, int threads) {
   return fold(partial);
 }
 
-PerturbSums sam_perturb(const Plan& plan, const Perturbation& how, double squared_norm, int threads) {
-  const bool stream = plan.bytes() >= kStreamBytes;
-  const bool moves = how.rho != 0 && squared_norm > 0 && std::isfinite(squared_norm);
-  if (!moves) {
-    for_spans(plan, 1 << kWeight | 1 << kStash, threads, [&](const Span& span, int64_t offset, int64_t bytes) {
-      params_loops().copy(span.base[kStash] + offset, span.base[kWeight] + offset, bytes, stream);
-    });
-    return {};
-  }
+namespace {
+
+bool moves(const Perturbation& how, double squared_norm) {
+  return how.rho != 0 && squared_norm > 0 && std::isfinite(squared_norm);
+}
+
+// Where the masters of a chunk begin; their elements are wider than the plan's.
+float* masters_of(const Plan& plan, const Chunk& chunk) {
+  return reinterpret_cast<float*>(plan.at(kStash, {chunk.tensor, 0, 0})) + chunk.begin;
+}
+
+PerturbSums perturb(const Plan& plan, const Perturbation& how, double squared_norm, bool masters, const uint64_t* seed,
+                    int threads) {
   const SplitScale scale = split_scale(how.rho / std::sqrt(squared_norm));
-  const PerturbLoop loop{scale.high, scale.low, how.adaptive, static_cast<float>(how.eta), how.seen_dtype, stream};
+  const PerturbLoop loop{scale.high,
+                         scale.low,
+                         how.adaptive,
+                         static_cast<float>(how.eta),
+                         how.seen_dtype,
+                         plan.bytes() >= kStreamBytes,
+                         masters,
+                         seed != nullptr,
+                         seed == nullptr ? 0 : *seed};
   std::vector<double> partial(plan.chunks().size() * kPerturbSums);
   for_chunks(plan, threads, [&](int64_t index, const Chunk& chunk) {
-    params_loops().perturb(plan.dtype(), plan.at(kWeight, chunk), plan.at(kGrad, chunk), plan.at(kStash, chunk),
-                           chunk.length, loop, &partial[index * kPerturbSums]);
+    void* stash = masters ? static_cast<void*>(masters_of(plan, chunk)) : plan.at(kStash, chunk);
+    params_loops().perturb(plan.dtype(), plan.at(kWeight, chunk), plan.at(kGrad, chunk), stash, chunk.length,
+                           static_cast<uint64_t>(chunk.begin), plan.stream(chunk.tensor), loop,
+                           &partial[index * kPerturbSums]);
   });
   double sums[kPerturbSums] = {};
   for (size_t i = 0; i < partial.size(); ++i) sums[i % kPerturbSums] += partial[i];
   return {sums[kIntendedSq], sums[kStoredSq], sums[kStoredDot], sums[kSeenSq], sums[kSeenDot], sums[kChanged]};
+}
+
+}  // namespace
+
+PerturbSums sam_perturb(const Plan& plan, const Perturbation& how, double squared_norm, const uint64_t* seed, int threads) {
+  if (moves(how, squared_norm)) return perturb(plan, how, squared_norm, false, seed, threads);
+  const bool stream = plan.bytes() >= kStreamBytes;
+  for_spans(plan, 1 << kWeight | 1 << kStash, threads, [&](const Span& span, int64_t offset, int64_t bytes) {
+    params_loops().copy(span.base[kStash] + offset, span.base[kWeight] + offset, bytes, stream);
+  });
+  return {};
+}
+
+PerturbSums sam_perturb_masters(const Plan& plan, const Perturbation& how, double squared_norm, int threads) {
+  if (moves(how, squared_norm)) return perturb(plan, how, squared_norm, true, nullptr, threads);
+  sam_cast(plan, threads);
+  return {};
+}
+
+void sam_cast(const Plan& plan, int threads) {
+  for_chunks(plan, threads, [&](int64_t, const Chunk& chunk) {
+    params_loops().cast(plan.dtype(), plan.at(kWeight, chunk), masters_of(plan, chunk), chunk.length);
+  });
 }
 
 void sam_restore(const Plan& plan, int threads) {

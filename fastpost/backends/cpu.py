@@ -40,6 +40,10 @@ def _plan(bucket: Bucket) -> Any:
     return bucket.native(native.core(), _dtype(bucket.dtype))
 
 
+def _seed(seed: Tensor | None) -> int | None:
+    return None if seed is None else int(seed.item()) & (2**64 - 1)
+
+
 def _threads() -> int:
     return torch.get_num_threads()
 
@@ -58,11 +62,24 @@ def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
     return torch.tensor(total, dtype=torch.float64)
 
 
-def sam_perturb_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
+def sam_perturb_(
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
+) -> Tensor:
     sums = native.core().cpu.sam_perturb(
+        _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared.item(), _seed(seed), _threads()
+    )
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+def sam_perturb_masters_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
+    sums = native.core().cpu.sam_perturb_masters(
         _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared.item(), _threads()
     )
     return torch.tensor(sums, dtype=torch.float64)
+
+
+def sam_cast_(bucket: Bucket) -> None:
+    native.core().cpu.sam_cast(_plan(bucket), _threads())
 
 
 def sam_restore_(bucket: Bucket) -> None:
@@ -85,7 +102,7 @@ def negate_(bucket: Bucket) -> None:
 
 
 def flip_signs_(bucket: Bucket, seed: Tensor) -> None:
-    native.core().cpu.flip_signs(_plan(bucket), int(seed.item()) & (2**64 - 1), _threads())
+    native.core().cpu.flip_signs(_plan(bucket), _seed(seed), _threads())
 
 
 def negate_norm_(bucket: Bucket) -> Tensor:
@@ -102,7 +119,7 @@ def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor
     out = _empty(x.shape, out_dtype)
     core.cpu.add_noise(
         x.data_ptr(), out.data_ptr(), _dtype(x.dtype), _dtype(out_dtype), x.numel(), eps,
-        getattr(core.NoiseType, noise_type), int(seed.item()) & (2**64 - 1), address(rows),
+        getattr(core.NoiseType, noise_type), _seed(seed), address(rows),
         x.shape[-1] if x.ndim else 1, _threads(),
     )  # fmt: skip
     return out
@@ -120,7 +137,7 @@ def embedding_noise(
     ids, rows = ids.to(torch.int64).contiguous(), contiguous(rows)
     core.cpu.embedding_noise(
         table.data_ptr(), ids.data_ptr(), clean.data_ptr(), noised.data_ptr(), _dtype(table.dtype), _dtype(out_dtype),
-        ids.numel(), width, table.stride(0), eps, getattr(core.NoiseType, noise_type), int(seed.item()) & (2**64 - 1),
+        ids.numel(), width, table.stride(0), eps, getattr(core.NoiseType, noise_type), _seed(seed),
         address(rows), _threads(),
     )  # fmt: skip
     return clean, noised

@@ -79,14 +79,30 @@ def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
     return out[0]
 
 
-def sam_perturb_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
+def sam_perturb_(
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
+) -> Tensor:
     plan = _plan(bucket)
     sums, partial = _sums(bucket, plan, _SUMS)
     native.core().cuda.sam_perturb(
+        plan, rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared.data_ptr(), address(seed), partial.data_ptr(),
+        sums.data_ptr(), *_where(bucket.device),
+    )  # fmt: skip
+    return sums
+
+
+def sam_perturb_masters_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
+    plan = _plan(bucket)
+    sums, partial = _sums(bucket, plan, _SUMS)
+    native.core().cuda.sam_perturb_masters(
         plan, rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared.data_ptr(), partial.data_ptr(), sums.data_ptr(),
         *_where(bucket.device),
     )  # fmt: skip
     return sums
+
+
+def sam_cast_(bucket: Bucket) -> None:
+    native.core().cuda.sam_cast(_plan(bucket), *_where(bucket.device))
 
 
 def sam_restore_(bucket: Bucket) -> None:

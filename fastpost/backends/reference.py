@@ -38,30 +38,88 @@ def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
     return total
 
 
-def sam_perturb_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
+def sam_perturb_(
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
+) -> Tensor:
     """stash = w; w = w + e with e = rho g / |g| (2010.01412, eq. 2), or rho t^2 g / |t g|, t = |w| + eta for ASAM.
 
-    Nothing moves where the norm is zero or not finite. Returns the sums (e.e, s.s, e.s, v.v, e.v, changed) in float64: s is
-    what was stored, v what a forward pass in `seen_dtype` sees.
+    Nothing moves where the norm is zero or not finite. With a seed, 16-bit weights are rounded at random. Returns the sums
+    (e.e, s.s, e.s, v.v, e.v, changed) in float64: s is what was stored, v what a forward pass in `seen_dtype` sees.
     """
+    for w, stash in zip(bucket.weights, bucket.stash, strict=True):
+        stash.copy_(w)
+    return _perturb(bucket, bucket.stash, squared, rho, eta, seen_dtype, seed)
+
+
+def sam_perturb_masters_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
+    """w = m + e, rounded to nearest; the stash column holds the float32 masters m, of which ASAM takes its t."""
+    sam_cast_(bucket)
+    return _perturb(bucket, bucket.stash, squared, rho, eta, seen_dtype, None)
+
+
+def sam_cast_(bucket: Bucket) -> None:
+    """w = m, rounded to nearest."""
+    for w, master in zip(bucket.weights, bucket.stash, strict=True):
+        w.copy_(master)
+
+
+def _perturb(
+    bucket: Bucket, origins: list[Tensor], squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype,
+    seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """w = origin + e, where w holds the origin rounded to its dtype; the six sums."""
     sums = torch.zeros(6, dtype=torch.float64, device=bucket.device)
     moves = torch.isfinite(squared) & (squared > 0)
     scale = torch.where(moves, rho / squared.sqrt(), torch.zeros_like(squared)) if rho else torch.zeros_like(squared)
-    for w, g, stash in zip(bucket.weights, bucket.grads, bucket.stash, strict=True):
-        stash.copy_(w)
+    for w, g, origin, stream in zip(bucket.weights, bucket.grads, origins, bucket.streams, strict=True):
         work = _working(w.dtype)
         e = g.double() * scale
         if eta is not None:
-            e = e * (w.double().abs() + eta).square()
+            e = e * (origin.double().abs() + eta).square()
         e = torch.where(scale != 0, e, torch.zeros_like(e)).to(work)  # 0 * inf is not 0
-        before = stash.to(work)
-        w.copy_(torch.where(scale != 0, (before + e).to(w.dtype), w))
-        stored = w.to(work) - before
-        seen = w.to(seen_dtype).to(work) - stash.to(seen_dtype).to(work)
+        before = w.clone()
+        exact = origin.to(work) + e
+        rounded = exact.to(w.dtype) if seed is None else round_randomly(exact, random_halves(w, seed, stream), w.dtype)
+        w.copy_(torch.where(scale != 0, rounded, w))
+        stored = w.to(work) - before.to(work)
+        seen = w.to(seen_dtype).to(work) - before.to(seen_dtype).to(work)
         e, stored, seen = e.double(), stored.double(), seen.double()
         parts = (e * e, stored * stored, e * stored, seen * seen, e * seen, (stored != 0).double())
         sums += torch.stack([part.sum() for part in parts])
     return sums
+
+
+def random_halves(like: Tensor, seed: Tensor, stream: int) -> Tensor:
+    """16 bits per element e, in memory order: half e % 2 of word e % 8 // 2 of philox(seed, e // 8, stream)."""
+    n = like.numel()
+    words = philox(seed, torch.arange(-(-n // 8), device=like.device), stream)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(-1)[:n]
+    placed = torch.empty_like(like, dtype=torch.int64)
+    _in_memory_order(placed).copy_(halves)
+    return placed
+
+
+def round_randomly(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds to a neighbour in `dtype`, away from zero with the probability that keeps the mean.
+
+    Args:
+        x: float32, any shape.
+        bits: integers in [0, 65536), uniform, of x's shape.
+        dtype: bfloat16 or float16; anything else is rounded to nearest.
+
+    Returns:
+        `x` in `dtype`. Numbers that `dtype` holds stay as they are, whatever the bits; infinities and NaN too.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return x.to(dtype)
+    # In units of the last place at |x| (of the smallest normal number below it) the sum is exact in float64.
+    info = torch.finfo(dtype)
+    smallest, digits = (-13, 11) if dtype == torch.float16 else (-125, 8)
+    size = x.double().abs()
+    unit = torch.exp2(torch.frexp(size).exponent.double().clamp(min=smallest) - digits)
+    rounded = torch.floor(size / unit + bits.double() / 65536) * unit
+    rounded = torch.where(rounded > info.max, torch.full_like(rounded, torch.inf), rounded)
+    return torch.where(x.isfinite(), torch.copysign(rounded, x.double()), x.double()).to(dtype)
 
 
 def sam_restore_(bucket: Bucket) -> None:

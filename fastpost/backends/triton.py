@@ -47,11 +47,24 @@ def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
     return total
 
 
-def sam_perturb_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
+def sam_perturb_(
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
+) -> Tensor:
     sums: Tensor = _kernels("params").sam_perturb_(
-        bucket.weights, bucket.grads, bucket.stash, squared, rho, eta, seen_dtype, bucket.streams
+        bucket.weights, bucket.grads, bucket.stash, squared, rho, eta, seen_dtype, bucket.streams, seed
     )
     return sums
+
+
+def sam_perturb_masters_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
+    sums: Tensor = _kernels("params").sam_perturb_(
+        bucket.weights, bucket.grads, bucket.stash, squared, rho, eta, seen_dtype, bucket.streams, masters=True
+    )
+    return sums
+
+
+def sam_cast_(bucket: Bucket) -> None:
+    _kernels("params").sam_cast_(bucket.weights, bucket.stash, bucket.streams)
 
 
 def sam_restore_(bucket: Bucket) -> None:

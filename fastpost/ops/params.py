@@ -131,11 +131,13 @@ def _sam_perturb_(
     adaptive: bool,
     eta: float,
     seen_dtype: torch.dtype | None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     sums = None
     for bucket in make_buckets(weights=weights, grads=grads, stash=stash):
         seen = seen_dtype or bucket.dtype
-        part = run("sam_perturb_", bucket, squared.to(bucket.device), rho, eta if adaptive else None, seen)
+        key = None if seed is None else seed.to(bucket.device)
+        part = run("sam_perturb_", bucket, squared.to(bucket.device), rho, eta if adaptive else None, seen, key)
         sums = part if sums is None else sums + part.to(sums.device)
     assert sums is not None
     return sums
@@ -200,7 +202,7 @@ _op_squared_norm = define(
 )
 _op_sam_perturb_ = define(
     "sam_perturb_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] stash, Tensor squared_norm, float rho, bool adaptive, "
-    "float eta, ScalarType? seen_dtype) -> Tensor",
+    "float eta, ScalarType? seen_dtype, Tensor? seed=None) -> Tensor",
     _sam_perturb_,
     lambda weights, *_: torch.empty(6, dtype=torch.float64, device=weights[0].device),
 )
@@ -262,6 +264,7 @@ def sam_perturb_(
     adaptive: bool = False,
     eta: float = 0.0,
     seen_dtype: torch.dtype | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """stash = w, w = w + e with e = rho * g / norm (SAM, 2010.01412 eq. 2) or rho * t^2 * g / norm, t = abs(w) + eta (ASAM).
 
@@ -272,6 +275,9 @@ def sam_perturb_(
         rho: radius, >= 0.
         adaptive, eta: ASAM and its constant.
         seen_dtype: dtype that the forward pass computes in (default: the weights' own).
+        seed: round 16-bit weights at random, away from zero with the probability that keeps the mean; None is to nearest.
+            Element e (in memory order) of tensor t takes half e % 2 of word e % 8 // 2 of Philox4x32-10(seed, e // 8, t).
+            Wider weights are rounded to nearest all the same.
 
     Returns:
         float64 tensor of six sums over all elements: e.e, s.s, e.s, v.v, e.v, and how many elements changed; s is what was
@@ -284,7 +290,8 @@ def sam_perturb_(
     check_radius("sam_perturb_", rho, eta)
     if seen_dtype is not None and not seen_dtype.is_floating_point:
         raise TypeError(f"sam_perturb_: seen_dtype must be a floating-point dtype, not {seen_dtype}")
-    sums: Tensor = _op_sam_perturb_(*columns.values(), squared_norm.double(), rho, adaptive, eta, seen_dtype)
+    key = None if seed is None else seed_tensor(seed, columns["weights"][0].device)
+    sums: Tensor = _op_sam_perturb_(*columns.values(), squared_norm.double(), rho, adaptive, eta, seen_dtype, key)
     wrote(columns["weights"])
     return sums
 
