@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -51,17 +51,7 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[CMakeExtension("fastpost._C")],
     cmdclass={"build_ext": CMakeBuild},
-    packages=[
-        "fastpost",
-        "fastpost.backends",
-        "fastpost.bench",
-        "fastpost.cli",
-        "fastpost.gap",
-        "fastpost.ops",
-        "fastpost.r3f",
-        "fastpost.sam",
-        "fastpost.triton_kernels",
-    ],
+    packages=[*find_packages(include=["fastpost", "fastpost.*"]), "fastpost.bench", "fastpost.triton_kernels"],
     # The two top-level folders are installed inside the package: modules called "bench" and "triton_kernels" would
     # collide with packages in wide use.
     package_dir={"fastpost.bench": "bench", "fastpost.triton_kernels": "triton_kernels"},

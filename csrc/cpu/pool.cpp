@@ -8,6 +8,14 @@
 #include <thread>
 #include <vector>
 
+// GCC 12 gave condition_variable::wait a new symbol version for no new behaviour, and a wheel that asks for it is refused by
+// systems with GCC 11's libstdc++ (RHEL 9). Every libstdc++ still has the old one.
+#if defined(__GLIBCXX__) && defined(__linux__)
+__asm__(
+    ".symver _ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE,"
+    "_ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE@GLIBCXX_3.4.11");
+#endif
+
 namespace fastpost::cpu {
 namespace {
 
