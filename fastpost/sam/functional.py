@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastpost.backends.reference import round_randomly
 from fastpost.sam.buckets import ParameterBucket
 from fastpost.sam.perturbation import Perturbation, Term
 from fastpost.sam.reduction import Reduction
-from fastpost.sam.rounding import hashed_bits, round_randomly
+from fastpost.sam.rounding import hashed_bits
 
 # A layer's directions and the factor that they are multiplied with: e = factor * direction.
 Directions = dict[str, Tensor]

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastpost.ops import params as ops
-from fastpost.plan import Bucket
 from fastpost.sam.buckets import ParameterBucket
 from fastpost.sam.perturbation import Perturbation, Term
 
@@ -38,8 +37,8 @@ class Masters:
                     f"SAM: master_params[{i}] has dtype {m.dtype} and its parameter {w.dtype}; masters are float32, their "
                     "parameters bfloat16 or float16"
                 )
-            if m.shape != w.shape or m.device != w.device:
-                raise ValueError(f"SAM: master_params[{i}] and its parameter differ in shape or device")
+            if m.shape != w.shape or m.stride() != w.stride() or m.device != w.device:
+                raise ValueError(f"SAM: master_params[{i}] and its parameter differ in shape, layout or device")
         self._weight_of = {id(m): w for w, m in zip(self.weights, self._masters, strict=True)}
         self.master_of = {id(w): m for w, m in zip(self.weights, self._masters, strict=True)}
         self.check()
@@ -117,40 +116,12 @@ class MasterPerturbation(Perturbation):
         self._masters = masters
 
     def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
-        sums = sam_perturb_masters_(b.bucket, self._of(b), squared, term)
+        if not b.bucket.stash:  # the column of origins: here they lie in float32, and are never written
+            b.bucket.stash = [self._masters.master_of[id(p)].detach() for p in b.params]
+        sums = ops.run("sam_perturb_masters_", b.bucket, squared, term.rho, term.eta, term.seen)
         ops.wrote(b.bucket.weights)
         return sums
 
     def put_back(self, b: ParameterBucket) -> None:
-        sam_cast_(b.bucket, self._of(b))
+        ops.run("sam_cast_", b.bucket)
         ops.wrote(b.bucket.weights)
-
-    def _of(self, b: ParameterBucket) -> list[Tensor]:
-        return [self._masters.master_of[id(p)] for p in b.params]
-
-
-def sam_perturb_masters_(bucket: Bucket, masters: list[Tensor], squared: Tensor, term: Term) -> Tensor:
-    """w = round(m + e), e = rho t^2 g / |t g| with t = 1 or abs(m) + eta; returns the six sums of `ops.sam_perturb_`.
-
-    "Stored" is round(m + e) - round(m). Nothing moves where the norm is zero or not finite.
-    """
-    moves = torch.isfinite(squared) & (squared > 0)
-    scale = torch.where(moves, term.rho / squared.sqrt(), torch.zeros_like(squared))
-    sums = torch.zeros(6, dtype=torch.float64, device=squared.device)
-    for w, g, m in zip(bucket.weights, bucket.grads, masters, strict=True):
-        e = g.float() if term.eta is None else g.float() * (m.abs() + term.eta).square()
-        e = torch.where(moves, e * scale.float(), torch.zeros_like(e))
-        before = m.to(w.dtype)
-        w.copy_(m + e)
-        stored = (w.float() - before.float()).double()
-        seen = (w.to(term.seen).float() - before.to(term.seen).float()).double()
-        e = e.double()
-        parts = (e * e, stored * stored, e * stored, seen * seen, e * seen, (stored != 0).double())
-        sums += torch.stack([part.sum() for part in parts])
-    return sums
-
-
-def sam_cast_(bucket: Bucket, masters: list[Tensor]) -> None:
-    """w = round(m)."""
-    for w, m in zip(bucket.weights, masters, strict=True):
-        w.copy_(m)
