@@ -90,21 +90,47 @@ void copy(void* to, const void* from, int64_t bytes, bool stream) {
   memcpy(out, in, bytes);
 }
 
-template <class T, class Seen, bool adaptive>
-void perturb_block(T* __restrict w, const T* __restrict g, int64_t n, const PerturbLoop& how, double* sums) {
+// 16 random bits per element, for n elements from one that is a multiple of 8.
+void random_halves(uint64_t seed, uint64_t first, uint32_t stream, int64_t n, uint16_t* halves) {
+  uint32_t words[4][kBlock / 8];
+  const int64_t calls = (n + 7) / 8;
+#pragma omp simd
+  for (int64_t k = 0; k < calls; ++k) {
+    const PhiloxWords r = philox(seed, first / 8 + k, stream);
+    words[0][k] = r.word[0];
+    words[1][k] = r.word[1];
+    words[2][k] = r.word[2];
+    words[3][k] = r.word[3];
+  }
+  for (int64_t k = 0; k < calls; ++k)
+    for (int j = 0; j < 4; ++j) {
+      halves[8 * k + 2 * j] = static_cast<uint16_t>(words[j][k]);
+      halves[8 * k + 2 * j + 1] = static_cast<uint16_t>(words[j][k] >> 16);
+    }
+}
+
+// from: the weights themselves, or their float masters.
+template <class T, class From, class Seen, bool adaptive, bool stochastic>
+void perturb_block(T* w, const From* from, const T* __restrict g, const uint16_t* __restrict halves, int64_t n,
+                   const PerturbLoop& how, double* sums) {
   constexpr bool cast = !__is_same(T, Seen);  // otherwise the forward sees what is stored
   const SplitScale scale{how.scale_high, how.scale_low};
   float intended = 0, stored = 0, dot = 0, seen = 0, seen_dot = 0;
   int32_t changed = 0;
 #pragma omp simd reduction(+ : intended, stored, dot, seen, seen_dot, changed)
   for (int64_t i = 0; i < n; ++i) {
-    const float before = to_float(w[i]);
+    const float exact = to_float(from[i]);
+    const float before = to_float(from_float<T>(exact));
     float e;
     if constexpr (adaptive)
-      e = perturbation(to_float(g[i]), scale, before, how.eta);
+      e = perturbation(to_float(g[i]), scale, exact, how.eta);
     else
       e = perturbation(to_float(g[i]), scale);
-    w[i] = from_float<T>(before + e);  // a T kept in a variable would be a struct: GCC then leaves the loop scalar
+    // A T of its own, kept from here to there, would be a struct: GCC then leaves the loop scalar.
+    if constexpr (stochastic)
+      w[i] = round_randomly<T>(exact + e, halves[i]);
+    else
+      w[i] = from_float<T>(exact + e);
     const float after = to_float(w[i]);
     const float s = after - before;
     intended += e * e;
@@ -126,12 +152,34 @@ void perturb_block(T* __restrict w, const T* __restrict g, int64_t n, const Pert
 }
 
 template <class T, class Seen, bool adaptive>
-void perturb_chunk(T* w, const T* g, T* stash, int64_t n, const PerturbLoop& how, double* sums) {
+void perturb_chunk(T* w, const T* g, void* stash, int64_t n, uint64_t first, uint32_t stream, const PerturbLoop& how,
+                   double* sums) {
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t m = least(kBlock, n - i);
-    copy(stash + i, w + i, m * sizeof(T), how.stream);
-    perturb_block<T, Seen, adaptive>(w + i, g + i, m, how, sums);
+    if constexpr (sizeof(T) == 2) {
+      if (how.masters) {
+        const float* masters = static_cast<const float*>(stash) + i;
+        perturb_block<T, float, Seen, adaptive, false>(w + i, masters, g + i, nullptr, m, how, sums);
+        continue;
+      }
+    }
+    copy(static_cast<T*>(stash) + i, w + i, m * sizeof(T), how.stream);
+    if constexpr (sizeof(T) == 2) {
+      if (how.stochastic) {
+        uint16_t halves[kBlock];
+        random_halves(how.seed, first + i, stream, m, halves);
+        perturb_block<T, T, Seen, adaptive, true>(w + i, w + i, g + i, halves, m, how, sums);
+        continue;
+      }
+    }
+    perturb_block<T, T, Seen, adaptive, false>(w + i, w + i, g + i, nullptr, m, how, sums);
   }
+}
+
+template <class T>
+void cast_of(T* w, const float* masters, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) w[i] = from_float<T>(masters[i]);
 }
 
 template <class T>
@@ -197,15 +245,20 @@ double squared_norm(DType dtype, const void* g, const void* w, double eta, int64
   return sum;
 }
 
-void perturb(DType dtype, void* w, const void* g, void* stash, int64_t n, const PerturbLoop& how, double* sums) {
+void perturb(DType dtype, void* w, const void* g, void* stash, int64_t n, uint64_t first, uint32_t stream,
+             const PerturbLoop& how, double* sums) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     with_dtype(how.seen_dtype, [&](auto s) {
       using Seen = decltype(s);
       const auto run = how.adaptive ? perturb_chunk<T, Seen, true> : perturb_chunk<T, Seen, false>;
-      run(static_cast<T*>(w), static_cast<const T*>(g), static_cast<T*>(stash), n, how, sums);
+      run(static_cast<T*>(w), static_cast<const T*>(g), stash, n, first, stream, how, sums);
     });
   });
+}
+
+void cast(DType dtype, void* w, const float* masters, int64_t n) {
+  with_dtype(dtype, [&](auto t) { cast_of(static_cast<decltype(t)*>(w), masters, n); });
 }
 
 void negate(DType dtype, void* g, int64_t n) {
@@ -233,7 +286,7 @@ void restore_adamw(DType dtype, void* w, const void* g, const void* stash, void*
 }  // namespace
 
 extern const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA);
-const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA) = {squared_norm, perturb,    copy,         negate,
-                                                                 scale,        flip_signs, restore_adamw};
+const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA) = {squared_norm, perturb, cast,       copy,
+                                                                 negate,       scale,   flip_signs, restore_adamw};
 
 }  // namespace fastpost::cpu
