@@ -57,13 +57,14 @@ __device__ __forceinline__ Task task_of(const Rows& r, int64_t row) {
   return task;
 }
 
-// a - b - centre; 0 where both are -inf, infinite where one is. 16-bit logits leave no rounding error in their difference.
+// a - b - centre, or 0 where the class does not exist in the noised stream: it has no weight there, and NaN times 0 is NaN.
+// 16-bit logits leave no rounding error in their difference.
 template <class T>
 __device__ __forceinline__ float difference(float a, float b, float centre) {
   const float d = a - b;
   float delta = d - centre;
-  if constexpr (sizeof(T) == 4) delta += fabsf(d) < INFINITY ? difference_error(a, b, d) : 0.0f;
-  return d != d ? 0.0f : delta;
+  if constexpr (sizeof(T) == 4) delta += difference_error(a, b, d);
+  return b == -INFINITY ? 0.0f : delta;
 }
 
 __device__ __forceinline__ float warp_max(float x) {
@@ -116,7 +117,6 @@ __device__ __forceinline__ CleanSums moved(const CleanSums& s, double shrink, do
 struct Part {
   float noised_max, centre;
   float low, high;  // of a - b, over this lane's pairs
-  bool bad;         // a NaN or +inf among them
   // The clean stream's own sums are kept only once a difference was far from the centre; before that they follow from the
   // others.
   bool far;
@@ -126,7 +126,7 @@ struct Part {
 };
 
 __device__ __forceinline__ Part nothing() {
-  return {-FLT_MAX, 0.0f, INFINITY, -INFINITY, false, false, -FLT_MAX, {0, 0, 0, 0}, {0, 0}};
+  return {-FLT_MAX, 0.0f, INFINITY, -INFINITY, false, -FLT_MAX, {0, 0, 0, 0}, {0, 0}};
 }
 
 __device__ __forceinline__ void keep_clean_sums(Part& part) {
@@ -149,28 +149,30 @@ __device__ __forceinline__ void raise(Part& part, float noised_max, float centre
 // Adds n pairs per lane; absent ones are -inf in both. All lanes of a warp call it together.
 template <class T, int n>
 __device__ __forceinline__ void add(Part& part, const float (&a)[n], const float (&b)[n]) {
-  float top = -INFINITY, top_difference = 0;
+  float top = b[0];
 #pragma unroll
   for (int k = 0; k < n; ++k) {
     const float d = a[k] - b[k];
     part.low = fminf(part.low, d);  // NaN where both are -inf, which leaves the bounds alone
     part.high = fmaxf(part.high, d);
-    part.bad = part.bad || !(a[k] < INFINITY) || !(b[k] < INFINITY);
-    top_difference = b[k] > top ? d : top_difference;
     top = fmaxf(top, b[k]);
   }
   const float warp_top = warp_max(top);
   if (warp_top > part.noised_max) {
-    const float d = value_of_first(top == warp_top, top_difference);
+    float there = 0;
+#pragma unroll
+    for (int k = 0; k < n; ++k) there = b[k] == warp_top ? a[k] - b[k] : there;
+    const float d = value_of_first(top == warp_top, there);
     raise(part, warp_top, fabsf(d) < INFINITY ? d : 0.0f);
   }
   float delta[n];
-  bool far = false;
+  float furthest = 0;
 #pragma unroll
   for (int k = 0; k < n; ++k) {
     delta[k] = difference<T>(a[k], b[k], part.centre);
-    far = far || fabsf(delta[k]) > kCloseSpread;
+    furthest = fmaxf(furthest, fabsf((a[k] - b[k]) - part.centre));
   }
+  const bool far = furthest > kCloseSpread;
   if (!part.far && __any_sync(0xffffffffu, far)) keep_clean_sums(part);
   float noised = 0, noised_delta = 0, excess = 0, excess_delta = 0;
   if (!part.far) {
@@ -222,7 +224,8 @@ struct Whole {
   float log_ratio;                  // r = delta - log_ratio
   float clean_scale, noised_scale;  // p = e_a clean_scale, q = e_b noised_scale
   float clean_kl, noised_kl;        // KL(p|q), KL(q|p)
-  bool close, infinite, bad;
+  bool close;
+  bool infinite;                 // a class that one stream rules out and the other does not; or +inf
   double divergence, log_clean;  // J; log of the sum of e^a
 };
 
@@ -233,7 +236,6 @@ __device__ __forceinline__ Whole whole_of(Part part, Part (&shared)[kWarps]) {
   part.clean = {warp_sum(part.clean.clean), warp_sum(part.clean.clean_delta)};
   part.high = warp_max(part.high);
   part.low = -warp_max(-part.low);
-  part.bad = __any_sync(0xffffffffu, part.bad);
   if (!part.far) keep_clean_sums(part);
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = part;
   __syncthreads();
@@ -245,7 +247,6 @@ __device__ __forceinline__ Whole whole_of(Part part, Part (&shared)[kWarps]) {
   whole.clean_max = warp_max(mine.clean_max);
   whole.centre = value_of_first(mine.noised_max == whole.noised_max, mine.centre);
   const float high = warp_max(mine.high), low = -warp_max(-mine.low);
-  whole.bad = __any_sync(0xffffffffu, mine.bad);
   whole.infinite = high == INFINITY || low == -INFINITY;
   whole.close = high - whole.centre <= kCloseSpread && whole.centre - low <= kCloseSpread;
 
@@ -400,6 +401,16 @@ __device__ void fill(T* x, int64_t cols, float value) {
   if (i >= 0) x[i] = pack.value[0];
 }
 
+// Whether a row with an infinite difference holds NaN or +inf, which make it meaningless.
+template <class T>
+__device__ bool undefined(const T* a, const T* b, int64_t cols) {
+  bool bad = false;
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < cols; i += kRowThreads)
+    bad = bad || !(to_float(a[i]) < INFINITY) || !(to_float(b[i]) < INFINITY);
+  return __syncthreads_or(bad);
+}
+
 // One block, one row. Without a divergence the noised stream stands in for itself: a row against itself costs a read that is
 // in the cache, and saves a second set of loops.
 template <class T>
@@ -423,10 +434,11 @@ __global__ void __launch_bounds__(kRowThreads, 2) wide_rows_kernel(const __grid_
       const float noised_label = task.ce_weight != 0 ? to_float(b[task.label]) : 0;
       __syncthreads();  // the last row's parts have been read
       const Whole whole = whole_of(part_of(a, b, r.cols), shared);
-      if (diverges) kl = whole.bad ? NAN : whole.infinite ? INFINITY : whole.divergence;
+      const bool infinite = diverges && whole.infinite;
+      if (diverges) kl = !infinite ? whole.divergence : undefined(a, b, r.cols) ? NAN : INFINITY;
       if (task.ce_weight != 0) ce = whole.log_clean - clean_label;
       const float kl_weight = static_cast<float>(task.kl_weight), ce_weight = static_cast<float>(task.ce_weight);
-      if (diverges && (whole.bad || whole.infinite)) {
+      if (infinite) {
         fill(grad_a, r.cols, NAN);
         fill(grad_b, r.cols, NAN);
       } else if (grad_a != nullptr || (grad_b != nullptr && diverges)) {

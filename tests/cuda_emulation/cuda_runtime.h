@@ -36,12 +36,14 @@ void sync_block();
 // Hands in this lane's value and returns the one of lane `from` of the same warp.
 uint64_t exchange(uint64_t value, unsigned from);
 bool vote(bool value);
+bool vote_block(bool value);
 void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
 }  // namespace emulation
 
 extern emulation::Index threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __syncthreads() { emulation::sync_block(); }
+inline int __syncthreads_or(int predicate) { return emulation::vote_block(predicate != 0); }
 
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {

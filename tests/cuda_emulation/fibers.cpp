@@ -119,6 +119,15 @@ bool vote(bool value) {
   return any;
 }
 
+bool vote_block(bool value) {
+  fibers[current].handed = value;
+  wait_at(At::block_barrier);
+  bool any = false;
+  for (unsigned t = 0; t < blockDim.x; ++t) any = any || fibers[t].handed != 0;
+  wait_at(At::block_barrier);
+  return any;
+}
+
 void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
   if (threads % 32 != 0) throw std::runtime_error("emulated kernel: a block of whole warps is needed");
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
