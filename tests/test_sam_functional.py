@@ -191,6 +191,37 @@ def test_under_autocast_the_loss_rises_as_in_float32(kind: str, autocast_at_the_
     assert rises[1] == pytest.approx(rises[0], rel=0.1)
 
 
+class Scaled(nn.Embedding):
+    """As in Gemma."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * 3.0
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, Scaled])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_look_up_in_16_bits_keeps_e_on_average(kind: type[nn.Embedding], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    table = kind(500, 64).to(dtype)
+    ids = torch.arange(500)
+    direction = torch.randn(500, 64).to(dtype)
+    opt = functional(table, 0.1)
+    clean = table(ids)
+    table.weight.grad = direction.clone()
+    e = 0.1 * direction.double() / direction.double().norm() * (3 if kind is Scaled else 1)
+    with opt.perturbed():
+        out = table(ids)
+        again = table(ids.flip(0))
+        out.float().sum().backward()
+    moved = out.detach().double() - clean.detach().double()
+    assert ((moved * e).sum() / (e * e).sum()).item() == pytest.approx(1.0, abs=0.15)
+    stored = (clean.detach() + e.to(dtype)).double() - clean.detach().double()
+    assert ((stored * e).sum() / (e * e).sum()).item() < 0.9
+    if kind is nn.Embedding:
+        assert torch.equal(again.flip(0), out)
+    assert torch.equal(table.weight.grad, torch.full_like(direction, 3.0 if kind is Scaled else 1.0))
+
+
 def test_an_optimizer_built_after_the_first_pass_is_no_misuse() -> None:
     model = network()
     clean = loss_of(model)

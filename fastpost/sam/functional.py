@@ -60,23 +60,27 @@ def _conv1d(module: Any, u: Directions, factor: float, args: tuple[Any, ...], kw
 
 
 def _embedding(module: Any, u: Directions, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Rows of w + e; in 16 bits at random between neighbours, each element always the same way, or most of e were lost."""
+    """Rows of w + e; each element of the table is rounded the same way wherever it is looked up."""
     rows: Tensor = _original(module)(module, *args, **kwargs)
-    gain = F.embedding(_input(args, kwargs), u["weight"])
-    if rows.dtype.itemsize > 2:
-        return torch.add(rows, gain, alpha=factor)
-    width = rows.shape[-1]
-    index = _input(args, kwargs).unsqueeze(-1) * width + torch.arange(width, device=rows.device)
+    ids = _input(args, kwargs)
+    index = ids.unsqueeze(-1) * rows.shape[-1] + torch.arange(rows.shape[-1], device=rows.device)
+    return _plus_small(rows, F.embedding(ids, u["weight"]), factor, index)
+
+
+def _plus_small(y: Tensor, gain: Tensor, factor: float, index: Tensor) -> Tensor:
+    """y + factor * gain; 16 bits are rounded at random, by `index`, because y lies on their grid already."""
+    if y.dtype.itemsize > 2:
+        return torch.add(y, gain, alpha=factor)
     with torch.no_grad():
-        moved = round_randomly(rows.float() + gain.float() * factor, hashed_bits(index), rows.dtype)
-    return moved + (rows - rows.detach())  # the second term is 0 and carries the gradient
+        moved = round_randomly(y.float() + gain.float() * factor, hashed_bits(index), y.dtype)
+    return moved + (y - y.detach())  # the second term is 0 and carries the gradient
 
 
 def _norm(module: Any, u: Directions, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Any layer with small parameters: its own forward, with w + e in float32 in their place."""
     moved = {name: _moved(p, u.get(name), factor) for name, p in module.named_parameters(recurse=False)}
     forward, x = _original(module), _input(args, kwargs)
-    narrow = next(iter(moved.values())).dtype != module.weight.dtype
+    narrow = any(p.dtype.itemsize == 2 for p in module.parameters(recurse=False))
     with _holding(module, moved):
         y: Tensor = forward(module, *_widened(args), **dict(zip(kwargs, _widened(kwargs.values()), strict=True)))
     return y.to(x.dtype) if narrow else y
@@ -129,7 +133,8 @@ def _scaled_embedding(module: Any, u: Directions, factor: float, args: tuple[Any
     for table in (u["weight"].to(module.weight.dtype), torch.zeros_like(module.weight)):
         with _holding(module, {"weight": table}):
             gains.append(forward(module, *args, **kwargs))
-    return torch.add(y, gains[0] - gains[1], alpha=factor)
+    index = torch.arange(y.numel(), device=y.device).view(y.shape)
+    return _plus_small(y, gains[0] - gains[1], factor, index)
 
 
 @functools.cache
