@@ -209,12 +209,7 @@ def test_r3f_step_agrees_with_the_reference_and_waits_for_nothing(forward: str) 
         r3f(model, input_ids=ids, labels=labels).loss.backward()
 
 
-PADDED = pytest.mark.xfail(
-    reason="autograd pads the gradients of the two halves of a doubled batch to full size", strict=False
-)
-
-
-@pytest.mark.parametrize("forward", ["two_pass", pytest.param("double_batch", marks=PADDED)])
+@pytest.mark.parametrize("forward", ["two_pass", "double_batch"])
 def test_an_r3f_step_in_place_holds_two_streams_of_logits(forward: str) -> None:
     """They become their gradients; beside them there are rows and weights alone."""
     vocabulary, rows = (50257, 64) if ON_GPU else (5000, 8)

@@ -427,4 +427,5 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
         return seed.reshape(()).to(device)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must lie in [-2^63, 2^64), not {seed}")
-    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+    # A fill, not a copy from the host: it waits for nothing and can be captured.
+    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)

@@ -23,6 +23,7 @@ from fastpost.r3f.conventions import (
     logits_of,
     shifts_labels,
 )
+from fastpost.r3f.halves import writable_halves
 from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, unwrap
 
 OPTIONS = {
@@ -213,11 +214,9 @@ class R3F:
                 raise ValueError(
                     f"R3F: a double batch of {2 * rows} rows gave {both.shape[0]} rows of logits; use forward='two_pass'"
                 )
-            # Gradients of two slices would each be padded to full size; those of one split are put together once. In
-            # place, the halves have to be views that may be written.
             if self.inplace:
-                return both[:rows], both[rows:]
-            clean, noised = both.chunk(2)
+                return writable_halves(both)
+            clean, noised = both.chunk(2)  # gradients of two slices would each be padded to full size
             return clean, noised
 
         # What the clean pass draws is drawn again by the noised one.
