@@ -50,5 +50,6 @@ BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
     "adamw": (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
     "adamw fused": (torch.optim.AdamW, {"lr": 1e-2, "fused": True}),
+    "adamw foreach": (torch.optim.AdamW, {"lr": 1e-2, "foreach": True}),
     "adafactor": (torch.optim.Adafactor, {"lr": 1e-2}),
 }
