@@ -3,8 +3,8 @@
     python -m fastpost.bench.sam_precision [--rho 0.005 0.05 0.15] [--regime bf16 fp16 ...] [--steps 23]
 
 Fine-tunes all-MiniLM-L6-v2 (22M parameters) for a few steps on docstrings in float32, rounds its weights to the regime's
-dtype, and takes both of SAM's passes on one batch. The truth comes from the same (rounded) weights in float64. Prints a table
-in Markdown; float16 is slow on CPUs that do not compute in it.
+dtype, and takes both of SAM's passes on one batch. The truth comes from the same (rounded) weights in float64. Prints a
+table in Markdown; float16 is slow on CPUs that do not compute in it.
 """
 
 from __future__ import annotations
