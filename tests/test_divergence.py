@@ -483,28 +483,6 @@ def test_inplace_allocates_nothing_of_the_logits_size() -> None:
     assert max(event.cpu_memory_usage for event in profile.function_events) < x.nbytes / 16
 
 
-def test_compiles_without_a_graph_break() -> None:
-    a, b = streams(4, 40, 0.5)
-    labels = torch.tensor([1, -100, 3, 39])
-
-    def loss(a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
-        return r3f_loss(a * 2, b * 2, labels, r3f_lambda=0.7).loss * 3
-
-    expected = gradients(loss, a, b, labels)
-    got = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"), a, b, labels)
-    torch.testing.assert_close(got[0], expected[0])
-    torch.testing.assert_close(got[1], expected[1])
-
-
-def test_library_ops() -> None:
-    a, b = streams(4, 40, 0.5)
-    ops = torch.ops.fastpost
-    arguments = (a, b, torch.tensor([1, -100, 3, 39]), -100, None, torch.rand(4, dtype=torch.float64), True, False)
-    torch.library.opcheck(ops.divergence_rows.default, arguments)
-    torch.library.opcheck(ops.divergence_rows_.default, arguments)
-    torch.library.opcheck(ops.scale_rows_.default, (a, torch.rand(4, dtype=torch.float64)))
-
-
 # -- R3F's loss -----------------------------------------------------------------------------------------------------------
 
 

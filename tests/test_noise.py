@@ -282,41 +282,6 @@ def test_gradient_of_embedding_noise(backend: str, padding_idx: int | None, deta
         assert torch.equal(grad, torch.autograd.grad((module(ids) * up).sum(), module.weight)[0])
 
 
-# -- the compiler -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("noise_type", NOISE_TYPES)
-def test_opcheck(dtype: torch.dtype, noise_type: str) -> None:
-    x, seed = torch.randn(3, 5, 8).to(dtype), torch.tensor(3)
-    rows = torch.arange(15).reshape(3, 5) - 4
-    operations = torch.ops.fastpost
-    for given in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
-        for places in (None, rows):
-            torch.library.opcheck(operations.add_noise.default, (given, 0.1, noise_type, seed, places, torch.float32))
-    ids = torch.randint(0, 11, (3, 5))
-    for places in (None, rows):
-        arguments = (torch.randn(11, 8).to(dtype), ids, 0.1, noise_type, seed, places, dtype)
-        torch.library.opcheck(operations.embedding_noise.default, arguments)
-
-
-def test_compiles_without_graph_breaks() -> None:
-    def step(x: Tensor, table: Tensor, ids: Tensor, keep: Tensor) -> Tensor:
-        clean, noised = embedding_noise(table, ids, 0.1, "normal", seed=3, keep=keep)
-        return (add_noise(x, 0.1, seed=2, keep=keep) * clean).sum() + noised.square().sum()
-
-    x, table = torch.randn(4, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
-    ids, keep = torch.randint(0, 11, (4, 5)), torch.rand(4, 5) < 0.5
-    eager = torch.autograd.grad(step(x, table, ids, keep), (x, table))
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    found = torch.autograd.grad(compiled(x, table, ids, keep), (x, table))
-    for a, b in zip(found, eager, strict=True):
-        torch.testing.assert_close(a, b)
-    torch.manual_seed(6)
-    drawn = torch.compile(lambda t: add_noise(t, 0.1), fullgraph=True, backend="aot_eager")(x)
-    assert 0.05 < float((drawn - x).detach().abs().max()) < 0.1
-
-
 # -- bad input --------------------------------------------------------------------------------------------------------------
 
 
