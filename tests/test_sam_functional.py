@@ -284,12 +284,15 @@ def test_checkpointed_layers_recompute_at_the_perturbed_point() -> None:
     assert all(torch.equal(got[n], g) for n, g in expected.items())
 
 
-def test_compiled_models_see_the_perturbation() -> None:
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_compiled_models_see_the_perturbation(compiled_before: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(11, 8), nn.LayerNorm(8), nn.RMSNorm(8), nn.Linear(8, 11))
     ids = torch.arange(11)
-    opt = functional(model, 0.3)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    if compiled_before:
+        compiled(ids)
+    opt = functional(model, 0.3)
     losses = []
     for forward in (model, compiled, compiled):
         model.zero_grad()
