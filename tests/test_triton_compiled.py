@@ -50,7 +50,7 @@ def compiled(kernel, types: dict, constants: dict, aligned: tuple, warps: int, a
     return line, subprocess.run([tool("nvdisasm"), binary], **run).stdout
 
 
-def complaints(line: str, code: str, registers: int, width: int = 128, accesses: str = "LDG STG") -> list[str]:
+def complaints(line: str, code: str, registers: int, width: str = "128", accesses: str = "LDG STG") -> list[str]:
     """What is wrong with a kernel: stack or local memory (LOCAL:0 is printed even then), registers, narrow accesses."""
     found = []
     if "STACK:0 " not in line:
@@ -148,8 +148,8 @@ KERNELS = {
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_use_wide_accesses_and_no_local_memory(name: str, dtype: str, arch: int, tmp_path: Path) -> None:
     build, registers = KERNELS[name]
-    # Four numbers of a Philox call lie side by side: 8 bytes of bfloat16, 16 of float32.
-    width = 64 if (name, dtype) == ("noise", "bfloat16") else 128
+    # Four numbers of a Philox call lie side by side: 8 bytes of bfloat16, of which Triton 3.6 makes 16.
+    width = "(?:64|128)" if (name, dtype) == ("noise", "bfloat16") else "128"
     accesses = "LDG" if name == "norm" else "LDG STG"  # a norm writes one number per chunk
     assert complaints(*build(dtype, arch, tmp_path), registers, width, accesses) == []
 

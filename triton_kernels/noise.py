@@ -46,6 +46,20 @@ def _circle(word):
 
 
 @triton.jit
+def _add(source, clean, noised, column, inside, known, z, eps, number, dtype: tl.constexpr, has_ids: tl.constexpr):
+    """One stretch of a row; inside: None for whole ones."""
+    if inside is None:
+        raw = tl.load(source + column)
+    else:
+        raw = tl.load(source + column, mask=inside & known, other=float("nan"))
+    if has_ids:
+        tl.store(clean + column, raw, mask=inside)
+    x = raw.to(tl.float32)
+    x = tl.where(number >= 0, x + eps * z, x)
+    tl.store(noised + column, round_to(x, dtype), mask=inside)
+
+
+@triton.jit
 def _noise_kernel(
     source,
     ids,
@@ -80,17 +94,18 @@ def _noise_kernel(
     else:
         words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
         z = uniform_from_word(words)
-    start = tl.program_id(1).to(tl.int64) * (4 * QUADS) - first % 4
-    column = start + tl.arange(0, 4 * QUADS)
-    inside = (column >= 0) & (column < width)
-    at = line + 0 * column
-    known = (at >= 0) & (at < lines)  # an index outside the table gives NaN, and reads nothing
-    raw = tl.load(source + line * stride + column, mask=inside & known, other=float("nan"))
-    if has_ids:
-        tl.store(clean + row * width + column, raw, mask=inside)
-    x = raw.to(tl.float32)
-    x = tl.where(number >= 0, x + eps * z, x)
-    tl.store(noised + row * width + column, round_to(x, dtype), mask=inside)
+    start = tl.program_id(1).to(tl.int64) * (4 * QUADS)
+    inside_table = (line >= 0) & (line < lines)
+    if inside_table & (first % 4 == 0) & (start + 4 * QUADS <= width):  # without a mask the accesses stay wide
+        _add(source + line * stride, clean + row * width, noised + row * width, start + tl.arange(0, 4 * QUADS), None, None,
+             z, eps, number, dtype, has_ids)  # fmt: skip
+    else:
+        column = start - first % 4 + tl.arange(0, 4 * QUADS)
+        inside = (column >= 0) & (column < width)
+        at = line + 0 * column
+        known = (at >= 0) & (at < lines)  # an index outside the table gives NaN, and reads nothing
+        _add(source + line * stride, clean + row * width, noised + row * width, column, inside, known, z, eps, number, dtype,
+             has_ids)  # fmt: skip
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
