@@ -81,9 +81,12 @@ def _norm(module: Any, u: Directions, factor: float, args: tuple[Any, ...], kwar
     moved = {name: _moved(p, u.get(name), factor) for name, p in module.named_parameters(recurse=False)}
     forward, x = _original(module), _input(args, kwargs)
     narrow = any(p.dtype.itemsize == 2 for p in module.parameters(recurse=False))
+    if not narrow:
+        with _holding(module, moved):
+            return forward(module, *args, **kwargs)  # type: ignore[no-any-return]
     with _holding(module, moved):
         y: Tensor = forward(module, *_widened(args), **dict(zip(kwargs, _widened(kwargs.values()), strict=True)))
-    return y.to(x.dtype) if narrow else y
+    return y.to(x.dtype)
 
 
 @contextlib.contextmanager
