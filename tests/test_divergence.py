@@ -354,6 +354,56 @@ def test_layouts(backend: str, cols: int, poisoned: None) -> None:
                 assert same_bits(mine, wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("cols", "stride", "offset"),
+    [(2, 2, 0), (2, 5, 1), (7, 7, 0), (7, 11, 3), (50257, 50257, 0), (50257, 50264, 0), (50257, 50259, 1)],
+)
+def test_awkward_rows(backend: str, dtype: torch.dtype, cols: int, stride: int, offset: int) -> None:
+    """Rows that start anywhere, with classes that are -inf in both streams: exact gradients, and nothing between the rows."""
+    rows = 3 if cols > 1000 else 5
+    place = ((rows, cols), (stride, 1), offset)
+    made = torch.randn(2, offset + rows * stride)
+    made[1] = made[0] + 0.2 * made[1]
+    buffers = [row.to(dtype).clone() for row in made]
+    sources = [buffer.as_strided(*place) for buffer in buffers]
+    if cols > 2:
+        for source in sources:
+            source[1, 1::3] = -math.inf
+    expected, *expected_grads = oracles.divergence(*sources)
+    np.testing.assert_allclose(symmetric_kl(*sources, reduction="none").double().numpy(), expected, rtol=1e-6)
+
+    leaves = [buffer.clone().requires_grad_() for buffer in buffers]
+    owned = [t * 1 for t in leaves]
+    value = symmetric_kl(*(t.as_strided(*place) for t in owned), reduction="sum", inplace=True)
+    torch.autograd.grad(value, leaves)
+    half_ulp = torch.finfo(dtype).eps / 2
+    for got, before, want in zip(owned, buffers, expected_grads, strict=True):
+        written = got.detach().as_strided(*place)
+        if dtype == torch.float32:
+            assert relative_l2(written, want) <= 1e-6
+        else:  # each the exact one, rounded once
+            top = np.abs(want).max(-1, keepdims=True)
+            allowed = half_ulp * 1.01 * np.abs(want) + 1e-6 * top + torch.finfo(dtype).smallest_normal * half_ulp
+            assert np.all(np.abs(written.double().numpy() - want) <= allowed)
+        between = torch.ones(before.shape, dtype=torch.bool)
+        between.as_strided(*place)[:] = False
+        assert same_bits(got.detach()[between], before[between])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cols", [2, 7, 50257])
+def test_no_rows(backend: str, dtype: torch.dtype, cols: int) -> None:
+    a, b = torch.empty(0, cols, dtype=dtype), torch.empty(0, cols, dtype=dtype)
+    for reduction in ("sum", "mean", "batchmean"):
+        value, grads = gradients(symmetric_kl, a, b, reduction=reduction)
+        assert value.item() == 0
+        assert [g.shape for g in grads if g is not None] == [(0, cols)] * 2
+    assert symmetric_kl(a, b, reduction="none").shape == (0,)
+    out = r3f_loss(a, b, torch.empty(0, dtype=torch.long))
+    assert [float(v) for v in out] == [0, 0, 0]
+
+
 def test_fresh_gradients_are_written_everywhere(backend: str, poisoned: None) -> None:
     a, b = streams(5, 1201, 0.5)
     mask = torch.tensor([True, False, True, True, False])
