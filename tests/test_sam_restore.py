@@ -132,9 +132,13 @@ def test_a_backend_failing_midway_leaves_the_weights_restored(monkeypatch: pytes
     assert not opt.is_perturbed
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("op", ["sam_perturb_", "sam_restore_"])
-def test_ctrl_c_during_a_kernel_leaves_the_weights_restored(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+def test_ctrl_c_during_a_kernel_leaves_the_weights_restored(
+    monkeypatch: pytest.MonkeyPatch, op: str, number: signal.Signals
+) -> None:
     """Python delivers it when the kernel returns, before the next line can note that the weights were written."""
+    previous = signal.signal(number, signal.default_int_handler)  # schedulers' SIGTERM handlers raise, too
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2).double())
     opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
     for p in model.parameters():
@@ -145,12 +149,14 @@ def test_ctrl_c_during_a_kernel_leaves_the_weights_restored(monkeypatch: pytest.
         result = plain(name, bucket, *args)
         if name == op and not calls:
             calls.append(name)
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return result
 
     monkeypatch.setattr(ops, "run", run)
     with pytest.raises(KeyboardInterrupt), opt.perturbed():
         assert op == "sam_restore_"
+    assert signal.getsignal(number) is signal.default_int_handler
+    signal.signal(number, previous)
     assert calls
     assert unchanged(model, before)
     assert not opt.is_perturbed

@@ -176,7 +176,9 @@ class Ascent(Wrapper):
         device = b.bucket.device.type
         if self.compute_dtype is not None:
             return self.compute_dtype
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else b.bucket.dtype
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self._reduction.computes_in(b.params) or b.bucket.dtype
 
     def _combine(self) -> None:
         """Lets the variant rewrite the gradients of this step, once."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastpost.distributed import local
+
 if TYPE_CHECKING:
     from fastpost.sam.masters import Masters
 
@@ -123,7 +125,7 @@ def step_bases(bases: Sequence[Optimizer], scale: Tensor | None, found_inf: Tens
         return 1
     for base in bases:
         if scale is not None:
-            grads = [p.grad for group in base.param_groups for p in group["params"] if p.grad is not None]
+            grads = [local(p.grad) for group in base.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_div_(grads, scale)
         base.step()
     return 0

@@ -55,7 +55,7 @@ class Memory:
         value = self._pending.get(p, {}).get(name)
         if value is None and p in self.state:
             value = self.state[p].get(name)
-        return torch.zeros_like(self._reduction.local(p)) if value is None else value
+        return torch.zeros_like(self._reduction.local(p)) if value is None else self._reduction.local(value)
 
     def keep(self, p: Tensor, name: str, value: Tensor) -> None:
         """Keeps a tensor for a parameter; it enters `state[p]` once the base optimizer has made its own entries there."""
@@ -69,6 +69,6 @@ class Memory:
             state = self.state.setdefault(p, {})
             for name, value in values.items():
                 if name in state:
-                    state[name].copy_(value)
+                    self._reduction.local(state[name]).copy_(value)
                 else:
-                    state[name] = value.detach().clone()
+                    state[name] = self._reduction.like(p, value.detach().clone())

@@ -20,7 +20,7 @@ from fastpost.sam.masters import Masters
 from fastpost.sam.memory import Gradients
 from fastpost.sam.options import check_options
 from fastpost.sam.overflow import overflowed
-from fastpost.sam.reduction import Reduction
+from fastpost.sam.reduction import Reduction, check_sharding
 from fastpost.sam.report import PerturbationReport
 from fastpost.sam.rng import RandomState
 from fastpost.sam.scope import Scope, ScopeCache
@@ -62,7 +62,7 @@ class SAM(Ascent):
             is on, else the weights' own.
         dropout_rng: "same" gives both passes of `step(closure)` the same random numbers, as in the original; "independent"
             does not.
-        interval: SAM on every interval-th step, the base optimizer on the others.
+        interval: SAM on every interval-th step, the base optimizer on the others; `opt.ascends` says which one comes next.
         sync_ascent: whether ranks average the ascent gradient (True) or each perturbs by its own (False: m-sharpness, the
             original); None takes the gradients as they are. Windows act on it.
         rounding: how w + e is stored in 16-bit weights: to "nearest", or "stochastic", at random between neighbours, which
@@ -132,6 +132,7 @@ class SAM(Ascent):
         self._reduction = Reduction()
         self._perturbation = build_perturbation(perturb, model, rounding, rounding_seed, self._masters)
         self._perturbation.check(self._in_scope())
+        check_sharding(self.tensors(), sync_ascent)
         self._fused: FusedRestore | None = None
         if fused_restore:
             if not self._perturbation.stash:

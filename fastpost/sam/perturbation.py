@@ -101,19 +101,21 @@ class Perturbation:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the block is left: a kernel that has run must have been noted.
+    """Holds Ctrl-C, and a SIGTERM that Python handles, back until the block is left: a kernel that has run must be noted.
 
-    Python delivers the signal as soon as the call into the kernel returns, that is before the next line.
+    Python delivers a signal as soon as the call into the kernel returns, that is before the next line.
     """
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield
-        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    held = {number: handler for number, handler in handlers.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread():
+        held = {}  # signals are the main thread's
     pending: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    for number in held:
+        signal.signal(number, lambda *arrived: pending.append(arrived))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in held.items():
+            signal.signal(number, handler)
         if pending:
-            previous(*pending[0])
+            held[signal.Signals(pending[0][0])](*pending[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -94,10 +94,11 @@ class SAMWindow:
         self._fed = self._ascending = 0
         self._kept: list[tuple[Any, RandomState]] = []
 
-    def run(self, micro_batches: Sequence[Any]) -> list[Any]:
+    def run(self, micro_batches: Iterable[Any]) -> list[Any]:
         """A whole window; returns what `forward_backward` returned for each micro-batch the first time it ran."""
-        self.open(len(micro_batches))
-        return [self.feed(micro_batch) for micro_batch in micro_batches]
+        window = list(micro_batches)
+        self.open(len(window))
+        return [self.feed(micro_batch) for micro_batch in window]
 
     def open(self, size: int) -> None:
         """Begins a window of `size` micro-batches and drops the gradients.
