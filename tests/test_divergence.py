@@ -360,7 +360,7 @@ def test_layouts(backend: str, cols: int, poisoned: None) -> None:
     [(2, 2, 0), (2, 5, 1), (7, 7, 0), (7, 11, 3), (50257, 50257, 0), (50257, 50264, 0), (50257, 50259, 1)],
 )
 def test_awkward_rows(backend: str, dtype: torch.dtype, cols: int, stride: int, offset: int) -> None:
-    """Rows that start anywhere, with classes that are -inf in both streams: exact gradients, and nothing between the rows."""
+    """Rows that start anywhere, with classes that are -inf in both streams; between the rows nothing is written."""
     rows = 3 if cols > 1000 else 5
     place = ((rows, cols), (stride, 1), offset)
     made = torch.randn(2, offset + rows * stride)

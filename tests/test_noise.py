@@ -141,7 +141,7 @@ def test_normal_noise_is_within_its_bound_of_float64(seed: int) -> None:
 
 
 def test_moments_of_uniform_noise(backend: str) -> None:
-    n, eps = 1 << 20, 0.5
+    n, eps = 1 << (17 if backend == "triton" else 20), 0.5  # the interpreter is slow
     z = add_noise(torch.zeros(n), eps, seed=1).double()
     assert float(z.abs().max()) < eps
     assert float(z.abs().min()) > 0
@@ -154,7 +154,7 @@ def test_moments_of_uniform_noise(backend: str) -> None:
 
 
 def test_moments_of_normal_noise(backend: str) -> None:
-    n, eps = 1 << 20, 0.5
+    n, eps = 1 << (17 if backend == "triton" else 20), 0.5  # the interpreter is slow
     z = add_noise(torch.zeros(n), eps, "normal", seed=1).double() / eps
     for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs(float(z.pow(power).mean()) - expected) < 5 * math.sqrt(variance / n), power
@@ -184,15 +184,16 @@ def test_seeds(backend: str) -> None:
 @pytest.mark.parametrize("noise_type", NOISE_TYPES)
 @pytest.mark.usefixtures("poisoned")
 def test_rows_without_noise_are_left_alone_and_not_counted(backend: str, noise_type: str, width: int) -> None:
-    x = torch.randn(5, 31, width)
-    keep = torch.rand(5, 31) < 0.6
+    rows = 7 if backend == "triton" else 31  # the interpreter takes them one by one
+    x = torch.randn(5, rows, width)
+    keep = torch.rand(5, rows) < 0.6
     noised = add_noise(x, 0.1, noise_type, seed=4, keep=keep)
     assert same_bits(noised[~keep], x[~keep])
     assert same_bits(noised[keep], add_noise(x[keep], 0.1, noise_type, seed=4))
     assert bool((noised[keep] != x[keep]).any())
-    wider = torch.zeros(5, 40, width)
+    wider = torch.zeros(5, rows + 9, width)
     wider[:, 9:] = x
-    longer = torch.zeros(5, 40, dtype=torch.bool)
+    longer = torch.zeros(5, rows + 9, dtype=torch.bool)
     longer[:, 9:] = keep
     assert same_bits(add_noise(wider, 0.1, noise_type, seed=4, keep=longer)[:, 9:], noised)
 
