@@ -1,0 +1,93 @@
+"""SAM around a whole step on the CPU: what it costs beyond its second forward and backward pass, and the fused exit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastpost import SAM
+from fastpost.bench.params import gpt2_shapes
+from fastpost.bench.registry import Case, Contender, Goal, Skipped, Work, case
+from fastpost.sam import SAMWindow
+
+MICRO_BATCHES, TOKENS = 4, 256
+
+
+@case
+def sam_exit() -> Case:
+    """The way out of a perturbation over GPT-2's tensors: restore and step, or both in one pass (7 bytes moved for 9)."""
+
+    def contender(name: str, fused_restore: bool) -> Contender:
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(s) * 0.02) for s in gpt2_shapes()]
+        for p in params:
+            p.grad = torch.randn(p.shape) * 1e-3
+        opt = SAM(params, torch.optim.AdamW, 0.05, lr=1e-4, fused=True, fused_restore=fused_restore)
+        size = 4 * sum(p.numel() for p in params)
+        # AdamW reads w, g and both moments and writes three of them; fused, the stash takes the place of w.
+        return Contender(name, opt.second_step, (7 if fused_restore else 9) * size, before=opt.first_step)
+
+    return Case(
+        "SAM's restore + AdamW",
+        "GPT-2, 148 tensors, 124M",
+        "float32",
+        [contender("restore, then torch's fused AdamW", False), contender("fused_restore", True)],
+        [Goal("fused_restore", "restore, then torch's fused AdamW", {"avx512": 0.88, "avx2": 0.88})],
+    )
+
+
+@case
+def sam_step() -> Case:
+    """A step of GPT-2 over four micro-batches, beside the same forward and backward passes without SAM."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError as error:
+        raise Skipped(f"needs transformers: {error}") from error
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0)).eval()  # eval: no dropout to draw
+    batches = [torch.randint(0, 50257, (1, TOKENS)) for _ in range(MICRO_BATCHES)]
+
+    def forward_backward(ids: Tensor) -> None:
+        (model(input_ids=ids, labels=ids).loss / MICRO_BATCHES).backward()
+
+    def optimizer() -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def plain(passes: int) -> Work:
+        opt = optimizer()
+
+        def run() -> None:
+            for _ in range(passes):
+                opt.zero_grad()
+                for ids in batches:
+                    forward_backward(ids)
+            opt.step()
+
+        return run
+
+    def sam(ascent_fraction: float) -> Work:
+        opt = SAM(None, optimizer(), rho=0.05)
+        window = SAMWindow(opt, forward_backward, ascent_fraction=ascent_fraction)
+
+        def run() -> None:
+            opt.zero_grad()
+            window.run(batches)
+            opt.step()
+
+        return run
+
+    return Case(
+        "a step of GPT-2",
+        f"124M, {MICRO_BATCHES} x {TOKENS} tokens",
+        "float32",
+        [
+            Contender("AdamW", plain(1), slow=True),
+            Contender("AdamW after two passes", plain(2), slow=True),
+            Contender("SAM", sam(1.0), slow=True),
+            Contender("SAM, ascent on a quarter", sam(0.25), slow=True),
+        ],
+        [
+            Goal("SAM", "AdamW after two passes", dict.fromkeys(("avx512", "avx2"), 1.02)),
+            Goal("SAM, ascent on a quarter", "AdamW", dict.fromkeys(("avx512", "avx2"), 1.30)),
+        ],
+    )
