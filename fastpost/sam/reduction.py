@@ -44,7 +44,7 @@ class Reduction:
 
     def total(self, parts: Mapping[Hashable, Tensor]) -> Tensor:
         """The sum over all keys, each reduced over the ranks that hold its other parts."""
-        if not self.shards:
+        if not distributed.active():
             first, *others = parts.values()
             total = first
             for part in others:
@@ -69,7 +69,7 @@ class Reduction:
 
 def check_sharding(params: Iterable[Tensor], sync_ascent: bool | None) -> None:
     """Raises ValueError where ranks are asked for ascents of their own and none holds a whole gradient."""
-    if sync_ascent is False and any(isinstance(p, distributed.DTensor) for p in params):
+    if sync_ascent is False and any(distributed.is_sharded(p) for p in params):
         raise ValueError(
             "SAM: sync_ascent=False lets each rank perturb by its own gradient, and of sharded parameters (FSDP2, tensor "
             "parallel) no rank has one; leave sync_ascent out, or use DDP"

@@ -1,0 +1,185 @@
+"""What this rank holds of a parameter, and sums over the ranks that hold the rest: DTensor (FSDP2, tensor parallel), DDP.
+
+Nothing here knows a method; SAM and others go through it, so that no DTensor reaches an operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+Members = tuple[int, ...]  # the global ranks of a process group
+Sharing = tuple[Members, ...]  # the groups over which a parameter is cut, outermost mesh dimension first
+
+
+def active() -> bool:
+    """Whether this process is one of a job's ranks."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a mesh of ranks holds this tensor (DTensor)."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, as memory that can be read and written; a plain tensor is its own part."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()
+    return part
+
+
+def local_gradient(p: Tensor) -> Tensor | None:
+    """This rank's part of the gradient of `p`, cut as `p` is; None where there is none.
+
+    Tensor parallelism leaves the gradients of replicated weights (norms, biases) as sums still to be made over ranks
+    (Partial). They are made here, once: `p.grad` is replaced by a gradient placed as `p`.
+    """
+    grad = p.grad
+    if not isinstance(p, DTensor) or not isinstance(grad, DTensor):
+        return grad
+    if tuple(grad.placements) != tuple(p.placements):
+        with torch.no_grad():
+            grad = p.grad = grad.redistribute(p.device_mesh, p.placements)
+    return local(grad)
+
+
+def like(p: Tensor, part: Tensor) -> Tensor:
+    """`part`, shaped like this rank's part of `p`, as a tensor placed as `p` is; checkpoints need to know the placement."""
+    if not isinstance(p, DTensor):
+        return part
+    return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+class Ranks:
+    """Sums and verdicts over the ranks that share parameters.
+
+    Process groups are told apart by their members: several meshes over the same ranks cost one reduction.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[Members, tuple[Any, str]] = {}
+
+    def sharing(self, p: Tensor) -> Sharing:
+        """The groups over which `p` is cut: the mesh dimensions that shard it, not those that replicate it.
+
+        Raises:
+            ValueError: `p` is a DTensor with a Partial placement, which holds no weights.
+        """
+        if not isinstance(p, DTensor):
+            return ()
+        cut = []
+        for dimension, placement in enumerate(p.placements):
+            if placement.is_partial():
+                raise ValueError(f"a parameter placed as {p.placements} holds terms of a sum, not weights; redistribute it")
+            group = p.device_mesh.get_group(dimension)
+            members = tuple(dist.get_process_group_ranks(group))
+            if len(members) > 1:
+                self._groups.setdefault(members, (group, p.device_mesh.device_type))
+                if not placement.is_replicate():
+                    cut.append(members)
+        return tuple(cut)
+
+    def sum(self, parts: Mapping[Sharing, Tensor]) -> Tensor:
+        """The sum of all parts, each over its groups: one reduction of one scalar or vector per group.
+
+        Parts that are cut over more dimensions are summed over their innermost first and then join the others, so FSDP2 with
+        tensor parallelism takes two reductions in all.
+
+        Args:
+            parts: from `sharing` to this rank's sum; the same keys in the same order on all ranks.
+        """
+        open_parts = dict(parts)
+        while any(open_parts):
+            deepest = max(open_parts, key=len)
+            part = self._reduce(open_parts.pop(deepest), deepest[-1], dist.ReduceOp.SUM)
+            rest = deepest[:-1]
+            known = open_parts.get(rest)
+            open_parts[rest] = part if known is None else known + part.to(known.device)
+        return open_parts[()]
+
+    def any(self, flag: Tensor) -> Tensor:
+        """The largest flag of all ranks that hold, share or repeat a parameter seen by `sharing`."""
+        for members in self._groups:
+            flag = self._reduce(flag, members, dist.ReduceOp.MAX)
+        return flag
+
+    def _reduce(self, value: Tensor, members: Members, op: Any) -> Tensor:
+        group, device_type = self._groups[members]
+        # With CPU offload the sums lie on the CPU, where a group that has only NCCL cannot reduce them.
+        serves = f"{value.device.type}:" in dist.get_backend_config(group)
+        sent = value.detach().clone() if serves else value.detach().to(device_type)
+        dist.all_reduce(sent, op=op, group=group)
+        return sent.to(value.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_groups": {}}  # process groups belong to this process
+
+
+def fully_sharded(params: Iterable[Tensor]) -> list[tuple[nn.Module, Any]]:
+    """The FSDP2 modules that own some of these parameters, each with one of its per-parameter records.
+
+    `module.parameters()` cannot tell while a module is unsharded, so FSDP2's own records are asked.
+    """
+    from torch.distributed._composable_state import _module_state_mapping
+
+    wanted = {id(p) for p in params if isinstance(p, DTensor)}
+    found: list[tuple[nn.Module, Any]] = []
+    if not wanted:
+        return found
+    for module, reference in list(_module_state_mapping.items()):
+        state: Any = reference()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # torch before 2.11
+            groups = [getattr(state, "_fsdp_param_group", None)]
+        records = [record for group in groups if group is not None for record in group.fsdp_params]
+        found += [(module, record) for record in records if id(record.sharded_param) in wanted]
+    return found
+
+
+def reshard(params: Iterable[Tensor]) -> None:
+    """Lets FSDP2 gather these parameters anew before it next computes with them.
+
+    After a forward without backward, or with `set_reshard_after_backward(False)`, it would go on with what it gathered
+    before the shards were written.
+    """
+    for module in {id(module): module for module, _ in fully_sharded(params)}.values():
+        module.reshard()  # type: ignore[operator]
+
+
+def compute_dtype(params: Iterable[Tensor]) -> torch.dtype | None:
+    """The dtype that FSDP2's mixed precision casts these parameters to; the coarsest where they differ, None for none."""
+    dtypes = [record.param_dtype for _, record in fully_sharded(params) if record.param_dtype is not None]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
+
+@contextlib.contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Leaves gradients unsynchronised inside, for DDP and FSDP2 modules alike.
+
+    It has to enclose the forward pass too: DDP decides there whether the coming backward synchronises.
+
+    Raises:
+        TypeError: `model` is neither.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        with model.no_sync():
+            yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(model, FSDPModule):
+        raise TypeError(f"no_sync: {type(model).__name__} is neither DistributedDataParallel nor made by fully_shard")
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
