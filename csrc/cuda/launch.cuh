@@ -215,25 +215,19 @@ __device__ __forceinline__ int64_t head_of(int64_t n, const T* p) {
   return head < n ? head : n;
 }
 
-// -- sums -----------------------------------------------------------------------------------------------------------------
+// -- chunks ---------------------------------------------------------------------------------------------------------------
 
-// Sums of a block's threads, by warps and then across them, in an order fixed by the thread index alone. The result is on
-// thread 0.
-template <int count>
-__device__ void block_sum(double (&value)[count]) {
-  __shared__ double shared[count][kThreads / 32];
-  __syncthreads();  // the last chunk's sums have been read
-#pragma unroll
-  for (int k = 0; k < count; ++k) {
-    for (int step = 16; step > 0; step /= 2) value[k] += __shfl_down_sync(0xffffffffu, value[k], step);
-    if (threadIdx.x % 32 == 0) shared[k][threadIdx.x / 32] = value[k];
-  }
-  __syncthreads();
-  if (threadIdx.x == 0)
-    for (int k = 0; k < count; ++k) {
-      value[k] = 0;
-      for (int warp = 0; warp < kThreads / 32; ++warp) value[k] += shared[k][warp];
-    }
+constexpr int kPair = 2;  // blocks of 512 threads that share a multiprocessor
+
+// pack(v, i) for each 16 bytes of n elements that this thread holds, i being the first of them; single(i) for the rest.
+template <class T, int unroll, class Packs, class Single>
+__device__ __forceinline__ void walk(int64_t n, Packs&& pack, Single&& single) {
+  constexpr int64_t size = Pack<T>::size;
+  const int64_t packs = n / size;
+#pragma unroll unroll
+  for (int64_t v = threadIdx.x; v < packs; v += kThreads) pack(v * size);
+#pragma unroll 1
+  for (int64_t i = packs * size + threadIdx.x; i < n; i += kThreads) single(i);
 }
 
 }  // namespace fastpost::cuda

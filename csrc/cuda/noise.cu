@@ -3,11 +3,11 @@
 #include "api.h"
 #include "core/noise.h"
 #include "cuda/launch.cuh"
+#include "cuda/warp.cuh"
 
 namespace fastpost::cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kRowThreads = 256;
 constexpr int kWarps = kRowThreads / kWarp;
 
