@@ -191,6 +191,22 @@ def test_under_autocast_the_loss_rises_as_in_float32(kind: str, autocast_at_the_
     assert rises[1] == pytest.approx(rises[0], rel=0.1)
 
 
+def test_a_product_is_rounded_once() -> None:
+    """Shifts below half a unit in the last place survive on average; added to a rounded output none would."""
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 512, bias=False).bfloat16()
+    x, direction = torch.randn(256, 512).bfloat16(), torch.randn(512, 512).bfloat16()
+    opt = functional(layer, 0.005)
+    clean = layer(x)
+    layer.weight.grad = direction.clone()
+    with opt.perturbed():
+        moved = layer(x).double() - clean.double()
+    shift = x.double() @ (0.005 * direction.double() / direction.double().norm()).T
+    assert ((moved * shift).sum() / shift.square().sum()).item() == pytest.approx(1.0, abs=0.1)
+    late = (clean + shift.bfloat16()).double() - clean.double()
+    assert ((late * shift).sum() / shift.square().sum()).item() < 0.5
+
+
 class Scaled(nn.Embedding):
     """As in Gemma."""
 
