@@ -149,20 +149,3 @@ def test_calls_from_many_threads_are_served_at_once() -> None:
     with ThreadPoolExecutor(8) as pool:
         norms = list(pool.map(lambda g: [ops.squared_norm(g).item() for _ in range(20)], grads))
     assert norms == [[200_000.0 * i * i] * 20 for i in range(8)]
-
-
-OPCHECKS = {
-    "squared_norm": lambda: ([torch.randn(5), torch.randn(2, 3)], [torch.randn(5), torch.randn(2, 3)], 0.01),
-    "sam_perturb_": lambda: (
-        [torch.randn(5)], [torch.randn(5)], [torch.zeros(5)], torch.ones((), dtype=torch.float64), 0.1, True, 0.01, None
-    ),
-    "sam_restore_": lambda: ([torch.randn(5)], [torch.zeros(5)]),
-    "negate_": lambda: ([torch.randn(5), torch.randn(3).bfloat16()],),
-    "flip_signs_": lambda: ([torch.randn(5)], torch.tensor(3)),
-    "negate_clip_": lambda: ([torch.randn(5)], 1.0),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OPCHECKS)
-def test_library_operations_pass_opcheck(name: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.fastpost, name).default, OPCHECKS[name]())

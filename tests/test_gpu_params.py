@@ -15,8 +15,8 @@ from fastpost.backends import reference
 from fastpost.errors import BackendUnavailable
 from fastpost.ops import params as ops
 
-from . import test_build, test_restore_adamw
 from . import test_params as bodies
+from . import test_restore_adamw, test_torch_library
 from .conftest import DTYPES, bits, same_bits
 from .gpu import BACKENDS, DEVICE, ON_GPU, Captured, at_home, borrow, late_stream, needs_gpu, no_sync, there
 from .test_params import (  # noqa: F401  (collected here once more, on the device)
@@ -301,19 +301,11 @@ def test_a_list_over_the_gpu_and_the_cpu() -> None:
 # -- the compiler and its checks ------------------------------------------------------------------------------------------
 
 
-def adamw_arguments() -> tuple[object, ...]:
-    a, b = there(torch.randn(70), torch.randn(70))
-    numbers = (0.1, 0.9, 0.99, 1e-8, 0.1, False)
-    return ([a], [b], [a.clone()], [b.clone()], [b.square()], [a.new_ones(())], *numbers, None, None)
-
-
-OPCHECKS = {**test_build.OPCHECKS, "sam_restore_adamw_": adamw_arguments}
-
-
-@pytest.mark.parametrize("name", OPCHECKS)
+@pytest.mark.parametrize("name", test_torch_library.SAMPLES)
 def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    borrow(monkeypatch, test_build)
-    torch.library.opcheck(getattr(torch.ops.fastpost, name).default, OPCHECKS[name]())
+    borrow(monkeypatch, test_torch_library)
+    for sample in test_torch_library.SAMPLES[name]():
+        torch.library.opcheck(getattr(torch.ops.fastpost, name).default, sample)
 
 
 def test_compiles_without_a_graph_break() -> None:

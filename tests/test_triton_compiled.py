@@ -114,9 +114,21 @@ def restore_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
 
 
 def adamw_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
-    constants = {"dtype": TYPES[dtype][1], "aligned": True, "BLOCK": 1024}
+    constants = {"dtype": TYPES[dtype][1], "aligned": True, "BLOCK": params.copy_block(4 if dtype == "float32" else 2)}
     types = {"table": "*i64", "factors": "*fp32", "skip": "*fp32"}
     return compiled(params._restore_adamw_kernel, types, constants, ("table",), 8, arch, tmp_path)
+
+
+def scale_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    constants = {"dtype": TYPES[dtype][1], "aligned": True, "BLOCK": 2048}
+    return compiled(params._scale_kernel, {"table": "*i64", "factor": "*fp64"}, constants, ("table",), 8, arch, tmp_path)
+
+
+def scale_rows_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    pointer, element, head = TYPES[dtype]
+    constants = {"dtype": element, "vector": True, "HEAD": head, "BLOCK": 2048}
+    types = {"block": pointer, "factors": "*fp64", "cols": "i32", "stride": "i64", "factor_stride": "i32"}
+    return compiled(divergence._scale_rows_kernel, types, constants, ("block",), 8, arch, tmp_path)
 
 
 def flip_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
@@ -144,7 +156,9 @@ KERNELS = {
     "cast of masters": (cast_kernel, 64),
     "norm": (norm_kernel, 128),
     "restore": (restore_kernel, 64),
-    "restore and AdamW": (adamw_kernel, 64),
+    "restore and AdamW": (adamw_kernel, 128),
+    "clip": (scale_kernel, 64),
+    "scaled rows": (scale_rows_kernel, 64),
     "flip": (flip_kernel, 128),
     "noise": (noise_kernel, 64),
 }
@@ -156,9 +170,7 @@ KERNELS = {
 def test_kernels_use_wide_accesses_and_no_local_memory(name: str, dtype: str, arch: int, tmp_path: Path) -> None:
     build, registers = KERNELS[name]
     # Four numbers of a Philox call lie side by side: 8 bytes of bfloat16, of which Triton 3.6 makes 16.
-    # AdamW's five streams are walked four elements a thread at a time.
-    narrow = {("noise", "bfloat16"): "(?:64|128)", ("restore and AdamW", "bfloat16"): "64"}
-    width = narrow.get((name, dtype), "128")
+    width = "(?:64|128)" if (name, dtype) == ("noise", "bfloat16") else "128"
     accesses = "LDG" if name == "norm" else "LDG STG"  # a norm writes one number per chunk
     assert complaints(*build(dtype, arch, tmp_path), registers, width, accesses) == []
 
