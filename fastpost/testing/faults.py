@@ -22,7 +22,8 @@ def none_in_second_pass(adapter: Adapter) -> None:
     for leave_out in (False, True, True, False):
         seen = subject.step(second=partial(subject.backward, right=not leave_out))
         name = "right.weight"
-        if leave_out and not differing({name: seen.after[name]}, {name: seen.perturbed[name]}):
+        moved = bool(differing({name: seen.before[name]}, {name: seen.perturbed[name]}))
+        if leave_out and moved and not differing({name: seen.after[name]}, {name: seen.perturbed[name]}):
             raise Failure("a parameter without second gradient stays perturbed for good")
         expect_close(seen.after, twin.step(seen.second_grads), "another step than the base optimizer's from w")
 
@@ -117,5 +118,5 @@ def exception(adapter: Adapter) -> None:
                 raise
         else:
             raise Failure("the exception of the second pass was swallowed")
-        expect_bits(subject.weights(), start, f"{kind.__name__} in the second pass leaves the weights perturbed")
+        expect_close(subject.weights(), start, f"{kind.__name__} in the second pass leaves the weights perturbed")
         expect_close(subject.step().after, untouched.step().after, "the next step is another one")
