@@ -1,0 +1,199 @@
+"""SAM over shards against its equations in float64: FSDP2, HSDP, tensor parallelism, DDP, in 2 and 4 processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+from fastpost import SAM
+
+from . import distributed as d
+
+LR, RHO = 0.1, 0.3
+
+
+def sharded(mesh=None, dtype=torch.float64, **kwargs) -> d.Net:
+    model = d.Net(dtype)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, **kwargs)
+    return fully_shard(model, mesh=mesh, **kwargs)
+
+
+def names_of(model: nn.Module) -> dict[Tensor, str]:
+    return {p: name.removeprefix("module.") for name, p in model.named_parameters()}
+
+
+def sam(model: nn.Module, **kwargs) -> SAM:
+    return SAM(model.parameters(), torch.optim.SGD, lr=LR, **{"rho": RHO, **kwargs})
+
+
+def backward_on(model: nn.Module, mesh, dtype=torch.float64):
+    return lambda number: d.loss_of(model, *d.mine(mesh, number, dtype)).backward()
+
+
+def check(model: nn.Module, mesh, dtype=torch.float64, tolerance=1e-12, **kwargs) -> SAM:
+    opt = sam(model, **{k: v for k, v in kwargs.items() if k in ("adaptive", "eta")})
+    eta = kwargs.get("eta")
+    d.check_steps(model, opt, backward_on(model, mesh, dtype), names_of(model), LR, RHO, eta=eta, tolerance=tolerance)
+    return opt
+
+
+def fsdp2() -> None:
+    mesh = d.mesh_of(dist.get_world_size())
+    model = sharded(mesh)
+    assert model.head.weight.to_local().shape[0] == {2: (2, 1), 4: (1, 1, 1, 0)}[mesh.size()][mesh.get_local_rank()]
+    check(model, mesh)
+
+
+def fsdp2_adaptive() -> None:
+    mesh = d.mesh_of(dist.get_world_size())
+    check(sharded(mesh), mesh, adaptive=True, eta=0.01)
+
+
+def fsdp2_float32() -> None:
+    mesh = d.mesh_of(dist.get_world_size())
+    check(sharded(mesh, torch.float32), mesh, torch.float32, 1e-6)
+
+
+def kept_unsharded() -> None:
+    """set_reshard_after_backward(False): without resharding the next forward would not see what was written."""
+    mesh = d.mesh_of(dist.get_world_size())
+    model = sharded(mesh)
+    opt, names = sam(model), names_of(model)
+    model.set_reshard_after_backward(False)
+    weights = {name: d.whole(p) for p, name in names.items()}
+    for number in range(2):
+        e, second, _ = d.equations(number, weights, RHO)
+        backward_on(model, mesh)(number)
+        opt.first_step(zero_grad=True)
+        seen = d.loss_of(model, *d.batch(number))
+        with torch.no_grad():
+            at = {name: weights[name] + e[name] for name in weights}
+            x, y = d.batch(number)
+            expected = nn.functional.cross_entropy(torch.func.functional_call(d.Net(), at, (x,)).flatten(0, 1), y.flatten())
+        assert abs(seen.item() - expected.item()) <= 1e-12
+        seen.backward()
+        opt.second_step(zero_grad=True)
+        weights = {name: weights[name] - LR * second[name] for name in weights}
+        assert all((d.whole(p) - weights[name]).abs().max() <= 1e-12 for p, name in names.items())
+
+
+def evaluated_while_perturbed() -> None:
+    """A forward without backward leaves the root gathered; the next one sees w again all the same."""
+    mesh = d.mesh_of(dist.get_world_size())
+    model = sharded(mesh)
+    opt = sam(model)
+    x = d.batch(0)[0]
+    with torch.no_grad():
+        before = model(x).clone()
+        d.reshard(model)
+    backward_on(model, mesh)(0)
+    with opt.perturbed(), torch.no_grad():
+        assert (model(x) - before).abs().max() > 1e-3
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
+
+
+def plain_beside_shards() -> None:
+    """The head stays a plain parameter; its gradient is averaged by hand, as FSDP2 leaves to the user."""
+    mesh = d.mesh_of(dist.get_world_size())
+    model = d.Net()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+
+    def backward(number: int) -> None:
+        backward_on(model, mesh)(number)
+        for p in model.head.parameters():
+            dist.all_reduce(p.grad)
+            p.grad /= mesh.size()
+
+    d.check_steps(model, sam(model), backward, names_of(model), LR, RHO)
+
+
+def offloaded() -> None:
+    mesh = d.mesh_of(dist.get_world_size())
+    check(sharded(mesh, offload_policy=CPUOffloadPolicy(pin_memory=False)), mesh)
+
+
+def hsdp() -> None:
+    mesh = d.mesh_of(2, 2, names=("replicate", "shard"))
+    opt = check(sharded(mesh), mesh)
+    assert len({len(key) for key in map(opt._reduction.key, opt.tensors())}) == 1
+    assert all(len(opt._reduction.key(p)[0]) == 2 for p in opt.tensors())
+
+
+def several_meshes() -> None:
+    """Blocks over all four ranks, the root over pairs and their copies: gradients of both kinds under one norm."""
+    flat, pairs = d.mesh_of(4), d.mesh_of(2, 2, names=("replicate", "shard"))
+    model = d.Net()
+    for block in model.blocks:
+        fully_shard(block, mesh=flat)
+    fully_shard(model, mesh=pairs)
+    opt = check(model, flat)
+    assert len(set(map(opt._reduction.key, opt.tensors()))) == 2
+
+
+def parallel(mesh) -> d.Net:
+    """Blocks cut over tensor-parallel ranks; their norms see a part of the sequence each, so their gradients are Partial."""
+    model = d.Net()
+    model.parallel = mesh
+    plan = {
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Shard(1)),
+    }
+    for block in model.blocks:
+        parallelize_module(block, mesh, plan)
+    return model
+
+
+def tensor_parallel() -> None:
+    model = parallel(d.mesh_of(dist.get_world_size()))
+    naive = []
+
+    def backward(number: int) -> None:
+        backward_on(model, None)(number)
+        norm = model.blocks[0].norm.weight.grad
+        naive.append(any(placement.is_partial() for placement in norm.placements))
+
+    d.check_steps(model, sam(model), backward, names_of(model), LR, RHO)
+    assert all(naive), "the case that makes naive norms wrong did not arise"
+
+
+def fsdp2_with_tensor_parallel() -> None:
+    mesh = d.mesh_of(2, 2, names=("dp", "tp"))
+    model = parallel(mesh["tp"])
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh["dp"])
+    opt = check(model, mesh["dp"])
+    assert {len(opt._reduction.key(p)) for p in opt.tensors()} == {1, 2}
+
+
+TWO = {
+    case.__name__: case
+    for case in (
+        fsdp2, fsdp2_adaptive, fsdp2_float32, kept_unsharded, evaluated_while_perturbed, plain_beside_shards, offloaded,
+        tensor_parallel,
+    )
+}  # fmt: skip
+FOUR = {case.__name__: case for case in (fsdp2, hsdp, several_meshes, fsdp2_with_tensor_parallel)}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[int, d.Outcome]:
+    return {2: d.run(2, TWO), 4: d.run(4, FOUR)}
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_processes(outcomes: dict[int, d.Outcome], name: str) -> None:
+    outcomes[2].of(name)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_processes(outcomes: dict[int, d.Outcome], name: str) -> None:
+    outcomes[4].of(name)

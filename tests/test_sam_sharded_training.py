@@ -1,0 +1,282 @@
+"""Training with SAM in several processes: DDP, windows, overflows, scaling, checkpoints; and what is refused."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fastpost import SAM
+from fastpost.distributed import no_sync
+from fastpost.sam import LookSAM, SAMWindow
+
+from . import distributed as d
+from .test_sam_sharded import LR, RHO, backward_on, names_of, sam, sharded
+
+
+def everywhere(value: torch.Tensor) -> list[torch.Tensor]:
+    gathered = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, value.contiguous())
+    return gathered
+
+
+def same_everywhere(model: nn.Module) -> bool:
+    values = torch.cat([d.whole(p).flatten() for p in model.parameters()])
+    return all(torch.equal(other, values) for other in everywhere(values))
+
+
+def ddp_averaged() -> None:
+    mesh = d.mesh_of(dist.get_world_size())
+    for sync_ascent in (None, True):
+        model = DistributedDataParallel(d.Net())
+        opt = sam(model, sync_ascent=sync_ascent)
+        d.check_steps(model, opt, backward_on(model, mesh), names_of(model), LR, RHO)
+
+
+def _m_sharpness(number: int, weights: dict) -> dict:
+    """The mean over ranks of each one's second gradient at its own w + e: 2010.01412, section 3, with m = batch / ranks."""
+
+    def gradient(at: dict, x, y) -> dict:
+        leaves = {name: w.clone().requires_grad_() for name, w in at.items()}
+        logits = torch.func.functional_call(d.Net(), leaves, (x,)).flatten(0, 1)
+        grads = torch.autograd.grad(nn.functional.cross_entropy(logits, y.flatten()), list(leaves.values()))
+        return dict(zip(leaves, grads, strict=True))
+
+    ranks, (x, y) = dist.get_world_size(), d.batch(number)
+    mean = {name: torch.zeros_like(w) for name, w in weights.items()}
+    for xs, ys in zip(x.chunk(ranks), y.chunk(ranks), strict=True):
+        g = gradient(weights, xs, ys)
+        norm = sum(v.square().sum() for v in g.values()).sqrt()
+        second = gradient({name: weights[name] + RHO * g[name] / norm for name in g}, xs, ys)
+        mean = {name: mean[name] + second[name] / ranks for name in mean}
+    return mean
+
+
+def ddp_each_its_own() -> None:
+    """sync_ascent=False by hand and through a window: m-sharpness, and the ranks stay together."""
+    mesh = d.mesh_of(dist.get_world_size())
+    for windowed in (False, True):
+        model = DistributedDataParallel(d.Net())
+        opt, names = sam(model, sync_ascent=False), names_of(model)
+        backward = backward_on(model, mesh)
+        window = SAMWindow(opt, backward, no_sync=model.no_sync)
+        for number in range(2):
+            weights = {name: d.whole(p) for p, name in names.items()}
+            second = _m_sharpness(number, weights)
+            if windowed:
+                window.run([number])
+                opt.step()
+            else:
+                with model.no_sync():
+                    backward(number)
+                opt.first_step(zero_grad=True)
+                perturbed = torch.cat([p.detach().flatten() for p in names])
+                assert not torch.equal(*everywhere(perturbed))
+                backward(number)
+                opt.second_step(zero_grad=True)
+            assert all((d.whole(p) - weights[n] + LR * second[n]).abs().max() <= 1e-12 for p, n in names.items())
+            assert same_everywhere(model)
+
+
+def windows() -> None:
+    """Four micro-batches, the ascent on the first: equal to the equations, with and without synchronising each."""
+    mesh = d.mesh_of(dist.get_world_size())
+    for strategy in ("ddp", "fsdp2"):
+        for unsynchronised in (True, False):
+            model = DistributedDataParallel(d.Net()) if strategy == "ddp" else sharded(mesh)
+            opt, names = sam(model, ascent_fraction=0.25), names_of(model)
+            wait = (lambda model=model: no_sync(model)) if unsynchronised else None
+
+            def forward_backward(number: int, model: nn.Module = model):
+                loss = d.loss_of(model, *d.mine(mesh, number)) / 4
+                loss.backward()
+                return loss.detach()
+
+            window = SAMWindow(opt, forward_backward, no_sync=wait)
+            weights = {name: d.whole(p) for p, name in names.items()}
+            e, _, _ = d.equations(0, weights, RHO)  # the factor 1/4 falls out of g / |g|
+            mean = {name: torch.zeros_like(w) for name, w in weights.items()}
+            for number in range(4):
+                x, y = d.batch(number)
+                leaves = {name: (weights[name] + e[name]).requires_grad_() for name in weights}
+                logits = torch.func.functional_call(d.Net(), leaves, (x,)).flatten(0, 1)
+                grads = torch.autograd.grad(nn.functional.cross_entropy(logits, y.flatten()), list(leaves.values()))
+                mean = {name: mean[name] + g / 4 for (name, g) in zip(leaves, grads, strict=True)}
+            window.run([0, 1, 2, 3])
+            opt.step()
+            for p, name in names.items():
+                assert (d.whole(p) - weights[name] + LR * mean[name]).abs().max() <= 1e-12, (strategy, unsynchronised, name)
+
+
+def overflow_on_one_rank() -> None:
+    mesh = d.mesh_of(dist.get_world_size())
+    for strategy in ("ddp", "fsdp2", "mixed"):
+        for which in ("first", "second"):
+            if strategy == "ddp":
+                model: nn.Module = DistributedDataParallel(d.Net())
+            elif strategy == "fsdp2":
+                model = sharded(mesh)
+            else:
+                model = d.Net()
+                for block in model.blocks:
+                    fully_shard(block, mesh=mesh)
+            opt = SAM(model.parameters(), torch.optim.AdamW, rho=RHO, lr=1e-2)
+            before = [d.part(p) for p in model.parameters()]
+            target = next(iter(model.parameters()))
+            for turn in ("first", "second"):
+                if strategy == "ddp" and turn == "first":
+                    with no_sync(model):  # each rank's own: only one of them overflows
+                        backward_on(model, mesh)(0)
+                else:
+                    backward_on(model, mesh)(0)
+                if strategy == "mixed":
+                    for p in model.head.parameters():
+                        dist.all_reduce(p.grad)
+                grad = target.grad.to_local() if isinstance(target.grad, DTensor) else target.grad
+                if turn == which and (dist.get_rank() == 1 or (strategy == "ddp" and which == "second")):
+                    grad.view(-1)[0] = math.inf
+                if turn == "first":
+                    opt.first_step(zero_grad=True)
+            opt.second_step(zero_grad=True)
+            assert opt.skipped_steps == 1, (strategy, which)
+            assert all(torch.equal(d.part(p), b) for p, b in zip(model.parameters(), before, strict=True))
+            d.reshard(model)
+
+
+def scaled() -> None:
+    """GradScaler over FSDP2: the step is the unscaled one; an overflow of one rank's ascent shrinks every scale."""
+    mesh = d.mesh_of(dist.get_world_size())
+    model = sharded(mesh)
+    opt, names = sam(model), names_of(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    weights = {name: d.whole(p) for p, name in names.items()}
+    _, second, _ = d.equations(0, weights, RHO)
+    for unscales in (False, True):
+        weights = {name: d.whole(p) for p, name in names.items()}
+        _, second, _ = d.equations(0, weights, RHO)
+        scaler.scale(d.loss_of(model, *d.mine(mesh, 0))).backward()
+        opt.first_step(zero_grad=True)
+        scaler.scale(d.loss_of(model, *d.mine(mesh, 0))).backward()
+        if unscales:
+            scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        assert all((d.whole(p) - weights[n] + LR * second[n]).abs().max() <= 1e-12 for p, n in names.items())
+    before = [d.part(p) for p in names]
+    scaler.scale(d.loss_of(model, *d.mine(mesh, 0))).backward()
+    if dist.get_rank() == 1:
+        next(iter(names)).grad.to_local().view(-1)[0] = math.inf
+    opt.first_step(zero_grad=True)
+    scaler.scale(d.loss_of(model, *d.mine(mesh, 0))).backward()
+    scaler.step(opt)
+    scaler.update()
+    assert all(torch.equal(d.part(p), b) for p, b in zip(names, before, strict=True))
+    assert scaler.get_scale() == 512.0
+    assert opt.skipped_steps == 1
+
+
+def seen_through_mixed_precision() -> None:
+    """The forward computes with bfloat16 casts of float32 shards, and the report says what it sees of e."""
+    mesh = d.mesh_of(dist.get_world_size())
+    model = sharded(mesh, torch.float32, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    opt = sam(model, rho=1e-3)
+    weights = [d.whole(p) for p in model.parameters()]
+    d.loss_of(model, *d.mine(mesh, 0, torch.float32)).backward()
+    opt.first_step()
+    now = [d.whole(p) for p in model.parameters()]
+    seen = sum(
+        (b.bfloat16().double() - a.bfloat16().double()).square().sum() for a, b in zip(weights, now, strict=True)
+    ).sqrt()
+    report = opt.report
+    assert abs(report.seen_norm / seen - 1) <= 1e-6
+    assert report.seen_norm > 1.5 * report.stored_norm
+    opt.restore_()
+    assert all(torch.equal(d.whole(p), w) for p, w in zip(model.parameters(), weights, strict=True))
+
+
+def checkpoints() -> None:
+    """Saved, loaded into a fresh optimizer and continued: bit for bit the uninterrupted run, with a variant's memory."""
+    mesh = d.mesh_of(dist.get_world_size())
+
+    def make():
+        model = sharded(mesh, torch.float32)
+        variant = LookSAM()
+        return model, SAM(model.parameters(), torch.optim.AdamW, rho=RHO, lr=1e-2, interval=2, variant=variant)
+
+    def step(model: nn.Module, opt: SAM, number: int) -> None:
+        def closure() -> torch.Tensor:
+            loss = d.loss_of(model, *d.mine(mesh, number, torch.float32))
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+
+    model, opt = make()
+    for number in range(3):
+        step(model, opt, number)
+    shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared)
+    state = get_optimizer_state_dict(model, opt)
+    dcp.save({"model": model.state_dict(), "optimizer": state}, checkpoint_id=shared[0])
+    again, resumed = make()
+    with torch.no_grad():
+        for p in again.parameters():
+            p.zero_()
+    loaded = {"model": again.state_dict(), "optimizer": get_optimizer_state_dict(again, resumed)}
+    dcp.load(loaded, checkpoint_id=shared[0])
+    again.load_state_dict(loaded["model"])
+    set_optimizer_state_dict(again, resumed, loaded["optimizer"])
+    for number in range(3, 7):
+        step(model, opt, number)
+        step(again, resumed, number)
+        for p, q in zip(model.parameters(), again.parameters(), strict=True):
+            assert torch.equal(d.part(p).view(torch.int32), d.part(q).view(torch.int32)), number
+
+
+def refused() -> None:
+    mesh = d.mesh_of(dist.get_world_size())
+    for whole in (False, True):
+        old = FullyShardedDataParallel(d.Net(torch.float32), use_orig_params=whole, device_id=torch.device("cpu"))
+        with pytest.raises(TypeError, match=r"FSDP1.*fully_shard"):
+            sam(old)
+    plain = d.Net()
+    zero = ZeroRedundancyOptimizer(plain.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(TypeError, match=r"ZeRO.*fully_shard"):
+        SAM(None, zero)
+    plain.head.weight.ds_id = 0
+    with pytest.raises(TypeError, match=r"DeepSpeed.*fully_shard"):
+        sam(plain)
+    with pytest.raises(ValueError, match=r"sync_ascent=False.*DDP"):
+        sam(sharded(mesh), sync_ascent=False)
+    with pytest.raises(TypeError, match="neither"), no_sync(d.Net()):
+        pass
+
+
+CASES = {
+    case.__name__: case
+    for case in (
+        ddp_averaged, ddp_each_its_own, windows, overflow_on_one_rank, scaled, seen_through_mixed_precision, checkpoints,
+        refused,
+    )
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcome() -> d.Outcome:
+    return d.run(2, CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes(outcome: d.Outcome, name: str) -> None:
+    outcome.of(name)
