@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -174,6 +177,29 @@ def fsdp2_with_tensor_parallel() -> None:
     assert {len(opt._reduction.key(p)) for p in opt.tensors()} == {1, 2}
 
 
+def recipes() -> None:
+    """docs/distributed.md: every recipe runs, and makes the step of the equations."""
+    text = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    blocks = dict(re.findall(r"^### (.+?)\n(?:.*?)^```python\n(.*?)^```", text, re.M | re.S))
+    assert list(blocks) == ["DDP", "FSDP2", "HSDP", "Tensor parallel"]
+    for title, code in blocks.items():
+        mesh = None if title == "Tensor parallel" else d.mesh_of(dist.get_world_size())
+        scope = {"Net": d.Net, "loss_of": d.loss_of, "batches": [d.mine(mesh, 0)], "device": "cpu"}
+        exec(compile(code, f"docs/distributed.md, {title}", "exec"), scope)
+        start = dict(d.Net().named_parameters())
+        _, second, _ = d.equations(0, {name: w.detach() for name, w in start.items()}, RHO)
+        for p, name in names_of(scope["model"]).items():
+            assert (d.whole(p) - start[name] + LR * second[name]).abs().max() <= 1e-12, (title, name)
+
+
+def test_every_case_is_in_the_docs() -> None:
+    from .test_sam_sharded_training import CASES
+
+    text = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    table = text[text.index("## Which test proves it") :]
+    assert set(re.findall(r"`(\w+)`", re.sub(r"^\| [^|]*\|", "", table, flags=re.M))) == {*TWO, *FOUR, *CASES}
+
+
 TWO = {
     case.__name__: case
     for case in (
@@ -181,7 +207,7 @@ TWO = {
         tensor_parallel,
     )
 }  # fmt: skip
-FOUR = {case.__name__: case for case in (fsdp2, hsdp, several_meshes, fsdp2_with_tensor_parallel)}
+FOUR = {case.__name__: case for case in (fsdp2, hsdp, several_meshes, fsdp2_with_tensor_parallel, recipes)}
 
 
 @pytest.fixture(scope="module")
