@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,9 +40,8 @@ class World:
     folder: Path
     seconds: float
 
-    @contextlib.contextmanager
-    def joined(self) -> Iterator[None]:
-        """A gloo group of all processes."""
+    def together(self, work: Callable[..., None], *args: Any) -> None:
+        """Calls `work(*args)` in a gloo group of all processes."""
         store = dist.FileStore(  # type: ignore[attr-defined]
             str(self.folder / "store"), self.size
         )
@@ -48,8 +49,14 @@ class World:
             "gloo", store=store, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=self.seconds)
         )
         try:
-            yield
+            work(*args)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
         finally:
+            # DDP's reducer must not be the last to hold the group: it would wait, with the interpreter locked, for threads
+            # that wait for the interpreter. So models are gone before the group is.
+            gc.collect()
             dist.destroy_process_group()
 
     def part(self, number: int) -> tuple[Tensor, Tensor]:
@@ -111,7 +118,8 @@ def _alone(adapter: Adapter) -> tuple[list[tuple[Weights, Weights]], Tensor]:
 
 def _matches(adapter: Adapter, world: World, kind: str) -> None:
     steps, outputs = _alone(adapter)
-    with world.joined():
+
+    def run() -> None:
         replica = Replica(adapter, world, kind)
         for perturbed, after in steps:
             seen = replica.step()
@@ -120,42 +128,41 @@ def _matches(adapter: Adapter, world: World, kind: str) -> None:
         now = replica.outputs()
         expect_close({"": now}, {"": outputs}, "the model's outputs differ from one process on the whole batch", 1e-5)
 
+    world.together(run)
+
 
 def _restores(adapter: Adapter, world: World, kind: str) -> None:
-    with world.joined():
-        replica = Replica(adapter, world, kind, lr=0.0, rho=1.0)
-        start, outputs = replica.weights(), replica.outputs()
-        for _ in range(STEPS):
-            replica.step()
-        expect_bits({"outputs": replica.outputs()}, {"outputs": outputs}, "the model still computes with other weights")
-        expect_bits(replica.weights(), start, "steps at a learning rate of 0 change the weights")
+    replica = Replica(adapter, world, kind, lr=0.0, rho=1.0)
+    start, outputs = replica.weights(), replica.outputs()
+    for _ in range(STEPS):
+        replica.step()
+    expect_bits({"outputs": replica.outputs()}, {"outputs": outputs}, "the model still computes with other weights")
+    expect_bits(replica.weights(), start, "steps at a learning rate of 0 change the weights")
 
 
-def _overflows(adapter: Adapter, world: World, kind: str, passes: Sequence[str]) -> None:
+def _overflow(adapter: Adapter, world: World, kind: str, which: str) -> None:
     """One rank's gradient overflows in one of the passes; under DDP that pass is not averaged."""
-    for which in passes:
-        with _fresh(world, which).joined():
-            replica = Replica(adapter, world, kind, base=torch.optim.AdamW)
-            replica.step()
+    replica = Replica(adapter, world, kind, base=torch.optim.AdamW)
+    replica.step()
 
-            def bad(replica: Replica = replica) -> Tensor:
-                runs = replica.runs
-                alone = runs.no_sync() if isinstance(runs, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
-                with alone:
-                    loss = replica.backward()
-                if world.rank == 0:
-                    grad = replica.params()[0].grad
-                    assert grad is not None
-                    local = grad.to_local() if hasattr(grad, "to_local") else grad
-                    local.view(-1)[0] = math.inf
-                return loss
+    def bad(replica: Replica = replica) -> Tensor:
+        runs = replica.runs
+        alone = runs.no_sync() if isinstance(runs, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
+        with alone:
+            loss = replica.backward()
+        if world.rank == 0:
+            grad = replica.params()[0].grad
+            assert grad is not None
+            local = grad.to_local() if hasattr(grad, "to_local") else grad
+            local.view(-1)[0] = math.inf
+        return loss
 
-            seen = replica.step(bad if which == "first" else None, bad if which == "second" else None)
-            expect_bits(seen.after, seen.before, f"an inf on one rank in the {which} pass changes the weights")
-            after = replica.step().after
-            if any(not torch.isfinite(w).all() for w in after.values()):
-                raise Failure("the step after an overflow gives NaN")
-            replica.everywhere("ranks hold different weights after an overflow")
+    seen = replica.step(bad if which == "first" else None, bad if which == "second" else None)
+    expect_bits(seen.after, seen.before, f"an inf on one rank in the {which} pass changes the weights")
+    after = replica.step().after
+    if any(not torch.isfinite(w).all() for w in after.values()):
+        raise Failure("the step after an overflow gives NaN")
+    replica.everywhere("ranks hold different weights after an overflow")
 
 
 def _fresh(world: World, name: str) -> World:
@@ -173,7 +180,8 @@ def ddp(adapter: Adapter, world: World) -> None:
 @conformance("DDP, no_sync ascent", PROCESSES)
 def ddp_no_sync(adapter: Adapter, world: World) -> None:
     """With the first pass in no_sync, ranks perturb on their own, come back, and hold the same bits afterwards."""
-    with world.joined():
+
+    def run() -> None:
         replica = Replica(adapter, world, "ddp")
         runs = replica.runs
         assert isinstance(runs, nn.parallel.DistributedDataParallel)
@@ -191,11 +199,13 @@ def ddp_no_sync(adapter: Adapter, world: World) -> None:
                 raise Failure("all ranks are perturbed alike, though their gradients differ")
             replica.everywhere("ranks hold different weights after the step")
 
+    world.together(run)
+
 
 @conformance("DDP overflow", PROCESSES)
 def ddp_overflow(adapter: Adapter, world: World) -> None:
     """An inf in one rank's own first pass (no_sync) skips the step on all ranks."""
-    _overflows(adapter, world, "ddp", ("first",))
+    world.together(_overflow, adapter, world, "ddp", "first")
 
 
 @conformance("FSDP2", PROCESSES)
@@ -207,13 +217,14 @@ def fsdp2(adapter: Adapter, world: World) -> None:
 @conformance("FSDP2 restore", PROCESSES)
 def fsdp2_restore(adapter: Adapter, world: World) -> None:
     """Under fully_shard, shards and what the model computes come back bit for bit."""
-    _restores(adapter, world, "fsdp2")
+    world.together(_restores, adapter, world, "fsdp2")
 
 
 @conformance("FSDP2 overflow", PROCESSES)
 def fsdp2_overflow(adapter: Adapter, world: World) -> None:
     """An inf in one rank's shard, in either pass, skips the step on all ranks."""
-    _overflows(adapter, world, "fsdp2", ("first", "second"))
+    for which in ("first", "second"):
+        _fresh(world, which).together(_overflow, adapter, world, "fsdp2", which)
 
 
 @conformance("FSDP2 checkpoint", PROCESSES)
@@ -222,7 +233,7 @@ def fsdp2_checkpoint(adapter: Adapter, world: World) -> None:
     import torch.distributed.checkpoint as dcp  # its names are documented, and not in an __all__
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    with world.joined():
+    def run() -> None:
         subject = Replica(adapter, world, "fsdp2", base=torch.optim.AdamW)
         for _ in range(STEPS):
             subject.step()
@@ -239,3 +250,5 @@ def fsdp2_checkpoint(adapter: Adapter, world: World) -> None:
         resumed.number = subject.number
         for _ in range(STEPS):
             expect_bits(resumed.step().after, subject.step().after, "resumed training goes elsewhere")
+
+    world.together(run)
