@@ -207,6 +207,24 @@ def test_a_product_is_rounded_once() -> None:
     assert ((late * shift).sum() / shift.square().sum()).item() < 0.5
 
 
+@pytest.mark.parametrize(("dtype", "dy_size"), [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.float16, 1e-4)])
+def test_the_gradient_of_the_input_is_rounded_once_too(dtype: torch.dtype, dy_size: float) -> None:
+    """With small gradients in float16 as well, where factor * dy would be nothing."""
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 512, bias=False).to(dtype)
+    x = torch.randn(256, 512).to(dtype).requires_grad_()
+    dy, direction = (torch.randn(256, 512) * dy_size).to(dtype), torch.randn(512, 512).to(dtype)
+    rho = 0.005 if dtype == torch.bfloat16 else 0.05
+    opt = functional(layer, rho)
+    (clean,) = torch.autograd.grad(layer(x), x, dy)
+    layer.weight.grad = direction.clone()
+    with opt.perturbed():
+        (moved,) = torch.autograd.grad(layer(x), x, dy)
+    shift = dy.double() @ (rho * direction.double() / direction.double().norm())
+    gain = ((moved.double() - clean.double()) * shift).sum() / shift.square().sum()
+    assert gain.item() == pytest.approx(1.0, abs=0.1)
+
+
 class Scaled(nn.Embedding):
     """As in Gemma."""
 

@@ -7,7 +7,7 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,35 @@ Rule = Callable[[Any, Directions, float, tuple[Any, ...], dict[str, Any]], Tenso
 # It has to be there before the product x W^T is rounded.
 
 
+class _Product(torch.autograd.Function):
+    """x W + factor * x U, and the gradient of x likewise, each sum rounded once; W and U have shape (in, out).
+
+    Autograd by itself would round dy W and dy U apart and lose the second in the sum; in float16 factor * dy underflows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, u: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(x, weight, u)
+        ctx.factor = factor
+        return torch.addmm(x @ u, x, weight, beta=factor)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight, u = ctx.saved_tensors
+        dx = torch.addmm(dy @ u.t(), dy, weight.t(), beta=ctx.factor) if ctx.needs_input_grad[0] else None
+        return dx, x.t() @ dy if ctx.needs_input_grad[1] else None, None, None
+
+
 def _product(x: Tensor, weight: Tensor, u: Tensor | None, factor: float) -> Tensor:
-    """x W + factor * x U for matrices of shape (in, out), rounded once."""
+    """x W + factor * x U for matrices of shape (in, out)."""
     flat = x.reshape(-1, x.shape[-1])
-    out = flat @ weight if u is None else torch.addmm((flat @ u).mul_(factor), flat, weight)
+    if u is None:
+        out = flat @ weight
+    else:
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            flat, weight, u = flat.to(dtype), weight.to(dtype), u.to(dtype)
+        out = cast("Tensor", _Product.apply(flat, weight, u, factor))  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
