@@ -34,7 +34,7 @@ def _worker(rank: int, size: int, folder: str, cases: dict[str, Case]) -> None:
         try:
             results[name] = ("passed", case())
             dist.barrier()
-        except Exception:
+        except BaseException:  # a CheckpointException is no Exception
             # The others may be anywhere in this case; leaving closes the connections that they wait on.
             results[name] = ("failed", traceback.format_exc())
             break

@@ -118,6 +118,37 @@ def windows() -> None:
                 assert (d.whole(p) - weights[name] + LR * mean[name]).abs().max() <= 1e-12, (strategy, unsynchronised, name)
 
 
+def per_micro_batch() -> None:
+    """m-SAM over micro-batches of all ranks: each ascends on its own, the second gradients add up."""
+    mesh = d.mesh_of(dist.get_world_size())
+    model = sharded(mesh)
+    opt, names = sam(model), names_of(model)
+    weights = {name: d.whole(p) for p, name in names.items()}
+    mean = {name: torch.zeros_like(w) for name, w in weights.items()}
+    for number in range(2):
+        _, second, _ = d.equations(number, weights, RHO)
+        mean = {name: mean[name] + second[name] / 2 for name in mean}
+    window = SAMWindow(opt, lambda n: (d.loss_of(model, *d.mine(mesh, n)) / 2).backward(), per_micro_batch=True)
+    window.run([0, 1])
+    opt.step()
+    assert all((d.whole(p) - weights[n] + LR * mean[n]).abs().max() <= 1e-12 for p, n in names.items())
+
+
+def swapped_after_construction() -> None:
+    """As Accelerate does with FSDP2: the optimizer is built first, then its groups get the sharded parameters."""
+    mesh = d.mesh_of(dist.get_world_size())
+    model = d.Net()
+    opt = sam(model)
+    backward_on(model, None)(0)
+    opt.first_step(zero_grad=True)
+    opt.restore_()  # buckets of the whole parameters are known by now
+    opt.zero_grad()
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh)
+    opt.param_groups[0]["params"] = list(model.parameters())
+    d.check_steps(model, opt, backward_on(model, mesh), names_of(model), LR, RHO)
+
+
 def overflow_on_one_rank() -> None:
     mesh = d.mesh_of(dist.get_world_size())
     for strategy in ("ddp", "fsdp2", "mixed"):
@@ -132,7 +163,8 @@ def overflow_on_one_rank() -> None:
                     fully_shard(block, mesh=mesh)
             opt = SAM(model.parameters(), torch.optim.AdamW, rho=RHO, lr=1e-2)
             before = [d.part(p) for p in model.parameters()]
-            target = next(iter(model.parameters()))
+            # "mixed": in a plain parameter, whose norm is not reduced, so that only the verdict is shared.
+            target = list(model.parameters())[-1 if strategy == "mixed" else 0]
             for turn in ("first", "second"):
                 if strategy == "ddp" and turn == "first":
                     with no_sync(model):  # each rank's own: only one of them overflows
@@ -259,6 +291,12 @@ def refused() -> None:
         sam(plain)
     with pytest.raises(ValueError, match=r"sync_ascent=False.*DDP"):
         sam(sharded(mesh), sync_ascent=False)
+    half = sharded(mesh, torch.bfloat16)
+    masters = [p.detach().float() for p in half.parameters()]
+    with pytest.raises(TypeError, match=r"master_params.*MixedPrecisionPolicy"):
+        sam(half, master_params=masters)
+    with pytest.raises(ValueError, match="DTensor"):
+        SAM(half.parameters(), torch.optim.SGD, lr=LR, perturb="functional", model=half)
     with pytest.raises(TypeError, match="neither"), no_sync(d.Net()):
         pass
 
@@ -266,7 +304,8 @@ def refused() -> None:
 CASES = {
     case.__name__: case
     for case in (
-        ddp_averaged, ddp_each_its_own, windows, overflow_on_one_rank, scaled, seen_through_mixed_precision, checkpoints,
+        ddp_averaged, ddp_each_its_own, windows, per_micro_batch, swapped_after_construction, overflow_on_one_rank,
+        scaled, seen_through_mixed_precision, checkpoints,
         refused,
     )
 }  # fmt: skip

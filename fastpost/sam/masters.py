@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastpost.distributed import is_sharded
 from fastpost.ops import params as ops
 from fastpost.sam.buckets import ParameterBucket
 from fastpost.sam.perturbation import Perturbation, Term
@@ -29,6 +30,11 @@ class Masters:
         self._params = list(params)
         self._masters = list(masters)
         self.weights = [p for group in self._groups() for p in group["params"]]
+        if any(map(is_sharded, self.weights)):
+            raise TypeError(
+                "SAM: master_params do not serve sharded parameters (DTensor); keep float32 shards and let FSDP2 cast them: "
+                "fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))"
+            )
         if len(self.weights) != len(self._masters):
             raise ValueError(f"SAM: {len(self.weights)} parameters but {len(self._masters)} master_params")
         for i, (w, m) in enumerate(zip(self.weights, self._masters, strict=True)):
