@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 
 import pytest
@@ -269,6 +270,9 @@ def checkpoints() -> None:
     dcp.load(loaded, checkpoint_id=shared[0])
     again.load_state_dict(loaded["model"])
     set_optimizer_state_dict(again, resumed, loaded["optimizer"])
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(shared[0])
     for number in range(3, 7):
         step(model, opt, number)
         step(again, resumed, number)
@@ -305,8 +309,7 @@ CASES = {
     case.__name__: case
     for case in (
         ddp_averaged, ddp_each_its_own, windows, per_micro_batch, swapped_after_construction, overflow_on_one_rank,
-        scaled, seen_through_mixed_precision, checkpoints,
-        refused,
+        scaled, seen_through_mixed_precision, checkpoints, refused,
     )
 }  # fmt: skip
 
