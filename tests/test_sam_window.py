@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import types
 
@@ -379,3 +380,30 @@ def test_bad_input() -> None:
     run(MICRO[0])
     with opt.perturbed(), pytest.raises(RuntimeError, match="is perturbed"):
         window.open(1)
+
+
+def test_a_window_with_no_sync_cannot_be_closed_before_the_pass_that_synchronises() -> None:
+    model = double_network()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR)
+    before = all_bits(model)
+    for fraction in (1.0, 0.25):
+        window = SAMWindow(opt, runner(model), ascent_fraction=fraction, no_sync=contextlib.nullcontext)
+        window.open(4)
+        window.feed(MICRO[0])
+        window.feed(MICRO[1])
+        with pytest.raises(RuntimeError, match=r"closed after 2 of 4 micro-batches"):
+            window.close()
+        assert not window.is_open
+        assert not opt.is_perturbed
+        assert all(p.grad is None for p in model.parameters())
+        assert unchanged(model, before)
+    window.close()  # nothing is open
+    window.run(MICRO)  # and the next one is as any other
+
+
+def test_replicas_that_ascend_alone_need_no_sync() -> None:
+    model = double_network()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR)
+    opt.sync_ascent = False
+    with pytest.raises(ValueError, match=r"sync_ascent=False.*pass no_sync"):
+        SAMWindow(opt, runner(model))

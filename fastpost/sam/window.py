@@ -87,6 +87,11 @@ class SAMWindow:
                 f"SAMWindow: {type(found.variant).__name__} combines the gradients of two whole passes; use it without "
                 "per_micro_batch"
             )
+        if found.sync_ascent is False and no_sync is None:
+            raise ValueError(
+                "SAMWindow: sync_ascent=False lets each replica ascend by its own gradient, which takes a backward pass that "
+                "does not synchronise: pass no_sync (model.no_sync, fastpost.distributed.no_sync)"
+            )
         self._forward_backward = forward_backward
         self._no_sync = no_sync
         self.size = 0
@@ -164,9 +169,20 @@ class SAMWindow:
         """Ends the window early, as at the end of an epoch: ascent and descent are over what has been fed.
 
         Does nothing where no window is open; a window that was fed nothing leaves nothing to step with.
+
+        Raises:
+            RuntimeError: with `no_sync`, after some but not all micro-batches: only the last one announced synchronises, and
+                without it ranks would step apart. The window is then given up.
         """
         if not self.is_open:
             return
+        if self._no_sync is not None and 0 < self._fed < self.size:
+            fed, size = self._fed, self.size
+            self.abort()
+            raise RuntimeError(
+                f"SAMWindow: closed after {fed} of {size} micro-batches, before the one that synchronises gradients; open() "
+                "a short window with its own number, or leave no_sync out"
+            )
         try:
             if self._kept:
                 self._turn()
