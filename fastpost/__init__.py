@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "SAM": "fastpost.sam",
+    "SAMWindow": "fastpost.sam",
     "PerturbationReport": "fastpost.sam",
     "R3F": "fastpost.r3f",
     "R3FOutput": "fastpost.r3f",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from fastpost.r3f import R3FOutput as R3FOutput
     from fastpost.sam import SAM as SAM
     from fastpost.sam import PerturbationReport as PerturbationReport
+    from fastpost.sam import SAMWindow as SAMWindow
 
 
 def __getattr__(name: str) -> Any:

@@ -89,8 +89,8 @@ class SAMWindow:
             )
         if found.sync_ascent is False and no_sync is None:
             raise ValueError(
-                "SAMWindow: sync_ascent=False lets each replica ascend by its own gradient, which takes a backward pass that "
-                "does not synchronise: pass no_sync (model.no_sync, fastpost.distributed.no_sync)"
+                "SAMWindow: sync_ascent=False lets each replica ascend by its own gradient, which takes a backward pass "
+                "that does not synchronise: pass no_sync (model.no_sync, fastpost.distributed.no_sync)"
             )
         self._forward_backward = forward_backward
         self._no_sync = no_sync
