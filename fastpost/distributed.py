@@ -52,6 +52,19 @@ def local_gradient(p: Tensor) -> Tensor | None:
     return local(grad)
 
 
+def part_number(p: Tensor) -> int:
+    """Which of a parameter's parts this rank holds, counted from 0: the same on ranks that hold the same part."""
+    if not isinstance(p, DTensor):
+        return 0
+    coordinate = p.device_mesh.get_coordinate()
+    assert coordinate is not None, "this rank is not in the parameter's mesh"
+    number = 0
+    for place, size, placement in zip(coordinate, p.device_mesh.shape, p.placements, strict=True):
+        if not placement.is_replicate():
+            number = number * size + place
+    return number
+
+
 def like(p: Tensor, part: Tensor) -> Tensor:
     """`part`, shaped like this rank's part of `p`, as a tensor placed as `p` is; checkpoints need to know the placement."""
     if not isinstance(p, DTensor):
@@ -157,7 +170,9 @@ def reshard(params: Iterable[Tensor]) -> None:
 
 def compute_dtype(params: Iterable[Tensor]) -> torch.dtype | None:
     """The dtype that FSDP2's mixed precision casts these parameters to; the coarsest where they differ, None for none."""
-    dtypes = [record.param_dtype for _, record in fully_sharded(params) if record.param_dtype is not None]
+    # FSDP2 settles it in the first forward pass; before that nothing has been cast.
+    found = [getattr(record, "param_dtype", None) for _, record in fully_sharded(params)]
+    dtypes = [dtype for dtype in found if dtype is not None]
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
 

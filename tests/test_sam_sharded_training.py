@@ -280,6 +280,26 @@ def checkpoints() -> None:
             assert torch.equal(d.part(p).view(torch.int32), d.part(q).view(torch.int32)), number
 
 
+def stochastic_rounding() -> None:
+    """Shards of one tensor round by random numbers of their own, replicas by the same ones."""
+    layer = nn.Linear(64, 64, bias=False).bfloat16()
+    nn.init.ones_(layer.weight)
+    replica = nn.Linear(64, 64, bias=False).bfloat16()
+    nn.init.ones_(replica.weight)
+    fully_shard(layer, mesh=d.mesh_of(dist.get_world_size()))
+    for net, differ in ((layer, True), (replica, False)):
+        opt = SAM(net.parameters(), torch.optim.SGD, rho=0.1, lr=LR, rounding="stochastic")
+        net.weight.grad = torch.ones_like(net.weight)
+        opt.first_step()
+        mine = d.part(net.weight).clone()
+        assert bool((mine != 1).any())
+        assert bool((mine == 1).any())
+        others = [other for i, other in enumerate(everywhere(mine)) if i != dist.get_rank()]
+        assert all(torch.equal(mine, other) != differ for other in others)
+        opt.restore_()
+        assert bool((d.part(net.weight) == 1).all())
+
+
 def refused() -> None:
     mesh = d.mesh_of(dist.get_world_size())
     for whole in (False, True):
@@ -309,7 +329,7 @@ CASES = {
     case.__name__: case
     for case in (
         ddp_averaged, ddp_each_its_own, windows, per_micro_batch, swapped_after_construction, overflow_on_one_rank,
-        scaled, seen_through_mixed_precision, checkpoints, refused,
+        scaled, seen_through_mixed_precision, checkpoints, stochastic_rounding, refused,
     )
 }  # fmt: skip
 

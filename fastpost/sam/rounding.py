@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastpost.distributed import part_number
 from fastpost.ops import params as ops
 from fastpost.sam.buckets import ParameterBucket
 from fastpost.sam.perturbation import Perturbation, Term
@@ -29,7 +30,9 @@ class StochasticPerturbation(Perturbation):
             raise ValueError("SAM: rounding='stochastic' is for 16-bit weights, and none is perturbed here")
 
     def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
-        seed = ops.seed_tensor((self._seed + self.number * 0x9E3779B97F4A7C15) % 2**64, b.bucket.device)
+        # Replicas draw the same numbers, or they would part; the shards of a tensor draw numbers of their own.
+        key = self._seed + self.number * 0x9E3779B97F4A7C15 + part_number(b.params[0]) * 0xD1B54A32D192ED03
+        seed = ops.seed_tensor(key % 2**64, b.bucket.device)
         sums = ops.run("sam_perturb_", b.bucket, squared, term.rho, term.eta, term.seen, seed)
         ops.wrote(b.bucket.weights)
         return sums
