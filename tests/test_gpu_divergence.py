@@ -46,7 +46,6 @@ from .test_divergence import (  # noqa: F401  (collected here once more, on the 
     test_inplace_through_views_of_one_batch,
     test_lambda_zero_is_cross_entropy,
     test_layouts,
-    test_library_ops,
     test_minus_infinity,
     test_nan_and_infinity_propagate,
     test_never_negative_and_symmetric,

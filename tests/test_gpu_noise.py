@@ -20,7 +20,6 @@ from .test_noise import (  # noqa: F401  (collected here once more, on the devic
     NORMAL_ULPS,
     test_an_index_outside_the_table_reads_nothing,
     test_bad_eps,
-    test_compiles_without_graph_breaks,
     test_embedding_noise_is_gather_then_noise,
     test_embedding_noise_on_strided_tables,
     test_float64_is_served_by_the_reference,
