@@ -29,7 +29,6 @@ from .test_noise import (  # noqa: F401  (collected here once more, on the devic
     test_layouts_empty_tensors_scalars_and_special_values,
     test_moments_of_normal_noise,
     test_moments_of_uniform_noise,
-    test_opcheck,
     test_rows_without_noise_are_left_alone_and_not_counted,
     test_seeds,
     test_sum_and_product_are_rounded_separately,
