@@ -96,8 +96,9 @@ def test_in_bfloat16_a_stored_perturbation_is_partly_lost_and_a_functional_one_i
     stored = both_passes(model, batch)
     functional = both_passes(model, batch, perturb="functional", model=model)
     own = error(functional.gradient, truth.gradient)  # what bfloat16 does to a gradient without any SAM
-    assert error(functional.perturbed_gradient, truth.perturbed_gradient) < 1.25 * own
-    assert error(stored.perturbed_gradient, truth.perturbed_gradient) > 2 * own
+    # One draw of rounding noise against another: 0.98 with one thread, 1.59 with two; stored 9.6 and 14.8.
+    assert error(functional.perturbed_gradient, truth.perturbed_gradient) < 2 * own
+    assert error(stored.perturbed_gradient, truth.perturbed_gradient) > 5 * own
     assert (functional.perturbed_loss - functional.loss) / rise == pytest.approx(1.0, abs=0.05)
     assert (stored.perturbed_loss - stored.loss) / rise < 0.97
     # and the report knew it from the perturb pass itself
@@ -110,5 +111,5 @@ def test_fair_rounding_keeps_the_second_gradient_although_the_noise_is_larger_th
     rise = truth.perturbed_loss - truth.loss
     got = both_passes(model, batch, rounding="stochastic")
     own = error(got.gradient, truth.gradient)
-    assert error(got.perturbed_gradient, truth.perturbed_gradient) < 1.5 * own
+    assert error(got.perturbed_gradient, truth.perturbed_gradient) < 2 * own
     assert (got.perturbed_loss - got.loss) / rise == pytest.approx(1.0, abs=0.03)
