@@ -39,8 +39,8 @@ def _worker(rank: int, size: int, folder: str, cases: dict[str, Case]) -> None:
             results[name] = ("failed", traceback.format_exc())
             break
     torch.save(results, f"{folder}/{rank}.pt")
-    # All has been said. Where models and process groups die in the interpreter's own order, gloo's threads may outlive them and
-    # end the process with an abort.
+    # All has been said. Where models and process groups die in the interpreter's own order, gloo's threads may outlive them
+    # and end the process with an abort.
     os._exit(0)
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastpost.ops import params
-from fastpost.ops.divergence import KL_REDUCTIONS, R3F_REDUCTIONS, r3f_loss, symmetric_kl
+from fastpost.ops.divergence import r3f_loss, symmetric_kl
 from fastpost.ops.noise import NOISE_TYPES, add_noise, embedding_noise
+from fastpost.ops.reductions import KL_REDUCTIONS, R3F_REDUCTIONS
 
 from .conftest import DTYPES, same_bits
 

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpost.dispatch import select, strict
-from fastpost.errors import unknown
 from fastpost.ops.params import wrote
+from fastpost.ops.reductions import (
+    R3FLoss,
+    add_smoothing_gradient_,
+    kl_weights,
+    out_dtype,
+    r3f_weights,
+    smoothing_gap,
+)
 from fastpost.ops.registry import define
-
-KL_REDUCTIONS = ("none", "sum", "mean", "batchmean")
-R3F_REDUCTIONS = ("token", "sentence", "fairseq", "sum")
-
-
-class R3FLoss(NamedTuple):
-    """loss = task_loss + r3f_lambda * symm_kl; only `loss` carries a graph."""
-
-    loss: Tensor
-    task_loss: Tensor
-    symm_kl: Tensor
-
 
 # -- implementations behind torch.ops.fastpost ----------------------------------------------------------------------------
 
@@ -115,10 +109,12 @@ class _Divergence(torch.autograd.Function):
         ignore_index: int,
         kl_weights: Tensor | None,
         ce_weights: Tensor | None,
+        smoothing: float,
         want: tuple[bool, bool],
         inplace: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rest = (labels, ignore_index, kl_weights, ce_weights, *want)
+        gap = smoothing_gap(clean, labels, labels != ignore_index) if smoothing and labels is not None else None
         if inplace:
             kl, ce = _op_rows_(clean, noised, *rest)
             # Whoever else wanted these logits in its backward is told by autograd's version check.
@@ -128,8 +124,13 @@ class _Divergence(torch.autograd.Function):
             kl, ce, grad_clean, grad_noised = _op_rows(clean, noised, *rest)
             grads = (grad_clean if want[0] else None, grad_noised if want[1] else None)
             ctx.save_for_backward(clean, noised, labels, kl_weights, ce_weights)
+        if gap is not None:
+            assert labels is not None and ce_weights is not None
+            ce = ce + smoothing * gap
+            if grads[0] is not None:
+                add_smoothing_gradient_(grads[0], labels, smoothing * ce_weights)
         ctx.grads = grads
-        ctx.inplace, ctx.ignore_index, ctx.want = inplace, ignore_index, want
+        ctx.inplace, ctx.ignore_index, ctx.smoothing, ctx.want = inplace, ignore_index, smoothing, want
         ctx.mark_non_differentiable(kl, ce)
         value = kl.clone() if kl_weights is None else kl * kl_weights
         if labels is not None:
@@ -152,6 +153,8 @@ class _Divergence(torch.autograd.Function):
                 clean, noised, labels, ctx.ignore_index, kl_weights, ce_weights, *ctx.want
             )
             grads = (grad_clean if ctx.want[0] else None, grad_noised if ctx.want[1] else None)
+            if ctx.smoothing and grads[0] is not None:
+                add_smoothing_gradient_(grads[0], labels, ctx.smoothing * ce_weights)
         # One number for all rows, where a sum was taken: an expanded scalar. On the CPU asking whether it is 1 is free.
         factors = upstream[:1] if upstream.stride(0) == 0 and len(upstream) else upstream
         factors = factors.double().contiguous()
@@ -160,7 +163,7 @@ class _Divergence(torch.autograd.Function):
             for g in grads:
                 if g is not None:
                     _op_scale_(g, factors)
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
 
 def _rows_of(logits: Tensor) -> Tensor:
@@ -224,6 +227,7 @@ def _run(
     ignore_index: int,
     kl_weights: Tensor | None,
     ce_weights: Tensor | None,
+    smoothing: float,
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     clean, noised = _rows_of(logits), _rows_of(noised_logits)
@@ -232,21 +236,18 @@ def _run(
     if inplace:
         _check_inplace(op, (logits, noised_logits), (clean, noised), want)
     value, kl, ce = _Divergence.apply(  # type: ignore[no-untyped-call]
-        clean, noised, labels, ignore_index, kl_weights, ce_weights, want, inplace
+        clean, noised, labels, ignore_index, kl_weights, ce_weights, smoothing, want, inplace
     )
+    check_finite(op, kl)
+    return value, kl, ce
+
+
+def check_finite(op: str, kl: Tensor) -> None:
+    """Under FASTPOST_CHECKS=1: raises ValueError naming the first row that has no divergence."""
     if strict() and not torch.compiler.is_compiling() and not bool(kl.isfinite().all()):
         at = int((~kl.isfinite()).nonzero()[0])
         why = "NaN or +inf" if bool(kl[at].isnan()) else "a class that is -inf in one stream only"
         raise ValueError(f"{op}: row {at} holds {why}, so its divergence is {float(kl[at])} (FASTPOST_CHECKS=1)")
-    return value, kl, ce
-
-
-def _weighted(weights: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if weights is None else weights.to(device=device, dtype=torch.float64).contiguous()
-
-
-def _out_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def symmetric_kl(
@@ -280,27 +281,11 @@ def symmetric_kl(
     """
     op = "symmetric_kl"
     _check(op, logits, noised_logits)
-    if reduction not in KL_REDUCTIONS:
-        raise unknown("reduction", reduction, KL_REDUCTIONS)
     rows = logits.shape[:-1]
-    if mask is not None:
-        if mask.shape != rows:
-            raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}, expected {tuple(rows)}")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{op}: mask must be bool (True = counts), not {mask.dtype}")
-    n = math.prod(rows)
-    weights = None if mask is None else mask.reshape(-1).double()
-    if reduction in ("mean", "batchmean"):
-        if reduction == "batchmean":
-            scale: float | Tensor = 1.0 / max(rows[0] if rows else 1, 1)
-        else:
-            scale = 1.0 / max(n, 1) if mask is None else 1.0 / mask.sum().clamp(min=1).double()
-        ones = torch.ones(n, dtype=torch.float64, device=logits.device) if weights is None else weights
-        weights = ones * scale
-    weights = _weighted(weights, logits.device)
-    value, _, _ = _run(op, logits, noised_logits, None, -100, weights, None, inplace)
+    weights = kl_weights(op, rows, logits.device, mask, reduction)
+    value, _, _ = _run(op, logits, noised_logits, None, -100, weights, None, 0.0, inplace)
     result = value.reshape(rows) if reduction == "none" else value.sum()
-    return result.to(_out_dtype(logits))
+    return result.to(out_dtype(logits.dtype))
 
 
 def r3f_loss(
@@ -312,6 +297,7 @@ def r3f_loss(
     reduction: str = "token",
     ignore_index: int = -100,
     num_items: int | Tensor | None = None,
+    label_smoothing: float = 0.0,
     inplace: bool = False,
 ) -> R3FLoss:
     """Cross-entropy of the clean logits plus r3f_lambda times the symmetric KL of both streams, in one pass (2008.03156).
@@ -328,6 +314,8 @@ def r3f_loss(
             "sum": both summed over the rows that count.
         ignore_index: label of rows that do not count.
         num_items: divisor in place of the count, for gradient accumulation; "token" only.
+        label_smoothing: weight of the uniform distribution in the cross-entropy's target, in [0, 1), as in
+            torch.nn.functional.cross_entropy; under "fairseq" spread over the other classes only, as fairseq does.
         inplace: as in `symmetric_kl`.
 
     Returns:
@@ -342,49 +330,19 @@ def r3f_loss(
     """
     op = "r3f_loss"
     _check(op, logits, noised_logits)
-    rows = logits.shape[:-1]
-    if reduction not in R3F_REDUCTIONS:
-        raise unknown("reduction", reduction, R3F_REDUCTIONS)
-    if not (math.isfinite(r3f_lambda) and r3f_lambda >= 0):
-        raise ValueError(f"{op}: r3f_lambda must be finite and >= 0, not {r3f_lambda}")
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{op}: labels are a {type(labels).__name__}, not a tensor")
-    if labels.shape != rows:
-        raise ValueError(f"{op}: labels have shape {tuple(labels.shape)}, expected {tuple(rows)}")
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"{op}: labels must be integers, not {labels.dtype}")
-    if reduction == "sentence" and logits.ndim != 2:
-        raise ValueError(f"{op}: reduction 'sentence' is for logits (batch, classes), not {tuple(logits.shape)}")
-    if num_items is not None:
-        if reduction != "token":
-            raise ValueError(f"{op}: num_items goes with reduction 'token', not {reduction!r}")
-        if not isinstance(num_items, Tensor) and not num_items > 0:
-            raise ValueError(f"{op}: num_items must be > 0, not {num_items}")
-    labels = labels.reshape(-1).to(device=logits.device, dtype=torch.int64).contiguous()
-    counts = labels != ignore_index
-    if (labels.device.type == "cpu" or strict()) and not torch.compiler.is_compiling():
-        outside = counts & ((labels < 0) | (labels >= logits.shape[-1]))
-        if bool(outside.any()):
-            at = int(outside.nonzero()[0])
-            raise ValueError(
-                f"{op}: label {int(labels[at])} in row {at} is outside [0, {logits.shape[-1]}) and is not ignore_index "
-                f"({ignore_index})"
-            )
-    counted = counts.double()
-    total = counted.sum().clamp(min=1)
-    batch = max(rows[0] if rows else 1, 1)
-    if reduction == "token" and num_items is not None:
-        ce_scale: Tensor | float = 1.0 / num_items
-    elif reduction == "sum":
-        ce_scale = 1.0
-    else:
-        ce_scale = 1.0 / total
-    kl_rows = torch.ones_like(counted) if reduction == "fairseq" else counted
-    kl_scale = 1.0 / batch if reduction == "fairseq" else ce_scale
-    ce_weights = _weighted(counted * ce_scale, logits.device)
-    kl_weights = _weighted(kl_rows * kl_scale * r3f_lambda, logits.device)
-    value, kl, ce = _run(op, logits, noised_logits, labels, ignore_index, kl_weights, ce_weights, inplace)
-    dtype = _out_dtype(logits)
-    task = torch.where(counts, ce, torch.zeros_like(ce)).sum() * ce_scale
-    symm = (kl * kl_rows).sum() * kl_scale
-    return R3FLoss(value.sum().to(dtype), task.detach().to(dtype), symm.detach().to(dtype))
+    weights = r3f_weights(
+        op,
+        logits.shape[:-1],
+        logits.shape[-1],
+        logits.device,
+        labels,
+        r3f_lambda=r3f_lambda,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        num_items=num_items,
+        label_smoothing=label_smoothing,
+    )
+    value, kl, ce = _run(
+        op, logits, noised_logits, weights.labels, ignore_index, weights.kl, weights.ce, weights.smoothing, inplace
+    )
+    return weights.loss(value.sum(), kl, ce, out_dtype(logits.dtype))
