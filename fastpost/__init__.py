@@ -22,6 +22,8 @@ _HOME = {
     "flatten_parameters": "fastpost.flat",
     "symmetric_kl": "fastpost.ops.divergence",
     "r3f_loss": "fastpost.ops.divergence",
+    "linear_r3f_loss": "fastpost.ops.linear_divergence",
+    "linear_symmetric_kl": "fastpost.ops.linear_divergence",
     "add_noise": "fastpost.ops.noise",
     "embedding_noise": "fastpost.ops.noise",
     "negate_grads_": "fastpost.ops.params",
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from fastpost.gap import GapResult as GapResult
     from fastpost.ops.divergence import r3f_loss as r3f_loss
     from fastpost.ops.divergence import symmetric_kl as symmetric_kl
+    from fastpost.ops.linear_divergence import linear_r3f_loss as linear_r3f_loss
+    from fastpost.ops.linear_divergence import linear_symmetric_kl as linear_symmetric_kl
     from fastpost.ops.noise import add_noise as add_noise
     from fastpost.ops.noise import embedding_noise as embedding_noise
     from fastpost.ops.params import flip_signs_ as flip_signs_

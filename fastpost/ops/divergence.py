@@ -125,7 +125,8 @@ class _Divergence(torch.autograd.Function):
             grads = (grad_clean if want[0] else None, grad_noised if want[1] else None)
             ctx.save_for_backward(clean, noised, labels, kl_weights, ce_weights)
         if gap is not None:
-            assert labels is not None and ce_weights is not None
+            assert labels is not None
+            assert ce_weights is not None
             ce = ce + smoothing * gap
             if grads[0] is not None:
                 add_smoothing_gradient_(grads[0], labels, smoothing * ce_weights)
@@ -155,15 +156,21 @@ class _Divergence(torch.autograd.Function):
             grads = (grad_clean if ctx.want[0] else None, grad_noised if ctx.want[1] else None)
             if ctx.smoothing and grads[0] is not None:
                 add_smoothing_gradient_(grads[0], labels, ctx.smoothing * ce_weights)
-        # One number for all rows, where a sum was taken: an expanded scalar. On the CPU asking whether it is 1 is free.
+        # One number for all rows, where a sum was taken: an expanded scalar.
         factors = upstream[:1] if upstream.stride(0) == 0 and len(upstream) else upstream
-        factors = factors.double().contiguous()
-        free = factors.device.type == "cpu" and factors.numel() == 1 and not torch.compiler.is_compiling()
-        if factors.numel() and not (free and factors.item() == 1):
-            for g in grads:
-                if g is not None:
-                    _op_scale_(g, factors)
+        scale_([g for g in grads if g is not None], factors)
         return *grads, None, None, None, None, None, None, None
+
+
+def scale_(blocks: list[Tensor], factors: Tensor) -> None:
+    """Multiplies matrices by a factor per row, or by one for all, that is read on the device."""
+    factors = factors.double().contiguous()
+    # On the CPU asking whether it is 1 is free.
+    free = factors.device.type == "cpu" and factors.numel() == 1 and not torch.compiler.is_compiling()
+    if factors.numel() and not (free and factors.item() == 1):
+        for block in blocks:
+            if block.numel():
+                _op_scale_(block, factors)
 
 
 def _rows_of(logits: Tensor) -> Tensor:

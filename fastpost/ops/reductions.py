@@ -51,7 +51,7 @@ def kl_weights(op: str, rows: torch.Size, device: torch.device, mask: Tensor | N
             scale = 1.0 / max(n, 1) if mask is None else 1.0 / mask.sum().clamp(min=1).double()
         ones = torch.ones(n, dtype=torch.float64, device=device) if weights is None else weights
         weights = ones * scale
-    return _placed(weights, device)
+    return None if weights is None else _placed(weights, device)
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class R3FWeights:
     smoothing: float
 
     @property
-    def ce(self) -> Tensor | None:
+    def ce(self) -> Tensor:
         return _placed(self.counts.double() * self.ce_scale, self.labels.device)
 
     @property
-    def kl(self) -> Tensor | None:
+    def kl(self) -> Tensor:
         return _placed(self.kl_rows * self.kl_scale * self.r3f_lambda, self.labels.device)
 
     def loss(self, value: Tensor, kl: Tensor, ce: Tensor, dtype: torch.dtype) -> R3FLoss:
@@ -93,7 +93,7 @@ class R3FWeights:
 def r3f_weights(
     op: str,
     rows: torch.Size,
-    classes: int,
+    classes: int | None,
     device: torch.device,
     labels: Tensor,
     *,
@@ -107,7 +107,7 @@ def r3f_weights(
 
     Args:
         rows: the logits' shape without classes.
-        classes: their number.
+        classes: their number; None: not known here, labels are checked later.
         device: where the logits are.
 
     Raises:
@@ -134,7 +134,7 @@ def r3f_weights(
             raise ValueError(f"{op}: num_items must be > 0, not {num_items}")
     labels = labels.reshape(-1).to(device=device, dtype=torch.int64).contiguous()
     counts = labels != ignore_index
-    if (labels.device.type == "cpu" or strict()) and not torch.compiler.is_compiling():
+    if classes is not None and (labels.device.type == "cpu" or strict()) and not torch.compiler.is_compiling():
         outside = counts & ((labels < 0) | (labels >= classes))
         if bool(outside.any()):
             at = int(outside.nonzero()[0])
@@ -150,7 +150,7 @@ def r3f_weights(
     else:
         ce_scale = 1.0 / counted.sum().clamp(min=1)
     fairseq = reduction == "fairseq"
-    if fairseq and classes > 1:  # there the smoothed mass goes to the other classes, not to all
+    if fairseq and classes is not None and classes > 1:  # there the smoothed mass goes to the other classes, not to all
         label_smoothing *= classes / (classes - 1)
     return R3FWeights(
         labels,
@@ -163,8 +163,8 @@ def r3f_weights(
     )
 
 
-def _placed(weights: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if weights is None else weights.to(device=device, dtype=torch.float64).contiguous()
+def _placed(weights: Tensor, device: torch.device) -> Tensor:
+    return weights.to(device=device, dtype=torch.float64).contiguous()
 
 
 # -- label smoothing ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,525 @@
+"""The output head and the loss in one: symmetric KL and R3F's loss from hidden states, the full logits never held.
+
+Both streams are stacked, so the head's weight is read once for both: per chunk of rows one product makes the logits, the
+row kernels turn them into their own gradients in place, and two products carry those to the hidden states and the weight.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+from fastpost.dispatch import select
+from fastpost.errors import unknown
+from fastpost.ops.divergence import check_finite, scale_
+from fastpost.ops.head import Head, power_of_two
+from fastpost.ops.reductions import (
+    R3FLoss,
+    add_smoothing_gradient_,
+    kl_weights,
+    out_dtype,
+    r3f_weights,
+    smoothing_gap,
+)
+from fastpost.ops.registry import define
+from fastpost.ops.vocab_parallel import group_named, sharded_divergence_rows_
+
+GRADS = ("both", "noised", "clean")
+_ROWS = 1024  # of a chunk: enough that the products run at full speed
+_LEAST_ROWS = 64
+
+
+class Settings(NamedTuple):
+    """A call but for its tensors, as the operation takes it.
+
+    softcap 0: none. grad "none": the divergence has no weight, and only the clean stream is looked at. group "": the
+    vocabulary is whole.
+    """
+
+    ignore_index: int
+    smoothing: float
+    softcap: float
+    temperature: float
+    chunk: int
+    grad: str
+    dtype: torch.dtype
+    group: str
+
+
+# -- implementation behind torch.ops.fastpost -------------------------------------------------------------------------------
+
+
+def _linear_divergence(
+    hidden: Tensor,
+    noised: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    kl_weights: Tensor,
+    ce_weights: Tensor | None,
+    ignore_index: int,
+    smoothing: float,
+    softcap: float,
+    temperature: float,
+    chunk: int,
+    grad: str,
+    dtype: torch.dtype,
+    group: str,
+    want: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    how = Settings(ignore_index, smoothing, softcap, temperature, chunk, grad, dtype, group)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _Run(hidden, noised, weight, bias, labels, kl_weights, ce_weights, how, want).over_all_rows()
+
+
+def _grad_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a gradient is kept in until the upstream gradient is known: float16 might lose it before a loss scale arrives."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+class _Run:
+    """One walk over the rows, a chunk at a time."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        noised: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor | None,
+        kl_weights: Tensor,
+        ce_weights: Tensor | None,
+        how: Settings,
+        want: list[bool],
+    ) -> None:
+        self.hidden, self.noised, self.labels, self.how = hidden, noised, labels, how
+        self.kl_weights, self.ce_weights = kl_weights, ce_weights
+        self.head = Head(weight, bias, how.dtype)
+        self.group = group_named(how.group) if how.group else None
+        n, (vocab, width) = hidden.shape[0], weight.shape
+        self.want_clean, self.want_noised, self.want_weight, self.want_bias = want
+        self.kl, self.ce = (torch.zeros(n, dtype=torch.float64, device=hidden.device) for _ in range(2))
+
+        def room(shape: tuple[int, ...], wanted: bool, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape if wanted else 0, dtype=dtype, device=hidden.device)
+
+        self.grad_clean = room((n, width), self.want_clean, _grad_dtype(hidden.dtype))
+        self.grad_noised = room((n, width), self.want_noised, _grad_dtype(noised.dtype))
+        self.grad_weight = room((vocab, width), self.want_weight, self.head.work)
+        self.grad_bias = room((vocab,), self.want_bias, self.head.work)
+        self.one_stream = how.grad == "none"
+        # Which logits get a gradient.
+        shared = self.want_weight or self.want_bias
+        self.want = (self.want_clean or shared, (self.want_noised or shared) and how.grad in ("both", "noised"))
+
+    def over_all_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        used = self._used()
+        total = len(self.hidden) if used is None else len(used)
+        if total:
+            chunk = -(-total // -(-total // self.how.chunk))  # of equal size
+            shape = ((1 if self.one_stream else 2) * chunk, len(self.head.weight))
+            logits = torch.empty(shape, dtype=self.head.work, device=self.hidden.device)
+            apart = torch.empty_like(logits) if self.how.softcap and any(self.want) else None
+            for at in range(0, total, chunk):
+                rows = slice(at, min(at + chunk, total))
+                self._over(rows if used is None else used[rows], logits, apart)
+        if self.group is not None:  # each rank's columns have given their part of dX
+            for grad in (self.grad_clean, self.grad_noised):
+                if grad.numel():
+                    dist.all_reduce(grad, group=self.group)
+        return self.kl, self.ce, self.grad_clean, self.grad_noised, self.grad_weight, self.grad_bias
+
+    def _used(self) -> Tensor | None:
+        """The rows that have a weight, where asking is free; None for all. Padding and prompts then cost nothing."""
+        if self.hidden.device.type != "cpu":
+            return None
+        used = self.kl_weights != 0
+        if self.ce_weights is not None:
+            used = used | (self.ce_weights != 0)
+        return None if bool(used.all()) else used.nonzero().squeeze(-1)
+
+    def _over(self, rows: slice | Tensor, logits: Tensor, apart: Tensor | None) -> None:
+        """One chunk. `logits` and `apart` are room for the streams' logits, and for gradients where those need their own."""
+        head, how = self.head, self.how
+        clean, noised = self.hidden[rows], self.noised[rows]
+        n, both = len(clean), not self.one_stream
+        x = torch.cat((clean.to(head.dtype), noised.to(head.dtype))) if both else clean.to(head.dtype)
+        logits = logits[: len(x)]
+        # Rounding to 16 bits drowns what the streams differ by; there the difference is multiplied, in a range of its own.
+        difference = factor = None
+        if both and head.dtype.itemsize == 2:
+            difference = noised.to(head.work) - clean.to(head.work)
+            factor = power_of_two(difference)
+            difference = (difference * factor).to(head.dtype)
+        if (
+            difference is not None
+            and factor is not None
+            and head.dtype.itemsize < min(clean.dtype.itemsize, noised.dtype.itemsize)
+        ):
+            head.products(torch.cat((x[:n], difference)), logits)
+            logits[n:].div_(factor).add_(logits[:n])
+        else:
+            head.products(x, logits)
+        if head.bias is not None:
+            logits.add_(head.bias)
+        if how.softcap:
+            logits.div_(how.softcap).tanh_().mul_(how.softcap)
+        if how.temperature != 1:
+            logits.div_(how.temperature)
+
+        grads = logits if apart is None else apart[: len(x)]
+        self._divergence(rows, (logits[:n], logits[n:] if both else logits), (grads[:n], grads[n:]))
+        if apart is not None:  # d cap(y) / dy = 1 - (cap(y) / softcap)^2
+            grads.mul_(logits.mul_(how.temperature / how.softcap).square_().neg_().add_(1))
+        if not any(self.want):
+            return
+        if self.want_bias:
+            self.grad_bias += grads[0 if self.want[0] else n : 2 * n if self.want[1] else n].sum(0)
+        if difference is not None and all(self.want):
+            # G1' X1 + G2' X2 = (G1 + G2)' X1 + G2' (X2 - X1): the KL's two gradients all but cancel, and rounded would not.
+            grads[:n] += grads[n:]
+            total, rest = self._carry(grads[:n], x[:n], None), self._carry(grads[n:], difference, factor)
+            if total is not None and rest is not None:
+                self._hand_out(rows, total - rest, rest)
+        else:
+            live = slice(0 if self.want[0] else n, 2 * n if self.want[1] else n)
+            gradient = self._carry(grads[live], x[live], None)
+            if gradient is not None:
+                self._hand_out(rows, gradient[:n] if self.want[0] else None, gradient[-n:] if self.want[1] else None)
+
+    def _divergence(self, rows: slice | Tensor, logits: tuple[Tensor, Tensor], room: tuple[Tensor, Tensor]) -> None:
+        """Values of these rows, and the logits' gradients, already divided by the temperature, in `room`."""
+        how = self.how
+        weights = self.kl_weights[rows] / how.temperature
+        labels = ce_weights = gap = None
+        if self.labels is not None:
+            assert self.ce_weights is not None
+            labels, ce_weights = self.labels[rows], self.ce_weights[rows] / how.temperature
+        grads = (room[0] if self.want[0] else None, room[1] if self.want[1] else None)
+        if self.group is not None:
+            self.kl[rows], self.ce[rows] = sharded_divergence_rows_(
+                logits, labels, how.ignore_index, weights, ce_weights, how.smoothing, grads, how.grad != "noised", self.group
+            )
+            return
+        function = select("divergence_rows", logits[0].device, logits[0].dtype)
+        if how.smoothing and labels is not None:
+            gap = smoothing_gap(logits[0], labels, labels != how.ignore_index)
+        if how.grad == "noised":
+            # The teacher's logits send back the cross-entropy only, which overwrites them when the divergence is done.
+            kl, ce = function(*logits, None, how.ignore_index, weights, None, None, grads[1])
+            if labels is not None:
+                off = torch.zeros_like(weights)
+                _, ce = function(logits[0], logits[0], labels, how.ignore_index, off, ce_weights, grads[0], None)
+            elif grads[0] is not None:
+                grads[0].zero_()
+        else:
+            kl, ce = function(*logits, labels, how.ignore_index, weights, ce_weights, *grads)
+        if gap is not None:
+            assert labels is not None
+            assert ce_weights is not None
+            ce = ce + how.smoothing * gap
+            if grads[0] is not None:
+                add_smoothing_gradient_(grads[0], labels, how.smoothing * ce_weights)
+        self.kl[rows], self.ce[rows] = kl, ce
+
+    def _carry(self, grads: Tensor, x: Tensor, x_factor: Tensor | None) -> Tensor | None:
+        """From logits' gradients to the weight's, and to those of the hidden states, where wanted.
+
+        Args:
+            grads: (rows, vocab).
+            x: (rows, width), what they are multiplied by for the weight's gradient, times x_factor.
+        """
+        operand, factor = self.head.operand(grads)
+        if self.want_weight:
+            both = factor if x_factor is None else x_factor if factor is None else factor * x_factor
+            self.head.add_weight_gradient_(self.grad_weight, operand, both, x)
+        return self.head.hidden_gradient(operand, factor) if self.want_clean or self.want_noised else None
+
+    def _hand_out(self, rows: slice | Tensor, clean: Tensor | None, noised: Tensor | None) -> None:
+        if self.want_clean and clean is not None:
+            self.grad_clean[rows] = clean.to(self.grad_clean.dtype)
+        if self.want_noised and noised is not None:
+            self.grad_noised[rows] = noised.to(self.grad_noised.dtype)
+
+
+def _fake(hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    dtype, want = rest[-3], rest[-1]
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    return (
+        hidden.new_empty(hidden.shape[0], dtype=torch.float64),
+        hidden.new_empty(hidden.shape[0], dtype=torch.float64),
+        hidden.new_empty(hidden.shape, dtype=_grad_dtype(hidden.dtype)) if want[0] else hidden.new_empty(0),
+        noised.new_empty(noised.shape, dtype=_grad_dtype(noised.dtype)) if want[1] else noised.new_empty(0),
+        hidden.new_empty(weight.shape if want[2] else 0, dtype=work),
+        hidden.new_empty(weight.shape[0] if want[3] else 0, dtype=work),
+    )
+
+
+_op = define(
+    "linear_divergence(Tensor hidden, Tensor noised, Tensor weight, Tensor? bias, Tensor? labels, Tensor kl_weights, "
+    "Tensor? ce_weights, int ignore_index, float smoothing, float softcap, float temperature, int chunk, str grad, "
+    "ScalarType dtype, str group, bool[] want) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_divergence,
+    _fake,
+)
+
+
+# -- autograd -------------------------------------------------------------------------------------------------------------
+
+
+class _LinearDivergence(torch.autograd.Function):
+    """Weighted sum of the rows' values (or, per_row, each of them), with gradients made in the forward pass.
+
+    What is asked per row gets its gradients in the backward pass, from logits made again: only then are their weights known.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        noised: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor | None,
+        kl_weights: Tensor,
+        ce_weights: Tensor | None,
+        how: Settings,
+        want: list[bool],
+        per_row: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = (hidden, noised, weight, bias, labels, kl_weights, ce_weights)
+        now = [False] * len(want) if per_row else want
+        kl, ce, *grads = _op(*tensors, *how, now)
+        ctx.grads = None if per_row else grads
+        ctx.how, ctx.want = how, want
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(kl, ce)
+        value = kl * kl_weights
+        if ce_weights is not None:
+            value = value + ce * ce_weights
+        return value.clone() if per_row else value.sum(), kl, ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        *tensors, kl_weights, ce_weights = ctx.saved_tensors
+        if ctx.grads is not None:
+            grads, ctx.grads = ctx.grads, None
+            scale_([g.view(1, -1) if g.ndim == 1 else g for g in grads], upstream.reshape(1))
+        else:
+            kl_weights, ce_weights = (None if w is None else w * upstream for w in (kl_weights, ce_weights))
+            _, _, *grads = _op(*tensors, kl_weights, ce_weights, *ctx.how, ctx.want)
+        given = [g.to(t.dtype) if wanted else None for g, t, wanted in zip(grads, tensors[:4], ctx.want, strict=True)]
+        return *given, None, None, None, None, None, None
+
+
+# -- public ---------------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    op: str, hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float,
+    grad: str,
+) -> None:  # fmt: skip
+    for name, t in (("hidden", hidden), ("noised_hidden", noised), ("weight", weight), ("bias", bias)):
+        if t is None and name == "bias":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(t).__name__}, not a tensor")
+        if isinstance(t, DTensor):
+            raise TypeError(
+                f"{op}: {name} is a DTensor. Under FSDP call this where the head's weight is gathered (or pass "
+                f"{name}.full_tensor()); under tensor parallelism pass {name}.to_local() and vocab_group="
+            )
+        if not t.dtype.is_floating_point or t.dtype.itemsize < 2:
+            raise TypeError(f"{op}: {name} has dtype {t.dtype}; float16, bfloat16, float32 and float64 are served")
+        if t.device != hidden.device:
+            raise ValueError(f"{op}: hidden is on {hidden.device}, {name} on {t.device}")
+    if hidden.shape != noised.shape:
+        raise ValueError(
+            f"{op}: hidden has shape {tuple(hidden.shape)}, noised_hidden {tuple(noised.shape)}; they must agree"
+        )
+    if hidden.ndim < 1 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{op}: hidden (..., width) has shape {tuple(hidden.shape)}, weight (vocab, width) {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"{op}: softcap must be finite and > 0, or None, not {softcap}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"{op}: temperature must be finite and > 0, not {temperature}")
+    if grad not in GRADS:
+        raise unknown("grad", grad, GRADS)
+
+
+def _operand_dtype(hidden: Tensor, noised: Tensor, weight: Tensor) -> torch.dtype:
+    """What the products' operands are rounded to.
+
+    That of autocast or of 16-bit weights where the hardware multiplies it with float32 results; CPUs multiply in float32.
+    """
+    if torch.float64 in (hidden.dtype, noised.dtype, weight.dtype):
+        return torch.float64
+    if not hidden.is_cuda:
+        return torch.float32
+    if torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return weight.dtype
+
+
+def _chunk_rows(op: str, rows: int, weight: Tensor, dtype: torch.dtype, softcap: float | None, budget: int) -> int:
+    """Rows of a chunk under a budget in bytes."""
+    vocab, width = weight.shape
+    work = 8 if dtype == torch.float64 else 4
+    blocks = work * (1 if softcap is None else 2) + (dtype.itemsize if dtype.itemsize < work else 0)
+    per_row = 2 * vocab * blocks + 2 * width * (dtype.itemsize + 2 * work)
+    least = max(min(_LEAST_ROWS, rows), 1)
+    fitting = int(budget) // per_row
+    if fitting < least:
+        raise ValueError(
+            f"{op}: memory_budget of {int(budget):,} bytes holds {fitting} rows of two streams of {vocab:,} logits; "
+            f"{least} rows need {least * per_row:,}"
+        )
+    return min(_ROWS, fitting)
+
+
+def _run(
+    op: str, hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, kl_weights: Tensor,
+    ce_weights: Tensor | None, ignore_index: int, smoothing: float, softcap: float | None, temperature: float, grad: str,
+    memory_budget: int, group: dist.ProcessGroup | None, per_row: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype = _operand_dtype(hidden, noised, weight)
+    flat = [t.reshape(-1, t.shape[-1]) for t in (hidden, noised)]
+    chunk = _chunk_rows(op, flat[0].shape[0], weight, dtype, softcap, memory_budget)
+    how = Settings(
+        ignore_index, smoothing, softcap or 0.0, temperature, chunk, grad, dtype, "" if group is None else group.group_name
+    )
+    tensors = (*flat, weight, bias)
+    want = [t is not None and torch.is_grad_enabled() and t.requires_grad for t in tensors]
+    value, kl, ce = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
+        *tensors, labels, kl_weights, ce_weights, how, want, per_row
+    )
+    check_finite(op, kl)
+    return value, kl, ce
+
+
+def linear_symmetric_kl(
+    hidden: Tensor,
+    noised_hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "batchmean",
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    grad: str = "both",
+    memory_budget: int = 1 << 30,
+    vocab_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """`symmetric_kl` of two streams of hidden states under one output head, whose logits are never held all at once.
+
+    Args:
+        hidden, noised_hidden: (..., width); float16, bfloat16, float32 or float64.
+        weight: (vocab, width) of the head; may be the embedding's (tied), and may be frozen.
+        bias: (vocab,) or None.
+        mask: bool of shape (...); rows where it is False count in no reduction and get no gradient.
+        reduction: as in `symmetric_kl`; "none" makes the logits a second time in the backward pass.
+        softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2; None: as they are.
+        temperature: then divides the logits; a model's logit scale is 1 / temperature.
+        grad: which stream gradients are sent into: "both", "noised" (hidden is a fixed teacher) or "clean".
+        memory_budget: bytes for what is held of the logits, > 0. Chunks have 1,024 rows at most; the budget wins down to 64.
+            Gradients of the size of weight and hidden are extra (a 16-bit weight's is summed in float32), as are 64 MB at
+            most.
+        vocab_group: process group whose ranks hold one slice of the vocabulary each, in the order of their ranks, as weight
+            and bias; hidden is the same on all of them. Gradients of hidden are summed over the group.
+
+    Returns:
+        float32 (float64 where an argument is): a scalar, or (...) under "none".
+
+    Raises:
+        ValueError: shapes or devices that do not fit, unknown reduction or grad, softcap or temperature not positive, a
+            budget too small for 64 rows.
+        TypeError: dtypes that are not served; a DTensor.
+    """
+    op = "linear_symmetric_kl"
+    _check(op, hidden, noised_hidden, weight, bias, softcap, temperature, grad)
+    rows = hidden.shape[:-1]
+    weights = kl_weights(op, rows, hidden.device, mask, reduction)
+    if weights is None:
+        weights = torch.ones(math.prod(rows), dtype=torch.float64, device=hidden.device)
+    value, _, _ = _run(
+        op, hidden, noised_hidden, weight, bias, None, weights, None, -100, 0.0, softcap, temperature, grad, memory_budget,
+        vocab_group, reduction == "none",
+    )  # fmt: skip
+    dtype = out_dtype(_operand_dtype(hidden, noised_hidden, weight))
+    return (value.reshape(rows) if reduction == "none" else value).to(dtype)
+
+
+def linear_r3f_loss(
+    hidden: Tensor,
+    noised_hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    r3f_lambda: float = 1.0,
+    reduction: str = "token",
+    ignore_index: int = -100,
+    num_items: int | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    grad: str = "both",
+    memory_budget: int = 1 << 30,
+    vocab_group: dist.ProcessGroup | None = None,
+) -> R3FLoss:
+    """`r3f_loss` of two streams of hidden states under one output head, whose logits are never held all at once.
+
+    One product makes both streams' logits of a chunk in float32, one carries their gradients to the hidden states, one to
+    the weight: 12 * rows * width * vocab operations, like the products of two plain passes. Rows whose label does not count
+    cost nothing on the CPU. Under autocast on a GPU, operands are rounded to its dtype; hidden states that are wider then
+    travel as one stream and the difference, so that rounding does not drown it.
+
+    Args:
+        hidden, noised_hidden, weight, bias, softcap, temperature, memory_budget, vocab_group: as in `linear_symmetric_kl`.
+        labels: integers of shape (...), of the whole vocabulary, each a class or `ignore_index`. Row t is compared with
+            labels[t]: a causal model's labels have to be shifted before.
+        r3f_lambda, reduction, ignore_index, num_items, label_smoothing: as in `r3f_loss`.
+        grad: which branch the divergence sends gradients into, as in `R3F`; the task loss always reaches the clean one.
+
+    Returns:
+        R3FLoss(loss, task_loss, symm_kl), scalars; task_loss and symm_kl are detached. Where no label counts, the loss is 0
+        with zero gradients.
+
+    Raises:
+        ValueError, TypeError: as `linear_symmetric_kl` and `r3f_loss`.
+    """
+    op = "linear_r3f_loss"
+    _check(op, hidden, noised_hidden, weight, bias, softcap, temperature, grad)
+    if vocab_group is not None and reduction == "fairseq" and label_smoothing:
+        raise ValueError(f"{op}: reduction 'fairseq' with label smoothing is not served under vocab_group")
+    weights = r3f_weights(
+        op,
+        hidden.shape[:-1],
+        weight.shape[0] if vocab_group is None else None,
+        hidden.device,
+        labels,
+        r3f_lambda=r3f_lambda,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        num_items=num_items,
+        label_smoothing=label_smoothing,
+    )
+    if r3f_lambda == 0:
+        noised_hidden, grad = hidden.detach(), "none"
+    value, kl, ce = _run(
+        op, hidden, noised_hidden, weight, bias, weights.labels, weights.kl, weights.ce, ignore_index, weights.smoothing,
+        softcap, temperature, grad, memory_budget, vocab_group, False,
+    )  # fmt: skip
+    return weights.loss(value, kl, ce, out_dtype(_operand_dtype(hidden, noised_hidden, weight)))
