@@ -1,4 +1,4 @@
-"""The command line: `fastpost compare | bench | doctor`, also `python -m fastpost`."""
+"""The command line: `fastpost compare | probe | bench | doctor`, also `python -m fastpost`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from fastpost.errors import unknown
 
 COMMANDS = {
     "compare": "post-train real models by every method, beside the published formulas",
+    "probe": "fine-tune through a chain of tasks and probe what the frozen encoder still holds",
     "bench": "time the operations beside their floors and the published formulas",
     "doctor": "say what works on this machine, and what to do about what does not",
 }
 # What the commands need beyond fastpost's own requirements.
-_EXTRA = ("transformers", "rich", "matplotlib", "yaml", "tokenizers")
+_EXTRA = ("transformers", "rich", "matplotlib", "yaml", "tokenizers", "sklearn")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,321 @@
+"""`fastpost probe`: fine-tunes an encoder through a chain of tasks and asks, after each, what a linear probe still finds."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastpost
+from fastpost.cli import chain_report, tasks, tuning
+from fastpost.errors import unknown
+from fastpost.ops.noise import check_noise
+from fastpost.r3f.probe import POOLINGS, ProbeResult, encoder_of, features, linear_probe
+
+DESCRIPTION = (
+    "Representation collapse (2008.03156, section 4): fine-tunes through a chain of tasks and probes the frozen encoder."
+)
+METHODS = tuning.CLASSIFIERS
+PRETRAINED = "pretrained"
+
+Rows = list[dict[str, Any]]
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ProbeArguments:
+    """Options of `fastpost probe`."""
+
+    tasks: str = _option("cola,mrpc,rte", f"the chain, in order; of {', '.join(tasks.TASKS)}")
+    probes: str = _option("", "tasks to probe before the chain and after each of its stages; default: those of the chain")
+    methods: str = _option("adamw,r3f,r4f", f"comma-separated; of {', '.join(METHODS)}; the first is compared with")
+    seeds: str = _option("0,1", "comma-separated; order of data, heads, dropout and noise")
+    data_dir: str | None = _option(None, "folder with one folder per GLUE task (RTE, CoLA, MRPC)")
+    model: str | None = _option(None, f"folder or hub name of an encoder; default: {tuning.PACKAGED_MODEL} from PyPI")
+    output_dir: str = _option("fastpost-runs/probe", "where probe.csv and probe.png go")
+    train_size: int = _option(512, "examples a stage learns from (0: all)")
+    probe_size: int = _option(1000, "examples a probe is fitted to, others than those while there are enough (0: all)")
+    test_size: int = _option(0, "examples to report on (0: all)")
+    epochs: float = _option(2.0, "passes over a stage's training examples")
+    max_steps: int = _option(-1, "steps of a stage; -1: as epochs say")
+    batch_size: int = _option(16, "examples per step")
+    max_length: int = _option(64, "tokens per example")
+    pooling: str = _option("first", f"features: {', '.join(POOLINGS)}")
+    probe_c: float = _option(
+        0.0, "inverse strength of the probe's L2 penalty; 0: cross-validated on the probe's own examples"
+    )
+    lr: float = _option(2e-4, "AdamW's learning rate")
+    weight_decay: float = _option(0.01, "AdamW's")
+    rho: float = _option(0.05, "SAM's radius")
+    asam_rho: float = _option(0.5, "ASAM's radius")
+    eps: float = _option(1e-5, "R3F's and R4F's noise")
+    r3f_lambda: float = _option(1.0, "weight of R3F's KL")
+    noise_type: str = _option("uniform", "R3F's noise: uniform or normal")
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= least):
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"--max-steps must be positive, or -1 for what --epochs says, not {self.max_steps}")
+        if self.pooling not in POOLINGS:
+            raise unknown("pooling", self.pooling, POOLINGS)
+        check_noise("probe", self.eps, self.noise_type)
+
+    def named(self, option: str, valid: Sequence[str]) -> list[str]:
+        """The names given for a comma-separated option, checked."""
+        names = [name.strip().lower() for name in getattr(self, option).split(",") if name.strip()]
+        for name in names:
+            if name not in valid:
+                raise unknown(option.removesuffix("s"), name, valid)
+        if not names:
+            raise ValueError(f"--{option} names none; valid: {', '.join(valid)}")
+        return names
+
+    def seed_list(self) -> list[int]:
+        try:
+            seeds = [int(part) for part in self.seeds.split(",") if part.strip()]
+        except ValueError:
+            seeds = []
+        if not seeds or min(seeds) < 0:
+            raise ValueError(f"--seeds wants whole numbers >= 0 with commas between, not {self.seeds!r}")
+        return list(dict.fromkeys(seeds))
+
+
+_LEAST: dict[str, float] = {
+    "train_size": 0, "probe_size": 0, "test_size": 0, "epochs": 0, "batch_size": 1, "max_length": 4, "lr": 0,
+    "weight_decay": 0, "rho": 0, "asam_rho": 0, "eps": 0, "r3f_lambda": 0, "probe_c": 0,
+}  # fmt: skip
+
+
+def parse(argv: Sequence[str]) -> ProbeArguments:
+    """Options from the command line.
+
+    Raises:
+        ValueError: an option that does not exist, or a value out of range.
+    """
+    from transformers import HfArgumentParser
+
+    make: Any = HfArgumentParser
+    options, rest = make(ProbeArguments, prog="fastpost probe", description=DESCRIPTION).parse_known_args(list(argv))
+    if rest:
+        names = [f"--{f.name.replace('_', '-')}" for f in fields(ProbeArguments)]
+        raise unknown("option", rest[0].split("=")[0], names)
+    return ProbeArguments(**vars(options))
+
+
+# -- what is read before anything runs --------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """A task in token ids: what a stage learns from, what a probe is fitted to, and what both are scored on."""
+
+    task: tasks.Task
+    classifier: tuning.Classifier
+    train: Rows
+    probe: Rows
+    test: Rows
+
+
+@dataclass
+class Plan:
+    arguments: ProbeArguments
+    chain: list[str]
+    probes: list[str]
+    methods: list[str]
+    seeds: list[int]
+    data: dict[str, Data]
+    hyper: tuning.Hyper
+
+    def steps(self, name: str) -> int:
+        a = self.arguments
+        per_epoch = -(-len(self.data[name].train) // a.batch_size)
+        return a.max_steps if a.max_steps > 0 else max(round(per_epoch * a.epochs), 1)
+
+
+def prepare(arguments: ProbeArguments) -> Plan:
+    """Reads data and models, and refuses what cannot work, before anything is trained or written.
+
+    Raises:
+        ValueError, FileNotFoundError: the first thing that is wrong.
+    """
+    a = arguments
+    chain, methods = a.named("tasks", tasks.TASKS), a.named("methods", METHODS)
+    probes = a.named("probes", tasks.TASKS) if a.probes.strip() else chain
+    hyper = tuning.Hyper(a.lr, a.weight_decay, a.rho, a.asam_rho, a.eps, a.r3f_lambda, a.noise_type)
+    seeds = a.seed_list()
+    data: dict[str, Data] = {}
+    classifiers: dict[int, tuning.Classifier] = {}
+    for name in dict.fromkeys([*chain, *probes]):
+        # Nothing is chosen on validation here, so its rows are better spent on training.
+        task = tasks.load(name, None if name == "stdlib" else a.data_dir, (0, 1, a.test_size))
+        labels = len(task.labels)
+        if labels not in classifiers:
+            classifiers[labels] = tuning.Classifier(a.model, labels)
+        classifier = classifiers[labels]
+        # A fine-tuned encoder separates the rows it has learnt from far better than others; a probe wants others.
+        rows = {
+            "train": task.train[: a.train_size or None],
+            "probe": task.train[-a.probe_size :] if a.probe_size else task.train,
+            "test": task.test,
+        }
+        for split, examples in rows.items():
+            if split != "test" and len({example.label for example in examples}) < 2:
+                raise ValueError(f"task {name}: {len(examples)} {split} examples hold one label only; ask for more")
+        encoded = {split: classifier.encode(examples, a.max_length) for split, examples in rows.items()}
+        data[name] = Data(task, classifier, **encoded)
+    first = data[chain[0]].classifier.fresh(0)
+    if encoder_of(first) is first:
+        raise ValueError(f"--model {data[chain[0]].classifier.name}: its encoder cannot be told from its head")
+    if "r4f" in methods:
+        tuning.find_head(first)
+    probe_of(first, data[probes[0]], a, limit=4)  # a pooling that this encoder has not, say
+    return Plan(a, chain, list(dict.fromkeys(probes)), list(dict.fromkeys(methods)), seeds, data, hyper)
+
+
+# -- the study --------------------------------------------------------------------------------------------------------
+
+
+def pooled(model: nn.Module, data: Data, rows: Rows, pooling: str, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Features and labels of the rows, shortest text first."""
+    by_length = sorted(rows, key=lambda row: len(row["input_ids"]))  # little padding
+    batches = [data.classifier.collate(by_length[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    return features(model, batches, pooling=pooling), torch.cat([batch["labels"] for batch in batches])
+
+
+def probe_of(model: nn.Module, data: Data, arguments: ProbeArguments, limit: int | None = None) -> ProbeResult | None:
+    """A linear probe of the task on the model's encoder as it stands; with `limit`, only so many features, and no probe."""
+    fitted = pooled(model, data, data.probe[:limit], arguments.pooling)
+    if limit is not None:
+        return None
+    return linear_probe(*fitted, *pooled(model, data, data.test, arguments.pooling), C=arguments.probe_c or None)
+
+
+class Study:
+    """Runs a plan; every row is in probe.csv as soon as it is there."""
+
+    def __init__(
+        self, plan: Plan, results: chain_report.Results, start: Callable[[str, int], Callable[[int], None]]
+    ) -> None:
+        self.plan, self.results, self.start = plan, results, start
+
+    def run(self) -> None:
+        """The pretrained encoder first, then every method with every seed through the chain."""
+        plan = self.plan
+        self.probe(plan.data[plan.chain[0]].classifier.fresh(0), PRETRAINED, 0, 0, "")
+        for seed in plan.seeds:
+            for method in plan.methods:
+                state: dict[str, Tensor] | None = None
+                for stage, name in enumerate(plan.chain, start=1):
+                    model = self.fine_tune(method, seed, stage, name, state)
+                    self.probe(model, method, seed, stage, name)
+                    state = encoder_of(model).state_dict()
+
+    def fine_tune(self, method: str, seed: int, stage: int, name: str, state: dict[str, Tensor] | None) -> nn.Module:
+        """One stage: the encoder of the stage before under a fresh head. Warm-up over a tenth of the steps, then decay."""
+        plan, data = self.plan, self.plan.data[name]
+        began = time.perf_counter()
+        model = data.classifier.fresh(seed + 1000 * stage)
+        if state is not None:
+            encoder_of(model).load_state_dict(state)
+        trainee = tuning.build(method, "fastpost", model, plan.hyper)
+        steps = plan.steps(name)
+        warmup = max(steps // 10, 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            trainee.optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
+        )
+        advance = self.start(f"{method}, seed {seed}: {name}", steps)
+        batches = data.classifier.batches(data.train, plan.arguments.batch_size, steps, seed + 1000 * stage)
+        for step, batch in enumerate(batches, start=1):
+            trainee.step(batch)
+            schedule.step()
+            advance(step)
+        accuracy = tuning.accuracy(data.classifier, model, data.test)
+        self.results.add(
+            chain_report.Row(
+                method, seed, stage, name, name, "head", accuracy,
+                math.sqrt(accuracy * (1 - accuracy) / len(data.test)),
+                tuning.accuracy(data.classifier, model, data.train), data.task.majority(), len(data.train), len(data.test),
+                True, time.perf_counter() - began,
+            )
+        )  # fmt: skip
+        return model
+
+    def probe(self, model: nn.Module, method: str, seed: int, stage: int, trained_on: str) -> None:
+        for task in self.plan.probes:
+            began = time.perf_counter()
+            self.start(f"{method}, seed {seed}, stage {stage}: probing {task}", 1)
+            result = probe_of(model, self.plan.data[task], self.plan.arguments)
+            assert result is not None
+            self.results.add(
+                chain_report.Row(
+                    method, seed, stage, trained_on, task, "probe", result.accuracy, result.standard_error,
+                    result.train_accuracy, result.majority, result.train_size, result.test_size, result.converged,
+                    time.perf_counter() - began,
+                ),
+                result.correct,
+            )  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the study; 0, 2 for what cannot be started, 130 when interrupted."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # in a file or a log, a table must not be squeezed
+    began = time.perf_counter()
+    try:
+        import sklearn  # noqa: F401
+
+        arguments = parse(argv)
+        with console.status("reading data and models"):
+            plan = prepare(arguments)
+        results = chain_report.Results(Path(arguments.output_dir), plan.chain, plan.probes, plan.methods)
+    except (ValueError, OSError) as error:
+        print(f"fastpost probe: error: {error}", file=sys.stderr)
+        return 2
+    classifier = plan.data[plan.chain[0]].classifier
+    console.print(
+        f"fastpost {fastpost.__version__}; model {classifier.name}: {classifier.parameters / 1e6:.1f}M parameters; "
+        f"chain {' → '.join(plan.chain)}; features: {arguments.pooling}"
+    )
+    status = 0
+    columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console) as progress:
+            current = progress.add_task("", total=1)
+
+            def start(what: str, total: int) -> Callable[[int], None]:
+                progress.reset(current, description=what, total=total)
+                return lambda done: progress.update(current, completed=done)
+
+            Study(plan, results, start).run()
+    except KeyboardInterrupt:
+        status = 130
+        console.print("interrupted; what was finished is kept")
+    finally:
+        if results.rows:
+            picture = chain_report.plot(results)
+            console.print(chain_report.table(results))
+            console.print(chain_report.heads(results))
+            console.print(chain_report.note(results))
+            console.print(f"written: {results.path}, {picture}")
+        console.print(f"{time.perf_counter() - began:.0f} s in all")
+    return status
