@@ -26,7 +26,7 @@ class Contender:
         bytes: the fewest bytes that this way must move, 0 where that is not the point; shown as GB/s.
         before: untimed, ahead of every run (puts inputs back).
         slow: three rounds suffice.
-        peak: whether to measure how much memory it allocates at most (GPU only).
+        peak: whether to measure how much memory it allocates at most (GPUs, and Linux by the resident pages).
         launches: whether to count what it launches on the device (GPU only).
     """
 
@@ -140,11 +140,14 @@ class HostTime(Goal):
 
 @dataclass(frozen=True)
 class PeakMemory(Goal):
-    """Bytes allocated at most, per `per`: alone at most the limit; with `faster` at least so much below the baseline's."""
+    """Bytes allocated at most, per `per` (logits, or 10^6 for MB): alone at most the limit; with `faster` so much below
+    the baseline's."""
 
     per: int = 1
 
-    unit = " B/logit"
+    @property
+    def unit(self) -> str:  # type: ignore[override]
+        return " MB" if self.per == 10**6 else " B/logit"
 
     def measured(self, results: Mapping[str, Result]) -> float:
         peaks = [results[name].peak for name in (self.contender, self.baseline) if name]

@@ -1,0 +1,98 @@
+"""The fused head and loss on the CPU: beside its own three products alone, beside logits held whole, and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastpost
+from fastpost.bench.registry import Case, Contender, Goal, PeakMemory, Work, case
+from fastpost.published import fairseq_symmetric_kl
+
+ROWS, WIDTH, VOCAB = 2048, 768, 50257  # GPT-2's head
+CHUNK = 1024
+MB = 10**6
+
+
+class Head:
+    """Two streams of hidden states 1e-2 apart, GPT-2's head, labels."""
+
+    def __init__(self, rows: int) -> None:
+        torch.manual_seed(0)
+        hidden = torch.randn(rows, WIDTH)
+        self.leaves = [hidden, hidden + 1e-2 * torch.randn(rows, WIDTH), torch.randn(VOCAB, WIDTH) * 0.05]
+        for t in self.leaves:
+            t.requires_grad_()
+        self.labels = torch.randint(0, VOCAB, (rows,))
+
+    def step(self, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Work:
+        return lambda: torch.autograd.grad(loss(*self.leaves), self.leaves)
+
+    def fused(self, hidden: Tensor, noised: Tensor, weight: Tensor, **options: int) -> Tensor:
+        return fastpost.linear_r3f_loss(hidden, noised, weight, self.labels, **options).loss
+
+    def on_logits(self, hidden: Tensor, noised: Tensor, weight: Tensor) -> Tensor:
+        return fastpost.r3f_loss(hidden @ weight.T, noised @ weight.T, self.labels, inplace=True).loss
+
+    def published(self, hidden: Tensor, noised: Tensor, weight: Tensor) -> Tensor:
+        logits, noised_logits = hidden @ weight.T, noised @ weight.T
+        return F.cross_entropy(logits, self.labels) + fairseq_symmetric_kl(noised_logits, logits)
+
+    @torch.no_grad()
+    def products(self) -> None:
+        """The three products of every chunk of both streams, and nothing else."""
+        hidden, noised, weight = (t.detach() for t in self.leaves)
+        logits = torch.empty(2 * CHUNK, VOCAB)
+        total = torch.zeros_like(weight)
+        for at in range(0, len(hidden), CHUNK):
+            x = torch.cat((hidden[at : at + CHUNK], noised[at : at + CHUNK]))
+            torch.mm(x, weight.T, out=logits[: len(x)])
+            torch.mm(logits[: len(x)], weight)
+            total.addmm_(logits[: len(x)].T, x)
+
+
+@case
+def linear_r3f() -> Case:
+    """Forward and backward of the loss, hidden states and weight trained."""
+    head = Head(ROWS)
+    alone, ours = "its three products alone", "linear_r3f_loss"
+    whole, published = "r3f_loss on whole logits", "fairseq formula on whole logits"
+    outputs = 4 * WIDTH * (VOCAB + 2 * ROWS)
+    return Case(
+        "linear_r3f_loss, forward + backward",
+        f"{ROWS:,} x {WIDTH} x {VOCAB:,}",
+        "float32",
+        [
+            Contender(alone, head.products, slow=True, peak=True),
+            Contender(ours, head.step(head.fused), slow=True, peak=True),
+            Contender(whole, head.step(head.on_logits), slow=True, peak=True),
+            Contender(published, head.step(head.published), slow=True, peak=True),
+        ],
+        [
+            Goal(ours, alone, dict.fromkeys(("avx512", "avx2"), 1.25)),
+            Goal(ours, published, dict.fromkeys(("avx512", "avx2"), 2.0), faster=True),
+            PeakMemory(ours, "", dict.fromkeys(("avx512", "avx2"), ((1 << 30) + outputs) / MB + 64), per=MB),
+        ],
+    )
+
+
+@case
+def linear_r3f_memory() -> Case:
+    """What is allocated under a budget of 128 MB, for one and for four thousand rows; gradients handed out are counted."""
+    budget, sizes = 128 * MB, (1024, 4096)
+    heads = {f"{rows:,} rows": Head(rows) for rows in sizes}
+    limits = {f"{rows:,} rows": (budget + 4 * WIDTH * (VOCAB + 2 * rows)) / MB + 64 for rows in sizes}
+
+    def step(head: Head) -> Work:
+        return head.step(lambda *leaves: head.fused(*leaves, memory_budget=budget))
+
+    return Case(
+        "linear_r3f_loss under 128 MB, forward + backward",
+        f"N x {WIDTH} x {VOCAB:,}",
+        "float32",
+        [Contender(name, step(head), slow=True, peak=True) for name, head in heads.items()],
+        [PeakMemory(name, "", dict.fromkeys(("avx512", "avx2"), limits[name]), per=MB) for name in heads],
+    )
