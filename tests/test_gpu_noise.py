@@ -104,7 +104,7 @@ def place(row: int, width: int, seed: int) -> Tensor:
     """The noise of row number `row`, alone, from the operation's own way of placing rows; on the CPU."""
     with fastpost.use_backend("reference"):
         return torch.ops.fastpost.add_noise(
-            torch.zeros(1, width), 1.0, "uniform", torch.tensor(seed), torch.tensor([row]), torch.float32
+            torch.zeros(1, width), 1.0, "uniform", torch.tensor(seed), torch.tensor([row]), None, torch.float32
         )
 
 

@@ -329,6 +329,83 @@ def test_an_index_outside_the_table_reads_nothing(backend: str) -> None:
     if backend not in ("cuda", "triton"):
         pytest.skip("the CPU checks indices before anything is gathered")
     table, ids = torch.randn(5, 12), torch.tensor([0, 5, -1, 4, 2**40])
-    clean, noised = torch.ops.fastpost.embedding_noise(table, ids, 1e-3, "uniform", torch.tensor(3), None, torch.float32)
+    clean, noised = torch.ops.fastpost.embedding_noise(
+        table, ids, 1e-3, "uniform", torch.tensor(3), None, None, torch.float32
+    )
     assert clean.isnan().all(1).tolist() == noised.isnan().all(1).tolist() == [False, True, True, False, True]
     assert same_bits(clean[3], table[4])
+
+
+# -- numbers of the whole step, scales per row ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise_type", ["uniform", "normal"])
+def test_noise_belongs_to_the_token_wherever_it_lies(backend: str, noise_type: str) -> None:
+    x = torch.randn(12, 37)
+    whole = add_noise(x, 0.1, noise_type, seed=4)
+    index = torch.arange(12)
+    for rows in (slice(0, 5), slice(5, 12), torch.tensor([11, 3, 4, 0])):  # cut, spread, shuffled
+        assert same_bits(add_noise(x[rows], 0.1, noise_type, seed=4, token_index=index[rows]), whole[rows])
+    padded = torch.randn(2, 9, 37)
+    padded[0, 4:], padded[1, 2:] = x[:5], x[5:]  # two sequences, padded on the left
+    keep = torch.ones(2, 9, dtype=torch.bool)
+    keep[0, :4] = keep[1, :2] = False
+    at = torch.zeros(2, 9, dtype=torch.int64)
+    at[keep] = index
+    for options in ({"keep": keep, "token_index": at}, {"token_index": torch.where(keep, at, -1)}, {"keep": keep}):
+        noised = add_noise(padded, 0.1, noise_type, seed=4, **options)
+        assert same_bits(noised[keep], whole)
+        assert same_bits(noised[~keep], padded[~keep])
+    far = add_noise(x[:1], 0.1, noise_type, seed=4, token_index=torch.tensor([2**33]))
+    assert not torch.equal(far - x[:1], whole[:1] - x[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("noise_type", ["uniform", "normal"])
+def test_scales_are_one_factor_per_row(noise_type: str, dtype: torch.dtype) -> None:
+    x = torch.randn(4, 3, 37).to(dtype)
+    scale = torch.rand(4, 3) * 3
+    scale[1, 1] = 0
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    z = add_noise(torch.zeros(4, 3, 37, dtype=work), 1.0, noise_type, seed=9)
+    e = torch.tensor(0.1, dtype=work) * scale.to(work)
+    noised = add_noise(x, 0.1, noise_type, seed=9, scale=scale)
+    assert noised.dtype == dtype
+    assert same_bits(noised, (x.to(work) + e[..., None] * z).to(dtype))
+    assert same_bits(noised[1, 1], x[1, 1])
+    table, ids = torch.randn(11, 37).to(dtype), torch.randint(0, 11, (4, 3))
+    clean, looked_up = embedding_noise(table, ids, 0.1, noise_type, seed=9, scale=scale)
+    assert same_bits(clean, table[ids])
+    assert same_bits(looked_up, add_noise(table[ids], 0.1, noise_type, seed=9, scale=scale))
+
+
+def test_scaled_uniform_noise_is_the_same_bits_everywhere(backend: str) -> None:
+    x, scale, at = torch.randn(5, 50257 // 64), torch.rand(5), torch.tensor([3, -1, 7, 0, 2**34])
+    options = {"seed": 2, "scale": scale, "token_index": at, "out_dtype": torch.bfloat16}
+    here = add_noise(x, 0.1, **options)
+    with fastpost.use_backend("reference"):
+        assert same_bits(here, add_noise(x, 0.1, **options))
+
+
+def test_scaled_noise_passes_gradients_on() -> None:
+    x, scale = torch.randn(5, 8, requires_grad=True), torch.rand(5, requires_grad=True)
+    upstream = torch.randn(5, 8)
+    add_noise(x, 0.1, seed=1, scale=scale).backward(upstream)
+    assert same_bits(x.grad, upstream)
+    assert scale.grad is None
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"token_index": torch.zeros(4, dtype=torch.int64)}, ValueError, r"token_index has shape \(4,\), expected \(3,\)"),
+        ({"token_index": torch.zeros(3)}, TypeError, "token_index must be int64"),
+        ({"scale": torch.zeros(4)}, ValueError, r"scale has shape \(4,\), expected \(3,\)"),
+        ({"scale": torch.zeros(3, dtype=torch.int64)}, TypeError, "scale must be floating point"),
+    ],
+)
+def test_indices_and_scales_that_do_not_fit(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        add_noise(torch.zeros(3, 8), **options)
+    with pytest.raises(error, match=message):
+        embedding_noise(torch.zeros(5, 8), torch.zeros(3, dtype=torch.int64), **options)

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastpost.ops import params
+from fastpost.ops import (
+    linear_divergence,  # noqa: F401, registers its operation
+    params,
+)
 from fastpost.ops.divergence import r3f_loss, symmetric_kl
 from fastpost.ops.noise import NOISE_TYPES, add_noise, embedding_noise
 from fastpost.ops.reductions import KL_REDUCTIONS, R3F_REDUCTIONS
@@ -53,16 +56,20 @@ def adamw_samples() -> Iterator[tuple[Any, ...]]:
 
 def noise_samples() -> Iterator[tuple[Any, ...]]:
     places = torch.arange(15).reshape(3, 5) - 4
-    for dtype, noise_type, rows in itertools.product(EVERY_DTYPE, NOISE_TYPES, (None, places)):
+    for dtype, noise_type, rows, scales in itertools.product(
+        EVERY_DTYPE, NOISE_TYPES, (None, places), (None, torch.rand(3, 5))
+    ):
         x = torch.randn(3, 5, 8).to(dtype)
         for given in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
-            yield given, 0.1, noise_type, torch.tensor(3), rows, torch.float32
+            yield given, 0.1, noise_type, torch.tensor(3), rows, scales, torch.float32
 
 
 def embedding_samples() -> Iterator[tuple[Any, ...]]:
     ids, places = torch.randint(0, 11, (3, 5)), torch.arange(15).reshape(3, 5) - 4
-    for dtype, noise_type, rows in itertools.product(EVERY_DTYPE, NOISE_TYPES, (None, places)):
-        yield torch.randn(11, 8).to(dtype), ids, 0.1, noise_type, torch.tensor(3), rows, dtype
+    for dtype, noise_type, rows, scales in itertools.product(
+        EVERY_DTYPE, NOISE_TYPES, (None, places), (None, torch.rand(3, 5))
+    ):
+        yield torch.randn(11, 8).to(dtype), ids, 0.1, noise_type, torch.tensor(3), rows, scales, dtype
 
 
 def divergence_samples() -> Iterator[tuple[Any, ...]]:
@@ -72,6 +79,14 @@ def divergence_samples() -> Iterator[tuple[Any, ...]]:
     for dtype in EVERY_DTYPE:
         wide = torch.randn(2, 4, 64).to(dtype)[:, :, :40]  # a row stride of more than the classes
         yield wide[0], wide[1], None, -100, weights, None, True, True
+
+
+def linear_samples() -> Iterator[tuple[Any, ...]]:
+    labels, weights = torch.randint(0, 40, (70,)), torch.rand(70, dtype=torch.float64)
+    how = (-100, 0.0, 0.0, 1.0, 64)
+    for want, grad, counted in itertools.product(([True] * 4, [True, False, False, True]), ("both", "clean"), (True, False)):
+        ce = (labels, weights, weights) if counted else (None, weights, None)
+        yield *tensors((70, 8), (70, 8), (40, 8), (40,)), *ce, *how, grad, torch.float32, "", want
 
 
 # Arguments of every operation; a new operation has to bring its own.
@@ -85,6 +100,7 @@ SAMPLES: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "negate_clip_": lambda: iter([(*lists(1), 1.0), (*lists(1), float("inf"))]),
     "add_noise": noise_samples,
     "embedding_noise": embedding_samples,
+    "linear_divergence": linear_samples,
     "divergence_rows": divergence_samples,
     "divergence_rows_": divergence_samples,
     "scale_rows_": lambda: iter([(*tensors((4, 40)), torch.rand(n, dtype=torch.float64)) for n in (1, 4)]),

@@ -29,30 +29,53 @@ def fresh_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-def _add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    function = select("add_noise", x.device, x.dtype, walkable=out_dtype != torch.float64)
-    result: Tensor = function(x, eps, noise_type, seed, rows, out_dtype)
-    return result
+def _add_noise(
+    x: Tensor,
+    eps: float,
+    noise_type: str,
+    seed: Tensor,
+    rows: Tensor | None,
+    scales: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    if scales is None:
+        function = select("add_noise", x.device, x.dtype, walkable=out_dtype != torch.float64)
+        result: Tensor = function(x, eps, noise_type, seed, rows, out_dtype)
+        return result
+    # The kernels draw z; three plain operations, each rounded once, place it, so that bits agree in every backend.
+    work = torch.float64 if torch.float64 in (x.dtype, out_dtype) else torch.float32
+    nothing = torch.zeros(x.shape, dtype=work, device=x.device)
+    z: Tensor = select("add_noise", x.device, work)(nothing, 1.0, noise_type, seed, rows, work)
+    width = torch.tensor(eps, dtype=work, device=x.device) * scales.to(work)
+    return z.mul_(width.unsqueeze(-1)).add_(x).to(out_dtype)
 
 
 def _embedding_noise(
-    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype
+    table: Tensor,
+    ids: Tensor,
+    eps: float,
+    noise_type: str,
+    seed: Tensor,
+    rows: Tensor | None,
+    scales: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     function = select("embedding_noise", table.device, table.dtype, walkable=out_dtype != torch.float64)
     clean, noised = function(table, ids, eps, noise_type, seed, rows, out_dtype)
-    return clean, noised
+    return clean, noised if scales is None else _add_noise(clean, eps, noise_type, seed, rows, scales, out_dtype)
 
 
 _op_add_noise = define(
-    "add_noise(Tensor x, float eps, str noise_type, Tensor seed, Tensor? rows, ScalarType out_dtype) -> Tensor",
+    "add_noise(Tensor x, float eps, str noise_type, Tensor seed, Tensor? rows, Tensor? scales, ScalarType out_dtype)"
+    " -> Tensor",
     _add_noise,
-    lambda x, eps, noise_type, seed, rows, out_dtype: torch.empty(x.shape, dtype=out_dtype, device=x.device),
+    lambda x, eps, noise_type, seed, rows, scales, out_dtype: torch.empty(x.shape, dtype=out_dtype, device=x.device),
 )
 _op_embedding_noise = define(
-    "embedding_noise(Tensor table, Tensor ids, float eps, str noise_type, Tensor seed, Tensor? rows, ScalarType out_dtype)"
-    " -> (Tensor, Tensor)",
+    "embedding_noise(Tensor table, Tensor ids, float eps, str noise_type, Tensor seed, Tensor? rows, Tensor? scales, "
+    "ScalarType out_dtype) -> (Tensor, Tensor)",
     _embedding_noise,
-    lambda table, ids, eps, noise_type, seed, rows, out_dtype: (
+    lambda table, ids, eps, noise_type, seed, rows, scales, out_dtype: (
         table.new_empty((*ids.shape, table.shape[1])),
         table.new_empty((*ids.shape, table.shape[1]), dtype=out_dtype),
     ),
@@ -68,15 +91,16 @@ class _AddNoise(torch.autograd.Function):
         noise_type: str,
         seed: Tensor,
         rows: Tensor | None,
+        scales: Tensor | None,
         out_dtype: torch.dtype,
     ) -> Tensor:
         ctx.dtype = x.dtype
-        noised: Tensor = _op_add_noise(x, eps, noise_type, seed, rows, out_dtype)
+        noised: Tensor = _op_add_noise(x, eps, noise_type, seed, rows, scales, out_dtype)
         return noised
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad.to(ctx.dtype), None, None, None, None, None
+        return grad.to(ctx.dtype), None, None, None, None, None, None
 
 
 class _EmbeddingNoise(torch.autograd.Function):
@@ -89,11 +113,12 @@ class _EmbeddingNoise(torch.autograd.Function):
         noise_type: str,
         seed: Tensor,
         rows: Tensor | None,
+        scales: Tensor | None,
         out_dtype: torch.dtype,
         padding_idx: int,
         detach_noised: bool,
     ) -> tuple[Tensor, Tensor]:
-        clean, noised = _op_embedding_noise(table, ids, eps, noise_type, seed, rows, out_dtype)
+        clean, noised = _op_embedding_noise(table, ids, eps, noise_type, seed, rows, scales, out_dtype)
         ctx.save_for_backward(ids)
         ctx.rows, ctx.padding_idx, ctx.detach_noised, ctx.dtype = (
             table.shape[0],
@@ -116,19 +141,41 @@ class _EmbeddingNoise(torch.autograd.Function):
         table = None
         if grad is not None:
             table = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.rows, ctx.padding_idx, False)
-        return table, None, None, None, None, None, None, None, None
+        return table, None, None, None, None, None, None, None, None, None
 
 
-def _places(op: str, keep: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """Each row's place among the rows that are kept, and -1 for the others: int64 of keep's shape."""
-    if keep is None:
+def _places(op: str, keep: Tensor | None, token_index: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The number by which each row draws, and -1 for rows without noise: int64 of `shape`; None for 0, 1, 2, ...
+
+    Without a token index that is the row's place among those that are kept.
+    """
+    if keep is not None:
+        if keep.shape != shape:
+            raise ValueError(f"{op}: keep has shape {tuple(keep.shape)}, expected {tuple(shape)}")
+        if keep.dtype != torch.bool:
+            raise TypeError(f"{op}: keep must be bool (True = gets noise), not {keep.dtype}")
+    if token_index is not None:
+        if token_index.shape != shape:
+            raise ValueError(f"{op}: token_index has shape {tuple(token_index.shape)}, expected {tuple(shape)}")
+        if token_index.dtype != torch.int64:
+            raise TypeError(f"{op}: token_index must be int64, not {token_index.dtype}")
+    elif keep is None:
         return None
-    if keep.shape != shape:
-        raise ValueError(f"{op}: keep has shape {tuple(keep.shape)}, expected {tuple(shape)}")
-    if keep.dtype != torch.bool:
-        raise TypeError(f"{op}: keep must be bool (True = gets noise), not {keep.dtype}")
-    places = keep.reshape(-1).cumsum(0) - 1
-    return torch.where(keep, places.reshape(keep.shape), -1)
+    else:
+        token_index = (keep.reshape(-1).cumsum(0) - 1).reshape(shape)
+    return token_index if keep is None else torch.where(keep, token_index, -1)
+
+
+def _scales(op: str, scale: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor | None:
+    if scale is None:
+        return None
+    if scale.shape != shape:
+        raise ValueError(f"{op}: scale has shape {tuple(scale.shape)}, expected {tuple(shape)}")
+    if not scale.dtype.is_floating_point:
+        raise TypeError(f"{op}: scale must be floating point, not {scale.dtype}")
+    if scale.device != device:
+        raise ValueError(f"{op}: scale is on {scale.device}, expected {device}")
+    return scale.detach()
 
 
 def add_noise(
@@ -138,6 +185,8 @@ def add_noise(
     *,
     seed: int | Tensor | None = None,
     keep: Tensor | None = None,
+    token_index: Tensor | None = None,
+    scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x + eps * z, out of place; gradients pass through unchanged (R3F, 2008.03156, section 3).
@@ -152,6 +201,9 @@ def add_noise(
         seed: integer, int64 scalar tensor, or None to draw one from torch's generator.
         keep: bool of shape x.shape[:-1]; rows where it is False get no noise (padding). They are not counted either, so
             that the numbers a row gets do not depend on how much padding lies before it.
+        token_index: int64 of shape x.shape[:-1]: the row's number in the whole step. Noise then depends on the seed, this
+            number and the channel alone, however a batch is cut, packed or spread over ranks. Negative: no noise.
+        scale: floating point of shape x.shape[:-1], >= 0: a row's noise is eps * scale * z (that product in float32).
         out_dtype: dtype of the result; default that of x.
 
     Returns:
@@ -168,9 +220,12 @@ def add_noise(
             raise TypeError(f"add_noise: {name} must be floating point, not {dtype}")
     if keep is not None and x.ndim == 0:
         raise ValueError("add_noise: keep needs an x with rows, not a scalar")
-    rows = _places("add_noise", keep, x.shape[:-1])
+    if x.ndim == 0 and (token_index is not None or scale is not None):
+        raise ValueError("add_noise: token_index and scale need an x with rows, not a scalar")
+    rows = _places("add_noise", keep, token_index, x.shape[:-1])
+    scales = _scales("add_noise", scale, x.shape[:-1], x.device)
     seed = fresh_seed(x.device) if seed is None else seed_tensor(seed, x.device)
-    noised: Tensor = _AddNoise.apply(x, eps, noise_type, seed, rows, out_dtype)  # type: ignore[no-untyped-call]
+    noised: Tensor = _AddNoise.apply(x, eps, noise_type, seed, rows, scales, out_dtype)  # type: ignore[no-untyped-call]
     return noised
 
 
@@ -182,6 +237,8 @@ def embedding_noise(
     *,
     seed: int | Tensor | None = None,
     keep: Tensor | None = None,
+    token_index: Tensor | None = None,
+    scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     padding_idx: int | None = None,
     detach_noised: bool = False,
@@ -193,6 +250,7 @@ def embedding_noise(
         ids: int64 or int32 indices, any shape.
         eps, noise_type, seed, out_dtype: as in `add_noise`; `out_dtype` is that of the noised rows.
         keep: bool of ids' shape; rows where it is False get no noise and are not counted.
+        token_index, scale: of ids' shape, as in `add_noise`.
         padding_idx: row whose gradient is left out, as in torch.nn.Embedding.
         detach_noised: no gradient reaches the table through the noised rows (fairseq's classifier).
 
@@ -217,13 +275,14 @@ def embedding_noise(
             raise IndexError(
                 f"embedding_noise: index {low if low < 0 else high} is outside a table of {table.shape[0]} rows"
             )
-    rows = _places("embedding_noise", keep, ids.shape)
+    rows = _places("embedding_noise", keep, token_index, ids.shape)
+    scales = _scales("embedding_noise", scale, ids.shape, table.device)
     seed = fresh_seed(table.device) if seed is None else seed_tensor(seed, table.device)
     if padding_idx is None:
         padding_idx = -1
     elif padding_idx < 0:
         padding_idx += table.shape[0]
     clean, noised = _EmbeddingNoise.apply(  # type: ignore[no-untyped-call]
-        table, ids, eps, noise_type, seed, rows, out_dtype or table.dtype, padding_idx, detach_noised
+        table, ids, eps, noise_type, seed, rows, scales, out_dtype or table.dtype, padding_idx, detach_noised
     )
     return clean, noised
