@@ -137,6 +137,19 @@ class Ranks:
         return {"_groups": {}}  # process groups belong to this process
 
 
+def sum_before(value: int, group: dist.ProcessGroup | None = None) -> int:
+    """The sum of `value` over the ranks before this one; 0 where there is one process.
+
+    Every rank of the group (None: all) has to call this. R3F's tokens are numbered from it:
+    `r3f.window(token_offset=sum_before(tokens_of_this_rank))`.
+    """
+    if not active():
+        return 0
+    values: list[int] = [0] * dist.get_world_size(group)
+    dist.all_gather_object(values, int(value), group=group)
+    return sum(values[: dist.get_rank(group)])
+
+
 def fully_sharded(params: Iterable[Tensor]) -> list[tuple[nn.Module, Any]]:
     """The FSDP2 modules that own some of these parameters, each with one of its per-parameter records.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from fastpost.errors import unknown
 from fastpost.ops.divergence import r3f_loss, symmetric_kl
+from fastpost.ops.jensen_shannon import js_divergence
+from fastpost.ops.linear_divergence import linear_r3f_loss
 from fastpost.ops.noise import check_noise, fresh_seed
 from fastpost.ops.params import seed_tensor
 from fastpost.r3f.conventions import (
@@ -24,14 +27,27 @@ from fastpost.r3f.conventions import (
     shifts_labels,
 )
 from fastpost.r3f.halves import writable_halves
-from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, unwrap
+from fastpost.r3f.head import Head, find_head, hidden_of, taken_out
+from fastpost.r3f.noise import (
+    SCALES,
+    Noise,
+    NoisyEmbedding,
+    find_embedding,
+    is_encoder_decoder,
+    sequence_numbers,
+    unwrap,
+)
 
 OPTIONS = {
     "grad": ("both", "noised", "clean"),
     "dropout": ("independent", "shared"),
     "forward": ("two_pass", "double_batch"),
     "reduction": ("token", "sentence", "fairseq", "sum"),
+    "noise_scale": SCALES,
+    "where": ("encoder", "decoder", "both"),
+    "divergence": ("symmetric_kl", "js"),
 }
+_SIDE = 1 << 32  # between the seeds of the two sides of an encoder-decoder
 
 
 @dataclass
@@ -43,7 +59,7 @@ class R3FOutput:
         task_loss: cross-entropy on the clean logits, a detached scalar.
         symm_kl: the regulariser before its weight, a detached scalar; 0 where no noised pass ran.
         logits: the clean pass's, as the model returned them, with their graph; None after `inplace=True`, which turned them
-            into gradients.
+            into gradients, and under `fused_linear=True`, which never made them.
     """
 
     loss: Tensor
@@ -55,6 +71,27 @@ class R3FOutput:
         if name not in self.__dataclass_fields__:
             raise KeyError(name)
         return getattr(self, name)
+
+
+@dataclass
+class _Place:
+    """Where noise enters in one call: side of the model, the module that embeds there (None: `inputs_embeds`), the noise."""
+
+    side: str
+    name: str
+    module: nn.Module | None
+    noise: Noise
+    first_only: bool = False
+    second_only: bool = False
+
+
+@dataclass
+class _Step:
+    """One optimizer step: its seed per device, and how many tokens have been seen on each side of the model."""
+
+    offset: int | Tensor = 0
+    seeds: dict[torch.device, Tensor] = field(default_factory=dict)
+    counted: dict[str, int | Tensor] = field(default_factory=dict)
 
 
 class R3F:
@@ -83,6 +120,10 @@ class R3F:
         eps: scale of the noise in the units of the embeddings, >= 0.
         r3f_lambda: weight of the KL, >= 0.
         noise_type: "uniform" on (-eps, eps), or "normal" with standard deviation eps.
+        noise_scale: what eps is measured in: "absolute"; "relative", the root mean square of the embedding row; "neftune",
+            1 / sqrt(L * d) for a sequence of L tokens and embeddings of width d (2310.05914, whose alpha eps then is).
+            Sequences packed into one row are told apart by `position_ids`, `sequence_ids`, `seq_idx` or a mask that numbers
+            them.
         grad: which branch the KL sends gradients into. "both" is R3F. "noised" (clean outputs as fixed teacher, like VAT)
             and "clean" (noised outputs fixed; their pass runs without a graph, which saves a third of the step) are other
             methods: their gradient falls as eps where that of R3F falls as eps^2.
@@ -95,14 +136,21 @@ class R3F:
         reduction: "token", "sentence", "fairseq" or "sum", as in `r3f_loss`; None: "sentence" for two-dimensional logits,
             else "token".
         embedding: where noise enters, a module or its dotted name; None: `model.get_input_embeddings()`, of an
-            encoder-decoder its encoder's. A batch with `inputs_embeds` gets its noise right there.
+            encoder-decoder that of `where`. A batch with `inputs_embeds` gets its noise right there.
+        where: side of an encoder-decoder that is noised: "encoder" (as released), "decoder" or "both".
         shift_labels: whether row t predicts label t + 1. None: as the model's own loss does, which is told by transformers'
             `model.loss_function` where its forward uses that (GPT-2, Llama, ...: yes; BartForCausalLM, XLNet: no), else by
             whether its forward shifts by hand; no for models that tell neither, two-dimensional logits and encoder-decoders.
-        seed: None draws a seed per call from torch's generator (repeatable under torch.manual_seed); an integer gives the
-            n-th training call the seed `seed + n`, n in `self.step`.
+        seed: None draws a seed per step from torch's generator (repeatable under torch.manual_seed); an integer gives the
+            n-th step the seed `seed + n`, n in `self.step`. A step is a call, or all the calls inside one `window()`. Noise
+            depends on the seed, the token's number in the step and the channel only.
         ignore_index: label that does not count.
+        label_smoothing: of the task loss, as in `r3f_loss`.
+        divergence: "symmetric_kl", or "js", the Jensen-Shannon divergence (bounded; another method).
         inplace: let the gradients overwrite the logits (no logit-sized allocation); then `out.logits` is None.
+        fused_linear: for models with a vocabulary: hidden states and the output head's weight go into `linear_r3f_loss`, and
+            logits are never held whole. The head must be a plain nn.Linear, tied or not; `out.logits` is None in training.
+        memory_budget: bytes for a chunk of logits under `fused_linear`.
 
     Raises:
         ValueError, TypeError: an option that does not exist or is out of range.
@@ -114,31 +162,54 @@ class R3F:
         r3f_lambda: float = 1.0,
         noise_type: str = "uniform",
         *,
+        noise_scale: str = "absolute",
         grad: str = "both",
         dropout: str = "independent",
         forward: str = "two_pass",
         detach_noised_embedding: bool = True,
         reduction: str | None = None,
         embedding: nn.Module | str | None = None,
+        where: str = "encoder",
         shift_labels: bool | None = None,
         seed: int | None = None,
         ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        divergence: str = "symmetric_kl",
         inplace: bool = False,
+        fused_linear: bool = False,
+        memory_budget: int = 1 << 30,
     ) -> None:
-        self.eps, self.r3f_lambda, self.noise_type = eps, r3f_lambda, noise_type
+        self.eps, self.r3f_lambda, self.noise_type, self.noise_scale = eps, r3f_lambda, noise_type, noise_scale
         self.grad, self.dropout, self.forward, self.reduction = grad, dropout, forward, reduction
         self.detach_noised_embedding = detach_noised_embedding
-        self.embedding = embedding
+        self.embedding, self.where = embedding, where
         self.shift_labels = shift_labels
         self.seed, self.step = seed, 0
         self.ignore_index = ignore_index
-        self.inplace = inplace
+        self.label_smoothing, self.divergence = label_smoothing, divergence
+        self.inplace, self.fused_linear, self.memory_budget = inplace, fused_linear, memory_budget
+        self._window: _Step | None = None
         self._measured: set[torch.dtype] = set()
         self._check()
         if embedding is not None and not isinstance(embedding, nn.Module | str):
             raise TypeError(f"R3F: embedding must be a module, a module's name or None, not {type(embedding).__name__}")
         if seed is not None:
             seed_tensor(seed, torch.device("cpu"))
+
+    @classmethod
+    def fairseq_classification(cls, **options: Any) -> R3F:
+        """fairseq's `sentence_prediction_r3f`: uniform noise, embeddings detached, both terms averaged over the batch."""
+        return cls(**{"noise_type": "uniform", "detach_noised_embedding": True, "reduction": "sentence", **options})
+
+    @classmethod
+    def fairseq_seq2seq(cls, **options: Any) -> R3F:
+        """fairseq's `label_smoothed_cross_entropy_r3f`: normal noise that sends gradients into the encoder's embeddings.
+
+        Its KL is summed over time and padding and divided by the batch size, so it grows with the sequence length; the
+        cross-entropy is averaged over tokens. `label_smoothing` (0.1 in the paper's recipes) is fairseq's: the smoothed mass
+        goes to the other classes.
+        """
+        return cls(**{"noise_type": "normal", "detach_noised_embedding": False, "reduction": "fairseq", **options})
 
     def __repr__(self) -> str:
         shown = ("eps", "r3f_lambda", "noise_type", *OPTIONS)
@@ -153,10 +224,41 @@ class R3F:
             given = getattr(self, name)
             if given not in valid and not (name == "reduction" and given is None):
                 raise unknown(name, given, valid)
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"R3F: label_smoothing must be in [0, 1), not {self.label_smoothing}")
+        if self.divergence == "js":
+            for name, given, served in (("grad", self.grad, "both"), ("fused_linear", self.fused_linear, False)):
+                if given != served:
+                    raise ValueError(f"R3F: divergence='js' goes with {name}={served!r}, not {given!r}")
         if self.dropout == "shared" and self.forward == "double_batch":
             raise ValueError("R3F: dropout='shared' needs forward='two_pass': a double batch draws all its masks in one go")
 
     # -- one step -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def window(self, token_offset: int | Tensor = 0) -> Iterator[None]:
+        """The calls inside are micro-batches of one step: they share its seed, and their tokens are counted on.
+
+            with r3f.window():
+                for micro_batch in micro_batches:
+                    r3f(model, num_items=tokens_in_all, **micro_batch).loss.backward()
+
+        Each token then gets the same noise however the batch is cut. Spread over processes, give each the number of tokens
+        that lie before its own (`fastpost.distributed.sum_before`) and the same integer `seed`. Padding is not counted.
+
+        Args:
+            token_offset: number of the first token.
+
+        Raises:
+            RuntimeError: a window is open already.
+        """
+        if self._window is not None:
+            raise RuntimeError("R3F: a window is open already")
+        self._window = _Step(token_offset)
+        try:
+            yield
+        finally:
+            self._window = None
 
     def __call__(self, model: Any, /, *, num_items: int | Tensor | None = None, **batch: Any) -> R3FOutput:
         """Runs the model on the batch, clean and noised.
@@ -165,7 +267,8 @@ class R3F:
             model: called as `model(**batch)` without the labels.
             num_items: what "token" and "sentence" divide by, instead of the labels of this batch that count (gradient
                 accumulation; transformers' `num_items_in_batch`, which is also taken from the batch).
-            batch: the model's inputs and `labels`: integers of shape (batch,) or (batch, time).
+            batch: the model's inputs and `labels`: integers of shape (batch,) or (batch, time). `sequence_ids` (batch, time)
+                may tell packed sequences apart; the model is not given them.
 
         Raises:
             ValueError: no labels; labels of the wrong shape, out of range or not integers (regression has no KL); a
@@ -175,7 +278,8 @@ class R3F:
         self._check()
         root = unwrap(model)
         labels = class_labels(root, batch, self.ignore_index)
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
+        told = {name: batch[name] for name in ("sequence_ids",) if name in batch}  # for us, not for the model
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", "num_items_in_batch", *told)}
         if num_items is None:
             num_items = batch.get("num_items_in_batch")
         if num_items is not None and self.reduction in ("fairseq", "sum"):
@@ -184,37 +288,49 @@ class R3F:
             raise ValueError(f"R3F: num_items must be > 0, not {num_items}")
         give_decoder_inputs(root, inputs, labels)
 
-        if self.r3f_lambda == 0 or not getattr(model, "training", True):
-            clean = logits_of(model(**inputs))
-            targets = self._targets(root, clean, labels)
-            task = self._task_loss(clean, targets, num_items)
-            return R3FOutput(task, task.detach(), torch.zeros_like(task), clean)
+        training = bool(getattr(model, "training", True))
+        head = find_head(root) if self.fused_linear and training else None
+        if self.r3f_lambda == 0 or not training:
+            clean = self._run(model, root, inputs, head)
+            targets = self._targets(root, clean, labels, head)
+            task = self._task_loss(clean, targets, num_items, head)
+            return R3FOutput(task, task.detach(), torch.zeros_like(task), clean if head is None else None)
 
-        clean, noised = self._both(model, root, inputs, labels)
-        targets = self._targets(root, clean, labels)
-        loss, task, kl = self._loss(clean, noised, targets, num_items)
-        return R3FOutput(loss, task.detach(), kl.detach(), None if self.inplace else clean)
+        clean, noised = self._both(model, root, inputs, labels, head, told)
+        targets = self._targets(root, clean, labels, head)
+        loss, task, kl = self._loss(clean, noised, targets, num_items, head)
+        return R3FOutput(loss, task.detach(), kl.detach(), None if self.inplace or head is not None else clean)
 
-    def _both(self, model: Any, root: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
-        embeds = inputs.get("inputs_embeds") if self.embedding is None else None
-        name, module = ("inputs_embeds", None) if embeds is not None else find_embedding(root, self.embedding)
-        device = embeds.device if embeds is not None else device_of(module, root, labels)
-        noise = Noise(self.eps, self.noise_type, self._seed(device), self.detach_noised_embedding, self._measured)
-        mask = inputs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) else None
+    def _run(self, model: Any, root: Any, inputs: dict[str, Any], head: Head | None) -> Tensor:
+        """One forward pass: logits, or the hidden states before `head`."""
+        if head is None:
+            return logits_of(model(**inputs))
+        with taken_out(root, head) as captured:
+            output = model(**inputs)
+        return hidden_of(root, head, output, captured)
 
+    def _both(
+        self, model: Any, root: Any, inputs: dict[str, Any], labels: Tensor, head: Head | None, told: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        step = self._window or _Step()
+        sequences = None
+        if self.noise_scale == "neftune":
+            ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+            sequences = sequence_numbers({**inputs, **told}, ids.shape[:2]) if isinstance(ids, Tensor) else None
+
+        places = self._places(root, inputs, labels, step, sequences)  # draws the seed, ahead of any dropout mask
         if self.forward == "double_batch":
             rows = labels.shape[0]
             inputs = {
                 key: torch.cat((value, value)) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
                 for key, value in inputs.items()
             }
-            both = logits_of(self._noised(model, root, inputs, name, module, noise, inputs.get("attention_mask"), rows))
+            both = self._noised(model, root, inputs, head, places, step, rows)
             if both.shape[0] != 2 * rows:
                 raise ValueError(
                     f"R3F: a double batch of {2 * rows} rows gave {both.shape[0]} rows of logits; use forward='two_pass'"
                 )
-            if self.inplace:
+            if self.inplace and head is None:
                 return writable_halves(both)
             clean, noised = both.chunk(2)  # gradients of two slices would each be padded to full size
             return clean, noised
@@ -222,63 +338,125 @@ class R3F:
         # What the clean pass draws is drawn again by the noised one.
         shared = torch.random.fork_rng(accelerators(root)) if self.dropout == "shared" else contextlib.nullcontext()
         with shared:
-            clean = logits_of(model(**inputs))
-        self._targets(root, clean, labels)  # what does not fit says so before the second pass
+            clean = self._run(model, root, inputs, head)
+        self._targets(root, clean, labels, head)  # what does not fit says so before the second pass
         # grad="clean" has no use for the noised pass's graph. The clean pass ran first, so that weights which autocast
         # cached have theirs.
         with torch.no_grad() if self.grad == "clean" else contextlib.nullcontext():
-            noised = logits_of(self._noised(model, root, inputs, name, module, noise, mask, None))
+            noised = self._noised(model, root, inputs, head, places, step, None)
         return clean, noised
+
+    def _places(
+        self, root: Any, inputs: dict[str, Any], labels: Tensor, step: _Step, sequences: Tensor | None
+    ) -> list[_Place]:
+        given = inputs.get("inputs_embeds") if self.embedding is None else None
+        if not is_encoder_decoder(root):
+            sides: tuple[str, ...] = ("encoder",)
+        else:
+            sides = ("encoder", "decoder") if self.where == "both" else (self.where,)
+        places = []
+        for side in sides:
+            own = sequences if side == "encoder" else None
+            if given is not None and side == "encoder":
+                places.append(_Place(side, "inputs_embeds", None, self._noise(step, given.device, side, own)))
+                continue
+            name, module = find_embedding(root, self.embedding, side)
+            noise = self._noise(step, device_of(module, root, labels), side, own)
+            place = _Place(side, name, module, noise)
+            if is_encoder_decoder(root):
+                # Where one module embeds for both sides, the encoder's run comes first.
+                place.first_only = side == "encoder"
+                shared = self.embedding is None and given is None and find_embedding(root)[1] is module
+                place.second_only = side == "decoder" and shared
+            places.append(place)
+        return places
 
     def _noised(
         self,
         model: Any,
         root: Any,
         inputs: dict[str, Any],
-        name: str,
-        module: nn.Module | None,
-        noise: Noise,
-        mask: Any,
+        head: Head | None,
+        places: list[_Place],
+        step: _Step,
         rows: int | None,
-    ) -> Any:
+    ) -> Tensor:
         """One forward pass with noise on all rows, or on those from `rows` on."""
-        mask = mask if isinstance(mask, Tensor) else None
-        if module is None:
-            embeds = inputs["inputs_embeds"]
-            first = rows or 0
-            keep = None
-            if mask is not None and mask.shape == embeds.shape[:-1]:
-                keep = mask[first:] != 0
-            noised = noise.add(embeds[first:], keep)
-            return model(**{**inputs, "inputs_embeds": torch.cat((embeds[:first], noised)) if first else noised})
-        with NoisyEmbedding(module, noise, mask, halves=rows is not None, first_only=is_encoder_decoder(root)) as embedding:
-            output = model(**inputs)
-        if embedding.calls == 0:
-            raise RuntimeError(
-                f"R3F: the embedding module {name!r} ({type(module).__name__}) was not called in the forward pass, so no "
-                "noise entered. Pass the module that embeds the input as embedding=. (A model compiled before its first R3F "
-                "step may ignore hooks; torch._dynamo.config.skip_nnmodule_hook_guards = False makes it look.)"
-            )
+        hooks: list[tuple[_Place, NoisyEmbedding]] = []
+        for place in places:
+            mask = inputs.get("attention_mask" if place.side == "encoder" else "decoder_attention_mask")
+            mask = mask if isinstance(mask, Tensor) else None
+            if place.module is not None:
+                hook = NoisyEmbedding(
+                    place.module,
+                    place.noise,
+                    mask,
+                    halves=rows is not None,
+                    first_only=place.first_only,
+                    second_only=place.second_only,
+                )
+                hooks.append((place, hook))
+                continue
+            embeds, first = inputs["inputs_embeds"], rows or 0
+            keep = mask[first:] != 0 if mask is not None and mask.shape == embeds.shape[:-1] else None
+            noised = place.noise.add(embeds[first:], keep)
+            inputs = {**inputs, "inputs_embeds": torch.cat((embeds[:first], noised)) if first else noised}
+        with contextlib.ExitStack() as entered:
+            for _, hook in hooks:
+                entered.enter_context(hook)
+            output = self._run(model, root, inputs, head)
+        for place, hook in hooks:
+            if hook.calls == 0:
+                raise RuntimeError(
+                    f"R3F: the embedding module {place.name!r} ({type(place.module).__name__}) was not called in the "
+                    "forward pass, so no noise entered. Pass the module that embeds the input as embedding=. (A model "
+                    "compiled before its first R3F step may ignore hooks; torch._dynamo.config.skip_nnmodule_hook_guards = "
+                    "False makes it look.)"
+                )
+        for place in places:
+            if place.noise.counted is not None:
+                step.counted[place.side] = step.counted.get(place.side, 0) + place.noise.counted
         return output
+
+    def _noise(self, step: _Step, device: torch.device, side: str, sequences: Tensor | None) -> Noise:
+        if not step.seeds:
+            self.step += self.seed is not None
+        if device not in step.seeds:
+            known = next(iter(step.seeds.values()), None)
+            step.seeds[device] = self._seed(device) if known is None else known.to(device)
+        seed = step.seeds[device] + (_SIDE if side == "decoder" else 0)
+        offset = step.offset + step.counted.get(side, 0)
+        if isinstance(offset, Tensor):
+            offset = offset.to(device)
+        return Noise(
+            self.eps,
+            self.noise_type,
+            seed,
+            self.detach_noised_embedding,
+            self._measured,
+            self.noise_scale,
+            offset,
+            sequences,
+        )
 
     def _seed(self, device: torch.device) -> Tensor:
         if self.seed is None:
             return fresh_seed(device)
-        self.step += 1
         return seed_tensor((self.seed + self.step - 1) % 2**64, device)
 
     # -- losses ---------------------------------------------------------------------------------------------------------
 
-    def _targets(self, root: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        """Labels in step with the rows of the logits."""
-        if logits.shape[-1] == 1:
+    def _targets(self, root: Any, logits: Tensor, labels: Tensor, head: Head | None = None) -> Tensor:
+        """Labels in step with the rows of the logits, or of the hidden states before a head."""
+        classes = logits.shape[-1] if head is None else head.linear.weight.shape[0]
+        if classes == 1:
             raise ValueError("R3F: the model has one output (regression); a KL divergence needs classes")
         if logits.shape[:-1] != labels.shape:
             raise ValueError(
                 f"R3F: labels have shape {tuple(labels.shape)}, logits {tuple(logits.shape)}; "
                 f"expected labels of shape {tuple(logits.shape[:-1])}"
             )
-        check_range(labels, logits.shape[-1], self.ignore_index)
+        check_range(labels, classes, self.ignore_index)
         labels = labels.to(logits.device)
         shift = self.shift_labels
         if shift is None:
@@ -291,25 +469,62 @@ class R3F:
     def _reduction(self, logits: Tensor) -> str:
         return self.reduction or ("sentence" if logits.ndim == 2 else "token")
 
-    def _task_loss(self, logits: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
+    def _task_loss(
+        self, logits: Tensor, targets: Tensor, num_items: int | Tensor | None, head: Head | None = None
+    ) -> Tensor:
         """Cross-entropy as torch computes it, reduced as `r3f_loss` reduces its own."""
+        if head is not None:
+            return self._fused(logits, logits, targets, num_items, head, 0.0)[0]
         flat = logits.reshape(-1, logits.shape[-1])
         if flat.dtype.itemsize < 4:
             flat = flat.float()
-        total = nn.functional.cross_entropy(flat, targets.reshape(-1), ignore_index=self.ignore_index, reduction="sum")
+        smoothing = self.label_smoothing
+        if self._reduction(logits) == "fairseq" and flat.shape[-1] > 1:  # there it goes to the other classes
+            smoothing *= flat.shape[-1] / (flat.shape[-1] - 1)
+        total = nn.functional.cross_entropy(
+            flat, targets.reshape(-1), ignore_index=self.ignore_index, reduction="sum", label_smoothing=smoothing
+        )
         if self._reduction(logits) == "sum":
             return total
         if num_items is None:
             num_items = (targets != self.ignore_index).sum().clamp(min=1)  # all ignored: 0, not NaN
         return total / num_items
 
+    def _fused(
+        self,
+        clean: Tensor,
+        noised: Tensor,
+        targets: Tensor,
+        num_items: int | Tensor | None,
+        head: Head,
+        r3f_lambda: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return linear_r3f_loss(
+            clean,
+            noised,
+            head.linear.weight,
+            targets,
+            bias=head.bias,
+            r3f_lambda=r3f_lambda,
+            reduction=self._reduction(clean),
+            ignore_index=self.ignore_index,
+            num_items=num_items,
+            label_smoothing=self.label_smoothing,
+            softcap=head.softcap,
+            temperature=head.temperature,
+            grad=self.grad,
+            memory_budget=self.memory_budget,
+        )
+
     def _loss(
-        self, clean: Tensor, noised: Tensor, targets: Tensor, num_items: int | Tensor | None
+        self, clean: Tensor, noised: Tensor, targets: Tensor, num_items: int | Tensor | None, head: Head | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         reduction = self._reduction(clean)
-        if self.grad == "noised":
+        if head is not None:
+            return self._fused(clean, noised, targets, num_items, head, self.r3f_lambda)
+        if self.grad == "noised" or self.divergence == "js":
             task = self._task_loss(clean, targets, num_items)
-            kl = self._teacher_kl(clean.detach(), noised, targets, num_items)
+            kl = self._divergence(clean.detach() if self.grad == "noised" else clean, noised, targets, num_items)
             return task + self.r3f_lambda * kl, task, kl
         if self.grad == "clean":
             noised = noised.detach()
@@ -323,18 +538,20 @@ class R3F:
             reduction=reduction,
             ignore_index=self.ignore_index,
             num_items=num_items,
+            label_smoothing=self.label_smoothing,
             inplace=self.inplace,
         )
         return out.loss, out.task_loss, out.symm_kl
 
-    def _teacher_kl(self, clean: Tensor, noised: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
-        """The KL alone, reduced as `r3f_loss` reduces it."""
+    def _divergence(self, clean: Tensor, noised: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
+        """The divergence alone, reduced as `r3f_loss` reduces it."""
+        function = symmetric_kl if self.divergence == "symmetric_kl" else js_divergence
         reduction = self._reduction(clean)
         if reduction == "fairseq":
-            return symmetric_kl(clean, noised, reduction="batchmean")
+            return function(clean, noised, reduction="batchmean")
         mask = targets != self.ignore_index
         if reduction == "sum":
-            return symmetric_kl(clean, noised, mask=mask, reduction="sum")
+            return function(clean, noised, mask=mask, reduction="sum")
         if num_items is None:
-            return symmetric_kl(clean, noised, mask=mask, reduction="mean")
-        return symmetric_kl(clean, noised, mask=mask, reduction="sum") / num_items
+            return function(clean, noised, mask=mask, reduction="mean")
+        return function(clean, noised, mask=mask, reduction="sum") / num_items

@@ -7,6 +7,7 @@ refuses.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from fastpost.errors import unknown
 from fastpost.ops.noise import add_noise, embedding_noise
+
+SCALES = ("absolute", "relative", "neftune")
 
 
 def unwrap(model: Any) -> Any:
@@ -35,13 +38,14 @@ def is_encoder_decoder(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def find_embedding(model: Any, embedding: nn.Module | str | None = None) -> tuple[str, nn.Module]:
+def find_embedding(model: Any, embedding: nn.Module | str | None = None, side: str = "encoder") -> tuple[str, nn.Module]:
     """The module whose output gets noise, and its name.
 
     Args:
         model: any module; wrappers are looked through.
         embedding: the module itself, its dotted name, or None for `model.get_input_embeddings()`; of an
-            encoder-decoder, that of the encoder (as in fairseq, where only the source side is noised).
+            encoder-decoder, that of one side.
+        side: "encoder" (as in fairseq, where only the source is noised) or "decoder".
 
     Raises:
         TypeError: `embedding` is neither module, name nor None.
@@ -58,8 +62,8 @@ def find_embedding(model: Any, embedding: nn.Module | str | None = None) -> tupl
     if embedding is not None:
         raise TypeError(f"R3F: embedding must be a module, a module's name or None, not {type(embedding).__name__}")
     owner = model
-    if is_encoder_decoder(model) and callable(getattr(model, "get_encoder", None)):
-        owner = model.get_encoder()
+    if is_encoder_decoder(model) and callable(getattr(model, f"get_{side}", None)):
+        owner = getattr(model, f"get_{side}")()
     found = None
     if callable(getattr(owner, "get_input_embeddings", None)):
         try:
@@ -88,6 +92,12 @@ class Noise:
         noise_type: "uniform" or "normal".
         seed: int64 scalar tensor.
         detach: the noised branch sends no gradient into the embedding (fairseq's classifier).
+        scale: what eps is multiplied by: "absolute": 1; "relative": the root mean square of the row; "neftune":
+            1 / sqrt(L * d), L the tokens of the row's own sequence and d its width.
+        offset: how many tokens of the step came before this batch, an integer or int64 scalar tensor.
+        sequences: int64 (batch, time), the number of each position's sequence within its row, for packed rows; None: a row
+            is a sequence.
+        counted: how many tokens got noise in the first call, as `offset` counts them; None before it.
         measured: dtypes whose resolution has been compared with eps; shared from step to step, so that a warning comes once.
     """
 
@@ -96,6 +106,43 @@ class Noise:
     seed: Tensor
     detach: bool = True
     measured: set[torch.dtype] = field(default_factory=set)
+    scale: str = "absolute"
+    offset: int | Tensor = 0
+    sequences: Tensor | None = None
+    counted: int | Tensor | None = None
+
+    def _drawn(self, x: Tensor, keep: Tensor | None, call: int) -> dict[str, Any]:
+        """Seed, token numbers and scales for rows like x (..., width)."""
+        index = None
+        if call == 0:
+            self.counted = math.prod(x.shape[:-1]) if keep is None else keep.sum()
+        if isinstance(self.offset, Tensor) or self.offset:
+            kept_rows = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if keep is None else keep
+            index = (kept_rows.reshape(-1).cumsum(0) - 1).reshape(kept_rows.shape) + self.offset
+        return {"seed": self.seed + call, "token_index": index, "scale": self._scales(x, keep)}
+
+    def _scales(self, x: Tensor, keep: Tensor | None) -> Tensor | None:
+        if self.scale == "absolute":
+            return None
+        width = x.shape[-1]
+        if self.scale == "relative":
+            work = torch.promote_types(x.dtype, torch.float32)
+            norm: Tensor = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=work)
+            scale: Tensor = norm / math.sqrt(width)
+            return scale
+        if x.ndim < 3:
+            raise ValueError(f"R3F: noise_scale='neftune' needs embeddings (batch, time, width), not {tuple(x.shape)}")
+        rows = x.shape[:-1]
+        tokens = torch.ones(rows, device=x.device) if keep is None else keep.float()
+        if self.sequences is None:
+            length = tokens.sum(-1, keepdim=True).expand(rows)
+        elif self.sequences.shape == rows:
+            per_sequence = torch.zeros_like(tokens).scatter_add_(-1, self.sequences, tokens)
+            length = per_sequence.gather(-1, self.sequences)
+        else:
+            raise ValueError(f"R3F: sequence ids have shape {tuple(self.sequences.shape)}, the embeddings {tuple(rows)}")
+        scales: Tensor = (length.clamp(min=1) * width).rsqrt()
+        return scales
 
     def add(self, x: Tensor, keep: Tensor | None, call: int = 0) -> Tensor:
         """x + noise, out of place, in float32 arithmetic.
@@ -105,34 +152,33 @@ class Noise:
             keep: bool of shape x.shape[:-1], False at padding; None for no padding.
             call: how often the embedding ran before in this forward pass; each call gets numbers of its own.
         """
+        drawn = self._drawn(x, keep, call)
         noised = add_noise(
-            x.detach() if self.detach else x,
-            self.eps,
-            self.noise_type,
-            seed=self.seed + call,
-            keep=keep,
-            out_dtype=handed_on(x),
+            x.detach() if self.detach else x, self.eps, self.noise_type, keep=keep, out_dtype=handed_on(x), **drawn
         )
-        self.measure(x, noised, keep, call)
+        self.measure(x, noised, keep, drawn)
         return noised
 
     def look_up(self, table: Tensor, ids: Tensor, keep: Tensor | None, padding_idx: int | None, call: int = 0) -> Tensor:
         """Rows of `table` for both halves of a double batch, (2 * B, ..., width), from one read of each row."""
+        weights = table.detach()
+        # Only a relative scale looks at values; the others at the shape.
+        drawn = self._drawn(weights[ids] if self.scale == "relative" else weights[0].expand(*ids.shape, -1), keep, call)
         clean, noised = embedding_noise(
             table,
             ids,
             self.eps,
             self.noise_type,
-            seed=self.seed + call,
             keep=keep,
             out_dtype=handed_on(table),
             padding_idx=padding_idx,
             detach_noised=self.detach,
+            **drawn,
         )
-        self.measure(clean, noised, keep, call)
+        self.measure(clean, noised, keep, drawn)
         return torch.cat((clean, noised))  # in float32 where only the noised half is
 
-    def measure(self, clean: Tensor, noised: Tensor, keep: Tensor | None, call: int) -> None:
+    def measure(self, clean: Tensor, noised: Tensor, keep: Tensor | None, drawn: Mapping[str, Any]) -> None:
         """Warns, once per dtype, when what was stored is not the noise that was meant.
 
         Noise far below the last bit of an embedding value is rounded away in most places and blown up in a few, so R3F
@@ -144,7 +190,7 @@ class Noise:
         with torch.no_grad():
             work = torch.promote_types(noised.dtype, torch.float32)
             zeros = torch.zeros_like(clean, dtype=work)
-            meant = add_noise(zeros, self.eps, self.noise_type, seed=self.seed + call, keep=keep).double()
+            meant = add_noise(zeros, self.eps, self.noise_type, keep=keep, **drawn).double()
             stored = noised.double() - clean.double()
             intended, norm, dot = float(meant.norm()), float(stored.norm()), float((stored * meant).sum())
             size = float(clean.double().square().mean().sqrt()) if clean.numel() else 0.0
@@ -152,11 +198,13 @@ class Noise:
             return
         ratio, cosine = norm / intended, dot / (norm * intended) if norm else 0.0
         if cosine < 0.5 or not 0.5 <= ratio <= 2:
+            resolution = torch.finfo(noised.dtype).eps
+            enough = {"absolute": size * resolution, "relative": resolution}.get(self.scale)
+            remedy = "a larger eps" if enough is None else f"eps of at least about {enough:.1g}"
             warnings.warn(
                 f"R3F: eps={self.eps:g} is below what {str(noised.dtype).removeprefix('torch.')} resolves beside embedding "
                 f"values of about {size:.2g}: the noise as stored has {ratio:.2f} times the norm that was meant and cosine "
-                f"{cosine:.2f} with it. Keep the embedding in float32 (float32 weights under autocast), or use eps of at "
-                f"least about {size * torch.finfo(noised.dtype).eps:.1g}."
+                f"{cosine:.2f} with it. Keep the embedding in float32 (float32 weights under autocast), or use {remedy}."
             )
 
 
@@ -169,6 +217,34 @@ def handed_on(x: Tensor) -> torch.dtype:
     if x.dtype.itemsize < 4 and x.is_cuda and torch.is_autocast_enabled("cuda"):
         return torch.float32
     return x.dtype
+
+
+def sequence_numbers(inputs: Mapping[str, Any], rows: torch.Size) -> Tensor | None:
+    """The number of each position's sequence within its row, for rows that hold several: int64 of shape `rows`, or None.
+
+    A sequence begins where a given `sequence_ids` or `seq_idx` changes, where an attention mask changes (some packers number
+    their sequences in it) or where `position_ids` do not count on.
+
+    Raises:
+        ValueError: the batch is packed (an attention mask of blocks, or cumulative lengths) and says nothing of these.
+    """
+    tells = {name: inputs[name] for name in ("sequence_ids", "seq_idx", "position_ids", "attention_mask") if name in inputs}
+    tells = {k: t for k, t in tells.items() if isinstance(t, Tensor) and t.ndim == 2 and t.shape[-1] == rows[-1]}
+    mask = inputs.get("attention_mask")
+    packed = [name for name in inputs if name.startswith(("cu_seq_lens", "cu_seqlens"))]
+    if isinstance(mask, Tensor) and mask.ndim > 2:
+        packed.append("an attention mask of blocks")
+    if packed and not tells.keys() - {"attention_mask"}:
+        raise ValueError(
+            f"R3F: noise_scale='neftune' needs each sequence's length, and this batch is packed ({packed[0]}): add "
+            "sequence_ids (batch, time), or position_ids that begin anew with each sequence"
+        )
+    if not tells:
+        return None
+    begins = torch.zeros(rows, dtype=torch.bool, device=next(iter(tells.values())).device)
+    for name, t in tells.items():
+        begins[:, 1:] |= t[:, 1:] != t[:, :-1] + (name == "position_ids")
+    return begins.cumsum(-1)
 
 
 def kept(ids: Tensor, attention_mask: Tensor | None, padding_idx: int | None) -> Tensor | None:
@@ -200,9 +276,11 @@ class NoisyEmbedding:
         halves: the call is a double batch.
         first_only: noise only at the module's first call in the forward pass (an encoder-decoder may share the module with
             its decoder, which runs second).
+        second_only: only at its second.
 
     Attributes:
-        calls: how often the module ran with noise.
+        runs: how often the module ran.
+        calls: how often with noise.
     """
 
     def __init__(
@@ -213,10 +291,12 @@ class NoisyEmbedding:
         *,
         halves: bool = False,
         first_only: bool = False,
+        second_only: bool = False,
     ) -> None:
         self.module, self.noise, self.attention_mask = module, noise, attention_mask
-        self.halves, self.first_only = halves, first_only
-        self.calls = 0
+        self.halves = halves
+        self.only = 1 if first_only else 2 if second_only else None
+        self.runs = self.calls = 0
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> NoisyEmbedding:
@@ -240,7 +320,9 @@ class NoisyEmbedding:
             self._undo.pop()()
 
     def _off(self) -> bool:
-        return self.first_only and self.calls > 0
+        """Counts a run; whether it stays without noise."""
+        self.runs += 1
+        return self.only is not None and self.runs != self.only
 
     def _padding_idx(self) -> int | None:
         index = getattr(self.module, "padding_idx", None)

@@ -1,0 +1,443 @@
+"""R3F on language models: the fused head, one step over many micro-batches, scales of noise, sides of an encoder-decoder."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+
+from fastpost import R3F
+from fastpost.ops.noise import add_noise
+from fastpost.ops.params import seed_tensor
+from fastpost.r3f.noise import sequence_numbers
+from tests.conftest import same_bits
+from tests.tiny import VOCABULARY, batch_for, build, gradients
+
+WITH_HEAD = ("causal", "llama", "masked_lm", "seq2seq", "t5", "decoder")
+FORWARDS = ("two_pass", "double_batch")
+
+
+def family(name: str) -> nn.Module:
+    """Models that change their logits after the head."""
+    small = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+    }
+    torch.manual_seed(3)
+    if name == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**small, head_dim=12, final_logit_softcapping=2.0)).train()
+    return GraniteForCausalLM(GraniteConfig(**small, logits_scaling=3.0)).train()
+
+
+def agree(model: nn.Module, batch: dict[str, Any], tolerance: float = 1e-5, **options: Any) -> None:
+    """The fused head gives the same loss and gradients as logits held whole."""
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(5)
+        out = R3F(eps=1e-2, seed=7, fused_linear=fused, **options)(model, **batch)
+        assert (out.logits is None) == fused
+        found.append((out, gradients(model, out.loss)))
+    (whole, expected), (ours, got) = found
+    assert float(ours.loss.detach()) == pytest.approx(float(whole.loss.detach()), rel=tolerance)
+    assert float(ours.symm_kl) == pytest.approx(float(whole.symm_kl), rel=1e-3, abs=1e-12)
+    for name, gradient in expected.items():
+        # beside the largest gradient: a bias under softmax may have a gradient of exactly nothing
+        size = max(float(g.norm()) for g in expected.values())
+        assert float((got[name] - gradient).norm()) <= 10 * tolerance * max(float(gradient.norm()), 1e-3 * size), name
+
+
+# -- the fused head -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", WITH_HEAD)
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_fused_head_equals_whole_logits(kind: str, forward: str) -> None:
+    agree(build(kind), batch_for(kind), forward=forward)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite"])
+def test_what_a_model_does_after_its_head(name: str) -> None:
+    agree(family(name), batch_for("causal"))
+
+
+@pytest.mark.parametrize("options", [
+    {"grad": "noised"}, {"grad": "clean"}, {"reduction": "sum"}, {"reduction": "fairseq", "label_smoothing": 0.1},
+    {"label_smoothing": 0.1}, {"r3f_lambda": 0.0}, {"dropout": "shared"}, {"memory_budget": 200_000},
+], ids=str)  # fmt: skip
+def test_fused_head_under_every_option(options: dict[str, Any]) -> None:
+    agree(build("causal", dropout=0.1), batch_for("causal"), **options)
+
+
+def test_a_bias_that_the_model_adds_itself() -> None:
+    model = build("seq2seq")
+    model.final_logits_bias = torch.randn(1, VOCABULARY)
+    before = model.final_logits_bias
+    agree(model, batch_for("seq2seq"))
+    assert model.final_logits_bias is before
+
+
+def test_eval_mode_gives_logits() -> None:
+    model = build("causal").eval()
+    out = R3F(fused_linear=True)(model, **batch_for("causal"))
+    assert out.logits is not None
+    assert same_bits(out.loss, model(**batch_for("causal")).loss)
+
+
+def test_the_head_is_back_after_an_exception() -> None:
+    model, batch = build("causal"), batch_for("causal")
+    handle = model.transformer.ln_f.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        R3F(fused_linear=True)(model, **batch)
+    handle.remove()
+    assert "forward" not in model.lm_head.__dict__
+    assert model(**batch).logits.shape[-1] == VOCABULARY
+
+
+def test_heads_that_cannot_be_fused() -> None:
+    with pytest.raises(ValueError, match="plain nn.Linear; in BertForSequenceClassification it is missing"):
+        R3F(fused_linear=True)(build("sequence"), **batch_for("sequence"))
+    model = build("causal")
+    model.register_forward_hook(lambda m, a, out: setattr(out, "logits", out.logits * 1.5))
+    with pytest.raises(ValueError, match="changes its logits after the head in a way that fused_linear does not know"):
+        R3F(fused_linear=True)(model, **batch_for("causal"))
+
+
+def test_a_budget_too_small() -> None:
+    with pytest.raises(ValueError, match="memory_budget of 100 bytes"):
+        R3F(fused_linear=True, memory_budget=100)(build("causal"), **batch_for("causal"))
+
+
+# -- one step, many micro-batches -----------------------------------------------------------------------------------------
+
+
+def tokens(batch: dict[str, Tensor]) -> int:
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+@pytest.mark.parametrize("kind", ["causal", "llama"])
+@pytest.mark.parametrize("forward", FORWARDS)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("scale", ["absolute", "relative", "neftune"])
+def test_a_step_is_the_same_however_it_is_cut(kind: str, forward: str, fused: bool, scale: str) -> None:
+    model, batch = build(kind), batch_for(kind)
+    everything = tokens(batch)
+    found = []
+    for cuts in ([slice(0, 4)], [slice(0, 1), slice(1, 4)], [slice(0, 2), slice(2, 3), slice(3, 4)]):
+        r3f = R3F(eps=0.1, seed=3, forward=forward, fused_linear=fused, noise_scale=scale)
+        model.zero_grad()
+        losses = []
+        with r3f.window():
+            for rows in cuts:
+                micro = {name: value[rows] for name, value in batch.items()}
+                out = r3f(model, num_items=everything, **micro)
+                out.loss.backward()
+                losses.append(out.loss.detach().double())
+        assert r3f.step == 1
+        found.append((float(sum(losses)), {n: p.grad.clone() for n, p in model.named_parameters()}))
+    for loss, grads in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-6)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, found[0][1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_on_their_own_draw_other_numbers() -> None:
+    model, batch = build("causal"), batch_for("causal")
+    everything = tokens(batch)
+    whole = R3F(eps=0.1, seed=3)(model, num_items=everything, **batch)
+    r3f = R3F(eps=0.1, seed=3)
+    parts = [r3f(model, num_items=everything, **{k: v[i : i + 2] for k, v in batch.items()}) for i in (0, 2)]
+    assert abs(float(sum(p.symm_kl for p in parts)) / float(whole.symm_kl) - 1) > 1e-3
+    assert r3f.step == 2
+
+
+def test_a_rank_starts_where_the_others_end() -> None:
+    model, batch = build("causal"), batch_for("causal")
+    everything = tokens(batch)
+    whole = R3F(eps=0.1, seed=3)(model, num_items=everything, **batch)
+    parts = []
+    for rows, before in ((slice(0, 2), 0), (slice(2, 4), torch.tensor(int(batch["attention_mask"][:2].sum())))):
+        r3f = R3F(eps=0.1, seed=3)
+        with r3f.window(token_offset=before):
+            parts.append(r3f(model, num_items=everything, **{k: v[rows] for k, v in batch.items()}))
+    assert float(sum(p.symm_kl for p in parts)) == pytest.approx(float(whole.symm_kl), rel=1e-5)
+
+
+def test_windows_do_not_nest_and_close() -> None:
+    r3f = R3F()
+    with r3f.window(), pytest.raises(RuntimeError, match="open already"), r3f.window():
+        pass
+    with pytest.raises(ZeroDivisionError), r3f.window():
+        raise ZeroDivisionError
+    with r3f.window():
+        pass
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+@pytest.mark.parametrize("kind", ["causal", "llama", "sequence"])
+def test_gradient_checkpointing_changes_nothing(kind: str, forward: str) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = build(kind, dropout=0.1)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(4)
+        out = R3F(eps=0.1, seed=3, forward=forward)(model, **batch_for(kind))
+        found.append(gradients(model, out.loss))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+# -- scales of noise ------------------------------------------------------------------------------------------------------
+
+
+class Seen:
+    """What an embedding module handed on, with noise, pass by pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.outputs: list[Tensor] = []
+        self.module = module
+
+    def noise_of(self, r3f: R3F, model: nn.Module, **batch: Any) -> Tensor:
+        first = next(m for m in model.modules() if isinstance(m, nn.LayerNorm | nn.Dropout) or "RMSNorm" in type(m).__name__)
+        handle = first.register_forward_pre_hook(lambda m, args: self.outputs.append(args[0].detach().double()))
+        try:
+            r3f(model, **batch)
+        finally:
+            handle.remove()
+        clean, noised = self.outputs[-2:]
+        return noised - clean
+
+
+def packed() -> tuple[dict[str, Tensor], list[int]]:
+    """Sequences of 5, 3 and 7 tokens: one after the other in one row."""
+    g = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, VOCABULARY, (1, 15), generator=g)
+    position = torch.cat([torch.arange(n) for n in (5, 3, 7)])[None]
+    return {"input_ids": ids, "position_ids": position, "labels": ids.clone()}, [5] * 5 + [3] * 3 + [7] * 7
+
+
+def test_neftune_scale_is_each_sequences_own() -> None:
+    model, (batch, lengths) = build("llama"), packed()
+    alpha, width = 5.0, 24
+    expected = torch.tensor([alpha / math.sqrt(n * width) for n in lengths])
+    z = add_noise(torch.zeros(15, width), 1.0, "uniform", seed=seed_tensor(3, torch.device("cpu")))
+    noise = Seen(model).noise_of(R3F(alpha, noise_scale="neftune", seed=3), model, **batch)
+    torch.testing.assert_close(noise[0], (z * expected[:, None]).double(), rtol=1e-5, atol=1e-5)
+
+    # the same sequences in rows of their own, padded: the same tokens get the same noise
+    rows = [batch["input_ids"][0, a:b] for a, b in ((0, 5), (5, 8), (8, 15))]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+    alone = Seen(model).noise_of(
+        R3F(alpha, noise_scale="neftune", seed=3), model, input_ids=ids, attention_mask=mask, labels=ids
+    )
+    torch.testing.assert_close(alone[mask.bool()], noise[0], rtol=1e-5, atol=2e-6)
+    assert not alone[~mask.bool()].any()
+
+
+@pytest.mark.parametrize("told", ["sequence_ids", "seq_idx", "position_ids", "attention_mask"])
+def test_packed_sequences_are_told_apart(told: str) -> None:
+    numbers = torch.tensor([[1] * 5 + [2] * 3 + [3] * 7])
+    if told == "position_ids":
+        numbers = torch.cat([torch.arange(n) for n in (5, 3, 7)])[None]
+    found = sequence_numbers({told: numbers}, torch.Size((1, 15)))
+    assert found is not None
+    assert found.tolist() == [[0] * 5 + [1] * 3 + [2] * 7]
+
+
+def test_packed_rows_that_do_not_say_so() -> None:
+    with pytest.raises(ValueError, match="this batch is packed .cu_seq_lens_q.: add sequence_ids"):
+        sequence_numbers(
+            {"cu_seq_lens_q": torch.tensor([0, 5, 15]), "attention_mask": torch.ones(1, 15)}, torch.Size((1, 15))
+        )
+    with pytest.raises(ValueError, match="an attention mask of blocks"):
+        sequence_numbers({"attention_mask": torch.ones(1, 1, 15, 15)}, torch.Size((1, 15)))
+    assert sequence_numbers({}, torch.Size((1, 15))) is None
+
+
+def test_sequence_ids_are_not_given_to_the_model() -> None:
+    model, (batch, _) = build("llama"), packed()
+    ids = torch.tensor([[1] * 5 + [2] * 3 + [3] * 7])
+    with_ids = R3F(5.0, noise_scale="neftune", seed=3)(model, sequence_ids=ids, **batch)
+    assert float(with_ids.symm_kl) == float(R3F(5.0, noise_scale="neftune", seed=3)(model, **batch).symm_kl)
+    model.eval()
+    R3F()(model, sequence_ids=ids, **batch)
+
+
+def test_relative_scale_follows_the_row() -> None:
+    model, batch = build("llama"), batch_for("causal")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(torch.rand(VOCABULARY, 1) * 4)
+    noise = Seen(model).noise_of(R3F(0.01, noise_scale="relative", seed=3), model, **batch)
+    rows = model.get_input_embeddings()(batch["input_ids"]).detach().double()
+    z = noise / (0.01 * rows.square().mean(-1, keepdim=True).sqrt())
+    kept = batch["attention_mask"].bool()
+    assert float(z[kept].abs().max()) <= 1 + 1e-3
+    assert float(z[kept].square().mean()) == pytest.approx(1 / 3, rel=0.1)
+
+
+def test_relative_noise_names_its_remedy_in_bfloat16() -> None:
+    model = build("llama", dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match="use eps of at least about 0.008"):
+        R3F(1e-4, noise_scale="relative")(model, **batch_for("causal"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        R3F(0.05, noise_scale="relative")(model, **batch_for("causal"))
+
+
+# -- encoder-decoders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "t5"])
+@pytest.mark.parametrize("forward", FORWARDS)
+@pytest.mark.parametrize("where", ["encoder", "decoder", "both"])
+def test_sides_of_an_encoder_decoder(kind: str, forward: str, where: str) -> None:
+    model, batch = build(kind), batch_for(kind)
+    noised: dict[str, bool] = {}
+    handles = []
+    for side in ("encoder", "decoder"):
+        stack = getattr(model, f"get_{side}")()
+        seen: list[Tensor] = []
+        norm = next(m for m in stack.modules() if "Norm" in type(m).__name__)
+        handles.append(norm.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0].detach())))
+        noised[side] = seen
+    R3F(eps=0.1, seed=3, forward=forward, where=where)(model, **batch)
+    for handle in handles:
+        handle.remove()
+    moved = {}
+    for side, seen in noised.items():
+        first, second = seen[0].chunk(2) if forward == "double_batch" else (seen[0], seen[len(seen) // 2])
+        moved[side] = not torch.equal(first, second)
+    if where == "decoder":
+        assert moved == {"encoder": False, "decoder": True}
+    else:  # T5's norms see the embeddings; a decoder norm may lie behind cross-attention
+        assert moved["encoder"]
+    assert all(not m._forward_hooks and "forward" not in m.__dict__ for m in model.modules())
+
+
+def test_both_sides_draw_numbers_of_their_own() -> None:
+    model = build("t5")
+    batch = batch_for("t5")
+    batch["decoder_input_ids"] = batch["input_ids"].clone()
+    found = []
+    shared = model.get_encoder().get_input_embeddings()
+    real = shared.forward
+    r3f = R3F(eps=0.1, seed=3, where="both", detach_noised_embedding=False)
+    handles = [
+        getattr(model, f"get_{side}")().dropout.register_forward_pre_hook(lambda m, a: found.append(a[0].detach()))
+        for side in ("encoder", "decoder")
+    ]
+    r3f(model, **batch)
+    for handle in handles:
+        handle.remove()
+    clean = real(batch["input_ids"]).detach()
+    moved = [x - clean for x in found if x.shape == clean.shape and not torch.equal(x, clean)]
+    assert len(moved) >= 2
+    assert not torch.equal(moved[0], moved[-1])
+
+
+# -- presets --------------------------------------------------------------------------------------------------------------
+
+
+def test_presets_are_fairseqs() -> None:
+    classification, seq2seq = R3F.fairseq_classification(), R3F.fairseq_seq2seq(label_smoothing=0.1, eps=1e-3)
+    shown = ("eps", "r3f_lambda", "noise_type", "detach_noised_embedding", "reduction", "label_smoothing")
+    assert [getattr(classification, k) for k in shown] == [1e-5, 1.0, "uniform", True, "sentence", 0.0]
+    assert [getattr(seq2seq, k) for k in shown] == [1e-3, 1.0, "normal", False, "fairseq", 0.1]
+
+
+def test_fairseq_seq2seq_follows_the_formula() -> None:
+    """Label smoothing over the other classes, per token; the KL over time and padding, per sentence."""
+    model, batch = build("seq2seq"), batch_for("seq2seq", pads=3)
+    epsilon, weight = 0.1, 0.7
+    out = R3F.fairseq_seq2seq(eps=0.05, r3f_lambda=weight, label_smoothing=epsilon, seed=3)(model, **batch)
+    logits = out.logits.double()
+    noised = R3F.fairseq_seq2seq(eps=0.05, seed=3, grad="both")  # the same noise again, for its logits
+    captured: list[Tensor] = []
+    handle = model.register_forward_hook(lambda m, a, o: captured.append(o.logits.detach().double()))
+    noised(model, **batch)
+    handle.remove()
+    other = captured[-1]
+    labels, counts = batch["labels"], batch["labels"] != -100
+    log_p = logits.log_softmax(-1)
+    nll = -log_p.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    each = epsilon / (VOCABULARY - 1)
+    smoothed = (1 - epsilon - each) * nll - each * log_p.sum(-1)
+    log_q = other.log_softmax(-1)
+    kl = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum() / len(labels)
+    assert float(out.task_loss) == pytest.approx(float(smoothed[counts].mean().detach()), rel=1e-6)
+    assert float(out.symm_kl) == pytest.approx(float(kl.detach()), rel=1e-4)
+    assert float(out.loss.detach()) == pytest.approx(float(out.task_loss) + weight * float(out.symm_kl), rel=1e-6)
+
+
+# -- the Jensen-Shannon divergence ----------------------------------------------------------------------------------------
+
+
+def test_js_in_place_of_the_symmetric_kl() -> None:
+    model, batch = build("causal"), batch_for("causal")
+    found = {}
+    for divergence in ("symmetric_kl", "js"):
+        out = R3F(eps=0.02, seed=3, divergence=divergence)(model, **batch)
+        found[divergence] = float(out.symm_kl)
+        assert float(out.loss.detach()) == pytest.approx(float(out.task_loss) + found[divergence], rel=1e-6)
+    assert found["js"] == pytest.approx(found["symmetric_kl"] / 8, rel=0.05)
+
+
+# -- options --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"noise_scale": "neftun"}, "neftune"),
+    ({"where": "middle"}, "encoder"),
+    ({"divergence": "kl"}, "symmetric_kl"),
+    ({"label_smoothing": 1.0}, "label_smoothing"),
+    ({"divergence": "js", "fused_linear": True}, "divergence='js' goes with fused_linear=False"),
+    ({"divergence": "js", "grad": "clean"}, "divergence='js' goes with grad='both'"),
+])  # fmt: skip
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        R3F(**options)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "causal"])
+def test_label_smoothing_is_that_of_torch(kind: str) -> None:
+    model, batch = build(kind), batch_for(kind)
+    out = R3F(eps=1e-3, label_smoothing=0.1)(model, **batch)
+    logits, labels = out.logits.detach(), batch["labels"]
+    if kind == "causal":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    expected = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), label_smoothing=0.1)
+    assert float(out.task_loss) == pytest.approx(float(expected), rel=1e-6)
+
+
+# -- PEFT -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["causal", "llama"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_lora(kind: str, fused: bool) -> None:
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    base = build(kind)
+    targets = ["c_attn"] if kind == "causal" else ["q_proj", "v_proj"]
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=targets, lora_dropout=0.0)).train()
+    batch = batch_for("causal")
+    out = R3F(eps=0.05, seed=3, fused_linear=fused)(model, **batch)
+    plain = R3F(eps=0.05, seed=3)(base, **batch)  # adapters start at nothing
+    assert float(out.loss.detach()) == pytest.approx(float(plain.loss.detach()), rel=1e-5)
+    out.loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert any(float(p.grad.norm()) > 0 for p in model.parameters() if p.grad is not None)
