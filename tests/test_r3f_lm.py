@@ -7,6 +7,7 @@ import math
 import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ def test_the_head_is_back_after_an_exception() -> None:
 
 
 def test_heads_that_cannot_be_fused() -> None:
-    with pytest.raises(ValueError, match="plain nn.Linear; in BertForSequenceClassification it is missing"):
+    with pytest.raises(ValueError, match=r"plain nn\.Linear; in BertForSequenceClassification it is missing"):
         R3F(fused_linear=True)(build("sequence"), **batch_for("sequence"))
     model = build("causal")
     model.register_forward_hook(lambda m, a, out: setattr(out, "logits", out.logits * 1.5))
@@ -196,7 +197,7 @@ def test_gradient_checkpointing_changes_nothing(kind: str, forward: str) -> None
         out = R3F(eps=0.1, seed=3, forward=forward)(model, **batch_for(kind))
         found.append(gradients(model, out.loss))
     for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
+        assert float((found[1][name] - gradient).norm()) <= 1e-5 * float(gradient.norm()) + 1e-6, name
 
 
 # -- scales of noise ------------------------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def test_packed_sequences_are_told_apart(told: str) -> None:
 
 
 def test_packed_rows_that_do_not_say_so() -> None:
-    with pytest.raises(ValueError, match="this batch is packed .cu_seq_lens_q.: add sequence_ids"):
+    with pytest.raises(ValueError, match=r"this batch is packed \(cu_seq_lens_q\): add sequence_ids"):
         sequence_numbers(
             {"cu_seq_lens_q": torch.tensor([0, 5, 15]), "attention_mask": torch.ones(1, 15)}, torch.Size((1, 15))
         )
@@ -428,7 +429,6 @@ def test_label_smoothing_is_that_of_torch(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["causal", "llama"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_lora(kind: str, fused: bool) -> None:
-    peft = pytest.importorskip("peft", reason="pip install peft")
     base = build(kind)
     targets = ["c_attn"] if kind == "causal" else ["q_proj", "v_proj"]
     model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=targets, lora_dropout=0.0)).train()

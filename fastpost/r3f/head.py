@@ -53,7 +53,8 @@ def find_head(root: Any) -> Head:
     """
     get = getattr(root, "get_output_embeddings", None)
     linear = get() if callable(get) else None
-    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+    # FSDP2 gives its modules classes of their own; what counts is the forward pass.
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__:
         kind = "missing" if linear is None else type(linear).__name__
         raise ValueError(
             f"R3F: fused_linear needs a model whose get_output_embeddings() is a plain nn.Linear; in "
