@@ -22,6 +22,7 @@ _HOME = {
     "flatten_parameters": "fastpost.flat",
     "symmetric_kl": "fastpost.ops.divergence",
     "r3f_loss": "fastpost.ops.divergence",
+    "js_divergence": "fastpost.ops.jensen_shannon",
     "linear_r3f_loss": "fastpost.ops.linear_divergence",
     "linear_symmetric_kl": "fastpost.ops.linear_divergence",
     "add_noise": "fastpost.ops.noise",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from fastpost.gap import GapResult as GapResult
     from fastpost.ops.divergence import r3f_loss as r3f_loss
     from fastpost.ops.divergence import symmetric_kl as symmetric_kl
+    from fastpost.ops.jensen_shannon import js_divergence as js_divergence
     from fastpost.ops.linear_divergence import linear_r3f_loss as linear_r3f_loss
     from fastpost.ops.linear_divergence import linear_symmetric_kl as linear_symmetric_kl
     from fastpost.ops.noise import add_noise as add_noise

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastpost.ops import (
-    linear_divergence,  # noqa: F401, registers its operation
+    jensen_shannon,  # noqa: F401, registers its operation
+    linear_divergence,  # noqa: F401, as well
     params,
 )
 from fastpost.ops.divergence import r3f_loss, symmetric_kl
@@ -101,6 +102,9 @@ SAMPLES: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "add_noise": noise_samples,
     "embedding_noise": embedding_samples,
     "linear_divergence": linear_samples,
+    "js_rows": lambda: iter(
+        [(*tensors((4, 40), (4, 40)), w, x) for w in (None, torch.rand(4).double()) for x in (True, False)]
+    ),
     "divergence_rows": divergence_samples,
     "divergence_rows_": divergence_samples,
     "scale_rows_": lambda: iter([(*tensors((4, 40)), torch.rand(n, dtype=torch.float64)) for n in (1, 4)]),
