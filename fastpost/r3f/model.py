@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,28 +15,12 @@ from fastpost.errors import unknown
 from fastpost.ops.divergence import r3f_loss, symmetric_kl
 from fastpost.ops.jensen_shannon import js_divergence
 from fastpost.ops.linear_divergence import linear_r3f_loss
-from fastpost.ops.noise import check_noise, fresh_seed
+from fastpost.ops.noise import check_noise
 from fastpost.ops.params import seed_tensor
-from fastpost.r3f.conventions import (
-    accelerators,
-    check_range,
-    class_labels,
-    device_of,
-    give_decoder_inputs,
-    logits_of,
-    shifts_labels,
-)
-from fastpost.r3f.halves import writable_halves
-from fastpost.r3f.head import Head, find_head, hidden_of, taken_out
-from fastpost.r3f.noise import (
-    SCALES,
-    Noise,
-    NoisyEmbedding,
-    find_embedding,
-    is_encoder_decoder,
-    sequence_numbers,
-    unwrap,
-)
+from fastpost.r3f.conventions import class_labels, give_decoder_inputs
+from fastpost.r3f.head import Head, find_head
+from fastpost.r3f.noise import SCALES, unwrap
+from fastpost.r3f.passes import Passes, Step
 
 OPTIONS = {
     "grad": ("both", "noised", "clean"),
@@ -47,7 +31,6 @@ OPTIONS = {
     "where": ("encoder", "decoder", "both"),
     "divergence": ("symmetric_kl", "js"),
 }
-_SIDE = 1 << 32  # between the seeds of the two sides of an encoder-decoder
 
 
 @dataclass
@@ -71,27 +54,6 @@ class R3FOutput:
         if name not in self.__dataclass_fields__:
             raise KeyError(name)
         return getattr(self, name)
-
-
-@dataclass
-class _Place:
-    """Where noise enters in one call: side of the model, the module that embeds there (None: `inputs_embeds`), the noise."""
-
-    side: str
-    name: str
-    module: nn.Module | None
-    noise: Noise
-    first_only: bool = False
-    second_only: bool = False
-
-
-@dataclass
-class _Step:
-    """One optimizer step: its seed per device, and how many tokens have been seen on each side of the model."""
-
-    offset: int | Tensor = 0
-    seeds: dict[torch.device, Tensor] = field(default_factory=dict)
-    counted: dict[str, int | Tensor] = field(default_factory=dict)
 
 
 class R3F:
@@ -188,7 +150,7 @@ class R3F:
         self.ignore_index = ignore_index
         self.label_smoothing, self.divergence = label_smoothing, divergence
         self.inplace, self.fused_linear, self.memory_budget = inplace, fused_linear, memory_budget
-        self._window: _Step | None = None
+        self._window: Step | None = None
         self._measured: set[torch.dtype] = set()
         self._check()
         if embedding is not None and not isinstance(embedding, nn.Module | str):
@@ -254,7 +216,7 @@ class R3F:
         """
         if self._window is not None:
             raise RuntimeError("R3F: a window is open already")
-        self._window = _Step(token_offset)
+        self._window = Step(token_offset)
         try:
             yield
         finally:
@@ -290,181 +252,17 @@ class R3F:
 
         training = bool(getattr(model, "training", True))
         head = find_head(root) if self.fused_linear and training else None
+        passes = Passes(self, model, root, inputs, told, labels, head, self._window or Step())
         if self.r3f_lambda == 0 or not training:
-            clean = self._run(model, root, inputs, head)
-            targets = self._targets(root, clean, labels, head)
-            task = self._task_loss(clean, targets, num_items, head)
+            clean = passes.run()
+            task = self._task_loss(clean, passes.targets(clean), num_items, head)
             return R3FOutput(task, task.detach(), torch.zeros_like(task), clean if head is None else None)
 
-        clean, noised = self._both(model, root, inputs, labels, head, told)
-        targets = self._targets(root, clean, labels, head)
-        loss, task, kl = self._loss(clean, noised, targets, num_items, head)
+        clean, noised = passes.both()
+        loss, task, kl = self._loss(clean, noised, passes.targets(clean), num_items, head)
         return R3FOutput(loss, task.detach(), kl.detach(), None if self.inplace or head is not None else clean)
 
-    def _run(self, model: Any, root: Any, inputs: dict[str, Any], head: Head | None) -> Tensor:
-        """One forward pass: logits, or the hidden states before `head`."""
-        if head is None:
-            return logits_of(model(**inputs))
-        with taken_out(root, head) as captured:
-            output = model(**inputs)
-        return hidden_of(root, head, output, captured)
-
-    def _both(
-        self, model: Any, root: Any, inputs: dict[str, Any], labels: Tensor, head: Head | None, told: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        step = self._window or _Step()
-        sequences = None
-        if self.noise_scale == "neftune":
-            ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
-            sequences = sequence_numbers({**inputs, **told}, ids.shape[:2]) if isinstance(ids, Tensor) else None
-
-        places = self._places(root, inputs, labels, step, sequences)  # draws the seed, ahead of any dropout mask
-        if self.forward == "double_batch":
-            rows = labels.shape[0]
-            inputs = {
-                key: torch.cat((value, value)) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
-                for key, value in inputs.items()
-            }
-            both = self._noised(model, root, inputs, head, places, step, rows)
-            if both.shape[0] != 2 * rows:
-                raise ValueError(
-                    f"R3F: a double batch of {2 * rows} rows gave {both.shape[0]} rows of logits; use forward='two_pass'"
-                )
-            if self.inplace and head is None:
-                return writable_halves(both)
-            clean, noised = both.chunk(2)  # gradients of two slices would each be padded to full size
-            return clean, noised
-
-        # What the clean pass draws is drawn again by the noised one.
-        shared = torch.random.fork_rng(accelerators(root)) if self.dropout == "shared" else contextlib.nullcontext()
-        with shared:
-            clean = self._run(model, root, inputs, head)
-        self._targets(root, clean, labels, head)  # what does not fit says so before the second pass
-        # grad="clean" has no use for the noised pass's graph. The clean pass ran first, so that weights which autocast
-        # cached have theirs.
-        with torch.no_grad() if self.grad == "clean" else contextlib.nullcontext():
-            noised = self._noised(model, root, inputs, head, places, step, None)
-        return clean, noised
-
-    def _places(
-        self, root: Any, inputs: dict[str, Any], labels: Tensor, step: _Step, sequences: Tensor | None
-    ) -> list[_Place]:
-        given = inputs.get("inputs_embeds") if self.embedding is None else None
-        if not is_encoder_decoder(root):
-            sides: tuple[str, ...] = ("encoder",)
-        else:
-            sides = ("encoder", "decoder") if self.where == "both" else (self.where,)
-        places = []
-        for side in sides:
-            own = sequences if side == "encoder" else None
-            if given is not None and side == "encoder":
-                places.append(_Place(side, "inputs_embeds", None, self._noise(step, given.device, side, own)))
-                continue
-            name, module = find_embedding(root, self.embedding, side)
-            noise = self._noise(step, device_of(module, root, labels), side, own)
-            place = _Place(side, name, module, noise)
-            if is_encoder_decoder(root):
-                # Where one module embeds for both sides, the encoder's run comes first.
-                place.first_only = side == "encoder"
-                shared = self.embedding is None and given is None and find_embedding(root)[1] is module
-                place.second_only = side == "decoder" and shared
-            places.append(place)
-        return places
-
-    def _noised(
-        self,
-        model: Any,
-        root: Any,
-        inputs: dict[str, Any],
-        head: Head | None,
-        places: list[_Place],
-        step: _Step,
-        rows: int | None,
-    ) -> Tensor:
-        """One forward pass with noise on all rows, or on those from `rows` on."""
-        hooks: list[tuple[_Place, NoisyEmbedding]] = []
-        for place in places:
-            mask = inputs.get("attention_mask" if place.side == "encoder" else "decoder_attention_mask")
-            mask = mask if isinstance(mask, Tensor) else None
-            if place.module is not None:
-                hook = NoisyEmbedding(
-                    place.module,
-                    place.noise,
-                    mask,
-                    halves=rows is not None,
-                    first_only=place.first_only,
-                    second_only=place.second_only,
-                )
-                hooks.append((place, hook))
-                continue
-            embeds, first = inputs["inputs_embeds"], rows or 0
-            keep = mask[first:] != 0 if mask is not None and mask.shape == embeds.shape[:-1] else None
-            noised = place.noise.add(embeds[first:], keep)
-            inputs = {**inputs, "inputs_embeds": torch.cat((embeds[:first], noised)) if first else noised}
-        with contextlib.ExitStack() as entered:
-            for _, hook in hooks:
-                entered.enter_context(hook)
-            output = self._run(model, root, inputs, head)
-        for place, hook in hooks:
-            if hook.calls == 0:
-                raise RuntimeError(
-                    f"R3F: the embedding module {place.name!r} ({type(place.module).__name__}) was not called in the "
-                    "forward pass, so no noise entered. Pass the module that embeds the input as embedding=. (A model "
-                    "compiled before its first R3F step may ignore hooks; torch._dynamo.config.skip_nnmodule_hook_guards = "
-                    "False makes it look.)"
-                )
-        for place in places:
-            if place.noise.counted is not None:
-                step.counted[place.side] = step.counted.get(place.side, 0) + place.noise.counted
-        return output
-
-    def _noise(self, step: _Step, device: torch.device, side: str, sequences: Tensor | None) -> Noise:
-        if not step.seeds:
-            self.step += self.seed is not None
-        if device not in step.seeds:
-            known = next(iter(step.seeds.values()), None)
-            step.seeds[device] = self._seed(device) if known is None else known.to(device)
-        seed = step.seeds[device] + (_SIDE if side == "decoder" else 0)
-        offset = step.offset + step.counted.get(side, 0)
-        if isinstance(offset, Tensor):
-            offset = offset.to(device)
-        return Noise(
-            self.eps,
-            self.noise_type,
-            seed,
-            self.detach_noised_embedding,
-            self._measured,
-            self.noise_scale,
-            offset,
-            sequences,
-        )
-
-    def _seed(self, device: torch.device) -> Tensor:
-        if self.seed is None:
-            return fresh_seed(device)
-        return seed_tensor((self.seed + self.step - 1) % 2**64, device)
-
     # -- losses ---------------------------------------------------------------------------------------------------------
-
-    def _targets(self, root: Any, logits: Tensor, labels: Tensor, head: Head | None = None) -> Tensor:
-        """Labels in step with the rows of the logits, or of the hidden states before a head."""
-        classes = logits.shape[-1] if head is None else head.linear.weight.shape[0]
-        if classes == 1:
-            raise ValueError("R3F: the model has one output (regression); a KL divergence needs classes")
-        if logits.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"R3F: labels have shape {tuple(labels.shape)}, logits {tuple(logits.shape)}; "
-                f"expected labels of shape {tuple(logits.shape[:-1])}"
-            )
-        check_range(labels, classes, self.ignore_index)
-        labels = labels.to(logits.device)
-        shift = self.shift_labels
-        if shift is None:
-            shift = logits.ndim > 2 and not is_encoder_decoder(root) and shifts_labels(root)
-        if not shift:
-            return labels
-        # The labels move rather than the logits: no copy of the logits, and the last row just does not count.
-        return nn.functional.pad(labels[..., 1:], (0, 1), value=self.ignore_index)
 
     def _reduction(self, logits: Tensor) -> str:
         return self.reduction or ("sentence" if logits.ndim == 2 else "token")

@@ -1,0 +1,224 @@
+"""R3F's forward passes: where noise enters a model, and what comes out of it clean and noised."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpost.ops.noise import fresh_seed
+from fastpost.ops.params import seed_tensor
+from fastpost.r3f.conventions import accelerators, check_range, device_of, logits_of, shifts_labels
+from fastpost.r3f.halves import writable_halves
+from fastpost.r3f.head import Head, hidden_of, taken_out
+from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, sequence_numbers
+
+if TYPE_CHECKING:
+    from fastpost.r3f.model import R3F
+
+_SIDE = 1 << 32  # between the seeds of the two sides of an encoder-decoder
+
+
+@dataclass
+class Place:
+    """Where noise enters in one call: side of the model, the module that embeds there (None: `inputs_embeds`), the noise."""
+
+    side: str
+    name: str
+    module: nn.Module | None
+    noise: Noise
+    first_only: bool = False
+    second_only: bool = False
+
+
+@dataclass
+class Step:
+    """One optimizer step: its seed per device, and how many tokens have been seen on each side of the model."""
+
+    offset: int | Tensor = 0
+    seeds: dict[torch.device, Tensor] = field(default_factory=dict)
+    counted: dict[str, int | Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Passes:
+    """One batch on one model.
+
+    Attributes:
+        how: the options.
+        model: as it was given; called without labels. root: without its wrappers.
+        inputs: the batch without labels. told: what it says to us and not to the model.
+        labels: int64, (batch,) or (batch, time).
+        head: taken out of the model, so that passes end with hidden states; None: they end with logits.
+        step: the optimizer step that the batch belongs to.
+    """
+
+    how: R3F
+    model: Any
+    root: Any
+    inputs: dict[str, Any]
+    told: dict[str, Any]
+    labels: Tensor
+    head: Head | None
+    step: Step
+
+    def run(self, inputs: dict[str, Any] | None = None) -> Tensor:
+        """One forward pass: logits, or the hidden states before the head where that is fused."""
+        inputs = self.inputs if inputs is None else inputs
+        if self.head is None:
+            return logits_of(self.model(**inputs))
+        with taken_out(self.root, self.head) as captured:
+            output = self.model(**inputs)
+        return hidden_of(self.root, self.head, output, captured)
+
+    def both(self) -> tuple[Tensor, Tensor]:
+        """Both streams, clean and noised."""
+        how, inputs = self.how, self.inputs
+        places = self._places()  # draws the seed, ahead of any dropout mask
+        if how.forward == "double_batch":
+            rows = self.labels.shape[0]
+            inputs = {
+                key: torch.cat((value, value)) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
+                for key, value in inputs.items()
+            }
+            both = self._noised(inputs, places, rows)
+            if both.shape[0] != 2 * rows:
+                raise ValueError(
+                    f"R3F: a double batch of {2 * rows} rows gave {both.shape[0]} rows of logits; use forward='two_pass'"
+                )
+            if how.inplace and self.head is None:
+                return writable_halves(both)
+            clean, noised = both.chunk(2)  # gradients of two slices would each be padded to full size
+            return clean, noised
+
+        # What the clean pass draws is drawn again by the noised one.
+        shared = torch.random.fork_rng(accelerators(self.root)) if how.dropout == "shared" else contextlib.nullcontext()
+        with shared:
+            clean = self.run()
+        self.fits(clean)  # what does not fit says so before the second pass
+        # grad="clean" has no use for the noised pass's graph. The clean pass ran first, so that weights which autocast
+        # cached have theirs.
+        with torch.no_grad() if how.grad == "clean" else contextlib.nullcontext():
+            noised = self._noised(inputs, places, None)
+        return clean, noised
+
+    def _places(self) -> list[Place]:
+        how, root, inputs = self.how, self.root, self.inputs
+        given = inputs.get("inputs_embeds") if how.embedding is None else None
+        sequences = None
+        if how.noise_scale == "neftune":
+            ids = inputs.get("input_ids", given)
+            sequences = sequence_numbers({**inputs, **self.told}, ids.shape[:2]) if isinstance(ids, Tensor) else None
+        if not is_encoder_decoder(root):
+            sides: tuple[str, ...] = ("encoder",)
+        else:
+            sides = ("encoder", "decoder") if how.where == "both" else (how.where,)
+        places = []
+        for side in sides:
+            own = sequences if side == "encoder" else None
+            if given is not None and side == "encoder":
+                places.append(Place(side, "inputs_embeds", None, self._noise(given.device, side, own)))
+                continue
+            name, module = find_embedding(root, how.embedding, side)
+            noise = self._noise(device_of(module, root, self.labels), side, own)
+            place = Place(side, name, module, noise)
+            if is_encoder_decoder(root):
+                # Where one module embeds for both sides, the encoder's run comes first.
+                place.first_only = side == "encoder"
+                shared = how.embedding is None and given is None and find_embedding(root)[1] is module
+                place.second_only = side == "decoder" and shared
+            places.append(place)
+        return places
+
+    def _noised(self, inputs: dict[str, Any], places: list[Place], rows: int | None) -> Tensor:
+        """One forward pass with noise on all rows, or on those from `rows` on."""
+        hooks: list[tuple[Place, NoisyEmbedding]] = []
+        for place in places:
+            mask = inputs.get("attention_mask" if place.side == "encoder" else "decoder_attention_mask")
+            mask = mask if isinstance(mask, Tensor) else None
+            if place.module is not None:
+                hook = NoisyEmbedding(
+                    place.module,
+                    place.noise,
+                    mask,
+                    halves=rows is not None,
+                    first_only=place.first_only,
+                    second_only=place.second_only,
+                )
+                hooks.append((place, hook))
+                continue
+            embeds, first = inputs["inputs_embeds"], rows or 0
+            keep = mask[first:] != 0 if mask is not None and mask.shape == embeds.shape[:-1] else None
+            noised = place.noise.add(embeds[first:], keep)
+            inputs = {**inputs, "inputs_embeds": torch.cat((embeds[:first], noised)) if first else noised}
+        with contextlib.ExitStack() as entered:
+            for _, hook in hooks:
+                entered.enter_context(hook)
+            output = self.run(inputs)
+        for place, hook in hooks:
+            if hook.calls == 0:
+                raise RuntimeError(
+                    f"R3F: the embedding module {place.name!r} ({type(place.module).__name__}) was not called in the "
+                    "forward pass, so no noise entered. Pass the module that embeds the input as embedding=. (A model "
+                    "compiled before its first R3F step may ignore hooks; torch._dynamo.config.skip_nnmodule_hook_guards = "
+                    "False makes it look.)"
+                )
+        for place in places:
+            if place.noise.counted is not None:
+                self.step.counted[place.side] = self.step.counted.get(place.side, 0) + place.noise.counted
+        return output
+
+    def _noise(self, device: torch.device, side: str, sequences: Tensor | None) -> Noise:
+        how, step = self.how, self.step
+        if device not in step.seeds:
+            known = next(iter(step.seeds.values()), None)
+            step.seeds[device] = self._seed(device) if known is None else known.to(device)
+        seed = step.seeds[device] + (_SIDE if side == "decoder" else 0)
+        offset = step.offset + step.counted.get(side, 0)
+        if isinstance(offset, Tensor):
+            offset = offset.to(device)
+        return Noise(
+            how.eps,
+            how.noise_type,
+            seed,
+            how.detach_noised_embedding,
+            how._measured,
+            how.noise_scale,
+            offset,
+            sequences,
+        )
+
+    def _seed(self, device: torch.device) -> Tensor:
+        how = self.how
+        if how.seed is None:
+            return fresh_seed(device)
+        how.step += 1
+        return seed_tensor((how.seed + how.step - 1) % 2**64, device)
+
+    def fits(self, stream: Tensor) -> None:
+        """Raises ValueError where labels do not go with the logits, or the hidden states before a head."""
+        labels = self.labels
+        classes = stream.shape[-1] if self.head is None else self.head.linear.weight.shape[0]
+        if classes == 1:
+            raise ValueError("R3F: the model has one output (regression); a KL divergence needs classes")
+        if stream.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"R3F: labels have shape {tuple(labels.shape)}, logits {tuple(stream.shape)}; "
+                f"expected labels of shape {tuple(stream.shape[:-1])}"
+            )
+        check_range(labels, classes, self.how.ignore_index)
+
+    def targets(self, stream: Tensor) -> Tensor:
+        """Labels in step with the rows of the logits, or of the hidden states before a head."""
+        self.fits(stream)
+        labels = self.labels.to(stream.device)
+        shift = self.how.shift_labels
+        if shift is None:
+            shift = stream.ndim > 2 and not is_encoder_decoder(self.root) and shifts_labels(self.root)
+        if not shift:
+            return labels
+        # The labels move rather than the logits: no copy of the logits, and the last row just does not count.
+        return nn.functional.pad(labels[..., 1:], (0, 1), value=self.how.ignore_index)
