@@ -1,0 +1,255 @@
+"""What the methods near R3F share: how a batch is read, where noise enters, how rows are reduced."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpost.errors import unknown
+from fastpost.ops.divergence import r3f_loss
+from fastpost.ops.noise import fresh_seed
+from fastpost.ops.params import seed_tensor
+from fastpost.r3f.conventions import (
+    accelerators,
+    check_range,
+    class_labels,
+    device_of,
+    give_decoder_inputs,
+    logits_of,
+    shifts_labels,
+)
+from fastpost.r3f.model import R3FOutput
+from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, sequence_numbers, unwrap
+
+DROPOUTS = ("independent", "shared")
+# Between the seeds of two calls, so that a call may use many (one per layer, one per call of an embedding).
+_STRIDE = 1 << 20
+
+
+@dataclass
+class Call:
+    """One batch, read and checked, on one model.
+
+    Attributes:
+        model: as it was given; called without labels. root: without its wrappers.
+        inputs: the batch without labels, with a decoder's inputs where the model needs them.
+        labels: int64. num_items: divisor in place of the labels that count, or None.
+    """
+
+    model: Any
+    root: Any
+    inputs: dict[str, Any]
+    labels: Tensor
+    num_items: int | Tensor | None
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        mask = self.inputs.get("attention_mask")
+        return mask if isinstance(mask, Tensor) else None
+
+
+class Method:
+    """A loss in R3F's calling convention; what a method does in training is its `_train`.
+
+    Every method serves the models and batches that `fastpost.R3F` serves (classifiers, token classifiers, causal and masked
+    language models, encoder-decoders; `inputs_embeds`), averages over the rows whose label counts, and in eval mode is the
+    plain cross-entropy of one pass, without noise and without a random number drawn.
+
+    Args:
+        embedding: where noise enters, as in R3F.
+        shift_labels: whether row t predicts label t + 1; None: as the model's own loss does.
+        seed: None draws a seed per training call from torch's generator; an integer makes calls repeatable (`self.step`
+            counts them, each has numbers of its own).
+        ignore_index: label that does not count.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding: nn.Module | str | None = None,
+        shift_labels: bool | None = None,
+        seed: int | None = None,
+        ignore_index: int = -100,
+    ) -> None:
+        if embedding is not None and not isinstance(embedding, nn.Module | str):
+            raise TypeError(
+                f"{type(self).__name__}: embedding must be a module, a module's name or None, not {type(embedding).__name__}"
+            )
+        if seed is not None:
+            seed_tensor(seed, torch.device("cpu"))
+        self.embedding, self.shift_labels, self.ignore_index = embedding, shift_labels, ignore_index
+        self.seed, self.step = seed, 0
+        self._measured: set[torch.dtype] = set()
+        self._check()
+
+    def _check(self) -> None:
+        """Attributes may be changed between steps (schedules), so they are checked at every one."""
+
+    def _train(self, call: Call) -> R3FOutput:
+        raise NotImplementedError
+
+    def __call__(self, model: Any, /, *, num_items: int | Tensor | None = None, **batch: Any) -> R3FOutput:
+        """Runs the method on one batch.
+
+        Args:
+            model: called as `model(**batch)` without the labels.
+            num_items: what sums over rows are divided by, instead of the labels of this batch that count (gradient
+                accumulation; transformers' `num_items_in_batch`, which is also taken from the batch).
+            batch: the model's inputs and `labels`, integers of shape (batch,) or (batch, time).
+
+        Returns:
+            R3FOutput; `loss` = `task_loss` + weight * `symm_kl`, where `symm_kl` is 0 for methods without a KL.
+
+        Raises:
+            ValueError: labels that are missing, out of range, of the wrong shape or not integers; num_items not positive; a
+                model without input embeddings. RuntimeError: the embedding was not called in the forward pass.
+        """
+        self._check()
+        with self._named():
+            root = unwrap(model)
+            labels = class_labels(root, batch, self.ignore_index)
+            inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
+            if num_items is None:
+                num_items = batch.get("num_items_in_batch")
+            if isinstance(num_items, int) and num_items <= 0:
+                raise ValueError(f"R3F: num_items must be > 0, not {num_items}")
+            give_decoder_inputs(root, inputs, labels)
+        call = Call(model, root, inputs, labels, num_items)
+        if getattr(model, "training", True):
+            return self._train(call)
+        logits = self._clean(call)
+        return self._plain(call, logits)
+
+    # -- for methods ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """What R3F's helpers refuse, they refuse in this method's name."""
+        try:
+            yield
+        except (ValueError, TypeError, RuntimeError) as error:
+            if type(error) in (ValueError, TypeError, RuntimeError) and str(error).startswith("R3F: "):
+                raise type(error)(f"{type(self).__name__}: {str(error).removeprefix('R3F: ')}") from None
+            raise
+
+    def _at_least_zero(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{type(self).__name__}: {name} must be finite and >= 0, not {value}")
+
+    def _whole(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{type(self).__name__}: {name} must be a whole number >= 1, not {value!r}")
+
+    def _one_of(self, name: str, valid: tuple[str, ...]) -> None:
+        if getattr(self, name) not in valid:
+            raise unknown(name, getattr(self, name), valid)
+
+    def _seed(self, call: Call) -> Tensor:
+        """An int64 scalar on the device where noise will be drawn."""
+        embeds = call.inputs.get("inputs_embeds")
+        if isinstance(embeds, Tensor) and self.embedding is None:
+            device = embeds.device
+        else:
+            device = device_of(self._place(call)[1], call.root, call.labels)
+        return self._seed_on(device)
+
+    def _seed_on(self, device: torch.device) -> Tensor:
+        if self.seed is None:
+            return fresh_seed(device)
+        self.step += 1
+        return seed_tensor((self.seed + (self.step - 1) * _STRIDE) % 2**64, device)
+
+    def _place(self, call: Call) -> tuple[str, nn.Module]:
+        with self._named():
+            return find_embedding(call.root, self.embedding)
+
+    def _by_length(self, call: Call, eps: float) -> Noise:
+        """NEFTune's noise: eps * U(-1, 1) / sqrt(L * d), L the tokens of each text, or of each sequence of a packed row."""
+        place = call.inputs.get("inputs_embeds") if self.embedding is None else None
+        ids = call.inputs.get("input_ids") if place is None else place[..., 0]
+        with self._named():
+            sequences = sequence_numbers(call.inputs, ids.shape) if isinstance(ids, Tensor) and ids.ndim == 2 else None
+        return Noise(eps, "uniform", self._seed(call), False, self._measured, scale="neftune", sequences=sequences)
+
+    def _clean(self, call: Call) -> Tensor:
+        with self._named():
+            return self._checked(call, call.model(**call.inputs))
+
+    def _noised(self, call: Call, noise: Noise) -> Tensor:
+        """Logits of one forward pass with noise on the input embeddings."""
+        embeds = call.inputs.get("inputs_embeds") if self.embedding is None else None
+        mask = call.attention_mask
+        if isinstance(embeds, Tensor):
+            keep = mask != 0 if mask is not None and mask.shape == embeds.shape[:-1] else None
+            with self._named():
+                return self._checked(call, call.model(**{**call.inputs, "inputs_embeds": noise.add(embeds, keep)}))
+        name, module = self._place(call)
+        with self._named():
+            with NoisyEmbedding(module, noise, mask, first_only=is_encoder_decoder(call.root)) as embedding:
+                output = call.model(**call.inputs)
+            if embedding.calls == 0:
+                raise RuntimeError(
+                    f"R3F: the embedding module {name!r} ({type(module).__name__}) was not called in the forward pass, so "
+                    "no noise entered. Pass the module that embeds the input as embedding=."
+                )
+            return self._checked(call, output)
+
+    def _checked(self, call: Call, output: Any) -> Tensor:
+        """The logits in a model's output, once they are known to fit the labels."""
+        logits, labels = logits_of(output), call.labels
+        if logits.shape[-1] == 1:
+            raise ValueError("R3F: the model has one output (regression); class labels need classes")
+        if logits.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"R3F: labels have shape {tuple(labels.shape)}, logits {tuple(logits.shape)}; "
+                f"expected labels of shape {tuple(logits.shape[:-1])}"
+            )
+        check_range(labels, logits.shape[-1], self.ignore_index)
+        return logits
+
+    def _targets(self, call: Call, logits: Tensor) -> Tensor:
+        """Labels in step with the rows of the logits."""
+        labels = call.labels.to(logits.device)
+        shift = self.shift_labels
+        if shift is None:
+            shift = logits.ndim > 2 and not is_encoder_decoder(call.root) and shifts_labels(call.root)
+        # The labels move rather than the logits: no copy of the logits, and the last row just does not count.
+        return nn.functional.pad(labels[..., 1:], (0, 1), value=self.ignore_index) if shift else labels
+
+    def _cross_entropy(self, call: Call, logits: Tensor) -> Tensor:
+        """Averaged over the rows that count, or over num_items; 0 where none counts."""
+        targets = self._targets(call, logits)
+        flat = logits.reshape(-1, logits.shape[-1])
+        flat = flat.float() if flat.dtype.itemsize < 4 else flat
+        total = nn.functional.cross_entropy(flat, targets.reshape(-1), ignore_index=self.ignore_index, reduction="sum")
+        count = (targets != self.ignore_index).sum().clamp(min=1) if call.num_items is None else call.num_items
+        return total / count
+
+    def _with_kl(self, call: Call, logits: Tensor, other: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, task loss, KL): cross-entropy of `logits` plus weight times its symmetric KL with `other`, in one pass."""
+        targets = self._targets(call, logits)
+        out = r3f_loss(logits, other, targets, r3f_lambda=weight, ignore_index=self.ignore_index, num_items=call.num_items)
+        return out.loss, out.task_loss, out.symm_kl
+
+    def _plain(self, call: Call, logits: Tensor) -> R3FOutput:
+        task = self._cross_entropy(call, logits)
+        return R3FOutput(loss=task, task_loss=task.detach(), symm_kl=torch.zeros_like(task), logits=logits)
+
+
+@contextlib.contextmanager
+def replayed(call: Call, shared: bool) -> Iterator[None]:
+    """Around a forward pass whose dropout masks the next pass is to draw again."""
+    if not shared:
+        yield
+        return
+    with torch.random.fork_rng(accelerators(call.root)):
+        yield
