@@ -78,13 +78,15 @@ void negate_clip(const Plan& plan, double squared_norm, double max_norm, int thr
 // out = x + eps * z for n elements, z drawn from (seed, element); eps * z and the sum are rounded separately in float.
 // rows (one per row of row_length elements, or null): the row draws as if it stood at this place, so that numbers need not
 // depend on padding or batch layout; a negative place gets no noise. x may equal out.
+// scales (one per row, or null): the row's noise is (eps * scale) * z, its factor rounded to float once.
 void add_noise(const void* x, void* out, DType in_dtype, DType out_dtype, int64_t n, double eps, NoiseType type,
-               uint64_t seed, const int64_t* rows, int64_t row_length, int threads);
+               uint64_t seed, const int64_t* rows, const float* scales, int64_t row_length, int threads);
 
-// clean[t] = table[ids[t]], noised[t] = clean[t] + eps * z; each table row is read once. clean may be null; rows as above.
+// clean[t] = table[ids[t]], noised[t] = clean[t] + eps * z; each table row is read once. clean may be null; rows and scales
+// as above.
 void embedding_noise(const void* table, const int64_t* ids, void* clean, void* noised, DType table_dtype, DType noised_dtype,
                      int64_t tokens, int64_t width, int64_t table_stride, double eps, NoiseType type, uint64_t seed,
-                     const int64_t* rows, int threads);
+                     const int64_t* rows, const float* scales, int threads);
 
 // Per row: kl = KL(p|q) + KL(q|p) for p = softmax(clean), q = softmax(noised), ce = cross-entropy of clean at its label, and
 // the gradients of kl_weights[row] * kl + ce_weights[row] * ce with respect to both logits, in the logits' dtype.
@@ -146,12 +148,12 @@ void negate_norm(const Plan& plan, double* partial, double* out, int device, voi
 void negate_clip(const Plan& plan, const double* squared_norm, double max_norm, int device, void* stream);
 
 void add_noise(const void* x, void* out, DType in_dtype, DType out_dtype, int64_t n, double eps, NoiseType type,
-               const int64_t* seed, const int64_t* rows, int64_t row_length, int device, void* stream);
+               const int64_t* seed, const int64_t* rows, const float* scales, int64_t row_length, int device, void* stream);
 
 // An id outside the table gives rows of NaN.
 void embedding_noise(const void* table, const int64_t* ids, void* clean, void* noised, DType table_dtype, DType noised_dtype,
                      int64_t tokens, int64_t table_rows, int64_t width, int64_t table_stride, double eps, NoiseType type,
-                     const int64_t* seed, const int64_t* rows, int device, void* stream);
+                     const int64_t* seed, const int64_t* rows, const float* scales, int device, void* stream);
 
 void divergence_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean,
                      const LogitRows& grad_noised, DType dtype, int64_t rows, int64_t cols, const int64_t* labels,

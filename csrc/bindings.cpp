@@ -74,21 +74,23 @@ void bind_cpu(py::module_ cpu) {
   cpu.def(
       "add_noise",
       [](Address x, Address out, DType in_dtype, DType out_dtype, int64_t n, double eps, NoiseType type, uint64_t seed,
-         Address rows, int64_t row_length, int threads) {
-        cpu::add_noise(as(x), as(out), in_dtype, out_dtype, n, eps, type, seed, as<int64_t>(rows), row_length, threads);
+         Address rows, Address scales, int64_t row_length, int threads) {
+        cpu::add_noise(as(x), as(out), in_dtype, out_dtype, n, eps, type, seed, as<int64_t>(rows), as<float>(scales),
+                       row_length, threads);
       },
       py::arg("x"), py::arg("out"), py::arg("in_dtype"), py::arg("out_dtype"), py::arg("n"), py::arg("eps"), py::arg("type"),
-      py::arg("seed"), py::arg("rows"), py::arg("row_length"), py::arg("threads"), Released());
+      py::arg("seed"), py::arg("rows"), py::arg("scales"), py::arg("row_length"), py::arg("threads"), Released());
   cpu.def(
       "embedding_noise",
       [](Address table, Address ids, Address clean, Address noised, DType table_dtype, DType noised_dtype, int64_t tokens,
-         int64_t width, int64_t table_stride, double eps, NoiseType type, uint64_t seed, Address rows, int threads) {
+         int64_t width, int64_t table_stride, double eps, NoiseType type, uint64_t seed, Address rows, Address scales,
+         int threads) {
         cpu::embedding_noise(as(table), as<int64_t>(ids), as(clean), as(noised), table_dtype, noised_dtype, tokens, width,
-                             table_stride, eps, type, seed, as<int64_t>(rows), threads);
+                             table_stride, eps, type, seed, as<int64_t>(rows), as<float>(scales), threads);
       },
       py::arg("table"), py::arg("ids"), py::arg("clean"), py::arg("noised"), py::arg("table_dtype"), py::arg("noised_dtype"),
       py::arg("tokens"), py::arg("width"), py::arg("table_stride"), py::arg("eps"), py::arg("type"), py::arg("seed"),
-      py::arg("rows"), py::arg("threads"), Released());
+      py::arg("rows"), py::arg("scales"), py::arg("threads"), Released());
   cpu.def(
       "divergence_rows",
       [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address grad_clean,
@@ -185,24 +187,25 @@ void bind_cuda(py::module_ cuda) {
   cuda.def(
       "add_noise",
       [](Address x, Address out, DType in_dtype, DType out_dtype, int64_t n, double eps, NoiseType type, Address seed,
-         Address rows, int64_t row_length, int device, Address stream) {
-        cuda::add_noise(as(x), as(out), in_dtype, out_dtype, n, eps, type, as<int64_t>(seed), as<int64_t>(rows), row_length,
-                        device, as(stream));
+         Address rows, Address scales, int64_t row_length, int device, Address stream) {
+        cuda::add_noise(as(x), as(out), in_dtype, out_dtype, n, eps, type, as<int64_t>(seed), as<int64_t>(rows),
+                        as<float>(scales), row_length, device, as(stream));
       },
       py::arg("x"), py::arg("out"), py::arg("in_dtype"), py::arg("out_dtype"), py::arg("n"), py::arg("eps"), py::arg("type"),
-      py::arg("seed"), py::arg("rows"), py::arg("row_length"), py::arg("device"), py::arg("stream"), Released());
+      py::arg("seed"), py::arg("rows"), py::arg("scales"), py::arg("row_length"), py::arg("device"), py::arg("stream"),
+      Released());
   cuda.def(
       "embedding_noise",
       [](Address table, Address ids, Address clean, Address noised, DType table_dtype, DType noised_dtype, int64_t tokens,
          int64_t table_rows, int64_t width, int64_t table_stride, double eps, NoiseType type, Address seed, Address rows,
-         int device, Address stream) {
+         Address scales, int device, Address stream) {
         cuda::embedding_noise(as(table), as<int64_t>(ids), as(clean), as(noised), table_dtype, noised_dtype, tokens,
-                              table_rows, width, table_stride, eps, type, as<int64_t>(seed), as<int64_t>(rows), device,
-                              as(stream));
+                              table_rows, width, table_stride, eps, type, as<int64_t>(seed), as<int64_t>(rows),
+                              as<float>(scales), device, as(stream));
       },
       py::arg("table"), py::arg("ids"), py::arg("clean"), py::arg("noised"), py::arg("table_dtype"), py::arg("noised_dtype"),
       py::arg("tokens"), py::arg("table_rows"), py::arg("width"), py::arg("table_stride"), py::arg("eps"), py::arg("type"),
-      py::arg("seed"), py::arg("rows"), py::arg("device"), py::arg("stream"), Released());
+      py::arg("seed"), py::arg("rows"), py::arg("scales"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "divergence_rows",
       [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address grad_clean,

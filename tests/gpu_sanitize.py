@@ -70,6 +70,12 @@ def noise(device: str) -> Iterator[str]:
                 ids = torch.randint(0, shape[0], (2, 7), device=device)
                 embedding_noise(x, ids, 0.1, kind, seed=3)
                 embedding_noise(x, ids, 0.1, kind, seed=3, keep=ids > 1)
+                step = {
+                    "token_index": torch.arange(shape[0], device=device) - 1,
+                    "scale": torch.rand(shape[0], device=device),
+                }
+                add_noise(x, 0.1, kind, seed=3, **step)
+                embedding_noise(x, ids, 0.1, kind, seed=3, token_index=ids - 1, scale=torch.rand(2, 7, device=device))
                 if device != "cpu":  # rows that do not exist
                     embedding_noise(x, torch.tensor([0, shape[0], -1, 2**40], device=device), 0.1, kind, seed=3)
             yield f"noise on {dtype} {shape}"

@@ -66,7 +66,8 @@ def on_the_cpu(function: Callable[..., Tensor], *args: object, **kwargs: object)
 def test_uniform_noise_is_the_cpus_bits(backend: str, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
     (x,) = there((torch.randn(37, 1031) * 0.1).to(dtype))
     (keep,) = there(torch.rand(37) < 0.7)
-    for options in ({}, {"keep": keep}):
+    index, scale = there(torch.randperm(37) * 3 - 20, torch.rand(37) * 2)
+    for options in ({}, {"keep": keep}, {"scale": scale}, {"keep": keep, "token_index": index, "scale": scale}):
         got = add_noise(x, 0.037, seed=-5, out_dtype=out_dtype, **options)
         assert same_bits(got.cpu(), on_the_cpu(add_noise, x, 0.037, seed=-5, out_dtype=out_dtype, **options))
     assert float((got.double() - x.double()).abs().max()) > 0.03

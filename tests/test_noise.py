@@ -379,12 +379,45 @@ def test_scales_are_one_factor_per_row(noise_type: str, dtype: torch.dtype) -> N
     assert same_bits(looked_up, add_noise(table[ids], 0.1, noise_type, seed=9, scale=scale))
 
 
-def test_scaled_uniform_noise_is_the_same_bits_everywhere(backend: str) -> None:
-    x, scale, at = torch.randn(5, 50257 // 64), torch.rand(5), torch.tensor([3, -1, 7, 0, 2**34])
-    options = {"seed": 2, "scale": scale, "token_index": at, "out_dtype": torch.bfloat16}
-    here = add_noise(x, 0.1, **options)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 6, 785, 40_000])  # within a quad, inside quads, over several tasks
+def test_scaled_uniform_noise_is_the_same_bits_everywhere(backend: str, width: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(width)
+    x, scale = torch.randn(5, width, generator=g).to(dtype), torch.rand(5, generator=g) * 3
+    scale[4] = 0
+    at = torch.tensor([3, -1, 7, 2**34, 1])
+    ids = torch.tensor([[4, 0], [2, 2]])
+    for options in ({}, {"token_index": at}, {"keep": at != 7, "token_index": at}):
+        options |= {"seed": 2, "scale": scale, "out_dtype": torch.bfloat16}
+        here = add_noise(x, 0.1, **options)
+        clean, looked_up = embedding_noise(x, ids, 0.1, seed=2, scale=scale[ids], token_index=at[ids])
+        with fastpost.use_backend("reference"):
+            assert same_bits(here, add_noise(x, 0.1, **options))
+            assert same_bits(looked_up, embedding_noise(x, ids, 0.1, seed=2, scale=scale[ids], token_index=at[ids])[1])
+        assert same_bits(clean, x[ids])
+        assert same_bits(here[4], x[4].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("noise_type", NOISE_TYPES)
+def test_scaled_noise_is_its_equation(backend: str, noise_type: str) -> None:
+    x, scale, at = torch.randn(6, 1031), torch.rand(6) * 3, torch.tensor([5, 0, -1, 9, 2, 1])
+    z = torch.zeros(6, 1031, dtype=torch.float64)
     with fastpost.use_backend("reference"):
-        assert same_bits(here, add_noise(x, 0.1, **options))
+        z[at >= 0] = numbers(10 * 1031, noise_type, 7, torch.float64).reshape(10, 1031)[at[at >= 0]]
+    exact = x.double() + 0.1 * scale.double()[:, None] * z
+    found = add_noise(x, 0.1, noise_type, seed=7, scale=scale, token_index=at)
+    # Rounded: 0.1, its product with the scale, z itself, the product with it, the sum.
+    within = (NORMAL_ULPS + 3) * 2**-23 * 0.1 * scale.double()[:, None] * z.abs().clamp(min=1) + 2**-24 * exact.abs()
+    assert bool(((found.double() - exact).abs() <= within).all())
+    assert same_bits(found[2], x[2])
+
+
+def test_strided_and_16_bit_scales(backend: str) -> None:
+    x, scale = torch.randn(4, 33), torch.rand(4, 2)[:, 1]
+    assert same_bits(add_noise(x, 0.1, seed=1, scale=scale), add_noise(x, 0.1, seed=1, scale=scale.contiguous()))
+    half = scale.bfloat16()
+    assert same_bits(add_noise(x, 0.1, seed=1, scale=half), add_noise(x, 0.1, seed=1, scale=half.float()))
+    assert add_noise(torch.zeros(4, 0), 0.1, seed=1, scale=scale).shape == (4, 0)
 
 
 def test_scaled_noise_passes_gradients_on() -> None:
@@ -400,6 +433,9 @@ def test_scaled_noise_passes_gradients_on() -> None:
     [
         ({"token_index": torch.zeros(4, dtype=torch.int64)}, ValueError, r"token_index has shape \(4,\), expected \(3,\)"),
         ({"token_index": torch.zeros(3)}, TypeError, "token_index must be int64"),
+        ({"keep": torch.ones(3, dtype=torch.bool, device="meta")}, ValueError, "keep is on meta, expected cpu"),
+        ({"token_index": torch.zeros(3, dtype=torch.int64, device="meta")}, ValueError, "token_index is on meta"),
+        ({"scale": torch.zeros(3, device="meta")}, ValueError, "scale is on meta, expected cpu"),
         ({"scale": torch.zeros(4)}, ValueError, r"scale has shape \(4,\), expected \(3,\)"),
         ({"scale": torch.zeros(3, dtype=torch.int64)}, TypeError, "scale must be floating point"),
     ],

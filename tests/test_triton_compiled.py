@@ -138,13 +138,19 @@ def flip_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
     return compiled(params._flip_kernel, types, constants, ("table",), 8, arch, tmp_path)
 
 
-def noise_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+def noise_kernel(dtype: str, arch: int, tmp_path: Path, **changed) -> tuple[str, str]:
     pointer, element, _ = TYPES[dtype]
     types = dict.fromkeys(("source", "clean", "noised"), pointer) | dict.fromkeys(("ids", "rows", "seed"), "*i64")
-    types |= {"lines": "i64", "width": "i64", "stride": "i64", "eps": "fp32"}
-    constants = {"dtype": element, "normal": True, "has_ids": False, "has_rows": False, "QUADS": 256}
+    types |= {"scales": "*fp32", "lines": "i64", "width": "i64", "stride": "i64", "eps": "fp32"}
+    constants = {
+        "dtype": element, "normal": True, "has_ids": False, "has_rows": False, "has_scales": False, "QUADS": 256, **changed,
+    }  # fmt: skip
     aligned = ("source", "clean", "noised", "width", "stride")
     return compiled(noise._noise_kernel, types, constants, aligned, 4, arch, tmp_path, enable_fp_fusion=False)
+
+
+def scaled_noise_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    return noise_kernel(dtype, arch, tmp_path, has_ids=True, has_rows=True, has_scales=True)
 
 
 # Registers that still leave room for two blocks (of 512 threads), four (256) or eight (128) on a multiprocessor.
@@ -161,6 +167,7 @@ KERNELS = {
     "scaled rows": (scale_rows_kernel, 64),
     "flip": (flip_kernel, 128),
     "noise": (noise_kernel, 64),
+    "noise, scaled rows": (scaled_noise_kernel, 64),
 }
 
 
@@ -170,7 +177,7 @@ KERNELS = {
 def test_kernels_use_wide_accesses_and_no_local_memory(name: str, dtype: str, arch: int, tmp_path: Path) -> None:
     build, registers = KERNELS[name]
     # Four numbers of a Philox call lie side by side: 8 bytes of bfloat16, of which Triton 3.6 makes 16.
-    width = "(?:64|128)" if (name, dtype) == ("noise", "bfloat16") else "128"
+    width = "(?:64|128)" if name.startswith("noise") and dtype == "bfloat16" else "128"
     accesses = "LDG" if name == "norm" else "LDG STG"  # a norm writes one number per chunk
     assert complaints(*build(dtype, arch, tmp_path), registers, width, accesses) == []
 

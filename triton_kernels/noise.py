@@ -64,6 +64,7 @@ def _noise_kernel(
     source,
     ids,
     rows,
+    scales,
     seed,
     clean,
     noised,
@@ -75,6 +76,7 @@ def _noise_kernel(
     normal: tl.constexpr,
     has_ids: tl.constexpr,
     has_rows: tl.constexpr,
+    has_scales: tl.constexpr,
     QUADS: tl.constexpr,
 ):
     # One program: a stretch of one row. Element c of the row takes number (row's number) * width + c, four to a quad, so a
@@ -82,6 +84,7 @@ def _noise_kernel(
     row = tl.program_id(0).to(tl.int64)
     line = tl.load(ids + row) if has_ids else row
     number = tl.load(rows + row) if has_rows else row
+    width_of_noise = eps * tl.load(scales + row) if has_scales else eps
     first = tl.maximum(number, 0) * width
     quad = first // 4 + tl.program_id(1).to(tl.int64) * QUADS + tl.arange(0, QUADS)
     w0, w1, w2, w3 = philox_words(tl.load(seed), quad, tl.program_id(0) * 0)
@@ -98,44 +101,53 @@ def _noise_kernel(
     inside_table = (line >= 0) & (line < lines)
     if inside_table & (first % 4 == 0) & (start + 4 * QUADS <= width):  # without a mask the accesses stay wide
         _add(source + line * stride, clean + row * width, noised + row * width, start + tl.arange(0, 4 * QUADS), None, None,
-             z, eps, number, dtype, has_ids)  # fmt: skip
+             z, width_of_noise, number, dtype, has_ids)  # fmt: skip
     else:
         column = start - first % 4 + tl.arange(0, 4 * QUADS)
         inside = (column >= 0) & (column < width)
         at = line + 0 * column
         known = (at >= 0) & (at < lines)  # an index outside the table gives NaN, and reads nothing
-        _add(source + line * stride, clean + row * width, noised + row * width, column, inside, known, z, eps, number, dtype,
-             has_ids)  # fmt: skip
+        _add(source + line * stride, clean + row * width, noised + row * width, column, inside, known, z,
+             width_of_noise, number, dtype, has_ids)  # fmt: skip
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def _launch(
-    source: Tensor, ids: Tensor | None, rows: Tensor | None, seed: Tensor, clean: Tensor | None, noised: Tensor,
-    n_rows: int, lines: int, width: int, stride: int, eps: float, noise_type: str,
+    source: Tensor, ids: Tensor | None, rows: Tensor | None, scales: Tensor | None, seed: Tensor,
+    clean: Tensor | None, noised: Tensor, n_rows: int, lines: int, width: int, stride: int, eps: float, noise_type: str,
 ) -> None:  # fmt: skip
     if n_rows and width:
         # Rows may start three elements into a quad. Without FMA fusion fl(x + fl(eps z)) is the same bits everywhere.
         grid = (n_rows, triton.cdiv(width + 3, 4 * _QUADS))
         _noise_kernel[grid](
-            source, ids if ids is not None else seed, rows if rows is not None else seed, seed,
+            source, ids if ids is not None else seed, rows if rows is not None else seed,
+            scales if scales is not None else seed, seed,
             clean if clean is not None else noised, noised, lines, width, stride, eps, _TYPES[noised.dtype],
-            noise_type == "normal", ids is not None, rows is not None, QUADS=_QUADS, num_warps=4, enable_fp_fusion=False,
+            noise_type == "normal", ids is not None, rows is not None, scales is not None, QUADS=_QUADS, num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def add_noise(x: Tensor, out: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None) -> None:
-    """out = x + eps z. x and out are contiguous; rows: int64 numbers of x's rows (negative: no noise), or None."""
-    if rows is None:
-        _launch(x, None, None, seed, None, out, 1, 1, x.numel(), x.numel(), eps, noise_type)
+def add_noise(
+    x: Tensor, out: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, scales: Tensor | None
+) -> None:
+    """out = x + eps z, or x + (eps scale) z with a float32 scale per row.
+
+    x and out are contiguous; rows: int64 numbers of x's rows (negative: no noise), or None.
+    """
+    if rows is None and scales is None:
+        _launch(x, None, None, None, seed, None, out, 1, 1, x.numel(), x.numel(), eps, noise_type)
     else:
         width = x.shape[-1]
-        _launch(x, None, rows, seed, None, out, rows.numel(), rows.numel(), width, width, eps, noise_type)
+        n_rows = x.numel() // max(1, width)
+        _launch(x, None, rows, scales, seed, None, out, n_rows, n_rows, width, width, eps, noise_type)
 
 
 def embedding_noise(
-    table: Tensor, ids: Tensor, clean: Tensor, noised: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None
-) -> None:
-    """clean = table[ids], noised = clean + eps z; each row of the table is read once."""
-    _launch(table, ids, rows, seed, clean, noised, ids.numel(), *table.shape, table.stride(0), eps, noise_type)
+    table: Tensor, ids: Tensor, clean: Tensor, noised: Tensor, eps: float, noise_type: str, seed: Tensor,
+    rows: Tensor | None, scales: Tensor | None,
+) -> None:  # fmt: skip
+    """clean = table[ids], noised = clean + eps z, scaled as in `add_noise`; each row of the table is read once."""
+    _launch(table, ids, rows, scales, seed, clean, noised, ids.numel(), *table.shape, table.stride(0), eps, noise_type)

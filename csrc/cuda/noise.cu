@@ -96,13 +96,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // A warp per row. ids: which row of the table each one is, or null for its own place; an id outside the table gives NaN.
-// rows: the place whose numbers the row takes (negative: no noise), or null for its own.
+// rows: the place whose numbers the row takes (negative: no noise), or null for its own. scales: factors of eps, or null.
 template <class In, class Out, bool normal>
 __global__ void __launch_bounds__(kRowThreads, 2)
     noise_rows_kernel(const In* table, const int64_t* __restrict__ ids, int64_t table_rows, int64_t stride, In* clean,
                       Out* noised, int64_t n_rows, int64_t width, float eps, const int64_t* __restrict__ seed,
-                      const int64_t* __restrict__ rows) {
-  const Stream stream{static_cast<uint64_t>(*seed), eps};
+                      const int64_t* __restrict__ rows, const float* __restrict__ scales) {
+  const uint64_t key = static_cast<uint64_t>(*seed);
   const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
   for (int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; row < n_rows; row += int64_t{gridDim.x} * kWarps) {
@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
       continue;
     }
     const int64_t place = rows == nullptr ? row : rows[row];
+    const Stream stream{key, scales == nullptr ? eps : eps * scales[row]};
     noise_row<In, Out, normal>(table + id * stride, clean_row, noised + row * width, width,
                                static_cast<uint64_t>(place < 0 ? 0 : place) * width, place >= 0, stream, lane, kWarp);
   }
@@ -139,6 +140,7 @@ struct Rows {
   int64_t table_rows, stride;
   int64_t n_rows, width;
   const int64_t* places;
+  const float* scales;
 };
 
 void noise_rows(const Call& call, const void* table, void* clean, void* noised, DType in, DType out, const Rows& rows,
@@ -150,20 +152,20 @@ void noise_rows(const Call& call, const void* table, void* clean, void* noised, 
     using Out = decltype(to);
     call.launch(noise_rows_kernel<In, Out, decltype(normal)::value>, blocks, kRowThreads, static_cast<const In*>(table),
                 rows.ids, rows.table_rows, rows.stride, static_cast<In*>(clean), static_cast<Out*>(noised), rows.n_rows,
-                rows.width, static_cast<float>(eps), seed, rows.places);
+                rows.width, static_cast<float>(eps), seed, rows.places, rows.scales);
   });
 }
 
 }  // namespace
 
 void add_noise(const void* x, void* out, DType in_dtype, DType out_dtype, int64_t n, double eps, NoiseType type,
-               const int64_t* seed, const int64_t* rows, int64_t row_length, int device, void* stream) {
+               const int64_t* seed, const int64_t* rows, const float* scales, int64_t row_length, int device, void* stream) {
   const Call call("add_noise", device, stream);
   if (n == 0) return;
-  if (rows != nullptr) {
+  if (rows != nullptr || scales != nullptr) {
     const int64_t n_rows = n / row_length;
-    return noise_rows(call, x, nullptr, out, in_dtype, out_dtype, {nullptr, n_rows, row_length, n_rows, row_length, rows},
-                      eps, type, seed);
+    return noise_rows(call, x, nullptr, out, in_dtype, out_dtype,
+                      {nullptr, n_rows, row_length, n_rows, row_length, rows, scales}, eps, type, seed);
   }
   const int64_t blocks = std::min((n + 8 * kThreads - 1) / (8 * kThreads), call.resident());
   with_types(in_dtype, out_dtype, type, [&](auto from, auto to, auto normal) {
@@ -176,9 +178,9 @@ void add_noise(const void* x, void* out, DType in_dtype, DType out_dtype, int64_
 
 void embedding_noise(const void* table, const int64_t* ids, void* clean, void* noised, DType table_dtype, DType noised_dtype,
                      int64_t tokens, int64_t table_rows, int64_t width, int64_t table_stride, double eps, NoiseType type,
-                     const int64_t* seed, const int64_t* rows, int device, void* stream) {
+                     const int64_t* seed, const int64_t* rows, const float* scales, int device, void* stream) {
   noise_rows(Call("embedding_noise", device, stream), table, clean, noised, table_dtype, noised_dtype,
-             {ids, table_rows, table_stride, tokens, width, rows}, eps, type, seed);
+             {ids, table_rows, table_stride, tokens, width, rows, scales}, eps, type, seed);
 }
 
 }  // namespace fastpost::cuda

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpost.backends import native
-from fastpost.backends.serving import DTYPES, address, address_and_stride, contiguous, refusal
+from fastpost.backends.serving import DTYPES, address, address_and_stride, contiguous, contiguous_floats, refusal
 from fastpost.plan import Bucket
 
 _HUGE = 4 << 20  # bytes from which a buffer holds at least one aligned huge page
@@ -113,20 +113,35 @@ def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
     native.core().cpu.negate_clip(_plan(bucket), squared.item(), max_norm, _threads())
 
 
-def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def add_noise(
+    x: Tensor,
+    eps: float,
+    noise_type: str,
+    seed: Tensor,
+    rows: Tensor | None,
+    scales: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
     core = native.core()
-    x, rows = x.contiguous(), contiguous(rows)
+    x, rows, scales = x.contiguous(), contiguous(rows), contiguous_floats(scales)
     out = _empty(x.shape, out_dtype)
     core.cpu.add_noise(
         x.data_ptr(), out.data_ptr(), _dtype(x.dtype), _dtype(out_dtype), x.numel(), eps,
-        getattr(core.NoiseType, noise_type), _seed(seed), address(rows),
+        getattr(core.NoiseType, noise_type), _seed(seed), address(rows), address(scales),
         x.shape[-1] if x.ndim else 1, _threads(),
     )  # fmt: skip
     return out
 
 
 def embedding_noise(
-    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype
+    table: Tensor,
+    ids: Tensor,
+    eps: float,
+    noise_type: str,
+    seed: Tensor,
+    rows: Tensor | None,
+    scales: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     core = native.core()
     if table.stride(-1) != 1:
@@ -134,11 +149,11 @@ def embedding_noise(
     width = table.shape[1]
     clean = _empty((*ids.shape, width), table.dtype)
     noised = _empty((*ids.shape, width), out_dtype)
-    ids, rows = ids.to(torch.int64).contiguous(), contiguous(rows)
+    ids, rows, scales = ids.to(torch.int64).contiguous(), contiguous(rows), contiguous_floats(scales)
     core.cpu.embedding_noise(
         table.data_ptr(), ids.data_ptr(), clean.data_ptr(), noised.data_ptr(), _dtype(table.dtype), _dtype(out_dtype),
         ids.numel(), width, table.stride(0), eps, getattr(core.NoiseType, noise_type), _seed(seed),
-        address(rows), _threads(),
+        address(rows), address(scales), _threads(),
     )  # fmt: skip
     return clean, noised
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpost.backends import native
-from fastpost.backends.serving import DTYPES, address, address_and_stride, contiguous, refusal
+from fastpost.backends.serving import DTYPES, address, address_and_stride, contiguous, contiguous_floats, refusal
 from fastpost.plan import Bucket
 
 _SUMS = 6  # of a perturbation, as in fastpost.ops.params.NAMES_OF_SUMS
@@ -141,29 +141,45 @@ def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
 # -- noise ----------------------------------------------------------------------------------------------------------------
 
 
-def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def add_noise(
+    x: Tensor,
+    eps: float,
+    noise_type: str,
+    seed: Tensor,
+    rows: Tensor | None,
+    scales: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
     core = native.core()
-    x, rows = x.contiguous(), contiguous(rows)
+    x, rows, scales = x.contiguous(), contiguous(rows), contiguous_floats(scales)
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     core.cuda.add_noise(
         x.data_ptr(), out.data_ptr(), _dtype(x.dtype), _dtype(out_dtype), x.numel(), eps,
-        getattr(core.NoiseType, noise_type), seed.data_ptr(), address(rows), x.shape[-1] if x.ndim else 1, *_where(x.device),
+        getattr(core.NoiseType, noise_type), seed.data_ptr(), address(rows), address(scales),
+        x.shape[-1] if x.ndim else 1, *_where(x.device),
     )  # fmt: skip
     return out
 
 
 def embedding_noise(
-    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype
+    table: Tensor,
+    ids: Tensor,
+    eps: float,
+    noise_type: str,
+    seed: Tensor,
+    rows: Tensor | None,
+    scales: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     core = native.core()
     table = table if table.stride(-1) == 1 else table.contiguous()
-    ids, rows = ids.to(torch.int64).contiguous(), contiguous(rows)
+    ids, rows, scales = ids.to(torch.int64).contiguous(), contiguous(rows), contiguous_floats(scales)
     clean = torch.empty((*ids.shape, table.shape[1]), dtype=table.dtype, device=table.device)
     noised = torch.empty(clean.shape, dtype=out_dtype, device=table.device)
     core.cuda.embedding_noise(
         table.data_ptr(), ids.data_ptr(), clean.data_ptr(), noised.data_ptr(), _dtype(table.dtype), _dtype(out_dtype),
         ids.numel(), *table.shape, table.stride(0), eps, getattr(core.NoiseType, noise_type), seed.data_ptr(), address(rows),
-        *_where(table.device),
+        address(scales), *_where(table.device),
     )  # fmt: skip
     return clean, noised
 

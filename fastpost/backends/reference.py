@@ -247,11 +247,19 @@ def quads(counter: Tensor, noise_type: str, seed: Tensor, dtype: torch.dtype) ->
     return z.to(dtype)
 
 
-def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def add_noise(
+    x: Tensor,
+    eps: float,
+    noise_type: str,
+    seed: Tensor,
+    rows: Tensor | None,
+    scales: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
     """fl(x + fl(eps z)), rounded once more to `out_dtype`.
 
     Element (r, c) takes number rows[r] * width + c of the sequence, by default r * width + c; where rows[r] is negative it
-    stays as it is.
+    stays as it is. With scales the noise of row r is fl(fl(eps scales[r]) z).
     """
     work = _working(x.dtype)
     if rows is None:
@@ -259,18 +267,28 @@ def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor
     else:
         number = rows.clamp(min=0).unsqueeze(-1) * x.shape[-1] + torch.arange(x.shape[-1], device=x.device)
         z = quads(number // 4, noise_type, seed, work).gather(-1, (number % 4).unsqueeze(-1)).squeeze(-1)
-    noised = x.to(work) + z * torch.tensor(eps, dtype=work, device=x.device)
+    width = torch.tensor(eps, dtype=work, device=x.device)
+    if scales is not None:
+        width = (width * scales.to(work)).unsqueeze(-1)
+    noised = x.to(work) + z * width
     if rows is not None:
         noised = torch.where((rows >= 0).unsqueeze(-1), noised, x.to(work))
     return noised.to(out_dtype).contiguous()
 
 
 def embedding_noise(
-    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype
+    table: Tensor,
+    ids: Tensor,
+    eps: float,
+    noise_type: str,
+    seed: Tensor,
+    rows: Tensor | None,
+    scales: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The rows of `table`, and the same rows with noise."""
     clean = table[ids]
-    return clean, add_noise(clean, eps, noise_type, seed, rows, out_dtype)
+    return clean, add_noise(clean, eps, noise_type, seed, rows, scales, out_dtype)
 
 
 # -- divergence: rows of logits in two streams ----------------------------------------------------------------------------

@@ -38,6 +38,11 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def contiguous_floats(tensor: Tensor | None) -> Tensor | None:
+    """What a kernel that takes float32 by address may be given."""
+    return None if tensor is None else tensor.float().contiguous()
+
+
 def address(tensor: Tensor | None) -> int:
     """Where the tensor begins; 0, the native core's null, for None."""
     return 0 if tensor is None else tensor.data_ptr()

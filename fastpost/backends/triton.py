@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.backends.serving import contiguous, refusal
+from fastpost.backends.serving import contiguous, contiguous_floats, refusal
 from fastpost.plan import Bucket
 
 
@@ -100,22 +100,37 @@ def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
     _kernels("params").scale_(bucket.grads, factor, bucket.streams)
 
 
-def add_noise(x: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def add_noise(
+    x: Tensor,
+    eps: float,
+    noise_type: str,
+    seed: Tensor,
+    rows: Tensor | None,
+    scales: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    _kernels("noise").add_noise(x, out, eps, noise_type, seed, contiguous(rows))
+    _kernels("noise").add_noise(x, out, eps, noise_type, seed, contiguous(rows), contiguous_floats(scales))
     return out
 
 
 def embedding_noise(
-    table: Tensor, ids: Tensor, eps: float, noise_type: str, seed: Tensor, rows: Tensor | None, out_dtype: torch.dtype
+    table: Tensor,
+    ids: Tensor,
+    eps: float,
+    noise_type: str,
+    seed: Tensor,
+    rows: Tensor | None,
+    scales: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     if table.stride(-1) != 1:
         table = table.contiguous()
     clean = torch.empty((*ids.shape, table.shape[1]), dtype=table.dtype, device=table.device)
     noised = torch.empty(clean.shape, dtype=out_dtype, device=table.device)
-    rows = contiguous(rows)
-    _kernels("noise").embedding_noise(table, ids.long().contiguous(), clean, noised, eps, noise_type, seed, rows)
+    rows, scales = contiguous(rows), contiguous_floats(scales)
+    _kernels("noise").embedding_noise(table, ids.long().contiguous(), clean, noised, eps, noise_type, seed, rows, scales)
     return clean, noised
 
 

@@ -38,16 +38,9 @@ def _add_noise(
     scales: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    if scales is None:
-        function = select("add_noise", x.device, x.dtype, walkable=out_dtype != torch.float64)
-        result: Tensor = function(x, eps, noise_type, seed, rows, out_dtype)
-        return result
-    # The kernels draw z; three plain operations, each rounded once, place it, so that bits agree in every backend.
-    work = torch.float64 if torch.float64 in (x.dtype, out_dtype) else torch.float32
-    nothing = torch.zeros(x.shape, dtype=work, device=x.device)
-    z: Tensor = select("add_noise", x.device, work)(nothing, 1.0, noise_type, seed, rows, work)
-    width = torch.tensor(eps, dtype=work, device=x.device) * scales.to(work)
-    return z.mul_(width.unsqueeze(-1)).add_(x).to(out_dtype)
+    function = select("add_noise", x.device, x.dtype, walkable=out_dtype != torch.float64)
+    result: Tensor = function(x, eps, noise_type, seed, rows, scales, out_dtype)
+    return result
 
 
 def _embedding_noise(
@@ -61,8 +54,8 @@ def _embedding_noise(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     function = select("embedding_noise", table.device, table.dtype, walkable=out_dtype != torch.float64)
-    clean, noised = function(table, ids, eps, noise_type, seed, rows, out_dtype)
-    return clean, noised if scales is None else _add_noise(clean, eps, noise_type, seed, rows, scales, out_dtype)
+    clean, noised = function(table, ids, eps, noise_type, seed, rows, scales, out_dtype)
+    return clean, noised
 
 
 _op_add_noise = define(
@@ -144,19 +137,26 @@ class _EmbeddingNoise(torch.autograd.Function):
         return table, None, None, None, None, None, None, None, None, None
 
 
-def _places(op: str, keep: Tensor | None, token_index: Tensor | None, shape: torch.Size) -> Tensor | None:
+def _check_rows(op: str, name: str, given: Tensor, shape: torch.Size, device: torch.device) -> None:
+    if given.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(given.shape)}, expected {tuple(shape)}")
+    if given.device != device:
+        raise ValueError(f"{op}: {name} is on {given.device}, expected {device}")
+
+
+def _places(
+    op: str, keep: Tensor | None, token_index: Tensor | None, shape: torch.Size, device: torch.device
+) -> Tensor | None:
     """The number by which each row draws, and -1 for rows without noise: int64 of `shape`; None for 0, 1, 2, ...
 
     Without a token index that is the row's place among those that are kept.
     """
     if keep is not None:
-        if keep.shape != shape:
-            raise ValueError(f"{op}: keep has shape {tuple(keep.shape)}, expected {tuple(shape)}")
+        _check_rows(op, "keep", keep, shape, device)
         if keep.dtype != torch.bool:
             raise TypeError(f"{op}: keep must be bool (True = gets noise), not {keep.dtype}")
     if token_index is not None:
-        if token_index.shape != shape:
-            raise ValueError(f"{op}: token_index has shape {tuple(token_index.shape)}, expected {tuple(shape)}")
+        _check_rows(op, "token_index", token_index, shape, device)
         if token_index.dtype != torch.int64:
             raise TypeError(f"{op}: token_index must be int64, not {token_index.dtype}")
     elif keep is None:
@@ -169,12 +169,9 @@ def _places(op: str, keep: Tensor | None, token_index: Tensor | None, shape: tor
 def _scales(op: str, scale: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor | None:
     if scale is None:
         return None
-    if scale.shape != shape:
-        raise ValueError(f"{op}: scale has shape {tuple(scale.shape)}, expected {tuple(shape)}")
+    _check_rows(op, "scale", scale, shape, device)
     if not scale.dtype.is_floating_point:
         raise TypeError(f"{op}: scale must be floating point, not {scale.dtype}")
-    if scale.device != device:
-        raise ValueError(f"{op}: scale is on {scale.device}, expected {device}")
     return scale.detach()
 
 
@@ -210,8 +207,9 @@ def add_noise(
         A new tensor of x's shape.
 
     Raises:
-        ValueError: eps negative or not finite; unknown noise type; wrong shape of `keep`.
-        TypeError: x is not floating point.
+        ValueError: eps negative or not finite; unknown noise type; `keep`, `token_index` or `scale` of another shape or on
+            another device.
+        TypeError: wrong dtype of x, `keep`, `token_index` or `scale`.
     """
     check_noise("add_noise", eps, noise_type)
     out_dtype = out_dtype or x.dtype
@@ -222,7 +220,7 @@ def add_noise(
         raise ValueError("add_noise: keep needs an x with rows, not a scalar")
     if x.ndim == 0 and (token_index is not None or scale is not None):
         raise ValueError("add_noise: token_index and scale need an x with rows, not a scalar")
-    rows = _places("add_noise", keep, token_index, x.shape[:-1])
+    rows = _places("add_noise", keep, token_index, x.shape[:-1], x.device)
     scales = _scales("add_noise", scale, x.shape[:-1], x.device)
     seed = fresh_seed(x.device) if seed is None else seed_tensor(seed, x.device)
     noised: Tensor = _AddNoise.apply(x, eps, noise_type, seed, rows, scales, out_dtype)  # type: ignore[no-untyped-call]
@@ -275,7 +273,7 @@ def embedding_noise(
             raise IndexError(
                 f"embedding_noise: index {low if low < 0 else high} is outside a table of {table.shape[0]} rows"
             )
-    rows = _places("embedding_noise", keep, token_index, ids.shape)
+    rows = _places("embedding_noise", keep, token_index, ids.shape, table.device)
     scales = _scales("embedding_noise", scale, ids.shape, table.device)
     seed = fresh_seed(table.device) if seed is None else seed_tensor(seed, table.device)
     if padding_idx is None:
