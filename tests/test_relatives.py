@@ -14,6 +14,7 @@ from fastpost import R3FOutput
 from fastpost.ops.noise import add_noise
 from fastpost.r3f.relatives import SMART, FreeLB, HyPe, NEFTune, NoisedStudent, RDrop
 from fastpost.r3f.relatives.base import Method
+from fastpost.r3f.relatives.delta import Delta
 from fastpost.r3f.relatives.hype import find_layers
 from tests.conftest import same_bits
 from tests.tiny import Batch, batch_for, build, gradients, pad
@@ -190,7 +191,7 @@ def test_freelb(kind: str, radius: float) -> None:
         for name, grad in gradients(oracle.model, loss).items():
             expected[name] += grad / steps
         oracle = Oracle(kind)  # the graph of x has been used up
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         g = g * oracle.mask[..., None]
         delta = delta.detach() + rate * g / g.square().sum((1, 2), keepdim=True).sqrt()
         norm = delta.square().sum((1, 2), keepdim=True).sqrt()
@@ -477,6 +478,30 @@ def test_gradients_of_the_model_are_left_alone(name: str) -> None:
     )
 
 
+def test_the_ascent_stays_off_padding_and_skips_what_overflowed() -> None:
+    keep = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
+    for order, radius in ((2.0, 0.0), (2.0, 0.2), (math.inf, 0.2)):
+        delta = Delta(0.1, "uniform", torch.tensor(3), value=None)
+        delta.add(torch.zeros(3, 3, 4), keep)
+        start = delta.value
+        assert start is not None
+        gradient = torch.randn(3, 3, 4)
+        gradient[1] = 0
+        gradient[2, 0, 0] = math.inf
+        delta.ascend(gradient, 0.5, order, radius)
+        moved = delta.value
+        assert moved is not None
+        assert moved.requires_grad
+        assert not bool(moved[~keep].any())
+        assert bool(moved.isfinite().all())
+        assert not torch.equal(moved[0], start[0])
+        for text in (1, 2):  # within the ball from the start, so the projection does not touch them
+            if radius == 0 or float(start[text].detach().norm(p=order)) <= radius:
+                assert torch.equal(moved[text], start[text])
+        if radius:
+            assert float(moved[0].detach().norm(p=order)) <= radius * (1 + 1e-6)
+
+
 # -- HyPe's layers --------------------------------------------------------------------------------------------------------
 
 
@@ -492,6 +517,35 @@ def test_gradients_of_the_model_are_left_alone(name: str) -> None:
 )
 def test_layers_are_found(kind: str, names: list[str]) -> None:
     assert sorted(find_layers(build(kind))) == sorted(names)
+
+
+class Layers(nn.Module):
+    """Three blocks that hand on what they get, the last of them run twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Identity()) for _ in range(3))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        self.seen = [self.embedding(input_ids)]
+        for i in (0, 1, 2, 2):
+            self.seen.append(self.blocks[i](self.seen[-1]))
+        logits: Tensor = self.head(self.seen[-1])
+        return logits
+
+
+def test_every_layer_and_call_draws_its_own_numbers() -> None:
+    model = Layers().double()
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    labels = torch.tensor([[0, 1, 2], [1, -100, -100]])
+    HyPe(0.3, "uniform", seed=4)(model, input_ids=torch.ones(2, 3, dtype=torch.long), attention_mask=mask, labels=labels)
+    for i in range(4):
+        moved = (model.seen[i + 1] - model.seen[i]).detach()
+        assert not bool(moved[mask == 0].any())
+        drawn = add_noise(torch.zeros(4, 4, dtype=torch.float64), 0.3, seed=4 + i)
+        torch.testing.assert_close(moved[mask == 1], drawn, rtol=0, atol=1e-12)
 
 
 def test_layers_by_name_and_by_module() -> None:
@@ -531,7 +585,7 @@ def test_hype_refuses_what_would_go_wrong_silently() -> None:
         (lambda: RDrop(-1), "RDrop: alpha must be finite and >= 0, not -1"),
         (lambda: RDrop(forward="double"), "unknown forward 'double'. Did you mean 'double_batch'?"),
         (lambda: NEFTune(math.nan), "NEFTune: alpha must be finite"),
-        (lambda: NEFTune(length="tru"), "unknown length 'tru'. Did you mean 'true'?"),
+        (lambda: NEFTune(length="pad"), "unknown length 'pad'. Did you mean 'padded'?"),
         (lambda: SMART(eps=-1), "SMART: eps must be"),
         (lambda: SMART(steps=0), "SMART: steps must be a whole number >= 1, not 0"),
         (lambda: SMART(dropout="off"), "unknown dropout 'off'"),

@@ -17,12 +17,23 @@ import fastpost
 from fastpost.cli import chain_report, tasks, tuning
 from fastpost.errors import unknown
 from fastpost.ops.noise import check_noise
+from fastpost.r3f import relatives
 from fastpost.r3f.probe import POOLINGS, ProbeResult, encoder_of, features, linear_probe
+from fastpost.r3f.relatives.base import Method
 
 DESCRIPTION = (
     "Representation collapse (2008.03156, section 4): fine-tunes through a chain of tasks and probes the frozen encoder."
 )
-METHODS = tuning.CLASSIFIERS
+# By their own defaults, but for the weight of a KL.
+RELATIVES: dict[str, Callable[[tuning.Hyper], Method]] = {
+    "rdrop": lambda hyper: relatives.RDrop(hyper.r3f_lambda),
+    "neftune": lambda hyper: relatives.NEFTune(),
+    "smart": lambda hyper: relatives.SMART(hyper.r3f_lambda),
+    "freelb": lambda hyper: relatives.FreeLB(),
+    "hype": lambda hyper: relatives.HyPe(),
+    "student": lambda hyper: relatives.NoisedStudent(r3f_lambda=hyper.r3f_lambda),
+}
+METHODS = (*tuning.CLASSIFIERS, *RELATIVES)
 PRETRAINED = "pretrained"
 
 Rows = list[dict[str, Any]]
@@ -203,6 +214,24 @@ def probe_of(model: nn.Module, data: Data, arguments: ProbeArguments, limit: int
     return linear_probe(*fitted, *pooled(model, data, data.test, arguments.pooling), C=arguments.probe_c or None)
 
 
+def build(method: str, model: nn.Module, hyper: tuning.Hyper) -> tuning.Trainee:
+    """A method's training step on a model; all but SAM's on the same AdamW."""
+    if method in tuning.CLASSIFIERS:
+        return tuning.build(method, "fastpost", model, hyper)
+    loss_of = RELATIVES[method](hyper)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=hyper.lr, weight_decay=hyper.weight_decay, fused=True)
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        loss = loss_of(model, **batch).loss
+        if loss.requires_grad:  # FreeLB has been through its backward passes
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return tuning.Trainee(model, optimizer, step)
+
+
 class Study:
     """Runs a plan; every row is in probe.csv as soon as it is there."""
 
@@ -230,7 +259,7 @@ class Study:
         model = data.classifier.fresh(seed + 1000 * stage)
         if state is not None:
             encoder_of(model).load_state_dict(state)
-        trainee = tuning.build(method, "fastpost", model, plan.hyper)
+        trainee = build(method, model, plan.hyper)
         steps = plan.steps(name)
         warmup = max(steps // 10, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(
