@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from fastpost import R3FOutput
 from fastpost.ops.noise import add_noise
@@ -16,6 +20,7 @@ from fastpost.r3f.relatives import SMART, FreeLB, HyPe, NEFTune, NoisedStudent, 
 from fastpost.r3f.relatives.base import Method
 from fastpost.r3f.relatives.delta import Delta
 from fastpost.r3f.relatives.hype import find_layers
+from tests import distributed
 from tests.conftest import same_bits
 from tests.tiny import Batch, batch_for, build, gradients, pad
 
@@ -500,6 +505,46 @@ def test_the_ascent_stays_off_padding_and_skips_what_overflowed() -> None:
                 assert torch.equal(moved[text], start[text])
         if radius:
             assert float(moved[0].detach().norm(p=order)) <= radius * (1 + 1e-6)
+
+
+# -- data-parallel replicas and shards --------------------------------------------------------------------------------
+
+
+def replicated(name: str, how: str) -> float:
+    """The largest difference of a gradient from the mean of the ranks' own, relative to that gradient's largest element."""
+    batch, rank = batch_for("sequence"), dist.get_rank()
+    mine = {key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()}
+    plain, model = (build("sequence", dtype=torch.float64) for _ in range(2))
+    if how == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        for layer in model.bert.encoder.layer:  # type: ignore[union-attr]
+            fully_shard(layer)
+        fully_shard(model)
+    for trained in (plain, model):
+        out = of(name)(trained, **mine)
+        if out.loss.requires_grad:
+            out.loss.backward()
+    worst = 0.0
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        assert q.grad is not None
+        mean = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        dist.all_reduce(mean)
+        found = q.grad.full_tensor() if isinstance(q.grad, DTensor) else q.grad
+        worst = max(worst, float((mean / 2 - found).abs().max() / mean.abs().max().clamp(min=1e-6)))
+    return worst
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> distributed.Outcome:
+    ways = [(name, how) for name in METHODS for how in ("ddp", "fsdp2")]
+    return distributed.run(2, {f"{name} {how}": functools.partial(replicated, name, how) for name, how in ways})
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_are_the_mean_of_the_ranks(two_ranks: distributed.Outcome, name: str, how: str) -> None:
+    assert max(two_ranks.of(f"{name} {how}")) < 1e-9
 
 
 # -- HyPe's layers --------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class FreeLB(Method):
         adv_init_mag: scale of the start, >= 0.
         adv_max_norm: radius of the ball, >= 0; 0: no projection. (Names as in the authors' code, which searched all four per
             task; the defaults are a place to begin.)
-        dropout: "shared": the same masks in all steps, as in the paper (section 3.3), or "independent".
+        dropout: "shared": the same masks in all steps, as in the paper, or "independent".
         backward: called with each step's loss, already divided by adv_steps; must run its backward pass. None: its
             `.backward()`. For loss scaling `lambda loss: scaler.scale(loss).backward()` (the ascent does not depend on the
             scale; a step that overflowed does not move delta), for gradient accumulation a division, for Accelerate

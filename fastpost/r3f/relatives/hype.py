@@ -55,7 +55,7 @@ def find_layers(model: nn.Module, layers: Sequence[nn.Module | str] | None = Non
 
 
 class HyPe(Method):
-    """Cross-entropy with noise on the hidden states that enter every layer: one pass, no KL (2212.08853, eqs. 2-3).
+    """Cross-entropy with noise on the hidden states that enter every layer: one pass, no KL (2212.08853).
 
         hype = HyPe(eps=1e-5, noise_type="normal")
         hype(model, **batch).loss.backward()

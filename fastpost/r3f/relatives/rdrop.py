@@ -16,7 +16,7 @@ FORWARDS = ("two_pass", "double_batch")
 class RDrop(Method):
     """L = (CE1 + CE2) / 2 + alpha * (KL(p1 || p2) + KL(p2 || p1)) / 2 over two passes that differ in dropout alone.
 
-    2106.14448, eqs. 2-4; the paper's formula sums the two cross-entropies, its code averages them, which is what is done
+    2106.14448, section 2; the paper's formula sums the two cross-entropies, its code averages them, which is what is done
     here. Without dropout in the model the KL is exactly 0 and the loss plain cross-entropy, at twice the price.
 
         rdrop = RDrop(alpha=1.0)

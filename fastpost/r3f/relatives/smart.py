@@ -17,7 +17,7 @@ class SMART(Method):
     """CE(clean) + smart_lambda * symmetric KL(clean, adversarial), SMART's smoothness-inducing regulariser (1911.03437).
 
     The perturbation starts at N(0, sigma^2) and takes `steps` steps of step_size * g / ||g||_inf uphill on the symmetric KL,
-    each followed by a projection into the ball ||.||_inf <= eps (algorithm 1, lines 6-9). It then counts as a constant: the
+    each followed by a projection into the ball ||.||_inf <= eps (algorithm 1). It then counts as a constant: the
     KL sends gradients into both branches, the adversarial one's embeddings included. Norms are taken per text, so that a
     text's perturbation does not depend on its batch; public code takes them per token.
 
