@@ -1,0 +1,81 @@
+"""The fused head and loss on a GPU: beside its own three products alone, beside whole logits, and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastpost
+from fastpost.bench.registry import Case, Contender, Goal, PeakMemory, Target, Work, cuda_case
+from fastpost.published import fairseq_symmetric_kl
+
+SHAPES = {"gpt2": (4096, 768, 50257), "llama": (4096, 4096, 128256)}
+CHUNK = 1024
+MB = 10**6
+
+
+class Head:
+    """Two streams of hidden states 1e-2 apart, a head, labels; operands in bfloat16."""
+
+    def __init__(self, at: Target, rows: int, width: int, vocab: int) -> None:
+        hidden = at.randn(rows, width)
+        noised = hidden + at.randn(rows, width, std=1e-2)
+        weight = at.randn(vocab, width, std=width**-0.5)
+        self.leaves = [t.to(torch.bfloat16).requires_grad_() for t in (hidden, noised, weight)]
+        self.labels = torch.randint(0, vocab, (rows,), device=at.device)
+
+    def step(self, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Work:
+        return lambda: torch.autograd.grad(loss(*self.leaves), self.leaves)
+
+    def fused(self, hidden: Tensor, noised: Tensor, weight: Tensor) -> Tensor:
+        return fastpost.linear_r3f_loss(hidden, noised, weight, self.labels).loss
+
+    def on_logits(self, hidden: Tensor, noised: Tensor, weight: Tensor) -> Tensor:
+        return fastpost.r3f_loss(hidden @ weight.T, noised @ weight.T, self.labels, inplace=True).loss
+
+    def published(self, hidden: Tensor, noised: Tensor, weight: Tensor) -> Tensor:
+        logits, noised_logits = hidden @ weight.T, noised @ weight.T
+        return F.cross_entropy(logits.float(), self.labels) + fairseq_symmetric_kl(noised_logits, logits)
+
+    @torch.no_grad()
+    def products(self) -> None:
+        """The three products of every chunk of both streams, and nothing else."""
+        hidden, noised, weight = (t.detach() for t in self.leaves)
+        total = torch.zeros_like(weight)
+        for at in range(0, len(hidden), CHUNK):
+            x = torch.cat((hidden[at : at + CHUNK], noised[at : at + CHUNK]))
+            logits = x @ weight.T
+            logits @ weight
+            total.addmm_(logits.T, x)
+
+
+@cuda_case(**SHAPES)
+def linear_r3f(at: Target, shape: tuple[int, int, int]) -> Case:
+    """Forward and backward of the loss, hidden states and weight trained."""
+    rows, width, vocab = at.size(shape[0], 70), at.size(shape[1], 8), at.size(shape[2], 30)
+    alone, ours = "its three products alone", "linear_r3f_loss"
+    whole, published = "r3f_loss on whole logits", "fairseq formula on whole logits"
+    # The weight's gradient is summed in float32 and handed out in 16 bits.
+    outputs = vocab * width * 6 + 4 * rows * width
+
+    def contenders() -> list[Contender]:
+        head = Head(at, rows, width, vocab)
+        return [
+            Contender(alone, head.products),
+            Contender(ours, head.step(head.fused), peak=True, launches=True),
+            Contender(whole, head.step(head.on_logits), slow=True, peak=True),
+            Contender(published, head.step(head.published), slow=True, peak=True),
+        ]
+
+    goals: list[Goal] = [
+        Goal(ours, alone, {"cuda": 1.15}),
+        Goal(ours, published, {"cuda": 1.0}, faster=True),
+        PeakMemory(ours, "", {"cuda": ((1 << 30) + outputs) / MB + 64}, per=MB),
+    ]
+    return Case(
+        "linear_r3f_loss, forward + backward", f"{rows:,} x {width:,} x {vocab:,}", "bfloat16", contenders, goals,
+        bytes=4 * rows * vocab, work=30, memory=60 * rows * vocab + 10 * vocab * width, seconds=2,
+    )  # fmt: skip
