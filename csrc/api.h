@@ -100,6 +100,11 @@ void divergence_rows(const LogitRows& clean, const LogitRows& noised, const Logi
                      int64_t ignore_index, const double* kl_weights, const double* ce_weights, double* kl, double* ce,
                      int threads);
 
+// Per row: value = KL(p|m) / 2 + KL(q|m) / 2 with m = (p + q) / 2, and the gradients of weights[row] * value; weights and
+// gradients as above. At most ln 2: a class that is -inf in one stream only is finite, in both it does not exist.
+void js_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean, const LogitRows& grad_noised,
+             DType dtype, int64_t rows, int64_t cols, const double* weights, double* value, int threads);
+
 // block[row] *= factors[row * factor_stride] (stride 0: one factor for all); rows whose factor is 1 are not touched.
 void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols, const double* factors,
                 int64_t factor_stride, int threads);

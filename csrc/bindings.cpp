@@ -105,6 +105,18 @@ void bind_cpu(py::module_ cpu) {
       py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("kl_weights"), py::arg("ce_weights"),
       py::arg("kl"), py::arg("ce"), py::arg("threads"), Released());
   cpu.def(
+      "js_rows",
+      [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address grad_clean,
+         int64_t grad_clean_stride, Address grad_noised, int64_t grad_noised_stride, DType dtype, int64_t rows, int64_t cols,
+         Address weights, Address value, int threads) {
+        cpu::js_rows({as(clean), clean_stride}, {as(noised), noised_stride}, {as(grad_clean), grad_clean_stride},
+                     {as(grad_noised), grad_noised_stride}, dtype, rows, cols, as<double>(weights), as<double>(value),
+                     threads);
+      },
+      py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("grad_clean"),
+      py::arg("grad_clean_stride"), py::arg("grad_noised"), py::arg("grad_noised_stride"), py::arg("dtype"), py::arg("rows"),
+      py::arg("cols"), py::arg("weights"), py::arg("value"), py::arg("threads"), Released());
+  cpu.def(
       "scale_rows",
       [](Address block, int64_t stride, DType dtype, int64_t rows, int64_t cols, Address factors, int64_t factor_stride,
          int threads) {

@@ -153,9 +153,20 @@ def scaled_noise_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str
     return noise_kernel(dtype, arch, tmp_path, has_ids=True, has_rows=True, has_scales=True)
 
 
+def js_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    pointer, element, _ = TYPES[dtype]
+    blocks = ("clean", "noised", "grad_clean", "grad_noised")
+    strides = tuple(f"{b}_stride" for b in blocks)
+    types = dict.fromkeys(blocks, pointer) | dict.fromkeys(strides, "i64")
+    types |= {"weights": "*fp64", "out": "*fp64", "cols": "i32"}
+    constants = {"dtype": element, "want_clean": True, "want_noised": True, "wide": False, "BLOCK": 2048}
+    return compiled(divergence._js_kernel, types, constants, (*blocks, *strides, "cols"), 8, arch, tmp_path)
+
+
 # Registers that still leave room for two blocks (of 512 threads), four (256) or eight (128) on a multiprocessor.
 KERNELS = {
     "divergence": (divergence_kernel, 128),
+    "Jensen-Shannon": (js_kernel, 128),
     "perturb": (perturb_kernel, 128),
     "perturb, stochastic": (stochastic_kernel, 192),  # eight Philox calls at a time leave room for one block
     "perturb from masters": (masters_kernel, 128),

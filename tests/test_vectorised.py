@@ -26,7 +26,15 @@ SOURCES = ("params", "noise", "divergence")
 HOT = {
     "params": {"perturb_block": 1, "negate_of": 1, "scale_of": 1, "flip_signs_of": 2, "restore_adamw_of": 1},
     "noise": {"draw": 4, "add_noise_to": 2},  # words, uniform, normal, interleaved; conversion, sum
-    "divergence": {"extent_of": 1, "sums_of": 1, "finish_row": 1, "cross_entropy_row": 3, "fill": 1},
+    "divergence": {
+        "extent_of": 1,
+        "sums_of": 1,
+        "finish_row": 1,
+        "cross_entropy_row": 3,
+        "fill": 1,
+        "mixture_sums": 1,
+        "mixture_gradient": 1,
+    },
 }
 SCALAR = {("flip_signs_of", 1, "sse"): "x86-64-v2 has no shift by an amount of each lane's own"}
 NARROW = {"load_lanes": 16}  # eight 16-bit elements, whatever the registers

@@ -282,6 +282,143 @@ def _divergence_kernel(
 
 
 @triton.jit
+def _mixture_delta(a, b, centre, centre_error, wide: tl.constexpr):
+    """As _centred, and infinite where a class is -inf in one stream only."""
+    d = a - b
+    if wide:
+        delta = (a.to(tl.float64) - b.to(tl.float64)) - centre
+    else:
+        delta = tl.where(tl.abs(d) == _INFINITY, d, (d - centre) + (_error(a, b, d) - centre_error))
+    return tl.where((a == -_INFINITY) & (b == -_INFINITY), 0.0, delta)
+
+
+@triton.jit
+def _mixture(
+    a, b, clean_max, noised_max, centre, centre_error, log_ratio, clean_scale, noised_scale, wide: tl.constexpr
+):  # fmt: skip
+    """p, q, ln(p / m), ln(q / m) and what each class adds to JSD: mixture_logs of csrc/core/divergence.h."""
+    r = (_mixture_delta(a, b, centre, centre_error, wide) - log_ratio).to(tl.float32)
+    p = exp_nonpositive(a - clean_max) * clean_scale
+    q = exp_nonpositive(b - noised_max) * noised_scale
+    size = tl.where(tl.abs(r) > 200.0, 200.0, tl.abs(r))  # beyond, the lesser probability is 0 in float
+    far = size > 1.0
+    u = exp_nonpositive(-size)
+    less = tl.where(size < 0.5, -expm1_small(-size), 1.0 - u)
+    s = tl.where(far, u, less) / tl.where(far, 2.0 + u, 3.0 + u)
+    z = s * s
+    half = s + s * (z * (0.333333333 + z * (0.2 + z * (0.142857143 + z * 0.111111111))))
+    over = 1.0 / (1.0 + u)
+    t = less * over
+    y = t * t
+    tail = y * (0.0111111111 + y * (0.00757575758 + y * (0.00549450549 + y * 0.00416666667)))
+    series = y * (0.5 + y * (0.0833333333 + y * (0.0333333333 + y * (0.0178571429 + tail))))
+    term = tl.where(far, 0.693147182 - (2.0 * half + u * over * size), series)
+    ln_2 = tl.full((), 0.6931471805599453, tl.float64)
+    signed = tl.where(far, -2.0, 2.0) * half
+    greater = tl.where(far, ln_2, 0.0) + signed.to(tl.float64)
+    clean_log = greater - tl.where(r < 0.0, size, 0.0).to(tl.float64)
+    noised_log = greater - tl.where(r > 0.0, size, 0.0).to(tl.float64)
+    return p, q, clean_log, noised_log, 0.5 * (p + q) * term
+
+
+@triton.jit
+def _js_kernel(
+    clean, noised, grad_clean, grad_noised, weights, out,
+    cols, clean_stride, noised_stride, grad_clean_stride, grad_noised_stride,
+    dtype: tl.constexpr, want_clean: tl.constexpr, want_noised: tl.constexpr, wide: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # Four passes: extent, sums, value and KL to the mixture, gradients. Masked throughout: accesses are wide where the width
+    # and the strides are multiples of 16.
+    row = tl.program_id(0).to(tl.int64)
+    a_row = clean + row * clean_stride
+    b_row = noised + row * noised_stride
+    ga_row = grad_clean + row * grad_clean_stride
+    gb_row = grad_noised + row * grad_noised_stride
+    weight = tl.load(weights + row).to(tl.float32)
+    full = tl.arange(0, BLOCK)
+    clean_max = -_INFINITY
+    noised_max = -_INFINITY
+    low = _INFINITY
+    high = -_INFINITY
+    bad = 0
+    for begin in range(0, cols, BLOCK):
+        at = begin + full
+        inside = at < cols
+        clean_max, noised_max, low, high, bad = _block_extent(
+            _load(a_row, at, inside), _load(b_row, at, inside), inside, clean_max, noised_max, low, high, bad
+        )
+    if wide:
+        centre = clean_max.to(tl.float64) - noised_max.to(tl.float64)
+        centre_error = centre * 0
+    else:
+        centre = clean_max - noised_max
+        centre_error = _error(clean_max, noised_max, centre)
+    zero = tl.full((), 0.0, tl.float64)
+    sa = zero
+    sb = zero
+    sd = zero
+    for begin in range(0, cols, BLOCK):
+        at = begin + full
+        inside = at < cols
+        a = _load(a_row, at, inside)
+        b = _load(b_row, at, inside)
+        ea = tl.where(inside, exp_nonpositive(a - clean_max), 0.0)
+        eb = tl.where(inside, exp_nonpositive(b - noised_max), 0.0)
+        delta = _mixture_delta(a, b, centre, centre_error, wide).to(tl.float32)
+        excess = tl.where(inside, _excess(delta, ea, eb), 0.0)
+        sa += tl.sum(ea.to(tl.float64), axis=0)
+        sb += tl.sum(eb.to(tl.float64), axis=0)
+        sd += tl.sum(excess.to(tl.float64), axis=0)
+    ratio = sd / sb
+    one_more = 1.0 + ratio
+    near = tl.log(one_more) - ((one_more - 1.0) - ratio) / one_more  # log1p in float64
+    log_ratio64 = tl.where(tl.abs(ratio) < 0.5, near, tl.log(sa / sb))
+    log_ratio = log_ratio64 if wide else log_ratio64.to(tl.float32)
+    clean_scale = (1.0 / sa).to(tl.float32)
+    noised_scale = (1.0 / sb).to(tl.float32)
+
+    value = zero
+    # Where one class has nearly all of p its logarithm is nearly KL(p|m): so that is a mean of these very floats, under
+    # weights that sum to 1.
+    clean_kl = zero
+    noised_kl = zero
+    clean_mass = zero
+    noised_mass = zero
+    for begin in range(0, cols, BLOCK):
+        at = begin + full
+        inside = at < cols
+        p, q, clean_log, noised_log, term = _mixture(
+            _load(a_row, at, inside), _load(b_row, at, inside), clean_max, noised_max, centre, centre_error, log_ratio,
+            clean_scale, noised_scale, wide,
+        )  # fmt: skip
+        value += tl.sum(tl.where(inside, term, 0.0).to(tl.float64), axis=0)
+        p = tl.where(inside, p, 0.0).to(tl.float64)
+        q = tl.where(inside, q, 0.0).to(tl.float64)
+        clean_kl += tl.sum(p * clean_log, axis=0)
+        noised_kl += tl.sum(q * noised_log, axis=0)
+        clean_mass += tl.sum(p, axis=0)
+        noised_mass += tl.sum(q, axis=0)
+    value = tl.where(value > 0.6931471805599453, 0.6931471805599453, value)  # ln 2; rounding can go beyond
+    tl.store(out + row, tl.where(weight != 0.0, value, 0.0))
+    if want_clean or want_noised:
+        clean_kl /= clean_mass
+        noised_kl /= noised_mass
+        for begin in range(0, cols, BLOCK):
+            at = begin + full
+            inside = at < cols
+            p, q, clean_log, noised_log, term = _mixture(
+                _load(a_row, at, inside), _load(b_row, at, inside), clean_max, noised_max, centre, centre_error, log_ratio,
+                clean_scale, noised_scale, wide,
+            )  # fmt: skip
+            if want_clean:
+                gradient = tl.where(weight != 0.0, 0.5 * weight * (p * (clean_log - clean_kl).to(tl.float32)), 0.0)
+                tl.store(ga_row + at, round_to(gradient, dtype), mask=inside)
+            if want_noised:
+                gradient = tl.where(weight != 0.0, 0.5 * weight * (q * (noised_log - noised_kl).to(tl.float32)), 0.0)
+                tl.store(gb_row + at, round_to(gradient, dtype), mask=inside)
+
+
+@triton.jit
 def _scaled(x, factor, dtype: tl.constexpr):
     return round_to((x.to(tl.float32).to(tl.float64) * factor).to(tl.float32), dtype)
 
@@ -352,6 +489,25 @@ def divergence_rows(
         grad_noised is not None, cols < _NARROW, HEAD=elements, BLOCK=block, num_warps=16 if block >= 4096 else 4,
     )  # fmt: skip
     return kl, ce
+
+
+def js_rows(clean: Tensor, noised: Tensor, weights: Tensor, grad_clean: Tensor | None, grad_noised: Tensor | None) -> Tensor:
+    """Per row (float64): the Jensen-Shannon divergence; gradients of weights * values go to the tensors given."""
+    rows, cols = clean.shape
+    value = torch.empty(rows, dtype=torch.float64, device=clean.device)
+    if rows:
+        blocks = [
+            clean,
+            noised,
+            grad_clean if grad_clean is not None else clean,
+            grad_noised if grad_noised is not None else noised,
+        ]
+        size = min(2048, triton.next_power_of_2(cols))
+        _js_kernel[(rows,)](
+            *blocks, weights, value, cols, *(b.stride(0) for b in blocks), _TYPES[clean.dtype], grad_clean is not None,
+            grad_noised is not None, cols < _NARROW, BLOCK=size, num_warps=8 if size >= 2048 else 4,
+        )  # fmt: skip
+    return value
 
 
 def scale_rows_(block: Tensor, factors: Tensor) -> None:

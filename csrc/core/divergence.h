@@ -128,5 +128,49 @@ FASTPOST_HD float noised_gradient(float q, float r, float excess, float noised_k
   return -kl_weight * (q * (r + noised_kl) + excess);
 }
 
+// -- Jensen-Shannon: m = (p + q) / 2, t = (p - q) / (p + q) = tanh(r / 2), so p = m (1 + t) and q = m (1 - t)
+// ---------------
+//
+//   JSD = sum m ((1 + t) ln(1 + t) + (1 - t) ln(1 - t)) / 2       dJSD/da = p (ln(p / m) - KL(p|m)) / 2
+//
+// Every term is >= 0 and even in t, so nothing cancels between classes.
+
+// Differences in double; where a class is -inf in one stream only they are infinite.
+struct MixtureShift {
+  using Real = double;
+  double clean_max, noised_max, centre;
+};
+
+FASTPOST_HD MixtureShift mixture_shift(const RowExtent& extent) {
+  return {extent.clean_max, extent.noised_max, static_cast<double>(extent.clean_max) - extent.noised_max};
+}
+
+FASTPOST_HD double centred(float a, float b, const MixtureShift& shift) {
+  const double delta = (static_cast<double>(a) - b) - shift.centre;
+  return (a == -INFINITY) & (b == -INFINITY) ? 0.0 : delta;
+}
+
+// ln(p / m) and ln(q / m), and what the class adds to JSD / m. The logarithms keep their digits near 0 and, where a class
+// belongs to one stream, near ln 2. r may be infinite.
+FASTPOST_HD void mixture_logs(float r, double* clean_log, double* noised_log, float* term) {
+  const float size = select(fabsf(r) > 200.0f, 200.0f, fabsf(r));  // beyond, the lesser probability is 0 in float
+  const bool far = size > 1.0f;
+  const float u = exp_nonpositive(-size);  // the lesser over the greater
+  const float less = select(size < 0.5f, -expm1_small(-size), 1.0f - u);
+  // ln(1 + t) = 2 atanh(t / (2 + t)), far out ln 2 - ln(1 + u) with ln(1 + u) = 2 atanh(u / (2 + u)).
+  const float s = select(far, u, less) / select(far, 2.0f + u, 3.0f + u);
+  const float z = s * s;
+  const float half = s + s * (z * (1.0f / 3 + z * (1.0f / 5 + z * (1.0f / 7 + z * (1.0f / 9)))));
+  const float over = 1.0f / (1.0f + u);
+  const float t = less * over;
+  const float y = t * t;
+  const float tail = y * (1.0f / 90 + y * (1.0f / 132 + y * (1.0f / 182 + y * (1.0f / 240))));
+  const float series = y * (1.0f / 2 + y * (1.0f / 12 + y * (1.0f / 30 + y * (1.0f / 56 + tail))));
+  *term = select(far, 0x1.62e43p-1f - (2.0f * half + u * over * size), series);
+  const double greater = 0x1.62e42fefa39efp-1 * select(far, 1.0f, 0.0f) + select(far, -2.0f, 2.0f) * half;
+  *clean_log = greater - select(r < 0.0f, size, 0.0f);
+  *noised_log = greater - select(r > 0.0f, size, 0.0f);
+}
+
 }  // namespace FASTPOST_ISA
 }  // namespace fastpost

@@ -58,6 +58,31 @@ void divergence_rows(const LogitRows& clean, const LogitRows& noised, const Logi
   });
 }
 
+void js_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean, const LogitRows& grad_noised,
+             DType dtype, int64_t rows, int64_t cols, const double* weights, double* value, int threads) {
+  const int64_t size = element_size(dtype);
+  const auto at = [&](const LogitRows& block, int64_t row) -> void* {
+    return block.address == nullptr ? nullptr : static_cast<char*>(block.address) + row * block.stride * size;
+  };
+  for_rows(rows, cols, threads, [&](int64_t i, int64_t end) {
+    thread_local std::vector<float> scratch;
+    thread_local std::vector<double> logs;
+    if (scratch.size() < static_cast<size_t>(2 * cols)) scratch.resize(2 * cols);
+    if (logs.size() < static_cast<size_t>(2 * cols)) logs.resize(2 * cols);
+    DivergenceRow row = {};
+    row.clean_exp = scratch.data();
+    row.noised_exp = scratch.data() + cols;
+    row.clean = at(clean, i);
+    row.noised = at(noised, i);
+    row.next_clean = i + 1 < end ? at(clean, i + 1) : nullptr;
+    row.grad_clean = at(grad_clean, i);
+    row.grad_noised = at(grad_noised, i);
+    row.cols = cols;
+    row.kl_weight = weights == nullptr ? 1 : weights[i];
+    value[i] = divergence_loops().jensen_shannon(dtype, row, logs.data());
+  });
+}
+
 void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols, const double* factors,
                 int64_t factor_stride, int threads) {
   if (factor_stride == 0 && *factors == 1) return;

@@ -239,9 +239,93 @@ void row(DType dtype, const DivergenceRow& row, double* kl, double* ce) {
   });
 }
 
+// Value of the Jensen-Shannon divergence, and KL(p|m), KL(q|m). The exponentials become p and q; behind them, `cols` further
+// on, come ln(p / m) and ln(q / m). Where one class has nearly all of p its logarithm is nearly KL(p|m): so the KLs are
+// means of these very floats, under weights that sum to 1.
+template <class T>
+double mixture_sums(const T* a, const T* b, float* clean, float* noised, double* logs, int64_t cols,
+                    const MixtureShift shift, const RowMoments<double> moments, double* clean_kl, double* noised_kl) {
+  double value = 0, from_clean = 0, from_noised = 0, clean_mass = 0, noised_mass = 0;
+  for (int64_t begin = 0; begin < cols; begin += kBlock) {
+    const int64_t m = least(kBlock, cols - begin);
+    const T* x = a + begin;
+    const T* y = b + begin;
+    float* p = clean + begin;
+    float* q = noised + begin;
+    double* clean_logs = logs + begin;
+    double* noised_logs = logs + cols + begin;
+    double sum = 0, clean_sum = 0, noised_sum = 0, ps = 0, qs = 0;
+#pragma omp simd reduction(+ : sum, clean_sum, noised_sum, ps, qs)
+    for (int64_t i = 0; i < m; ++i) {
+      const float r = static_cast<float>(centred(to_float(x[i]), to_float(y[i]), shift) - moments.log_ratio);
+      double clean_log, noised_log;
+      float term;
+      mixture_logs(r, &clean_log, &noised_log, &term);
+      const float pi = p[i] * moments.clean_scale, qi = q[i] * moments.noised_scale;
+      p[i] = pi;
+      q[i] = qi;
+      clean_logs[i] = clean_log;
+      noised_logs[i] = noised_log;
+      sum += 0.5f * (pi + qi) * term;
+      ps += pi;
+      qs += qi;
+      clean_sum += pi * clean_log;
+      noised_sum += qi * noised_log;
+    }
+    value += sum;
+    from_clean += clean_sum;
+    from_noised += noised_sum;
+    clean_mass += ps;
+    noised_mass += qs;
+  }
+  *clean_kl = from_clean / clean_mass;
+  *noised_kl = from_noised / noised_mass;
+  return value;
+}
+
+// weight * dJSD/dz for one stream.
+template <class T>
+void mixture_gradient(T* grad, const float* p, const double* logs, int64_t n, double kl, float weight) {
+  if (grad == nullptr) return;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) grad[i] = from_float<T>(0.5f * weight * (p[i] * static_cast<float>(logs[i] - kl)));
+}
+
+template <class T>
+double jensen_shannon_row(const DivergenceRow& row, double* logs) {
+  const T* a = static_cast<const T*>(row.clean);
+  const T* b = static_cast<const T*>(row.noised);
+  const int64_t n = row.cols;
+  const MixtureShift shift = mixture_shift(extent_of(a, b, n));
+  const T* next = static_cast<const T*>(row.next_clean);
+  const RowSums sums = sums_of<T, MixtureShift, false>(a, b, next, row.clean_exp, row.noised_exp, n, shift);
+  const RowMoments<double> moments = row_moments<double>(sums);
+  double clean_kl, noised_kl;
+  const double value = mixture_sums(a, b, row.clean_exp, row.noised_exp, logs, n, shift, moments, &clean_kl, &noised_kl);
+  const float weight = static_cast<float>(row.kl_weight);
+  mixture_gradient(static_cast<T*>(row.grad_clean), row.clean_exp, logs, n, clean_kl, weight);
+  mixture_gradient(static_cast<T*>(row.grad_noised), row.noised_exp, logs + n, n, noised_kl, weight);
+  const double most = 0x1.62e42fefa39efp-1;  // ln 2; rounding can go beyond
+  return value > most ? most : value;
+}
+
+double jensen_shannon(DType dtype, const DivergenceRow& row, double* logs) {
+  double value = 0;
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    if (row.kl_weight != 0) {
+      value = jensen_shannon_row<T>(row, logs);
+      return;
+    }
+    fill(static_cast<T*>(row.grad_clean), row.cols, 0.0f);
+    fill(static_cast<T*>(row.grad_noised), row.cols, 0.0f);
+  });
+  return value;
+}
+
 }  // namespace
 
 extern const DivergenceLoops FASTPOST_PASTE(divergence_loops_, FASTPOST_ISA);
-const DivergenceLoops FASTPOST_PASTE(divergence_loops_, FASTPOST_ISA) = {row};
+const DivergenceLoops FASTPOST_PASTE(divergence_loops_, FASTPOST_ISA) = {row, jensen_shannon};
 
 }  // namespace fastpost::cpu

@@ -60,6 +60,8 @@ struct DivergenceRow {
 
 struct DivergenceLoops {
   void (*row)(DType, const DivergenceRow&, double* kl, double* ce);
+  // The row's Jensen-Shannon divergence. kl_weight weighs it, labels play no part; logs: scratch, 2 * cols.
+  double (*jensen_shannon)(DType, const DivergenceRow&, double* logs);
 };
 
 // The tables of the instruction set in use.

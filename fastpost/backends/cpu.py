@@ -178,6 +178,19 @@ def divergence_rows(
     return kl, ce
 
 
+def js_rows(
+    clean: Tensor, noised: Tensor, weights: Tensor | None, grad_clean: Tensor | None, grad_noised: Tensor | None
+) -> Tensor:
+    rows, cols = clean.shape
+    value = torch.empty(rows, dtype=torch.float64)
+    weights = contiguous(weights)
+    blocks = [part for block in (clean, noised, grad_clean, grad_noised) for part in address_and_stride(block)]
+    native.core().cpu.js_rows(
+        *blocks, _dtype(clean.dtype), rows, cols, address(weights), value.data_ptr(), _threads()
+    )  # fmt: skip
+    return value
+
+
 def scale_rows_(block: Tensor, factors: Tensor) -> None:
     stride = 1 if factors.numel() > 1 else 0
     native.core().cpu.scale_rows(

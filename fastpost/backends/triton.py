@@ -153,6 +153,15 @@ def divergence_rows(
     return kl, ce
 
 
+def js_rows(
+    clean: Tensor, noised: Tensor, weights: Tensor | None, grad_clean: Tensor | None, grad_noised: Tensor | None
+) -> Tensor:
+    if weights is None:
+        weights = torch.ones(clean.shape[0], dtype=torch.float64, device=clean.device)
+    value: Tensor = _kernels("divergence").js_rows(clean, noised, weights.contiguous(), grad_clean, grad_noised)
+    return value
+
+
 def scale_rows_(block: Tensor, factors: Tensor) -> None:
     _kernels("divergence").scale_rows_(block, factors)
 
