@@ -416,6 +416,19 @@ def test_infinite_divergence_names_its_row(monkeypatch: pytest.MonkeyPatch) -> N
         fastpost.linear_symmetric_kl(*leaves[:3], memory_budget=LEAST)
 
 
+def test_a_class_that_one_stream_rules_out_names_its_row() -> None:
+    problem = Problem()
+    flat = [t.reshape(-1, WIDTH) for t in problem.tensors[:2]]
+    logits = [h @ problem.weight.T for h in flat]
+    logits[1][9, 3] = -torch.inf
+    labels = torch.zeros(len(flat[0]), dtype=torch.int64)
+    with pytest.raises(ValueError, match="r3f_loss: row 9 holds a class that is -inf in one stream only"):
+        fastpost.r3f_loss(*logits, labels)
+    assert float(fastpost.symmetric_kl(*logits)) == math.inf
+    logits[1][9, 3] = torch.nan  # an overflow is for the loss scaler to see
+    assert math.isnan(float(fastpost.r3f_loss(*logits, labels).loss))
+
+
 # -- torch ----------------------------------------------------------------------------------------------------------------
 
 

@@ -257,6 +257,16 @@ def check_finite(op: str, kl: Tensor) -> None:
         raise ValueError(f"{op}: row {at} holds {why}, so its divergence is {float(kl[at])} (FASTPOST_CHECKS=1)")
 
 
+def check_bounded(op: str, kl: Tensor) -> None:
+    """Where asking is free: raises ValueError naming the first row whose divergence is infinite.
+
+    Nothing can be learnt from it. NaN passes: an overflow is for the loss scaler to see.
+    """
+    if kl.device.type == "cpu" and not torch.compiler.is_compiling() and bool((kl == torch.inf).any()):
+        at = int((kl == torch.inf).nonzero()[0])
+        raise ValueError(f"{op}: row {at} holds a class that is -inf in one stream only, so its divergence is infinite")
+
+
 def symmetric_kl(
     logits: Tensor,
     noised_logits: Tensor,
@@ -330,9 +340,9 @@ def r3f_loss(
         with zero gradients, not NaN.
 
     Raises:
-        ValueError: shapes, dtypes or devices differ; unknown reduction; labels out of range (on the CPU and under
-            FASTPOST_CHECKS=1; elsewhere they give NaN); r3f_lambda negative or not finite; num_items not positive or with
-            another reduction.
+        ValueError: shapes, dtypes or devices differ; unknown reduction; labels out of range, or a class that is -inf in one
+            stream only (on the CPU and under FASTPOST_CHECKS=1; elsewhere they give NaN and inf); r3f_lambda negative or not
+            finite; num_items not positive or with another reduction.
         TypeError: logits not floating point, labels not integers.
     """
     op = "r3f_loss"
@@ -352,4 +362,5 @@ def r3f_loss(
     value, kl, ce = _run(
         op, logits, noised_logits, weights.labels, ignore_index, weights.kl, weights.ce, weights.smoothing, inplace
     )
+    check_bounded(op, kl)
     return weights.loss(value.sum(), kl, ce, out_dtype(logits.dtype))

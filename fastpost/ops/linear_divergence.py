@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from fastpost.dispatch import select
 from fastpost.errors import unknown
-from fastpost.ops.divergence import check_finite, scale_
+from fastpost.ops.divergence import check_bounded, check_finite, scale_
 from fastpost.ops.head import Head, power_of_two
 from fastpost.ops.reductions import (
     R3FLoss,
@@ -522,4 +522,5 @@ def linear_r3f_loss(
         op, hidden, noised_hidden, weight, bias, weights.labels, weights.kl, weights.ce, ignore_index, weights.smoothing,
         softcap, temperature, grad, memory_budget, vocab_group, False,
     )  # fmt: skip
+    check_bounded(op, kl)
     return weights.loss(value, kl, ce, out_dtype(_operand_dtype(hidden, noised_hidden, weight)))
