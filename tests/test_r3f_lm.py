@@ -120,6 +120,22 @@ def test_a_budget_too_small() -> None:
         R3F(fused_linear=True, memory_budget=100)(build("causal"), **batch_for("causal"))
 
 
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_fused_head_of_a_compiled_model(forward: str) -> None:
+    model, batch = build("causal"), batch_for("causal")
+    expected = R3F(eps=0.1, seed=3, fused_linear=True, forward=forward)(model, **batch)
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        compiled = torch.compile(model, backend="eager")
+        r3f = R3F(eps=0.1, seed=3, fused_linear=True, forward=forward)
+        for _ in range(2):
+            r3f.step = 0
+            out = r3f(compiled, **batch)
+            torch.testing.assert_close(out.loss, expected.loss)
+            torch.testing.assert_close(out.symm_kl, expected.symm_kl, rtol=1e-4, atol=0)
+        assert compiled(**batch).logits.shape[-1] == VOCABULARY  # the head is back
+    torch.compiler.reset()
+
+
 # -- one step, many micro-batches -----------------------------------------------------------------------------------------
 
 
