@@ -56,6 +56,37 @@ def check_range(labels: Tensor, classes: int | None, ignore_index: int) -> None:
         )
 
 
+def check_rows(labels: Tensor, stream: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises ValueError where labels do not go with logits, or with the hidden states before a head of `classes`."""
+    if classes == 1:
+        raise ValueError("R3F: the model has one output (regression); a KL divergence needs classes")
+    if stream.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"R3F: labels have shape {tuple(labels.shape)}, logits {tuple(stream.shape)}; "
+            f"expected labels of shape {tuple(stream.shape[:-1])}"
+        )
+    check_range(labels, classes, ignore_index)
+
+
+def in_step(root: Any, labels: Tensor, stream: Tensor, shift: bool | None, ignore_index: int) -> Tensor:
+    """Labels in step with the rows of logits: shifted where the model's own loss does so, or as told."""
+    labels = labels.to(stream.device)
+    if shift is None:
+        shift = stream.ndim > 2 and not is_encoder_decoder(root) and shifts_labels(root)
+    # The labels move rather than the logits: no copy of the logits, and the last row just does not count.
+    return nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index) if shift else labels
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float = 0.0) -> Tensor:
+    """Over all rows that count, as torch computes it, in float32 or wider."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    if flat.dtype.itemsize < 4:
+        flat = flat.float()
+    return nn.functional.cross_entropy(
+        flat, targets.reshape(-1), ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+    )
+
+
 def give_decoder_inputs(root: Any, inputs: dict[str, Any], labels: Tensor) -> None:
     """An encoder-decoder makes its decoder's inputs from labels, which it is not given here.
 

@@ -17,7 +17,7 @@ from fastpost.ops.jensen_shannon import js_divergence
 from fastpost.ops.linear_divergence import linear_r3f_loss
 from fastpost.ops.noise import check_noise
 from fastpost.ops.params import seed_tensor
-from fastpost.r3f.conventions import class_labels, give_decoder_inputs
+from fastpost.r3f.conventions import class_labels, give_decoder_inputs, summed_cross_entropy
 from fastpost.r3f.head import Head, find_head
 from fastpost.r3f.noise import SCALES, unwrap
 from fastpost.r3f.passes import Passes, Step
@@ -273,15 +273,10 @@ class R3F:
         """Cross-entropy as torch computes it, reduced as `r3f_loss` reduces its own."""
         if head is not None:
             return self._fused(logits, logits, targets, num_items, head, 0.0)[0]
-        flat = logits.reshape(-1, logits.shape[-1])
-        if flat.dtype.itemsize < 4:
-            flat = flat.float()
-        smoothing = self.label_smoothing
-        if self._reduction(logits) == "fairseq" and flat.shape[-1] > 1:  # there it goes to the other classes
-            smoothing *= flat.shape[-1] / (flat.shape[-1] - 1)
-        total = nn.functional.cross_entropy(
-            flat, targets.reshape(-1), ignore_index=self.ignore_index, reduction="sum", label_smoothing=smoothing
-        )
+        smoothing, classes = self.label_smoothing, logits.shape[-1]
+        if self._reduction(logits) == "fairseq" and classes > 1:  # there it goes to the other classes
+            smoothing *= classes / (classes - 1)
+        total = summed_cross_entropy(logits, targets, self.ignore_index, smoothing)
         if self._reduction(logits) == "sum":
             return total
         if num_items is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastpost.ops.noise import fresh_seed
 from fastpost.ops.params import seed_tensor
-from fastpost.r3f.conventions import accelerators, check_range, device_of, logits_of, shifts_labels
+from fastpost.r3f.conventions import accelerators, check_rows, device_of, in_step, logits_of
 from fastpost.r3f.halves import writable_halves
 from fastpost.r3f.head import Head, hidden_of, taken_out
 from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, sequence_numbers
@@ -200,25 +200,10 @@ class Passes:
 
     def fits(self, stream: Tensor) -> None:
         """Raises ValueError where labels do not go with the logits, or the hidden states before a head."""
-        labels = self.labels
         classes = stream.shape[-1] if self.head is None else self.head.linear.weight.shape[0]
-        if classes == 1:
-            raise ValueError("R3F: the model has one output (regression); a KL divergence needs classes")
-        if stream.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"R3F: labels have shape {tuple(labels.shape)}, logits {tuple(stream.shape)}; "
-                f"expected labels of shape {tuple(stream.shape[:-1])}"
-            )
-        check_range(labels, classes, self.how.ignore_index)
+        check_rows(self.labels, stream, classes, self.how.ignore_index)
 
     def targets(self, stream: Tensor) -> Tensor:
         """Labels in step with the rows of the logits, or of the hidden states before a head."""
         self.fits(stream)
-        labels = self.labels.to(stream.device)
-        shift = self.how.shift_labels
-        if shift is None:
-            shift = stream.ndim > 2 and not is_encoder_decoder(self.root) and shifts_labels(self.root)
-        if not shift:
-            return labels
-        # The labels move rather than the logits: no copy of the logits, and the last row just does not count.
-        return nn.functional.pad(labels[..., 1:], (0, 1), value=self.how.ignore_index)
+        return in_step(self.root, self.labels, stream, self.how.shift_labels, self.how.ignore_index)

@@ -17,12 +17,13 @@ from fastpost.ops.noise import fresh_seed
 from fastpost.ops.params import seed_tensor
 from fastpost.r3f.conventions import (
     accelerators,
-    check_range,
+    check_rows,
     class_labels,
     device_of,
     give_decoder_inputs,
+    in_step,
     logits_of,
-    shifts_labels,
+    summed_cross_entropy,
 )
 from fastpost.r3f.model import R3FOutput
 from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, sequence_numbers, unwrap
@@ -205,32 +206,18 @@ class Method:
 
     def _checked(self, call: Call, output: Any) -> Tensor:
         """The logits in a model's output, once they are known to fit the labels."""
-        logits, labels = logits_of(output), call.labels
-        if logits.shape[-1] == 1:
-            raise ValueError("R3F: the model has one output (regression); class labels need classes")
-        if logits.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"R3F: labels have shape {tuple(labels.shape)}, logits {tuple(logits.shape)}; "
-                f"expected labels of shape {tuple(logits.shape[:-1])}"
-            )
-        check_range(labels, logits.shape[-1], self.ignore_index)
+        logits = logits_of(output)
+        check_rows(call.labels, logits, logits.shape[-1], self.ignore_index)
         return logits
 
     def _targets(self, call: Call, logits: Tensor) -> Tensor:
         """Labels in step with the rows of the logits."""
-        labels = call.labels.to(logits.device)
-        shift = self.shift_labels
-        if shift is None:
-            shift = logits.ndim > 2 and not is_encoder_decoder(call.root) and shifts_labels(call.root)
-        # The labels move rather than the logits: no copy of the logits, and the last row just does not count.
-        return nn.functional.pad(labels[..., 1:], (0, 1), value=self.ignore_index) if shift else labels
+        return in_step(call.root, call.labels, logits, self.shift_labels, self.ignore_index)
 
     def _cross_entropy(self, call: Call, logits: Tensor) -> Tensor:
         """Averaged over the rows that count, or over num_items; 0 where none counts."""
         targets = self._targets(call, logits)
-        flat = logits.reshape(-1, logits.shape[-1])
-        flat = flat.float() if flat.dtype.itemsize < 4 else flat
-        total = nn.functional.cross_entropy(flat, targets.reshape(-1), ignore_index=self.ignore_index, reduction="sum")
+        total = summed_cross_entropy(logits, targets, self.ignore_index)
         count = (targets != self.ignore_index).sum().clamp(min=1) if call.num_items is None else call.num_items
         return total / count
 
