@@ -1,5 +1,6 @@
 """Gradient ascent post-training."""
 
+from fastpost.gap.delta import Delta
 from fastpost.gap.run import GAP, GapResult
 
-__all__ = ["GAP", "GapResult"]
+__all__ = ["GAP", "Delta", "GapResult"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpost.gap.delta import Delta
 from fastpost.gap.progress import Reporter
 from fastpost.gap.text import CausalLoss, prepare
 from fastpost.gap.weights import Snapshot
@@ -61,6 +62,17 @@ class GapResult:
         """
         self._base.restore()
 
+    def delta(self, model: nn.Module) -> Delta:
+        """What the run changed, to scale, negate or fade out with depth; reads the copy that `rollback` reads, and no other.
+
+        Args:
+            model: the one that the run was made on.
+
+        Raises:
+            ValueError: another model.
+        """
+        return Delta(model, self._base.by_name(model))
+
 
 class GAP:
     """Gradient ascent post-training: Adam uphill on a single text, no decay, no schedule, dropout off.
@@ -86,6 +98,7 @@ class GAP:
         max_drift: stop before the weights are farther than this from the untouched ones (2-norm); the step that would
             cross it is taken back.
         max_norm: clip the global gradient norm to this; None does not clip, as in the recipe.
+        max_tokens: of a longer text the last so many are used, as in the recipe; None: as many as the model has positions.
         fused: Adam's one-kernel form where torch has it for the model's devices; False takes torch's default form.
 
     Raises:
@@ -103,8 +116,11 @@ class GAP:
         patience: int | None = 2,
         max_drift: float | None = None,
         max_norm: float | None = None,
+        max_tokens: int | None = 512,
         fused: bool = True,
     ) -> None:
+        if max_tokens is not None:
+            _check_count("max_tokens", max_tokens, least=2)
         _check_count("n_steps", n_steps, least=0)
         _check_count("min_steps", min_steps, least=0)
         if patience is not None:
@@ -125,6 +141,7 @@ class GAP:
         self.patience = patience
         self.max_drift = max_drift
         self.max_norm = max_norm
+        self.max_tokens = max_tokens
         self.fused = fused
 
     def __call__(
@@ -159,7 +176,7 @@ class GAP:
             raise ValueError("GAP: the model has no weights with requires_grad; there is nothing to move")
         if evaluate is not None and not callable(evaluate):
             raise TypeError(f"GAP: evaluate must be a function of the model, not {type(evaluate).__name__}")
-        ids = prepare(model, input_ids, attention_mask)
+        ids = prepare(model, input_ids, attention_mask, self.max_tokens)
         base = Snapshot(weights)
         with _as_before(model, weights):
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
-def prepare(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def prepare(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, max_tokens: int | None = None) -> Tensor:
     """The text's own tokens as int64 of shape (1, n), n >= 2, on the device of the model's embedding.
 
     Padding is cut off rather than masked, so that neither its length nor its side can reach positions, attention or loss.
@@ -20,13 +21,14 @@ def prepare(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) 
     Args:
         model: gives the vocabulary, the longest text and, where no mask is given, the padding token.
         input_ids: integer tensor, (T,) or (1, T).
+        max_tokens: longer texts are cut on the left, as the authors do, and to the model's positions; a warning says so.
         attention_mask: of the same shape, nonzero = text. None: runs of `model.config.pad_token_id` at either end, if the
             model has one, are padding.
 
     Raises:
         TypeError: no tensor, or not of an integer dtype.
         ValueError: several texts, an empty or all-padding one, one token only, a mask that does not fit or has holes, tokens
-            outside the vocabulary, a text longer than the model's positions.
+            outside the vocabulary.
     """
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"GAP: input_ids must be a tensor of token ids, not {type(input_ids).__name__}")
@@ -61,9 +63,15 @@ def prepare(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) 
         raise ValueError(
             f"GAP: token {bad} is not in the model's vocabulary of {vocabulary}; do tokenizer and model belong together?"
         )
-    longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and ids.numel() > longest:
-        raise ValueError(f"GAP: the text has {ids.numel()} tokens, the model has positions for {longest}; shorten it")
+    positions = getattr(config, "max_position_embeddings", None)
+    limits = [n for n in (max_tokens, positions) if isinstance(n, int)]
+    if limits and ids.numel() > min(limits):
+        warnings.warn(
+            f"GAP: the text has {ids.numel()} tokens; its last {min(limits)} are used ("
+            f"{'max_tokens' if min(limits) == max_tokens else 'the positions that the model has'})",
+            stacklevel=3,
+        )
+        ids = ids[-min(limits) :]
     device = embedding.weight.device if embedding is not None else next(model.parameters()).device
     return ids.to(device=device, dtype=torch.int64).unsqueeze(0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastpost import plan
 from fastpost.ops import params as ops
@@ -44,6 +44,12 @@ class Snapshot:
     def restore(self) -> None:
         """Puts the saved bits back, into the same storage."""
         ops.sam_restore_(self._tensors, self._copies)
+
+    def by_name(self, model: nn.Module) -> dict[str, Tensor]:
+        """The copies by the names that their tensors have in a model; those that it does not hold are left out."""
+        names = {id(p): name for name, p in model.named_parameters()}
+        pairs = zip(self._tensors, self._copies, strict=True)
+        return {names[id(t)]: copy for t, copy in pairs if id(t) in names}
 
     @torch.no_grad()
     def distance(self) -> float:

@@ -1,0 +1,122 @@
+"""After a run: what it changed, scaled, reflected or faded out with depth, in place, and without a second model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Delta:
+    """weights - base of a model, held as the weights and a copy of the base.
+
+        result = gap(model, text)
+        delta = result.delta(model)
+        delta.scale_(0.5)                # halfway back
+        delta.scale_(-1.0)               # reflected: task negation
+        delta.lines_(0.3, 0.7)           # LiNeS: 0.3 of it in the first layer, all of it in the last
+
+    Every call starts from the delta as it is now. One pass over memory, two reads and one write: base + factor * delta,
+    exact at 0 (the base, bit for bit) and at 1 (nothing changes, bit for bit). The model is a plain one all the time: save
+    it as ever.
+
+    Args:
+        model: holds the weights, by name.
+        base: copies of its weights before the run, by name; those that have none stay as they are.
+
+    Raises:
+        ValueError: no weight has a copy, or a copy's shape, dtype or device is not its weight's.
+    """
+
+    def __init__(self, model: nn.Module, base: Mapping[str, Tensor]) -> None:
+        self._model = model
+        self._pairs = {name: (p, base[name]) for name, p in model.named_parameters() if name in base}
+        if not self._pairs:
+            raise ValueError("Delta: no weight of the model has a copy in base")
+        for name, (p, b) in self._pairs.items():
+            if (p.shape, p.dtype, p.device) != (b.shape, b.dtype, b.device):
+                now, then = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (p, b))
+                raise ValueError(f"Delta: {name} is {now}, its copy {then}")
+
+    @torch.no_grad()
+    def scale_(self, factor: float | Mapping[str, float]) -> None:
+        """weights = base + factor * (weights - base), in place.
+
+        Args:
+            factor: one number, or one per name; names that it lacks stay as they are.
+
+        Raises:
+            ValueError: a factor that is not finite, or an unknown name; nothing is written then.
+        """
+        factors = {name: float(factor) for name in self._pairs} if not isinstance(factor, Mapping) else dict(factor)
+        for name, value in factors.items():
+            if name not in self._pairs:
+                raise ValueError(f"Delta: {name!r} is none of the weights with a copy")
+            if not math.isfinite(value):
+                raise ValueError(f"Delta: a factor must be finite, not {value}")
+        for name, value in factors.items():
+            p, base = self._pairs[name]
+            if value == 1:
+                continue
+            if value == 0:
+                p.copy_(base)
+            else:
+                p.lerp_(base, 1 - value)
+
+    def lines_(self, alpha: float | None = None, beta: float | None = None) -> dict[str, float]:
+        """LiNeS (2410.17146): layer l of L keeps alpha + beta * l / (L - 1) of its delta, everything else alpha.
+
+        Args:
+            alpha: >= 0; None: 0.5. beta: >= 0; None: 1 - alpha, as the paper takes for a single task.
+
+        Returns:
+            The factor of each weight, by name.
+
+        Raises:
+            ValueError: alpha or beta out of range; no stack of at least two layers in the model.
+        """
+        alpha = 0.5 if alpha is None else alpha
+        beta = 1 - alpha if beta is None else beta
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"Delta: {name} must be finite and >= 0, not {value}")
+        blocks = stack_of(self._model)
+        factors = {}
+        for name in self._pairs:
+            at = next((k for k, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+            factors[name] = alpha if at is None else alpha + beta * at / (len(blocks) - 1)
+        self.scale_(factors)
+        return factors
+
+    @torch.no_grad()
+    def norms(self) -> dict[str, float]:
+        """2-norm of each weight's delta, by name; differences in float32 or wider."""
+        return {
+            name: float(
+                torch.linalg.vector_norm(p - b if p.dtype.itemsize >= 4 else p.float() - b.float(), dtype=torch.float64)
+            )
+            for name, (p, b) in self._pairs.items()
+        }
+
+    def norm(self) -> float:
+        """2-norm of the whole delta."""
+        return math.sqrt(sum(n * n for n in self.norms().values()))
+
+
+def stack_of(model: nn.Module) -> Sequence[str]:
+    """Names of the layers of the model's largest stack (an nn.ModuleList of one class with parameters), in order.
+
+    Raises:
+        ValueError: there is none of at least two layers.
+    """
+    best: tuple[int, list[str]] = (0, [])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(block) for block in module}) == 1:
+            size = sum(p.numel() for p in module.parameters())
+            if size > best[0]:
+                best = (size, [f"{name}.{k}" for k in range(len(module))])
+    if not best[1]:
+        raise ValueError(f"Delta: {type(model).__name__} has no stack of two layers or more")
+    return best[1]

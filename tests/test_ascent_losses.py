@@ -1,0 +1,173 @@
+"""Ascent losses against their equations in float64, written over softmax, and their published limits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpost.gap import losses
+
+BATCH, TIME, VOCAB = 3, 7, 11
+
+
+def problem(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    logits = (2 * torch.randn(BATCH, TIME, VOCAB, generator=g, dtype=torch.float64)).to(dtype).requires_grad_()
+    labels = torch.randint(0, VOCAB, (BATCH, TIME), generator=g)
+    labels[0, 5:] = -100
+    labels[2, :3] = -100
+    return logits, labels
+
+
+def log_likelihoods(logits: Tensor, labels: Tensor) -> list[list[Tensor]]:
+    """log p of each counted token, sequence by sequence, one at a time."""
+    found = []
+    for row, target in zip(logits.double(), labels, strict=True):
+        tokens = []
+        for t in range(TIME - 1):
+            if target[t + 1] != -100:
+                e = torch.exp(row[t] - row[t].max())
+                tokens.append(torch.log(e[target[t + 1]] / e.sum()))
+        found.append(tokens)
+    return found
+
+
+def sigmoid_log(x: Tensor) -> Tensor:
+    return -torch.log(1 + torch.exp(-x))
+
+
+def ascent(logits: Tensor, labels: Tensor) -> Tensor:
+    tokens = [t for row in log_likelihoods(logits, labels) for t in row]
+    return sum(tokens) / len(tokens)
+
+
+def weighted(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
+    tokens = [t for row in log_likelihoods(logits, labels) for t in row]
+    return sum(torch.exp(t).detach() ** beta * t for t in tokens) / len(tokens)
+
+
+def npo(logits: Tensor, labels: Tensor, reference: Tensor, beta: float) -> Tensor:
+    rows = zip(log_likelihoods(logits, labels), reference, strict=True)
+    values = [-2 / beta * sigmoid_log(-beta * (sum(row) + r)) for row, r in rows]
+    return sum(values) / BATCH
+
+
+def simnpo(logits: Tensor, labels: Tensor, beta: float, delta: float) -> Tensor:
+    values = [-2 / beta * sigmoid_log(-beta / len(row) * sum(row) - delta) for row in log_likelihoods(logits, labels)]
+    return sum(values) / BATCH
+
+
+REFERENCE = torch.tensor([9.0, 14.0, 3.0], dtype=torch.float64)
+CASES: dict[str, tuple[Any, Any]] = {
+    "ascent": (losses.ascent_loss, ascent),
+    "weighted": (lambda z, y: losses.weighted_ascent_loss(z, y, beta=0.7), lambda z, y: weighted(z, y, 0.7)),
+    "npo": (lambda z, y: losses.npo_loss(z, y, REFERENCE, beta=0.3), lambda z, y: npo(z, y, REFERENCE, 0.3)),
+    "simnpo": (lambda z, y: losses.simnpo_loss(z, y, beta=2.5, delta=0.4), lambda z, y: simnpo(z, y, 2.5, 0.4)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
+    ours, truth = CASES[name]
+    logits, labels = problem(dtype=dtype)
+    exact = logits.detach().double().requires_grad_()
+    got, want = ours(logits, labels), truth(exact, labels)
+    assert got.dtype == dtype
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    assert float(got.detach()) == pytest.approx(float(want.detach()), rel=tolerance)
+    got.backward()
+    want.backward()
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=100 * tolerance, atol=tolerance)
+
+
+def test_grad_diff() -> None:
+    (forget, y), (retain, z) = problem(1), problem(2)
+    got = losses.grad_diff_loss(forget, y, retain, z, gamma=0.5, alpha=2.0)
+    want = 0.5 * ascent(forget, y) - 2.0 * ascent(retain, z)
+    assert float(got.detach()) == pytest.approx(float(want.detach()), rel=1e-12)
+    got.backward()
+    assert float(forget.grad.norm()) > 0
+    assert float(retain.grad.norm()) > 0
+
+
+def test_npo_tends_to_gradient_ascent_as_beta_falls() -> None:
+    """Its gradient becomes that of -nll, summed over a sequence and averaged over sequences (2404.05868)."""
+    logits, labels = problem()
+    nll, _ = losses.sequence_nll(logits, labels)
+    (ascending,) = torch.autograd.grad(-nll.mean(), logits)
+    distances = []
+    for beta in (1e-1, 1e-2, 1e-3):
+        (gradient,) = torch.autograd.grad(losses.npo_loss(logits, labels, REFERENCE, beta=beta), logits)
+        distances.append(float((gradient - ascending).norm() / ascending.norm()))
+    assert distances[0] > distances[1] > distances[2]
+    assert distances[2] < 0.01
+
+
+def test_npo_saturates_where_ascent_does_not() -> None:
+    logits, labels = problem()
+    nll, _ = losses.sequence_nll(logits, labels)
+    far = nll.detach() - 400  # these sequences are e^400 times less likely than they were
+    (saturated,) = torch.autograd.grad(losses.npo_loss(logits, labels, far, beta=0.1), logits)
+    (ascending,) = torch.autograd.grad(losses.ascent_loss(logits, labels), logits)
+    assert float(saturated.norm()) < 1e-12 * float(ascending.norm())
+
+
+def test_weights_of_zero_power_are_plain_ascent() -> None:
+    logits, labels = problem()
+    a, b = losses.weighted_ascent_loss(logits, labels, beta=0.0), losses.ascent_loss(logits, labels)
+    assert float(a.detach()) == float(b.detach())
+
+
+def test_ascent_is_minus_the_models_own_loss() -> None:
+    logits, labels = problem(dtype=torch.float32)
+    own = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1))
+    assert float(losses.ascent_loss(logits, labels).detach()) == pytest.approx(-float(own.detach()), rel=1e-6)
+
+
+def test_padding_changes_nothing() -> None:
+    logits, labels = problem()
+    longer = torch.cat((logits.detach(), torch.randn(BATCH, 2, VOCAB).double()), dim=1)
+    padded = torch.cat((labels, torch.full((BATCH, 2), -100)), dim=1)
+    for ours, _ in CASES.values():
+        assert float(ours(longer, padded)) == pytest.approx(float(ours(logits, labels).detach()), rel=1e-12)
+
+
+def test_nothing_counts() -> None:
+    logits, _ = problem()
+    labels = torch.full((BATCH, TIME), -100)
+    for name in ("ascent", "weighted"):
+        loss = CASES[name][0](logits, labels)
+        assert float(loss.detach()) == 0
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert not gradient.any()
+    assert math.isfinite(float(losses.simnpo_loss(logits, labels).detach()))
+
+
+def test_shift_is_the_callers_choice() -> None:
+    logits, labels = problem()
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    a, b = losses.ascent_loss(logits, labels), losses.ascent_loss(logits, shifted, shift=False)
+    assert float(a.detach()) == pytest.approx(float(b.detach()), rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda z, y: losses.npo_loss(z, y, REFERENCE[:2]), ValueError, "reference_nll has shape"),
+        (lambda z, y: losses.npo_loss(z, y, REFERENCE, beta=0.0), ValueError, "beta must be finite and > 0"),
+        (lambda z, y: losses.simnpo_loss(z, y, beta=-1.0), ValueError, "beta"),
+        (lambda z, y: losses.weighted_ascent_loss(z, y, beta=math.nan), ValueError, "beta"),
+        (lambda z, y: losses.grad_diff_loss(z, y, z, y, gamma=-1.0), ValueError, "gamma"),
+        (lambda z, y: losses.ascent_loss(z, y[:, 1:]), ValueError, "labels"),
+        (lambda z, y: losses.ascent_loss(z, y + VOCAB), ValueError, "outside"),
+        (lambda z, y: losses.ascent_loss(z, y.double()), TypeError, "integers"),
+    ],
+)
+def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(*problem())

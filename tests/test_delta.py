@@ -1,0 +1,102 @@
+"""Deltas of a run: exact ends, float64 truth in between, LiNeS by its formula, nothing written on bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import fastpost
+from fastpost.gap.delta import Delta, stack_of
+
+from .conftest import bits, same_bits
+from .tiny import build
+
+TEXT = torch.arange(3, 40)
+
+
+def run(kind: str = "causal", dtype: torch.dtype = torch.float32):
+    model = build(kind, dtype=dtype)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result = fastpost.GAP(n_steps=4, lr=1e-2)(model, TEXT)
+    after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return model, result, start, after
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ends_are_exact(dtype: torch.dtype) -> None:
+    model, result, start, after = run(dtype=dtype)
+    delta = result.delta(model)
+    addresses = {name: p.data_ptr() for name, p in model.named_parameters()}
+    delta.scale_(1.0)
+    assert all(same_bits(p, after[name]) for name, p in model.named_parameters())
+    assert any(not torch.equal(start[name], after[name]) for name in start)
+    delta.scale_(0.0)
+    assert all(same_bits(p, start[name]) for name, p in model.named_parameters())
+    assert addresses == {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert delta.norm() == 0
+
+
+@pytest.mark.parametrize("factor", [0.3, -1.0, 1.7])
+def test_scaled_and_negated(factor: float) -> None:
+    model, result, start, after = run()
+    result.delta(model).scale_(factor)
+    for name, p in model.named_parameters():
+        a, b = start[name].double(), after[name].double()
+        torch.testing.assert_close(p.double(), a + factor * (b - a), rtol=1e-6, atol=1e-7)
+
+
+def test_rollback_still_works_afterwards() -> None:
+    model, result, start, _ = run()
+    result.delta(model).scale_(-2.0)
+    result.rollback()
+    assert all(same_bits(p, start[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(None, None), (0.2, None), (0.1, 0.5)])
+def test_lines_scales_with_depth(alpha: float | None, beta: float | None) -> None:
+    model, result, start, after = run()
+    factors = result.delta(model).lines_(alpha, beta)
+    a = 0.5 if alpha is None else alpha
+    b = 1 - a if beta is None else beta
+    for name, p in model.named_parameters():
+        layer = {"transformer.h.0.": 0.0, "transformer.h.1.": 1.0}.get(name[:16])
+        expected = a if layer is None else a + b * layer
+        assert factors[name] == pytest.approx(expected)
+        x, y = start[name].double(), after[name].double()
+        torch.testing.assert_close(p.double(), x + expected * (y - x), rtol=1e-6, atol=1e-7)
+
+
+def test_norms_are_the_runs_drift() -> None:
+    model, result, _, _ = run()
+    delta = result.delta(model)
+    assert delta.norm() == pytest.approx(result.drift[-1], rel=1e-5)
+    assert math.sqrt(sum(n * n for n in delta.norms().values())) == pytest.approx(delta.norm())
+
+
+def test_the_stack_is_the_largest() -> None:
+    assert stack_of(build("causal")) == ["transformer.h.0", "transformer.h.1"]
+    with pytest.raises(ValueError, match="no stack of two layers"):
+        stack_of(nn.Linear(2, 2))
+
+
+def test_bad_input_writes_nothing() -> None:
+    model, result, _, after = run()
+    delta = result.delta(model)
+    name = next(iter(after))
+    for factor, message in (
+        (math.nan, "finite"),
+        ({name: 0.5, "nowhere": 0.1}, "'nowhere'"),
+        ({name: 0.5, "lm_head": 1}, "lm_head"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            delta.scale_(factor)
+    with pytest.raises(ValueError, match="alpha"):
+        delta.lines_(-0.1)
+    assert all(torch.equal(bits(p), bits(after[n])) for n, p in model.named_parameters())
+    with pytest.raises(ValueError, match="no weight of the model has a copy"):
+        result.delta(build("llama"))
+    with pytest.raises(ValueError, match="its copy"):
+        Delta(model, {name: torch.zeros(3)})
