@@ -6,7 +6,7 @@ import contextlib
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fastpost.gap.delta import Delta
+from fastpost.gap.guards import Probe, layer_drifts
 from fastpost.gap.progress import Reporter
 from fastpost.gap.text import CausalLoss, prepare
 from fastpost.gap.weights import Snapshot
 from fastpost.ops.params import negate_clip_
+
+# Guards that take the state back which broke their bound; max_grad_norm stops ahead of it.
+GUARDS = ("max_drift", "max_layer_drift", "max_loss", "max_kl")
 
 Evaluate = Callable[[Any], Any]
 Progress = bool | Callable[[int, int], object]
@@ -37,7 +41,12 @@ class GapResult:
         moved_fraction: share of the weights with a nonzero gradient whose stored value changed in the first step that was
             made; near 1 in float32, far less where the weights' dtype is too coarse for the learning rate. 0.0 when no
             step was made.
-        stop_reason: "n_steps", "patience" or "max_drift".
+        stop_reason: "n_steps", "patience", or the guard that fired: "max_drift", "max_layer_drift", "max_loss", "max_kl",
+            "max_grad_norm". The model then holds the last state within all bounds (with `evaluate` the best of those).
+        kl: KL(start || state) on the probe at every state, nats per token; empty without a probe.
+        layer_drift: how far each layer has moved in the last state within the bounds, by name; empty unless
+            `max_layer_drift` is given.
+        test_scores: test() of the untouched model and of the state that the model holds; empty without `test`.
     """
 
     best_step: int
@@ -48,6 +57,9 @@ class GapResult:
     moved_fraction: float
     stop_reason: str
     _base: Snapshot = field(repr=False)
+    kl: list[float] = field(default_factory=list)
+    layer_drift: dict[str, float] = field(default_factory=dict)
+    test_scores: list[float] = field(default_factory=list)
 
     def summary(self) -> str:
         """The last state in a few words."""
@@ -98,6 +110,11 @@ class GAP:
         max_drift: stop before the weights are farther than this from the untouched ones (2-norm); the step that would
             cross it is taken back.
         max_norm: clip the global gradient norm to this; None does not clip, as in the recipe.
+        max_layer_drift: the same bound for each layer of the model's stack, and for each weight outside of it.
+        max_loss: stop before the text's loss exceeds this, nats per token; costs a forward pass per step.
+        max_kl: stop before the predictions on `probe` are farther than this from the untouched model's, KL(start || now) in
+            nats per token; costs a forward pass on the probe per step.
+        max_grad_norm: stop, without a step, where the gradient's norm exceeds this.
         max_tokens: of a longer text the last so many are used, as in the recipe; None: as many as the model has positions.
         fused: Adam's one-kernel form where torch has it for the model's devices; False takes torch's default form.
 
@@ -116,6 +133,10 @@ class GAP:
         patience: int | None = 2,
         max_drift: float | None = None,
         max_norm: float | None = None,
+        max_layer_drift: float | None = None,
+        max_loss: float | None = None,
+        max_kl: float | None = None,
+        max_grad_norm: float | None = None,
         max_tokens: int | None = 512,
         fused: bool = True,
     ) -> None:
@@ -130,7 +151,14 @@ class GAP:
                 raise ValueError(f"GAP: {name} must be finite and > 0, not {value!r}")
         if len(betas) != 2 or not all(_real(b) and 0 <= b < 1 for b in betas):
             raise ValueError(f"GAP: betas must be two numbers in [0, 1), not {betas!r}")
-        for name, bound in (("max_drift", max_drift), ("max_norm", max_norm)):
+        bounds = {
+            "max_drift": max_drift,
+            "max_layer_drift": max_layer_drift,
+            "max_loss": max_loss,
+            "max_kl": max_kl,
+            "max_grad_norm": max_grad_norm,
+        }
+        for name, bound in (("max_norm", max_norm), *bounds.items()):
             if bound is not None and not (_real(bound) and bound > 0):
                 raise ValueError(f"GAP: {name} must be > 0 or None, not {bound!r}")
         self.n_steps = int(n_steps)
@@ -140,6 +168,8 @@ class GAP:
         self.min_steps = int(min_steps)
         self.patience = patience
         self.max_drift = max_drift
+        self.max_layer_drift, self.max_loss = max_layer_drift, max_loss
+        self.max_kl, self.max_grad_norm = max_kl, max_grad_norm
         self.max_norm = max_norm
         self.max_tokens = max_tokens
         self.fused = fused
@@ -151,6 +181,10 @@ class GAP:
         attention_mask: Tensor | None = None,
         evaluate: Evaluate | None = None,
         progress: Progress = False,
+        *,
+        test: Evaluate | None = None,
+        probe: Tensor | Mapping[str, Any] | None = None,
+        allow_leak: bool = False,
     ) -> GapResult:
         """Climbs on one text; the model then holds the best state, without `evaluate` the last.
 
@@ -163,6 +197,10 @@ class GAP:
             evaluate: evaluate(model) -> a number, higher is better; called for state 0 and after each step, without
                 gradients, in eval mode. Costs a second copy of the weights, for the best state.
             progress: True shows a bar (a line per step without `rich`); or a function of (step, n_steps).
+            test: like evaluate, on data that has no part in choosing the state; called for the untouched model and for the
+                state that is kept.
+            probe: token ids (batch, time), or a mapping of the model's inputs, on which `max_kl` watches the predictions.
+            allow_leak: let `test` be the object that `evaluate` is. The score of the chosen state is then biased upward.
 
         Returns:
             GapResult, which holds the copy of the untouched weights for `rollback()`.
@@ -176,12 +214,27 @@ class GAP:
             raise ValueError("GAP: the model has no weights with requires_grad; there is nothing to move")
         if evaluate is not None and not callable(evaluate):
             raise TypeError(f"GAP: evaluate must be a function of the model, not {type(evaluate).__name__}")
+        if test is not None and not callable(test):
+            raise TypeError(f"GAP: test must be a function of the model, not {type(test).__name__}")
+        if test is not None and test is evaluate and not allow_leak:
+            raise ValueError(
+                "GAP: test and evaluate are the same object, so the state would be chosen on the scores that are reported; "
+                "give test other data, or allow_leak=True"
+            )
+        if (probe is None) != (self.max_kl is None):
+            raise ValueError("GAP: max_kl and probe go together: a bound, and the batch on which it is watched")
         ids = prepare(model, input_ids, attention_mask, self.max_tokens)
         base = Snapshot(weights)
         with _as_before(model, weights):
             try:
+                model.eval()
+                untouched = None if test is None else _score(test, model)
+                watched = None if probe is None else Probe(model, probe)
                 with Reporter(progress, self.n_steps) as report:
-                    return self._climb(model, weights, ids, base, evaluate, report)
+                    result = self._climb(model, weights, ids, base, evaluate, watched, report)
+                if test is not None and untouched is not None:
+                    result.test_scores = [untouched, _score(test, model)]
+                return result
             except BaseException:
                 base.restore()
                 raise
@@ -193,6 +246,7 @@ class GAP:
         ids: Tensor,
         base: Snapshot,
         evaluate: Evaluate | None,
+        probe: Probe | None,
         report: Reporter,
     ) -> GapResult:
         loss_of = CausalLoss(model)
@@ -201,6 +255,9 @@ class GAP:
         result = GapResult(0, [], [], [0.0], 0, 0.0, "n_steps", base)
         held: Snapshot | None = None  # a copy of state best_step, made where that may not be the last
         below = 0
+        guarded = any(b is not None for b in (self.max_drift, self.max_layer_drift, self.max_loss, self.max_kl))
+        if probe is not None:
+            result.kl.append(0.0)
         if evaluate is not None:
             result.scores.append(_score(evaluate, model))
         for step in range(1, self.n_steps + 1):
@@ -211,14 +268,20 @@ class GAP:
             result.losses.append(float(loss.detach()))
             moved = self._step(adam, weights, gradients, base, result)
             del loss, gradients
-            drift = base.distance() if moved else result.drift[-1]
-            if self.max_drift is not None and not drift <= self.max_drift:
-                result.stop_reason = "max_drift"
+            if result.stop_reason == "max_grad_norm":  # nothing was written
+                result.losses.pop()  # measured once more below
                 break
+            drift = base.distance() if moved else result.drift[-1]
+            fired = self._broken(model, ids, loss_of, base, probe, drift, result) if moved else None
+            if fired is not None:
+                result.stop_reason = fired
+                break
+            if not moved and probe is not None:
+                result.kl.append(result.kl[-1])
             result.drift.append(drift)
             if evaluate is None:
                 result.best_step = step
-                if self.max_drift is not None:
+                if guarded:
                     held = _keep(held, weights)
             elif not moved:
                 result.scores.append(result.scores[-1])  # the same weights have the same score
@@ -234,13 +297,44 @@ class GAP:
             if self.patience is not None and below >= self.patience:
                 result.stop_reason = "patience"
                 break
-        if result.stop_reason != "max_drift":  # the model is in the last state, whose loss no step has measured
+        taken_back = result.stop_reason in GUARDS
+        if not taken_back:  # the model is in the last state, whose loss no step has measured
             model.eval()
             with torch.no_grad():
                 result.losses.append(float(loss_of(ids)))
-        if result.stop_reason == "max_drift" or result.best_step != len(result.drift) - 1:
+        if taken_back or result.best_step != len(result.drift) - 1:
             (held or base).restore()
         return result
+
+    def _broken(
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        loss_of: CausalLoss,
+        base: Snapshot,
+        probe: Probe | None,
+        drift: float,
+        result: GapResult,
+    ) -> str | None:
+        """The first bound that the state just reached breaks; what is within the bounds is noted in the result."""
+        if self.max_drift is not None and not drift <= self.max_drift:
+            return "max_drift"
+        layers = {} if self.max_layer_drift is None else layer_drifts(model, base)
+        if self.max_layer_drift is not None and not all(d <= self.max_layer_drift for d in layers.values()):
+            return "max_layer_drift"
+        model.eval()
+        if self.max_loss is not None:
+            with torch.no_grad():
+                loss = float(loss_of(ids))
+            if not loss <= self.max_loss:
+                return "max_loss"
+        if self.max_kl is not None and probe is not None:
+            kl = probe.kl(model)
+            if not kl <= self.max_kl:
+                return "max_kl"
+            result.kl.append(kl)
+        result.layer_drift = layers
+        return None
 
     def _step(
         self,
@@ -254,6 +348,9 @@ class GAP:
         norm = negate_clip_([g for g in gradients if g is not None], self.max_norm)
         if not bool(torch.isfinite(norm)):
             result.skipped_steps += 1
+            return False
+        if self.max_grad_norm is not None and float(norm) > self.max_grad_norm:
+            result.stop_reason = "max_grad_norm"
             return False
         for p, g in zip(weights, gradients, strict=True):
             p.grad = g

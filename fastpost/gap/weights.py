@@ -63,6 +63,17 @@ class Snapshot:
         return float(torch.stack([n.to(device, torch.float64) for n in norms]).square().sum().sqrt())
 
     @torch.no_grad()
+    def distances(self, model: nn.Module) -> dict[str, float]:
+        """The same of each tensor, by the name that it has in a model."""
+        names = {id(p): name for name, p in model.named_parameters()}
+        found = {}
+        for now, then in zip(self._tensors, self._copies, strict=True):
+            if id(now) in names:
+                difference = now - then if now.dtype.itemsize >= 4 else now.float() - then.float()
+                found[names[id(now)]] = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
+        return found
+
+    @torch.no_grad()
     def moved_fraction(self) -> float:
         """Share of the elements with a nonzero gradient (in `.grad`) whose stored value is not the saved one.
 
