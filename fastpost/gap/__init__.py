@@ -1,6 +1,7 @@
 """Gradient ascent post-training."""
 
 from fastpost.gap.delta import Delta
+from fastpost.gap.many import sweep
 from fastpost.gap.run import GAP, GapResult
 
-__all__ = ["GAP", "Delta", "GapResult"]
+__all__ = ["GAP", "Delta", "GapResult", "sweep"]

@@ -185,6 +185,7 @@ class GAP:
         test: Evaluate | None = None,
         probe: Tensor | Mapping[str, Any] | None = None,
         allow_leak: bool = False,
+        base: Snapshot | None = None,
     ) -> GapResult:
         """Climbs on one text; the model then holds the best state, without `evaluate` the last.
 
@@ -200,6 +201,7 @@ class GAP:
             test: like evaluate, on data that has no part in choosing the state; called for the untouched model and for the
                 state that is kept.
             probe: token ids (batch, time), or a mapping of the model's inputs, on which `max_kl` watches the predictions.
+            base: a copy of the untouched weights that is there already (`fastpost.gap.sweep` takes one for all texts).
             allow_leak: let `test` be the object that `evaluate` is. The score of the chosen state is then biased upward.
 
         Returns:
@@ -224,7 +226,7 @@ class GAP:
         if (probe is None) != (self.max_kl is None):
             raise ValueError("GAP: max_kl and probe go together: a bound, and the batch on which it is watched")
         ids = prepare(model, input_ids, attention_mask, self.max_tokens)
-        base = Snapshot(weights)
+        base = Snapshot(weights) if base is None else base
         with _as_before(model, weights):
             try:
                 model.eval()
