@@ -1,4 +1,4 @@
-"""The command line: `fastpost compare | probe | bench | doctor`, also `python -m fastpost`."""
+"""The command line: `fastpost compare | probe | gap-sweep | bench | doctor`, also `python -m fastpost`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fastpost.errors import unknown
 COMMANDS = {
     "compare": "post-train real models by every method, beside the published formulas",
     "probe": "fine-tune through a chain of tasks and probe what the frozen encoder still holds",
+    "gap-sweep": "climb on many texts, one at a time, and score what each does to the model",
     "bench": "time the operations beside their floors and the published formulas",
     "doctor": "say what works on this machine, and what to do about what does not",
 }
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastpost: error: {unknown('command', command, COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        module = importlib.import_module(f"fastpost.cli.{command}")
+        module = importlib.import_module(f"fastpost.cli.{command.replace('-', '_')}")
         return int(module.main(arguments))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in _EXTRA:

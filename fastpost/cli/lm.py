@@ -50,6 +50,7 @@ class Corpus:
         validation, test: int64 (windows, context + 1).
         climb: texts that none of the others holds, int64 (context,) each.
         vocabulary: number of tokens.
+        encode: text to token ids.
     """
 
     train: Tensor
@@ -57,6 +58,7 @@ class Corpus:
     test: Tensor
     climb: list[Tensor]
     vocabulary: int
+    encode: Callable[[str], list[int]]
 
 
 def build_corpus(options: LmOptions, folder: Path | None = None) -> Corpus:
@@ -94,7 +96,7 @@ def build_corpus(options: LmOptions, folder: Path | None = None) -> Corpus:
     climb = [row[: options.context] for row in windows(texts[2 * held : 3 * held])]
     if len(train) <= options.context + 1 or not len(validation) or not len(test) or not climb:
         raise ValueError(f"{folder} holds too little Python source for a language model with context {options.context}")
-    return Corpus(train, validation, test, climb, tokenizer.get_vocab_size())
+    return Corpus(train, validation, test, climb, tokenizer.get_vocab_size(), lambda text: list(tokenizer.encode(text).ids))
 
 
 def train_lm(corpus: Corpus, options: LmOptions, seed: int, progress: Progress) -> nn.Module:

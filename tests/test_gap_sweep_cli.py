@@ -1,0 +1,80 @@
+"""`fastpost gap-sweep` end to end at small sizes: the CSV, the plot, the table, going on, refusals."""
+
+from __future__ import annotations
+
+import csv
+import functools
+from pathlib import Path
+
+import pytest
+
+from fastpost.cli import gap_sweep, lm, main
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"vocabulary": 320, "width": 16, "layers": 1, "heads": 2, "context": 32, "batch_size": 2, "eval_windows": 6}
+    monkeypatch.setattr(lm, "LmOptions", functools.partial(lm.LmOptions, **sizes, files_bytes=200_000))
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "code.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["doc_id", "text"])
+        writer.writerows([[k, f"def f{k}(x):\n    return x + {k}\n" * (k + 2)] for k in range(4)])
+    return path
+
+
+def arguments(texts: Path, output: Path, *more: str) -> list[str]:
+    options = ["--texts", str(texts), "--limit", "3", "--n_steps", "2", "--lr", "1e-3", "--lm_steps", "3"]
+    return ["gap-sweep", *options, "--output_dir", str(output), *more]
+
+
+def test_rows_plot_and_table(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    plain = tmp_path / "prose.txt"
+    plain.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    assert main(arguments(f"{texts},{plain}", output)) == 0  # type: ignore[arg-type]
+    rows = list(csv.DictReader((output / gap_sweep.CSV_NAME).open()))
+    assert {row["text"] for row in rows} == {"code/0", "code/1", "code/2", "prose/0"}
+    assert (output / gap_sweep.PNG_NAME).read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "code" in printed
+    assert "prose" in printed
+    assert "standard error of" in printed
+    before = (output / gap_sweep.CSV_NAME).read_text()
+    assert main(arguments(f"{texts},{plain}", output)) == 0  # type: ignore[arg-type]  # nothing is left to do
+    assert (output / gap_sweep.CSV_NAME).read_text() == before
+
+
+def test_held_out_text(texts: Path, tmp_path: Path) -> None:
+    held = tmp_path / "held.txt"
+    held.write_text("def g(x):\n    return [y for y in x if y]\n" * 60)
+    assert main(arguments(texts, tmp_path / "out", "--held_out", str(held))) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--texts", "nowhere.csv"], "nowhere.csv is not a file"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--lr", "-1"], "lr must be finite and > 0"),
+        (["--drift", "3"], "max-drift"),
+        (["--held_out", "nowhere.txt"], "nowhere.txt is not a file"),
+    ],
+)
+def test_refusals(texts: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(texts, tmp_path / "out", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_without_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong, empty = tmp_path / "wrong.csv", tmp_path / "empty.txt"
+    wrong.write_text("a,b\n1,2\n")
+    empty.write_text(" \n")
+    for path, message in ((wrong, "has no column 'text', only a, b"), (empty, "holds no text")):
+        assert main(arguments(path, tmp_path / "out")) == 2
+        assert message in capsys.readouterr().err
