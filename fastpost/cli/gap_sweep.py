@@ -207,8 +207,8 @@ def show(console: Any, rows: list[Row], error: float) -> None:
     from rich.table import Table
 
     table = Table(title="nats per token gained by the state that was kept (mean over texts ± its standard error)")
-    for column in ("texts", "runs", "median step", "on the data that chose", "on other data", "runs that gained there"):
-        table.add_column(column, justify="left" if column == "texts" else "right")
+    for column in ("texts", "runs", "median step", "on what chose", "on other data", "gained there"):
+        table.add_column(column, justify="left" if column == "texts" else "right", no_wrap=True)
     for name, runs in groups(rows).items():
         kept = [next(state for state in run if state["kept"]) for run in runs]
         chosen = [k["score"] - run[0]["score"] for k, run in zip(kept, runs, strict=True)]
