@@ -348,9 +348,10 @@ class Peak:
         self.watch = Watch()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [256, 2048])
-def test_no_tensor_of_the_logits_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = Problem(dtype=torch.float32, rows=(rows,))
+def test_no_tensor_of_the_logits_size(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(dtype=dtype, rows=(rows,))
     leaves = problem.leaves()
     peak = Peak(monkeypatch)
     budget = 600_000

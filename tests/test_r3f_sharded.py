@@ -3,6 +3,7 @@ across ranks gives the whole one's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import fastpost
 from fastpost import R3F
 from fastpost.distributed import sum_before
 
 from . import distributed as d
-from .tiny import Batch, batch_for, build
+from .tiny import VOCABULARY, Batch, batch_for, build
 
 EPS, SEED = 0.1, 3
 
@@ -27,15 +29,19 @@ def tokens(batch: Batch) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
-def alone(fused: bool, forward: str) -> tuple[float, dict[str, Tensor]]:
+def llama() -> nn.Module:
+    return build("llama")
+
+
+def alone(fused: bool, forward: str, make: Callable[[], nn.Module]) -> tuple[float, dict[str, Tensor]]:
     """The whole batch in this process."""
-    model, batch = build("llama"), batch_for("causal")
+    model, batch = make(), batch_for("causal")
     out = R3F(EPS, seed=SEED, fused_linear=fused, forward=forward)(model, num_items=tokens(batch), **batch)
     out.loss.backward()
     return float(out.loss.detach()), {name: p.grad for name, p in model.named_parameters()}
 
 
-def check(model: nn.Module, fused: bool, forward: str) -> None:
+def check(model: nn.Module, fused: bool, forward: str, make: Callable[[], nn.Module] = llama) -> None:
     """This rank's rows, in two micro-batches, against the whole batch at once; gradients are averaged over the ranks."""
     rank, size = dist.get_rank(), dist.get_world_size()
     whole = batch_for("causal")
@@ -51,7 +57,7 @@ def check(model: nn.Module, fused: bool, forward: str) -> None:
             loss.backward()
             total += loss.detach().double() / size
     dist.all_reduce(total)
-    expected, gradients = alone(fused, forward)
+    expected, gradients = alone(fused, forward, make)
     assert abs(float(total) / expected - 1) < 1e-6
     for name, p in model.named_parameters():
         grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
@@ -88,6 +94,40 @@ def fsdp2_double_batch() -> None:
 
 def fsdp2_fused() -> None:
     check(sharded(), True, "two_pass")
+
+
+def softcapped() -> nn.Module:
+    """A model that changes its logits after the head, so that not its output but the head's input goes into the loss."""
+    torch.manual_seed(3)
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=12,
+            final_logit_softcapping=2.0,
+            initializer_range=0.3,
+        )
+    ).train()
+
+
+def fsdp2_fused_softcap() -> None:
+    model = softcapped()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    check(fully_shard(model), True, "two_pass", softcapped)
+
+
+def ddp_fused_softcap() -> None:
+    check(DistributedDataParallel(softcapped()), True, "two_pass", softcapped)
+
+
+def ddp_fused_looking_for_unused_parameters() -> None:
+    with pytest.raises(ValueError, match="find_unused_parameters=True; leave that off"):
+        check(DistributedDataParallel(build("llama"), find_unused_parameters=True), True, "two_pass")
 
 
 def fsdp2_head_resharded() -> None:
@@ -186,8 +226,9 @@ def vocab_masked() -> None:
 TWO = {
     case.__name__: case
     for case in (
-        ddp, ddp_double_batch, ddp_fused, fsdp2, fsdp2_double_batch, fsdp2_fused, fsdp2_head_resharded, vocab_in_float64,
-        vocab_in_float32, vocab_errors, vocab_masked,
+        ddp, ddp_double_batch, ddp_fused, ddp_fused_softcap, fsdp2, fsdp2_double_batch, fsdp2_fused, fsdp2_fused_softcap,
+        fsdp2_head_resharded, vocab_in_float64, vocab_in_float32, vocab_errors, vocab_masked,
+        ddp_fused_looking_for_unused_parameters,
     )
 }  # fmt: skip
 FOUR = {case.__name__: case for case in (vocab_in_float64, fsdp2)}

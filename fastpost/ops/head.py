@@ -42,11 +42,8 @@ class Head:
             torch.mm(x, self.weight.t(), out_dtype=torch.float32, out=out)
             return
         x = x.to(self.work)
-        if len(self._slices) == 1:
-            torch.mm(x, self._part(self._slices[0]).t(), out=out)
-            return
         for part in self._slices:
-            out[:, part] = x @ self._part(part).t()
+            torch.mm(x, self._part(part).t(), out=out[:, part])
 
     def hidden_gradient(self, grad: Tensor, factor: Tensor | None) -> Tensor:
         """grad W / factor; grad (rows, vocab) and factor as `operand` gives them."""
