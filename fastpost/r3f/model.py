@@ -254,8 +254,8 @@ class R3F:
         head = find_head(root) if self.fused_linear and training else None
         if head is not None and getattr(model, "find_unused_parameters", False):
             raise ValueError(
-                "R3F: fused_linear uses the head's weight outside of the forward pass, which DistributedDataParallel refuses "
-                "under find_unused_parameters=True; leave that off, or use fused_linear=False"
+                "R3F: fused_linear uses the head's weight outside of the forward pass, which DistributedDataParallel "
+                "refuses under find_unused_parameters=True; leave that off, or use fused_linear=False"
             )
         passes = Passes(self, model, root, inputs, told, labels, head, self._window or Step())
         if self.r3f_lambda == 0 or not training:
