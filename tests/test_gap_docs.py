@@ -14,7 +14,7 @@ TEXT = (ROOT / "docs" / "gap.md").read_text(encoding="utf-8")
 
 def test_python_blocks_run_one_after_the_other() -> None:
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     namespace: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "docs/gap.md", "exec"), namespace)

@@ -1,0 +1,221 @@
+"""Zero-shot scores as GAP's authors take them (2306.07052), each with its standard error, and whether two of them differ.
+
+Choices are ranked by the unnormalised summed log-probability of their tokens after the context; dialogues are answered
+greedily and compared by unigram F1. The first 320 examples of a task count, as in the authors' code.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Encode = Callable[[str], Sequence[int]]
+LIMIT = 320
+
+
+class Choice(NamedTuple):
+    """A question with its answers: the number of the right one among `choices`, texts that continue `context`."""
+
+    context: str
+    choices: Sequence[str]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over examples.
+
+    Attributes:
+        values: one per example, in [0, 1].
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean, over examples; NaN for a single one."""
+        n = len(self.values)
+        if n < 2:
+            return math.nan
+        return math.sqrt(sum((v - self.mean) ** 2 for v in self.values) / (n - 1) / n)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} ± {self.standard_error:.4f}"
+
+
+@torch.no_grad()
+def log_likelihoods(model: Any, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> Tensor:
+    """Summed log-probability of each continuation after its context: float64 (batch,).
+
+    Args:
+        model: a causal language model in transformers' calling convention; its mode is left as it is.
+        contexts, continuations: token ids, none of them empty. What is longer than the model's positions loses its
+            beginning.
+
+    Raises:
+        ValueError: an empty context or continuation, or a continuation that leaves no room for a token before it.
+    """
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 1 << 30
+    rows = []
+    for context, continuation in zip(contexts, continuations, strict=True):
+        if not len(context) or not len(continuation):
+            raise ValueError("zero-shot: a context and a continuation of at least one token each are needed")
+        if len(continuation) >= positions:
+            raise ValueError(f"zero-shot: a continuation of {len(continuation)} tokens, the model has {positions} positions")
+        rows.append([*context, *continuation][-positions:])
+    width = max(map(len, rows))
+    device = next(model.parameters()).device
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none").double()
+    found = []
+    for row, length, continuation in zip(nll, map(len, rows), continuations, strict=True):
+        found.append(-row[length - 1 - len(continuation) : length - 1].sum())
+    return torch.stack(found).cpu()
+
+
+def choice_accuracy(model: Any, encode: Encode, questions: Sequence[Choice], limit: int = LIMIT) -> Score:
+    """Share of questions whose right answer is the likeliest by its summed log-probability, not normalised by length.
+
+    Args:
+        model: as in `log_likelihoods`; put into eval mode for the time being.
+        encode: text to token ids, without special tokens.
+        questions: the first `limit` count.
+
+    Raises:
+        ValueError: no questions, or one whose answer is none of its choices.
+    """
+    if not questions:
+        raise ValueError("zero-shot: no questions")
+    values = []
+    with _evaluating(model):
+        for question in questions[:limit]:
+            if not 0 <= question.answer < len(question.choices):
+                raise ValueError(f"zero-shot: answer {question.answer} of {len(question.choices)} choices")
+            context = encode(question.context)
+            scores = log_likelihoods(
+                model, [context] * len(question.choices), [encode(choice) for choice in question.choices]
+            )
+            values.append(float(int(scores.argmax()) == question.answer))
+    return Score(tuple(values))
+
+
+def dialogue_f1(
+    model: Any,
+    encode: Encode,
+    decode: Callable[[list[int]], str],
+    dialogues: Sequence[Sequence[str]],
+    limit: int = LIMIT,
+    max_new_tokens: int = 32,
+    separator: str = "\n",
+) -> Score:
+    """Unigram F1 of greedy answers with the last turn of each dialogue, given the turns before it.
+
+    Args:
+        model: in transformers' calling convention; put into eval mode for the time being.
+        encode, decode: text to token ids and back.
+        dialogues: turns; at least two each. The first `limit` count.
+        max_new_tokens: an answer ends there, or where its text holds `separator`.
+        separator: between turns.
+
+    Raises:
+        ValueError: no dialogues, or one with fewer than two turns.
+    """
+    if not dialogues:
+        raise ValueError("zero-shot: no dialogues")
+    values = []
+    with _evaluating(model):
+        for turns in dialogues[:limit]:
+            if len(turns) < 2:
+                raise ValueError("zero-shot: a dialogue needs two turns, one to answer")
+            answer = _greedy(model, list(encode(separator.join(turns[:-1]) + separator)), max_new_tokens, decode, separator)
+            values.append(unigram_f1(answer, turns[-1]))
+    return Score(tuple(values))
+
+
+@torch.no_grad()
+def _greedy(model: Any, ids: list[int], most: int, decode: Callable[[list[int]], str], separator: str) -> str:
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 1 << 30
+    device = next(model.parameters()).device
+    made: list[int] = []
+    end = getattr(getattr(model, "config", None), "eos_token_id", None)
+    for _ in range(most):
+        window = torch.tensor([(ids + made)[-positions:]], device=device)
+        made.append(int(model(input_ids=window).logits[0, -1].argmax()))
+        if made[-1] == end:
+            made.pop()
+            break
+        if separator in decode(made).lstrip(separator):
+            break
+    return decode(made).lstrip(separator).split(separator)[0]
+
+
+def unigram_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of precision and recall over words, as multisets; lower case, without punctuation and articles."""
+    a, b = (_words(text) for text in (answer, reference))
+    common = sum((Counter(a) & Counter(b)).values())
+    if not common:
+        return float(not a and not b)
+    precision, recall = common / len(a), common / len(b)
+    return 2 * precision * recall / (precision + recall)
+
+
+def _words(text: str) -> list[str]:
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+class Comparison(NamedTuple):
+    """A difference of means on the same examples: b - a, its 95 % interval, and how likely one as large is by chance."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+def bootstrap(a: Score, b: Score, draws: int = 10_000, seed: int = 0) -> Comparison:
+    """Paired bootstrap of b - a over examples; two-sided p-value by centring the differences at 0.
+
+    Raises:
+        ValueError: scores of different examples, or of a single one.
+    """
+    if len(a.values) != len(b.values) or len(a.values) < 2:
+        raise ValueError(f"bootstrap: {len(a.values)} and {len(b.values)} examples; both need the same, two or more")
+    differences = np.asarray(b.values) - np.asarray(a.values)
+    picks = np.random.default_rng(seed).integers(0, len(differences), (draws, len(differences)))
+    means = differences[picks].mean(1)
+    mean = float(differences.mean())
+    low, high = (float(q) for q in np.quantile(means, (0.025, 0.975)))
+    p_value = float((np.abs(means - mean) >= abs(mean) - 1e-15).mean())
+    return Comparison(mean, low, high, p_value)
+
+
+class _evaluating:
+    """The model in eval mode, every module's own mode put back afterwards."""
+
+    def __init__(self, model: Any) -> None:
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._model = model
+
+    def __enter__(self) -> None:
+        self._model.eval()
+
+    def __exit__(self, *exc: object) -> None:
+        for module, training in self._modes:
+            module.training = training
