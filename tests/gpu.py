@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .conftest import CPU_BACKENDS
+from .memory import cpu_peak_bytes
 
 DEVICE = os.environ.get("FASTPOST_GPU_TESTS", "cuda")
 ON_GPU = DEVICE != "cpu"
@@ -117,11 +117,7 @@ class Captured:
 def peak_bytes(work: Callable[[], object]) -> int:
     """Bytes allocated at most while `work` runs, beside what was there."""
     if not ON_GPU:
-        with torch.autograd.profiler.profile(profile_memory=True) as profile:
-            work()
-        events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-        return max(itertools.accumulate(changes, initial=0))
+        return cpu_peak_bytes(work)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from fastpost import R3F
 from fastpost.ops.noise import add_noise
@@ -23,23 +22,6 @@ from tests.tiny import VOCABULARY, batch_for, build, gradients
 
 WITH_HEAD = ("causal", "llama", "masked_lm", "seq2seq", "t5", "decoder")
 FORWARDS = ("two_pass", "double_batch")
-
-
-def family(name: str) -> nn.Module:
-    """Models that change their logits after the head."""
-    small = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 24,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.3,
-    }
-    torch.manual_seed(3)
-    if name == "gemma2":
-        return Gemma2ForCausalLM(Gemma2Config(**small, head_dim=12, final_logit_softcapping=2.0)).train()
-    return GraniteForCausalLM(GraniteConfig(**small, logits_scaling=3.0)).train()
 
 
 def agree(model: nn.Module, batch: dict[str, Any], tolerance: float = 1e-5, **options: Any) -> None:
@@ -70,7 +52,7 @@ def test_fused_head_equals_whole_logits(kind: str, forward: str) -> None:
 
 @pytest.mark.parametrize("name", ["gemma2", "granite"])
 def test_what_a_model_does_after_its_head(name: str) -> None:
-    agree(family(name), batch_for("causal"))
+    agree(build(name), batch_for("causal"))
 
 
 @pytest.mark.parametrize("options", [

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import fastpost
 from fastpost import R3F
 from fastpost.distributed import sum_before
 
 from . import distributed as d
-from .tiny import VOCABULARY, Batch, batch_for, build
+from .tiny import Batch, batch_for, build
 
 EPS, SEED = 0.1, 3
 
@@ -98,20 +97,7 @@ def fsdp2_fused() -> None:
 
 def softcapped() -> nn.Module:
     """A model that changes its logits after the head, so that not its output but the head's input goes into the loss."""
-    torch.manual_seed(3)
-    return Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=24,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=12,
-            final_logit_softcapping=2.0,
-            initializer_range=0.3,
-        )
-    ).train()
+    return build("gemma2")
 
 
 def fsdp2_fused_softcap() -> None:

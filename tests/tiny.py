@@ -19,8 +19,12 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     RobertaConfig,
@@ -119,6 +123,20 @@ def _build(kind: str, dropout: float) -> Any:
                 initializer_range=0.2,
             )
         )
+    if kind in ("gemma2", "granite"):  # these change their logits after the head
+        sizes = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 24,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "attention_dropout": dropout,
+            "initializer_range": 0.3,
+        }
+        if kind == "gemma2":
+            return Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=12, final_logit_softcapping=2.0))
+        return GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=3.0))
     if kind == "seq2seq":
         return BartForConditionalGeneration(_bart(dropout))
     if kind == "seq2seq_sequence":

@@ -127,7 +127,10 @@ def loaded_setting(name: str) -> Setting:
 
     tokenizer = AutoTokenizer.from_pretrained(name)
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    encode: Callable[[str], list[int]] = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
     return Setting(model, encode, torch.empty(0, 0), torch.empty(0, 0))
 
 
