@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,16 @@ def test_refusals(texts: Path, tmp_path: Path, more: list[str], message: str, ca
     assert main(arguments(texts, tmp_path / "out", *more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_options_from_a_file(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "sweep.json"
+    config.write_text(json.dumps({"texts": str(texts), "limit": 2, "n_steps": 1, "lm_steps": 3}))
+    assert main(["gap-sweep", str(config), "--output_dir", str(tmp_path / "out")]) == 0
+    assert {row["text"] for row in csv.DictReader((tmp_path / "out" / gap_sweep.CSV_NAME).open())} == {"code/0", "code/1"}
+    config.write_text(json.dumps({"text": str(texts)}))
+    assert main(["gap-sweep", str(config)]) == 2
+    assert "texts" in capsys.readouterr().err
 
 
 def test_files_without_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

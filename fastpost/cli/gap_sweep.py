@@ -6,7 +6,7 @@ import csv
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastpost
 from fastpost.cli import lm
-from fastpost.errors import unknown
+from fastpost.cli.options import check_least, option, parsed
 from fastpost.gap.many import Row, sweep
 
 DESCRIPTION = "Gradient ascent post-training (2306.07052) on many texts: score against step and against drift."
@@ -23,27 +23,23 @@ CSV_NAME, PNG_NAME = "gap-sweep.csv", "gap-sweep.png"
 HELD_OUT = 64  # windows each for choosing and for reporting, where a text file is given
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class SweepArguments:
     """Options of `fastpost gap-sweep`."""
 
-    texts: str = _option("", "files to climb on, comma-separated: CSV with a column `text`, or plain text (one text)")
-    limit: int = _option(10, "texts per file")
-    model: str | None = _option(None, "folder or hub name of a causal language model; default: a small one, trained here")
-    held_out: str | None = _option(
+    texts: str = option("", "files to climb on, comma-separated: CSV with a column `text`, or plain text (one text)")
+    limit: int = option(10, "texts per file")
+    model: str | None = option(None, "folder or hub name of a causal language model; default: a small one, trained here")
+    held_out: str | None = option(
         None, "plain text to score on, half to choose and half to report; default: files of the standard library"
     )
-    output_dir: str = _option("fastpost-runs/gap-sweep", "where table and plot go; a stopped sweep goes on there")
-    n_steps: int = _option(15, "steps uphill per text")
-    lr: float = _option(5e-5, "Adam's learning rate")
-    max_tokens: int = _option(512, "tokens of a text at most, its last")
-    max_drift: float | None = _option(None, "stop before the weights are farther than this from the start")
-    max_loss: float | None = _option(None, "stop before the text's loss exceeds this, nats per token")
-    lm_steps: int = _option(300, "training steps of the small model")
+    output_dir: str = option("fastpost-runs/gap-sweep", "where table and plot go; a stopped sweep goes on there")
+    n_steps: int = option(15, "steps uphill per text")
+    lr: float = option(5e-5, "Adam's learning rate")
+    max_tokens: int = option(512, "tokens of a text at most, its last")
+    max_drift: float | None = option(None, "stop before the weights are farther than this from the start")
+    max_loss: float | None = option(None, "stop before the text's loss exceeds this, nats per token")
+    lm_steps: int = option(300, "training steps of the small model")
 
     def __post_init__(self) -> None:
         if not self.paths():
@@ -51,9 +47,7 @@ class SweepArguments:
         for path in self.paths():
             if not path.is_file():
                 raise ValueError(f"--texts: {path} is not a file")
-        for name, least in (("limit", 1), ("n_steps", 0), ("lm_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+        check_least(self, {"limit": 1, "n_steps": 0, "lm_steps": 1})
         if self.held_out is not None and not Path(self.held_out).is_file():
             raise ValueError(f"--held-out: {self.held_out} is not a file")
         self.recipe()
@@ -68,19 +62,8 @@ class SweepArguments:
 
 
 def parse(argv: Sequence[str]) -> SweepArguments:
-    """Options from the command line.
-
-    Raises:
-        ValueError: an option that does not exist, or a value out of range.
-    """
-    from transformers import HfArgumentParser
-
-    make: Any = HfArgumentParser
-    options, rest = make(SweepArguments, prog="fastpost gap-sweep", description=DESCRIPTION).parse_known_args(list(argv))
-    if rest:
-        names = [f"--{f.name.replace('_', '-')}" for f in fields(SweepArguments)]
-        raise unknown("option", rest[0].split("=")[0], names)
-    return SweepArguments(**vars(options))
+    """Options from the command line or a file; raises as `parsed`."""
+    return parsed(SweepArguments, "gap-sweep", DESCRIPTION, argv)
 
 
 def read(path: Path, limit: int) -> list[str]:
@@ -152,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         options = parse(argv)
         named = {f"{path.stem}/{k}": text for path in options.paths() for k, text in enumerate(read(path, options.limit))}
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"fastpost gap-sweep: error: {error}", file=sys.stderr)
         return 2
     console = Console()

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastpost
 from fastpost.cli import chain_report, tasks, tuning
+from fastpost.cli.options import check_least, names_of, option, parsed, seeds_of
 from fastpost.errors import unknown
 from fastpost.ops.noise import check_noise
 from fastpost.r3f import relatives
@@ -39,45 +40,38 @@ PRETRAINED = "pretrained"
 Rows = list[dict[str, Any]]
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class ProbeArguments:
     """Options of `fastpost probe`."""
 
-    tasks: str = _option("cola,mrpc,rte", f"the chain, in order; of {', '.join(tasks.TASKS)}")
-    probes: str = _option("", "tasks to probe before the chain and after each of its stages; default: those of the chain")
-    methods: str = _option("adamw,r3f,r4f", f"comma-separated; of {', '.join(METHODS)}; the first is compared with")
-    seeds: str = _option("0,1", "comma-separated; order of data, heads, dropout and noise")
-    data_dir: str | None = _option(None, "folder with one folder per GLUE task (RTE, CoLA, MRPC)")
-    model: str | None = _option(None, f"folder or hub name of an encoder; default: {tuning.PACKAGED_MODEL} from PyPI")
-    output_dir: str = _option("fastpost-runs/probe", "where probe.csv and probe.png go")
-    train_size: int = _option(512, "examples a stage learns from (0: all)")
-    probe_size: int = _option(1000, "examples a probe is fitted to, others than those while there are enough (0: all)")
-    test_size: int = _option(0, "examples to report on (0: all)")
-    epochs: float = _option(2.0, "passes over a stage's training examples")
-    max_steps: int = _option(-1, "steps of a stage; -1: as epochs say")
-    batch_size: int = _option(16, "examples per step")
-    max_length: int = _option(64, "tokens per example")
-    pooling: str = _option("first", f"features: {', '.join(POOLINGS)}")
-    probe_c: float = _option(
+    tasks: str = option("cola,mrpc,rte", f"the chain, in order; of {', '.join(tasks.TASKS)}")
+    probes: str = option("", "tasks to probe before the chain and after each of its stages; default: those of the chain")
+    methods: str = option("adamw,r3f,r4f", f"comma-separated; of {', '.join(METHODS)}; the first is compared with")
+    seeds: str = option("0,1", "comma-separated; order of data, heads, dropout and noise")
+    data_dir: str | None = option(None, "folder with one folder per GLUE task (RTE, CoLA, MRPC)")
+    model: str | None = option(None, f"folder or hub name of an encoder; default: {tuning.PACKAGED_MODEL} from PyPI")
+    output_dir: str = option("fastpost-runs/probe", "where probe.csv and probe.png go")
+    train_size: int = option(512, "examples a stage learns from (0: all)")
+    probe_size: int = option(1000, "examples a probe is fitted to, others than those while there are enough (0: all)")
+    test_size: int = option(0, "examples to report on (0: all)")
+    epochs: float = option(2.0, "passes over a stage's training examples")
+    max_steps: int = option(-1, "steps of a stage; -1: as epochs say")
+    batch_size: int = option(16, "examples per step")
+    max_length: int = option(64, "tokens per example")
+    pooling: str = option("first", f"features: {', '.join(POOLINGS)}")
+    probe_c: float = option(
         0.0, "inverse strength of the probe's L2 penalty; 0: cross-validated on the probe's own examples"
     )
-    lr: float = _option(2e-4, "AdamW's learning rate")
-    weight_decay: float = _option(0.01, "AdamW's")
-    rho: float = _option(0.05, "SAM's radius")
-    asam_rho: float = _option(0.5, "ASAM's radius")
-    eps: float = _option(1e-5, "R3F's and R4F's noise")
-    r3f_lambda: float = _option(1.0, "weight of R3F's KL")
-    noise_type: str = _option("uniform", "R3F's noise: uniform or normal")
+    lr: float = option(2e-4, "AdamW's learning rate")
+    weight_decay: float = option(0.01, "AdamW's")
+    rho: float = option(0.05, "SAM's radius")
+    asam_rho: float = option(0.5, "ASAM's radius")
+    eps: float = option(1e-5, "R3F's and R4F's noise")
+    r3f_lambda: float = option(1.0, "weight of R3F's KL")
+    noise_type: str = option("uniform", "R3F's noise: uniform or normal")
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= least):
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        check_least(self, _LEAST)
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"--max-steps must be positive, or -1 for what --epochs says, not {self.max_steps}")
         if self.pooling not in POOLINGS:
@@ -86,22 +80,10 @@ class ProbeArguments:
 
     def named(self, option: str, valid: Sequence[str]) -> list[str]:
         """The names given for a comma-separated option, checked."""
-        names = [name.strip().lower() for name in getattr(self, option).split(",") if name.strip()]
-        for name in names:
-            if name not in valid:
-                raise unknown(option.removesuffix("s"), name, valid)
-        if not names:
-            raise ValueError(f"--{option} names none; valid: {', '.join(valid)}")
-        return names
+        return names_of(getattr(self, option), option, valid)
 
     def seed_list(self) -> list[int]:
-        try:
-            seeds = [int(part) for part in self.seeds.split(",") if part.strip()]
-        except ValueError:
-            seeds = []
-        if not seeds or min(seeds) < 0:
-            raise ValueError(f"--seeds wants whole numbers >= 0 with commas between, not {self.seeds!r}")
-        return list(dict.fromkeys(seeds))
+        return seeds_of(self.seeds)
 
 
 _LEAST: dict[str, float] = {
@@ -111,19 +93,8 @@ _LEAST: dict[str, float] = {
 
 
 def parse(argv: Sequence[str]) -> ProbeArguments:
-    """Options from the command line.
-
-    Raises:
-        ValueError: an option that does not exist, or a value out of range.
-    """
-    from transformers import HfArgumentParser
-
-    make: Any = HfArgumentParser
-    options, rest = make(ProbeArguments, prog="fastpost probe", description=DESCRIPTION).parse_known_args(list(argv))
-    if rest:
-        names = [f"--{f.name.replace('_', '-')}" for f in fields(ProbeArguments)]
-        raise unknown("option", rest[0].split("=")[0], names)
-    return ProbeArguments(**vars(options))
+    """Options from the command line or a file; raises as `parsed`."""
+    return parsed(ProbeArguments, "probe", DESCRIPTION, argv)
 
 
 # -- what is read before anything runs --------------------------------------------------------------------------------
