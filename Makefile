@@ -19,6 +19,7 @@ help:
 install: $(VENV)/.built
 
 $(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit("make needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
