@@ -99,6 +99,33 @@ def sam_gpt2() -> Case:
 
 
 @case
+def distance_gpt2() -> Case:
+    """How far GPT-2's tensors are from a copy of them (GAP's drift): floor two reads, as much as a copy moves."""
+    shapes = gpt2_shapes()
+    now = [torch.randn(shape) * 0.02 for shape in shapes]
+    then = [w + 1e-4 for w in now]
+    size = 4 * sum(w.numel() for w in now)
+    source = torch.randn(size // 4)
+    target = torch.zeros_like(source)
+
+    def foreach() -> None:
+        torch.stack(torch._foreach_norm(torch._foreach_sub(now, then))).norm()
+
+    ours, copied, composed = "fastpost squared_distance", "copy", "torch._foreach_sub + _foreach_norm"
+    return Case(
+        "distance between two lists",
+        "GPT-2, 148 tensors, 124M",
+        "float32",
+        [
+            Contender(copied, lambda: target.copy_(source), 2 * size),
+            Contender(ours, lambda: ops.squared_distance(now, then), 2 * size),
+            Contender(composed, foreach, 4 * size),
+        ],
+        [Goal(ours, copied, dict.fromkeys(("avx512", "avx2"), 1.2)), Goal(ours, composed, {})],
+    )
+
+
+@case
 def sam_tiny() -> Case:
     """Perturb + restore over a thousand tensors of 256 bytes to 4 KB: host time, not bandwidth."""
     shapes: list[tuple[int, ...]] = [(64 * (1 + i % 16),) for i in range(1000)]

@@ -65,6 +65,26 @@ def norm_flat(at: Target, dtype: torch.dtype) -> Case:
 
 
 @cuda_case(**DTYPES)
+def distance_flat(at: Target, dtype: torch.dtype) -> Case:
+    """Squared distance of two large tensors: floor two reads."""
+    n = at.size((1 << 30) // dtype.itemsize)
+    size = n * dtype.itemsize
+
+    def contenders() -> list[Contender]:
+        x, y = at.randn(n, dtype=dtype), at.randn(n, dtype=dtype)
+        work = lambda: ops.squared_distance([x], [y])  # noqa: E731
+        return [
+            copy_of(x),
+            Contender("squared_distance", work, 2 * size),
+            *also_triton(at, "squared_distance", work, 2 * size),
+            Contender("torch sub + vector_norm", lambda: torch.linalg.vector_norm(x - y), 4 * size),
+        ]
+
+    goals = [Bandwidth("squared_distance", COPY, {"cuda": 0.90})]
+    return Case("distance, flat", f"{n:,}", name_of(dtype), contenders, goals, bytes=2 * size, work=5, memory=4 * size)
+
+
+@cuda_case(**DTYPES)
 def perturb_flat(at: Target, dtype: torch.dtype) -> Case:
     """The perturbing pass over one large tensor: floor two reads and two writes; and the way back, one of each."""
     n = at.size((1 << 30) // dtype.itemsize)

@@ -42,6 +42,9 @@ const char* isas();
 // Sum of squares of the gradients in float64; adaptive: of (|w| + eta) * g. Not finite if and only if an element is not.
 double squared_norm(const Plan& plan, bool adaptive, double eta, int threads);
 
+// Sum of squares of (weights - stash) in float64, of two lists of which neither is written.
+double squared_distance(const Plan& plan, int threads);
+
 // stash = w, w = w + e, for every tensor of the plan; squared_norm is the one over all plans of the step. Where it is
 // zero or not finite, w keeps its bits. The caller has checked finiteness; sums are those of the writing pass.
 // seed: 16-bit weights are rounded at random (core/params.h), or null: to nearest. Element e of tensor t takes half e % 2 of
@@ -128,6 +131,8 @@ int device_count();
 bool supports(int device);
 
 void squared_norm(const Plan& plan, bool adaptive, double eta, double* partial, double* out, int device, void* stream);
+
+void squared_distance(const Plan& plan, double* partial, double* out, int device, void* stream);
 
 // sums: the six of PerturbSums. seed: one int64 on the device, or null.
 void sam_perturb(const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed, double* partial,

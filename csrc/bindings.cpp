@@ -26,6 +26,7 @@ void bind_cpu(py::module_ cpu) {
   cpu.def("isas", &cpu::isas);
   cpu.def("squared_norm", &cpu::squared_norm, py::arg("plan"), py::arg("adaptive"), py::arg("eta"), py::arg("threads"),
           Released());
+  cpu.def("squared_distance", &cpu::squared_distance, py::arg("plan"), py::arg("threads"), Released());
   const auto as_tuple = [](const PerturbSums& s) {
     return py::make_tuple(s.intended_sq, s.stored_sq, s.stored_dot, s.seen_sq, s.seen_dot, s.changed);
   };
@@ -140,6 +141,12 @@ void bind_cuda(py::module_ cuda) {
       },
       py::arg("plan"), py::arg("adaptive"), py::arg("eta"), py::arg("partial"), py::arg("out"), py::arg("device"),
       py::arg("stream"), Released());
+  cuda.def(
+      "squared_distance",
+      [](const Plan& plan, Address partial, Address out, int device, Address stream) {
+        cuda::squared_distance(plan, as<double>(partial), as<double>(out), device, as(stream));
+      },
+      py::arg("plan"), py::arg("partial"), py::arg("out"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_perturb",
       [](const Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, Address squared_norm, Address seed,

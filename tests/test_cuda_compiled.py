@@ -23,7 +23,7 @@ HOT = {
     "sam_perturb_kernel": (64, "LDG STG"),
     "sam_perturb_masters_kernel": (64, "LDG STG"),
     "cast_kernel": (64, "LDG STG"),
-    "squared_norm_kernel": (64, "LDG"),
+    "squares_kernel": (64, "LDG"),
     "restore_kernel": (64, "LDG STG"),
     "restore_adamw_kernel": (128, "LDG STG"),
     "negate_kernel": (64, "LDG STG"),

@@ -32,6 +32,7 @@ from .test_params import (  # noqa: F401  (collected here once more, on the devi
     test_perturb_keeps_its_digits_for_tiny_and_huge_gradients,
     test_perturb_reports_what_a_cast_forward_sees,
     test_restore_is_bitwise_over_a_thousand_rounds,
+    test_squared_distance_at_the_ends_of_float,
     test_squared_norm_holds_over_the_whole_range_of_float,
     test_squared_norm_is_not_finite_only_when_an_element_is_not,
     test_written_tensors_raise_their_version,
@@ -68,6 +69,11 @@ def lists_there(dtype: torch.dtype, lengths: list[int] = bodies.LENGTHS) -> tupl
 
 
 # -- against float64 ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_squared_distance_is_right_to_the_last_digits(backend: str, dtype: torch.dtype) -> None:
+    bodies.test_squared_distance_is_right_to_the_last_digits_and_writes_nothing(backend, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -220,6 +226,7 @@ def every_operation(seed: Tensor | int = 3) -> dict[str, Callable[[list[Tensor],
     return {
         "sam_restore_adamw_": adamw,
         "squared_norm": lambda w, g, s: ops.squared_norm(g, w, eta=0.01),
+        "squared_distance": lambda w, g, s: ops.squared_distance(w, g),
         "sam_perturb_": perturb,
         "sam_restore_": there_and_back,
         "negate_": lambda w, g, s: ops.negate_(g),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import math
 import os
+import platform
 import subprocess
 import sys
 
@@ -75,7 +78,32 @@ def test_squared_norm_is_not_finite_only_when_an_element_is_not(backend: str, ba
         assert not math.isfinite(ops.squared_norm([g]).item())
 
 
-def test_norm_is_the_same_bits_for_any_threads_layout_and_instruction_set() -> None:
+@pytest.mark.parametrize(("backend", "dtype"), SERVED, indirect=["backend"])
+def test_squared_distance_is_right_to_the_last_digits_and_writes_nothing(backend: str, dtype: torch.dtype) -> None:
+    weights, other = lists(dtype)
+    for step in (1e-3, 1.0):  # neighbours, whose difference a float holds, and strangers
+        stash = [(w.double() + step * g.double()).to(dtype) for w, g in zip(weights, other, strict=True)]
+        held = [bits(t).clone() for t in (*weights, *stash)]
+        truth = math.fsum(((flat64(weights) - flat64(stash)) ** 2).tolist())
+        got = ops.squared_distance(weights, stash)
+        assert got.dtype == torch.float64
+        assert abs(got.item() - truth) <= 1e-13 * truth
+        assert all(torch.equal(a, bits(b)) for a, b in zip(held, (*weights, *stash), strict=True))
+    assert ops.squared_distance(weights, [w.clone() for w in weights]).item() == 0.0
+
+
+def test_squared_distance_at_the_ends_of_float(backend: str) -> None:
+    for a, b in ((3e38, -3e38), (1e-42, -2e-42), (1.0, 1.0 + 2**-23)):
+        w, s = torch.full((1000,), a), torch.full((1000,), b)
+        truth = 1000 * (float(w[0]) - float(s[0])) ** 2
+        assert ops.squared_distance([w], [s]).item() == pytest.approx(truth, rel=1e-13), (a, b)
+    for a, b, check in ((math.inf, 0.0, math.isinf), (math.inf, math.inf, math.isnan), (0.0, math.nan, math.isnan)):
+        w, s = torch.zeros(1000), torch.zeros(1000)
+        w[999], s[999] = a, b
+        assert check(ops.squared_distance([w], [s]).item()), (a, b)
+
+
+def test_norm_is_the_same_bits_for_any_threads_and_layout() -> None:
     weights, grads = lists(torch.float32)
     one = ops.squared_norm(grads, weights, eta=0.01)
     threads = torch.get_num_threads()
@@ -88,17 +116,36 @@ def test_norm_is_the_same_bits_for_any_threads_layout_and_instruction_set() -> N
     for new, old in zip(moved, grads, strict=True):
         new.copy_(old)
     assert same_bits(one, ops.squared_norm(moved, weights, eta=0.01))
-    code = (
-        "import torch; from tests.test_params import lists, ops; torch.manual_seed(1234); w, g = lists(torch.float32)\n"
-        "print(ops.squared_norm(g, w, eta=0.01).item().hex())"
-    )
+
+
+def everything_written() -> list[str]:
+    """A digest of what the operations return and of every list after them."""
     torch.manual_seed(1234)
-    weights, grads = lists(torch.float32)
-    expected = ops.squared_norm(grads, weights, eta=0.01).item().hex()
-    for isa in native.core().cpu.isas().split():
+    found = []
+    for dtype, eta in itertools.product(DTYPES, (None, 0.01)):
+        weights, grads = lists(dtype)
+        stash, _ = perturb(weights, grads, rho=0.5, eta=eta)
+        sums = [ops.squared_norm(grads, weights, eta=eta or 0.0), ops.squared_distance(weights, stash)]
+        seen = [bits(w).clone() for w in weights]
+        moments = [[torch.zeros_like(w) for w in weights] for _ in range(2)]
+        for step in (1.0, 2.0):
+            steps = [torch.tensor(step) for _ in weights]
+            ops.sam_restore_adamw_(weights, grads, stash, *moments, steps, lr=1e-2, weight_decay=0.1)
+        sums.append(ops.negate_clip_(grads, 1.0))
+        written = b"".join(bits(t).numpy().tobytes() for t in (*seen, *weights, *moments[0], *moments[1], *grads))
+        found += [float(s).hex() for s in sums] + [hashlib.sha256(written).hexdigest()]
+    return found
+
+
+def test_the_same_bits_for_every_instruction_set() -> None:
+    isas = native.core().cpu.isas().split()
+    assert len(isas) > 1 or platform.machine() not in ("x86_64", "AMD64")
+    expected = everything_written()
+    for isa in isas:
         env = {**os.environ, "FASTPOST_CPU_ISA": isa}
+        code = "from tests.test_params import *; print(native.core().cpu.isa(), *everything_written())"
         out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        assert out.stdout.strip() == expected, isa
+        assert out.stdout.split() == [isa, *expected], isa
 
 
 @pytest.mark.parametrize(("backend", "dtype"), SERVED, indirect=["backend"])

@@ -102,9 +102,17 @@ def cast_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
 
 
 def norm_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
-    constants = {"dtype": TYPES[dtype][1], "adaptive": False, "aligned": True, "BLOCK": 2048}
+    return squares_kernel("plain", dtype, arch, tmp_path)
+
+
+def distance_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    return squares_kernel("difference", dtype, arch, tmp_path)
+
+
+def squares_kernel(squares: str, dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    constants = {"dtype": TYPES[dtype][1], "squares": squares, "aligned": True, "BLOCK": 2048}
     types = {"table": "*i64", "partial": "*fp64", "eta": "fp32"}
-    return compiled(params._squared_norm_kernel, types, constants, ("table",), 8, arch, tmp_path)
+    return compiled(params._squares_kernel, types, constants, ("table",), 8, arch, tmp_path)
 
 
 def restore_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
@@ -172,6 +180,7 @@ KERNELS = {
     "perturb from masters": (masters_kernel, 128),
     "cast of masters": (cast_kernel, 64),
     "norm": (norm_kernel, 128),
+    "distance": (distance_kernel, 128),
     "restore": (restore_kernel, 64),
     "restore and AdamW": (adamw_kernel, 128),
     "clip": (scale_kernel, 64),
@@ -189,7 +198,7 @@ def test_kernels_use_wide_accesses_and_no_local_memory(name: str, dtype: str, ar
     build, registers = KERNELS[name]
     # Four numbers of a Philox call lie side by side: 8 bytes of bfloat16, of which Triton 3.6 makes 16.
     width = "(?:64|128)" if name.startswith("noise") and dtype == "bfloat16" else "128"
-    accesses = "LDG" if name == "norm" else "LDG STG"  # a norm writes one number per chunk
+    accesses = "LDG" if name in ("norm", "distance") else "LDG STG"  # these write one number per chunk
     assert complaints(*build(dtype, arch, tmp_path), registers, width, accesses) == []
 
 

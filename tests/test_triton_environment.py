@@ -58,6 +58,7 @@ w, g = [torch.randn(33), torch.randn(0)], [torch.randn(33), torch.randn(0)]
 before = w[0].clone()
 stash = [torch.empty_like(t) for t in w]
 norm = params.squared_norm(g)
+assert params.squared_distance(g, g) == 0
 np.testing.assert_allclose(norm.item(), (g[0].double() ** 2).sum().item(), rtol=1e-13)
 params.sam_perturb_(w, g, stash, norm, rho=0.5)
 moved = before.double() + 0.5 * g[0].double() / g[0].double().norm()
@@ -82,7 +83,8 @@ SERVED = {
     "divergence": {"divergence_rows", "gradient_like", "scale_rows_"},
     "noise": {"add_noise", "embedding_noise"},
     "params": {
-        "squared_norm", "sam_perturb_", "sam_restore_", "sam_restore_adamw_", "flip_signs_", "negate_", "negate_clip_",
+        "squared_norm", "squared_distance", "sam_perturb_", "sam_restore_", "sam_restore_adamw_", "flip_signs_", "negate_",
+        "negate_clip_",
     },
 }  # fmt: skip
 

@@ -44,27 +44,34 @@ def _pointer(table, column: tl.constexpr, width: tl.constexpr, dtype: tl.constex
 
 
 @triton.jit
-def _squared_norm_kernel(
-    table, partial, eta, dtype: tl.constexpr, adaptive: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr
+def _term(x, y, at, inside, masked: tl.constexpr, eta, squares: tl.constexpr):
+    a = (tl.load(x + at, mask=inside, other=0.0) if masked else tl.load(x + at)).to(tl.float32).to(tl.float64)
+    if squares != "plain":
+        b = (tl.load(y + at, mask=inside, other=0.0) if masked else tl.load(y + at)).to(tl.float32)
+        if squares == "scaled":
+            a *= tl.abs(b).to(tl.float64) + eta
+        else:
+            a -= b.to(tl.float64)
+    return a * a
+
+
+@triton.jit
+def _squares_kernel(
+    table, partial, eta, dtype: tl.constexpr, squares: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr
 ):
-    width: tl.constexpr = 5 if adaptive else 4
-    g = _pointer(table, 0, width, dtype, aligned)
-    if adaptive:
-        w = _pointer(table, 1, width, dtype, aligned)
+    width: tl.constexpr = 4 if squares == "plain" else 5
+    x = _pointer(table, 0, width, dtype, aligned)
+    y = x
+    if squares != "plain":
+        y = _pointer(table, 1, width, dtype, aligned)
     length = tl.load(table + tl.program_id(0).to(tl.int64) * width + (width - 3))
     total = tl.zeros((BLOCK,), dtype=tl.float64)
     body = length // BLOCK
     for block in range(body):  # whole blocks need no mask, which keeps their accesses wide
         i = block * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(g + i).to(tl.float32).to(tl.float64)
-        if adaptive:
-            x *= tl.abs(tl.load(w + i).to(tl.float32)).to(tl.float64) + eta
-        total += x * x
+        total += _term(x, y, i, True, False, eta, squares)
     i = body * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(g + i, mask=i < length, other=0.0).to(tl.float32).to(tl.float64)
-    if adaptive:
-        x *= tl.abs(tl.load(w + i, mask=i < length, other=0.0).to(tl.float32)).to(tl.float64) + eta
-    total += x * x
+    total += _term(x, y, i, i < length, True, eta, squares)
     tl.store(partial + tl.program_id(0), tl.sum(total, axis=0))
 
 
@@ -289,16 +296,26 @@ def _bits(dtype: torch.dtype) -> tuple[tl.dtype, int]:
     return (tl.int32, -(1 << 31)) if dtype.itemsize == 4 else (tl.int16, -(1 << 15))
 
 
-def squared_norm(grads: list[Tensor], weights: list[Tensor] | None, eta: float, streams: list[int]) -> Tensor:
-    """Float64 scalar: sum of g^2, or of ((abs(w) + eta) g)^2. One partial sum per chunk, folded in order of the chunks."""
-    columns = [grads] if weights is None else [grads, weights]
+def _sum_of_squares(columns: list[list[Tensor]], squares: str, eta: float, streams: list[int]) -> Tensor:
+    """Float64 scalar. One partial sum per chunk, folded in order of the chunks."""
     table, aligned = chunk_table(columns, streams)
     partial = torch.zeros(len(table), dtype=torch.float64, device=table.device)
     if len(table):
-        _squared_norm_kernel[(len(table),)](
-            table, partial, eta, _TYPES[grads[0].dtype], weights is not None, aligned, BLOCK=_BLOCK, num_warps=8
-        )
+        dtype = _TYPES[columns[0][0].dtype]
+        _squares_kernel[(len(table),)](table, partial, eta, dtype, squares, aligned, BLOCK=_BLOCK, num_warps=8)
     return partial.sum()
+
+
+def squared_norm(grads: list[Tensor], weights: list[Tensor] | None, eta: float, streams: list[int]) -> Tensor:
+    """Sum of g^2, or of ((abs(w) + eta) g)^2."""
+    if weights is None:
+        return _sum_of_squares([grads], "plain", eta, streams)
+    return _sum_of_squares([grads, weights], "scaled", eta, streams)
+
+
+def squared_distance(weights: list[Tensor], stash: list[Tensor], streams: list[int]) -> Tensor:
+    """Sum of (w - stash)^2."""
+    return _sum_of_squares([weights, stash], "difference", 0.0, streams)
 
 
 def sam_perturb_(

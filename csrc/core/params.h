@@ -13,6 +13,9 @@ struct AdamW {
   bool maximize;
 };
 
+// Whose squares are summed: x (the gradients); (|y| + eta) x (ASAM's norm, y the weights); x - y (how far weights have moved).
+enum class Squares : int { plain, scaled, difference };
+
 inline namespace FASTPOST_ISA {
 
 // scale = high * low with low a power of two, 1 unless scale leaves float's normal range. So an element's perturbation

@@ -60,16 +60,16 @@ double fold(const std::vector<double>& partial) {
 
 }  // namespace
 
-double squared_norm(const Plan& plan, bool adaptive, double eta, int threads) {
+namespace {
+
+double squares(const Plan& plan, Squares what, Column x, Column y, double eta, int threads) {
   std::vector<double> partial(plan.chunks().size());
   for_chunks(plan, threads, [&](int64_t index, const Chunk& chunk) {
-    partial[index] = params_loops().squared_norm(plan.dtype(), plan.at(kGrad, chunk),
-                                                 adaptive ? plan.at(kWeight, chunk) : nullptr, eta, chunk.length);
+    const void* second = what == Squares::plain ? nullptr : plan.at(y, chunk);
+    partial[index] = params_loops().squares(plan.dtype(), what, plan.at(x, chunk), second, eta, chunk.length);
   });
   return fold(partial);
 }
-
-namespace {
 
 bool moves(const Perturbation& how, double squared_norm) {
   return how.rho != 0 && squared_norm > 0 && std::isfinite(squared_norm);
@@ -105,6 +105,14 @@ PerturbSums perturb(const Plan& plan, const Perturbation& how, double squared_no
 }
 
 }  // namespace
+
+double squared_norm(const Plan& plan, bool adaptive, double eta, int threads) {
+  return squares(plan, adaptive ? Squares::scaled : Squares::plain, kGrad, kWeight, eta, threads);
+}
+
+double squared_distance(const Plan& plan, int threads) {
+  return squares(plan, Squares::difference, kWeight, kStash, 0, threads);
+}
 
 PerturbSums sam_perturb(const Plan& plan, const Perturbation& how, double squared_norm, const uint64_t* seed, int threads) {
   if (moves(how, squared_norm)) return perturb(plan, how, squared_norm, false, seed, threads);
@@ -159,7 +167,7 @@ void flip_signs(const Plan& plan, uint64_t seed, int threads) {
 double negate_norm(const Plan& plan, int threads) {
   std::vector<double> partial(plan.chunks().size());
   for_chunks(plan, threads, [&](int64_t index, const Chunk& chunk) {
-    partial[index] = params_loops().squared_norm(plan.dtype(), plan.at(kGrad, chunk), nullptr, 0, chunk.length);
+    partial[index] = params_loops().squares(plan.dtype(), Squares::plain, plan.at(kGrad, chunk), nullptr, 0, chunk.length);
     params_loops().negate(plan.dtype(), plan.at(kGrad, chunk), chunk.length);
   });
   return fold(partial);

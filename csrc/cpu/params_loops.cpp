@@ -36,26 +36,31 @@ inline Lanes load_lanes<float>(const float* x) {
 
 inline double fold(const Lanes& a) { return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7])); }
 
-template <class T, bool adaptive>
-double squared_norm_of(const T* g, const T* w, double eta, int64_t n) {
+// The sum of squares of x; of (|y| + eta) x; of x - y.
+template <class T, Squares what>
+double squares_of(const T* x, const T* y, double eta, int64_t n) {
   Lanes sum[4] = {};
   int64_t i = 0;
   const auto term = [&](int64_t at) {
-    Lanes x = load_lanes(g + at);
-    if constexpr (adaptive) {
-      const Lanes v = load_lanes(w + at);
-      x *= (v < 0 ? -v : v) + eta;
+    Lanes a = load_lanes(x + at);
+    if constexpr (what != Squares::plain) {
+      const Lanes b = load_lanes(y + at);
+      if constexpr (what == Squares::scaled)
+        a *= (b < 0 ? -b : b) + eta;
+      else
+        a -= b;
     }
-    return x * x;
+    return a * a;
   };
   for (; i + 32 <= n; i += 32)
     for (int k = 0; k < 4; ++k) sum[k] += term(i + 8 * k);
   for (; i + 8 <= n; i += 8) sum[0] += term(i);
   double tail = 0;
   for (; i < n; ++i) {
-    double x = to_float(g[i]);
-    if constexpr (adaptive) x *= __builtin_fabs(to_float(w[i])) + eta;
-    tail += x * x;
+    double a = to_float(x[i]);
+    if constexpr (what == Squares::scaled) a *= __builtin_fabs(to_float(y[i])) + eta;
+    if constexpr (what == Squares::difference) a -= to_float(y[i]);
+    tail += a * a;
   }
   return fold((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
 }
@@ -234,13 +239,14 @@ void restore_adamw_of(T* __restrict w, const T* __restrict g, const T* __restric
   }
 }
 
-double squared_norm(DType dtype, const void* g, const void* w, double eta, int64_t n) {
+double squares(DType dtype, Squares what, const void* x, const void* y, double eta, int64_t n) {
   double sum = 0;
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    const T* grad = static_cast<const T*>(g);
-    sum = w == nullptr ? squared_norm_of<T, false>(grad, nullptr, eta, n)
-                       : squared_norm_of<T, true>(grad, static_cast<const T*>(w), eta, n);
+    const auto of = what == Squares::plain    ? squares_of<T, Squares::plain>
+                    : what == Squares::scaled ? squares_of<T, Squares::scaled>
+                                              : squares_of<T, Squares::difference>;
+    sum = of(static_cast<const T*>(x), static_cast<const T*>(y), eta, n);
   });
   return sum;
 }
@@ -286,7 +292,7 @@ void restore_adamw(DType dtype, void* w, const void* g, const void* stash, void*
 }  // namespace
 
 extern const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA);
-const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA) = {squared_norm, perturb, cast,       copy,
+const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA) = {squares, perturb, cast,       copy,
                                                                  negate,       scale,   flip_signs, restore_adamw};
 
 }  // namespace fastpost::cpu

@@ -17,39 +17,41 @@ __device__ __forceinline__ T negated(T x) {
   return x;
 }
 
-// Sums of squares per chunk; negate: the gradients change sign in the same pass.
-template <class T, bool adaptive, bool negate>
+// Sums of squares per chunk; negate: x changes sign in the same pass.
+template <class T, Squares what, bool negate>
 __global__ void __launch_bounds__(kThreads, kPair)
-    squared_norm_kernel(const __grid_constant__ Table<2> table, double eta, double* __restrict__ partial) {
+    squares_kernel(const __grid_constant__ Table<2> table, double eta, double* __restrict__ partial) {
 #pragma unroll 1
   for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
     const Place<2> place = locate(table, c);
-    T* g = place.at<T>(0);
-    const T* w = adaptive ? place.at<T>(1) : nullptr;
-    const bool wide = aligned(g), wide_w = aligned(w);
+    constexpr bool two = what != Squares::plain;
+    T* x = place.at<T>(0);
+    const T* y = two ? place.at<T>(1) : nullptr;
+    const bool wide = aligned(x), wide_y = aligned(y);
     double sum[1] = {0};
-    const auto add = [&](T gi, T wi) {
-      double x = to_float(gi);
-      if constexpr (adaptive) x *= fabs(static_cast<double>(to_float(wi))) + eta;
-      sum[0] += x * x;
+    const auto add = [&](T xi, T yi) {
+      double a = to_float(xi);
+      if constexpr (what == Squares::scaled) a *= fabs(static_cast<double>(to_float(yi))) + eta;
+      if constexpr (what == Squares::difference) a -= static_cast<double>(to_float(yi));
+      sum[0] += a * a;
     };
     walk<T, 2>(
         place.length,
         [&](int64_t i) {
-          Pack<T> gs = load_pack(g + i, wide);
-          Pack<T> ws = gs;
-          if constexpr (adaptive) ws = load_pack(w + i, wide_w);
+          Pack<T> xs = load_pack(x + i, wide);
+          Pack<T> ys = xs;
+          if constexpr (two) ys = load_pack(y + i, wide_y);
 #pragma unroll
-          for (int k = 0; k < Pack<T>::size; ++k) add(gs.value[k], ws.value[k]);
+          for (int k = 0; k < Pack<T>::size; ++k) add(xs.value[k], ys.value[k]);
           if constexpr (negate) {
 #pragma unroll
-            for (int k = 0; k < Pack<T>::size; ++k) gs.value[k] = negated(gs.value[k]);
-            store_pack(g + i, gs, wide);
+            for (int k = 0; k < Pack<T>::size; ++k) xs.value[k] = negated(xs.value[k]);
+            store_pack(x + i, xs, wide);
           }
         },
         [&](int64_t i) {
-          add(g[i], adaptive ? w[i] : g[i]);
-          if constexpr (negate) g[i] = negated(g[i]);
+          add(x[i], two ? y[i] : x[i]);
+          if constexpr (negate) x[i] = negated(x[i]);
         });
     block_sum(sum);
     if (threadIdx.x == 0) partial[place.chunk] = sum[0];
@@ -164,8 +166,17 @@ void squared_norm(const Plan& plan, bool adaptive, double eta, double* partial, 
   const auto rows = tensor_rows<2>(plan, {kGrad, kWeight});
   with_dtype(plan.dtype(), [&](auto t) {
     using T = decltype(t);
-    launch_list(call, rows, adaptive ? squared_norm_kernel<T, true, false> : squared_norm_kernel<T, false, false>, eta,
-                partial);
+    launch_list(call, rows, adaptive ? squares_kernel<T, Squares::scaled, false> : squares_kernel<T, Squares::plain, false>,
+                eta, partial);
+  });
+  fold<1>(call, plan, partial, out);
+}
+
+void squared_distance(const Plan& plan, double* partial, double* out, int device, void* stream) {
+  const Call call("squared_distance", device, stream);
+  const auto rows = tensor_rows<2>(plan, {kWeight, kStash});
+  with_dtype(plan.dtype(), [&](auto t) {
+    launch_list(call, rows, squares_kernel<decltype(t), Squares::difference, false>, 0.0, partial);
   });
   fold<1>(call, plan, partial, out);
 }
@@ -187,7 +198,7 @@ void negate_norm(const Plan& plan, double* partial, double* out, int device, voi
   const Call call("negate_clip_", device, stream);
   const auto rows = tensor_rows<2>(plan, {kGrad, kWeight});
   with_dtype(plan.dtype(),
-             [&](auto t) { launch_list(call, rows, squared_norm_kernel<decltype(t), false, true>, 0.0, partial); });
+             [&](auto t) { launch_list(call, rows, squares_kernel<decltype(t), Squares::plain, true>, 0.0, partial); });
   fold<1>(call, plan, partial, out);
 }
 

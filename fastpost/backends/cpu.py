@@ -62,6 +62,10 @@ def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
     return torch.tensor(total, dtype=torch.float64)
 
 
+def squared_distance(bucket: Bucket) -> Tensor:
+    return torch.tensor(native.core().cpu.squared_distance(_plan(bucket), _threads()), dtype=torch.float64)
+
+
 def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:

@@ -79,6 +79,13 @@ def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
     return out[0]
 
 
+def squared_distance(bucket: Bucket) -> Tensor:
+    plan = _plan(bucket)
+    out, partial = _sums(bucket, plan, 1)
+    native.core().cuda.squared_distance(plan, partial.data_ptr(), out.data_ptr(), *_where(bucket.device))
+    return out[0]
+
+
 def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:

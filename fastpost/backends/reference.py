@@ -40,6 +40,14 @@ def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
     return total
 
 
+def squared_distance(bucket: Bucket) -> Tensor:
+    """Sum of (w - stash)^2 in float64."""
+    total = torch.zeros((), dtype=torch.float64, device=bucket.device)
+    for w, stash in zip(bucket.weights, bucket.stash, strict=True):
+        total += (w.double() - stash.double()).square().sum()
+    return total
+
+
 def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:

@@ -47,6 +47,11 @@ def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
     return total
 
 
+def squared_distance(bucket: Bucket) -> Tensor:
+    total: Tensor = _kernels("params").squared_distance(bucket.weights, bucket.stash, bucket.streams)
+    return total
+
+
 def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:

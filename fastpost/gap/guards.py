@@ -62,8 +62,4 @@ def layer_drifts(model: nn.Module, base: Snapshot) -> dict[str, float]:
         blocks = list(stack_of(model))
     except ValueError:
         blocks = []
-    squares: dict[str, float] = {}
-    for name, distance in base.distances(model).items():
-        layer = next((block for block in blocks if name.startswith(f"{block}.")), name)
-        squares[layer] = squares.get(layer, 0.0) + distance**2
-    return {layer: value**0.5 for layer, value in squares.items()}
+    return base.distances(model, lambda name: next((block for block in blocks if name.startswith(f"{block}.")), name))

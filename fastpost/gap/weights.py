@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastpost import plan
 from fastpost.ops import params as ops
-
-_SMALL = 1 << 16  # elements
 
 
 class Snapshot:
@@ -53,36 +51,21 @@ class Snapshot:
 
     @torch.no_grad()
     def distance(self) -> float:
-        """2-norm of (now - saved) over all tensors; differences and their squares in float32, partial sums in float64."""
-        small: list[tuple[Tensor, Tensor]] = []  # together in a few calls, which would cost more than their elements
-        norms: list[Tensor] = []
-        room: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # written again and again, so it stays in the cache
-        for now, then in zip(self._tensors, self._copies, strict=True):
-            if now.numel() <= _SMALL and now.dtype.itemsize >= 4:
-                small.append((now, then))
-                continue
-            wide = now.dtype if now.dtype.itemsize >= 4 else torch.float32
-            for a, b in zip(_pieces(now), _pieces(then), strict=True):
-                key = (now.device, wide)
-                if key not in room or room[key].numel() < a.numel():
-                    room[key] = torch.empty(a.numel(), dtype=wide, device=now.device)
-                difference = room[key][: a.numel()].view(a.shape)
-                torch.sub(a.to(wide), b.to(wide), out=difference)
-                norms.append(torch.linalg.vector_norm(difference))
-        if small:
-            norms += torch._foreach_norm(torch._foreach_sub([a for a, _ in small], [b for _, b in small]))
-        return float(_sum(n.double().square() for n in norms).sqrt())
+        """2-norm of (now - saved) over all tensors, in float64."""
+        return float(ops.squared_distance(self._tensors, self._copies).sqrt())
 
     @torch.no_grad()
-    def distances(self, model: nn.Module) -> dict[str, float]:
-        """The same of each tensor, by the name that it has in a model."""
+    def distances(self, model: nn.Module, group_of: Callable[[str], str]) -> dict[str, float]:
+        """The same of each group of a model's tensors; `group_of` says a tensor's group by the tensor's name."""
         names = {id(p): name for name, p in model.named_parameters()}
-        found = {}
+        groups: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         for now, then in zip(self._tensors, self._copies, strict=True):
             if id(now) in names:
-                difference = now - then if now.dtype.itemsize >= 4 else now.float() - then.float()
-                found[names[id(now)]] = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
-        return found
+                group = groups.setdefault(group_of(names[id(now)]), ([], []))
+                group[0].append(now)
+                group[1].append(then)
+        squares = [ops.squared_distance(*group) for group in groups.values()]  # all queued before the first is waited for
+        return {name: float(square.sqrt()) for name, square in zip(groups, squares, strict=True)}
 
     @torch.no_grad()
     def moved_fraction(self, gradients: Mapping[int, Tensor]) -> float:

@@ -102,7 +102,10 @@ def run(op: str, bucket: plan.Bucket, *args: object) -> Tensor:
 
 def total_squared_norm(buckets: Sequence[plan.Bucket], etas: Sequence[float | None] | None = None) -> Tensor:
     """Squared norm over all buckets, float64, on the first bucket's device."""
-    parts = [run("squared_norm", b, etas[i] if etas else None) for i, b in enumerate(buckets)]
+    return _added([run("squared_norm", b, etas[i] if etas else None) for i, b in enumerate(buckets)])
+
+
+def _added(parts: Sequence[Tensor]) -> Tensor:
     total = parts[0]
     for part in parts[1:]:
         total = total + part.to(total.device)
@@ -120,6 +123,10 @@ def wrote(tensors: Iterable[Tensor]) -> None:
 def _squared_norm(grads: list[Tensor], weights: list[Tensor] | None, eta: float) -> Tensor:
     buckets = make_buckets(grads=grads, weights=weights)
     return total_squared_norm(buckets, None if weights is None else [eta] * len(buckets))
+
+
+def _squared_distance(weights: list[Tensor], stash: list[Tensor]) -> Tensor:
+    return _added([run("squared_distance", b) for b in make_buckets(weights=weights, stash=stash)])
 
 
 def _sam_perturb_(
@@ -183,8 +190,7 @@ def _flip_signs_(tensors: list[Tensor], seed: Tensor) -> None:
 def _negate_clip_(tensors: list[Tensor], max_norm: float) -> Tensor:
     buckets = make_buckets(grads=tensors)
     if math.isinf(max_norm):
-        parts = [run("negate_norm_", bucket) for bucket in buckets]
-        return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+        return _added([run("negate_norm_", bucket) for bucket in buckets])
     squared = total_squared_norm(buckets)
     for bucket in buckets:
         run("negate_clip_", bucket, squared.to(bucket.device), max_norm)
@@ -199,6 +205,11 @@ _op_squared_norm = define(
     "squared_norm(Tensor[] grads, Tensor[]? weights, float eta) -> Tensor",
     _squared_norm,
     lambda grads, weights, eta: _scalar(grads),
+)
+_op_squared_distance = define(
+    "squared_distance(Tensor[] weights, Tensor[] stash) -> Tensor",
+    _squared_distance,
+    lambda weights, stash: _scalar(weights),
 )
 _op_sam_perturb_ = define(
     "sam_perturb_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] stash, Tensor squared_norm, float rho, bool adaptive, "
@@ -251,6 +262,23 @@ def squared_norm(grads: Sequence[Tensor], weights: Sequence[Tensor] | None = Non
     check_lists("squared_norm", columns, written=())
     check_radius("squared_norm", 0.0, eta)
     total: Tensor = _op_squared_norm(grads, columns.get("weights"), eta)
+    return total
+
+
+def squared_distance(weights: Sequence[Tensor], stash: Sequence[Tensor]) -> Tensor:
+    """How far a whole list of tensors is from another, squared: the sum of (weights - stash)^2.
+
+    Args:
+        weights: tensors of any shapes; float16, bfloat16, float32 or float64, on any devices.
+        stash: as many, each of its weight's shape, dtype and device. Neither list is written.
+
+    Returns:
+        float64 scalar on the first tensor's device; differences, squares and sums in float64, in the order of
+        `squared_norm`. NaN where both lists hold the same infinity.
+    """
+    columns = {"weights": list(weights), "stash": list(stash)}
+    check_lists("squared_distance", columns, written=())
+    total: Tensor = _op_squared_distance(columns["weights"], columns["stash"])
     return total
 
 
