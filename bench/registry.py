@@ -66,7 +66,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on the ratio of two contenders' medians in one run.
+    """A bound on the ratio of two contenders in one run.
+
+    It is the median of the rounds' ratios, so that a machine whose speed drifts from round to round does not decide, and the
+    ratio of medians where one of them sat rounds out.
 
     Attributes:
         contender, baseline: names of the two.
@@ -82,8 +85,12 @@ class Goal:
     unit = ""
 
     def measured(self, results: Mapping[str, Result]) -> float:
-        a, b = results[self.contender].median, results[self.baseline].median
-        return b / a if self.faster else a / b
+        ours, theirs = results[self.contender], results[self.baseline]
+        if len(ours.seconds) == len(theirs.seconds):
+            ratio = statistics.median(a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True))
+        else:
+            ratio = ours.median / theirs.median
+        return 1 / ratio if self.faster else ratio
 
     def hit(self, value: float, platform: str) -> bool | None:
         if platform not in self.limit:

@@ -69,10 +69,10 @@ def trainer_step() -> Case:
         f"encoder of 22.7M, {MICRO_BATCHES} x {ROWS} x {TOKENS} tokens",
         "float32",
         [
-            Contender("Trainer", step(Trainer, 1), slow=True),
-            Contender("Trainer, two passes", step(Trainer, 2), slow=True),
-            Contender("SAMTrainer", step(SAMTrainer, 1), slow=True),
-            Contender("R3FTrainer", step(R3FTrainer, 1, r3f_eps=0.1), slow=True),
+            Contender("Trainer", step(Trainer, 1)),
+            Contender("Trainer, two passes", step(Trainer, 2)),
+            Contender("SAMTrainer", step(SAMTrainer, 1)),
+            Contender("R3FTrainer", step(R3FTrainer, 1, r3f_eps=0.1)),
         ],
         [Goal("SAMTrainer", "Trainer, two passes", {"avx512": 1.03, "avx2": 1.03})],
     )

@@ -95,6 +95,12 @@ class Bucket:
         self._native: Any = None
         self._pointed: dict[str, tuple[list[Tensor], list[int]]] = {}
 
+    def release_gradients(self) -> None:
+        """Forgets the gradients, whose memory is then their owner's to free; where they lay is remembered, to compare."""
+        self.grads = []
+        if "grad" in self._pointed:
+            self._pointed["grad"] = ([], self._pointed["grad"][1])
+
     def native(self, core: Any, dtype: Any) -> Any:
         """The bucket's native plan, its columns pointing at where the tensors lie now."""
         if self._native is None:

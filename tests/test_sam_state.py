@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastpost import SAM
 
-from .small import all_bits, closure_of, loss_of, network, same_state, unchanged
+from .small import X, all_bits, closure_of, loss_of, network, same_state, unchanged
 
 
 def test_resuming_from_a_state_dict_continues_bit_by_bit() -> None:
@@ -163,3 +164,35 @@ def test_loading_runs_hooks_once_and_says_what_does_not_fit() -> None:
     other = SAM([{"params": [p]} for p in network().parameters()], torch.optim.SGD, lr=0.1)
     with pytest.raises(ValueError, match="4 parameter groups, this optimizer 1"):
         opt.load_state_dict(other.state_dict())
+
+
+def gradients_of(model: nn.Module) -> list[weakref.ref[Tensor]]:
+    return [weakref.ref(p.grad) for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float32, {"fused_restore": True}),
+        (torch.float32, {"adaptive": True, "scope": "*.weight"}),
+        (torch.bfloat16, {"rounding": "stochastic"}),
+    ],
+    ids=str,
+)
+def test_gradients_live_no_longer_than_their_owner_keeps_them(dtype: torch.dtype, options: dict[str, object]) -> None:
+    """What is dropped between the passes is free for the second: SAM keeps one copy of the weights, and no gradients."""
+    model = network().to(dtype)
+    opt = SAM(model.named_parameters(), torch.optim.AdamW, rho=0.1, lr=1e-2, **options)
+    for _ in range(2):  # buckets are built in the first, and pointed anew in the second
+        loss_of(model, X.to(dtype)).backward()
+        first = gradients_of(model)
+        opt.first_step(zero_grad=True)
+        assert [g() for g in first] == [None] * len(first)
+        loss_of(model, X.to(dtype)).backward()
+        second = gradients_of(model)
+        opt.second_step()
+        assert first
+        assert None not in [g() for g in second]
+        opt.zero_grad()
+        assert [g() for g in second] == [None] * len(second)

@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from fastpost.sam import SAM
-from fastpost.sam.overflow import at_hand, overflowed
+from fastpost.sam.overflow import at_hand
 
 
 class SAMBeside(SAM):
@@ -44,7 +44,7 @@ class SAMBeside(SAM):
         self._count_step(ascended=ascent is not None)
         if ascent is None:
             return
-        found_inf = overflowed(ascent, None, self._finite_buckets.of(self.param_groups, None), self._reduction)
+        found_inf = self._overflowed(ascent, None)
         self._count_skipped(found_inf.sum())
         if scaled:
             return

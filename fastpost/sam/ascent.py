@@ -147,11 +147,14 @@ class Ascent(Wrapper):
         if type(variant).direction is not Variant.direction:
             gradient = variant.direction(self._memory, self._gradients()).get
         groups = self._model_groups()
-        buckets = self._ascent_buckets.of(groups, self._scope.ids(groups), gradient)
-        if not buckets:
-            if not variant.ascent_pass:
-                return
-            raise RuntimeError("SAM: no parameter (in scope) has a gradient; call backward() before the ascent")
+        with self._ascent_buckets.of(groups, self._scope.ids(groups), gradient) as buckets:
+            if buckets:
+                self._perturb_along(groups, buckets)
+            elif variant.ascent_pass:
+                raise RuntimeError("SAM: no parameter (in scope) has a gradient; call backward() before the ascent")
+
+    def _perturb_along(self, groups: list[dict[str, Any]], buckets: list[ParameterBucket]) -> None:
+        variant = self.variant
         terms = []
         for b in buckets:
             group = groups[b.group]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, cast
 
 from torch import Tensor
@@ -76,10 +77,12 @@ class BucketCache:
         self._key: tuple[int, ...] = ()
         self._buckets: list[ParameterBucket] = []
 
+    @contextlib.contextmanager
     def of(
         self, groups: list[dict[str, Any]], scope: set[int] | None, gradient: Gradient | None = None
-    ) -> list[ParameterBucket]:
-        """Buckets of the tensors in scope (ids, or None for all), pointing at their gradients.
+    ) -> Iterator[list[ParameterBucket]]:
+        """Buckets of the tensors in scope (ids, or None for all), pointing at their gradients inside of the block. After it
+        they hold none: what the caller drops between two passes must be free for the second.
 
         Args:
             groups: parameter groups.
@@ -97,14 +100,19 @@ class BucketCache:
             found = [g for g in found if g is not None]
         grads = cast("list[Tensor]", found)
         key = tuple(map(id, params))
-        if key != self._key or not all(
-            b.point(grads if len(b.rows) == len(grads) else [grads[i] for i in b.rows], self._reduction)
-            for b in self._buckets
-        ):
-            self._key = ()
-            self._buckets = self._build(groups, params, grads) if params else []
-            self._key = key
-        return self._buckets
+        try:
+            if key != self._key or not all(
+                b.point(grads if len(b.rows) == len(grads) else [grads[i] for i in b.rows], self._reduction)
+                for b in self._buckets
+            ):
+                self._key = ()
+                self._buckets = self._build(groups, params, grads) if params else []
+                self._key = key
+            del found, grads
+            yield self._buckets
+        finally:
+            for b in self._buckets:
+                b.bucket.release_gradients()
 
     def _build(self, groups: list[dict[str, Any]], params: list[Tensor], grads: list[Tensor]) -> list[ParameterBucket]:
         weights = [self._reduction.local(p) for p in params] if self._reduction.shards else params

@@ -103,6 +103,7 @@ class FusedRestore:
                 "sam_restore_adamw_", b, [steps[i] for i in b.streams], float(group["lr"]), betas, group["eps"],
                 group["weight_decay"], group["maximize"], *flags,
             )  # fmt: skip
+            b.release_gradients()
         ops.wrote([*params, *first, *second])
         if found_inf is not None and found_inf.device.type != "cpu":
             torch._foreach_sub_(steps, [found_inf.to(steps[0].device)] * len(steps))

@@ -304,8 +304,7 @@ class SAM(Ascent):
             if not isinstance(found_inf, Tensor):  # the scaler says 0 where no gradient was there to look at
                 found_inf = None
             if ascent is not None:
-                buckets = [] if found_inf is not None else self._finite_buckets.of(self.param_groups, None)
-                found_inf = overflowed(ascent, found_inf, buckets, self._reduction)
+                found_inf = self._overflowed(ascent, found_inf)
             self._count_step(ascended=ascent is not None)
             if self._fused is not None and self._perturbation.active:
                 with self._perturbation.settled(self._reduction) as buckets:
@@ -326,6 +325,13 @@ class SAM(Ascent):
         self._count_skipped(skipped)
         if self.variant.state_names and not (isinstance(skipped, int) and skipped):
             self._memory.store(self._gradients())
+
+    def _overflowed(self, ascent: Tensor, found_inf: Tensor | None) -> Tensor:
+        """`overflowed` of the ascent and the second gradients, which are looked at where no GradScaler has."""
+        if found_inf is not None:
+            return overflowed(ascent, found_inf, [], self._reduction)
+        with self._finite_buckets.of(self.param_groups, None) as buckets:
+            return overflowed(ascent, None, buckets, self._reduction)
 
     def _count_skipped(self, skipped: int | Tensor) -> None:
         if isinstance(skipped, Tensor) and isinstance(self._skipped, Tensor):
