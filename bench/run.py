@@ -6,11 +6,13 @@ import datetime
 import gc
 import importlib
 import importlib.util
+import multiprocessing
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +30,9 @@ from fastpost.errors import unknown
 
 # Where cases are registered, each family in a module for the CPU and one for GPUs, in the order they are run.
 FAMILIES = ("sam", "params", "noise", "r3f", "divergence", "linear", "gap", "trainer")
+# What glibc does with large buffers that are freed: give them back, so that the next one faults its pages in anew (its
+# default, in a young process), or keep them, as the grown heap of a long training run mostly does.
+HEAPS = {"returned": {}, "kept": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}}
 SECONDS_PER_CASE = 6.0  # on a GPU; rounds beyond it are not begun
 
 
@@ -94,6 +99,7 @@ def run(
     *,
     device: str = "cpu",
     seconds: float = float("inf"),
+    heap: str | None = None,
 ) -> Outcome:
     """Measures the cases, prints a table each and writes the CSV after every case.
 
@@ -104,12 +110,14 @@ def run(
         console: where tables go.
         device: "cpu", or a CUDA device; there a case that fails is reported and the others go on.
         seconds: begin no further case after this time.
+        heap: on the CPU, a key of HEAPS: every case runs in a process of its own, whose allocator does that, so that no case
+            depends on what ran before it. None: in this process, as it is.
     """
     console = console or Console()
     place = torch.device(device)
     if place.index is not None:
         torch.cuda.set_device(place)  # events and streams are the current device's
-    where = machine(place)
+    where = machine(place) | ({} if heap is None else {"heap": heap})
     outcome, written, begun = Outcome(), [], time.perf_counter()
     console.print(
         f"fastpost {fastpost.__version__}, torch {torch.__version__}, {where.get('gpu') or where['isa']}, "
@@ -121,8 +129,10 @@ def run(
             console.print(f"[bold red]{name}: not run, the time limit of {seconds:g} s is over[/]")
             continue
         try:
-            with Progress(console=console, transient=True) as progress:
-                new = _one(name, build, rounds, place, where, progress)
+            if heap is None:
+                new = _one(name, build, rounds, place, where, console)
+            else:
+                new = _in_a_process(heap, name, rounds, where)
         except Skipped as reason:
             outcome.skipped.append(name)
             console.print(f"{name}: skipped: {escape(str(reason))}\n")
@@ -158,7 +168,7 @@ def _one(
     rounds: int,
     place: torch.device,
     where: dict[str, object],
-    progress: Progress,
+    console: Console,
 ) -> list[dict[str, object]]:
     """Builds and measures one case; its inputs are gone when this returns."""
     if place.type == "cpu":
@@ -170,9 +180,29 @@ def _one(
         if case.memory > 0.9 * free:
             raise Skipped(f"needs {case.memory / 1e9:.0f} GB of device memory, of which {free / 1e9:.0f} are free")
         clock, limit = DeviceClock(place, case.wall), SECONDS_PER_CASE
-    task = progress.add_task(name, total=rounds + clock.warm_up)
-    results = measure(case, case.build(), rounds, clock, lambda: progress.advance(task), limit)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(name, total=rounds + clock.warm_up)
+        results = measure(case, case.build(), rounds, clock, lambda: progress.advance(task), limit)
     return rows(case, results, where)
+
+
+def _in_a_process(heap: str, name: str, rounds: int, where: dict[str, object]) -> list[dict[str, object]]:
+    before = {key: os.environ.get(key) for key in HEAPS[heap]}
+    os.environ.update(HEAPS[heap])  # the allocator reads them when the process starts
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            return process.submit(_alone, name, rounds, where).result()
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def _alone(name: str, rounds: int, where: dict[str, object]) -> list[dict[str, object]]:
+    (build,) = load([name]).values()
+    return _one(name, build, rounds, torch.device("cpu"), where, Console())
 
 
 def listing(names: Sequence[str], rounds: int, device: str) -> list[str]:

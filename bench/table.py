@@ -14,7 +14,7 @@ from fastpost.bench.registry import Case, Result
 COLUMNS = [
     "case", "shape", "dtype", "contender", "median_ms", "p20_ms", "p80_ms", "gb_per_s", "goal", "ratio", "limit", "result",
     "isa", "threads", "cpu", "torch", "fastpost", "date", "fraction_of_copy", "host_us", "peak_mb", "launches", "gpu",
-    "driver", "triton", "commit",
+    "driver", "triton", "commit", "heap",
 ]  # fmt: skip
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
+import os
+import platform
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -110,6 +115,33 @@ class _Scripted(HostClock):
     def extras(self, contender: Contender, result: Result) -> None:
         result.peak = 12_000_000 if contender.peak else None
         result.launches = 3 if contender.launches else None
+
+
+def test_on_the_cpu_every_case_has_a_process_and_an_allocator_of_its_own(tmp_path: Path) -> None:
+    before = dict(os.environ)
+    for heap in run.HEAPS:
+        output = tmp_path / f"{heap}.csv"
+        assert not run.run(["sam_tiny"], 1, output, Console(file=io.StringIO()), heap=heap).failed
+        with output.open() as file:
+            assert {row["heap"] for row in csv.DictReader(file)} == {heap}
+    assert dict(os.environ) == before
+    with pytest.raises(ValueError, match="sam_tin"):
+        run.run(["sam_tin"], 1, None, heap="kept")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the switches are glibc's")
+def test_a_kept_heap_makes_no_fresh_pages() -> None:
+    """Pages faulted in by a buffer of 64 MB where one as large was just freed; in huge pages of 2 MB they are few."""
+    code = (
+        "import resource, torch; torch.set_num_threads(1)\nfaults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "torch.ones(1 << 24); before = faults(); torch.ones(1 << 24); print(faults() - before)"
+    )
+
+    def faults(heap: str) -> int:
+        env = os.environ | run.HEAPS[heap]
+        return int(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("kept") < 16 < faults("returned")
 
 
 def test_slow_contenders_sit_out_and_time_ends_a_case(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the device's cases and stop; needs no such device")
     parser.add_argument("--repeats", type=int, help="rounds; each runs every contender once (default 9; on a GPU 25)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further case after this time")
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="on the CPU: freed memory stays with the process, as in a long run's heap, so that nobody pays for fresh pages",
+    )
     parser.add_argument("--output", type=Path, help="write a CSV here, after every case")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a goal is missed")
     options = parser.parse_args(argv)
@@ -33,10 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(cases if kind == "cpu" else run.listing(options.names, rounds, options.device)))
         return 0
+    if options.keep_memory and kind == "cuda":
+        parser.error("--keep-memory is about the CPU's allocator")
     if kind == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             parser.error("--device cuda: torch sees no CUDA device; --list shows what would be timed")
-    outcome = run.run(options.names, rounds, options.output, device=options.device, seconds=options.seconds)
+    heap = None if kind == "cuda" else "kept" if options.keep_memory else "returned"
+    outcome = run.run(options.names, rounds, options.output, device=options.device, seconds=options.seconds, heap=heap)
     return 1 if outcome.failed or (options.strict and not outcome) else 0
