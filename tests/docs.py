@@ -59,6 +59,21 @@ def medians(csv_name: str, case: str) -> dict[str, float]:
     return {row["contender"]: float(row["median_ms"]) for row in rows}
 
 
+def ratios(csv_name: str, case: str) -> dict[str, float]:
+    """What each goal of a case in bench/data measured."""
+    return {row["goal"]: float(row["ratio"]) for row in _goals(csv_name) if row["case"] == case}
+
+
+def all_ratios(csv_name: str) -> list[float]:
+    """What every goal in one of bench/data's files measured."""
+    return [float(row["ratio"]) for row in _goals(csv_name)]
+
+
+def _goals(csv_name: str) -> list[dict[str, str]]:
+    with (ROOT / "bench" / "data" / csv_name).open() as file:
+        return [row for row in csv.DictReader(file) if row["goal"]]
+
+
 @functools.cache
 def run(page: str) -> dict[str, Any]:
     """Runs the page's Python blocks, once per process; what they leave behind."""

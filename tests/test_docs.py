@@ -114,3 +114,20 @@ def options(command: str) -> frozenset[str]:
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
         cli.main([command, "--help"])
     return frozenset(re.findall(r"(?<![\w-])--[\w-]+", printed.getvalue()))
+
+
+def test_the_readmes_numbers_were_measured() -> None:
+    """Each ratio in the table of numbers is one of the CSV that its column is of; bold where it misses its goal."""
+    table = re.findall(
+        r"^\|[^|]*\|[^|]*\| (?:([<>]=) ([\d.]+)x)? ?\| (.*x.*) \| (.*x.*) \|$", docs.text("README.md"), re.MULTILINE
+    )
+    assert len(table) >= 20
+    for sign, limit, *cells in table:
+        for cell, heap in zip(cells, ("", "-kept"), strict=True):
+            ratios = docs.all_ratios(f"cpu-avx512{heap}.csv")
+            for bold, number in re.findall(r"(\*\*)?([\d.]+)x", cell):
+                digits = len(number.partition(".")[2])
+                assert number in {f"{ratio:.{digits}f}" for ratio in ratios}, (cell, heap)
+                if sign:
+                    missed = float(number) < float(limit) if sign == ">=" else float(number) > float(limit)
+                    assert missed == bool(bold), (cell, heap)

@@ -30,7 +30,7 @@ def test_every_variant_has_a_line() -> None:
 
 
 def test_what_a_step_costs_is_what_was_measured() -> None:
-    ms = docs.medians("cpu-avx512-steps.csv", "a step of GPT-2")
+    ms = docs.medians("cpu-avx512-kept.csv", "a step of GPT-2")
     assert f"| SAM | 2 | {ms['SAM'] / ms['AdamW']:.2f} |" in TEXT
     assert f"| SAM, `ascent_fraction=0.25` | 1.25 | {ms['SAM, ascent on a quarter'] / ms['AdamW']:.2f} |" in TEXT
 
