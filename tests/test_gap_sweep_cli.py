@@ -126,3 +126,20 @@ def test_files_without_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for path, message in ((wrong, "has no column 'text', only a, b"), (empty, "holds no text")):
         assert main(arguments(path, tmp_path / "out")) == 2
         assert message in capsys.readouterr().err
+
+
+def test_other_data_to_score_on_and_files_of_one_name_are_refused(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for k, path in enumerate(held):
+        path.write_text(f"{k} and the quick brown fox jumps over {k} lazy dogs. " * 40)
+    output = tmp_path / "out"
+    assert main(arguments(texts, output, "--held_out", str(held[0]))) == 0
+    with pytest.raises(ValueError, match="another sweep"):
+        main(arguments(texts, output, "--held_out", str(held[1])))
+    (tmp_path / "more").mkdir()
+    twin = tmp_path / "more" / texts.name
+    twin.write_bytes(texts.read_bytes())
+    assert main(arguments(f"{texts},{twin}", tmp_path / "other")) == 2  # type: ignore[arg-type]
+    assert "two files are called 'code'" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -431,3 +432,40 @@ def test_adapters_added_after_sharding() -> None:
     outcome.of("refused")
     assert max(outcome.of("adapters")) <= 1e-9
     assert max(outcome.of("noise")) <= 1e-12
+
+
+def test_bi_lora_goes_on_after_a_checkpoint(tmp_path: Path) -> None:
+    """Loading one, PEFT leaves the first adapter alone active."""
+    data = [{"input_ids": row, "labels": row} for row in rows_of_text(16)]
+
+    def states(steps: int, resume: bool) -> list[Tensor]:
+        model = lora(dtype=torch.float32)
+        bi = BiLoRA(model, rho=RHO)
+        optimizer = torch.optim.AdamW(bi.param_groups(lr=1e-2))
+        bi.attach(optimizer)
+        options: dict[str, Any] = {"lr_scheduler_type": "constant", "per_device_train_batch_size": 4, "save_steps": 2}
+        settings = TrainingArguments(
+            str(tmp_path), max_steps=steps, use_cpu=True, report_to="none", disable_tqdm=True, **options
+        )
+        Trainer(model, settings, train_dataset=data, optimizers=(optimizer, None)).train(resume_from_checkpoint=resume)  # type: ignore[arg-type]
+        return [p.detach().clone() for p in trained(model)]
+
+    expected = states(4, resume=False)
+    states(2, resume=False)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = states(4, resume=True)
+    assert len(resumed) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(resumed, expected, strict=True))
+
+
+def test_bi_lora_on_a_classifier_leaves_its_head_alone() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = peft.get_peft_model(build("sequence"), config)
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    bi = BiLoRA(model, rho=RHO)
+    now = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert before < now
+    assert all("bilora" in name and "lora_" in name for name in now - before)
+    bi.remove()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == before
+    BiLoRA(model, rho=RHO).remove()  # and again

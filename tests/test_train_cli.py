@@ -275,6 +275,17 @@ def test_what_cannot_be_timed_is_told_on_the_page(models, files, tmp_path, monke
     assert saved(tmp_path)
 
 
+def test_gap_s_report_is_written_when_its_timing_is_interrupted(models, files, tmp_path, monkeypatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_run.train_timing, "time_ascent", interrupted)
+    words = ["train", "--method", "gap", "--model", models["causal"], "--train_file", files["texts.jsonl"], "--use_cpu"]
+    assert main([*words, "--gap_steps", "2", "--output_dir", str(tmp_path)]) == 0
+    assert "not timed: interrupted" in Page.of(tmp_path).seen
+    assert saved(tmp_path)
+
+
 def check_in_a_browser(browser: str, out: Path, tmp_path: Path) -> None:
     """Rendered without a network on a light and a dark ground: the grounds are what they should be."""
     from matplotlib.image import imread

@@ -233,3 +233,15 @@ def test_keys_of_a_file_and_models_that_data_need(models, files, tmp_path, capsy
     assert main(["train", "--method", "sam", "--train_file", files["text.txt"], "--output_dir", str(tmp_path / "out")]) == 2
     assert "--model has to be a causal language model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_only_line_ends_end_a_row_and_pairs_are_in_both_files(tmp_path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text('text,label\na\u2028b\x0cc,yes\n"d\ne",no\n', encoding="utf-8", newline="")
+    found = train_data.read(options(train_file=str(table)), needs_validation=False)
+    assert [row.text for row in found.train] == ["a\u2028b\x0cc", "d\ne"]
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("text,pair,label\na,b,yes\nc,d,no\n")
+    for one, other in ((table, pairs), (pairs, table)):
+        with pytest.raises(ValueError, match="differ in having pairs"):
+            train_data.read(options(train_file=str(one), validation_file=str(other)), needs_validation=True)

@@ -79,8 +79,8 @@ def test_loss_is_bounded(tmp_path: Any) -> None:
     guard = LossGuard(max_loss=4.5)
     trainer, guarded = run(tmp_path, guard, cls=Rising)
     assert logged(trainer, "loss") == [1.0, 2.0, 3.0, 4.0, 5.0]
-    assert (guard.stopped_at, guard.last_good) == (5, 4)
-    assert all(same_bits(p, q) for p, q in zip(weights(trainer.model), guarded.states[4], strict=True))
+    assert (guard.stopped_at, guard.last_good) == (5, 3)  # the fifth loss is that of step 4's weights
+    assert all(same_bits(p, q) for p, q in zip(weights(trainer.model), guarded.states[3], strict=True))
 
 
 def test_a_loss_that_is_not_a_number_breaks_the_bound(tmp_path: Any) -> None:
@@ -91,8 +91,25 @@ def test_a_loss_that_is_not_a_number_breaks_the_bound(tmp_path: Any) -> None:
 
     guard = LossGuard(max_loss=100.0)
     trainer, guarded = run(tmp_path, guard, cls=Nan, logging_nan_inf_filter=False)
-    assert (guard.stopped_at, guard.last_good) == (3, 2)
-    assert all(same_bits(p, q) for p, q in zip(weights(trainer.model), guarded.states[2], strict=True))
+    assert (guard.stopped_at, guard.last_good) == (3, 1)
+    assert all(same_bits(p, q) for p, q in zip(weights(trainer.model), guarded.states[1], strict=True))
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_what_is_restored_has_a_loss_within_the_bound(tmp_path: Any) -> None:
+    """A loss is known one update after the weights that it is of."""
+
+    class Poisoned(Ascent):
+        def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(model, *args, **kwargs)
+            if self.state.global_step == 3:
+                next(iter(model.parameters())).grad.fill_(float("nan"))
+            return loss
+
+    guard = LossGuard(max_loss=1e9)
+    trainer, guarded = run(tmp_path, guard, cls=Poisoned, logging_nan_inf_filter=False, max_grad_norm=0.0)
+    assert (guard.stopped_at, guard.last_good) == (5, 3)
+    assert all(same_bits(p, q) for p, q in zip(weights(trainer.model), guarded.states[3], strict=True))
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import HPSearchBackend
 
 from fastpost import R3F, add_noise
 from fastpost.integrations.transformers import (
@@ -230,3 +231,18 @@ def test_a_model_without_labels_to_take_a_divergence_at(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="has no get_input_embeddings"):
         trainer_of(R3FTrainer, model, arguments(tmp_path, 1)).train()
     assert stacked(data[:2])["labels"].dtype == torch.float32
+
+
+def test_a_trial_of_a_search_has_its_own_options(tmp_path: Any) -> None:
+    trainer = trainer_of(PostTrainer, tiny.build("causal"), arguments(tmp_path, 1, method="sam+r3f", **R3F_OPTIONS))
+    trainer.hp_search_backend = HPSearchBackend.RAY  # whose trials are mappings
+    trainer.hp_space = lambda trial: trial
+    trainer._hp_search_setup({"r3f_lambda": 7.0, "r3f_eps": 0.5})
+    assert (trainer.r3f.r3f_lambda, trainer.r3f.eps) == (7.0, 0.5)
+
+
+def test_a_router_s_loss_is_not_dropped(tmp_path: Any) -> None:
+    model = tiny.build("causal")
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="router"):
+        trainer_of(R3FTrainer, model, arguments(tmp_path, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import random
 import sys
@@ -59,6 +60,9 @@ class SweepArguments:
         for path in self.paths():
             if not path.is_file():
                 raise ValueError(f"--texts: {path} is not a file")
+        stems = [path.stem for path in self.paths()]
+        if twice := next((stem for stem in stems if stems.count(stem) > 1), ""):
+            raise ValueError(f"--texts: two files are called {twice!r}, by which their rows are told apart; rename one")
         check_least(self, {"limit": 1, "n_steps": 0, "lm_steps": 1, "task_limit": 4})
         seeds_of(self.seeds)
         if self.tasks and self.held_out is not None:
@@ -123,6 +127,7 @@ class Setting:
     Attributes:
         choose, report: functions of the model, higher is better, on data that the other does not see.
         unit: what a score is.
+        scored_on: a digest of the data of both.
         error: standard error of `report` of the untouched model.
     """
 
@@ -132,6 +137,7 @@ class Setting:
     choose: Callable[[Any], float]
     report: Callable[[Any], float]
     unit: str
+    scored_on: str
     error: float = math.nan
 
 
@@ -149,7 +155,8 @@ def build_setting(options: SweepArguments, tasks: list[Task], seed: int, progres
         suite = Suite(tasks, encode, decode, options.task_limit)
         choose, report = suite.halves()
         report(model)
-        return Setting(model, encode, decode, choose, report, "score", mean_of(report.last)[1])
+        scored_on = _digest(repr((tasks, options.task_limit)).encode())
+        return Setting(model, encode, decode, choose, report, "score", scored_on, mean_of(report.last)[1])
     if options.held_out is not None:
         positions = getattr(model.config, "max_position_embeddings", 128)
         windows = windows_of(Path(options.held_out).read_text(encoding="utf-8"), encode, min(128, positions) + 1)
@@ -160,7 +167,12 @@ def build_setting(options: SweepArguments, tasks: list[Task], seed: int, progres
 
     nats = lm.negative_log_likelihoods(model.eval(), others)
     error = float(nats.std()) / math.sqrt(len(nats))
-    return Setting(model, encode, decode, mean_on(ours), mean_on(others), "nats per token", error)
+    scored_on = _digest(*(ids.numpy().tobytes() for ids in windows))
+    return Setting(model, encode, decode, mean_on(ours), mean_on(others), "nats per token", scored_on, error)
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
 
 
 def windows_of(text: str, encode: Callable[[str], list[int]], size: int) -> tuple[Tensor, Tensor]:
@@ -203,6 +215,7 @@ def main(argv: Sequence[str]) -> int:
                 setting.choose,
                 test=setting.report,
                 output=folder / f"seed-{seed}.csv",
+                scored_on=setting.scored_on,
                 progress=_advance(progress, climbing),
             )
             rows += [{"seed": seed, **row} for row in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -64,6 +65,8 @@ def read(options: DataOptions, needs_validation: bool = True) -> Data:
     if len(labels) == 1:
         raise ValueError(f"every training row has the label {labels[0]!r}; there is nothing to learn")
     for row in validation:
+        if (row.pair is None) != (train[0].pair is None):
+            raise ValueError("training and validation data differ in having pairs; see --pair_column")
         if (row.label is None) != (not labels):
             raise ValueError("training and validation data differ in having labels; see --label_column")
         if row.label is not None and row.label not in names:
@@ -126,7 +129,8 @@ def _json_lines(path: Path, text: str) -> list[tuple[str, Mapping[str, Any]]]:
 def _table(path: Path, text: str) -> list[tuple[str, Mapping[str, Any]]]:
     """Rows under a header. In TSV quotes are literal, as GLUE's files want it."""
     csv.field_size_limit(1 << 30)
-    lines = text.splitlines(keepends=True) if path.suffix == ".csv" else text.replace("\r\n", "\n").split("\n")
+    # Not splitlines: it cuts at characters that a text may hold.
+    lines = io.StringIO(text, newline="") if path.suffix == ".csv" else text.replace("\r\n", "\n").split("\n")
     kind: dict[str, Any] = {} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     reader = csv.reader(lines, **kind)
     header = next(reader, [])

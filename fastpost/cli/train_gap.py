@@ -133,12 +133,15 @@ def carry_out(run: Run, ascent: Ascent, console: Any) -> train_report.Results:
             results.untimed = "not timed (--timing_rounds 0)"
         else:
             timing = progress.add_task("timing a step", total=None)
-            results.costs = train_timing.time_ascent(
-                start,
-                ascent.ids,
-                run.gap.recipe(),
-                run.data.timing_rounds,
-                lambda done, total: progress.update(timing, completed=done, total=total),
-            )
+            try:
+                results.costs = train_timing.time_ascent(
+                    start,
+                    ascent.ids,
+                    run.gap.recipe(),
+                    run.data.timing_rounds,
+                    lambda done, total: progress.update(timing, completed=done, total=total),
+                )
+            except KeyboardInterrupt:
+                results.untimed = "not timed: interrupted"
     train_page.write(results)
     return results

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastpost import plan
 from fastpost.gap.rows import EmbeddedText, plain_embedding
 from fastpost.gap.text import CausalLoss
 from fastpost.ops.params import negate_, negate_clip_
@@ -47,13 +48,14 @@ class Ascent:
         self._loss_of = CausalLoss(model)
         self._weights = list(weights)
         self._ids = ids
-        self._fused = fused and all(p.device.type in ("cpu", "cuda") for p in weights)
+        # torch's kernel walks memory from a weight's first element on: past a view with gaps, over its neighbours.
+        self._fused = fused and all(p.device.type in ("cpu", "cuda") and plan.dense(p) for p in weights)
         self._downhill = loss == "mle"
         self._lr, self._betas, self._eps = lr, betas, eps
         self._master_weights = master_weights
         self._max_norm, self._max_grad_norm = max_norm, max_grad_norm
         embedding = plain_embedding(model)
-        self._text = None if embedding is None else EmbeddedText(embedding, ids)
+        self._text = None if embedding is None else EmbeddedText(embedding)
         self._gradients: list[Tensor | None] = []
         self._adam: torch.optim.Adam | None = None
         self._stepped: list[Tensor] = []  # what Adam moves: each weight, its float32 master, or the text's rows of it
@@ -117,6 +119,7 @@ class Ascent:
                     p.index_copy_(0, self._text.rows, stepped.to(p.dtype))
                 elif stepped is not p:
                     p.copy_(stepped)
+        torch.clear_autocast_cache()  # or an enclosing autocast region would go on with its casts of the old weights
         return "made"
 
     def gradients(self) -> dict[int, Tensor]:

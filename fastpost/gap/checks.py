@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def real(value: object) -> bool:
@@ -53,8 +54,8 @@ def movable_weights(model: nn.Module) -> list[nn.Parameter]:
     """The weights that an ascent moves: those with `requires_grad`.
 
     Raises:
-        ValueError: there are none, or the model's weights are quantised for evaluation: integers that no gradient reaches
-            (only norms and embeddings would move), or moved by adapters at most, of which there are none.
+        ValueError: there are none, they are sharded, or the model's weights are quantised for evaluation: integers that no
+            gradient reaches (only norms and embeddings would move), or moved by adapters at most, of which there are none.
     """
     how = _quantised(model)
     if how is not None:
@@ -65,6 +66,11 @@ def movable_weights(model: nn.Module) -> list[nn.Parameter]:
     weights = [p for p in model.parameters() if p.requires_grad]
     if not weights:
         raise ValueError("GAP: the model has no weights with requires_grad; there is nothing to move")
+    if any(isinstance(p, DTensor) for p in weights):
+        raise ValueError(
+            "GAP: the model's weights are sharded (DTensor). One text is no work for many ranks: run it on the whole model, "
+            "one text per rank; signs for micro-batches in a sharded loop are SignedWindow's"
+        )
     return weights
 
 

@@ -109,7 +109,7 @@ class Delta:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.new")
         try:
-            save_file(self.tensors(), new)
+            save_file({name: d.contiguous() for name, d in self.tensors().items()}, new)
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)
@@ -157,14 +157,14 @@ class Delta:
 
 
 def stack_of(model: nn.Module) -> Sequence[str]:
-    """Names of the layers of the model's largest stack (an nn.ModuleList of one class with parameters), in order.
+    """Names of the layers of the model's largest stack (the nn.ModuleList with most parameters), in order.
 
     Raises:
         ValueError: there is none of at least two layers.
     """
     best: tuple[int, list[str]] = (0, [])
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(block) for block in module}) == 1:
+        if isinstance(module, nn.ModuleList) and len(module) > 1:
             size = sum(p.numel() for p in module.parameters())
             if size > best[0]:
                 best = (size, [f"{name}.{k}" for k in range(len(module))])

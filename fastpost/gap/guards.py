@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,8 +53,9 @@ class Probe:
     @torch.no_grad()
     def kl(self, model: nn.Module) -> float:
         """KL(start || now), averaged over the tokens that count; never negative but for rounding."""
-        now = self._log_probabilities(model)
-        return float(F.kl_div(now, self._start, log_target=True, reduction="sum").double() / len(now))
+        absent = self._start == -math.inf  # of a class that was never there 0 * log(0 / q) is 0
+        now, start = (x.masked_fill(absent, 0.0) for x in (self._log_probabilities(model), self._start))
+        return float(F.kl_div(now, start, log_target=True, reduction="sum").double() / len(now))
 
 
 def layer_drifts(model: nn.Module, base: Snapshot) -> dict[str, float]:

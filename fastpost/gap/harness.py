@@ -71,6 +71,9 @@ def harness_scores(
     found: dict[str, Score] = {}
     for name, samples in results["samples"].items():
         in_order = sorted(samples, key=lambda sample: sample["doc_id"])
+        filters = sorted({str(sample.get("filter")) for sample in samples})
+        if len(filters) > 1:
+            raise ValueError(f"harness_scores: {name} has several filters, each with a score: {', '.join(filters)}")
         if not in_order or not all(isinstance(sample.get(metric), bool | int | float) for sample in in_order):
             known = ", ".join(in_order[0]["metrics"]) if in_order else "none"
             raise ValueError(f"harness_scores: {name} has no {metric!r} per example, only {known}")

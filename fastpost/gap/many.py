@@ -32,19 +32,22 @@ def sweep(
     test: Evaluate | None = None,
     probe: Tensor | Mapping[str, Any] | None = None,
     output: str | Path | None = None,
+    scored_on: str = "",
     progress: Callable[[int, int, str], object] | None = None,
 ) -> list[Row]:
     """Runs `gap` from the same weights on every text; afterwards the model is the untouched one, bit for bit.
 
     One copy of the weights serves all texts. With `output`, the rows are a CSV file that is replaced as a whole after every
     text, so it never holds half a run, and a sweep that was stopped goes on where it ended. A file of another sweep (other
-    options, weights or texts of the same name) is refused: beside it lies `<output>.json`, which says what made it.
+    options, weights, `scored_on` or texts of the same name, or with `test` where that had none) is refused: beside it lies
+    `<output>.json`, which says what made it.
 
     Args:
         gap: the recipe. model: as in `GAP`.
         texts: token ids by a name of each text, in order.
         evaluate, test, probe: as in `GAP`; `test` runs twice per text.
         output: the CSV; its folder is made.
+        scored_on: names the data of `evaluate` and `test`; a file of other data is refused.
         progress: called with (texts done, texts in all, name of the text just done).
 
     Returns:
@@ -57,7 +60,7 @@ def sweep(
     if not texts:
         raise ValueError("GAP: no texts to climb on")
     path = None if output is None else Path(output)
-    identity = _identity(gap, model, evaluate is not None)
+    identity = _identity(gap, model, evaluate is not None, test is not None, scored_on)
     rows = [] if path is None else _resume(path, identity)
     done = {row["text"]: row["digest"] for row in rows}
     for name, digest in done.items():
@@ -97,14 +100,20 @@ def rows_of(name: str, ids: Tensor, result: Any) -> list[Row]:
     return rows
 
 
-def _identity(gap: GAP, model: nn.Module, selects: bool) -> Row:
+def _identity(gap: GAP, model: nn.Module, selects: bool, tests: bool, scored_on: str) -> Row:
     """What a sweep's rows depend on, beside its texts."""
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(vars(gap).items())}
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
         digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return {"options": options, "weights": digest.hexdigest()[:32], "selects": selects}
+    return {
+        "options": options,
+        "weights": digest.hexdigest()[:32],
+        "selects": selects,
+        "tests": tests,
+        "scored_on": scored_on,
+    }
 
 
 def _digest(ids: Tensor) -> str:
@@ -133,7 +142,7 @@ def _write(path: Path, rows: list[Row], identity: Row) -> None:
     """Replaces both files as wholes: whoever reads them, or a disk that is full, finds the old ones or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     told = Path(f"{path}.json")
-    if not told.exists():
+    if not path.exists():  # rows that are there have their identity beside them
         _replace(told, lambda file: json.dump(identity, file, indent=1))
 
     def fill(file: Any) -> None:

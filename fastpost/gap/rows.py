@@ -19,17 +19,26 @@ class EmbeddedText:
 
     Args:
         embedding: a plain `nn.Embedding` (see `plain_embedding`).
-        ids: the text, (1, n).
+
+    Attributes:
+        leaves: what the lookups handed out the last time.
     """
 
-    def __init__(self, embedding: nn.Embedding, ids: Tensor) -> None:
+    def __init__(self, embedding: nn.Embedding) -> None:
         self._embedding = embedding
         self.weight = embedding.weight
-        self.rows: Tensor = ids.unique()  # type: ignore[no-untyped-call]  # in ascending order
-        if embedding.padding_idx is not None:
-            self.rows = self.rows[self.rows != embedding.padding_idx]  # that row has no gradient
+        self._rows: Tensor | None = None
         self.leaves: list[Tensor] = []
         self._read: list[Tensor] = []
+
+    @property
+    def rows(self) -> Tensor:
+        """Those that are read, ascending, the padding's left out; known from the first `gradient` on.
+
+        They need not be the text's alone: a model may put a token of its own before it.
+        """
+        assert self._rows is not None
+        return self._rows
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -49,15 +58,25 @@ class EmbeddedText:
 
     @torch.no_grad()
     def gradient(self, gradients: tuple[Tensor | None, ...]) -> Tensor:
-        """From the gradients of `leaves`, those of `rows`: (rows, width)."""
+        """From the gradients of `leaves`, those of `rows`: (rows, width).
+
+        Raises:
+            RuntimeError: the model looks up rows that it did not read the first time.
+        """
+        padding = self._embedding.padding_idx
+        read = torch.cat([ids.reshape(-1) for ids in self._read]).unique()  # type: ignore[no-untyped-call]  # ascending
+        read = read if padding is None else read[read != padding]  # that row has no gradient
+        if self._rows is None:
+            self._rows = read
+        elif not torch.equal(self._rows, read):
+            raise RuntimeError("GAP: the model does not look up the same rows of its embedding in every step")
         total: Tensor | None = None
-        for read, gradient in zip(self._read, gradients, strict=True):
+        for ids, gradient in zip(self._read, gradients, strict=True):
             if gradient is None:
                 continue
-            at = torch.searchsorted(self.rows, read)
-            padding = self._embedding.padding_idx
+            at = torch.searchsorted(self.rows, ids)
             if padding is not None:  # a place of its own, cut off below
-                at = torch.where(read == padding, len(self.rows), at)
+                at = torch.where(ids == padding, len(self.rows), at)
             part = torch.ops.aten.embedding_dense_backward(gradient, at, len(self.rows) + 1, -1, False)[:-1]
             total = part if total is None else total + part
         return torch.zeros_like(self.weight[self.rows]) if total is None else total

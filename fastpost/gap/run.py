@@ -214,9 +214,10 @@ class GAP:
         checks.check_callables(evaluate, test, allow_leak)
         if (probe is None) != (self.max_kl is None):
             raise ValueError("GAP: max_kl and probe go together: a bound, and the batch on which it is watched")
-        ids = prepare(model, input_ids, attention_mask, self.max_tokens)
-        base = Snapshot(weights) if base is None else base
         with _as_before(model, weights):
+            ids = prepare(model, input_ids, attention_mask, self.max_tokens)
+            ids = ids.clone() if ids.is_inference() else ids
+            base = Snapshot(weights) if base is None else base
             try:
                 model.eval()
                 untouched = None if test is None else _score(test, model)

@@ -57,7 +57,7 @@ def read_task(path: str | Path) -> Task:
         if path.suffix == ".json":
             return Task(path.stem, dialogues=_dialogues(json.loads(path.read_text(encoding="utf-8"))))
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
             return Task(path.stem, questions=[Choice(row["context"], list(row["choices"]), row["answer"]) for row in rows])
         if path.suffix == ".csv":
             return Task(path.stem, questions=_pubmed_qa(path))

@@ -42,6 +42,7 @@ class Snapshot:
     def restore(self) -> None:
         """Puts the saved bits back, into the same storage."""
         ops.sam_restore_(self._tensors, self._copies)
+        torch.clear_autocast_cache()
 
     def by_name(self, model: nn.Module) -> dict[str, Tensor]:
         """The copies by the names that their tensors have in a model; those that it does not hold are left out."""
@@ -101,4 +102,4 @@ def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     """The tensor in pieces: on a CPU such as fit a cache, so that a difference need not travel to memory and back; elsewhere
     large ones, so that there are few launches."""
     size = 1 << 18 if tensor.device.type == "cpu" else 1 << 24
-    return tensor.view(-1).split(size) if tensor.is_contiguous() else (tensor,)  # type: ignore[no-untyped-call]
+    return tensor.reshape(-1).split(size)  # type: ignore[no-untyped-call,no-any-return]

@@ -95,6 +95,8 @@ def log_likelihoods(model: Any, contexts: Sequence[Sequence[int]], continuations
 def choice_accuracy(model: Any, encode: Encode, questions: Sequence[Choice], limit: int = LIMIT) -> Score:
     """Share of questions whose right answer is the likeliest by its summed log-probability, not normalised by length.
 
+    A question for which the model's predictions are NaN is not answered.
+
     Args:
         model: as in `log_likelihoods`; put into eval mode for the time being.
         encode: text to token ids, without special tokens.
@@ -114,7 +116,8 @@ def choice_accuracy(model: Any, encode: Encode, questions: Sequence[Choice], lim
             scores = log_likelihoods(
                 model, [context] * len(question.choices), [encode(choice) for choice in question.choices]
             )
-            values.append(float(int(scores.argmax()) == question.answer))
+            answered = not bool(scores.isnan().any())  # argmax takes a NaN for the largest
+            values.append(float(answered and int(scores.argmax()) == question.answer))
     return Score(tuple(values))
 
 

@@ -74,13 +74,8 @@ class Guard(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._good = None
 
-    def _judge(self, broken: str, state: Any, control: Any) -> None:
-        if self._good is None or self.stopped_at is not None:
-            return
-        if not broken:
-            self._good.save()
-            self.last_good = state.global_step
-            return
+    def _stop(self, broken: str, state: Any, control: Any) -> None:
+        assert self._good is not None
         self._good.restore()
         self.stopped_at, self.reason = (
             state.global_step,
@@ -136,16 +131,22 @@ class DriftGuard(Guard):
             name = max(layers, key=lambda layer: layers[layer])
             if not layers[name] <= self.max_layer_drift:
                 broken = f"drift {layers[name]:.4g} of {name} exceeds max_layer_drift={self.max_layer_drift:g}"
-        self._judge(broken, state, control)
-        if not broken:
-            self.drift = drift
+        if self._good is None or self.stopped_at is not None:
+            return
+        if broken:
+            self._stop(broken, state, control)
+            return
+        self._good.save()
+        self.last_good, self.drift = state.global_step, drift
 
 
 class LossGuard(Guard):
     """Stops a run whose training loss rises above a bound, or is not finite; judged at logging steps, where it is known.
 
-    The loss is the mean since the last logging step: with `logging_steps=1` each step's. The Trainer hides a loss that is
-    not finite unless `logging_nan_inf_filter=False`. Keeps one copy of the trainable weights.
+    The loss is the mean since the last logging step: with `logging_steps=1` each step's. It was measured before that step's
+    update, so what a loss vouches for are the weights of the logging step before: `last_good` is the youngest such step.
+    The Trainer hides a loss that is not finite unless `logging_nan_inf_filter=False`. Keeps two copies of the trainable
+    weights.
 
     Args:
         max_loss: bound on the logged `loss`.
@@ -156,9 +157,24 @@ class LossGuard(Guard):
         if math.isnan(max_loss):
             raise ValueError("LossGuard: max_loss must be a number, not nan")
         self.max_loss = max_loss
+        self._pending: _Weights | None = None  # of the last logging step; no loss has been measured at them yet
+        self._pending_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, model=model)
+        self._pending, self._pending_step = _Weights(model), state.global_step
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_end(args, state, control)
+        self._pending = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
-        if loss is not None:
-            over = not loss <= self.max_loss
-            self._judge(f"loss {loss:.4g} exceeds max_loss={self.max_loss:g}" if over else "", state, control)
+        if loss is None or self._good is None or self._pending is None or self.stopped_at is not None:
+            return
+        if not loss <= self.max_loss:
+            self._stop(f"loss {loss:.4g} exceeds max_loss={self.max_loss:g}", state, control)
+            return
+        self._good, self._pending = self._pending, self._good
+        self.last_good, self._pending_step = self._pending_step, state.global_step
+        self._pending.save()

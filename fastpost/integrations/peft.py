@@ -96,13 +96,22 @@ class BiLoRA:
         second.lora_dropout, second.bias, second.modules_to_save = 0.0, "none", None
         second.init_lora_weights, second.inference_mode = True, False
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        model.add_adapter(auxiliary, second)
-        tuner: Any = model.base_model
-        tuner.set_adapter([adapter, auxiliary])
-        for p in self._trained:  # set_adapter lets adapters train, and nothing else
-            p.requires_grad_(True)
+        try:
+            # Not the subclass's: for classifiers that gives every adapter a head of its own.
+            PeftModel.add_adapter(model, auxiliary, second)
+            self._activate()
+        except BaseException:
+            if auxiliary in model.peft_config:
+                model.delete_adapter(auxiliary)
+            raise
         self._scales = {id(layer): float(layer.scaling[auxiliary]) for layer in self.layers}
         self._hooks = [layer.register_forward_pre_hook(self._switch) for layer in self.layers]
+
+    def _activate(self) -> None:
+        tuner: Any = self.model.base_model
+        tuner.set_adapter([self.adapter, self.auxiliary])
+        for p in self._trained:  # set_adapter lets adapters train, and nothing else
+            p.requires_grad_(True)
 
     def param_groups(self, lr: float, *, ascent_lr: float | None = None, **options: Any) -> list[dict[str, Any]]:
         """Two groups for a torch optimizer: what descends, and the second adapter, which ascends without weight decay.
@@ -170,6 +179,8 @@ class BiLoRA:
         return [m[self.auxiliary].weight for layer in self.layers for m in (layer.lora_A, layer.lora_B)]
 
     def _switch(self, layer: Any, _: Any) -> None:
+        if layer.training and self.auxiliary not in layer.active_adapters:
+            self._activate()  # a trainer that loads a checkpoint leaves the first adapter alone
         layer.scaling[self.auxiliary] = self._scales[id(layer)] if layer.training else 0.0
 
 

@@ -40,7 +40,8 @@ class R3FTrainerMixin(PostTrainingMixin):
 
     Raises:
         TypeError: a `compute_loss_func`, or a trainer of TRL other than SFT.
-        ValueError: over a loss of the trainer's own, options that need R3F to make the clean pass.
+        ValueError: over a loss of the trainer's own, options that need R3F to make the clean pass; a model whose loss has a
+            part for its router.
     """
 
     _brings = "r3f"
@@ -67,6 +68,20 @@ class R3FTrainerMixin(PostTrainingMixin):
                 f"{type(self).__name__}: compute_loss_func computes a loss of its own, which R3F would replace by "
                 "cross-entropy plus its divergence; call fastpost.symmetric_kl inside it, or leave it out"
             )
+        config = getattr(self.model, "config", None)
+        text_config = getattr(config, "get_text_config", lambda: config)()
+        if self._adds_to is None and getattr(text_config, "output_router_logits", False):
+            raise ValueError(
+                f"{type(self).__name__}: the model adds a loss of its router (output_router_logits=True) to its own, which "
+                "R3F's cross-entropy would leave out; set model.config.output_router_logits=False"
+            )
+        self._build_r3f()
+        self._r3f_fed = 0
+        self._r3f_counted: list[dict[str, Any]] = []
+        self._r3f_sums: torch.Tensor | None = None
+        self._r3f_logged_at = 0
+
+    def _build_r3f(self) -> None:
         options = self.post_training
         fused = self._fused_by_default if options.r3f_fused_linear is None else options.r3f_fused_linear
         smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0
@@ -78,10 +93,6 @@ class R3FTrainerMixin(PostTrainingMixin):
                 f"{type(self).__name__}: {self._adds_to.__name__}.compute_loss makes the clean pass itself, so R3F's "
                 "own goes with r3f_fused_linear=False, r3f_dropout='independent' and r3f_forward='two_pass'"
             )
-        self._r3f_fed = 0
-        self._r3f_counted: list[dict[str, Any]] = []
-        self._r3f_sums: torch.Tensor | None = None
-        self._r3f_logged_at = 0
 
     # -- a step, one micro-batch after another ------------------------------------------------------------------------------
 
@@ -100,6 +111,12 @@ class R3FTrainerMixin(PostTrainingMixin):
             self.r3f._window = None
             if not place.again:
                 self._r3f_fed = (place.index + 1) % self.current_gradient_accumulation_steps
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As the trainer's own; what a trial says of R3F's options holds for its run."""
+        super()._hp_search_setup(trial)
+        if "r3f" in self._methods and trial is not None:
+            self._build_r3f()
 
     def _r3f_begin(self, place: Place) -> None:
         if self._r3f_step is None or (place.index == 0 and not place.again):

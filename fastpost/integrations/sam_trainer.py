@@ -219,6 +219,8 @@ class SAMTrainerMixin(PostTrainingMixin):
         }
 
     def _on_train_begin(self) -> None:
+        if self._window is not None and self._window.is_open:  # a run that broke off, and is begun again
+            self._window.abort()
         self._window = self.sam = self._sam_sums = None  # the optimizer, or its groups, may be others than in the last run
         super()._on_train_begin()
 
