@@ -281,7 +281,17 @@ def test_gap_s_report_is_written_when_its_timing_is_interrupted(models, files, t
 
     monkeypatch.setattr(train_run.train_timing, "time_ascent", interrupted)
     words = ["train", "--method", "gap", "--model", models["causal"], "--train_file", files["texts.jsonl"], "--use_cpu"]
-    assert main([*words, "--gap_steps", "2", "--output_dir", str(tmp_path)]) == 0
+    words += [
+        "--validation_file",
+        files["held.txt"],
+        "--max_length",
+        str(LENGTH),
+        "--timing_rounds",
+        "1",
+        "--gap_steps",
+        "2",
+    ]
+    assert main([*words, "--output_dir", str(tmp_path)]) == 0
     assert "not timed: interrupted" in Page.of(tmp_path).seen
     assert saved(tmp_path)
 
