@@ -355,3 +355,22 @@ def test_an_interrupted_second_pass_leaves_w(tmp_path: Path) -> None:
         trainer(tmp_path, SAMCallback(rho=RHO)).fit(module, loader(8))
     sam_by_hand(model, windows(1, 1), torch.optim.AdamW(model.parameters(), lr=LR), RHO)
     assert distance(module.model, model) <= 1e-9
+
+
+class Short(Module):
+    """Leaves its first epoch after the third of six batches, in the middle of a window of two."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if self.current_epoch == 0 and batch_idx == 3 else None
+
+
+def test_an_epoch_may_be_left_anywhere(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 2}
+    model = Short()
+    callback = SAMCallback(rho=0.05)
+    fitted = trainer(tmp_path, callback, **options)
+    fitted.fit(model, loader(12))
+    assert fitted.current_epoch == 2
+    assert fitted.global_step == 1 + 3
+    assert callback.sam is not None
+    assert not callback.sam.is_perturbed

@@ -104,11 +104,6 @@ class SAMCallback(Callback):
         window = self._window
         assert window is not None
         assert self.sam is not None
-        if self._current is not None:
-            self._forget()
-            raise RuntimeError(
-                "SAMCallback: training_step returned None; a batch without a loss has no place in SAM's window"
-            )
         if not window.is_open:
             window.open(trainer.accumulate_grad_batches)
         kept = copy.copy(batch) if isinstance(batch, (Mapping, list)) else batch
@@ -140,6 +135,18 @@ class SAMCallback(Callback):
         values = {"seen_over_intended": share, "seen_cosine": report.seen_cosine, "skipped_steps": skipped}
         for name, value in values.items():
             pl_module.log(f"sam/{name}", value.float(), on_step=True, on_epoch=False)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._current is not None:  # no backward pass was made
+            self._forget()
+            raise RuntimeError(
+                "SAMCallback: training_step returned None; a batch without a loss has no place in SAM's window"
+            )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget()  # a module's on_train_batch_start may end an epoch anywhere
 
     # -- around it --------------------------------------------------------------------------------------------------------
 
