@@ -275,6 +275,19 @@ def test_what_cannot_be_timed_is_told_on_the_page(models, files, tmp_path, monke
     assert saved(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("words", "timed"),
+    [(["--sam_interval", "2"], False), (["--sam_scope", "*.weight", "--sam_per_micro_batch", "true"], True)],
+)
+def test_what_is_timed_is_what_trained(models, files, tmp_path, monkeypatch, words, timed) -> None:
+    made: list[Any] = []
+    real = fastpost.SAM
+    monkeypatch.setattr(fastpost, "SAM", lambda *args, **options: made.append(options["scope"]) or real(*args, **options))
+    assert main(words_of("sam", models, files, tmp_path, "--timing_rounds", "1", *words)) == 0
+    assert made == ([["*.weight"]] if timed else [])
+    assert any("not timed: with --sam_interval" in text for text in Page.of(tmp_path).seen) is not timed
+
+
 def test_gap_s_report_is_written_when_its_timing_is_interrupted(models, files, tmp_path, monkeypatch) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt

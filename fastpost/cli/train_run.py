@@ -16,6 +16,7 @@ from transformers import TrainerCallback, trainer_utils
 import fastpost
 from fastpost.cli import train_data, train_page, train_report, train_timing, tuning
 from fastpost.cli.train_options import Run
+from fastpost.integrations.options import METHODS
 from fastpost.integrations.transformers import PostTrainer
 
 
@@ -356,6 +357,8 @@ def _time(job: Job, trainer: Any, results: train_report.Results, watch: Watch) -
         results.untimed = "not timed: several processes trained"
     elif arguments.fp16:
         results.untimed = "not timed: float16 takes a loss scaler, which the published loops have none of"
+    elif "sam" in METHODS[job.run.method] and arguments.sam_interval > 1:
+        results.untimed = "not timed: with --sam_interval steps differ from each other"
     if results.untimed:
         return
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)

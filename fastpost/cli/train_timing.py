@@ -187,16 +187,21 @@ def _ours(parts: frozenset[str], model: Any, window: list[Batch], arguments: Any
     if "sam" not in parts:
         return _plain(model, window, arguments, loss_of)
     sam = fastpost.SAM(
-        model.parameters(),
+        model.named_parameters(),
         torch.optim.AdamW,
         arguments.sam_rho,
         arguments.sam_adaptive,
         eta=arguments.sam_eta,
         ascent_fraction=arguments.sam_ascent_fraction,
         dropout_rng=arguments.sam_dropout_rng,
+        scope=arguments.patterns(),
         **_optimizer(model, arguments),
     )
-    passes = fastpost.sam.SAMWindow(sam, lambda batch: _backward(model, [batch], arguments, loss_of, len(window)))
+    passes = fastpost.sam.SAMWindow(
+        sam,
+        lambda batch: _backward(model, [batch], arguments, loss_of, len(window)),
+        per_micro_batch=arguments.sam_per_micro_batch,
+    )
 
     def step() -> None:
         passes.run(window)
