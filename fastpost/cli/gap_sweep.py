@@ -208,16 +208,24 @@ def main(argv: Sequence[str]) -> int:
             setting = build_setting(options, tasks, seed, _advance(progress, task))
             unit, named = setting.unit, encoded(drawn(texts, options.limit, seed), setting, options, console)
             climbing = progress.add_task(f"climbing, seed {seed}", total=len(named))
-            found = sweep(
-                options.recipe(),
-                setting.model,
-                named,
-                setting.choose,
-                test=setting.report,
-                output=folder / f"seed-{seed}.csv",
-                scored_on=setting.scored_on,
-                progress=_advance(progress, climbing),
-            )
+            try:
+                found = sweep(
+                    options.recipe(),
+                    setting.model,
+                    named,
+                    setting.choose,
+                    test=setting.report,
+                    output=folder / f"seed-{seed}.csv",
+                    scored_on=setting.scored_on,
+                    progress=_advance(progress, climbing),
+                )
+            except (
+                ValueError
+            ) as error:  # results of another sweep, or a text that cannot be used; what was finished is on disk
+                console.print(
+                    f"fastpost gap-sweep: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+                )
+                return 2
             rows += [{"seed": seed, **row} for row in found]
             errors.append(setting.error)
     gap_report.write(rows, folder / CSV_NAME)
