@@ -137,7 +137,7 @@ def test_other_data_to_score_on_and_files_of_one_name_are_refused(
     output = tmp_path / "out"
     assert main(arguments(texts, output, "--held_out", str(held[0]))) == 0
     assert main(arguments(texts, output, "--held_out", str(held[1]))) == 2
-    assert "another sweep" in capsys.readouterr().out
+    assert "another sweep" in capsys.readouterr().err
     (tmp_path / "more").mkdir()
     twin = tmp_path / "more" / texts.name
     twin.write_bytes(texts.read_bytes())

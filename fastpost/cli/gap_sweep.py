@@ -222,9 +222,7 @@ def main(argv: Sequence[str]) -> int:
             except (
                 ValueError
             ) as error:  # results of another sweep, or a text that cannot be used; what was finished is on disk
-                console.print(
-                    f"fastpost gap-sweep: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-                )
+                print(f"fastpost gap-sweep: error: {error}", file=sys.stderr)
                 return 2
             rows += [{"seed": seed, **row} for row in found]
             errors.append(setting.error)
