@@ -141,5 +141,5 @@ def test_other_data_to_score_on_and_files_of_one_name_are_refused(
     (tmp_path / "more").mkdir()
     twin = tmp_path / "more" / texts.name
     twin.write_bytes(texts.read_bytes())
-    assert main(arguments(f"{texts},{twin}", tmp_path / "other")) == 2  # type: ignore[arg-type]
+    assert main(arguments(Path(f"{texts},{twin}"), tmp_path / "other")) == 2
     assert "two files are called 'code'" in capsys.readouterr().err

@@ -163,3 +163,19 @@ def test_the_harness_and_our_own_scores_agree(tmp_path: Path, monkeypatch: pytes
     assert model.training
     with pytest.raises(ValueError, match="numbers has no 'f1' per example, only acc"):
         harness_scores(model, tokenizer, ["numbers"], metric="f1", limit=2, task_manager=manager)
+
+
+def test_a_task_read_through_several_filters_is_no_single_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness logs every example once per filter, as gsm8k's strict-match and flexible-extract."""
+    import lm_eval
+
+    def samples(*filters: str) -> dict[str, object]:
+        rows = [{"doc_id": k, "filter": name, "metrics": ["acc"], "acc": float(k % 2)} for name in filters for k in range(4)]
+        return {"samples": {"numbers": rows}}
+
+    model, tokenizer = small_model(), a_tokenizer()
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda *args, **options: samples("none"))
+    assert harness_scores(model, tokenizer, ["numbers"])["numbers"].values == (0.0, 1.0, 0.0, 1.0)
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda *args, **options: samples("strict-match", "flexible-extract"))
+    with pytest.raises(ValueError, match="several filters"):
+        harness_scores(model, tokenizer, ["numbers"])

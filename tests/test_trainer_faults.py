@@ -195,3 +195,25 @@ def test_an_optimizer_that_hides_its_base() -> None:
 
     with pytest.raises(TypeError, match="Box is no torch optimizer"):
         innermost(Box())
+
+
+def test_a_run_begun_again_in_the_middle_of_a_window_begins_at_w(tmp_path: Any) -> None:
+    """As auto_find_batch_size does after an out-of-memory error between two micro-batches."""
+    seen: list[list[torch.Tensor]] = []
+
+    class Trouble(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(weights(model))
+
+        def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+            if len(seen) == 1:
+                assert trainer.sam.is_perturbed
+                raise RuntimeError("CUDA out of memory.")
+
+    model = tiny.build("causal")
+    before = weights(model)
+    options = {"gradient_accumulation_steps": 4, "sam_ascent_fraction": 0.25, "sam_rho": 0.5, "auto_find_batch_size": True}
+    trainer = trainer_of(SAMTrainer, model, arguments(tmp_path, 1, **options), callbacks=[Trouble()])
+    trainer.train()
+    assert len(seen) == 2
+    assert all(same_bits(p, q) for p, q in zip(seen[1], before, strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpost.cli.report import _replace
-from fastpost.cli.train_report import CSV_NAME, DARK, HTML_NAME, PNG_NAME, Results, data_uri, draw
+from fastpost.cli.train_report import CSV_NAME, DARK, HTML_NAME, PNG_NAME, Results, data_uri, draw, milliseconds
 from fastpost.cli.train_timing import OURS, PLAIN, PUBLISHED
 
 MOST_ROWS = 16  # of metrics.csv on the page
@@ -38,10 +38,6 @@ code{font:13px/1.5 ui-monospace,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 p{margin:8px 0 0}.soft{color:var(--soft);font-size:13px}
 @media print{body{background:#fff}.card,.tile{break-inside:avoid}}
 """
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
 
 
 def shown(value: Any) -> str:

@@ -78,6 +78,10 @@ class Results:
         return path
 
 
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
+
+
 def rows_of(log_history: Sequence[Mapping[str, Any]], perplexity: bool) -> list[Row]:
     """One row per step at which the Trainer logged or evaluated, from what it keeps of these."""
     found: dict[int, Row] = {}
@@ -235,7 +239,7 @@ def _times(axis: Any, results: Results, look: Look) -> None:
     values = [results.costs[name].seconds * 1e3 for name in names]
     colours = [look.faint, look.lines[1], look.lines[0]]
     bars = axis.barh(range(len(names)), values, color=colours[: len(names)], height=0.6)
-    axis.bar_label(bars, [f"{v:.0f} ms" if v >= 100 else f"{v:.3g} ms" for v in values], padding=4, fontsize=9)
+    axis.bar_label(bars, [milliseconds(v / 1e3) for v in values], padding=4, fontsize=9)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set_xlim(0, max(values) * 1.25)

@@ -43,8 +43,8 @@ def harness_scores(
         task_manager: a `lm_eval.tasks.TaskManager`, for tasks of one's own (`include_path`).
 
     Raises:
-        ModuleNotFoundError: the harness is not installed. ValueError: a task without this metric, or whose metric is no
-            number per example.
+        ModuleNotFoundError: the harness is not installed. ValueError: a task without this metric, whose metric is no
+            number per example, or whose answers are read through several filters.
     """
     try:
         import lm_eval

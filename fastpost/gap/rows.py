@@ -64,7 +64,7 @@ class EmbeddedText:
             RuntimeError: the model looks up rows that it did not read the first time.
         """
         padding = self._embedding.padding_idx
-        read = torch.cat([ids.reshape(-1) for ids in self._read]).unique()  # type: ignore[no-untyped-call]  # ascending
+        read: Tensor = torch.unique(torch.cat([ids.reshape(-1) for ids in self._read]))  # ascending
         read = read if padding is None else read[read != padding]  # that row has no gradient
         if self._rows is None:
             self._rows = read

@@ -102,4 +102,4 @@ def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     """The tensor in pieces: on a CPU such as fit a cache, so that a difference need not travel to memory and back; elsewhere
     large ones, so that there are few launches."""
     size = 1 << 18 if tensor.device.type == "cpu" else 1 << 24
-    return tensor.reshape(-1).split(size)  # type: ignore[no-untyped-call,no-any-return]
+    return torch.split(tensor.reshape(-1), size)

@@ -183,6 +183,12 @@ class SAMTrainerMixin(PostTrainingMixin):
                     group.setdefault(key, value)
         return optimizer
 
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's own, before any callback of a run: one begun again (`auto_find_batch_size`) begins at w."""
+        self._end_window()
+        self._given_up = False
+        return super().get_train_dataloader(*args, **kwargs)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's own; the weights are w again however it ends."""
         try:
@@ -219,8 +225,6 @@ class SAMTrainerMixin(PostTrainingMixin):
         }
 
     def _on_train_begin(self) -> None:
-        if self._window is not None and self._window.is_open:  # a run that broke off, and is begun again
-            self._window.abort()
         self._window = self.sam = self._sam_sums = None  # the optimizer, or its groups, may be others than in the last run
         super()._on_train_begin()
 

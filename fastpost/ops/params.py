@@ -1,4 +1,4 @@
-"""Operations on lists of tensors: norm, SAM's perturb and restore, sign flips.
+"""Operations on lists of tensors: norm, distance, SAM's perturb and restore, sign flips; long, as one family is one file.
 
 Lists may mix devices, dtypes and layouts and hold tensors without elements; they are sorted into buckets, one kernel call
 each. Everything is checked before anything is written. Lists that belong together (weights, gradients, stash) agree element
