@@ -13,7 +13,7 @@ struct AdamW {
   bool maximize;
 };
 
-// Whose squares are summed: x (the gradients); (|y| + eta) x (ASAM's norm, y the weights); x - y (how far weights have moved).
+// Whose squares are summed: x (gradients); (|y| + eta) x (ASAM's norm, y the weights); x - y (how far weights have moved).
 enum class Squares : int { plain, scaled, difference };
 
 inline namespace FASTPOST_ISA {

@@ -293,6 +293,6 @@ void restore_adamw(DType dtype, void* w, const void* g, const void* stash, void*
 
 extern const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA);
 const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA) = {squares, perturb, cast,       copy,
-                                                                 negate,       scale,   flip_signs, restore_adamw};
+                                                                 negate,  scale,   flip_signs, restore_adamw};
 
 }  // namespace fastpost::cpu
