@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import runpy
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -87,36 +89,34 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return weights
 
 
-def together(commands: list[list[str]], **variables: str) -> str:
+def together(commands: list[list[str]], folder: Path) -> str:
     """Runs commands at the same time and returns what the first one printed; whatever happens, none is left."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        **variables,
     }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        for command in commands
-    ]
+    logs = [folder / f"{i}.log" for i in range(len(commands))]
+    processes = []
+    for command, log in zip(commands, logs, strict=True):
+        with log.open("w") as output:
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    end = time.monotonic() + 150
     try:
-        printed = [process.communicate(timeout=150)[0] for process in processes]
+        # Until one fails: the others would wait for it, for minutes.
+        while None in (codes := [process.poll() for process in processes]) and not any(codes) and time.monotonic() < end:
+            time.sleep(0.2)
     finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, 9)
-    for process, text in zip(processes, printed, strict=True):
-        assert process.returncode == 0, text
+        for stop in (subprocess.Popen.terminate, subprocess.Popen.kill):  # torchrun ends its workers at the first
+            for process in processes:
+                stop(process)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                for process in processes:
+                    process.wait(timeout=20)
+    printed = [log.read_text() for log in logs]
+    assert codes == [0] * len(codes), "\n".join(f"exit code {c}:\n{text}" for c, text in zip(codes, printed, strict=True))
     return printed[0]
 
 
@@ -154,7 +154,8 @@ def line_of_page(start: str) -> str:
 def test_torchrun_on_two_nodes(tmp_path: Path, nodes: list[Node], alone: dict[str, torch.Tensor]) -> None:
     port, line = free_port(), line_of_page("torchrun")
     paths = [tmp_path / f"{i}.pt" for i in range(2)]
-    printed = together([command(line, node, nodes[0], port, path) for node, path in zip(nodes, paths, strict=True)])
+    lines = [command(line, node, nodes[0], port, path) for node, path in zip(nodes, paths, strict=True)]
+    printed = together(lines, tmp_path)
     [written] = [path for path in paths if path.exists()]  # by the first process; agents agree on which one that is
     if written == paths[0]:
         check(printed, written, alone)
@@ -173,4 +174,4 @@ def test_accelerate_on_two_nodes(tmp_path: Path, nodes: list[Node], alone: dict[
         command(line, node, nodes[0], 0, path, RANK_OF_MACHINE=str(i), ACCELERATE_USE_CPU="true")
         for i, node in enumerate(nodes)
     ]
-    check(together(commands), path, alone)
+    check(together(commands, tmp_path), path, alone)
