@@ -205,7 +205,7 @@ def compute_dtype(params: Iterable[Tensor]) -> torch.dtype | None:
 
 @contextlib.contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
-    """Leaves gradients unsynchronised inside, for DDP and FSDP2 modules alike.
+    """Leaves gradients unsynchronised inside, for DDP and FSDP2 modules alike, compiled or not.
 
     It has to enclose the forward pass too: DDP decides there whether the coming backward synchronises.
 
@@ -214,7 +214,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     """
     from torch.distributed.fsdp import FSDPModule
 
-    if not isinstance(model, (nn.parallel.DistributedDataParallel, FSDPModule)):
+    if not isinstance(getattr(model, "_orig_mod", model), (nn.parallel.DistributedDataParallel, FSDPModule)):
         raise TypeError(f"no_sync: {type(model).__name__} is neither DistributedDataParallel nor made by fully_shard")
     with gradient_sync(model, False):
         yield
@@ -224,7 +224,8 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 def gradient_sync(model: nn.Module, sync: bool) -> Iterator[None]:
     """Whether backward passes inside make ranks share gradients, whatever was decided outside; compiled models too.
 
-    DDP and FSDP2 modules have something to share; others are left alone.
+    DDP and FSDP2 modules have something to share; others are left alone. FSDP2 cannot be asked what was decided outside: it
+    synchronises afterwards.
     """
     from torch.distributed.fsdp import FSDPModule
 

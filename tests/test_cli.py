@@ -420,6 +420,17 @@ def test_doctor_table(capsys):
     assert "all is well" in shown
 
 
+def test_doctor_without_the_packages_of_the_other_commands():
+    code = "import sys; sys.modules['rich'] = None; from fastpost.cli import main; sys.exit(main([{}]))"
+    shown = python(code.format("'doctor'"))
+    assert shown.returncode == 0, shown.stderr
+    assert "backend cpu: yes" in shown.stdout
+    assert "all is well" in shown.stdout
+    refused = python(code.format("'bench'"))
+    assert refused.returncode == 2
+    assert "pip install 'fastpost[cli]'" in refused.stderr
+
+
 def test_doctor_names_a_backend_that_computes_nonsense(monkeypatch, capsys):
     from fastpost import dispatch
     from fastpost.backends import cpu

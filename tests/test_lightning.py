@@ -9,6 +9,7 @@ import logging
 import re
 import runpy
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,49 @@ def test_two_processes_equal_one(tmp_path: Path, fraction: float) -> None:
     two.fit(module)
     weights = torch.load(tmp_path / "ddp.ckpt", weights_only=False)["state_dict"]
     sam_by_hand(model, windows(8, 2), torch.optim.AdamW(model.parameters(), lr=LR), RHO, fraction=fraction)
+    assert max(float((weights[f"model.{name}"] - p.detach()).abs().max()) for name, p in model.named_parameters()) <= 1e-9
+
+
+def loss_with_a_part_for_some_rows(model: torch.nn.Module, rows: Tensor) -> Tensor:
+    of_rows = [language_loss(model, row[None]) + (model.extra.square().sum() if odd(row) else 0) for row in rows]
+    return torch.stack(of_rows).mean()
+
+
+def odd(row: Tensor) -> bool:
+    return int(row[0]) % 2 == 1
+
+
+class SometimesUsed(SharedOut):
+    """A weight that only some texts reach: then one rank has a gradient of it and the other has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.extra = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def training_step(self, rows: Tensor, batch_idx: int) -> Tensor:
+        return loss_with_a_part_for_some_rows(self.model, rows)
+
+
+def test_two_processes_of_which_one_does_not_reach_a_weight(tmp_path: Path) -> None:
+    module = SometimesUsed()
+    model = copy.deepcopy(module.model)
+    assert any(odd(window[0][0]) != odd(window[0][1]) for window in windows(8, 2))
+    strategy = DDPStrategy(
+        start_method="fork", process_group_backend="gloo", find_unused_parameters=True, timeout=timedelta(seconds=60)
+    )
+    two = trainer(
+        tmp_path,
+        SAMCallback(rho=RHO, ascent_fraction=0.5),
+        accumulate_grad_batches=2,
+        strategy=strategy,
+        use_distributed_sampler=False,
+        devices=2,
+        callbacks=[ModelCheckpoint(dirpath=tmp_path, filename="ddp")],
+    )
+    two.fit(module)
+    weights = torch.load(tmp_path / "ddp.ckpt", weights_only=False)["state_dict"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    sam_by_hand(model, windows(8, 2), optimizer, RHO, fraction=0.5, loss=loss_with_a_part_for_some_rows)
     assert max(float((weights[f"model.{name}"] - p.detach()).abs().max()) for name, p in model.named_parameters()) <= 1e-9
 
 

@@ -280,6 +280,13 @@ def test_random_flips_agree_between_backends_and_undo_themselves(dtype: torch.dt
     assert not torch.equal(first, second)  # each tensor of a list draws its own
 
 
+def test_each_device_gets_the_seed_of_random_flips_in_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(ops, "run", lambda name, bucket, seed: seen.append((bucket.device.type, seed.device.type)))
+    ops._flip_signs_([torch.ones(3), torch.ones(3, device="meta")], torch.tensor(5))
+    assert sorted(seen) == [("cpu", "cpu"), ("meta", "meta")]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("max_norm", [None, 1.0, 1e9])
 def test_negate_clip(backend: str, dtype: torch.dtype, max_norm: float | None) -> None:

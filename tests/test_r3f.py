@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastpost import R3F, R3FOutput
 from fastpost.ops.noise import add_noise
-from fastpost.r3f.noise import find_embedding
+from fastpost.r3f.noise import Noise, find_embedding
 from tests.conftest import same_bits
 from tests.tiny import VOCABULARY, Batch, batch_for, build, gradients, pad
 
@@ -461,6 +461,14 @@ def test_an_explicit_seed_advances_with_each_step() -> None:
     again.step = 2
     assert float(again(model, **batch).symm_kl) == kls[2]
     assert float(R3F(0.05, seed=0)(model, **batch).symm_kl) == kls[1]  # seeds wrap
+
+
+def test_an_embedding_that_runs_twice_draws_no_numbers_of_the_next_step() -> None:
+    noise = Noise(1.0, "uniform", torch.tensor(7))
+    later = Noise(1.0, "uniform", torch.tensor(8))
+    x = torch.zeros(4, 6)
+    drawn = [noise.add(x, None, call=0), noise.add(x, None, call=1), later.add(x, None, call=0)]
+    assert all(not torch.equal(drawn[i], drawn[j]) for i in range(3) for j in range(i))
 
 
 # -- precision ------------------------------------------------------------------------------------------------------------

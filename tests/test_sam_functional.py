@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -395,3 +396,22 @@ def test_bad_input() -> None:
         SAM(model.parameters(), torch.optim.SGD, model=model)
     with pytest.raises(ValueError, match="1 parameters are not of the model"):
         SAM([*model.parameters(), nn.Parameter(torch.ones(2))], torch.optim.SGD, perturb="functional", model=model)
+
+
+def test_a_forward_put_on_the_module_is_refused() -> None:
+    """It hides the one of the class, by which the perturbation comes in: the second pass would compute at w."""
+    model = network()
+    opt = functional(model)
+    hooked = next(m for m in model.modules() if isinstance(m, nn.Linear))
+    add_hook_to_module(hooked, ModelHook())
+    with pytest.raises(ValueError, match=r"the forward of \S+ has been replaced"):
+        functional(model)
+    closure_of(model)()
+    with pytest.raises(ValueError, match="has been replaced"):
+        opt.first_step()
+    assert not opt.is_perturbed
+    outside = functional(model, scope=lambda name, p: all(p is not mine for mine in hooked.parameters()))
+    outside.step(closure_of(model))
+    remove_hook_from_module(hooked)
+    del hooked.forward
+    opt.step(closure_of(model))

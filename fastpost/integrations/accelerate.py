@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpost.distributed import gradient_sync
+from fastpost.integrations.beside import SEEN
 from fastpost.sam import SAMWindow
 
 try:
@@ -18,8 +18,6 @@ try:
     from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 except ImportError as error:
     raise ImportError("fastpost.integrations.accelerate needs accelerate: pip install 'fastpost[accelerate]'") from error
-
-SEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class AcceleratedWindow(SAMWindow):
@@ -92,8 +90,7 @@ class AcceleratedWindow(SAMWindow):
         if not self.is_open:
             self.open(self.accelerator.gradient_accumulation_steps)
         if self.accelerator.sync_gradients:  # the last one, maybe because the data ends
-            self.size = self._fed + 1
-            self._ascending = min(self._ascending, self.size)
+            self.shorten()
         elif self._fed + 1 == self.size:
             self.abort()
             raise RuntimeError(

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from fastpost.sam import SAM
 from fastpost.sam.overflow import at_hand
+
+# What the forward pass computes in, by the name that Accelerate gives to a mixed precision.
+SEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class SAMBeside(SAM):
@@ -39,8 +43,7 @@ class SAMBeside(SAM):
             scaled: a GradScaler will look at the gradients and skip the step itself.
         """
         ascent = self._guard.take()
-        self._combined, self._ascents = False, 0
-        self.cycle += 1
+        self._close_step()
         self._count_step(ascended=ascent is not None)
         if ascent is None:
             return

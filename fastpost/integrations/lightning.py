@@ -187,11 +187,6 @@ class _Window(SAMWindow):
         self.trainer, self.module = trainer, module
         self._replaying = False
 
-    def shorten(self) -> None:
-        """The micro-batch that is fed next is the last one."""
-        self.size = self._fed + 1
-        self._ascending = min(self._ascending, self.size)
-
     def _ascend(self, micro_batch: Any) -> None:
         self._kept.append((micro_batch, micro_batch.before))
         if self._fed == self._ascending:
@@ -227,8 +222,13 @@ class _Window(SAMWindow):
     def _share_gradients(self) -> None:
         if not isinstance(self.trainer.strategy, DDPStrategy) or dist.get_world_size() == 1:
             return
-        for p in self.optimizer.tensors():
-            if p.grad is not None:
+        params = self.optimizer.tensors()
+        # A rank whose texts did not reach a weight has no gradient of it, and would wait in another exchange than others.
+        reached = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device=params[0].device)
+        dist.all_reduce(reached, dist.ReduceOp.MAX)
+        for p, anywhere in zip(params, reached.tolist(), strict=True):
+            if anywhere:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 dist.all_reduce(p.grad)
                 p.grad.div_(dist.get_world_size())
 

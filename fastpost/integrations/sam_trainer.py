@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastpost.integrations.beside import SAMBeside
+from fastpost.integrations.beside import SEEN, SAMBeside
 from fastpost.integrations.mixin import Place, PostTrainingMixin, accelerated_sync, innermost
 from fastpost.sam import PerturbationReport, SAMWindow
 
@@ -137,7 +137,7 @@ class SAMTrainerMixin(PostTrainingMixin):
     def _sam_of_this_run(self) -> SAMBeside:
         options, accelerator = self.post_training, self.accelerator
         base = innermost(self.optimizer)
-        seen = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        seen = SEEN.get(accelerator.mixed_precision)
         scope = None
         patterns = options.patterns()
         if patterns is not None:

@@ -184,7 +184,7 @@ def _negate_(tensors: list[Tensor]) -> None:
 
 def _flip_signs_(tensors: list[Tensor], seed: Tensor) -> None:
     for bucket in make_buckets(grads=tensors):
-        run("flip_signs_", bucket, seed)
+        run("flip_signs_", bucket, seed.to(bucket.device))
 
 
 def _negate_clip_(tensors: list[Tensor], max_norm: float) -> Tensor:

@@ -119,7 +119,8 @@ class Noise:
         if isinstance(self.offset, Tensor) or self.offset:
             kept_rows = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if keep is None else keep
             index = (kept_rows.reshape(-1).cumsum(0) - 1).reshape(kept_rows.shape) + self.offset
-        return {"seed": self.seed + call, "token_index": index, "scale": self._scales(x, keep)}
+        # Seeds of later steps are this one plus 1, 2, ...
+        return {"seed": self.seed + (call << 40), "token_index": index, "scale": self._scales(x, keep)}
 
     def _scales(self, x: Tensor, keep: Tensor | None) -> Tensor | None:
         if self.scale == "absolute":

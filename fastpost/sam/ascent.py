@@ -62,9 +62,16 @@ class Ascent(Wrapper):
     def abandon(self) -> None:
         """Gives the step up: w is back and the gradients are dropped."""
         self._guard.forget()
-        self._combined = False
+        self._close_step()
         self.restore_()
         self.zero_grad()
+
+    def _close_step(self) -> None:
+        """The step is over, made or given up; what is known of it does not concern the next one."""
+        self._combined = False
+        self._ascents = 0
+        self.cycle += 1
+        self.variant.forget()
 
     @torch.no_grad()
     def restore_(self) -> None:

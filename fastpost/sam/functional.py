@@ -250,10 +250,26 @@ class FunctionalPerturbation(Perturbation):
                 "SAM: functional perturbation serves linear and embedding layers, transformers' Conv1D and norms, not "
                 f"{shown}; leave them out with scope=, or use perturb='stored'"
             )
+        self._refuse_replaced(wanted)
         _refuse_shards(params)
+
+    def _refuse_replaced(self, wanted: set[int]) -> None:
+        """A forward put on the module itself hides the one of its class, by which the perturbation comes in."""
+        names = [
+            name
+            for name, module in self._model.named_modules()
+            if "forward" in vars(module) and any(id(p) in wanted for p in module.parameters(recurse=False))
+        ]
+        if names:
+            raise ValueError(
+                f"SAM: functional perturbation: the forward of {', '.join(names[:5])} has been replaced (device_map=, "
+                "Accelerate's hooks and FlatLoRA do that), and would compute at w; leave them out with scope=, or use "
+                "perturb='stored'"
+            )
 
     def apply(self, buckets: Any, terms: Any, squared: Tensor, reduction: Reduction) -> Tensor:
         _refuse_shards([p for b in buckets for p in b.params])
+        self._refuse_replaced({id(p) for b in buckets for p in b.params})
         self._refuse_unused([p for b in buckets for p in b.params])
         elements = sum(b.elements for b in buckets)
         self._unit = math.sqrt(max(elements, 1))

@@ -199,9 +199,9 @@ class SAM(Ascent):
         """One update.
 
         Args:
-            closure: clears nothing, computes the loss, calls backward and returns the loss. It runs twice: at w, and at
-                w + e. Without it, the update uses the gradients present, after restoring w where it is perturbed; if it is
-                not, this is the plain base step.
+            closure: computes the loss, calls backward and returns the loss; SAM clears the gradients before each call. It
+                runs twice: at w, and at w + e. Without it, the update uses the gradients present, after restoring w where
+                it is perturbed; if it is not, this is the plain base step.
             reuse_grads: the gradients present are the ascent gradient, and the closure runs once, at w + e.
 
         Returns:
@@ -256,7 +256,7 @@ class SAM(Ascent):
                 self.end_ascent()
         except BaseException:
             self._guard.forget()  # the step will not be made
-            self._combined = False
+            self._close_step()
             raise
         finally:
             if self.is_perturbed:
@@ -268,8 +268,8 @@ class SAM(Ascent):
     def report(self) -> PerturbationReport | None:
         """What the last perturbation was meant to be and what became of it; None before the first.
 
-        On the CPU reading it warns, once per optimizer, when the forward pass sees something else than was meant; on other
-        devices that would have to wait for them, so there `report.concern()` asks.
+        On the CPU reading it warns, once per optimizer, when the forward pass sees much less or much more of e than was
+        meant; on other devices that would have to wait for them, so there `report.concern()` asks.
         """
         if self._sums is None:
             return None
@@ -319,9 +319,7 @@ class SAM(Ascent):
             _leave_scaler(self)
             raise
         finally:
-            self._combined = False
-            self._ascents = 0
-            self.cycle += 1
+            self._close_step()
         self._count_skipped(skipped)
         if self.variant.state_names and not (isinstance(skipped, int) and skipped):
             self._memory.store(self._gradients())

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 REMEDIES = (
-    "rounding='stochastic' or perturb='functional', which keep e on average or exactly; float32 weights under autocast; a "
-    "small float32 part of the model (scope=, for example adapters or norms); a larger rho"
+    "rounding='stochastic' or master_params=, which keep e on average; perturb='functional', which keeps it exactly; "
+    "float32 weights under autocast; a small float32 part of the model (scope=, for example adapters or norms); a larger rho"
 )
 
 
@@ -63,8 +63,9 @@ class PerturbationReport:
         v = self.as_dict()
         if v["intended_norm"] == 0 or 0.5 <= v["seen_gain"] <= 1.5:
             return None
+        becomes = "hardly survives" if v["seen_gain"] < 0.5 else "is enlarged by"
         return (
-            f"SAM's perturbation hardly survives rounding: {v['seen_gain']:.2g} of it reaches the forward pass (norm "
+            f"SAM's perturbation {becomes} rounding: {v['seen_gain']:.2g} of it reaches the forward pass (norm "
             f"{v['seen_norm'] / v['intended_norm']:.2g} times the intended one at cosine {v['seen_cosine']:.2g}, "
             f"{v['changed_fraction']:.1%} of the weights change). Remedies: {REMEDIES}."
         )

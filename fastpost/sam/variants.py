@@ -49,6 +49,9 @@ class Variant:
     def between(self, memory: Memory, gradients: Gradients) -> None:
         """Rewrites, in place, the gradients of a step without an ascent (`interval`)."""
 
+    def forget(self) -> None:
+        """The step is over, made or given up: drops what belonged to it alone."""
+
 
 class StableSAM(Variant):
     """Stable SAM (2401.07250): the second gradient, rescaled to the norm of the gradient at w.
@@ -212,7 +215,10 @@ class TRAM(Variant):
         return self._sum / self._count
 
     def descend(self, memory: Memory, clean: Gradients, second: Gradients) -> None:
-        self._sum, self._count = None, 0  # what the second pass observed does not count
+        self.forget()  # what the second pass observed does not count
+
+    def forget(self) -> None:
+        self._sum, self._count = None, 0
 
 
 def _not_negative(who: str, name: str, value: float) -> float:

@@ -165,6 +165,11 @@ class SAMWindow:
             raise
         return result
 
+    def shorten(self) -> None:
+        """Makes the micro-batch that is fed next the last one, as where the data end."""
+        self.size = self._fed + 1
+        self._ascending = min(self._ascending, self.size)
+
     def close(self) -> None:
         """Ends the window early, as at the end of an epoch: ascent and descent are over what has been fed.
 
