@@ -164,9 +164,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             result = gap(loaded.model, ids, evaluate=evaluate)
             result.rollback()
             progress.update(bar, completed=len(runs) * (options.steps + 1))
+    write(options.output, runs, tasks)
     for name, states in runs.items():
         show(console, name, states, tasks)
-    write(options.output, runs, tasks)
     console.print("step: of ours; theirs: the evaluation of the same state in the released results, counted from 0")
     console.print(f"{len(texts)} texts, {len(tasks)} tasks; every state's scores: {options.output}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import statistics
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastpost.cli.report import replace_file, replace_text
 
 CSV_NAME, PNG_NAME = "probe.csv", "probe.png"
 
@@ -67,9 +68,7 @@ class Results:
         writer = csv.DictWriter(text, fieldnames=[f.name for f in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in self.rows)
-        beside = self.path.with_suffix(".csv.part")  # a killed process leaves the old file or the new one
-        beside.write_text(text.getvalue(), encoding="utf-8")
-        os.replace(beside, self.path)
+        replace_text(self.path, text.getvalue())
 
     def of(self, kind: str, method: str, stage: int, task: str) -> list[Row]:
         return [r for r in self.rows if (r.kind, r.method, r.stage, r.task) == (kind, method, stage, task)]
@@ -198,8 +197,6 @@ def plot(results: Results) -> Path:
     figure.suptitle(f"fastpost probe: {' → '.join(results.chain)} (bars: standard error; points: seeds)", fontsize=10)
     figure.tight_layout()
     path = results.folder / PNG_NAME
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=130)
-    os.replace(beside, path)
+    replace_file(path, lambda beside: figure.savefig(beside, dpi=130))
     plt.close(figure)
     return path

@@ -100,6 +100,7 @@ def main(argv: Sequence[str]) -> int:
             picture = report.plot(results)
             console.print(report.table(results))
             console.print(note(plan, results))
-            console.print(f"written: {results.folder / report.JSON_NAME}, {results.folder / report.CSV_NAME}, {picture}")
+            told = f"written: {results.folder / report.JSON_NAME}, {results.folder / report.CSV_NAME}, {picture}"
+            console.print(told, markup=False)
         console.print(f"{results.about['seconds']:.0f} s in all")
     return status

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
+from fastpost.cli.report import replace_file
 from fastpost.gap.many import COLUMNS, Row
 
 
@@ -46,11 +48,11 @@ def show(console: Any, rows: list[Row], unit: str, errors: list[float]) -> None:
         kept = [next(state for state in run if state["kept"]) for run in runs]
         chosen = [k["score"] - run[0]["score"] for k, run in zip(kept, runs, strict=True)]
         reported = [k["test_kept"] - k["test_untouched"] for k in kept]
-        steps = sorted(k["step"] for k in kept)
+        steps = [k["step"] for k in kept]
         table.add_row(
             name,
             str(len(runs)),
-            str(steps[len(steps) // 2]),
+            f"{statistics.median(steps):g}",
             _mean(chosen),
             _mean(reported),
             str(sum(r > 0 for r in reported)),
@@ -92,5 +94,5 @@ def plot(rows: list[Row], unit: str, output: Path) -> None:
     axes[0].set_ylabel(f"{unit} gained on the data that chooses")
     axes[0].legend(frameon=False, fontsize=8)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=130)
+    replace_file(output, lambda beside: figure.savefig(beside, dpi=130))
     pyplot.close(figure)

@@ -18,6 +18,7 @@ from torch import Tensor
 import fastpost
 from fastpost.cli import gap_report, lm
 from fastpost.cli.options import check_least, option, parsed, seeds_of
+from fastpost.cli.train_data import text_of
 from fastpost.gap.many import Row, sweep
 from fastpost.gap.tasks import Suite, Task, read_task
 from fastpost.gap.zero_shot import LIMIT, mean_of
@@ -103,8 +104,10 @@ def read(path: Path) -> list[str]:
             if "text" not in (reader.fieldnames or ()):
                 raise ValueError(f"{path} has no column 'text', only {', '.join(reader.fieldnames or ()) or 'none'}")
             texts = [row["text"] or "" for row in reader]
+    elif path.suffix in (".jsonl", ".json", ".tsv"):
+        raise ValueError(f"{path}: texts are CSV with a column `text`, or plain text")
     else:
-        texts = [path.read_text(encoding="utf-8")]
+        texts = [text_of(path)]
     if not any(text.strip() for text in texts):
         raise ValueError(f"{path} holds no text")
     return texts
@@ -159,7 +162,7 @@ def build_setting(options: SweepArguments, tasks: list[Task], seed: int, progres
         return Setting(model, encode, decode, choose, report, "score", scored_on, mean_of(report.last)[1])
     if options.held_out is not None:
         positions = getattr(model.config, "max_position_embeddings", 128)
-        windows = windows_of(Path(options.held_out).read_text(encoding="utf-8"), encode, min(128, positions) + 1)
+        windows = windows_of(text_of(Path(options.held_out)), encode, min(128, positions) + 1)
     ours, others = windows
 
     def mean_on(ids: Tensor) -> Callable[[Any], float]:
@@ -186,17 +189,26 @@ def windows_of(text: str, encode: Callable[[str], list[int]], size: int) -> tupl
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; 2 where an option is wrong."""
-    from rich.console import Console
-    from rich.progress import Progress
-
+    """Runs the command; 2 where an option, a file or a text is wrong, 130 when interrupted; what was finished is on disk."""
     try:
         options = parse(argv)
         texts = {path: read(path) for path in options.paths()}
         tasks = options.read_tasks()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"fastpost gap-sweep: error: {error}", file=sys.stderr)
+        Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+        _run(options, texts, tasks)
+    except (ValueError, OSError) as error:
+        print(f"fastpost gap-sweep: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on from what {options.output_dir} holds", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(options: SweepArguments, texts: dict[Path, list[str]], tasks: list[Task]) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
     console = Console()
     folder = Path(options.output_dir)
     rows: list[Row] = []
@@ -208,29 +220,22 @@ def main(argv: Sequence[str]) -> int:
             setting = build_setting(options, tasks, seed, _advance(progress, task))
             unit, named = setting.unit, encoded(drawn(texts, options.limit, seed), setting, options, console)
             climbing = progress.add_task(f"climbing, seed {seed}", total=len(named))
-            try:
-                found = sweep(
-                    options.recipe(),
-                    setting.model,
-                    named,
-                    setting.choose,
-                    test=setting.report,
-                    output=folder / f"seed-{seed}.csv",
-                    scored_on=setting.scored_on,
-                    progress=_advance(progress, climbing),
-                )
-            except (
-                ValueError
-            ) as error:  # results of another sweep, or a text that cannot be used; what was finished is on disk
-                print(f"fastpost gap-sweep: error: {error}", file=sys.stderr)
-                return 2
+            found = sweep(
+                options.recipe(),
+                setting.model,
+                named,
+                setting.choose,
+                test=setting.report,
+                output=folder / f"seed-{seed}.csv",
+                scored_on=setting.scored_on,
+                progress=_advance(progress, climbing),
+            )
             rows += [{"seed": seed, **row} for row in found]
             errors.append(setting.error)
     gap_report.write(rows, folder / CSV_NAME)
     gap_report.show(console, rows, unit, errors)
     gap_report.plot(rows, unit, folder / PNG_NAME)
-    console.print(f"{folder / CSV_NAME}, {folder / PNG_NAME}")
-    return 0
+    console.print(f"{folder / CSV_NAME}, {folder / PNG_NAME}", markup=False)
 
 
 def encoded(texts: dict[str, str], setting: Setting, options: SweepArguments, console: Any) -> dict[str, Tensor]:

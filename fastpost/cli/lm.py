@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpost.cli import stdlib
+from fastpost.modes import evaluating
 
 Progress = Callable[[int, int], object]
 
@@ -164,16 +165,43 @@ class Loaded:
 
 
 def load_lm(name: str) -> Loaded:
-    """From a local folder or a hub, in float32."""
+    """From a local folder or a hub, in float32.
+
+    Raises:
+        ValueError: nothing that can be loaded, or no trained causal language model.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        model, info = load(name, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"--model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if info["missing_keys"]:
+        lacking = ", ".join(sorted(info["missing_keys"])[:5])
+        raise ValueError(f"--model {name} is no trained causal language model: it has no weights for {lacking}")
+    check_causal(model)
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     return Loaded(model, encode, tokenizer.decode)
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Raises ValueError where a prediction depends on the token that it predicts, as in bidirectional encoders: a loss of
+    such a model says nothing."""
+    ids = torch.arange(8, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
+    other = ids.clone()
+    other[0, -1] = ids[0, 0]
+    with evaluating(model):
+        one, two = (model(input_ids=row).logits[0, :-1].float() for row in (ids, other))
+    if (one - two).abs().max() > 1e-3 * one.abs().max():
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model: its predictions depend on the tokens that they predict"
+        )
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
@@ -68,34 +67,21 @@ def seeds_of(text: str) -> list[int]:
     """Comma-separated seeds, each once.
 
     Raises:
-        ValueError: no seed, or one that is not a whole number >= 0.
+        ValueError: no seed, or one that is not a whole number from 0 to 2^32 - 1.
     """
     try:
         seeds = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         seeds = []
-    if not seeds or min(seeds) < 0:
-        raise ValueError(f"--seeds wants whole numbers >= 0 with commas between, not {text!r}")
+    if not seeds or min(seeds) < 0 or max(seeds) >= 1 << 32:
+        raise ValueError(f"--seeds wants whole numbers >= 0 and < 2^32 with commas between, not {text!r}")
     return list(dict.fromkeys(seeds))
 
 
 def _read_config(path: Path, names: Sequence[str]) -> dict[str, str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        if path.suffix == ".json":
-            data = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            import yaml  # type: ignore[import-untyped]
+    from fastpost.integrations.transformers import settings_of
 
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected keys and values, found {type(data).__name__}")
-    for key in data:
-        if key not in names:
-            raise unknown(f"config key in {path}", key, names)
+    data = settings_of(path, names)
     # As text, which argparse then reads as if it came from the command line.
     joined = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in data.items()}
     return {key: str(value) for key, value in joined.items() if value is not None}

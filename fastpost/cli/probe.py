@@ -316,6 +316,6 @@ def main(argv: Sequence[str]) -> int:
             console.print(chain_report.table(results))
             console.print(chain_report.heads(results))
             console.print(chain_report.note(results))
-            console.print(f"written: {results.path}, {picture}")
+            console.print(f"written: {results.path}, {picture}", markup=False)
         console.print(f"{time.perf_counter() - began:.0f} s in all")
     return status

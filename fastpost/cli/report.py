@@ -8,6 +8,7 @@ import json
 import math
 import os
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,13 @@ class Results:
             "runs": [asdict(run) for run in self.runs],
             "costs": {method: {**asdict(cost), "ratio": cost.ratio} for method, cost in self.costs.items()},
         }
-        _replace(self.folder / JSON_NAME, json.dumps(data, indent=1, allow_nan=True))
+        replace_text(self.folder / JSON_NAME, json.dumps(data, indent=1, allow_nan=True))
         text = io.StringIO()
         rows = [self._flat(run) for run in self.runs]
         writer = csv.DictWriter(text, fieldnames=list(_COLUMNS), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        _replace(self.folder / CSV_NAME, text.getvalue())
+        replace_text(self.folder / CSV_NAME, text.getvalue())
 
     def _flat(self, run: Run) -> dict[str, Any]:
         row: dict[str, Any] = {name: getattr(run, name) for name in _COLUMNS if hasattr(run, name)}
@@ -113,11 +114,18 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes beside the file and moves it into place, so that a killed process leaves the old or the new one."""
-    beside = path.with_suffix(path.suffix + ".part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+def replace_file(path: Path, fill: Callable[[Path], object]) -> None:
+    """Lets `fill` write beside the file and moves that into place: a killed process or a full disk leaves the old one."""
+    beside = path.with_suffix(".part" + path.suffix)
+    try:
+        fill(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
@@ -198,9 +206,7 @@ def plot(results: Results) -> Path:
     figure.suptitle(f"fastpost compare: {results.about.get('task', '')}, {results.about.get('model', '')}", fontsize=10)
     figure.tight_layout()
     path = results.folder / PNG_NAME
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=130)
-    os.replace(beside, path)
+    replace_file(path, lambda beside: figure.savefig(beside, dpi=130))
     plt.close(figure)
     return path
 

@@ -48,8 +48,19 @@ def main(argv: Sequence[str]) -> int:
         else:
             train_run.tell_how_to_resume(job, console)
         return 130
+    except Exception as error:
+        if not _of_the_asker(error, gap=run.method == "gap"):
+            raise
+        print(f"fastpost train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     _conclude(results, console, time.perf_counter() - began)
     return 0
+
+
+def _of_the_asker(error: Exception, gap: bool) -> bool:
+    """A disk that is full or cannot be written; a score or a text that GAP refuses. Anything else wants its traceback."""
+    kinds = ("OSError", "SafetensorError", *(("ValueError",) if gap else ()))
+    return any(kind.__name__ in kinds for kind in type(error).__mro__)
 
 
 def _conclude(results: Any, console: Any, seconds: float) -> None:
@@ -60,4 +71,5 @@ def _conclude(results: Any, console: Any, seconds: float) -> None:
         console.print(f"  {what}: [bold]{value}[/bold] ({aside})", highlight=False)
     if results.untimed:
         console.print(f"  step times: {results.untimed}", highlight=False, markup=False)
-    console.print(f"{seconds:.0f} s in all; see {results.folder / HTML_NAME}", soft_wrap=True, highlight=False)
+    told = f"{seconds:.0f} s in all; see {results.folder / HTML_NAME}"
+    console.print(told, soft_wrap=True, highlight=False, markup=False)

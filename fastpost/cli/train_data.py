@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def read(options: DataOptions, needs_validation: bool = True) -> Data:
         train = _rows_of_file(Path(options.train_file), options)
         validation = [] if options.validation_file is None else _rows_of_file(Path(options.validation_file), options)
     names = {row.label for row in train if row.label is not None}
-    labels = tuple(sorted(names, key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name)))
+    labels = tuple(sorted(names, key=_order))
     if len(labels) == 1:
         raise ValueError(f"every training row has the label {labels[0]!r}; there is nothing to learn")
     for row in validation:
@@ -73,11 +74,16 @@ def read(options: DataOptions, needs_validation: bool = True) -> Data:
             raise unknown("label of the validation data", row.label, labels)
     held_out = not validation and needs_validation
     if held_out:
-        train, validation = _hold_out(train)
+        train, validation = hold_out(train)
     return Data(train, validation, labels, held_out)
 
 
-def _hold_out(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+def _order(label: str) -> tuple[int, int, str]:
+    """Whole numbers by their value, before names."""
+    return (0, int(label), label) if re.fullmatch("-?[0-9]+", label) else (1, 0, label)
+
+
+def hold_out(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """A tenth of the rows, the same every time; of a single text its last tenth, by lines."""
     if len(rows) == 1 and rows[0].label is None:
         lines = rows[0].text.splitlines(keepends=True)
@@ -98,16 +104,21 @@ def _rows_of_file(path: Path, options: DataOptions) -> list[Row]:
     if path.suffix not in KINDS:
         known = ", ".join(f"{kind} ({suffix})" for suffix, kind in KINDS.items())
         raise ValueError(f"{path}: what kind of data is a {path.suffix or 'file without an ending'}? Known: {known}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    text = text_of(path)
     if path.suffix == ".txt":
         if not text.strip():
             raise ValueError(f"{path} holds no text")
         return [Row(text)]
     lines = _json_lines(path, text) if path.suffix == ".jsonl" else _table(path, text)
     return _rows(lines, options, str(path))
+
+
+def text_of(path: Path) -> str:
+    """A file's text, without the mark that some editors begin it with; ValueError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def _json_lines(path: Path, text: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -118,7 +129,7 @@ def _json_lines(path: Path, text: str) -> list[tuple[str, Mapping[str, Any]]]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object with a text, found {type(row).__name__}")
@@ -134,6 +145,8 @@ def _table(path: Path, text: str) -> list[tuple[str, Mapping[str, Any]]]:
     kind: dict[str, Any] = {} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     reader = csv.reader(lines, **kind)
     header = next(reader, [])
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise ValueError(f"{path}: two columns are called {twice[0]!r}")
     found: list[tuple[str, Mapping[str, Any]]] = []
     for cells in reader:
         if not cells:
@@ -187,8 +200,11 @@ def _rows(lines: Iterable[tuple[str, Mapping[str, Any]]], options: DataOptions, 
         text, pair, label = (None if name is None else _cell(line, name, where) for name in columns)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}: the {columns[0]} is empty or no text")
-        if pair is not None and not isinstance(pair, str):
+        if columns[1] is not None and not isinstance(pair, str):
             raise ValueError(f"{where}: the {columns[1]} is no text")
+        for usual, asked, taken in (("pair", options.pair_column, columns[1]), ("label", options.label_column, columns[2])):
+            if asked is None and taken is None and line.get(usual) is not None:
+                raise ValueError(f"{where} has a {usual}, and the first row has none; say --{usual}_column, or none for it")
         found.append(Row(text, pair, None if columns[2] is None else _label(label, where)))
     if not found:
         raise ValueError(f"{source} holds no rows")
@@ -227,7 +243,7 @@ def _label(value: Any, where: str) -> str:
         return str(value).lower()
     if isinstance(value, float) and not value.is_integer():
         raise ValueError(f"{where}: the label {value} is a number with a fraction; labels are names or whole numbers")
-    if not isinstance(value, (str, int, float)) or value == "":
+    if not isinstance(value, (str, int, float)) or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"{where}: no label")
     return value.strip() if isinstance(value, str) else str(int(value))
 

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastpost.cli import lm, train_data, train_page, train_report, train_timing
 from fastpost.cli.gap_sweep import windows_of
 from fastpost.cli.train_options import Run
-from fastpost.cli.train_run import machine
+from fastpost.cli.train_run import keep_options, last_checkpoint, machine
 from fastpost.gap.many import rows_of
 from fastpost.gap.run import GapResult
 from fastpost.gap.tasks import Suite, read_task
@@ -51,35 +52,41 @@ def prepare(run: Run) -> Ascent:
     from transformers import AutoTokenizer
 
     options, tasks = run.gap, run.gap.tasks
-    data = train_data.read(run.data, needs_validation=tasks is None)
-    if options.text_index >= len(data.train):
-        raise ValueError(f"--text_index {options.text_index}: the training data hold {len(data.train)} texts, from 0")
+    check_folder(run)
+    data = train_data.read(run.data, needs_validation=False)
+    texts, validation = data.train, data.validation
+    if options.text_index >= len(texts):
+        raise ValueError(f"--text_index {options.text_index}: the training data hold {len(texts)} texts, from 0")
+    text, count = texts[options.text_index], len(texts)
+    if tasks is None and not validation:  # held out from the other texts, or from the only one
+        others = [row for k, row in enumerate(texts) if k != options.text_index]
+        if not others:
+            [text], validation = train_data.hold_out(texts)
+        else:
+            validation = train_data.hold_out(others)[1] if len(others) > 1 else others
     suite = None if tasks is None else [read_task(part.strip()) for part in tasks.split(",") if part.strip()]
     name = str(run.data.model)
-    try:
-        loaded = lm.load_lm(name)
-        load: Any = AutoTokenizer.from_pretrained
-        tokenizer = load(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    loaded = lm.load_lm(name)
+    load: Any = AutoTokenizer.from_pretrained
+    tokenizer = load(name)
     encode = train_data.encoder(tokenizer)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not run.use_cpu else None
     model = loaded.model.to(device or "cpu").eval()
-    encoded = encode(data.train[options.text_index].text)
+    encoded = encode(text.text)
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     ids = encoded[-min(options.gap_max_tokens or positions, positions) :]
     if len(ids) < 2:
         raise ValueError(f"text {options.text_index} has {len(ids)} tokens; GAP needs at least two")
-    told = f"text {options.text_index} of {len(data.train)}, its last {len(ids)} of {len(encoded)} tokens; "
+    told = f"text {options.text_index} of {count}, its last {len(ids)} of {len(encoded)} tokens; "
     row = torch.tensor([ids], device=model.device)
     if suite is not None:
         choose, report = Suite(suite, encode, loaded.decode, options.task_limit).halves()
         told += f"scored on {len(suite)} tasks, half of their examples to choose and half to report"
         return Ascent(model, tokenizer, row, choose, report, "score", None, told)
     size = min(run.data.max_length or 128, positions - 1) + 1
-    text = "\n".join(r.text for r in data.validation)
+    held = "\n".join(r.text for r in validation)
     try:
-        first, second = (part.to(model.device) for part in windows_of(text, encode, size))
+        first, second = (part.to(model.device) for part in windows_of(held, encode, size))
     except ValueError:
         raise ValueError(
             f"the validation data are less than two windows of {size} tokens; give more, or a smaller --max_length"
@@ -87,6 +94,17 @@ def prepare(run: Run) -> Ascent:
     told += f"scored on windows of {size} tokens, {len(first)} to choose and {len(second)} to report"
     probe = first[:PROBE, :-1] if options.gap_max_kl is not None else None
     return Ascent(model, tokenizer, row, _score_on(first), _score_on(second), "nats per token", probe, told)
+
+
+def check_folder(run: Run) -> None:
+    """Raises ValueError or OSError where the results could not be written, or where checkpoints of another run lie."""
+    last = last_checkpoint(run)
+    if last is not None:
+        raise ValueError(f"{run.folder} holds {Path(last).name} of another run; give another --output_dir")
+    made = [folder for folder in (run.folder, *run.folder.parents) if not folder.exists()]
+    run.folder.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        folder.rmdir()
 
 
 def _score_on(windows: Tensor) -> Callable[[Any], float]:
@@ -125,7 +143,7 @@ def carry_out(run: Run, ascent: Ascent, console: Any) -> train_report.Results:
         climbing = progress.add_task("climbing", total=run.gap.gap_steps)
         _, results.rows = climb(run, ascent, lambda done, total: progress.update(climbing, completed=done, total=total))
         results.seconds, results.steps = time.perf_counter() - began, len(results.rows) - 1
-        run.folder.mkdir(parents=True, exist_ok=True)
+        keep_options(run)
         ascent.model.save_pretrained(run.folder)
         ascent.tokenizer.save_pretrained(run.folder)
         results.write_csv()

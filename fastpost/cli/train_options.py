@@ -17,7 +17,7 @@ from fastpost.cli.options import Options, check_least, option
 from fastpost.errors import unknown
 from fastpost.integrations.options import METHODS as TRAINED
 from fastpost.integrations.options import PostTrainingOptions
-from fastpost.integrations.transformers import PostTrainingArguments, words_of
+from fastpost.integrations.transformers import PostTrainingArguments, give_defaults, settings_of
 
 METHODS = (*TRAINED, "gap")
 DTYPES = ("float32", "bfloat16", "auto")
@@ -112,8 +112,8 @@ class Run:
         return Path(self.data.output_dir)
 
 
-# Other defaults than transformers': a report needs points to draw, and the evaluations of a run.
-_OURS: dict[str, Any] = {"logging_steps": 0.02, "eval_strategy": "epoch"}
+# Other defaults than transformers': a report needs points to draw, the evaluations of a run, and losses that are not finite.
+_OURS: dict[str, Any] = {"logging_steps": 0.02, "eval_strategy": "epoch", "logging_nan_inf_filter": False}
 _WITH_GAP = ("use_cpu",)  # of the Trainer's options
 
 
@@ -180,26 +180,34 @@ def parse(argv: Sequence[str]) -> Run:
         exit_on_error=False,
         formatter_class=Help,
     )
-    words = _with_file(list(argv), names)
+    words = list(argv)
+    settings = _of_file(words, names)
+    defaults = {name: parser.get_default(name) for name in names}
     try:
+        give_defaults(parser, settings)
         values, rest = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from None
     if rest:
         raise _briefly(unknown("option", rest[0].split("=")[0], [f"--{name}" for name in names]))
-    asked = [_name(word, names) for word in words if word.startswith("--")]
+    asked = [*settings, *(_name(word, names) for word in words if word.startswith("--"))]
     method = _method(values.method)
     _refuse_of_others(method, asked)
     data, gap = _filled(DataOptions, values), _filled(GapOptions, values)
     _check(method, data, gap, asked)
     arguments = None
     if method != "gap":
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(values, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(values, name)}")
+        if values.label_names not in (None, ["labels"]):
+            raise ValueError("--label_names: fastpost train makes the batches, and calls labels `labels`; leave it out")
         mine = {f.name: getattr(values, f.name) for c in (groups[1], groups[2], groups[4]) for f in dataclasses.fields(c)}
         if "dataloader_pin_memory" not in asked and not torch.accelerator.is_available():
             mine["dataloader_pin_memory"] = False  # torch would warn
         arguments = PostTrainingArguments(output_dir=data.output_dir, method=method, **mine)
     changed = {name: getattr(values, name) for name in dict.fromkeys(asked) if name != "config"}
-    changed = {name: value for name, value in changed.items() if value != parser.get_default(name)}
+    changed = {name: value for name, value in changed.items() if value != defaults.get(name)}
     return Run(method, data, gap, arguments, changed, shlex.join(["fastpost", "train", *argv]), bool(values.use_cpu))
 
 
@@ -207,8 +215,8 @@ def _filled(cls: type[Options], values: Any) -> Options:
     return cls(**{f.name: getattr(values, f.name) for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
-def _with_file(words: list[str], names: Sequence[str]) -> list[str]:
-    """The words, after those of a file of options."""
+def _of_file(words: list[str], names: Sequence[str]) -> dict[str, Any]:
+    """The settings of a file of options, whose name is taken out of the words where it is the first of them."""
     path: str | None = None
     if words and words[0].endswith((".json", ".yaml", ".yml")):
         path = words.pop(0)
@@ -220,14 +228,14 @@ def _with_file(words: list[str], names: Sequence[str]) -> list[str]:
                 )
             path = word.partition("=")[2] or (words[k + 1] if k + 1 < len(words) else "")
     if path is None:
-        return words
+        return {}
     try:
-        from_file = words_of(Path(path), names)
+        settings = settings_of(Path(path), names)
     except ValueError as error:
         raise _briefly(error) from None
-    if "--config" in from_file:
+    if "config" in settings:
         raise ValueError(f"{path}: config names another file of options; one is read")
-    return [*from_file, *words]
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _briefly(error: ValueError) -> ValueError:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastpost.cli.report import _replace
+from fastpost.cli.report import replace_file, replace_text
 from fastpost.cli.train_report import CSV_NAME, DARK, HTML_NAME, PNG_NAME, Results, data_uri, draw, milliseconds
 from fastpost.cli.train_timing import OURS, PLAIN, PUBLISHED
 
@@ -52,11 +52,9 @@ def write(results: Results) -> list[Path]:
     table = results.write_csv()
     light, dark = draw(results), draw(results, DARK)
     picture = results.folder / PNG_NAME
-    beside = picture.with_suffix(".part.png")
-    beside.write_bytes(light)
-    beside.replace(picture)
+    replace_file(picture, lambda beside: beside.write_bytes(light))
     page = results.folder / HTML_NAME
-    _replace(page, build(results, light, dark))
+    replace_text(page, build(results, light, dark))
     return [table, picture, page]
 
 
@@ -123,18 +121,20 @@ def tiles_of(results: Results) -> list[tuple[str, str, str]]:
             (
                 "drift of that state",
                 shown(kept["drift"]),
-                f"the first step moved {kept['moved_fraction']:.0%} of the weights",
+                "no step was made"
+                if kept["step"] == results.rows[-1]["step"] == 0
+                else f"the first step moved {kept['moved_fraction']:.0%} of the weights",
             ),
         ]
     else:
-        name, least = results.metric.removeprefix("eval_"), results.metric == "eval_perplexity"
+        name, least = results.metric.removeprefix("eval_"), results.metric != "eval_accuracy"
         if results.evaluated:
             best = (min if least else max)(results.evaluated, key=lambda row: row[results.metric])
             value = shown(results.evaluated[-1][results.metric])
             found.append((f"evaluation {name}, last", value, f"best {shown(best[results.metric])} at step {best['step']}"))
         losses = [row["loss"] for row in results.rows if "loss" in row]
         if losses:
-            found.append(("training loss, last logged", shown(losses[-1]), f"first {shown(losses[0])}"))
+            found.append((f"training loss{results.loss_at}, last logged", shown(losses[-1]), f"first {shown(losses[0])}"))
     seen = results.last("sam/seen_over_intended")
     if seen is not None:
         cosine, skipped = results.last("sam/seen_cosine"), results.last("sam/skipped_steps")

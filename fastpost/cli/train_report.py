@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpost.cli.measure import Cost
-from fastpost.cli.report import _replace
+from fastpost.cli.report import replace_text
 
 CSV_NAME, PNG_NAME, HTML_NAME = "metrics.csv", "report.png", "report.html"
 Row = dict[str, Any]
@@ -30,11 +30,12 @@ class Results:
         method, command: as typed.
         changed: options that differ from their defaults.
         facts: what else was run on what, in pairs of words.
-        metric: column of what is evaluated: "eval_accuracy", "eval_perplexity", or "score" (GAP).
+        metric: column of what is evaluated: "eval_accuracy", "eval_perplexity", "eval_loss", or "score" (GAP).
         unit: what a score is (GAP).
         rows: of metrics.csv.
         costs: seconds per step of each side; empty where nothing was timed.
         untimed: why, where nothing was timed.
+        loss_at: where the training loss was measured, if not at w: words to follow its name.
         seconds, steps: of the run itself, with loading data and evaluating; steps of this start only.
     """
 
@@ -48,6 +49,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     costs: dict[str, Cost] = field(default_factory=dict)
     untimed: str = ""
+    loss_at: str = ""
     seconds: float = math.nan
     steps: int = 0
 
@@ -74,7 +76,7 @@ class Results:
         writer.writeheader()
         writer.writerows(self.rows)
         path = self.folder / CSV_NAME
-        _replace(path, text.getvalue())
+        replace_text(path, text.getvalue())
         return path
 
 
@@ -92,7 +94,7 @@ def rows_of(log_history: Sequence[Mapping[str, Any]], perplexity: bool) -> list[
         row = found.setdefault(numbers["step"], {})
         row.update(numbers)
         if perplexity and "eval_loss" in line:
-            row["eval_perplexity"] = math.exp(min(line["eval_loss"], 700.0))
+            row["eval_perplexity"] = math.exp(line["eval_loss"]) if line["eval_loss"] < 709 else math.inf
     return [found[step] for step in sorted(found)]
 
 
@@ -192,7 +194,7 @@ def _loss(axis: Any, results: Results, look: Look) -> None:
         _line(axis, results, "loss", "the text", look.lines[0], ".")
         _finish(axis, "loss of the text, uphill", "nats per token")
         return
-    _line(axis, results, "loss", "training", look.lines[0])
+    _line(axis, results, "loss", f"training{results.loss_at}", look.lines[0])
     _line(axis, results, "eval_loss", "evaluation", look.lines[1], "o")
     _finish(axis, "loss", "loss")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+import shlex
 import signal
 import sys
 import threading
@@ -11,11 +14,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import TrainerCallback, trainer_utils
+from transformers import TrainerCallback, TrainerState, trainer_utils
 
 import fastpost
-from fastpost.cli import train_data, train_page, train_report, train_timing, tuning
+from fastpost.cli import lm, train_data, train_page, train_report, train_timing, tuning
 from fastpost.cli.train_options import Run
+from fastpost.errors import unknown
 from fastpost.integrations.options import METHODS
 from fastpost.integrations.transformers import PostTrainer
 
@@ -63,17 +67,22 @@ def prepare(run: Run) -> Job:
             train_data.classified(rows, tokenizer, model.config.label2id, size) for rows in (data.train, data.validation)
         )
     else:
+        lm.check_causal(model)
         run.arguments.prediction_loss_only = True  # logits over a vocabulary would fill the memory
         encode, end = train_data.encoder(tokenizer), tokenizer.eos_token_id
         train = train_data.blocks(data.train, encode, end, size, "training")
         validation = train_data.blocks(data.validation, encode, end, size, "validation")
+    asked = run.arguments.metric_for_best_model
+    known = ("loss", "accuracy") if data.labels else ("loss",)
+    if asked is not None and asked.removeprefix("eval_") not in known:
+        raise unknown("metric_for_best_model", asked, known)
     told = data.told() + ("" if data.labels else f": {len(train)} and {len(validation)} blocks of {size} tokens")
     return Job(run, model, tokenizer, train, validation, data.labels, told, fresh, resume)
 
 
 def _checkpoint(run: Run) -> str | None:
     asked = run.arguments.resume_from_checkpoint
-    last = _last_checkpoint(run)
+    last = last_checkpoint(run)
     if asked is None or str(asked).lower() == "false":
         if last is not None:
             raise ValueError(
@@ -90,7 +99,7 @@ def _checkpoint(run: Run) -> str | None:
     return str(asked)
 
 
-def _last_checkpoint(run: Run) -> str | None:
+def last_checkpoint(run: Run) -> str | None:
     find: Any = trainer_utils.get_last_checkpoint
     found: str | None = find(str(run.folder)) if run.folder.is_dir() else None
     return found
@@ -143,7 +152,8 @@ def assemble(job: Job, console: Any) -> Any:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     run, arguments = job.run, job.run.arguments
-    watch = Watch(_results(job), console, perplexity=not job.labels)
+    results = _results(job)
+    watch = Watch(results, console, perplexity=results.metric == "eval_perplexity")
     watch.quiet = bool(arguments.disable_tqdm)
     there = run.folder.exists()
     try:
@@ -181,10 +191,11 @@ def carry_out(job: Job, trainer: Any, console: Any) -> train_report.Results:
         console.print(f"not in the checkpoint, made anew: {', '.join(job.fresh)}", highlight=False, markup=False)
     first = trainer.is_world_process_zero()
     if first:
-        _keep_options(run)
+        keep_options(run)
     try:
         with watch:
-            trainer.train(resume_from_checkpoint=job.resume)
+            if job.resume is None or not _was_at_its_end(trainer, job.resume):
+                trainer.train(resume_from_checkpoint=job.resume)
     finally:
         if first:
             watch.write(trainer.state)
@@ -203,6 +214,23 @@ def carry_out(job: Job, trainer: Any, console: Any) -> train_report.Results:
     return results
 
 
+def _was_at_its_end(trainer: Any, checkpoint: str) -> bool:
+    """Whether a checkpoint is of the run's last step, after which the Trainer would make another; it is loaded then."""
+    arguments = trainer.args
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    batches = len(trainer.get_train_dataloader())
+    steps = max(-(-batches // arguments.gradient_accumulation_steps), 1)
+    asked = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps)
+    if state.global_step < asked:
+        return False
+    trainer._load_from_checkpoint(checkpoint)
+    trainer.state = state
+    if arguments.load_best_model_at_end and state.best_model_checkpoint is not None:
+        trainer._load_best_model()
+    trainer.watch.began_at = state.global_step
+    return True
+
+
 class Watch(TrainerCallback):
     """Shows progress, keeps metrics.csv, and lets Ctrl-C end a run at a step's end, with a checkpoint.
 
@@ -217,11 +245,11 @@ class Watch(TrainerCallback):
         self._progress: Any = None
         self._bar: Any = None
         self._before: Any = None
-        self._began_at = 0
+        self.began_at = 0
 
     def write(self, state: Any) -> None:
         self.results.rows = train_report.rows_of(state.log_history, self.perplexity)
-        self.results.steps = state.global_step - self._began_at
+        self.results.steps = state.global_step - self.began_at
         runtime = next((line["train_runtime"] for line in reversed(state.log_history) if "train_runtime" in line), None)
         if runtime is not None:
             self.results.seconds = runtime
@@ -260,7 +288,7 @@ class Watch(TrainerCallback):
         self.console.print("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began_at = state.global_step
+        self.began_at = state.global_step
         self._bar = self.bar("training", state.max_steps)
         if args.world_size == 1 and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._interrupt)
@@ -294,16 +322,27 @@ class Watch(TrainerCallback):
 
 def tell_how_to_resume(job: Job, console: Any) -> None:
     """Names the command that goes on from the newest checkpoint, if there is one."""
-    last = _last_checkpoint(job.run)
+    last = last_checkpoint(job.run)
     if last is None:
         console.print("interrupted before the first checkpoint; nothing can be resumed. To begin again:")
         command = job.run.command
     else:
         console.print(f"interrupted; {last} goes on by the same command with --resume_from_checkpoint True:", soft_wrap=True)
-        command = job.run.command
-        if job.run.arguments.resume_from_checkpoint is None:
-            command += " --resume_from_checkpoint True"
+        command = f"{_without_resuming(job.run.command)} --resume_from_checkpoint True"
     console.print(command, soft_wrap=True, highlight=False, markup=False)
+
+
+def _without_resuming(command: str) -> str:
+    kept, drop = [], False
+    for word in shlex.split(command):
+        name = re.sub("-", "_", word.partition("=")[0].lstrip("-"))
+        if drop:
+            drop = False
+        elif word.startswith("--") and name == "resume_from_checkpoint":
+            drop = "=" not in word
+        else:
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def _accuracy(predicted: Any) -> dict[str, float]:
@@ -326,7 +365,12 @@ def _results(job: Job) -> train_report.Results:
     if job.resume is not None:
         facts.append(("resumed from", job.resume))
     metric = "eval_accuracy" if job.labels else "eval_perplexity"
-    return train_report.Results(run.folder, run.method, run.command, run.changed, facts, metric)
+    if not job.labels and a.label_smoothing_factor:
+        metric = "eval_loss"  # of which no perplexity follows
+    results = train_report.Results(run.folder, run.method, run.command, run.changed, facts, metric)
+    if "sam" in METHODS[run.method] and a.sam_ascent_fraction < 1:
+        results.loss_at = ", past the ascent at w + e"
+    return results
 
 
 def machine(device: str) -> list[tuple[str, str]]:
@@ -338,7 +382,7 @@ def machine(device: str) -> list[tuple[str, str]]:
     ]
 
 
-def _keep_options(run: Run) -> None:
+def keep_options(run: Run) -> None:
     """run.yaml: `fastpost train run.yaml` is this run again."""
     import yaml  # type: ignore[import-untyped]
 

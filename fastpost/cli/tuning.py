@@ -94,7 +94,8 @@ class Classifier:
         for module in head.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         trained: nn.Module = model.train()
         return trained
 

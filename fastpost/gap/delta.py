@@ -103,6 +103,7 @@ class Delta:
         Raises:
             ModuleNotFoundError: safetensors is not installed. OSError: the file cannot be written.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -111,6 +112,8 @@ class Delta:
         try:
             save_file({name: d.contiguous() for name, d in self.tensors().items()}, new)
             new.replace(path)
+        except SafetensorError as error:  # a disk that is full
+            raise OSError(f"{path} cannot be written: {error}") from error
         finally:
             new.unlink(missing_ok=True)
 

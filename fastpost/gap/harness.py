@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastpost.gap.zero_shot import LIMIT, Score
+from fastpost.modes import evaluating
 
 # The eight classification tasks of 2306.07052 by the harness's names. Its prompts are not everywhere the authors' own:
 # it asks ARC and MathQA as "Question: ... Answer:", and scores Winogrande by the text after the blank.
@@ -46,6 +47,8 @@ def harness_scores(
         ModuleNotFoundError: the harness is not installed. ValueError: a task without this metric, whose metric is no
             number per example, or whose answers are read through several filters.
     """
+    if isinstance(tasks, str):
+        raise TypeError(f"harness_scores: tasks is a list of names, such as [{tasks!r}]")
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -53,9 +56,8 @@ def harness_scores(
         raise ModuleNotFoundError(
             f"harness_scores needs {error.name}. Run: pip install 'fastpost[lm-eval]'", name=error.name
         ) from None
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        wrapped = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+    with evaluating(model):
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
         results = lm_eval.simple_evaluate(
             wrapped,
             tasks=list(tasks),
@@ -65,9 +67,6 @@ def harness_scores(
             log_samples=True,
             task_manager=task_manager,
         )
-    finally:
-        for module, training in modes:
-            module.training = training
     found: dict[str, Score] = {}
     for name, samples in results["samples"].items():
         in_order = sorted(samples, key=lambda sample: sample["doc_id"])

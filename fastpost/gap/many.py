@@ -39,8 +39,8 @@ def sweep(
 
     One copy of the weights serves all texts. With `output`, the rows are a CSV file that is replaced as a whole after every
     text, so it never holds half a run, and a sweep that was stopped goes on where it ended. A file of another sweep (other
-    options, weights, `scored_on` or texts of the same name, or with `test` where that had none) is refused: beside it lies
-    `<output>.json`, which says what made it.
+    options, weights, `scored_on`, probe or texts of the same name, or with `test` where that had none) is refused: beside it
+    lies `<output>.json`, which says what made it.
 
     Args:
         gap: the recipe. model: as in `GAP`.
@@ -59,8 +59,11 @@ def sweep(
     """
     if not texts:
         raise ValueError("GAP: no texts to climb on")
+    for name in texts:
+        if not isinstance(name, str):  # a file would give back another name
+            raise TypeError(f"GAP: texts are named by strings, not {type(name).__name__} ({name!r})")
     path = None if output is None else Path(output)
-    identity = _identity(gap, model, evaluate is not None, test is not None, scored_on)
+    identity = _identity(gap, model, evaluate is not None, test is not None, probe, scored_on)
     rows = [] if path is None else _resume(path, identity)
     done = {row["text"]: row["digest"] for row in rows}
     for name, digest in done.items():
@@ -100,20 +103,27 @@ def rows_of(name: str, ids: Tensor, result: Any) -> list[Row]:
     return rows
 
 
-def _identity(gap: GAP, model: nn.Module, selects: bool, tests: bool, scored_on: str) -> Row:
-    """What a sweep's rows depend on, beside its texts."""
-    options = {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(vars(gap).items())}
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return {
-        "options": options,
-        "weights": digest.hexdigest()[:32],
+def _identity(gap: GAP, model: nn.Module, selects: bool, tests: bool, probe: Any, scored_on: str) -> Row:
+    """What a sweep's rows depend on, beside its texts; as a file gives it back."""
+    watched = {"": probe} if isinstance(probe, Tensor) else dict(probe or {})
+    told = {
+        "options": dict(sorted(vars(gap).items())),
+        "weights": _digest_of(dict(model.named_parameters())),
         "selects": selects,
         "tests": tests,
+        "probe": _digest_of({name: value for name, value in watched.items() if isinstance(value, Tensor)}),
         "scored_on": scored_on,
     }
+    found: Row = json.loads(json.dumps(told, default=float))  # numbers of numpy, too
+    return found
+
+
+def _digest_of(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
 
 
 def _digest(ids: Tensor) -> str:
@@ -126,7 +136,8 @@ def _resume(path: Path, identity: Row) -> list[Row]:
     told = Path(f"{path}.json")
     if not told.exists() or json.loads(told.read_text()) != identity:
         raise ValueError(
-            f"GAP: {path} is of another sweep (other options or other weights); give another output, or remove it"
+            f"GAP: {path} is of another sweep (other options or other weights, another probe or other data to score on); "
+            "give another output, or remove it"
         )
     with path.open(newline="") as file:
         return [_parsed(row) for row in csv.DictReader(file)]

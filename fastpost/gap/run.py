@@ -20,9 +20,10 @@ from fastpost.gap.guards import Probe, layer_drifts
 from fastpost.gap.progress import Reporter
 from fastpost.gap.text import prepare
 from fastpost.gap.weights import Snapshot
+from fastpost.modes import kept_modes
 
-# Guards that take the state back which broke their bound; max_grad_norm stops ahead of it.
 LOSSES = ("negative", "mle")  # as the authors name them
+# Guards that take the state back which broke their bound; max_grad_norm stops ahead of it.
 GUARDS = ("max_drift", "max_layer_drift", "max_loss", "max_kl")
 
 Evaluate = Callable[[Any], Any]
@@ -35,7 +36,7 @@ class GapResult:
 
     Attributes:
         best_step: the state that the model holds now: the first with the highest score, or without `evaluate` the last
-            (within `max_drift`).
+            (within all guards).
         scores: evaluate()'s result for every state; empty without `evaluate`.
         losses: the text's loss at every state, nats per token. It rises where the ascent works.
         drift: 2-norm of (weights - untouched weights) at every state.
@@ -372,15 +373,12 @@ def _score(evaluate: Evaluate, model: nn.Module) -> float:
 @contextlib.contextmanager
 def _as_before(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
     """Takes the gradients out of the way, and puts them and every module's mode back, whatever happens inside."""
-    modes = [(module, module.training) for module in model.modules()]
     gradients = [p.grad for p in weights]
     try:
         for p in weights:
             p.grad = None
-        with torch.inference_mode(False):
+        with kept_modes(model), torch.inference_mode(False):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         for p, g in zip(weights, gradients, strict=True):
             p.grad = g

@@ -25,7 +25,8 @@ class SignedWindow:
     Backward adds to `.grad`; so before a micro-batch that counts f = sign * weight the gradients so far are divided by f,
     and multiplied by it when that changes: in place, one pass over the gradients where f changes and none where it does
     not. For weights of 1 that is the fused negation, exact: the same bits as a loss times -1 (but for signs of zeros).
-    Other weights round each gradient once more where they change.
+    Other weights round each gradient once more where they change, and what is divided by a small one grows: in float16,
+    which ends at 65,504, scale the losses instead of giving weights far from 1.
 
     It is linear in the gradients, so it commutes with what averages them: DDP (also under `no_sync`), FSDP2 (also with
     gradients that wait for their reduction), a loss scaler. All ranks give the same signs and weights in the same order.
@@ -39,7 +40,7 @@ class SignedWindow:
 
     def __init__(self, model: nn.Module | Iterable[Tensor]) -> None:
         parameters = model.parameters() if isinstance(model, nn.Module) else model
-        self._params = [p for p in parameters if p.requires_grad]
+        self._params = list({id(p): p for p in parameters if p.requires_grad}.values())  # a tied weight counts once
         if not self._params:
             raise ValueError("SignedWindow: no parameter requires a gradient")
         self._factor = 1.0

@@ -48,17 +48,17 @@ def read_task(path: str | Path) -> Task:
     | `.csv` | PubMedQA: columns `abstract`, `question`, `final_decision` (yes, maybe, no) |
 
     Raises:
-        FileNotFoundError: no such file. ValueError: another format, or no usable example.
+        FileNotFoundError: no such file. ValueError: another format, a broken row (named), or no usable example.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
         if path.suffix == ".json":
-            return Task(path.stem, dialogues=_dialogues(json.loads(path.read_text(encoding="utf-8"))))
+            return Task(path.stem, dialogues=_dialogues(json.loads(path.read_text(encoding="utf-8-sig"))))
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-            return Task(path.stem, questions=[Choice(row["context"], list(row["choices"]), row["answer"]) for row in rows])
+            lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1)
+            return Task(path.stem, questions=[_question(line, number) for number, line in lines if line.strip()])
         if path.suffix == ".csv":
             return Task(path.stem, questions=_pubmed_qa(path))
     except KeyError as error:
@@ -74,6 +74,18 @@ def _dialogues(data: Any) -> list[list[str]]:
     if not all(isinstance(row, list) and all(isinstance(turn, str) for turn in row) for row in rows):
         raise ValueError("expected lists of turns")
     return [row for row in rows if len(row) > 1]
+
+
+def _question(line: str, number: int) -> Choice:
+    row = json.loads(line)
+    context, choices, answer = (row[name] for name in ("context", "choices", "answer"))
+    if not isinstance(context, str) or not context:
+        raise ValueError(f"line {number}: the context is empty or no text")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise ValueError(f"line {number}: choices are a list of two texts or more, none of them empty")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise ValueError(f"line {number}: answer {answer!r} of {len(choices)} choices, numbered from 0")
+    return Choice(context, choices, answer)
 
 
 def _pubmed_qa(path: Path) -> list[Choice]:
@@ -117,7 +129,14 @@ class Suite:
             raise ValueError(f"a suite needs tasks of different names, not {', '.join(names) or 'none'}")
 
     def halves(self) -> tuple[Suite, Suite]:
-        """The same tasks on every other example: one suite to choose a state by, one to report."""
+        """The same tasks on every other example: one suite to choose a state by, one to report.
+
+        Raises:
+            ValueError: a task of a single example.
+        """
+        for task in self.tasks:
+            if min(len(task), self.limit) < 2:
+                raise ValueError(f"task {task.name} has a single example, which makes no two halves")
         even, odd = ([task.part(k, 2, self.limit) for task in self.tasks] for k in (0, 1))
         return replace(self, tasks=even, last={}), replace(self, tasks=odd, last={})
 

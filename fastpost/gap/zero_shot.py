@@ -6,11 +6,12 @@ greedily and compared by unigram F1. The first 320 examples of a task count, as 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpost.modes import evaluating
+
 Encode = Callable[[str], Sequence[int]]
 LIMIT = 320
+DRAWN = 1 << 22  # examples that the bootstrap draws at a time, which bounds its memory
 
 
 class Choice(NamedTuple):
@@ -48,10 +52,10 @@ class Score:
     @property
     def standard_error(self) -> float:
         """Of the mean, over examples; NaN for a single one."""
-        n = len(self.values)
+        n, mean = len(self.values), self.mean
         if n < 2:
             return math.nan
-        return math.sqrt(sum((v - self.mean) ** 2 for v in self.values) / (n - 1) / n)
+        return math.sqrt(sum((v - mean) ** 2 for v in self.values) / (n - 1) / n)
 
     def __str__(self) -> str:
         return f"{self.mean:.4f} ± {self.standard_error:.4f}"
@@ -108,7 +112,7 @@ def choice_accuracy(model: Any, encode: Encode, questions: Sequence[Choice], lim
     if not questions:
         raise ValueError("zero-shot: no questions")
     values = []
-    with _evaluating(model):
+    with evaluating(model):
         for question in questions[:limit]:
             if not 0 <= question.answer < len(question.choices):
                 raise ValueError(f"zero-shot: answer {question.answer} of {len(question.choices)} choices")
@@ -159,7 +163,7 @@ def dialogue_f1(
         raise ValueError(f"zero-shot: {max_new_tokens} new tokens leave no room in the model's {positions} positions")
     chosen = dialogues[:limit]
     values: list[float] = []
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(chosen), batch_size):
             part = chosen[start : start + batch_size]
             prompts = [list(encode(dialogue_prompt(turns[:-1])))[-room:] for turns in part]
@@ -176,11 +180,26 @@ def _greedy(model: Any, prompts: list[list[int]], max_new_tokens: int) -> list[l
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
     end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = set(end) if isinstance(end, list | tuple) else {end}
-    made = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=0
-    )
+    with _plainly_greedy(model, end):
+        made = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=0
+        )
     answers = made[:, width:].tolist()
     return [row[: next((k for k, token in enumerate(row) if token in ends), len(row))] for row in answers]
+
+
+@contextlib.contextmanager
+def _plainly_greedy(model: Any, end: Any) -> Iterator[None]:
+    """Without what a checkpoint's own settings add to greedy decoding, such as a penalty on repetition."""
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        yield
+        return
+    model.generation_config = type(settings)(eos_token_id=end, pad_token_id=0)
+    try:
+        yield
+    finally:
+        model.generation_config = settings
 
 
 def dialogue_prompt(turns: Sequence[str]) -> str:
@@ -249,8 +268,11 @@ def bootstrap(
                 f"bootstrap: {len(score.values)} and {len(other.values)} examples; both need the same, two or more"
             )
         differences = np.asarray(other.values) - np.asarray(score.values)
-        picks = generator.integers(0, len(differences), (draws, len(differences)))
-        means += differences[picks].mean(1) / len(before)
+        at_once = max(DRAWN // len(differences), 1)
+        for start in range(0, draws, at_once):
+            part = means[start : start + at_once]
+            picks = generator.integers(0, len(differences), (len(part), len(differences)))
+            part += differences[picks].mean(1) / len(before)
         mean += float(differences.mean()) / len(before)
     low, high = (float(q) for q in np.quantile(means, (0.025, 0.975)))
     p_value = float((np.abs(means - mean) >= abs(mean) - 1e-15).mean())
@@ -263,18 +285,3 @@ def mean_of(scores: Mapping[str, Score]) -> tuple[float, float]:
         raise ValueError("zero-shot: no scores to average")
     errors = [score.standard_error for score in scores.values()]
     return sum(s.mean for s in scores.values()) / len(scores), math.sqrt(sum(e * e for e in errors)) / len(scores)
-
-
-class _evaluating:
-    """The model in eval mode, every module's own mode put back afterwards."""
-
-    def __init__(self, model: Any) -> None:
-        self._modes = [(module, module.training) for module in model.modules()]
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *exc: object) -> None:
-        for module, training in self._modes:
-            module.training = training

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from fastpost.errors import unknown
 from fastpost.integrations.beside import SAMBeside
+from fastpost.rng import RandomState
 from fastpost.sam import SAMWindow
 from fastpost.sam.optimizer import SAM
-from fastpost.sam.rng import RandomState
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -94,6 +94,8 @@ class SAMCallback(Callback):
             )
         if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
             raise ValueError("SAMCallback: training_step takes the iterator of its loader; SAM has to run a batch twice")
+        if not trainer.optimizers or not trainer.optimizers[0].param_groups:
+            raise ValueError("SAMCallback: configure_optimizers gave no optimizer, and there is nothing to step from w")
         options = dict(self.options)
         options.setdefault("compute_dtype", SEEN.get(getattr(trainer.precision_plugin, "precision", "")))
         self.sam = SAMBeside(trainer.optimizers[0], **options)

@@ -44,6 +44,7 @@ class PostTrainingOptions:
         r3f_noise_scale: what r3f_eps is measured in: "absolute", "relative", "neftune".
         r3f_grad, r3f_dropout, r3f_forward: as in `fastpost.R3F`.
         r3f_seed: None draws noise from torch's generator; an integer makes the n-th step's noise that of `r3f_seed + n`.
+        r3f_embedding: name of the module whose output gets the noise; None: the model's input embedding.
         r3f_fused_linear: never build the logits; None: where the trainer does not either (TRL's SFT).
 
     Raises:
@@ -69,11 +70,19 @@ class PostTrainingOptions:
     r3f_dropout: str = _option("independent", "Dropout masks of R3F's two passes: independent or shared.")
     r3f_forward: str = _option("two_pass", "two_pass or double_batch.")
     r3f_seed: int | None = _option(None, "Seed of R3F's noise; by default drawn from torch's generator.")
+    r3f_embedding: str | None = _option(None, "Name of the module that embeds the input, where the model does not tell.")
     r3f_fused_linear: bool | None = _option(None, "R3F without ever building the logits; by default in TRL's SFT only.")
 
     def __post_init__(self) -> None:
         if self.method is not None and self.method not in METHODS:
             raise unknown("method", self.method, METHODS)
+        for name in ("sam_rho", "sam_eta", "sam_ascent_fraction", "r3f_lambda", "r3f_eps"):
+            value = getattr(self, name)
+            if isinstance(value, str):  # YAML takes 1e-5 for a text
+                try:
+                    setattr(self, name, float(value))
+                except ValueError:
+                    raise ValueError(f"{name} must be a number, not {value!r}") from None
         lm = self.method == "sam_lm"
         if self.sam_rho is None:
             self.sam_rho = 0.15 if lm else 0.05
@@ -107,6 +116,7 @@ class PostTrainingOptions:
             dropout=self.r3f_dropout,
             forward=self.r3f_forward,
             seed=self.r3f_seed,
+            embedding=self.r3f_embedding,
             label_smoothing=label_smoothing,
             fused_linear=fused_linear,
         )

@@ -60,7 +60,7 @@ class BiLoRA:
         rank: its rank; None: the first one's.
 
     Raises:
-        TypeError: not a PeftModel with LoRA; layers that have no product B A.
+        TypeError: not a PeftModel with LoRA; layers that have no product B A; trainable_token_indices.
         ValueError: a negative rho, no such adapter, the name is taken.
     """
 
@@ -81,6 +81,8 @@ class BiLoRA:
             )
         if rank is not None and rank < 1:
             raise ValueError(f"BiLoRA: rank must be >= 1, not {rank}")
+        if getattr(config, "trainable_token_indices", None):
+            raise TypeError("BiLoRA: PEFT has no second adapter beside trainable_token_indices; leave these out")
         self.layers = [layer for _, layer in _lora_layers("BiLoRA", model, adapter)]
         for layer in self.layers:
             if isinstance(layer.lora_A[adapter].weight, DTensor):
@@ -270,7 +272,8 @@ class FlatLoRA:
 
     def _forward(self, layer: Any, base: Any, number: int, x: Tensor) -> Tensor:
         eps = self.sigma_now
-        if not base.training or eps == 0 or layer.disable_adapters or layer.merged:
+        active = any(name in layer.lora_A for name in layer.active_adapters)
+        if not base.training or eps == 0 or layer.disable_adapters or layer.merged or not active:
             plain: Tensor = type(base).forward(base, x)
             return plain
         if isinstance(base.weight, DTensor):

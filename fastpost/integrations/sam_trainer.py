@@ -183,11 +183,26 @@ class SAMTrainerMixin(PostTrainingMixin):
                     group.setdefault(key, value)
         return optimizer
 
-    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's own, before any callback of a run: one begun again (`auto_find_batch_size`) begins at w."""
-        self._end_window()
-        self._given_up = False
-        return super().get_train_dataloader(*args, **kwargs)
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's own, which `train` may begin again (`auto_find_batch_size`): each attempt at w."""
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self._end_window()
+            self._given_up = False
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's own; never measures w + e.
+
+        Raises:
+            RuntimeError: in the middle of an accumulation window, while the weights are w + e.
+        """
+        if self.sam is not None and self.sam.is_perturbed:
+            raise RuntimeError(
+                "SAM: evaluating in the middle of an accumulation window would measure w + e; evaluate after a step, or "
+                "leave sam_ascent_fraction at 1"
+            )
+        return super().evaluation_loop(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's own; the weights are w again however it ends."""

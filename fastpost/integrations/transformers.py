@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -102,27 +102,53 @@ def parse_arguments(classes: Any = PostTrainingArguments, argv: Sequence[str] | 
     names = [f.name for c in several for f in fields(c) if f.init]
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].endswith((".json", ".yaml", ".yml")):
-        words = [*words_of(Path(words[0]), names), *words[1:]]  # the later of two wins
+        give_defaults(parser, settings_of(Path(words.pop(0)), names))
     *parsed, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         raise unknown("option", rest[0].split("=")[0], [f"--{name}" for name in names])
     return parsed[0] if len(several) == 1 else tuple(parsed)
 
 
-def words_of(path: Path, names: Sequence[str]) -> list[str]:
-    """The settings of a file, as a command line."""
+def give_defaults(parser: Any, settings: Mapping[str, Any]) -> None:
+    """Makes a file's settings the parser's defaults, which what is typed overrides; lists and the like stay what they are.
+
+    Raises:
+        ValueError: a value that the option does not have.
+    """
+    for action in parser._actions:
+        value = settings.get(action.dest)
+        if value is None:
+            continue
+        action.required = False
+        if action.choices is not None and value not in action.choices:
+            raise unknown(action.dest, str(value), list(map(str, action.choices)))
+    parser.set_defaults(**{name: value for name, value in settings.items() if value is not None})
+
+
+def settings_of(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Keys and values of a JSON or YAML file; yes, no, on and off are words, as on a command line.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: neither JSON nor YAML, no mapping, or a key that is none of `names`.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     import yaml  # type: ignore[import-untyped]
 
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool" or first in "tTfF"]
+            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        settings = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected keys and values, found {type(settings).__name__}")
-    words: list[str] = []
-    for key, value in settings.items():
+    for key in settings:
         if key not in names:
-            raise unknown(f"setting in {path}", key, names)
-        if value is not None:
-            listed = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            words += [f"--{key}", *map(str, listed)]
-    return words
+            raise unknown(f"setting in {path}", str(key), names)
+    return settings

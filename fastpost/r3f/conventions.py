@@ -56,6 +56,14 @@ def check_range(labels: Tensor, classes: int | None, ignore_index: int) -> None:
         )
 
 
+def beside_virtual_tokens(root: Any, labels: Tensor, stream: Tensor, ignore_index: int) -> Tensor:
+    """Labels for logits that begin with those of PEFT's virtual tokens (prompt tuning), which do not count."""
+    more = stream.shape[1] - labels.shape[1] if stream.ndim == 3 and labels.ndim == 2 else 0
+    if more <= 0 or not getattr(getattr(root, "active_peft_config", None), "is_prompt_learning", False):
+        return labels
+    return nn.functional.pad(labels, (more, 0), value=ignore_index)
+
+
 def check_rows(labels: Tensor, stream: Tensor, classes: int, ignore_index: int) -> None:
     """Raises ValueError where labels do not go with logits, or with the hidden states before a head of `classes`."""
     if classes == 1:

@@ -22,6 +22,8 @@ from fastpost.ops.noise import add_noise, embedding_noise
 
 SCALES = ("absolute", "relative", "neftune")
 
+CALL = 1 << 40  # from one call's seed to the next one's (an embedding that runs twice, layers); steps are 1 apart
+
 
 def unwrap(model: Any) -> Any:
     """The model inside DistributedDataParallel, DataParallel or torch.compile."""
@@ -119,8 +121,7 @@ class Noise:
         if isinstance(self.offset, Tensor) or self.offset:
             kept_rows = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if keep is None else keep
             index = (kept_rows.reshape(-1).cumsum(0) - 1).reshape(kept_rows.shape) + self.offset
-        # Seeds of later steps are this one plus 1, 2, ...
-        return {"seed": self.seed + (call << 40), "token_index": index, "scale": self._scales(x, keep)}
+        return {"seed": self.seed + call * CALL, "token_index": index, "scale": self._scales(x, keep)}
 
     def _scales(self, x: Tensor, keep: Tensor | None) -> Tensor | None:
         if self.scale == "absolute":
@@ -158,6 +159,9 @@ class Noise:
             x.detach() if self.detach else x, self.eps, self.noise_type, keep=keep, out_dtype=handed_on(x), **drawn
         )
         self.measure(x, noised, keep, drawn)
+        if self.detach and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Reentrant checkpointing gives the weights inside no gradients where no input asks for one.
+            noised.requires_grad_()
         return noised
 
     def look_up(self, table: Tensor, ids: Tensor, keep: Tensor | None, padding_idx: int | None, call: int = 0) -> Tensor:

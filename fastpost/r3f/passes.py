@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from fastpost.ops.noise import fresh_seed
 from fastpost.ops.params import seed_tensor
-from fastpost.r3f.conventions import accelerators, check_rows, device_of, in_step, logits_of
+from fastpost.r3f.conventions import accelerators, beside_virtual_tokens, check_rows, device_of, in_step, logits_of
 from fastpost.r3f.halves import writable_halves
 from fastpost.r3f.head import Head, hidden_of, taken_out
 from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, sequence_numbers
+from fastpost.rng import RandomState
 
 if TYPE_CHECKING:
     from fastpost.r3f.model import R3F
@@ -94,10 +96,10 @@ class Passes:
             clean, noised = both.chunk(2)  # gradients of two slices would each be padded to full size
             return clean, noised
 
-        # What the clean pass draws is drawn again by the noised one.
-        shared = torch.random.fork_rng(accelerators(self.root)) if how.dropout == "shared" else contextlib.nullcontext()
-        with shared:
-            clean = self.run()
+        before = RandomState(accelerators(self.root)) if how.dropout == "shared" else None
+        clean = self.run()
+        if before is not None:
+            before.put()  # what the clean pass drew is drawn again by the noised one
         self.fits(clean)  # what does not fit says so before the second pass
         # grad="clean" has no use for the noised pass's graph. The clean pass ran first, so that weights which autocast
         # cached have theirs.
@@ -110,8 +112,7 @@ class Passes:
         given = inputs.get("inputs_embeds") if how.embedding is None else None
         sequences = None
         if how.noise_scale == "neftune":
-            ids = inputs.get("input_ids", given)
-            sequences = sequence_numbers({**inputs, **self.told}, ids.shape[:2]) if isinstance(ids, Tensor) else None
+            sequences = self._sequences(inputs.get("input_ids"), given)
         if not is_encoder_decoder(root):
             sides: tuple[str, ...] = ("encoder",)
         else:
@@ -132,6 +133,15 @@ class Passes:
                 place.second_only = side == "decoder" and shared
             places.append(place)
         return places
+
+    def _sequences(self, ids: Any, given: Any) -> Tensor | None:
+        """`sequence_numbers` of the rows that are embedded; models flatten ids of more than two dimensions (choices)."""
+        if not isinstance(ids, Tensor) and not isinstance(given, Tensor):
+            return None
+        shape = ids.shape if isinstance(ids, Tensor) else given.shape[:-1]
+        told = {**self.inputs, **self.told}
+        flat = {k: t.flatten(0, -2) for k, t in told.items() if isinstance(t, Tensor) and t.shape == shape and t.ndim > 2}
+        return sequence_numbers({**told, **flat}, torch.Size((math.prod(shape[:-1]), shape[-1])))
 
     def _noised(self, inputs: dict[str, Any], places: list[Place], rows: int | None) -> Tensor:
         """One forward pass with noise on all rows, or on those from `rows` on."""
@@ -200,6 +210,7 @@ class Passes:
 
     def fits(self, stream: Tensor) -> None:
         """Raises ValueError where labels do not go with the logits, or the hidden states before a head."""
+        self.labels = beside_virtual_tokens(self.root, self.labels, stream, self.how.ignore_index)
         classes = stream.shape[-1] if self.head is None else self.head.linear.weight.shape[0]
         check_rows(self.labels, stream, classes, self.how.ignore_index)
 

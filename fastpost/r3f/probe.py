@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpost.errors import unknown
+from fastpost.modes import evaluating
 from fastpost.r3f.noise import is_encoder_decoder, unwrap
 
 POOLINGS = ("first", "mean", "pooler")
@@ -97,7 +97,7 @@ def features(
         raise unknown("pooling", pooling, POOLINGS)
     part = encoder_of(model) if encoder is None else encoder
     pooled = []
-    with _frozen(part):
+    with evaluating(part):
         for batch in batches:
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             pooled.append(_pool(part(**inputs), inputs.get("attention_mask"), pooling).float().cpu())
@@ -125,17 +125,6 @@ def _pool(output: Any, mask: Any, pooling: str) -> Tensor:
     # `where` rather than a product: what stands at padding may be anything, NaN included.
     summed = torch.where(weights != 0, hidden.float(), 0).sum(1)
     return summed / weights.sum(1).clamp(min=1)
-
-
-@contextlib.contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def linear_probe(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpost.rng import accelerators
 from fastpost.sam.buckets import BucketCache, ParameterBucket, total_squared_norm
 from fastpost.sam.face import Wrapper
 from fastpost.sam.fused import FusedRestore
@@ -15,7 +16,6 @@ from fastpost.sam.memory import Gradients, Memory
 from fastpost.sam.overflow import OverflowGuard
 from fastpost.sam.perturbation import Perturbation, Term
 from fastpost.sam.reduction import Reduction
-from fastpost.sam.rng import accelerators
 from fastpost.sam.scope import ScopeCache
 from fastpost.sam.variants import Variant
 

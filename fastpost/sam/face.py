@@ -119,7 +119,9 @@ class Wrapper(Optimizer):
             )
 
 
-def _is_zero(rate: float | Tensor) -> bool:
+def _is_zero(rate: float | Tensor | None) -> bool:
+    if rate is None:  # Adafactor's, which finds its own
+        return False
     if isinstance(rate, Tensor) and rate.device.type != "cpu":
         return False  # asking would wait for the device
     return float(rate) == 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpost.ops import params as ops
+from fastpost.rng import RandomState
 from fastpost.sam.ascent import Ascent
 from fastpost.sam.bases import build_bases, step_bases
 from fastpost.sam.fused import FusedRestore, check_fused_restore
@@ -22,7 +23,6 @@ from fastpost.sam.options import check_options
 from fastpost.sam.overflow import overflowed
 from fastpost.sam.reduction import Reduction, check_sharding
 from fastpost.sam.report import PerturbationReport
-from fastpost.sam.rng import RandomState
 from fastpost.sam.scope import Scope, ScopeCache
 from fastpost.sam.variants import Variant
 

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastpost.rng import RandomState
 from fastpost.sam.optimizer import SAM
 from fastpost.sam.options import check_dropout_rng, check_fraction
-from fastpost.sam.rng import RandomState
 
 ForwardBackward = Callable[[Any], Any]
 NoSync = Callable[[], contextlib.AbstractContextManager[Any]]

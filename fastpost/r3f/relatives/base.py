@@ -29,8 +29,6 @@ from fastpost.r3f.model import R3FOutput
 from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, sequence_numbers, unwrap
 
 DROPOUTS = ("independent", "shared")
-# Between the seeds of two calls, so that a call may use many (one per layer, one per call of an embedding).
-_STRIDE = 1 << 20
 
 
 @dataclass
@@ -167,7 +165,7 @@ class Method:
         if self.seed is None:
             return fresh_seed(device)
         self.step += 1
-        return seed_tensor((self.seed + (self.step - 1) * _STRIDE) % 2**64, device)
+        return seed_tensor((self.seed + self.step - 1) % 2**64, device)
 
     def _place(self, call: Call) -> tuple[str, nn.Module]:
         with self._named():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastpost.errors import unknown
+from fastpost.modes import evaluating
 from fastpost.ops.noise import check_noise
 from fastpost.r3f.model import R3FOutput
 from fastpost.r3f.noise import Noise, is_encoder_decoder
@@ -101,7 +102,7 @@ class HyPe(Method):
                 "HyPe: gradient checkpointing runs layers again in the backward pass, where their noise is gone; turn it "
                 "off (model.gradient_checkpointing_disable())"
             )
-        with contextlib.nullcontext() if self.dropout else _evaluating(call.root):
+        with contextlib.nullcontext() if self.dropout else evaluating(call.root):
             if self.eps == 0:
                 return self._plain(call, self._clean(call))
             device = next((p.device for p in call.root.parameters()), call.labels.device)
@@ -159,14 +160,3 @@ class _NoisyLayers:
             return ((noised, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": noised})
 
         return add
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
