@@ -88,3 +88,19 @@ def gigabytes(request: pytest.FixtureRequest) -> Iterator[float]:
         yield request.param
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of tiny models with a tokenizer; see train_cli."""
+    from tests.train_cli import build_models
+
+    return build_models(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Text in the forms that `fastpost train` reads; see train_cli."""
+    from tests.train_cli import write_files
+
+    return write_files(tmp_path_factory)

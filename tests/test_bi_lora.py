@@ -166,3 +166,11 @@ def test_bi_lora_on_a_classifier_leaves_its_head_alone() -> None:
     bi.remove()
     assert {name for name, p in model.named_parameters() if p.requires_grad} == before
     BiLoRA(model, rho=RHO).remove()  # and again
+
+
+def test_trainable_tokens_have_no_second_adapter() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 4]})
+    model = peft.get_peft_model(build("llama"), config)
+    with pytest.raises(TypeError, match="no second adapter beside trainable_token_indices"):
+        BiLoRA(model)
+    assert list(model.peft_config) == ["default"]

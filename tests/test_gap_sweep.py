@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,13 +127,18 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len({row["text"] for row in sweep(recipe(), model, texts(), evaluate, output=output)}) == 4
 
 
-@pytest.mark.parametrize("change", ["options", "weights", "text", "renamed", "sidecar"])
+@pytest.mark.parametrize("change", ["options", "weights", "text", "renamed", "sidecar", "probe"])
 def test_another_sweeps_file_is_refused(change: str, tmp_path: Path) -> None:
     output = tmp_path / "runs.csv"
     sweep(recipe(), tiny_model(), texts(2), evaluate, output=output)
     before = output.read_text()
-    gap, model, given = recipe(), tiny_model(), texts()
-    if change == "options":
+    gap, model, given, options = recipe(), tiny_model(), texts(), {}
+    if change == "probe":
+        gap = recipe(max_kl=1.0)
+        sweep(gap, model, texts(2), evaluate, output=output.with_name("kl.csv"), probe=torch.tensor([[1, 2, 3]]))
+        output, options = output.with_name("kl.csv"), {"probe": torch.tensor([[1, 2, 4]])}
+        before = output.read_text()
+    elif change == "options":
         gap = recipe(max_drift=3.0)
     elif change == "weights":
         with torch.no_grad():
@@ -144,8 +150,15 @@ def test_another_sweeps_file_is_refused(change: str, tmp_path: Path) -> None:
     else:
         Path(f"{output}.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match=r"another sweep|not among the texts"):
-        sweep(gap, model, given, evaluate, output=output)
+        sweep(gap, model, given, evaluate, output=output, **options)
     assert output.read_text() == before
+
+
+def test_names_are_strings_and_numbers_may_be_numpy_s(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="named by strings, not int"):
+        sweep(recipe(), tiny_model(), {0: next(iter(texts().values()))}, evaluate, output=tmp_path / "a.csv")
+    for _ in range(2):
+        sweep(recipe(max_drift=np.float64(3)), tiny_model(), texts(1), evaluate, output=tmp_path / "b.csv")
 
 
 def test_no_texts() -> None:

@@ -9,8 +9,10 @@ import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from fastpost.cli import gap_sweep, lm, main
+from fastpost import GAP
+from fastpost.cli import gap_report, gap_sweep, lm, main
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +107,61 @@ def test_refusals(texts: Path, tmp_path: Path, more: list[str], message: str, ca
     assert main(arguments(texts, tmp_path / "out", *more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_only_running_shows_is_one_line_too(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short, latin, rows = tmp_path / "short.txt", tmp_path / "latin.txt", tmp_path / "rows.jsonl"
+    short.write_text("a few words")
+    latin.write_bytes(b"caf\xe9 " * 500)
+    rows.write_text('{"text": "a"}\n')
+    (tmp_path / "taken").write_text("")
+    for more, message in (
+        (["--model", str(tmp_path), "--held_out", str(short)], "cannot be loaded"),
+        (["--held_out", str(short)], "--held-out holds"),
+        (["--held_out", str(latin)], "latin.txt: not UTF-8"),
+        (["--texts", str(rows)], "texts are CSV with a column `text`, or plain text"),
+        (["--output_dir", str(tmp_path / "taken")], "exists"),
+    ):
+        assert main(arguments(texts, tmp_path / "out", *more)) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line_and_what_was_finished_is_kept(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    climbs = []
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        climbs.append(1)
+        if len(climbs) == 2:
+            raise KeyboardInterrupt
+        return gap(*args, **kwargs)
+
+    gap = GAP.__call__
+    monkeypatch.setattr(GAP, "__call__", interrupted)
+    assert main(arguments(texts, tmp_path / "out")) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert len({row["text"] for row in csv.DictReader((tmp_path / "out" / "seed-0.csv").open())}) == 1
+
+
+def test_the_step_in_the_table_is_a_median(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {
+            "seed": 0,
+            "text": f"t/{k}",
+            "step": step,
+            "kept": int(step == kept),
+            "score": 0.0,
+            "test_untouched": 0.0,
+            "test_kept": 0.0,
+        }
+        for k, kept in enumerate((0, 2))
+        for step in range(3)
+    ]
+    gap_report.show(Console(), rows, "score", [0.1])
+    assert re.search(r"t\s+│\s+2 │\s+1 │", capsys.readouterr().out)
 
 
 def test_options_from_a_file(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

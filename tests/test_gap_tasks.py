@@ -60,6 +60,11 @@ def test_questions(tmp_path: Path) -> None:
         ("a.json", '[["alone"]]', "either questions or dialogues"),
         ("a.json", "{", "a.json: Expecting"),
         ("a.jsonl", '{"context": "a", "choices": ["b"]}', "lacks 'answer'"),
+        ("a.jsonl", '{"context": "a", "choices": "bc", "answer": 0}', "line 1: choices are a list of two texts or more"),
+        ("a.jsonl", '{"context": "a", "choices": ["b", ""], "answer": 0}', "none of them empty"),
+        ("a.jsonl", '{"context": "a", "choices": ["b", "c"], "answer": "0"}', "line 1: answer '0' of 2 choices"),
+        ("a.jsonl", '\n{"context": "a", "choices": ["b", "c"], "answer": 2}', "line 2: answer 2 of 2 choices"),
+        ("a.jsonl", '{"context": "", "choices": ["b", "c"], "answer": 0}', "the context is empty"),
         ("a.csv", "question,abstract\na,b\n", "lacks 'final_decision'"),
         ("a.csv", "question,abstract,final_decision\na,b,perhaps\n", "'perhaps' is not in tuple|tuple.index"),
     ],
@@ -113,6 +118,8 @@ def test_a_run_chooses_on_one_half_and_reports_the_other() -> None:
 
 
 def test_suites_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="task numbers has a single example"):
+        Suite([Task("numbers", questions=QUESTIONS[:1])], letters, spelled).halves()
     with pytest.raises(ValueError, match="different names, not a, a"):
         Suite([Task("a", questions=QUESTIONS), Task("a", dialogues=DIALOGUES)], letters, spelled)
     with pytest.raises(ValueError, match="not none"):

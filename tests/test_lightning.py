@@ -418,3 +418,12 @@ def test_an_epoch_may_be_left_anywhere(tmp_path: Path) -> None:
     assert fitted.global_step == 1 + 3
     assert callback.sam is not None
     assert not callback.sam.is_perturbed
+
+
+def test_a_module_without_an_optimizer(tmp_path: Path) -> None:
+    class Still(Module):
+        def configure_optimizers(self) -> None:  # type: ignore[override]
+            return None
+
+    with pytest.raises(ValueError, match="configure_optimizers gave no optimizer"):
+        trainer(tmp_path, SAMCallback()).fit(Still(), loader(4))

@@ -314,3 +314,14 @@ def test_adapters_added_after_sharding() -> None:
     outcome.of("refused")
     assert max(outcome.of("adapters")) <= 1e-9
     assert max(outcome.of("noise")) <= 1e-12
+
+
+def test_flat_lora_leaves_layers_without_an_active_adapter_alone() -> None:
+    model = lora()
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["o_proj"]))
+    rows = rows_of_text(2)
+    plain = model(input_ids=rows).logits
+    with FlatLoRA(model, sigma=0.05):
+        noised = model(input_ids=rows).logits
+    assert not torch.equal(noised, plain)
+    assert torch.equal(model(input_ids=rows).logits, plain)

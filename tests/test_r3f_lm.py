@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -183,19 +184,35 @@ def test_windows_do_not_nest_and_close() -> None:
         pass
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("forward", FORWARDS)
 @pytest.mark.parametrize("kind", ["causal", "llama", "sequence"])
-def test_gradient_checkpointing_changes_nothing(kind: str, forward: str) -> None:
+def test_gradient_checkpointing_changes_nothing(kind: str, forward: str, reentrant: bool) -> None:
     found = []
     for checkpointing in (False, True):
         model = build(kind, dropout=0.1)
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         torch.manual_seed(4)
-        out = R3F(eps=0.1, seed=3, forward=forward)(model, **batch_for(kind))
-        found.append(gradients(model, out.loss))
+        R3F(eps=0.1, seed=3, forward=forward)(model, **batch_for(kind)).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in found[0].items():
         assert float((found[1][name] - gradient).norm()) <= 1e-5 * float(gradient.norm()) + 1e-6, name
+
+
+def test_prompt_tuning_gives_labels_their_virtual_tokens() -> None:
+    torch.manual_seed(2)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(build("causal", dropout=0.0), config).train()
+    batch = batch_for("causal")
+    for fused in (False, True):
+        plain = R3F(r3f_lambda=0, fused_linear=fused)(model, **batch)
+        assert float(plain.loss) == pytest.approx(float(model(**batch).loss), rel=1e-5)
+        out = R3F(eps=0.1, seed=3, fused_linear=fused)(model, **batch)
+        assert float(out.symm_kl) > 0
+        out.loss.backward()
+    with pytest.raises(ValueError, match="labels have shape"):
+        R3F()(model, **{**batch, "labels": batch["labels"][:, 1:]})
 
 
 # -- scales of noise ------------------------------------------------------------------------------------------------------
@@ -439,3 +456,20 @@ def test_lora(kind: str, fused: bool) -> None:
     assert trained
     assert all("lora_" in name for name in trained)
     assert any(float(p.grad.norm()) > 0 for p in model.parameters() if p.grad is not None)
+
+
+def test_choices_are_sequences_of_their_own() -> None:
+    """(batch, choices, time), which models flatten: each choice is scaled by its own length."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.BertForMultipleChoice(transformers.BertConfig(vocab_size=VOCABULARY, **sizes)).train()
+    ids = torch.randint(1, VOCABULARY, (2, 3, 7))
+    mask = torch.ones_like(ids)
+    mask[0, 1, 4:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 2])}
+    noise = Seen(model).noise_of(R3F(5.0, noise_scale="neftune", seed=3), model, **batch)
+    length = mask.flatten(0, 1).sum(1)
+    largest = noise.abs().flatten(1).max(1).values * (length * 24).sqrt()
+    assert float(largest.max()) <= 5 + 1e-4
+    assert float(largest.min()) > 4
+    assert float(noise[mask.flatten(0, 1) == 0].abs().max()) == 0

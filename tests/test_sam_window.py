@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -407,3 +409,23 @@ def test_replicas_that_ascend_alone_need_no_sync() -> None:
     opt.sync_ascent = False
     with pytest.raises(ValueError, match=r"sync_ascent=False.*pass no_sync"):
         SAMWindow(opt, runner(model))
+
+
+@pytest.mark.parametrize("dropout_rng", ["same", "independent"])
+def test_numpy_s_and_python_s_numbers_are_drawn_again_too(dropout_rng: str) -> None:
+    """Speech models draw the masks of SpecAugment from NumPy's generator."""
+    p, drawn = nn.Parameter(torch.ones(3)), []
+
+    def forward_backward(_: int) -> None:
+        drawn.append((np.random.rand(), random.random()))
+        p.sum().backward()
+
+    np.random.seed(5)
+    random.seed(5)
+    window = SAMWindow(SAM([p], torch.optim.SGD, lr=0.1), forward_backward, dropout_rng=dropout_rng)
+    window.run([0, 1])
+    assert (drawn[:2] == drawn[2:]) == (dropout_rng == "same")
+    np.random.seed(5)
+    random.seed(5)
+    plain = [(np.random.rand(), random.random()) for _ in range(3)]
+    assert drawn[:2] == plain[:2]

@@ -50,6 +50,16 @@ def as_bits(tensors: list[Tensor]) -> list[Tensor]:
     return [(t.detach() + 0.0).view(torch.int32) for t in tensors]
 
 
+def test_a_parameter_given_twice_counts_once() -> None:
+    p = nn.Parameter(torch.ones(4))
+    with SignedWindow([p, p]) as window:
+        window.next(1)
+        (p * 2).sum().backward()
+        window.next(-1, 0.5)
+        (p * 3).sum().backward()
+    assert p.grad.tolist() == [0.5] * 4
+
+
 def test_signs_are_those_of_the_losses_bit_for_bit() -> None:
     model = tiny_model().eval()
     other = copy.deepcopy(model)

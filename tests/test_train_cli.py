@@ -31,24 +31,11 @@ from .train_cli import (
     WORDS,
     Page,
     assert_same,
-    build_models,
     saved,
     table,
     words_of,
-    write_files,
 )
 from .trainers import BATCH, CLIP, RHO
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return build_models(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return write_files(tmp_path_factory)
-
 
 # -- methods ----------------------------------------------------------------------------------------------------------------
 

@@ -19,22 +19,9 @@ from fastpost.cli import main, train_data, train_options, train_run
 from .train_cli import (
     LENGTH,
     assert_same,
-    build_models,
     saved,
     words_of,
-    write_files,
 )
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return build_models(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return write_files(tmp_path_factory)
-
 
 # -- data -------------------------------------------------------------------------------------------------------------------
 
@@ -75,6 +62,10 @@ def test_labels_of_numbers_are_in_their_order_and_a_model_keeps_its_own(models, 
         "".join(json.dumps({"text": "the", "label": n}) + "\n" for n in (10, 9, -1, 2, 9, 10, 2, 9)), encoding="utf-8"
     )
     assert train_data.read(options(train_file=str(path))).labels == ("-1", "2", "9", "10")
+    path.write_text(
+        "".join(json.dumps({"text": "a", "label": n}) + "\n" for n in ("²", "01", "--5", "1", "2")), encoding="utf-8"
+    )
+    assert train_data.read(options(train_file=str(path))).labels == ("01", "1", "2", "--5", "²")
     config = transformers.AutoConfig.from_pretrained(
         models["encoder"], id2label={0: "prose", 1: "code"}, label2id={"prose": 0, "code": 1}
     )
@@ -118,6 +109,11 @@ def test_labels_that_a_hub_data_set_names(tmp_path) -> None:
         ("x.jsonl", '{"text": " ", "label": 1}\n', "line 1: the text is empty"),
         ("x.jsonl", '{"text": "a", "pair": "b"}\n', "pairs are classified"),
         ("x.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 1}\n', "every training row has the label '1'"),
+        ("x.jsonl", '{"text": "a"}\n{"text": "b", "label": 1}\n', "line 2 has a label, and the first row has none"),
+        ("x.jsonl", '{"text": "a", "label": 0}\n{"text": "b", "pair": "c", "label": 1}\n', "line 2 has a pair"),
+        ("x.jsonl", '{"text": "a", "pair": null, "label": 0}\n', "line 1: the pair is no text"),
+        ("x.tsv", "text\tlabel\na\t \nb\t1\n", "line 2: no label"),
+        ("x.csv", "text,label,label\na,0,1\n", "two columns are called 'label'"),
         ("x.tsv", "text\tlabel\na\tb\nc\n", r"x\.tsv, line 3: 1 columns, the header has 2"),
         ("x.csv", "text,label\n", "holds no rows"),
         ("x.txt", " \n", "holds no text"),
@@ -203,6 +199,10 @@ def test_help_groups_every_option_by_method() -> None:
         ("--method sam --deepspeed nope.json", "deepspeed"),
         ("--method sam --label_column text", "text, pair and label are three columns"),
         ("--method sam --dtype float23", "Did you mean 'float32'"),
+        ("--method sam --per_device_train_batch_size 0", "--per_device_train_batch_size must be at least 1"),
+        ("--method sam --label_names foo", "--label_names: fastpost train makes the batches"),
+        ("--method sam --metric_for_best_model acuracy", "Did you mean 'accuracy'?"),
+        ("--method gap --gap_lr 1e30 --max_length 3", "evaluate returned NaN"),
     ],
 )  # fmt: skip
 def test_wrong_use_is_one_line_and_writes_nothing(models, files, tmp_path, capsys, words, message) -> None:
@@ -222,6 +222,31 @@ def test_wrong_use_is_one_line_and_writes_nothing(models, files, tmp_path, capsy
     assert message in error
     assert error.startswith("fastpost train: error: ")
     assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_options_in_the_words_of_yaml_and_json(models, files, tmp_path, capsys) -> None:
+    config = tmp_path / "run.json"
+    settings = {"train_file": files["rows.jsonl"], "method": "sam", "report_to": [], "sam_rho": "1e-1", "fp16": False}
+    config.write_text(json.dumps(settings, indent="\t"), encoding="utf-8")
+    run = train_options.parse([str(config), "--use_cpu"])
+    assert (run.arguments.report_to, run.arguments.sam_rho) == ([], 0.1)
+    path = tmp_path / "run.yaml"
+    path.write_text(f"train_file: {files['rows.jsonl']}\nmethod: sam\nsave_strategy: no\nuse_cpu: yes\nbf16: off\n")
+    run = train_options.parse([str(path), "--report_to", "none"])
+    assert (run.arguments.save_strategy, run.use_cpu, run.arguments.bf16) == ("no", True, False)
+    path.write_text("method: [sam\n")
+    assert main(["train", str(path)]) == 2
+    assert "run.yaml: while parsing" in capsys.readouterr().err
+
+
+def test_encoders_are_no_language_models(models, files, tmp_path, capsys) -> None:
+    out = str(tmp_path / "out")
+    text = ["--train_file", files["text.txt"], "--model", models["encoder"], "--use_cpu", "--output_dir", out]
+    assert main(["train", "--method", "none", *text, "--max_length", "8"]) == 2
+    assert "its predictions depend on the tokens that they predict" in capsys.readouterr().err
+    assert main(["train", "--method", "gap", *text]) == 2
+    assert "is no trained causal language model: it has no weights for" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -92,6 +92,36 @@ def test_files_of_settings_under_what_is_typed(tmp_path: Path, form: str) -> Non
     assert data.texts == "mine"
 
 
+def test_files_as_transformers_reads_and_writes_them(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "output_dir: out\nuse_cpu: true\nlearning_rate: 2e-5\nr3f_eps: 1e-5\nsam_rho: 1e-1\nrun_name: --x\n"
+        "report_to: [tensorboard, none]\noptim_target_modules: [attn, mlp]\n"
+    )
+    for args in (parse_arguments(argv=[str(path)]), HfArgumentParser(PostTrainingArguments).parse_yaml_file(str(path))[0]):
+        assert (args.r3f_eps, args.sam_rho, float(args.learning_rate), args.run_name) == (1e-5, 0.1, 2e-5, "--x")
+        assert args.optim_target_modules == ["attn", "mlp"]
+    args = PostTrainingArguments("out", use_cpu=True, report_to="none", sam_rho=0.3)
+    path = tmp_path / "args.json"
+    path.write_text(args.to_json_string())
+    assert parse_arguments(argv=[str(path)]).to_dict() == args.to_dict()
+    path.write_text('{"output_dir": "out", "r3f_eps": "small"}')
+    with pytest.raises(ValueError, match="r3f_eps"):
+        parse_arguments(argv=[str(path)])
+    with pytest.raises(ValueError, match="sam_rho must be a number, not 'large'"):
+        PostTrainingArguments("out", use_cpu=True, sam_rho="large")
+
+
+def test_the_embedding_by_its_name(tmp_path: Path) -> None:
+    args = arguments(tmp_path, 1, method="r3f", r3f_embedding="transformer.wte")
+    trainer = R3FTrainer(tiny.build("causal"), args, train_dataset=rows())
+    assert trainer.r3f.embedding == "transformer.wte"
+    trainer.train()
+    args = arguments(tmp_path, 1, method="r3f", r3f_embedding="transformer.wt")
+    with pytest.raises(ValueError, match=r"Did you mean 'transformer\.wte'"):
+        R3FTrainer(tiny.build("causal"), args, train_dataset=rows()).train()
+
+
 def test_what_does_not_exist_names_the_nearest_that_does(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown option '--sam_roh'\. Did you mean '--sam_rho'"):
         parse_arguments(argv=["--output_dir", "out", "--use_cpu", "--sam_roh", "0.1"])

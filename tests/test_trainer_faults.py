@@ -217,3 +217,50 @@ def test_a_run_begun_again_in_the_middle_of_a_window_begins_at_w(tmp_path: Any) 
     trainer.train()
     assert len(seen) == 2
     assert all(same_bits(p, q) for p, q in zip(seen[1], before, strict=True))
+
+
+PART = {"gradient_accumulation_steps": 4, "sam_ascent_fraction": 0.25, "sam_rho": 0.5}
+
+
+def test_evaluating_in_the_middle_of_a_window_never_measures_w_plus_e(tmp_path: Any) -> None:
+    class Evaluating(TrainerCallback):
+        def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+            trainer.evaluate()
+
+    model = tiny.build("causal")
+    before = weights(model)
+    trainer = trainer_of(SAMTrainer, model, arguments(tmp_path, 1, **PART), eval_dataset=rows(), callbacks=[Evaluating()])
+    with pytest.raises(RuntimeError, match=r"would measure w \+ e; evaluate after a step"):
+        trainer.train()
+    assert unchanged(before, weights(model))
+    whole = {**PART, "sam_ascent_fraction": 1.0}
+    trainer = trainer_of(SAMTrainer, model, arguments(tmp_path, 1, **whole), eval_dataset=rows(), callbacks=[Evaluating()])
+    trainer.train()  # there the window's weights are w until its last micro-batch
+    assert trainer.sam.skipped_steps == 0
+
+
+def test_asking_for_the_data_in_the_middle_of_a_window_changes_nothing(tmp_path: Any) -> None:
+    class Asking(TrainerCallback):
+        def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+            len(trainer.get_train_dataloader())
+
+    found = []
+    for callbacks in ([], [Asking()]):
+        model = exact(tiny.build("causal", 0.0, torch.float64))
+        trainer = trainer_of(SAMTrainer, model, arguments(tmp_path, 2, **PART), callbacks=callbacks)
+        trainer.train()
+        found.append(weights(model))
+    assert unchanged(*found)
+
+
+def test_an_optimizer_that_finds_its_own_rate(tmp_path: Any) -> None:
+    """Adafactor(lr=None, relative_step=True), T5's recipe, on steps with and without an ascent."""
+    from transformers.optimization import Adafactor
+
+    model = tiny.build("causal")
+    optimizer = Adafactor(model.parameters(), lr=None, relative_step=True, warmup_init=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.zeros(1)], lr=0.1), lambda step: 1.0)
+    args = arguments(tmp_path, 4, sam_interval=2, optim="adamw_torch")
+    trainer = trainer_of(SAMTrainer, model, args, optimizers=(optimizer, schedule))
+    trainer.train()
+    assert optimizer.param_groups[0]["sam_steps"] == 4

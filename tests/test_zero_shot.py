@@ -128,6 +128,17 @@ def test_greedy_answers(batch_size: int) -> None:
     assert model.training
 
 
+def test_a_checkpoint_s_own_settings_do_not_change_greedy_answers() -> None:
+    model = tiny_model(vocab_size=64, n_positions=96, initializer_range=0.3).eval()
+    plain = dialogue_f1(model, letters, spelled, DIALOGUES)
+    model.generation_config.repetition_penalty, model.generation_config.no_repeat_ngram_size = 5.0, 1
+    settings = model.generation_config
+    answers: list[list[int]] = []
+    assert dialogue_f1(model, letters, lambda ids: answers.append(ids) or spelled(ids), DIALOGUES) == plain
+    assert any(len(set(ids)) < len(ids) for ids in answers)  # which the settings would forbid
+    assert model.generation_config is settings
+
+
 def test_an_answer_ends_where_it_begins_another_turn() -> None:
     model = tiny_model(vocab_size=64, n_positions=96)
     score = dialogue_f1(model, letters, lambda ids: " bye.\nUser 1: a long story", [["see you", "bye"]])
@@ -182,6 +193,13 @@ def test_bootstrap_sees_a_difference_and_none() -> None:
     spread = (found.high - found.low) / (2 * 1.96)
     differences = np.asarray(better.values) - np.asarray(a.values)
     assert spread == pytest.approx(differences.std(ddof=1) / math.sqrt(300), rel=0.1)
+
+
+def test_the_bootstrap_draws_the_same_however_little_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = (Score(tuple(np.random.default_rng(seed).random(37))) for seed in (1, 2))
+    whole = bootstrap(a, b, draws=1000)
+    monkeypatch.setattr("fastpost.gap.zero_shot.DRAWN", 100)
+    assert bootstrap(a, b, draws=1000) == whole
 
 
 def test_tasks_count_alike_whatever_their_length() -> None:

@@ -126,7 +126,7 @@ def give_defaults(parser: Any, settings: Mapping[str, Any]) -> None:
 
 
 def settings_of(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Keys and values of a JSON or YAML file; yes, no, on and off are words, as on a command line.
+    """Keys and values of a JSON or YAML file; yes and no are words, as on a command line.
 
     Raises:
         FileNotFoundError: no such file. ValueError: neither JSON nor YAML, no mapping, or a key that is none of `names`.
@@ -137,7 +137,7 @@ def settings_of(path: Path, names: Sequence[str]) -> dict[str, Any]:
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
         yaml_implicit_resolvers = {  # noqa: RUF012
-            first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool" or first in "tTfF"]
+            first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool" or first in "tTfFoO"]
             for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 

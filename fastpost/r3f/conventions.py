@@ -58,10 +58,11 @@ def check_range(labels: Tensor, classes: int | None, ignore_index: int) -> None:
 
 def beside_virtual_tokens(root: Any, labels: Tensor, stream: Tensor, ignore_index: int) -> Tensor:
     """Labels for logits that begin with those of PEFT's virtual tokens (prompt tuning), which do not count."""
-    more = stream.shape[1] - labels.shape[1] if stream.ndim == 3 and labels.ndim == 2 else 0
-    if more <= 0 or not getattr(getattr(root, "active_peft_config", None), "is_prompt_learning", False):
+    config = getattr(root, "active_peft_config", None)
+    virtual = config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0
+    if not virtual or labels.ndim != 2 or stream.shape[1:-1] != (labels.shape[1] + virtual,):
         return labels
-    return nn.functional.pad(labels, (more, 0), value=ignore_index)
+    return nn.functional.pad(labels, (virtual, 0), value=ignore_index)
 
 
 def check_rows(labels: Tensor, stream: Tensor, classes: int, ignore_index: int) -> None:

@@ -1,0 +1,74 @@
+"""`fastpost train`: runs that were killed at their end, that diverge, that find no room; what their reports say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastpost.cli import lm, main, train_gap, train_options, train_run
+from fastpost.cli.report import replace_text
+from fastpost.integrations.transformers import PostTrainer
+
+from .train_cli import Page, assert_same, saved, table, words_of
+
+
+def test_a_run_that_was_killed_after_its_last_step_is_not_trained_on(models, files, tmp_path, monkeypatch) -> None:
+    words = words_of(
+        "sam", models, files, tmp_path, "--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no"
+    )
+    monkeypatch.setattr(PostTrainer, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(words) == 130
+    monkeypatch.undo()
+    assert main([*words, "--resume_from_checkpoint", "True"]) == 0
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert_same(saved(tmp_path), saved(tmp_path / "checkpoint-4"))
+    assert table(tmp_path)[-1]["step"] == "4"
+    assert table(tmp_path)[-1]["eval_accuracy"]
+    assert "resumed from" in Page.of(tmp_path).tables["facts"][-1][0]
+
+
+def test_a_diverged_run_says_so(models, files, tmp_path) -> None:
+    assert main([*words_of("sam_lm", models, files, tmp_path), "--sam_rho", "0", "--learning_rate", "1e30"]) == 0
+    assert table(tmp_path)[-1]["loss"] == "nan"
+    assert "nan" in Page.of(tmp_path).seen
+
+
+def test_smoothed_losses_make_no_perplexity_and_an_ascent_on_a_part_is_told(models, files, tmp_path) -> None:
+    assert main([*words_of("sam_lm", models, files, tmp_path), "--label_smoothing_factor", "0.2"]) == 0
+    assert "eval_perplexity" not in table(tmp_path)[0]
+    assert "training loss, past the ascent at w + e, last logged" in Page.of(tmp_path).seen
+
+
+def test_a_text_of_gap_has_the_number_of_its_row_whatever_is_held_out(models, files, tmp_path) -> None:
+    words = ["train", "--method", "gap", "--model", models["causal"], "--train_file", files["texts.jsonl"], "--use_cpu"]
+    words += ["--text_index", "2", "--gap_steps", "1", "--timing_rounds", "0", "--max_length", "4"]
+    runs = [train_options.parse([*words[1:], *more]) for more in ([], ["--validation_file", files["held.txt"]])]
+    found = [train_gap.prepare(run).ids for run in runs]
+    texts = [json.loads(line)["text"] for line in Path(files["texts.jsonl"]).read_text(encoding="utf-8").splitlines()]
+    expected = lm.load_lm(models["causal"]).encode(texts[2])
+    assert [ids[0].tolist() for ids in found] == [expected] * 2
+    out = tmp_path / "out"
+    assert main([*words, "--output_dir", str(out)]) == 0
+    assert "text_index: 2" in (out / "run.yaml").read_text()
+    (out / "checkpoint-10").mkdir()
+    with pytest.raises(ValueError, match="holds checkpoint-10 of another run"):
+        train_gap.prepare(train_options.parse([*words[1:], "--output_dir", str(out)]))
+
+
+def test_the_command_that_goes_on_names_the_newest_checkpoint_once() -> None:
+    command = "fastpost train --output_dir 'a b' --resume_from_checkpoint a/checkpoint-2 --sam_rho 0.1"
+    assert train_run._without_resuming(command) == "fastpost train --output_dir 'a b' --sam_rho 0.1"
+    assert train_run._without_resuming("x --resume-from-checkpoint=y z") == "x z"
+
+
+def test_a_full_disk_leaves_no_parts(tmp_path, monkeypatch) -> None:
+    def full(self: Path, *_: object, **__: object) -> None:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_text(tmp_path / "report.html", "x")
+    assert list(tmp_path.iterdir()) == []
