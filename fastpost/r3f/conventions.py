@@ -58,7 +58,7 @@ def check_range(labels: Tensor, classes: int | None, ignore_index: int) -> None:
 
 def beside_virtual_tokens(root: Any, labels: Tensor, stream: Tensor, ignore_index: int) -> Tensor:
     """Labels for logits that begin with those of PEFT's virtual tokens (prompt tuning), which do not count."""
-    config = getattr(root, "active_peft_config", None)
+    config: Any = getattr(root, "active_peft_config", None)
     virtual = config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0
     if not virtual or labels.ndim != 2 or stream.shape[1:-1] != (labels.shape[1] + virtual,):
         return labels
