@@ -61,17 +61,13 @@ def medians(csv_name: str, case: str) -> dict[str, float]:
 
 def ratios(csv_name: str, case: str) -> dict[str, float]:
     """What each goal of a case in bench/data measured."""
-    return {row["goal"]: float(row["ratio"]) for row in _goals(csv_name) if row["case"] == case}
+    return {name: float(row["ratio"]) for name, row in goals(csv_name, case).items()}
 
 
-def all_ratios(csv_name: str) -> list[float]:
-    """What every goal in one of bench/data's files measured."""
-    return [float(row["ratio"]) for row in _goals(csv_name)]
-
-
-def _goals(csv_name: str) -> list[dict[str, str]]:
+def goals(csv_name: str, case: str) -> dict[str, dict[str, str]]:
+    """The rows of a case's goals in one of bench/data's files."""
     with (ROOT / "bench" / "data" / csv_name).open() as file:
-        return [row for row in csv.DictReader(file) if row["goal"]]
+        return {row["goal"]: row for row in csv.DictReader(file) if row["goal"] and row["case"] == case}
 
 
 @functools.cache

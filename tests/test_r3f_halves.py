@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastpost
-from fastpost.r3f.halves import writable_halves
+from fastpost.ops.halves import writable_halves
 
 from .conftest import same_bits
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastpost import SAM
 from fastpost.backends.reference import random_halves, round_randomly
+from fastpost.ops.perturbed import hashed_bits
 from fastpost.sam import GSAM, SAMWindow
-from fastpost.sam.rounding import hashed_bits
 
 from .conftest import bits, same_bits
 from .small import X, Y, all_bits, closure_of, loss_of, network, unchanged

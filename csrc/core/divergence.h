@@ -129,7 +129,6 @@ FASTPOST_HD float noised_gradient(float q, float r, float excess, float noised_k
 }
 
 // -- Jensen-Shannon: m = (p + q) / 2, t = (p - q) / (p + q) = tanh(r / 2), so p = m (1 + t) and q = m (1 - t)
-// ---------------
 //
 //   JSD = sum m ((1 + t) ln(1 + t) + (1 - t) ln(1 - t)) / 2       dJSD/da = p (ln(p / m) - KL(p|m)) / 2
 //

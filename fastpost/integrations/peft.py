@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from fastpost.ops.noise import add_noise
 from fastpost.ops.params import check_radius
+from fastpost.ops.perturbed import noised_linear
 
 try:
     from peft import LoraConfig, PeftModel
@@ -281,8 +280,7 @@ class FlatLoRA:
         transposed = isinstance(base, Conv1D)
         scale = self._scale(layer, base.weight.T if transposed else base.weight, number)
         seed = (self.seed + self.step) * 2**20 + number
-        noised: Tensor = _NoisedLinear.apply(x, base.weight, base.bias, scale, eps, seed, transposed)  # type: ignore[no-untyped-call]
-        return noised
+        return noised_linear(x, base.weight, base.bias, scale, eps, seed, transposed=transposed)
 
     @torch.no_grad()
     def _scale(self, layer: Any, weight: Tensor, number: int) -> Tensor:
@@ -297,33 +295,6 @@ class FlatLoRA:
         cross = (b * (wide @ a.T)).sum(1)
         added = (b * (b @ (a @ a.T))).sum(1)
         return ((own + 2 * cross + added).clamp(min=0) / weight.shape[1]).sqrt()
-
-
-class _NoisedLinear(torch.autograd.Function):
-    """x (W + e)^T + bias, e drawn again in the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, eps: float, seed: int, transposed: bool
-    ) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        ctx.eps, ctx.seed, ctx.transposed, ctx.dtype = eps, seed, transposed, x.dtype
-        return F.linear(x, _noised(weight, scale, eps, seed, transposed), bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale = ctx.saved_tensors
-        of_x = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_x = (grad @ _noised(weight, scale, ctx.eps, ctx.seed, ctx.transposed).to(grad.dtype)).to(ctx.dtype)
-        if ctx.needs_input_grad[2]:
-            of_bias = grad.flatten(0, -2).sum(0)
-        return of_x, None, of_bias, None, None, None, None
-
-
-def _noised(weight: Tensor, scale: Tensor, eps: float, seed: int, transposed: bool) -> Tensor:
-    rows = weight.detach().T.contiguous() if transposed else weight.detach()
-    return add_noise(rows, eps, "normal", seed=seed, scale=scale)
 
 
 def _wide(tensor: Tensor) -> Tensor:

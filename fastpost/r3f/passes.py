@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastpost.ops.halves import writable_halves
 from fastpost.ops.noise import fresh_seed
 from fastpost.ops.params import seed_tensor
 from fastpost.r3f.conventions import accelerators, beside_virtual_tokens, check_rows, device_of, in_step, logits_of
-from fastpost.r3f.halves import writable_halves
 from fastpost.r3f.head import Head, hidden_of, taken_out
 from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, sequence_numbers
 from fastpost.rng import RandomState

@@ -7,58 +7,22 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpost.backends.reference import round_randomly
+from fastpost.ops.perturbed import plus_small, product
 from fastpost.sam.buckets import ParameterBucket
 from fastpost.sam.perturbation import Perturbation, Term
 from fastpost.sam.reduction import Reduction
-from fastpost.sam.rounding import hashed_bits
 
 # A layer's directions and the factor that they are multiplied with: e = factor * direction.
 Directions = dict[str, Tensor]
 Rule = Callable[[Any, Directions, float, tuple[Any, ...], dict[str, Any]], Tensor]
 
 # -- layers at w + e --------------------------------------------------------------------------------------------------------
-#
-# Adding c (x U^T) to an output that is rounded already would lose it: below half a unit in the last place nothing changes.
-# It has to be there before the product x W^T is rounded.
-
-
-class _Product(torch.autograd.Function):
-    """x W + factor * x U, and the gradient of x likewise, each sum rounded once; W and U have shape (in, out).
-
-    Autograd by itself would round dy W and dy U apart and lose the second in the sum; in float16 factor * dy underflows.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, u: Tensor, factor: float) -> Tensor:
-        ctx.save_for_backward(x, weight, u)
-        ctx.factor = factor
-        return torch.addmm(x @ u, x, weight, beta=factor)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight, u = ctx.saved_tensors
-        dx = torch.addmm(dy @ u.t(), dy, weight.t(), beta=ctx.factor) if ctx.needs_input_grad[0] else None
-        return dx, x.t() @ dy if ctx.needs_input_grad[1] else None, None, None
-
-
-def _product(x: Tensor, weight: Tensor, u: Tensor | None, factor: float) -> Tensor:
-    """x W + factor * x U for matrices of shape (in, out)."""
-    flat = x.reshape(-1, x.shape[-1])
-    if u is None:
-        out = flat @ weight
-    else:
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-            flat, weight, u = flat.to(dtype), weight.to(dtype), u.to(dtype)
-        out = cast("Tensor", _Product.apply(flat, weight, u, factor))  # type: ignore[no-untyped-call]
-    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _plus_bias(y: Tensor, bias: Tensor | None, u: Directions, factor: float) -> Tensor:
@@ -75,13 +39,13 @@ def _moved(p: Tensor, u: Tensor | None, factor: float) -> Tensor:
 
 def _linear(module: Any, u: Directions, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     direction = u.get("weight")
-    y = _product(_input(args, kwargs), module.weight.t(), None if direction is None else direction.t(), factor)
+    y = product(_input(args, kwargs), module.weight.t(), None if direction is None else direction.t(), factor)
     return _plus_bias(y, module.bias, u, factor)
 
 
 def _conv1d(module: Any, u: Directions, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """transformers' Conv1D, a linear layer whose weight is stored (in, out)."""
-    return _plus_bias(_product(_input(args, kwargs), module.weight, u.get("weight"), factor), module.bias, u, factor)
+    return _plus_bias(product(_input(args, kwargs), module.weight, u.get("weight"), factor), module.bias, u, factor)
 
 
 def _embedding(module: Any, u: Directions, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -89,16 +53,7 @@ def _embedding(module: Any, u: Directions, factor: float, args: tuple[Any, ...],
     rows: Tensor = _original(module)(module, *args, **kwargs)
     ids = _input(args, kwargs)
     index = ids.unsqueeze(-1) * rows.shape[-1] + torch.arange(rows.shape[-1], device=rows.device)
-    return _plus_small(rows, F.embedding(ids, u["weight"]), factor, index)
-
-
-def _plus_small(y: Tensor, gain: Tensor, factor: float, index: Tensor) -> Tensor:
-    """y + factor * gain; 16 bits are rounded at random, by `index`, because y lies on their grid already."""
-    if y.dtype.itemsize > 2:
-        return torch.add(y, gain, alpha=factor)
-    with torch.no_grad():
-        moved = round_randomly(y.float() + gain.float() * factor, hashed_bits(index), y.dtype)
-    return moved + (y - y.detach())  # the second term is 0 and carries the gradient
+    return plus_small(rows, F.embedding(ids, u["weight"]), factor, index)
 
 
 def _norm(module: Any, u: Directions, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -162,7 +117,7 @@ def _scaled_embedding(module: Any, u: Directions, factor: float, args: tuple[Any
         with _holding(module, {"weight": table}):
             gains.append(forward(module, *args, **kwargs))
     index = torch.arange(y.numel(), device=y.device).view(y.shape)
-    return _plus_small(y, gains[0] - gains[1], factor, index)
+    return plus_small(y, gains[0] - gains[1], factor, index)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Stochastic rounding of a stored perturbation, and random bits without a generator."""
+"""Stochastic rounding of a stored perturbation."""
 
 from __future__ import annotations
 
@@ -36,13 +36,3 @@ class StochasticPerturbation(Perturbation):
         sums = ops.run("sam_perturb_", b.bucket, squared, term.rho, term.eta, term.seen, seed)
         ops.wrote(b.bucket.weights)
         return sums
-
-
-def hashed_bits(index: Tensor, seed: int = 0) -> Tensor:
-    """16 well-mixed bits for each int64 index: the same ones every time, without a generator."""
-    mask = 0xFFFFFFFF
-    h = (index + seed * 0x9E3779B9) & mask
-    for factor in (0x7FEB352D, 0x846CA68B):  # a 32-bit finaliser, in int64, where products of 32 and 16 bits still fit
-        h = h ^ (h >> 16)
-        h = ((h & 0xFFFF) * factor + (((h >> 16) * factor & 0xFFFF) << 16)) & mask
-    return (h ^ (h >> 16)) & 0xFFFF
