@@ -6,6 +6,8 @@ eight sums per row. The formulas are those of csrc/core/divergence.h, chosen per
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +19,19 @@ _BLOCK_ELSEWHERE = 1 << 23  # where every operation is a launch
 def group_named(name: str) -> dist.ProcessGroup:
     """The process group of this name: operations of torch.library take no groups."""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+
+
+class _Sums(NamedTuple):
+    """What a row adds up over the whole vocabulary, each float64 (rows,); exponentials without the row's maxima."""
+
+    clean: Tensor
+    noised: Tensor
+    gap: Tensor  # clean - noised
+    gap_moment: Tensor  # gap times d
+    noised_moment: Tensor  # noised times d
+    alone: Tensor  # classes that are -inf in one stream only
+    label_logit: Tensor
+    logits: Tensor
 
 
 def sharded_divergence_rows_(
@@ -49,6 +64,57 @@ def sharded_divergence_rows_(
         ValueError: a label outside the vocabulary (on the CPU; elsewhere it gives NaN).
     """
     clean, noised = logits
+    top, first, vocab = _agreed(clean, noised, group)
+    if labels is not None and clean.device.type == "cpu":
+        outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+        if bool(outside.any()):
+            raise ValueError(f"label {int(labels[outside][0])} is outside a vocabulary of {int(vocab)}")
+    own = _own(labels, first, clean.shape[1])
+    sums = _summed(clean, noised, top, own, bool(smoothing), group)
+
+    shift = torch.log1p(sums.gap / sums.noised)  # log of the ratio of the normalisers, the maxima taken off
+    mean = sums.noised_moment / sums.noised
+    kl = (torch.exp(-shift) * sums.gap_moment / sums.noised + mean * torch.expm1(-shift)).clamp(min=0)
+    kl = torch.where(sums.alone > 0, torch.full_like(kl, torch.inf), kl)
+    kl = torch.where(kl_weights == 0, torch.zeros_like(kl), kl)
+    ce = torch.zeros_like(kl)
+    if labels is not None:
+        assert ce_weights is not None
+        ce = torch.log(sums.clean) + top[0].double() - (1 - smoothing) * sums.label_logit
+        if smoothing:
+            ce = ce - smoothing / vocab * sums.logits
+        ce = torch.where((labels < 0) | (labels >= vocab), torch.full_like(ce, torch.nan), ce)
+        ce = torch.where(ce_weights == 0, torch.zeros_like(ce), ce)
+
+    forward = (sums.gap_moment + sums.noised_moment) / sums.clean - shift  # KL(p || q)
+    for block in _blocks(clean) if any(g is not None for g in grads) else ():
+        a, b = clean[block], noised[block]
+        d, w1, w2, _ = _parts(a, b, top[:, block])
+        dtype = a.dtype
+        p, q = w1 / _column(sums.clean, block, dtype), w2 / _column(sums.noised, block, dtype)
+        r = d - _column(shift, block, dtype)
+        difference = torch.where(r.abs() < 0.5, q * torch.expm1(r.clamp(max=1)), p - q)
+        weight = _column(kl_weights, block, dtype)
+        if grads[1] is not None:
+            grad = weight * (q * (_column(mean - shift, block, dtype) - r) - difference)
+            grads[1][block] = torch.where(weight == 0, torch.zeros_like(grad), grad)
+        if grads[0] is not None:
+            grad = torch.zeros_like(a)
+            if teach_clean:
+                grad = weight * (p * (r - _column(forward, block, dtype)) + difference)
+                grad = torch.where(weight == 0, torch.zeros_like(grad), grad)
+            if ce_weights is not None and own is not None:
+                weight = _column(ce_weights, block, dtype)
+                task = weight * (p - (smoothing / vocab).to(dtype)) if smoothing else weight * p
+                here, place = own[0][block].unsqueeze(-1), own[1][block]
+                task.scatter_add_(-1, place, torch.where(here, (smoothing - 1) * weight, 0))
+                grad = grad + torch.where(weight == 0, torch.zeros_like(task), task)
+            grads[0][block] = grad
+    return kl, ce
+
+
+def _agreed(clean: Tensor, noised: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Over all ranks: both streams' maxima (2, rows), 0 for a row without a class; this rank's first column; all columns."""
     rows, columns = clean.shape
     largest = torch.stack((clean.amax(-1), noised.amax(-1)))
     sizes = torch.zeros(dist.get_world_size(group), dtype=clean.dtype, device=clean.device)
@@ -57,74 +123,40 @@ def sharded_divergence_rows_(
     agreed = torch.cat((largest.reshape(-1), sizes))
     dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
     largest, sizes = agreed[: 2 * rows].view(2, rows), agreed[2 * rows :]
-    first, vocab = sizes[:rank].sum().long(), sizes.sum().double()
-    top = torch.where(largest == -torch.inf, torch.zeros_like(largest), largest)  # a row without any class
-    centre = top[0] - top[1]
-    here, place = _own(labels, first, columns)
-    if labels is not None and clean.device.type == "cpu":
-        outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
-        if bool(outside.any()):
-            raise ValueError(f"label {int(labels[outside][0])} is outside a vocabulary of {int(vocab)}")
+    top = torch.where(largest == -torch.inf, torch.zeros_like(largest), largest)
+    return top, sizes[:rank].sum().long(), sizes.sum().double()
 
-    sums = torch.zeros(8, rows, dtype=torch.float64, device=clean.device)
-    step = max(1, _BLOCK.get(clean.device.type, _BLOCK_ELSEWHERE) // columns)
-    blocks = [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
-    for block in blocks:
+
+def _summed(
+    clean: Tensor, noised: Tensor, top: Tensor, own: tuple[Tensor, Tensor] | None, logits_too: bool, group: dist.ProcessGroup
+) -> _Sums:
+    sums = torch.zeros(len(_Sums._fields), len(clean), dtype=torch.float64, device=clean.device)
+    here = _Sums(*sums.unbind())  # views
+    for block in _blocks(clean):
         a, b = clean[block], noised[block]
-        d, w1, w2, u = _parts(a, b, top[:, block], centre[block])
-        for k, value in enumerate((w1, w2, u, d * u, w2 * d, (a == -torch.inf) != (b == -torch.inf))):
-            sums[k, block] = value.sum(-1, dtype=torch.float64)
-        if here is not None and place is not None:
-            label_logit = a.gather(-1, place[block]).squeeze(-1).double()
-            sums[6, block] = torch.where(here[block], label_logit, torch.zeros_like(label_logit))
-        if smoothing:
-            sums[7, block] = a.sum(-1, dtype=torch.float64)
+        d, w1, w2, u = _parts(a, b, top[:, block])
+        alone = (a == -torch.inf) != (b == -torch.inf)
+        for total, values in zip(here, (w1, w2, u, d * u, w2 * d, alone), strict=False):
+            total[block] = values.sum(-1, dtype=torch.float64)
+        if own is not None:
+            label_logit = a.gather(-1, own[1][block]).squeeze(-1).double()
+            here.label_logit[block] = torch.where(own[0][block], label_logit, torch.zeros_like(label_logit))
+        if logits_too:
+            here.logits[block] = a.sum(-1, dtype=torch.float64)
     dist.all_reduce(sums, dist.ReduceOp.SUM, group=group)
-
-    total1, total2, gap, moment, mean2, alone, label_logit, logit_sum = sums
-    shift = torch.log1p(gap / total2)  # log of the ratio of the normalisers, the maxima taken off
-    kl = (torch.exp(-shift) * moment / total2 + mean2 / total2 * torch.expm1(-shift)).clamp(min=0)
-    kl = torch.where(alone > 0, torch.full_like(kl, torch.inf), kl)
-    kl = torch.where(kl_weights == 0, torch.zeros_like(kl), kl)
-    forward, backward = (moment + mean2) / total1 - shift, shift - mean2 / total2  # KL(p || q), KL(q || p)
-    ce = torch.zeros_like(kl)
-    if labels is not None:
-        assert ce_weights is not None
-        ce = torch.log(total1) + top[0].double() - (1 - smoothing) * label_logit
-        if smoothing:
-            ce = ce - smoothing / vocab * logit_sum
-        ce = torch.where((labels < 0) | (labels >= vocab), torch.full_like(ce, torch.nan), ce)
-        ce = torch.where(ce_weights == 0, torch.zeros_like(ce), ce)
-
-    for block in blocks if any(g is not None for g in grads) else ():
-        a, b = clean[block], noised[block]
-        d, w1, w2, _ = _parts(a, b, top[:, block], centre[block])
-        dtype = a.dtype
-        p, q = w1 / _column(total1, block, dtype), w2 / _column(total2, block, dtype)
-        r = d - _column(shift, block, dtype)
-        difference = torch.where(r.abs() < 0.5, q * torch.expm1(r.clamp(max=1)), p - q)
-        weight = _column(kl_weights, block, dtype)
-        if grads[1] is not None:
-            grad = weight * (q * (-r - _column(backward, block, dtype)) - difference)
-            grads[1][block] = torch.where(weight == 0, torch.zeros_like(grad), grad)
-        if grads[0] is not None:
-            grad = torch.zeros_like(a)
-            if teach_clean:
-                grad = weight * (p * (r - _column(forward, block, dtype)) + difference)
-                grad = torch.where(weight == 0, torch.zeros_like(grad), grad)
-            if ce_weights is not None and here is not None and place is not None:
-                weight = _column(ce_weights, block, dtype)
-                task = weight * (p - (smoothing / vocab).to(dtype)) if smoothing else weight * p
-                task.scatter_add_(-1, place[block], torch.where(here[block].unsqueeze(-1), (smoothing - 1) * weight, 0))
-                grad = grad + torch.where(weight == 0, torch.zeros_like(task), task)
-            grads[0][block] = grad
-    return kl, ce
+    return here
 
 
-def _own(labels: Tensor | None, first: Tensor, columns: int) -> tuple[Tensor | None, Tensor | None]:
+def _blocks(clean: Tensor) -> list[slice]:
+    rows, columns = clean.shape
+    step = max(1, _BLOCK.get(clean.device.type, _BLOCK_ELSEWHERE) // columns)
+    return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
+
+
+def _own(labels: Tensor | None, first: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:
     """Which rows' labels are columns of this rank, and which column (some column where not): (rows,), (rows, 1)."""
     if labels is None:
-        return None, None
+        return None
     at = labels - first
     return (at >= 0) & (at < columns), at.clamp(0, columns - 1).unsqueeze(-1)
 
@@ -133,10 +165,10 @@ def _column(values: Tensor, block: slice, dtype: torch.dtype) -> Tensor:
     return values[block].to(dtype).unsqueeze(-1)
 
 
-def _parts(a: Tensor, b: Tensor, top: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d = a - b - centre, both streams' exponentials, and w1 - w2 without cancellation."""
+def _parts(a: Tensor, b: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d = a - b less the difference of the maxima, both streams' exponentials, and w1 - w2 without cancellation."""
     dead = (a == -torch.inf) & (b == -torch.inf)
-    d = a - b - centre.unsqueeze(-1)
+    d = a - b - (top[0] - top[1]).unsqueeze(-1)
     d = torch.where(dead, torch.zeros_like(d), d)
     w1, w2 = (torch.exp(x - m.unsqueeze(-1)) for x, m in zip((a, b), top, strict=True))
     u = torch.where(d.abs() < 0.5, w2 * torch.expm1(d.clamp(max=1)), w1 - w2)

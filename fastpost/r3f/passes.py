@@ -169,13 +169,7 @@ class Passes:
                 entered.enter_context(hook)
             output = self.run(inputs)
         for place, hook in hooks:
-            if hook.calls == 0:
-                raise RuntimeError(
-                    f"R3F: the embedding module {place.name!r} ({type(place.module).__name__}) was not called in the "
-                    "forward pass, so no noise entered. Pass the module that embeds the input as embedding=. (A model "
-                    "compiled before its first R3F step may ignore hooks; torch._dynamo.config.skip_nnmodule_hook_guards = "
-                    "False makes it look.)"
-                )
+            hook.require_called(place.name)
         for place in places:
             if place.noise.counted is not None:
                 self.step.counted[place.side] = self.step.counted.get(place.side, 0) + place.noise.counted

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpost import plan
 from fastpost.ops import params as ops
-from fastpost.sam.reduction import Reduction
+from fastpost.sam.reduction import Reduction, add_part
 
 Gradient = Callable[[Tensor], Tensor | None]
 
@@ -134,6 +134,5 @@ def total_squared_norm(buckets: Sequence[ParameterBucket], etas: Sequence[float 
     """Squared norm of all gradients, scaled by abs(w) + eta where there is an eta, over all ranks: a float64 scalar."""
     parts: dict[Hashable, Tensor] = {}
     for b, eta in zip(buckets, etas, strict=True):
-        part = ops.run("squared_norm", b.bucket, eta)
-        parts[b.key] = parts[b.key] + part.to(parts[b.key].device) if b.key in parts else part
+        add_part(parts, b.key, ops.run("squared_norm", b.bucket, eta))
     return reduction.total(parts)

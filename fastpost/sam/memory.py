@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.sam.reduction import Reduction
+from fastpost.sam.reduction import Reduction, add_part
 
 Gradients = dict[Tensor, Tensor]
 
@@ -46,8 +46,7 @@ class Memory:
         parts: dict[Hashable, Tensor] = {}
         for p, x in a.items():
             if p in b:
-                key, part = self._reduction.key(p), (x.double() * b[p].double()).sum()
-                parts[key] = parts[key] + part.to(parts[key].device) if key in parts else part
+                add_part(parts, self._reduction.key(p), (x.double() * b[p].double()).sum())
         return self._reduction.total(parts) if parts else torch.zeros((), dtype=torch.float64)
 
     def kept(self, p: Tensor, name: str) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastpost.ops import params as ops
 from fastpost.sam.buckets import ParameterBucket
-from fastpost.sam.reduction import Reduction
+from fastpost.sam.reduction import Reduction, add_part
 
 
 class Term(NamedTuple):
@@ -57,7 +57,7 @@ class Perturbation:
                 with uninterrupted():
                     part = self.write(b, term, squared.to(b.bucket.device))
                     self._done.append(b)
-                parts[b.key] = parts[b.key] + part.to(parts[b.key].device) if b.key in parts else part
+                add_part(parts, b.key, part)
         except BaseException:  # a later bucket failed: the earlier ones must not stay perturbed
             self.undo(reduction)
             raise

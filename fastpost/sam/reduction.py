@@ -67,6 +67,11 @@ class Reduction:
             distributed.reshard(params)
 
 
+def add_part(parts: dict[Hashable, Tensor], key: Hashable, part: Tensor) -> None:
+    """Adds to the sum of this key, on the device where that began."""
+    parts[key] = parts[key] + part.to(parts[key].device) if key in parts else part
+
+
 def check_sharding(params: Iterable[Tensor], sync_ascent: bool | None) -> None:
     """Raises ValueError where ranks are asked for ascents of their own and none holds a whole gradient."""
     if sync_ascent is False and any(distributed.is_sharded(p) for p in params):

@@ -195,11 +195,7 @@ class Method:
         with self._named():
             with NoisyEmbedding(module, noise, mask, first_only=is_encoder_decoder(call.root)) as embedding:
                 output = call.model(**call.inputs)
-            if embedding.calls == 0:
-                raise RuntimeError(
-                    f"R3F: the embedding module {name!r} ({type(module).__name__}) was not called in the forward pass, so "
-                    "no noise entered. Pass the module that embeds the input as embedding=."
-                )
+            embedding.require_called(name)
             return self._checked(call, output)
 
     def _checked(self, call: Call, output: Any) -> Tensor:
