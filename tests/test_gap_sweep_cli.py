@@ -112,7 +112,7 @@ def test_refusals(texts: Path, tmp_path: Path, more: list[str], message: str, ca
 def test_what_only_running_shows_is_one_line_too(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short, latin, rows = tmp_path / "short.txt", tmp_path / "latin.txt", tmp_path / "rows.jsonl"
     short.write_text("a few words")
-    latin.write_bytes(b"caf\xe9 " * 500)
+    latin.write_bytes("déjà vu ".encode("latin-1") * 500)
     rows.write_text('{"text": "a"}\n')
     (tmp_path / "taken").write_text("")
     for more, message in (

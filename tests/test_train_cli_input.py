@@ -201,7 +201,7 @@ def test_help_groups_every_option_by_method() -> None:
         ("--method sam --dtype float23", "Did you mean 'float32'"),
         ("--method sam --per_device_train_batch_size 0", "--per_device_train_batch_size must be at least 1"),
         ("--method sam --label_names foo", "--label_names: fastpost train makes the batches"),
-        ("--method sam --metric_for_best_model acuracy", "Did you mean 'accuracy'?"),
+        ("--method sam --metric_for_best_model accuracies", "Did you mean 'accuracy'?"),
         ("--method gap --gap_lr 1e30 --max_length 3", "evaluate returned NaN"),
     ],
 )  # fmt: skip

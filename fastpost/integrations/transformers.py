@@ -137,7 +137,7 @@ def settings_of(path: Path, names: Sequence[str]) -> dict[str, Any]:
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
         yaml_implicit_resolvers = {  # noqa: RUF012
-            first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool" or first in "tTfFoO"]
+            first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool" or first not in "yYnN"]
             for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 

@@ -330,8 +330,8 @@ class NoisyEmbedding:
             raise RuntimeError(
                 f"R3F: the embedding module {name!r} ({type(self.module).__name__}) was not called in the forward pass, so "
                 "no noise entered. Pass the module that embeds the input as embedding= (in a trainer r3f_embedding). "
-                "A model compiled before its first R3F step may ignore hooks; torch._dynamo.config.skip_nnmodule_hook_guards "
-                "= False makes it look."
+                "A model compiled before its first R3F step may ignore hooks; "
+                "torch._dynamo.config.skip_nnmodule_hook_guards = False makes it look."
             )
 
     def _off(self) -> bool:
