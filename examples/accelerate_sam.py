@@ -75,6 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         weights = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
             torch.save(weights, options.output)
+    accelerator.wait_for_everyone()  # nobody leaves while another one still exchanges tensors
     accelerator.end_training()
 
 

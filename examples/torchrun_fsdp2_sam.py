@@ -121,6 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.output is not None and rank == 0:
         torch.save(weights, options.output)
     if launched:
+        dist.barrier()  # nobody leaves while another one still exchanges tensors
         dist.destroy_process_group()
 
 

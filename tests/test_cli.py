@@ -355,8 +355,11 @@ def test_measure_sees_memory_that_is_gone_again():
     def make():
         return lambda: torch.ones(64 << 18).sum()  # 64 MiB, freed at once
 
-    (*_, (_, cost)) = measure.interleaved({"side": make}, rounds=1)
-    assert 50 < cost.peak_mib < 120
+    peaks = []
+    for _ in range(3):  # what else the process does may add to one of them
+        (*_, (_, cost)) = measure.interleaved({"side": make}, rounds=1)
+        peaks.append(cost.peak_mib)
+    assert 50 < min(peaks) < 120
 
 
 def test_summary_numbers():

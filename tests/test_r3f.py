@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastpost import R3F, R3FOutput
 from fastpost.ops.noise import add_noise
@@ -566,6 +567,29 @@ def test_a_compiled_model_that_ignores_hooks_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"'words' .* was not called .*skip_nnmodule_hook_guards = False"):
         R3F(0.05, embedding="words")(compiled, ids=IDS, labels=CLASSES)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_a_model_may_change_its_embeddings_in_place(forward: str) -> None:
+    """As CTRL does; and what comes after them may be checkpointed, reentrant or not."""
+
+    class Scaled(Plain):
+        checkpointed = False
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids)
+            x *= 2.0
+            through = nn.Sequential(self.head, nn.Tanh())
+            return (checkpoint(through, x, use_reentrant=True) if self.checkpointed else through(x)).mean(1)
+
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = Scaled().train()
+        model.checkpointed = checkpointed
+        R3F(0.3, seed=3, forward=forward, embedding="words")(model, ids=IDS, labels=CLASSES).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("forward", FORWARDS)

@@ -31,7 +31,7 @@ def test_a_run_that_was_killed_after_its_last_step_is_not_trained_on(models, fil
 
 def test_a_diverged_run_says_so(models, files, tmp_path) -> None:
     assert main([*words_of("sam_lm", models, files, tmp_path), "--sam_rho", "0", "--learning_rate", "1e30"]) == 0
-    assert table(tmp_path)[-1]["loss"] == "nan"
+    assert (table(tmp_path)[-1]["loss"], table(tmp_path)[-1]["eval_perplexity"]) == ("nan", "nan")
     assert "nan" in Page.of(tmp_path).seen
 
 
@@ -39,6 +39,9 @@ def test_smoothed_losses_make_no_perplexity_and_an_ascent_on_a_part_is_told(mode
     assert main([*words_of("sam_lm", models, files, tmp_path), "--label_smoothing_factor", "0.2"]) == 0
     assert "eval_perplexity" not in table(tmp_path)[0]
     assert "training loss, past the ascent at w + e, last logged" in Page.of(tmp_path).seen
+    alone = tmp_path / "alone"  # of one micro-batch a quarter is the whole
+    assert main([*words_of("sam_lm", models, files, alone), "--gradient_accumulation_steps", "1"]) == 0
+    assert "training loss, last logged" in Page.of(alone).seen
 
 
 def test_a_text_of_gap_has_the_number_of_its_row_whatever_is_held_out(models, files, tmp_path) -> None:

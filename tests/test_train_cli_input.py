@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from fastpost.cli import main, train_data, train_options, train_run
+from fastpost.cli import lm, main, train_data, train_options, train_run
 
 from .train_cli import (
     LENGTH,
@@ -111,7 +112,7 @@ def test_labels_that_a_hub_data_set_names(tmp_path) -> None:
         ("x.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 1}\n', "every training row has the label '1'"),
         ("x.jsonl", '{"text": "a"}\n{"text": "b", "label": 1}\n', "line 2 has a label, and the first row has none"),
         ("x.jsonl", '{"text": "a", "label": 0}\n{"text": "b", "pair": "c", "label": 1}\n', "line 2 has a pair"),
-        ("x.jsonl", '{"text": "a", "pair": null, "label": 0}\n', "line 1: the pair is no text"),
+        ("x.jsonl", '{"text": "a", "pair": null, "label": 0}\n{"text": "a", "pair": "b", "label": 1}\n', "line 2: a row"),
         ("x.tsv", "text\tlabel\na\t \nb\t1\n", "line 2: no label"),
         ("x.csv", "text,label,label\na,0,1\n", "two columns are called 'label'"),
         ("x.tsv", "text\tlabel\na\tb\nc\n", r"x\.tsv, line 3: 1 columns, the header has 2"),
@@ -238,6 +239,29 @@ def test_files_of_options_in_the_words_of_yaml_and_json(models, files, tmp_path,
     path.write_text("method: [sam\n")
     assert main(["train", str(path)]) == 2
     assert "run.yaml: while parsing" in capsys.readouterr().err
+
+
+def test_columns_without_a_name_and_pairs_that_are_nowhere(tmp_path) -> None:
+    table, rows = tmp_path / "x.csv", tmp_path / "x.jsonl"
+    table.write_text("v1,v2,,\nham,a text,,\nspam,another,,\n")
+    data = train_data.read(options(train_file=str(table), text_column="v2", label_column="v1"), needs_validation=False)
+    assert [row.label for row in data.train] == ["ham", "spam"]
+    rows.write_text("".join(json.dumps({"text": "a", "pair": None, "label": k}) + "\n" for k in range(2)))
+    assert [row.pair for row in train_data.read(options(train_file=str(rows)), needs_validation=False).train] == [None, None]
+
+
+def test_half_a_file_of_weights_and_short_models(models, files, tmp_path, capsys) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(models["causal"], broken)
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    for method in ("sam", "gap"):
+        words = ["--method", method, "--train_file", files["text.txt"], "--model", str(broken), "--use_cpu"]
+        assert main(["train", *words, "--output_dir", str(tmp_path / "out")]) == 2
+        assert f"--model {broken} cannot be loaded" in capsys.readouterr().err
+    torch.manual_seed(0)
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 6, "vocab_size": 7}
+    lm.check_causal(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)))
 
 
 def test_encoders_are_no_language_models(models, files, tmp_path, capsys) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -106,10 +107,37 @@ def test_files_as_transformers_reads_and_writes_them(tmp_path: Path) -> None:
     path.write_text(args.to_json_string())
     assert parse_arguments(argv=[str(path)]).to_dict() == args.to_dict()
     path.write_text('{"output_dir": "out", "r3f_eps": "small"}')
-    with pytest.raises(SystemExit):  # argparse names it
+    with pytest.raises(ValueError, match="r3f_eps: invalid float value: 'small'"):
         parse_arguments(argv=[str(path)])
     with pytest.raises(ValueError, match="sam_rho must be a number, not 'large'"):
         PostTrainingArguments("out", use_cpu=True, sam_rho="large")
+
+
+def test_settings_of_a_file_are_read_as_if_typed(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+
+    def parsed(text: str) -> PostTrainingArguments:
+        path.write_text(f"use_cpu: yes\nreport_to: none\n{text}")
+        return parse_arguments(argv=[str(path)])
+
+    args = parsed(
+        "output_dir: 2024-05-01\nrun_name: 7\nlabel_names: labels\nsave_strategy: no\nbf16: off\nsam_adaptive: yes\n"
+    )
+    assert (args.output_dir, args.run_name, args.label_names) == ("2024-05-01", "7", ["labels"])
+    assert (args.save_strategy, args.bf16, args.sam_adaptive) == ("no", False, True)
+    args = parsed("output_dir: out\ngradient_checkpointing_kwargs: {use_reentrant: no}\nlabel_names: [a, 1]\n")
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert args.label_names == ["a", "1"]
+    for line, message in (
+        ("max_steps: 1.5", "max_steps: invalid int value: '1.5'"),
+        ("per_device_train_batch_size: 4.0", "invalid int value: '4.0'"),
+        ("sam_rho: true", "sam_rho: invalid float value: 'True'"),
+        ("sam_adaptive: 3", "sam_adaptive: Truthy value expected"),
+        ("learning_rate: [1, 2]", "learning_rate: invalid float value"),
+        ("lr_scheduler_type: linea", "invalid choice: 'linea'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            parsed(f"output_dir: out\n{line}\n")
 
 
 def test_the_embedding_by_its_name(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -137,6 +138,17 @@ def test_a_checkpoint_s_own_settings_do_not_change_greedy_answers() -> None:
     assert dialogue_f1(model, letters, lambda ids: answers.append(ids) or spelled(ids), DIALOGUES) == plain
     assert any(len(set(ids)) < len(ids) for ids in answers)  # which the settings would forbid
     assert model.generation_config is settings
+
+
+def test_an_adapter_leaves_the_settings_of_the_model_inside_alone() -> None:
+    model = tiny_model(vocab_size=64, n_positions=96)
+    model.generation_config.repetition_penalty = 1.3
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    settings = model.generation_config
+    dialogue_f1(wrapped, letters, spelled, DIALOGUES, limit=1)
+    assert model.generation_config is settings
+    assert settings.repetition_penalty == 1.3
+    assert "generation_config" not in vars(wrapped)
 
 
 def test_an_answer_ends_where_it_begins_another_turn() -> None:

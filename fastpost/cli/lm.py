@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastpost.cli import stdlib
@@ -155,6 +156,10 @@ def train_lm(corpus: Corpus, options: LmOptions, seed: int, progress: Progress) 
     return module
 
 
+# What transformers and safetensors raise for a folder that holds no such model, or half of one.
+CANNOT_LOAD = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
+
+
 @dataclass
 class Loaded:
     """A causal language model and how it reads: text to token ids, without special tokens, and back."""
@@ -176,7 +181,7 @@ def load_lm(name: str) -> Loaded:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
         model, info = load(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (*CANNOT_LOAD, KeyError) as error:
         raise ValueError(f"--model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if info["missing_keys"]:
         lacking = ", ".join(sorted(info["missing_keys"])[:5])
@@ -193,9 +198,12 @@ def load_lm(name: str) -> Loaded:
 def check_causal(model: Any) -> None:
     """Raises ValueError where a prediction depends on the token that it predicts, as in bidirectional encoders: a loss of
     such a model says nothing."""
-    ids = torch.arange(8, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
+    config = model.config.get_text_config()
+    vocabulary = config.vocab_size
+    length = min(8, getattr(config, "max_position_embeddings", None) or 8)
+    ids = torch.arange(length, device=model.device).remainder(vocabulary)[None]
     other = ids.clone()
-    other[0, -1] = ids[0, 0]
+    other[0, -1] = (ids[0, -1] + 1) % vocabulary
     with evaluating(model):
         one, two = (model(input_ids=row).logits[0, :-1].float() for row in (ids, other))
     if (one - two).abs().max() > 1e-3 * one.abs().max():

@@ -145,7 +145,7 @@ def _table(path: Path, text: str) -> list[tuple[str, Mapping[str, Any]]]:
     kind: dict[str, Any] = {} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     reader = csv.reader(lines, **kind)
     header = next(reader, [])
-    if twice := [name for name in header if header.count(name) > 1]:
+    if twice := [name for name in header if name and header.count(name) > 1]:
         raise ValueError(f"{path}: two columns are called {twice[0]!r}")
     found: list[tuple[str, Mapping[str, Any]]] = []
     for cells in reader:
@@ -200,8 +200,10 @@ def _rows(lines: Iterable[tuple[str, Mapping[str, Any]]], options: DataOptions, 
         text, pair, label = (None if name is None else _cell(line, name, where) for name in columns)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}: the {columns[0]} is empty or no text")
-        if columns[1] is not None and not isinstance(pair, str):
+        if pair is not None and not isinstance(pair, str):
             raise ValueError(f"{where}: the {columns[1]} is no text")
+        if found and (pair is None) != (found[0].pair is None):
+            raise ValueError(f"{where}: a row without a pair among rows with one, or the other way round")
         for usual, asked, taken in (("pair", options.pair_column, columns[1]), ("label", options.label_column, columns[2])):
             if asked is None and taken is None and line.get(usual) is not None:
                 raise ValueError(f"{where} has a {usual}, and the first row has none; say --{usual}_column, or none for it")

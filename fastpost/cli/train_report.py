@@ -94,7 +94,7 @@ def rows_of(log_history: Sequence[Mapping[str, Any]], perplexity: bool) -> list[
         row = found.setdefault(numbers["step"], {})
         row.update(numbers)
         if perplexity and "eval_loss" in line:
-            row["eval_perplexity"] = math.exp(line["eval_loss"]) if line["eval_loss"] < 709 else math.inf
+            row["eval_perplexity"] = math.inf if line["eval_loss"] > 709 else math.exp(line["eval_loss"])
     return [found[step] for step in sorted(found)]
 
 

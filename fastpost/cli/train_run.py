@@ -125,7 +125,7 @@ def _load(run: Run, labels: tuple[str, ...]) -> tuple[Any, Any, Any, list[str]]:
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it would say about new weights is said in one line of ours
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         model, info = auto.from_pretrained(path, config=config, dtype=run.data.dtype, output_loading_info=True)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (*lm.CANNOT_LOAD, KeyError) as error:
         raise ValueError(f"--model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     finally:
         transformers.logging.set_verbosity(level)
@@ -368,7 +368,8 @@ def _results(job: Job) -> train_report.Results:
     if not job.labels and a.label_smoothing_factor:
         metric = "eval_loss"  # of which no perplexity follows
     results = train_report.Results(run.folder, run.method, run.command, run.changed, facts, metric)
-    if "sam" in METHODS[run.method] and a.sam_ascent_fraction < 1:
+    window = a.gradient_accumulation_steps
+    if "sam" in METHODS[run.method] and math.ceil(a.sam_ascent_fraction * window) < window:
         results.loss_at = ", past the ascent at w + e"
     return results
 

@@ -195,11 +195,16 @@ def _plainly_greedy(model: Any, end: Any) -> Iterator[None]:
     if settings is None:
         yield
         return
+    # PEFT's generate hands its own settings on to the model inside.
+    own = [(module, vars(module).get("generation_config")) for module in model.modules()]
     model.generation_config = type(settings)(eos_token_id=end, pad_token_id=0)
     try:
         yield
     finally:
-        model.generation_config = settings
+        for module, before in own:
+            vars(module).pop("generation_config", None)
+            if before is not None:
+                module.generation_config = before
 
 
 def dialogue_prompt(turns: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ Subclasses of Trainer take the mixin: `class MyTrainer(SAMTrainerMixin, Seq2SeqT
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -110,23 +111,38 @@ def parse_arguments(classes: Any = PostTrainingArguments, argv: Sequence[str] | 
 
 
 def give_defaults(parser: Any, settings: Mapping[str, Any]) -> None:
-    """Makes a file's settings the parser's defaults, which what is typed overrides; lists and the like stay what they are.
+    """Makes a file's settings the parser's defaults, which what is typed overrides.
+
+    Values are read as if they had been typed. Mappings, and lists for options that take one word, stay what they are.
 
     Raises:
         ValueError: a value that the option does not have.
     """
     for action in parser._actions:
         value = settings.get(action.dest)
-        if value is None:
+        if value is None or not action.option_strings or action.nargs == 0:  # 0: the --no_ form of a switch
             continue
+        try:
+            if action.nargs in ("+", "*"):
+                value = [_as_typed(parser, action, v) for v in (value if isinstance(value, list) else [value])]
+            elif not isinstance(value, Mapping) and not (isinstance(value, list) and action.type is str):
+                value = _as_typed(parser, action, value)
+        except argparse.ArgumentError as error:
+            raise ValueError(f"{action.dest}: {error.message}") from None
         action.required = False
-        if action.choices is not None and value not in action.choices:
-            raise unknown(action.dest, str(value), list(map(str, action.choices)))
-    parser.set_defaults(**{name: value for name, value in settings.items() if value is not None})
+        parser.set_defaults(**{action.dest: value})
+
+
+def _as_typed(parser: Any, action: argparse.Action, value: Any) -> Any:
+    if value is False and action.choices is not None and "no" in action.choices:
+        value = "no"  # which YAML takes for a truth value
+    found = parser._get_value(action, str(value))
+    parser._check_value(action, found)
+    return found
 
 
 def settings_of(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Keys and values of a JSON or YAML file; yes and no are words, as on a command line.
+    """Keys and values of a JSON or YAML file.
 
     Raises:
         FileNotFoundError: no such file. ValueError: neither JSON nor YAML, no mapping, or a key that is none of `names`.
@@ -135,15 +151,9 @@ def settings_of(path: Path, names: Sequence[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"no such file: {path}")
     import yaml  # type: ignore[import-untyped]
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        yaml_implicit_resolvers = {  # noqa: RUF012
-            first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool" or first not in "yYnN"]
-            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
     try:
         text = path.read_text(encoding="utf-8-sig")
-        settings = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader)
+        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):

@@ -227,6 +227,29 @@ def add_noise(
     return noised
 
 
+class _AsksForGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, noised: Tensor, source: Tensor) -> Tensor:
+        ctx.mark_dirty(noised)  # the same tensor, which the model may change in place
+        return noised
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def asks_for_gradient(noised: Tensor, source: Tensor) -> Tensor:
+    """`noised` itself, as a part of the graph that lets no gradient through to anything.
+
+    Reentrant checkpointing gives the weights inside no gradients where none of its inputs asks for one.
+
+    Args:
+        noised: without a graph. source: any tensor with one.
+    """
+    asking: Tensor = _AsksForGradient.apply(noised, source)  # type: ignore[no-untyped-call]
+    return asking
+
+
 def embedding_noise(
     table: Tensor,
     ids: Tensor,

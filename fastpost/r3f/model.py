@@ -17,6 +17,7 @@ from fastpost.ops.jensen_shannon import js_divergence
 from fastpost.ops.linear_divergence import linear_r3f_loss
 from fastpost.ops.noise import check_noise
 from fastpost.ops.params import seed_tensor
+from fastpost.ops.reductions import R3F_REDUCTIONS
 from fastpost.r3f.conventions import class_labels, give_decoder_inputs, summed_cross_entropy
 from fastpost.r3f.head import Head, find_head
 from fastpost.r3f.noise import SCALES, unwrap
@@ -26,7 +27,7 @@ OPTIONS = {
     "grad": ("both", "noised", "clean"),
     "dropout": ("independent", "shared"),
     "forward": ("two_pass", "double_batch"),
-    "reduction": ("token", "sentence", "fairseq", "sum"),
+    "reduction": R3F_REDUCTIONS,
     "noise_scale": SCALES,
     "where": ("encoder", "decoder", "both"),
     "divergence": ("symmetric_kl", "js"),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpost.errors import unknown
-from fastpost.ops.noise import add_noise, embedding_noise
+from fastpost.ops.noise import add_noise, asks_for_gradient, embedding_noise
 
 SCALES = ("absolute", "relative", "neftune")
 
@@ -160,8 +160,7 @@ class Noise:
         )
         self.measure(x, noised, keep, drawn)
         if self.detach and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Reentrant checkpointing gives the weights inside no gradients where no input asks for one.
-            noised.requires_grad_()
+            return asks_for_gradient(noised, x)
         return noised
 
     def look_up(self, table: Tensor, ids: Tensor, keep: Tensor | None, padding_idx: int | None, call: int = 0) -> Tensor:

@@ -25,10 +25,10 @@ from fastpost.r3f.conventions import (
     logits_of,
     summed_cross_entropy,
 )
-from fastpost.r3f.model import R3FOutput
+from fastpost.r3f.model import OPTIONS, R3FOutput
 from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, sequence_numbers, unwrap
 
-DROPOUTS = ("independent", "shared")
+DROPOUTS = OPTIONS["dropout"]
 
 
 @dataclass

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.r3f.model import R3FOutput
+from fastpost.r3f.model import OPTIONS, R3FOutput
 from fastpost.r3f.relatives.base import Call, Method
 
-FORWARDS = ("two_pass", "double_batch")
+FORWARDS = OPTIONS["forward"]
 
 
 class RDrop(Method):
