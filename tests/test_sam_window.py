@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 import fastpost
 from fastpost import SAM
+from fastpost.distributed import no_sync
 from fastpost.sam import SAMWindow
 
 from .small import all_bits, network, same_state, unchanged
@@ -429,3 +430,19 @@ def test_numpy_s_and_python_s_numbers_are_drawn_again_too(dropout_rng: str) -> N
     random.seed(5)
     plain = [(np.random.rand(), random.random()) for _ in range(3)]
     assert drawn[:2] == plain[:2]
+
+
+def test_no_sync_looks_into_a_compiled_module() -> None:
+    class Replica(nn.parallel.DistributedDataParallel):
+        def __init__(self) -> None:  # no process group is needed for what is looked at
+            nn.Module.__init__(self)
+            self.require_backward_grad_sync = True
+
+    replica, compiled = Replica(), nn.Module()
+    compiled._orig_mod = replica
+    for model in (replica, compiled):
+        with no_sync(model):
+            assert not replica.require_backward_grad_sync
+        assert replica.require_backward_grad_sync
+    with pytest.raises(TypeError, match="neither DistributedDataParallel nor"), no_sync(nn.Linear(2, 2)):
+        pass
