@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from fastpost import R3FOutput
 from fastpost.ops.noise import add_noise
-from fastpost.r3f.noise import CALL
 from fastpost.r3f.relatives import SMART, FreeLB, HyPe, NEFTune, NoisedStudent, RDrop
 from fastpost.r3f.relatives.base import Method
 from fastpost.r3f.relatives.delta import Delta
@@ -221,7 +220,7 @@ def test_hype(noise_type: str, dropout: float) -> None:
     away = torch.where(mask, 0.0, -math.inf).double()[:, None, None, :]
     for i, layer in enumerate(bert.encoder.layer):
         z = torch.zeros_like(hidden)
-        z[mask] = add_noise(torch.zeros(int(mask.sum()), 24, dtype=torch.float64), 0.05, noise_type, seed=SEED + i * CALL)
+        z[mask] = add_noise(torch.zeros(int(mask.sum()), 24, dtype=torch.float64), 0.05, noise_type, seed=SEED + i * 2**40)
         hidden = layer(hidden + z, attention_mask=away)
         hidden = hidden if isinstance(hidden, Tensor) else hidden[0]
     logits = model.classifier(bert.pooler(hidden))  # type: ignore[operator]
@@ -590,7 +589,7 @@ def test_every_layer_and_call_draws_its_own_numbers() -> None:
     for i in range(4):
         moved = (model.seen[i + 1] - model.seen[i]).detach()
         assert not bool(moved[mask == 0].any())
-        drawn = add_noise(torch.zeros(4, 4, dtype=torch.float64), 0.3, seed=4 + i * CALL)
+        drawn = add_noise(torch.zeros(4, 4, dtype=torch.float64), 0.3, seed=4 + i * 2**40)
         torch.testing.assert_close(moved[mask == 1], drawn, rtol=0, atol=1e-12)
 
 

@@ -157,7 +157,7 @@ def train_lm(corpus: Corpus, options: LmOptions, seed: int, progress: Progress) 
 
 
 # What transformers and safetensors raise for a folder that holds no such model, or half of one.
-CANNOT_LOAD = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
+CANNOT_LOAD = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 @dataclass
@@ -181,7 +181,7 @@ def load_lm(name: str) -> Loaded:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
         model, info = load(name, dtype=torch.float32, output_loading_info=True)
-    except (*CANNOT_LOAD, KeyError) as error:
+    except CANNOT_LOAD as error:
         raise ValueError(f"--model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if info["missing_keys"]:
         lacking = ", ".join(sorted(info["missing_keys"])[:5])

@@ -59,8 +59,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _of_the_asker(error: Exception, gap: bool) -> bool:
     """A disk that is full or cannot be written; a score or a text that GAP refuses. Anything else wants its traceback."""
-    kinds = ("OSError", "SafetensorError", *(("ValueError",) if gap else ()))
-    return any(kind.__name__ in kinds for kind in type(error).__mro__)
+    from safetensors import SafetensorError
+
+    return isinstance(error, (OSError, SafetensorError)) or (gap and isinstance(error, ValueError))
 
 
 def _conclude(results: Any, console: Any, seconds: float) -> None:

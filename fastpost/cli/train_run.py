@@ -125,7 +125,7 @@ def _load(run: Run, labels: tuple[str, ...]) -> tuple[Any, Any, Any, list[str]]:
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it would say about new weights is said in one line of ours
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         model, info = auto.from_pretrained(path, config=config, dtype=run.data.dtype, output_loading_info=True)
-    except (*lm.CANNOT_LOAD, KeyError) as error:
+    except lm.CANNOT_LOAD as error:
         raise ValueError(f"--model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     finally:
         transformers.logging.set_verbosity(level)

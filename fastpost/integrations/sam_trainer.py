@@ -184,7 +184,8 @@ class SAMTrainerMixin(PostTrainingMixin):
         return optimizer
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's own, which `train` may begin again (`auto_find_batch_size`): each attempt at w."""
+        """As the trainer's own; however it ends the weights are w again, also where `train` begins it anew
+        (`auto_find_batch_size`)."""
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
@@ -203,14 +204,6 @@ class SAMTrainerMixin(PostTrainingMixin):
                 "leave sam_ascent_fraction at 1"
             )
         return super().evaluation_loop(*args, **kwargs)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's own; the weights are w again however it ends."""
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._end_window()
-            self._given_up = False
 
     def save_model(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's own; never saves w + e."""
