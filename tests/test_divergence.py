@@ -1,4 +1,4 @@
-"""Symmetric KL and R3F's loss: against the equations in extended precision, and what must hold whatever the numbers."""
+"""Symmetric KL and R3F's loss: the equations, and what holds whatever the numbers; long, as GPU tests collect it whole."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import fastpost
 from fastpost.gap.guards import Probe
 
-from .test_gap import VOCABULARY, a_text, bits, same, scripted, tiny_model
+from .test_gap import VOCABULARY, a_text, bits, same, tiny_model
+from .test_gap_selection import scripted
 
 LR = 1e-2  # fast enough for bounds to be crossed within a few steps
 

@@ -1,4 +1,4 @@
-"""Rows of logits in two streams: symmetric KL, cross-entropy, and the gradients of both.
+"""Rows of logits in two streams: symmetric KL, cross-entropy, gradients of both; long, as one family is one file.
 
 The equations are in csrc/core/divergence.h. One program per row, three passes: extent, sums, value and gradients; the later
 passes find the row in the second cache. A row is cut into an unaligned head, a body of whole blocks that needs no mask and
