@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpost.cli import lm, main, train_gap, train_options, train_run
+from fastpost.cli import lm, main, train_gap, train_options, train_resume
 from fastpost.cli.report import replace_text
 from fastpost.integrations.transformers import PostTrainer
 
@@ -62,8 +62,8 @@ def test_a_text_of_gap_has_the_number_of_its_row_whatever_is_held_out(models, fi
 
 def test_the_command_that_goes_on_names_the_newest_checkpoint_once() -> None:
     command = "fastpost train --output_dir 'a b' --resume_from_checkpoint a/checkpoint-2 --sam_rho 0.1"
-    assert train_run._without_resuming(command) == "fastpost train --output_dir 'a b' --sam_rho 0.1"
-    assert train_run._without_resuming("x --resume-from-checkpoint=y z") == "x z"
+    assert train_resume.without_resuming(command) == "fastpost train --output_dir 'a b' --sam_rho 0.1"
+    assert train_resume.without_resuming("x --resume-from-checkpoint=y z") == "x z"
 
 
 def test_a_full_disk_leaves_no_parts(tmp_path, monkeypatch) -> None:

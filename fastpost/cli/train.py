@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
         if run.method == "gap":
             ascent = train_gap.prepare(run)
         else:
-            from fastpost.cli import train_run
+            from fastpost.cli import train_resume, train_run
 
             job = train_run.prepare(run)
             trainer = train_run.assemble(job, console)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
             console.print("interrupted; GAP puts the weights back, and nothing was written. To begin again:")
             console.print(run.command, soft_wrap=True, highlight=False, markup=False)
         else:
-            train_run.tell_how_to_resume(job, console)
+            train_resume.tell_how(run, console)
         return 130
     except Exception as error:
         if not _of_the_asker(error, gap=run.method == "gap"):

@@ -15,7 +15,8 @@ from torch import Tensor
 from fastpost.cli import lm, train_data, train_page, train_report, train_timing
 from fastpost.cli.gap_sweep import windows_of
 from fastpost.cli.train_options import Run
-from fastpost.cli.train_run import keep_options, last_checkpoint, machine
+from fastpost.cli.train_resume import last_checkpoint
+from fastpost.cli.train_run import keep_options, machine
 from fastpost.gap.many import rows_of
 from fastpost.gap.run import GapResult
 from fastpost.gap.tasks import Suite, read_task

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import shlex
 import signal
 import sys
 import threading
@@ -14,10 +12,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import TrainerCallback, TrainerState, trainer_utils
+from transformers import TrainerCallback
 
 import fastpost
-from fastpost.cli import lm, train_data, train_page, train_report, train_timing, tuning
+from fastpost.cli import lm, train_data, train_page, train_report, train_resume, train_timing, tuning
 from fastpost.cli.train_options import Run
 from fastpost.errors import unknown
 from fastpost.integrations.options import METHODS
@@ -50,7 +48,7 @@ def prepare(run: Run) -> Job:
     Raises:
         ValueError, FileNotFoundError: the first thing that is wrong.
     """
-    resume = _checkpoint(run)
+    resume = train_resume.asked_for(run)
     data = train_data.read(run.data)
     if run.data.model is None and not data.labels:
         raise ValueError("the data have no labels, so --model has to be a causal language model, a folder or a hub name")
@@ -78,31 +76,6 @@ def prepare(run: Run) -> Job:
         raise unknown("metric_for_best_model", asked, known)
     told = data.told() + ("" if data.labels else f": {len(train)} and {len(validation)} blocks of {size} tokens")
     return Job(run, model, tokenizer, train, validation, data.labels, told, fresh, resume)
-
-
-def _checkpoint(run: Run) -> str | None:
-    asked = run.arguments.resume_from_checkpoint
-    last = last_checkpoint(run)
-    if asked is None or str(asked).lower() == "false":
-        if last is not None:
-            raise ValueError(
-                f"{run.folder} holds {Path(last).name} of an earlier run: --resume_from_checkpoint True goes on from it; "
-                "for another run give another --output_dir"
-            )
-        return None
-    if str(asked).lower() == "true":
-        if last is None:
-            raise ValueError(f"--resume_from_checkpoint True: there is no checkpoint in {run.folder}")
-        return str(last)
-    if not (Path(asked) / "trainer_state.json").is_file():
-        raise FileNotFoundError(f"--resume_from_checkpoint: {asked} is no checkpoint (a folder with trainer_state.json)")
-    return str(asked)
-
-
-def last_checkpoint(run: Run) -> str | None:
-    find: Any = trainer_utils.get_last_checkpoint
-    found: str | None = find(str(run.folder)) if run.folder.is_dir() else None
-    return found
 
 
 def _load(run: Run, labels: tuple[str, ...]) -> tuple[Any, Any, Any, list[str]]:
@@ -194,7 +167,7 @@ def carry_out(job: Job, trainer: Any, console: Any) -> train_report.Results:
         keep_options(run)
     try:
         with watch:
-            if job.resume is None or not _was_at_its_end(trainer, job.resume):
+            if job.resume is None or not train_resume.was_at_its_end(trainer, job.resume):
                 trainer.train(resume_from_checkpoint=job.resume)
     finally:
         if first:
@@ -212,23 +185,6 @@ def carry_out(job: Job, trainer: Any, console: Any) -> train_report.Results:
         _time(job, trainer, results, watch)
         train_page.write(results)
     return results
-
-
-def _was_at_its_end(trainer: Any, checkpoint: str) -> bool:
-    """Whether a checkpoint is of the run's last step, after which the Trainer would make another; it is loaded then."""
-    arguments = trainer.args
-    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    batches = len(trainer.get_train_dataloader())
-    steps = max(-(-batches // arguments.gradient_accumulation_steps), 1)
-    asked = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps)
-    if state.global_step < asked:
-        return False
-    trainer._load_from_checkpoint(checkpoint)
-    trainer.state = state
-    if arguments.load_best_model_at_end and state.best_model_checkpoint is not None:
-        trainer._load_best_model()
-    trainer.watch.began_at = state.global_step
-    return True
 
 
 class Watch(TrainerCallback):
@@ -318,31 +274,6 @@ class Watch(TrainerCallback):
             name = self.results.metric.removeprefix("eval_")
             told = f"step {state.global_step}: evaluation loss {row['eval_loss']:.4g}, {name} {score:.4g}"
             self.console.print(told, highlight=False)
-
-
-def tell_how_to_resume(job: Job, console: Any) -> None:
-    """Names the command that goes on from the newest checkpoint, if there is one."""
-    last = last_checkpoint(job.run)
-    if last is None:
-        console.print("interrupted before the first checkpoint; nothing can be resumed. To begin again:")
-        command = job.run.command
-    else:
-        console.print(f"interrupted; {last} goes on by the same command with --resume_from_checkpoint True:", soft_wrap=True)
-        command = f"{_without_resuming(job.run.command)} --resume_from_checkpoint True"
-    console.print(command, soft_wrap=True, highlight=False, markup=False)
-
-
-def _without_resuming(command: str) -> str:
-    kept, drop = [], False
-    for word in shlex.split(command):
-        name = re.sub("-", "_", word.partition("=")[0].lstrip("-"))
-        if drop:
-            drop = False
-        elif word.startswith("--") and name == "resume_from_checkpoint":
-            drop = "=" not in word
-        else:
-            kept.append(word)
-    return shlex.join(kept)
 
 
 def _accuracy(predicted: Any) -> dict[str, float]:
