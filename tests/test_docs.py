@@ -12,6 +12,7 @@ from functools import cache
 import pytest
 
 from fastpost import cli
+from fastpost.bench import pages
 
 from . import docs
 
@@ -116,50 +117,24 @@ def options(command: str) -> frozenset[str]:
     return frozenset(re.findall(r"(?<![\w-])--[\w-]+", printed.getvalue()))
 
 
-KL, STEP, PERTURB = "symmetric_kl forward + backward, streams 1 apart", "a step of GPT-2", "SAM norm + perturb + restore"
-LINEAR, WEIGHTS = "linear_r3f_loss, forward + backward", "scaling a delta in place"
-UPHILL = "fastpost.GAP faster than loss * -1, Adam, deep-copied state"
-# The rows of README's table of numbers, in order: the case in bench/data and its goals.
-MEASURED = [
-    (KL, ["fastpost, in place faster than fairseq formula"]),
-    (KL, ["fastpost, fresh gradients faster than fairseq formula"]),
-    (KL, ["fastpost, in place over copy of both inputs"]),
-    (LINEAR, ["linear_r3f_loss over its three products alone"]),
-    (LINEAR, ["linear_r3f_loss faster than fairseq formula on whole logits"]),
-    ("linear_r3f_loss under 128 MB, forward + backward", ["peak memory of 4,096 rows"]),
-    ("add_noise", [f"fastpost {kind} faster than torch.distributions {kind} + add" for kind in ("uniform", "normal")]),
-    ("a step of R3F on an encoder", ["R3F, two_pass over plain fine-tuning"]),
-    (PERTURB, ["fastpost, list over copy of the parameters"]),
-    (PERTURB, ["fastpost, list over torch._foreach_ recipe"]),
-    (PERTURB, ["fastpost, list over fastpost, flattened"]),
-    (PERTURB, ["fastpost, list over popular wrapper's loop"]),
-    ("SAM perturb + restore, small tensors", ["fastpost over popular wrapper's loop"]),
-    (STEP, ["SAM over AdamW after two passes"]),
-    (STEP, ["SAM, ascent on a quarter over AdamW"]),
-    ("SAM's restore + AdamW", ["fused_restore over restore, then torch's fused AdamW"]),
-    ("a step in the Trainer", ["SAMTrainer over Trainer, two passes"]),
-    ("15 steps uphill on one text of 192 tokens, and back", [UPHILL]),
-    ("15 steps uphill on one text of 64 tokens, and back", [UPHILL]),
-    ("going back to the untouched weights", ["GapResult.rollback over copy"]),
-    (WEIGHTS, [f"Delta.{name}_ over torch.add, two reads and one write" for name in ("scale", "lines")]),
-]
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_the_tables_of_measurements_are_those_of_the_csv_files(page: str) -> None:
+    assert docs.text(page) == pages.rebuilt(docs.text(page)), "run python -m fastpost.bench.pages"
 
 
-def test_the_readmes_numbers_were_measured() -> None:
-    """Each ratio in the table of numbers is its case's in its column's CSV, with its goal; bold where that is missed."""
-    number = r"([<>]=) ([\d.]+)(?:x| MB)"
-    table = re.findall(rf"^\|[^|]*\|[^|]*\| (?:{number})? ?\| (.*(?:x|MB).*) \|(.*)\|$", docs.text("README.md"), re.M)
-    assert len(table) == len(MEASURED)
-    for (sign, limit, *cells), (case, goals) in zip(table, MEASURED, strict=True):
-        for cell, heap in zip(cells, ("", "-kept"), strict=True):
-            shown = re.findall(r"(\*\*)?([\d.]+)(?:x| MB)", cell)
-            assert len(shown) == len(goals) or (heap and not cell.strip()), cell
-            for (bold, ratio), goal in zip(shown, goals, strict=False):
-                found = docs.goals(f"cpu-avx512{heap}.csv", case)[goal]
-                assert ratio == f"{float(found['ratio']):.{len(ratio.partition('.')[2])}f}", (case, goal, heap)
-                if sign:
-                    assert found["limit"].split()[0] == sign
-                    digits = len(limit.partition(".")[2])
-                    assert limit == f"{float(found['limit'].split()[1]):.{digits}f}", (case, goal)
-                    missed = float(ratio) < float(limit) if sign == ">=" else float(ratio) > float(limit)
-                    assert missed == bool(bold), (cell, heap)
+def test_every_table_stands_on_a_page_and_no_cell_is_lost() -> None:
+    named = [match["name"] for page in pages.PAGES for match in pages.TABLE.finditer(docs.text(page))]
+    assert sorted(named) == sorted(pages.TABLES)
+    for rows in (make() for make in pages.TABLES.values()):
+        assert all(any(cells[2:]) for cells in rows), "a row that was measured nowhere"
+
+
+def test_a_missed_goal_is_bold_and_never_rounded_into_a_hit() -> None:
+    def cell(ratio: float, limit: str, result: str, goal: str = "a over b") -> str:
+        return pages.shown({"ratio": str(ratio), "limit": limit, "result": result, "goal": goal})
+
+    assert cell(1.1, "<= 1.15", "hit") == "1.10x"
+    assert cell(1.0302, "<= 1.03", "MISS") == "**1.0302x**"
+    assert cell(44.96, ">= 45", "MISS") == "**44.96x**"
+    assert cell(290.66, "<= 371.57 MB", "hit") == "291 MB"
+    assert cell(0.472, ">= 0.9", "MISS", "bandwidth of a, share of copy") == "**47.2%**"

@@ -1,0 +1,253 @@
+"""Writes the tables of README.md and docs/benchmarks.md from the CSV files of `bench/data`.
+
+Run `python -m fastpost.bench.pages` in the root of the repository. A page holds a table between the lines
+`<!-- table: NAME -->` and `<!-- end of table -->`; everything else in it is left alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+DATA = Path(__file__).parent / "data"
+PAGES = ("README.md", "docs/benchmarks.md")
+TABLE = re.compile(r"(?P<head><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<tail><!-- end of table -->)", re.S)
+
+CPU, CPU_KEPT = "cpu-avx512.csv", "cpu-avx512-kept.csv"
+H200, H200_STEPS = "h200-2026-11-27.csv", "h200-2026-11-27-steps.csv"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        work, against: its first two cells.
+        case, goals: the bench case and the descriptions of its goals, or how they begin; several stand in one cell.
+        shape: the shape to take where a case was measured at several.
+    """
+
+    work: str
+    against: str
+    case: str
+    goals: tuple[str, ...]
+    shape: str = ""
+
+    def cell(self, file: str, dtype: str = "") -> str:
+        """What a file says: its ratios, bold where the goal is missed. Empty where it was not measured."""
+        found = [self._measured(file, goal, dtype) for goal in self.goals]
+        return " / ".join(shown(row) for row in found if row is not None)
+
+    def limit(self, file: str, dtype: str = "") -> str:
+        """The goal, such as "<= 2x"; empty where there is none."""
+        row = self._measured(file, self.goals[0], dtype)
+        return "" if row is None or not row["limit"] else goal_of(row)
+
+    def _measured(self, file: str, goal: str, dtype: str) -> dict[str, str] | None:
+        wanted = {"case": self.case, "shape": self.shape, "dtype": dtype}
+        rows = [row for row in measured(file) if all(row[key] == value for key, value in wanted.items() if value)]
+        rows = [row for row in rows if row["goal"] == goal] or [row for row in rows if row["goal"].startswith(goal)]
+        if len(rows) > 1:
+            raise ValueError(f"{file} has {len(rows)} rows of {self.case!r} for {goal!r}; name the shape or the dtype")
+        return rows[0] if rows else None
+
+
+@functools.cache
+def measured(file: str) -> tuple[dict[str, str], ...]:
+    """The rows of a CSV file that hold a goal."""
+    with (DATA / file).open() as lines:
+        return tuple(row for row in csv.DictReader(lines) if row["goal"])
+
+
+def shown(row: dict[str, str]) -> str:
+    """The measured value, rounded so that it stays on its side of the goal; bold where that is missed."""
+    value, missed = float(row["ratio"]), row["result"] == "MISS"
+    if is_share(row):
+        return f"**{value:.1%}**" if missed else f"{value:.1%}"
+    text = f"{value:#.3g}".rstrip(".")
+    bound = re.match(r"([<>]=) ([\d.]+)", row["limit"])
+    if bound is not None:
+        limit = float(bound[2])
+        is_kept = float(text) <= limit if bound[1] == "<=" else float(text) >= limit
+        if is_kept == missed:
+            text = f"{value:g}"
+    text += unit(row["limit"])
+    return f"**{text}**" if missed else text
+
+
+def unit(limit: str) -> str:
+    """ "x" for a ratio, else what stands behind the number of a goal."""
+    behind = limit.split()[2:]
+    return " " + " ".join(behind) if behind else "x"
+
+
+def goal_of(row: dict[str, str]) -> str:
+    sign, number = row["limit"].split()[:2]
+    return f"{sign} {float(number):.0%}" if is_share(row) else f"{sign} {float(number):.4g}{unit(row['limit'])}"
+
+
+def is_share(row: dict[str, str]) -> bool:
+    """Whether the value is a share of a bandwidth, shown in percent."""
+    return row["goal"].startswith("bandwidth of")
+
+
+KL = "symmetric_kl forward + backward, streams 1 apart"
+STEP = "a step of GPT-2"
+LINEAR = "linear_r3f_loss, forward + backward"
+PERTURB = "SAM norm + perturb + restore"
+UPHILL = "15 steps uphill on one text of {} tokens, and back"
+GAP_GOAL = ("fastpost.GAP faster than loss * -1, Adam, deep-copied state",)
+NOISE = tuple(f"fastpost {kind} faster than torch.distributions {kind} + add" for kind in ("uniform", "normal"))
+DELTA = tuple(f"Delta.{name}_ over torch.add, two reads and one write" for name in ("scale", "lines"))
+
+CPU_ROWS = (
+    Row("`symmetric_kl`, forward + backward, 512 x 50,257, in place", "fairseq's formula, times as fast", KL,
+        ("fastpost, in place faster than fairseq formula",)),
+    Row("same, new gradient buffers on huge pages", "fairseq's formula, times as fast", KL,
+        ("fastpost, fresh gradients faster than fairseq formula",)),
+    Row("same, in place", "time of copying both inputs", KL, ("fastpost, in place over copy of both inputs",)),
+    Row("`linear_r3f_loss`, forward + backward, 2,048 rows x 768 x 50,257", "time of its three products alone", LINEAR,
+        ("linear_r3f_loss over its three products alone",)),
+    Row("same", "`hidden @ W.T`, then fairseq's formula, times as fast", LINEAR,
+        ("linear_r3f_loss faster than fairseq formula on whole logits",)),
+    Row("same, 4,096 rows under a budget of 128 MB", "peak memory, gradients included",
+        "linear_r3f_loss under 128 MB, forward + backward", ("peak memory of 4,096 rows",)),
+    Row("`add_noise`, 64 x 512 x 1024, uniform / normal", "`torch.distributions` and add, times as fast",
+        "add_noise", NOISE),
+    Row("a step of R3F, two passes, six-layer encoder", "time of a plain step", "a step of R3F on an encoder",
+        ("R3F, two_pass over plain fine-tuning",)),
+    Row("SAM norm + perturb + restore, GPT-2's 148 tensors", "time of copying the parameters", PERTURB,
+        ("fastpost, list over copy of the parameters",)),
+    Row("same", "time of torch's `_foreach_` operations", PERTURB, ("fastpost, list over torch._foreach_ recipe",)),
+    Row("same", "time for the flattened model", PERTURB, ("fastpost, list over fastpost, flattened",)),
+    Row("same", "time of the popular wrapper's loop", PERTURB, ("fastpost, list over popular wrapper's loop",)),
+    Row("SAM perturb + restore, 1,000 tensors of 256 B to 4 KB", "time of the popular wrapper's loop",
+        "SAM perturb + restore, small tensors", ("fastpost over popular wrapper's loop",)),
+    Row("a step of SAM on GPT-2, 4 micro-batches", "time of AdamW after two passes",
+        STEP, ("SAM over AdamW after two passes",)),
+    Row("same, ascent on a quarter (SAM-LM)", "time of AdamW", STEP, ("SAM, ascent on a quarter over AdamW",)),
+    Row("`SAM(fused_restore=True)`: restore + AdamW in one pass", "time of restore, then torch's fused AdamW",
+        "SAM's restore + AdamW", ("fused_restore over restore, then torch's fused AdamW",)),
+    Row("a step of `SAMTrainer`", "time of the Trainer with two passes", "a step in the Trainer",
+        ("SAMTrainer over Trainer, two passes",)),
+    Row("15 steps of `GAP` on 192 tokens, 24M parameters, and back", "loss * -1, torch's Adam, a deep copy, times as fast",
+        UPHILL.format(192), GAP_GOAL),
+    Row("same, 64 tokens", "the same", UPHILL.format(64), GAP_GOAL),
+    Row("roll-back", "time of copying the weights",
+        "going back to the untouched weights", ("GapResult.rollback over copy",)),
+    Row("a delta scaled, or faded out with depth (LiNeS)", "time of two reads and one write",
+        "scaling a delta in place", DELTA),
+)  # fmt: skip
+
+KL_H200, LINEAR_H200 = "symmetric_kl, forward + backward", "linear_r3f_loss, forward + backward"
+LLAMA = "norm + perturb + restore, Llama-like"
+KL_READ = ("bandwidth of symmetric_kl, share of read (torch.sum) or copy",)
+H200_ROWS = (
+    Row("`symmetric_kl`, forward + backward, 2,092 x 128,256, in place", "fairseq's formula, times as fast", KL_H200,
+        ("in place faster than fairseq formula",), "2,092 x 128,256"),
+    Row("same", "time of moving its 24 (12) bytes a pair at the rate of a copy", KL_H200,
+        ("in place over the floor of",), "2,092 x 128,256"),
+    Row("`symmetric_kl`, forward alone, 2,092 x 128,256", "share of the rate of a read", "symmetric_kl, forward", KL_READ,
+        "2,092 x 128,256"),
+    Row("`linear_r3f_loss`, forward + backward, 4,096 rows x 768 x 50,257", "time of its three products alone", LINEAR_H200,
+        ("linear_r3f_loss over its three products alone",), "4,096 x 768 x 50,257"),
+    Row("same, 4,096 rows x 4,096 x 128,256", "time of its three products alone", LINEAR_H200,
+        ("linear_r3f_loss over its three products alone",), "4,096 x 4,096 x 128,256"),
+    Row("SAM norm + perturb + restore, 290 tensors, 974M parameters", "time of torch's `_foreach_` operations", LLAMA,
+        ("list over _foreach_ recipe",)),
+    Row("same", "time of the popular wrapper's loop", LLAMA, ("list over popular wrapper",)),
+    Row("`sam_perturb_`, one flat tensor of 1 GB", "share of the rate of a copy", "perturb, flat",
+        ("bandwidth of sam_perturb_, share of copy",)),
+    Row("restore + AdamW in one pass, 256M parameters", "time of restore, then torch's fused AdamW", "restore + AdamW",
+        ("fused restore + AdamW over restore, then torch's fused AdamW",)),
+    Row("norm + perturb + restore, 1,000 tensors of 1 to 64 KB", "torch's `_foreach_` operations, times as fast",
+        "norm + perturb + restore, small tensors", ("list faster than _foreach_ recipe",)),
+    Row("`embedding_noise`, 65,536 rows of 4,096", "share of the rate of a copy", "embedding, clean and noised",
+        ("bandwidth of embedding_noise, share of copy",)),
+)  # fmt: skip
+
+STEPS_H200 = (
+    Row("a step of SAM, 984M parameters in bfloat16, 4 x 1,024 tokens", "time of two passes and AdamW", "a step of SAM",
+        ("fastpost SAM over two passes + AdamW",)),
+    Row("a window of SAM-LM, ascent on a quarter", "time of a plain window", "a window of SAM-LM",
+        ("SAM.lm window over plain window",)),
+    Row("a step of R3F, 8 layers x 2,048, 128,256 classes, fused head", "time of a plain step", "a step of R3F",
+        ("R3F fused_linear over plain",)),
+    Row("same", "the published formulas, times as fast", "a step of R3F", ("R3F fused_linear faster than published",)),
+    Row("same, through logits", "the published formulas, times as fast",
+        "a step of R3F", ("R3F logits faster than published",)),
+    Row("15 steps of `GAP`, 354M parameters, and back", "the plain loop, times as fast", "15 steps uphill, and back",
+        ("fastpost.GAP faster than published loop",)),
+)  # fmt: skip
+
+# README's table: its two first cells, and the rows of the machines.
+HEADLINES = (
+    ("symmetric KL, forward + backward", "fairseq's formula, times as fast", CPU_ROWS[0], H200_ROWS[0]),
+    ("same", "time of the memory traffic alone", CPU_ROWS[2], H200_ROWS[1]),
+    ("R3F's loss with the output head fused", "time of its matrix products alone", CPU_ROWS[3], H200_ROWS[4]),
+    ("SAM norm + perturb + restore", "time of torch's `_foreach_` operations", CPU_ROWS[9], H200_ROWS[5]),
+    ("same", "time of the popular wrapper's loop", CPU_ROWS[11], H200_ROWS[6]),
+    ("a whole step of SAM", "time of two passes and AdamW", CPU_ROWS[13], STEPS_H200[0]),
+    ("a whole step of R3F", "time of a plain step", CPU_ROWS[7], STEPS_H200[2]),
+    ("15 steps of GAP, and back", "the plain loop, times as fast", CPU_ROWS[18], STEPS_H200[5]),
+)
+
+
+def cpu() -> list[tuple[str, ...]]:
+    head = ("work", "against", "goal", "default allocator", "heap kept")
+    return [head, *((r.work, r.against, r.limit(CPU), r.cell(CPU), r.cell(CPU_KEPT)) for r in CPU_ROWS)]
+
+
+def h200() -> list[tuple[str, ...]]:
+    head = ("work", "against", "goal", "float32", "bfloat16")
+    cells = (
+        (r.work, r.against, r.limit(H200, "bfloat16"), r.cell(H200, "float32"), r.cell(H200, "bfloat16")) for r in H200_ROWS
+    )
+    return [head, *cells]
+
+
+def h200_steps() -> list[tuple[str, ...]]:
+    return [
+        ("work", "against", "goal", "measured"),
+        *((r.work, r.against, r.limit(H200_STEPS), r.cell(H200_STEPS)) for r in STEPS_H200),
+    ]
+
+
+def headlines() -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("work", "against", "CPU", "GPU")]
+    for work, against, ours, theirs in HEADLINES:
+        rows.append((work, against, ours.cell(CPU), theirs.cell(H200, "bfloat16") or theirs.cell(H200_STEPS)))
+    return rows
+
+
+TABLES: dict[str, Callable[[], list[tuple[str, ...]]]] = {
+    "headlines": headlines,
+    "cpu": cpu,
+    "h200": h200,
+    "h200-steps": h200_steps,
+}
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    head, *body = rows
+    lines = [head, ("---",) * len(head), *body]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def rebuilt(text: str) -> str:
+    """A page's text with its tables made anew."""
+    return TABLE.sub(lambda match: match["head"] + markdown(TABLES[match["name"]]()) + match["tail"], text)
+
+
+def main() -> None:
+    for name in PAGES:
+        page = Path(name)
+        page.write_text(rebuilt(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
