@@ -32,13 +32,14 @@ void bind_cpu(py::module_ cpu) {
   };
   cpu.def(
       "sam_perturb",
-      [as_tuple](const Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, double squared_norm,
+      [as_tuple](Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, double squared_norm,
                  std::optional<uint64_t> seed, int threads) {
         PerturbSums sums;
         {
           py::gil_scoped_release released;
           sums = cpu::sam_perturb(plan, {rho, adaptive, eta, seen_dtype}, squared_norm, seed ? &*seed : nullptr, threads);
         }
+        plan.stashed = true;
         return as_tuple(sums);
       },
       py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("seen_dtype"), py::arg("squared_norm"),
@@ -149,10 +150,11 @@ void bind_cuda(py::module_ cuda) {
       py::arg("plan"), py::arg("partial"), py::arg("out"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_perturb",
-      [](const Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, Address squared_norm, Address seed,
+      [](Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, Address squared_norm, Address seed,
          Address partial, Address sums, int device, Address stream) {
         cuda::sam_perturb(plan, {rho, adaptive, eta, seen_dtype}, as<double>(squared_norm), as<int64_t>(seed),
                           as<double>(partial), as<double>(sums), device, as(stream));
+        plan.stashed = true;
       },
       py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("seen_dtype"), py::arg("squared_norm"),
       py::arg("seed"), py::arg("partial"), py::arg("sums"), py::arg("device"), py::arg("stream"), Released());
@@ -277,6 +279,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def(py::init<DType, std::vector<int64_t>, std::vector<int64_t>>(), py::arg("dtype"), py::arg("numels"),
            py::arg("streams"))
       .def("point", &Plan::point, py::arg("column"), py::arg("addresses"), py::arg("padded"))
+      .def_readwrite("stashed", &Plan::stashed)
       .def_property_readonly("elements", [](const Plan& plan) { return plan.elements(); })
       .def_property_readonly("chunks", [](const Plan& plan) { return plan.chunks().size(); })
       .def(

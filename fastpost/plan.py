@@ -39,6 +39,50 @@ def dense(tensor: Tensor) -> bool:
     return True
 
 
+def distinct(tensor: Tensor) -> bool:
+    """Whether no two elements of the tensor share memory."""
+    if tensor.numel() < 2 or tensor.is_contiguous():
+        return True
+    reach = 0  # of the dimensions so far, in elements
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                break
+            reach += stride * (size - 1)
+    else:
+        return True
+    if 0 in (stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
+        return False
+    places = torch.zeros(tensor.shape, dtype=torch.int64)  # strides that interleave: only counting can tell
+    for dimension, stride in enumerate(tensor.stride()):
+        along = [-1 if d == dimension else 1 for d in range(tensor.ndim)]
+        places += stride * torch.arange(tensor.shape[dimension]).view(along)
+    return len(set(places.flatten().tolist())) == places.numel()
+
+
+def overlap(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """Two tensors, the later one first, that share memory; None where there are none.
+
+    Seen are tensors that begin at the same address and those that begin inside of a dense one.
+    """
+    where: dict[torch.device, list[tuple[int, int]]] = {}
+    for i, t in enumerate(tensors):
+        if t.numel():
+            where.setdefault(t.device, []).append((t.data_ptr(), i))
+    for begins in where.values():
+        begins.sort()
+        end, owner, last = 0, 0, -1
+        for k, (begin, i) in enumerate(begins):
+            if begin < end:
+                return max(i, owner), min(i, owner)
+            if begin == last:
+                return i, begins[k - 1][1]
+            last = begin
+            if dense(tensors[i]):
+                end, owner = begin + tensors[i].numel() * tensors[i].element_size(), i
+    return None
+
+
 def flat_like(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """One zeroed buffer with a view for each tensor, of its shape and strides; padding between them is zero."""
     numels = [t.numel() for t in tensors]
@@ -69,6 +113,8 @@ class Bucket:
             does not use them.
         streams: each tensor's index in the user's list, which keys its random numbers.
         walkable: False when only the reference backend can serve these tensors.
+        stashed: whether the stash holds the weights as they were. Whoever is about to perturb clears it; what perturbs sets
+            it, before a weight is written or in the same call.
     """
 
     def __init__(
@@ -93,7 +139,18 @@ class Bucket:
         self.dtype = sample.dtype
         self.walkable = walkable
         self._native: Any = None
+        self._stashed = False
         self._pointed: dict[str, tuple[list[Tensor], list[int]]] = {}
+
+    @property
+    def stashed(self) -> bool:
+        return self._stashed or (self._native is not None and self._native.stashed)
+
+    @stashed.setter
+    def stashed(self, value: bool) -> None:
+        self._stashed = value
+        if self._native is not None:
+            self._native.stashed = value
 
     def release_gradients(self) -> None:
         """Forgets the gradients, whose memory is then their owner's to free; where they lay is remembered, to compare."""
@@ -114,6 +171,7 @@ class Bucket:
                 continue
             now = list(map(Tensor.data_ptr, tensors))
             if now != addresses:
+                self._pointed.pop(name, None)  # an interrupt must not leave the old addresses noted as the plan's
                 self._native.point(getattr(core.Column, name), now, padded(tensors))
             self._pointed[name] = (tensors, now)
         return self._native

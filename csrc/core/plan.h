@@ -54,6 +54,10 @@ class Plan {
   bool has(Column column) const { return !addresses_[column].empty(); }
   void require(Column column) const;  // throws unless the column has been pointed
 
+  // Whether the stash holds the weights as they were. Set by the same call from Python that perturbs them, so that no
+  // interrupt can come between the two; cleared by whoever is about to perturb.
+  bool stashed = false;
+
   // Spans contiguous in every column of the mask (bit c = column c), in list order; computed once per set of addresses.
   const std::vector<Span>& spans(int column_mask) const;
 

@@ -1,7 +1,7 @@
 """The specification: every operation in plain torch, on any device and dtype that torch runs, float64 included.
 
 Written to be read beside the equations, never to be fast. Half-precision inputs are computed in float32, as the compiled
-backends do; float64 stays float64.
+backends do; float64 stays float64. Autograd sees nothing of it, as nothing of a kernel: every operation is under no_grad.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def _working(dtype: torch.dtype) -> torch.dtype:
 # -- params: lists of tensors ---------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
     """Sum of g^2 in float64; with eta, of ((|w| + eta) g)^2 (ASAM, 2102.11600, eq. 7)."""
     total = torch.zeros((), dtype=torch.float64, device=bucket.device)
@@ -40,6 +41,7 @@ def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
     return total
 
 
+@torch.no_grad()
 def squared_distance(bucket: Bucket) -> Tensor:
     """Sum of (w - stash)^2 in float64."""
     total = torch.zeros((), dtype=torch.float64, device=bucket.device)
@@ -48,6 +50,7 @@ def squared_distance(bucket: Bucket) -> Tensor:
     return total
 
 
+@torch.no_grad()
 def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:
@@ -58,15 +61,18 @@ def sam_perturb_(
     """
     for w, stash in zip(bucket.weights, bucket.stash, strict=True):
         stash.copy_(w)
+    bucket.stashed = True
     return _perturb(bucket, bucket.stash, squared, rho, eta, seen_dtype, seed)
 
 
+@torch.no_grad()
 def sam_perturb_masters_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
     """w = m + e, rounded to nearest; the stash column holds the float32 masters m, of which ASAM takes its t."""
     sam_cast_(bucket)
     return _perturb(bucket, bucket.stash, squared, rho, eta, seen_dtype, None)
 
 
+@torch.no_grad()
 def sam_cast_(bucket: Bucket) -> None:
     """w = m, rounded to nearest."""
     for w, master in zip(bucket.weights, bucket.stash, strict=True):
@@ -132,12 +138,14 @@ def round_randomly(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(x.isfinite(), torch.copysign(rounded, x.double()), x.double()).to(dtype)
 
 
+@torch.no_grad()
 def sam_restore_(bucket: Bucket) -> None:
     """w = stash, bit for bit."""
     for w, stash in zip(bucket.weights, bucket.stash, strict=True):
         w.copy_(stash)
 
 
+@torch.no_grad()
 def sam_restore_adamw_(
     bucket: Bucket, steps: list[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
     maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
@@ -163,11 +171,13 @@ def sam_restore_adamw_(
         second.copy_(torch.where(skips, second, v.to(w.dtype)))
 
 
+@torch.no_grad()
 def negate_(bucket: Bucket) -> None:
     for g in bucket.grads:
         g.neg_()
 
 
+@torch.no_grad()
 def flip_signs_(bucket: Bucket, seed: Tensor) -> None:
     """Flips element e of tensor t where bit e % 32 of word (e % 128) // 32 of philox(seed, e // 128, t) is one."""
     for g, stream in zip(bucket.grads, bucket.streams, strict=True):
@@ -179,12 +189,14 @@ def flip_signs_(bucket: Bucket, seed: Tensor) -> None:
         flat.copy_(torch.where(flip, -flat, flat))
 
 
+@torch.no_grad()
 def negate_norm_(bucket: Bucket) -> Tensor:
     squared = squared_norm(bucket, None)
     negate_(bucket)
     return squared
 
 
+@torch.no_grad()
 def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
     norm = squared.sqrt()
     factor = torch.where(torch.isfinite(norm) & (norm > max_norm), max_norm / norm, torch.ones_like(norm))
@@ -257,6 +269,7 @@ def quads(counter: Tensor, noise_type: str, seed: Tensor, dtype: torch.dtype) ->
     return z.to(dtype)
 
 
+@torch.no_grad()
 def add_noise(
     x: Tensor,
     eps: float,
@@ -286,6 +299,7 @@ def add_noise(
     return noised.to(out_dtype).contiguous()
 
 
+@torch.no_grad()
 def embedding_noise(
     table: Tensor,
     ids: Tensor,
@@ -304,6 +318,7 @@ def embedding_noise(
 # -- divergence: rows of logits in two streams ----------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def divergence_rows(
     clean: Tensor,
     noised: Tensor,
@@ -374,6 +389,7 @@ def _jensen_shannon(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value, (first - p * first.sum(-1, keepdim=True)) / 2, (second - q * second.sum(-1, keepdim=True)) / 2
 
 
+@torch.no_grad()
 def js_rows(
     clean: Tensor, noised: Tensor, weights: Tensor | None, grad_clean: Tensor | None, grad_noised: Tensor | None
 ) -> Tensor:
@@ -400,6 +416,7 @@ def js_rows(
     return value
 
 
+@torch.no_grad()
 def scale_rows_(block: Tensor, factors: Tensor) -> None:
     """block[row] *= factors[row]; one factor serves all rows."""
     block.copy_(block.double() * factors.reshape(-1, 1))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpost.backends.serving import contiguous, contiguous_floats, refusal
+from fastpost.interrupts import held
 from fastpost.plan import Bucket
 
 
@@ -55,9 +56,11 @@ def squared_distance(bucket: Bucket) -> Tensor:
 def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:
-    sums: Tensor = _kernels("params").sam_perturb_(
-        bucket.weights, bucket.grads, bucket.stash, squared, rho, eta, seen_dtype, bucket.streams, seed
-    )
+    with held():  # the launch and the note of it are two lines of Python
+        sums: Tensor = _kernels("params").sam_perturb_(
+            bucket.weights, bucket.grads, bucket.stash, squared, rho, eta, seen_dtype, bucket.streams, seed
+        )
+        bucket.stashed = True
     return sums
 
 

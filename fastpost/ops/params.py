@@ -8,6 +8,7 @@ by element in shape, dtype and device.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -51,19 +52,21 @@ def check_lists(op: str, columns: Mapping[str, Sequence[Tensor]], *, written: Se
             if t.device != like.device:
                 raise ValueError(f"{where} is on {t.device}, but {first_name}[{i}] is on {like.device}")
         if name in written:
-            _check_written(op, name, tensors)
+            check_memory(op, name, tensors)
 
 
-def _check_written(op: str, name: str, tensors: Sequence[Tensor]) -> None:
-    seen: dict[tuple[torch.device, int], int] = {}
-    for i, t in enumerate(tensors):
-        if t.numel() == 0 or t.device.type == "meta" or torch.compiler.is_compiling():
-            continue
-        if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
+def check_memory(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    """Raises ValueError where writing one element would change another, of the same tensor or of another."""
+    if torch.compiler.is_compiling():
+        return
+    rows = [i for i, t in enumerate(tensors) if t.device.type != "meta"]
+    for i in rows:
+        if not plan.distinct(tensors[i]):
             raise ValueError(f"{op}: {name}[{i}] is expanded (elements share memory); it cannot be written in place")
-        earlier = seen.setdefault((t.device, t.data_ptr()), i)
-        if earlier != i:
-            raise ValueError(f"{op}: {name}[{i}] and {name}[{earlier}] are the same memory; pass tied tensors once")
+    shared = plan.overlap([tensors[i] for i in rows])
+    if shared is not None:
+        i, earlier = (rows[k] for k in shared)
+        raise ValueError(f"{op}: {name}[{i}] and {name}[{earlier}] are the same memory; pass tied tensors once")
 
 
 def make_buckets(
@@ -238,10 +241,19 @@ _op_negate_clip_ = define(
 
 
 def check_radius(op: str, rho: float, eta: float) -> None:
-    """Raises ValueError unless rho and eta are finite and not negative."""
+    """Raises unless rho and eta are numbers (TypeError), finite and not negative (ValueError)."""
     for name, value in (("rho", rho), ("eta", eta)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{op}: {name} must be finite and >= 0, not {value}")
+        check_number(op, name, value)
+
+
+def check_number(op: str, name: str, value: object) -> None:
+    """Raises unless the value is a real number or a tensor of one (TypeError), finite and not negative (ValueError)."""
+    one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+    if not one and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise TypeError(f"{op}: {name} must be a number, not {value!r}")
+    number = float(value)  # type: ignore[arg-type]
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{op}: {name} must be finite and >= 0, not {number}")
 
 
 def squared_norm(grads: Sequence[Tensor], weights: Sequence[Tensor] | None = None, *, eta: float = 0.0) -> Tensor:

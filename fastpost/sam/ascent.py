@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastpost.rng import accelerators
 from fastpost.sam.buckets import BucketCache, ParameterBucket, total_squared_norm
-from fastpost.sam.face import Wrapper
+from fastpost.sam.face import Wrapper, check_group
 from fastpost.sam.fused import FusedRestore
+from fastpost.sam.layout import WeightsChanged
 from fastpost.sam.masters import Masters
 from fastpost.sam.memory import Gradients, Memory
 from fastpost.sam.overflow import OverflowGuard
@@ -36,22 +37,31 @@ class Ascent(Wrapper):
     _clean: Gradients
     _combined: bool
     _ascents: int
+    _tensors_at_ascent: int
     _awaits_second: bool
     _sums: Tensor | None
     _elements: int
 
     def _empty_caches(self) -> None:
         self._ascent_buckets = BucketCache(self._perturbation.stash, self._reduction)
-        self._finite_buckets = BucketCache(False, self._reduction)
+        self._finite_buckets = BucketCache(False, self._reduction, reads_only=True)
         self._guard = OverflowGuard(self._reduction)
-        self._memory = Memory(self._reduction, lambda: self.state, self.tensors, self.variant.state_names)
+        self._memory = Memory(
+            self._reduction, lambda: self.state, self.tensors, lambda: maximized(self.param_groups), self.variant.state_names
+        )
 
     @torch.no_grad()
     def end_ascent(self) -> None:
         """Ends the second pass: lets the variant rewrite its gradients, once, and restores w. Then a step may follow.
 
         `perturbed()` and windows call it; so does a step, where it has not been called.
+
+        Raises:
+            RuntimeError: weights are of another dtype, shape or device than those that were perturbed. Nothing was done;
+                `abandon()` gives the step up.
         """
+        if self._perturbation.active:
+            self._check_perturbed()
         try:
             if not self._combined:
                 self._combine()
@@ -59,11 +69,32 @@ class Ascent(Wrapper):
             if self.is_perturbed:
                 self.restore_()
 
+    def _check_perturbed(self) -> bool:
+        """Whether the perturbed weights are laid out as they were.
+
+        Raises:
+            WeightsChanged: w does not fit into them exactly, or the groups hold others. Nothing was written.
+        """
+        tensors = self.tensors()
+        here = set(map(id, tensors))
+        if len(tensors) >= self._tensors_at_ascent and any(id(p) not in here for p in self._perturbation.params):
+            raise WeightsChanged(
+                "SAM: parameters in the optimizer's groups were exchanged between the two passes, and copies of them hold "
+                "w + e. opt.abandon() puts w back into those that were perturbed and gives this step up; "
+                "exchange parameters between steps, not between the two passes"
+            )
+        return self._perturbation.check_weights(self._reduction)
+
     def abandon(self) -> None:
-        """Gives the step up: w is back and the gradients are dropped."""
+        """Gives the step up: w is back and the gradients are dropped. After any error or interrupt training may go on.
+
+        Weights that have changed their dtype or device since they were perturbed get w converted; where they have changed
+        their shape, w in its own.
+        """
         self._guard.forget()
+        self._memory.forget()
         self._close_step()
-        self.restore_()
+        self._put_back(convert=True)
         self.zero_grad()
 
     def _close_step(self) -> None:
@@ -73,11 +104,22 @@ class Ascent(Wrapper):
         self.cycle += 1
         self.variant.forget()
 
-    @torch.no_grad()
     def restore_(self) -> None:
-        """Puts w back, bit for bit, into the same storage, and makes no step. Without a perturbation it does nothing."""
+        """Puts w back, bit for bit, into the same storage, and makes no step. Without a perturbation it does nothing.
+
+        Weights that were moved in between are followed, also into another memory format.
+
+        Raises:
+            RuntimeError: as `end_ascent`.
+        """
+        self._put_back(convert=False)
+
+    @torch.no_grad()
+    def _put_back(self, convert: bool) -> None:
         try:
-            self._perturbation.undo(self._reduction)
+            self._perturbation.undo(self._reduction, convert)
+            if self._masters is not None and self._masters.behind:
+                self._masters.cast()
         finally:
             self._awaits_second = self._perturbation.active
 
@@ -95,8 +137,9 @@ class Ascent(Wrapper):
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether a first step waits for its second."""
-        return self._awaits_second or self._perturbation.active
+        """Whether a first step waits for its second, or a step that was interrupted for `abandon()` or `restore_()`."""
+        behind = self._masters is not None and self._masters.behind
+        return self._awaits_second or self._perturbation.active or behind
 
     @property
     def ascends(self) -> bool:
@@ -104,9 +147,20 @@ class Ascent(Wrapper):
         return bool(self.param_groups[0]["sam_steps"] % self.interval == 0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the (last) base optimizer; rho, adaptive and eta default to the constructor's."""
+        """Adds a group to the (last) base optimizer; rho, adaptive and eta default to the constructor's.
+
+        Raises:
+            ValueError, TypeError: rho or eta is no finite number >= 0, adaptive no truth value; with `master_params`, or
+                where the parameters cannot be perturbed as this optimizer does it. The group is not added.
+        """
+        if self._masters is not None:
+            raise ValueError("SAM: add_param_group() knows no masters; build SAM anew with the masters of all parameters")
         super().add_param_group(param_group)
-        self._perturbation.check(self._in_scope())
+        try:
+            self._perturbation.check(self._in_scope())
+        except BaseException:
+            del self._bases[-1].param_groups[-1]
+            raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of SAM or of the plain base optimizer; keys that are missing keep their values."""
@@ -142,14 +196,20 @@ class Ascent(Wrapper):
 
     def _refuse_a_second_ascent(self) -> None:
         if self.is_perturbed:
-            raise RuntimeError("SAM: first_step() was called twice; second_step() or step() comes in between")
+            raise RuntimeError(
+                "SAM: first_step() was called twice; second_step() or step() comes in between, or abandon() after an "
+                "interrupt"
+            )
 
     def _gradients(self) -> Gradients:
-        """This rank's part of every gradient present."""
+        """This rank's part of every gradient present that is dense and real; others a variant leaves as they are."""
         found = ((p, self._reduction.gradient(p)) for p in self.tensors())
-        return {p: g for p, g in found if g is not None}
+        return {p: g for p, g in found if g is not None and g.layout == torch.strided and g.is_floating_point()}
 
     def _perturb(self) -> None:
+        for group in self.param_groups:  # schedules and loaded states write there
+            check_group(group)
+        self._tensors_at_ascent = len(self.tensors())
         variant, gradient = self.variant, None
         if type(variant).direction is not Variant.direction:
             gradient = variant.direction(self._memory, self._gradients()).get
@@ -165,7 +225,10 @@ class Ascent(Wrapper):
         terms = []
         for b in buckets:
             group = groups[b.group]
-            terms.append(Term(float(group["rho"]), group["eta"] if group["adaptive"] else None, self._seen(b)))
+            rho = float(group["rho"])
+            if group.get("maximize", False):  # the base optimizer minimises -L
+                rho = -rho
+            terms.append(Term(rho, float(group["eta"]) if group["adaptive"] else None, self._seen(b)))
         squared = norm = total_squared_norm(buckets, [term.eta for term in terms], self._reduction)
         radius = variant.radius()
         if radius is not None:  # rho d / |g| is rho / sqrt(|g|^2 / d^2); where d is 0 nothing moves
@@ -204,3 +267,8 @@ class Ascent(Wrapper):
             variant.descend(self._memory, clean, self._gradients())
         elif not self.ascends and type(variant).between is not Variant.between:
             variant.between(self._memory, self._gradients())
+
+
+def maximized(groups: list[dict[str, Any]]) -> set[int]:
+    """Ids of the tensors whose loss the base optimizer maximises."""
+    return {id(p) for group in groups if group.get("maximize", False) for p in group["params"]}

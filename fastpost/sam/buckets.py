@@ -7,9 +7,11 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, cast
 
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastpost import plan
 from fastpost.ops import params as ops
+from fastpost.sam.layout import Layout, has_lost_memory
 from fastpost.sam.reduction import Reduction, add_part
 
 Gradient = Callable[[Tensor], Tensor | None]
@@ -25,6 +27,10 @@ class ParameterBucket:
         key: parameters whose norms are reduced over the same ranks.
         elements, elements_everywhere: how many elements lie on this rank, and on all that share the parameters.
         rows: where its tensors stand among all that have a gradient.
+        walkable: whether weights and gradients can be walked by address, in step.
+        layout: of the weights that the bucket was built for. Those of another layout take another bucket.
+        addresses: of the weights, when the bucket last took gradients.
+        moved: whether it found them elsewhere than the time before.
     """
 
     def __init__(
@@ -35,8 +41,11 @@ class ParameterBucket:
         self.group = group
         self.key = key
         self.rows = rows
-        self._numels = [p.numel() for p in bucket.weights]
-        self.elements = sum(self._numels)
+        self.walkable = bucket.walkable
+        self.layout = Layout(bucket.weights)
+        self.addresses: list[int] = []
+        self.moved = self._note_addresses()
+        self.elements = sum(p.numel() for p in bucket.weights)
         self.elements_everywhere = sum(p.numel() for p in params)
         # The buffer is held beside its views, so that spans know the stash's padding to be its own.
         self._stash_buffer: Tensor | None = None
@@ -46,21 +55,22 @@ class ParameterBucket:
     def point(self, grads: list[Tensor], reduction: Reduction) -> bool:
         """Takes these gradients; False when the bucket has to be built anew."""
         # Weights can be given other storage between steps (model.to(), p.data = ...); a stale plan would walk off its end.
-        bucket, weights = self.bucket, self.bucket.weights
-        if reduction.shards:
-            weights = bucket.weights = [reduction.local(p) for p in self.params]
-        if {p.dtype for p in weights} != {bucket.dtype} or weights[0].device != bucket.device:
+        weights = self.follow(reduction)
+        if not self.layout.shared_by(weights) or not self.layout.fits(grads, self.walkable):
             return False
-        if list(map(Tensor.numel, weights)) != self._numels:
-            return False
-        if bucket.walkable:
-            try:
-                if list(map(Tensor.stride, grads)) != list(map(Tensor.stride, weights)):
-                    return False
-            except RuntimeError:  # a sparse gradient has no strides
-                return False
-        bucket.grads = grads
+        self.moved = self._note_addresses()
+        self.bucket.grads = grads
         return True
+
+    def _note_addresses(self) -> bool:
+        before, self.addresses = self.addresses, list(map(Tensor.data_ptr, self.bucket.weights))
+        return before != self.addresses
+
+    def follow(self, reduction: Reduction) -> list[Tensor]:
+        """The weights as they are now."""
+        if reduction.shards:
+            self.bucket.weights = [reduction.local(p) for p in self.params]
+        return self.bucket.weights
 
 
 class BucketCache:
@@ -69,13 +79,20 @@ class BucketCache:
     Args:
         stash: whether each bucket keeps room for a copy of its weights.
         reduction: where a parameter's part on this rank lies.
+        reads_only: nothing will be written, and parameters that operations do not serve are kept apart in `others`;
+            otherwise they are refused.
+
+    Attributes:
+        others: parameters in no bucket: complex, sparse, without data.
     """
 
-    def __init__(self, stash: bool, reduction: Reduction) -> None:
+    def __init__(self, stash: bool, reduction: Reduction, reads_only: bool = False) -> None:
         self._stash = stash
         self._reduction = reduction
+        self._reads_only = reads_only
         self._key: tuple[int, ...] = ()
         self._buckets: list[ParameterBucket] = []
+        self.others: list[Tensor] = []
 
     @contextlib.contextmanager
     def of(
@@ -88,6 +105,9 @@ class BucketCache:
             groups: parameter groups.
             scope: ids of the tensors to take; None for all.
             gradient: what to take for a tensor's gradient, or None for one that has none; by default its own.
+
+        Raises:
+            TypeError, ValueError: a tensor cannot be perturbed. Nothing has been written.
         """
         params = [p for group in groups for p in group["params"]]
         if scope is not None:
@@ -108,6 +128,8 @@ class BucketCache:
                 self._key = ()
                 self._buckets = self._build(groups, params, grads) if params else []
                 self._key = key
+            elif not self._reads_only and any(b.moved for b in self._buckets):
+                self._check_written([w for b in self._buckets for w in b.bucket.weights])
             del found, grads
             yield self._buckets
         finally:
@@ -116,11 +138,12 @@ class BucketCache:
 
     def _build(self, groups: list[dict[str, Any]], params: list[Tensor], grads: list[Tensor]) -> list[ParameterBucket]:
         weights = [self._reduction.local(p) for p in params] if self._reduction.shards else params
-        ops.check_lists("SAM", {"parameters": weights, "gradients": grads}, written=("parameters",))
+        served = self._served(weights, grads)
+        self.others = [p for row, p in enumerate(params) if row not in served]
         group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
         members: dict[tuple[int, Hashable], list[int]] = {}
-        for row, p in enumerate(params):
-            members.setdefault((group_of[id(p)], self._reduction.key(p)), []).append(row)
+        for row in served:
+            members.setdefault((group_of[id(params[row])], self._reduction.key(params[row])), []).append(row)
         result = []
         for (group, key), rows in members.items():
             buckets = ops.make_buckets(weights=[weights[i] for i in rows], grads=[grads[i] for i in rows], streams=rows)
@@ -128,6 +151,45 @@ class BucketCache:
                 mine = [params[i] for i in bucket.streams]
                 result.append(ParameterBucket(bucket, mine, group, key, bucket.streams, self._stash))
         return result
+
+    def _served(self, weights: list[Tensor], grads: list[Tensor]) -> dict[int, None]:
+        """The rows that go into buckets, in order."""
+        if not self._reads_only:
+            _check_served(weights, grads)
+            self._check_written(weights)
+            return dict.fromkeys(range(len(weights)))
+        rows: dict[int, None] = {}
+        for row in range(len(weights)):
+            with contextlib.suppress(TypeError, ValueError):
+                _check_served([weights[row]], [grads[row]])
+                rows[row] = None
+        return rows
+
+    def _check_written(self, weights: list[Tensor]) -> None:
+        for i, w in enumerate(weights):
+            if has_lost_memory(w):
+                raise ValueError(f"SAM: the memory of parameters[{i}] was given away; give it back before the ascent")
+        ops.check_memory("SAM", "parameters", weights)
+
+
+def _check_served(weights: list[Tensor], grads: list[Tensor]) -> None:
+    """Raises TypeError or ValueError where operations cannot read one of these tensors."""
+    for i, w in enumerate(weights):
+        if w.device.type == "meta":
+            raise ValueError(
+                f"SAM: parameters[{i}] is a meta tensor, which has a shape and no values; give the model its weights first "
+                "(to_empty() and load_state_dict()), or leave it out with scope="
+            )
+        wrapper: bool = is_traceable_wrapper_subclass(w)
+        if wrapper:
+            raise TypeError(
+                f"SAM: parameters[{i}] is a {type(w).__name__}, whose values lie in other tensors where they cannot be "
+                "written as numbers; leave it out with scope="
+            )
+    try:
+        ops.check_lists("SAM", {"parameters": weights, "gradients": grads}, written=())
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}. What is not to be perturbed is left out with scope=") from None
 
 
 def total_squared_norm(buckets: Sequence[ParameterBucket], etas: Sequence[float | None], reduction: Reduction) -> Tensor:

@@ -82,7 +82,7 @@ def _holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
 
 def _original(module: Any) -> Any:
     """The forward that the module has when it is not perturbed."""
-    return type(module).__mro__[1].forward  # type: ignore[attr-defined]
+    return type(module)._sam_original.forward
 
 
 def _widened(values: Any) -> tuple[Any, ...]:
@@ -125,10 +125,12 @@ def _perturbed_class(cls: Any, rule: Rule) -> Any:
     """A subclass whose forward computes at w + e. A module is of this class between perturbing and restoring."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if "_sam_directions" not in self.__dict__:  # restored, but of this class still: somebody has put a class on top
+            return cls.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
         directions: Directions = {name: _as_used(u, getattr(self, name)) for name, u in self._sam_directions.items()}
         return rule(self, directions, self._sam_factor, args, kwargs)
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "_sam_original": cls})
 
 
 def _as_used(u: Tensor, weight: Tensor) -> Tensor:
@@ -174,9 +176,10 @@ class FunctionalPerturbation(Perturbation):
 
     def _install(self) -> None:
         self._layers: list[tuple[nn.Module, Rule, _Called]] = []
-        self._moved: list[nn.Module] = []
+        self._moved: list[tuple[nn.Module, Any]] = []  # with the class that each has when it is not perturbed
         self._directions: dict[int, tuple[Tensor, float]] = {}
         self._room: dict[int, Tensor] = {}
+        self._checked: set[int] = set()  # ids of parameters that are served
         self._root = _Called()
         handles: list[Any] = [self._model.register_forward_hook(self._root)]
         for module in self._model.modules():
@@ -207,6 +210,7 @@ class FunctionalPerturbation(Perturbation):
             )
         self._refuse_replaced(wanted)
         _refuse_shards(params)
+        self._checked |= wanted
 
     def _refuse_replaced(self, wanted: set[int]) -> None:
         """A forward put on the module itself hides the one of its class, by which the perturbation comes in."""
@@ -224,8 +228,11 @@ class FunctionalPerturbation(Perturbation):
 
     def apply(self, buckets: Any, terms: Any, squared: Tensor, reduction: Reduction) -> Tensor:
         _refuse_shards([p for b in buckets for p in b.params])
-        self._refuse_replaced({id(p) for b in buckets for p in b.params})
-        self._refuse_unused([p for b in buckets for p in b.params])
+        params = [p for b in buckets for p in b.params]
+        if not self._checked.issuperset(map(id, params)):  # somebody has added a group to the base optimizer
+            self.check(params)
+        self._refuse_replaced({id(p) for p in params})
+        self._refuse_unused(params)
         elements = sum(b.elements for b in buckets)
         self._unit = math.sqrt(max(elements, 1))
         sums = super().apply(buckets, terms, squared, reduction)
@@ -235,10 +242,10 @@ class FunctionalPerturbation(Perturbation):
             if found:
                 factor = max(f for _, f in found.values())
                 same = {name: u if f == factor else u * (f / factor) for name, (u, f) in found.items()}
-                module.__dict__.update(_sam_directions=same, _sam_factor=factor)
                 cls: Any = type(module)
+                self._moved.append((module, cls))  # first, so that an interrupt finds it
+                module.__dict__.update(_sam_directions=same, _sam_factor=factor)
                 module.__class__ = _perturbed_class(cls, rule)
-                self._moved.append(module)
         return sums
 
     def _refuse_unused(self, params: list[Tensor]) -> None:
@@ -255,7 +262,7 @@ class FunctionalPerturbation(Perturbation):
     def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
         # float16 ends at 65,504, which a product with elements of about 1 may reach.
         room_above = 5 if term.seen == torch.float16 else 0
-        factor = 2.0 ** (round(math.log2(term.rho / self._unit)) + room_above) if term.rho else 1.0
+        factor = 2.0 ** (round(math.log2(abs(term.rho) / self._unit)) + room_above) if term.rho else 1.0
         room: list[Tensor] = []
         for p, w in zip(b.params, b.bucket.weights, strict=True):
             u = self._room.get(id(p))
@@ -266,17 +273,24 @@ class FunctionalPerturbation(Perturbation):
             self._directions[id(p)] = (u, factor)
         return direction_(b, room, squared, term, factor)
 
-    def put_back(self, b: ParameterBucket) -> None:
-        for module in self._moved:
-            module.__class__ = type(module).__mro__[1]
-            del module.__dict__["_sam_directions"], module.__dict__["_sam_factor"]
+    def undo(self, reduction: Reduction, convert: bool = False) -> None:
+        """The layers compute at w again. No weight was written, so whatever has become of the weights is right."""
+        for module, cls in self._moved:
+            if type(module).__bases__ == (cls,) and "_sam_original" in vars(type(module)):
+                module.__class__ = cls
+            for name in ("_sam_directions", "_sam_factor"):
+                module.__dict__.pop(name, None)
         for called in (self._root, *(called for _, _, called in self._layers)):
             called.yes = False
         self._moved = []
         self._directions.clear()
+        self._noted = []
+
+    def check_weights(self, reduction: Reduction) -> bool:
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_model": self._model, "_done": []}
+        return {"_model": self._model, "_noted": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,11 +27,9 @@ def check_fused_restore(bases: Sequence[Optimizer]) -> None:
                 "torch.optim.AdamW, or leave fused_restore off"
             )
         for group in base.param_groups:
-            for option in ("amsgrad", "differentiable"):
-                if group[option]:
-                    raise ValueError(f"SAM: fused_restore=True cannot serve AdamW({option}=True)")
-            if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
-                raise ValueError("SAM: fused_restore=True takes lr as a number or a CPU tensor, not from the device")
+            why_not = _refuses_options(group)
+            if why_not is not None:
+                raise ValueError(f"SAM: fused_restore=True cannot serve {why_not}")
             for p in group["params"]:
                 if isinstance(p, DTensor):
                     raise TypeError("SAM: fused_restore=True does not serve sharded parameters (DTensor); leave it off")
@@ -40,11 +40,69 @@ def check_fused_restore(bases: Sequence[Optimizer]) -> None:
                     )
 
 
+def _refuses_options(group: dict[str, Any]) -> str | None:
+    for option in ("amsgrad", "differentiable"):
+        if group[option]:
+            return f"AdamW({option}=True)"
+    if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
+        return "lr from the device; give it as a number or a CPU tensor"
+    return None
+
+
+def _refuses_tensors(group: dict[str, Any], state: Mapping[Tensor, Any]) -> str | None:
+    """Why gradients and moments, as they are now, cannot be walked in step with their weights."""
+    params = [p for p in group["params"] if p.grad is not None]
+    known = [p for p in params if state.get(p)]
+    columns = {"gradients": (params, [p.grad for p in params])}
+    for name in ("exp_avg", "exp_avg_sq"):
+        columns[name] = (known, [state[p].get(name) for p in known])
+    for name, (owners, tensors) in columns.items():
+        if not all(isinstance(t, Tensor) and t.layout == torch.strided and t.is_floating_point() for t in tensors):
+            return f"{name} that are sparse, complex or missing"
+        if any(list(map(what, owners)) != list(map(what, tensors)) for what in _LAYOUT):
+            return f"{name} of another dtype, shape or memory format than their weights"
+    for p in known:
+        step, there = state[p].get("step"), (torch.float32, p.device)
+        if (
+            not isinstance(step, Tensor)
+            or step.numel() != 1
+            or (p.device.type != "cpu" and (step.dtype, step.device) != there)
+        ):
+            return "step counts that are not a float32 on the weights' device"
+    return None
+
+
+_LAYOUT: tuple[Callable[[Any], Any], ...] = (attrgetter("dtype"), attrgetter("shape"), attrgetter("device"), Tensor.stride)
+
+
 class FusedRestore:
     """Steps torch.optim.AdamW from the stash of a perturbation; state, hooks and formulas stay AdamW's own."""
 
     def __init__(self) -> None:
-        self._buckets: dict[tuple[int, int], tuple[tuple[int, ...], list[plan.Bucket]]] = {}
+        self._buckets: dict[tuple[int, int], tuple[tuple[object, ...], list[plan.Bucket]]] = {}
+        self._warned: set[str] = set()
+
+    def refusal(self, bases: Sequence[Optimizer]) -> str | None:
+        """Why this step has to be restore and AdamW's own, in words; None where it can be made in one pass.
+
+        What `check_fused_restore` has seen may have changed since: states are loaded, groups added, models converted.
+        """
+        for base in bases:
+            for group in base.param_groups:
+                why_not = _refuses_options(group) or _refuses_tensors(group, base.state)
+                if why_not is not None:
+                    return why_not
+        return None
+
+    def warn(self, why_not: str) -> None:
+        """Says, once for each reason, that the step is made the slower way."""
+        if why_not not in self._warned:
+            self._warned.add(why_not)
+            warnings.warn(
+                f"SAM: fused_restore=True cannot serve {why_not}; w is restored first, and AdamW makes its own step: the "
+                "same, in more passes over memory",
+                stacklevel=5,
+            )
 
     def step(
         self,
@@ -56,7 +114,7 @@ class FusedRestore:
         """Writes every weight: stepped where it has a gradient, restored where it has none or a gradient is not finite.
 
         Args:
-            bases: AdamW optimizers that `check_fused_restore` has accepted.
+            bases: AdamW optimizers that `refusal` has nothing against.
             perturbed: the buckets whose weights are w + e.
             scale, found_inf: as GradScaler hands them over. Gradients are divided by the scale on their way and stay scaled.
 
@@ -68,7 +126,8 @@ class FusedRestore:
         skips = found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf)
         if not skips:
             for number, base in enumerate(bases):
-                _hooks(base, _global_optimizer_pre_hooks, base._optimizer_step_pre_hooks)
+                if _hooks(base, _global_optimizer_pre_hooks, base._optimizer_step_pre_hooks) and self.refusal([base]):
+                    raise RuntimeError(f"SAM: a hook before the step has left AdamW with {self.refusal([base])}")
                 for index, group in enumerate(base.param_groups):
                     self._step_group((number, index), base, group, stash, scale, found_inf)
                 _hooks(base, _global_optimizer_post_hooks, base._optimizer_step_post_hooks)
@@ -110,18 +169,21 @@ class FusedRestore:
 
     def _bucketed(self, where: tuple[int, int], *columns: list[Tensor]) -> list[plan.Bucket]:
         params, grads, kept, first, second = columns
-        key = (*map(id, params), *map(id, kept), *map(id, first), *map(id, second))
+        ids = (id(t) for column in (params, kept, first, second) for t in column)
+        key = (*ids, *(value for what in _LAYOUT for value in map(what, params)))
         known, buckets = self._buckets.get(where, ((), []))
-        in_step = all(g.stride() == p.stride() and g.dtype == p.dtype for g, p in zip(grads, params, strict=True))
-        if key != known or not in_step:
-            ops.check_lists("SAM", {"parameters": params, "gradients": grads}, written=("parameters",))
+        if key != known:
+            names = ("parameters", "gradients", "stash", "exp_avg", "exp_avg_sq")
+            ops.check_lists("SAM", dict(zip(names, columns, strict=True)), written=("parameters", "exp_avg", "exp_avg_sq"))
             buckets = ops.make_buckets(weights=params, grads=grads, stash=kept, first=first, second=second)
             self._buckets[where] = (key, buckets)
-        for b in buckets:
-            b.grads = [grads[i] for i in b.streams]
+        for b in buckets:  # new lists: moments may have been given other memory, and are pointed at anew
+            b.grads, b.first, b.second = ([column[i] for i in b.streams] for column in (grads, first, second))
         return buckets
 
 
-def _hooks(base: Optimizer, everywhere: dict[int, Any], own: dict[int, Any]) -> None:
-    for hook in (*everywhere.values(), *own.values()):
+def _hooks(base: Optimizer, everywhere: dict[int, Any], own: dict[int, Any]) -> bool:
+    hooks = (*everywhere.values(), *own.values())
+    for hook in hooks:
         hook(base, (), {})
+    return bool(hooks)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from fastpost.distributed import is_sharded
 from fastpost.ops import params as ops
 from fastpost.sam.buckets import ParameterBucket
 from fastpost.sam.perturbation import Perturbation, Term
+from fastpost.sam.reduction import Reduction
+
+SERVED = (torch.bfloat16, torch.float16)  # dtypes of parameters that have masters
 
 
 class Masters:
@@ -38,7 +42,7 @@ class Masters:
         if len(self.weights) != len(self._masters):
             raise ValueError(f"SAM: {len(self.weights)} parameters but {len(self._masters)} master_params")
         for i, (w, m) in enumerate(zip(self.weights, self._masters, strict=True)):
-            if m.dtype != torch.float32 or w.dtype not in (torch.bfloat16, torch.float16):
+            if m.dtype != torch.float32 or w.dtype not in SERVED:
                 raise TypeError(
                     f"SAM: master_params[{i}] has dtype {m.dtype} and its parameter {w.dtype}; masters are float32, their "
                     "parameters bfloat16 or float16"
@@ -47,6 +51,7 @@ class Masters:
                 raise ValueError(f"SAM: master_params[{i}] and its parameter differ in shape, layout or device")
         self._weight_of = {id(m): w for w, m in zip(self.weights, self._masters, strict=True)}
         self.master_of = {id(w): m for w, m in zip(self.weights, self._masters, strict=True)}
+        self.behind = False  # whether masters may have been stepped and their weights not
         self.check()
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -76,8 +81,26 @@ class Masters:
             raise ValueError("SAM: with master_params the base optimizer has to be built from the masters, all of them")
 
     def groups_of_weights(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The optimizer's groups with the model's parameters in the place of their masters."""
+        """The optimizer's groups with the model's parameters in the place of their masters.
+
+        Raises:
+            ValueError: a group holds a tensor that is no master.
+        """
+        if any(id(m) not in self._weight_of for group in groups for m in group["params"]):
+            raise ValueError(
+                "SAM: the base optimizer holds a parameter that is none of master_params, so no weight is known for it; "
+                "build SAM anew with the master of every parameter"
+            )
         return [{**group, "params": [self._weight_of[id(m)] for m in group["params"]]} for group in groups]
+
+    def misfit(self, w: Tensor) -> str | None:
+        """What keeps a weight and its master from being a pair, in words; None where they are one."""
+        m = self.master_of[id(w)]
+        if m.dtype != torch.float32 or w.dtype not in SERVED:
+            return f"a master has dtype {m.dtype} and its parameter {w.dtype}; masters are float32, parameters 16 bits wide"
+        if m.shape != w.shape or m.device != w.device:
+            return f"a master is of shape {tuple(m.shape)} on {m.device}, its parameter {tuple(w.shape)} on {w.device}"
+        return None
 
     def check(self) -> None:
         """Raises ValueError where a weight is not, bit for bit, the cast of its master."""
@@ -93,12 +116,24 @@ class Masters:
         for w, m in zip(self.weights, self._masters, strict=True):
             m.grad = None if w.grad is None else w.grad.to(m.dtype)
 
+    @contextlib.contextmanager
+    def stepped(self) -> Iterator[None]:
+        """Around the base optimizer's step, after which the weights become the casts of their masters.
+
+        A step that is interrupted leaves `behind`, and `cast` makes up for it.
+        """
+        self.behind = True
+        yield
+        self.cast()
+        for m in self._masters:
+            m.grad = None
+
     @torch.no_grad()
-    def give_weights(self) -> None:
-        """The weights become the casts of their masters, whose gradients are let go."""
+    def cast(self) -> None:
+        """The weights become the casts of their masters."""
         for w, m in zip(self.weights, self._masters, strict=True):
             w.copy_(m)
-            m.grad = None
+        self.behind = False
 
     def zero_grad(self, set_to_none: bool) -> None:
         for w in self.weights:
@@ -121,13 +156,36 @@ class MasterPerturbation(Perturbation):
         super().__init__()
         self._masters = masters
 
+    def apply(
+        self, buckets: Sequence[ParameterBucket], terms: Sequence[Term], squared: Tensor, reduction: Reduction
+    ) -> Tensor:
+        misfits = [why for b in buckets for p in b.params if (why := self._masters.misfit(p))]
+        if misfits:
+            raise ValueError(f"SAM: {misfits[0]}. Build SAM anew for a model of another dtype or shape")
+        return super().apply(buckets, terms, squared, reduction)
+
     def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
-        if not b.bucket.stash:  # the column of origins: here they lie in float32, and are never written
-            b.bucket.stash = [self._masters.master_of[id(p)].detach() for p in b.params]
+        self._point(b)
         sums = ops.run("sam_perturb_masters_", b.bucket, squared, term.rho, term.eta, term.seen)
         ops.wrote(b.bucket.weights)
         return sums
 
+    def writes(self, b: ParameterBucket) -> bool:
+        return True  # a cast of the masters is w, whether or not w + e has been written
+
+    def origin(self, b: ParameterBucket, row: int) -> Tensor:
+        return self._masters.master_of[id(b.params[row])].detach().to(b.layout.dtype)
+
     def put_back(self, b: ParameterBucket) -> None:
+        if any(self._masters.misfit(p) for p in b.params):
+            self._masters.cast()
+            return
+        self._point(b)
         ops.run("sam_cast_", b.bucket)
         ops.wrote(b.bucket.weights)
+
+    def _point(self, b: ParameterBucket) -> None:
+        """The column of origins: here they lie in float32, and are never written. Masters may have been moved."""
+        b.bucket.stash = [self._masters.master_of[id(p)].detach() for p in b.params]
+        pairs = zip(b.bucket.weights, b.bucket.stash, strict=True)
+        b.bucket.walkable = b.walkable and all(w.stride() == m.stride() for w, m in pairs)

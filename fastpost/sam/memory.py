@@ -20,6 +20,7 @@ class Memory:
         reduction: how ranks add up.
         state: returns the base optimizer's state, where kept tensors live.
         tensors: returns all parameters.
+        maximized: returns the ids of those whose loss the base optimizer maximises.
         names: what a variant keeps per parameter.
     """
 
@@ -28,11 +29,13 @@ class Memory:
         reduction: Reduction,
         state: Callable[[], MutableMapping[Tensor, Any]],
         tensors: Callable[[], list[Tensor]],
+        maximized: Callable[[], set[int]],
         names: tuple[str, ...],
     ) -> None:
         self._reduction = reduction
         self._state = state
         self.tensors = tensors
+        self.maximized = maximized
         self._names = names
         self._pending: dict[Tensor, dict[str, Tensor]] = {}
 
@@ -59,6 +62,10 @@ class Memory:
     def keep(self, p: Tensor, name: str, value: Tensor) -> None:
         """Keeps a tensor for a parameter; it enters `state[p]` once the base optimizer has made its own entries there."""
         self._pending.setdefault(p, {})[name] = value
+
+    def forget(self) -> None:
+        """What was to be kept belonged to a step that is not made."""
+        self._pending.clear()
 
     def store(self, gradients: Gradients) -> None:
         """After a step with these gradients: every name is in the state of their parameters."""

@@ -17,6 +17,7 @@ from fastpost.sam.ascent import Ascent
 from fastpost.sam.bases import build_bases, step_bases
 from fastpost.sam.fused import FusedRestore, check_fused_restore
 from fastpost.sam.kinds import build_perturbation
+from fastpost.sam.layout import WeightsChanged
 from fastpost.sam.masters import Masters
 from fastpost.sam.memory import Gradients
 from fastpost.sam.options import check_options
@@ -144,6 +145,7 @@ class SAM(Ascent):
         self._empty_caches()
         self._clean: Gradients = {}
         self._combined = False
+        self._tensors_at_ascent = 0
         self._ascents = 0  # in this step; m-SAM has several
         self._masters_fit = True
         self.cycle = 0  # goes up with every fresh start, so that what was kept from a first pass can be told stale
@@ -218,7 +220,10 @@ class SAM(Ascent):
                 "Scale both losses yourself: backward, first_step(zero_grad=True), backward, then scaler.step(opt)"
             )
         if self.is_perturbed:
-            raise RuntimeError("SAM: step(closure) while perturbed; finish with second_step() or step() first")
+            raise RuntimeError(
+                "SAM: step(closure) while perturbed; finish with second_step() or step() first, or give that step up with "
+                "abandon()"
+            )
         ascends = self.ascends
         loss = None
         if not reuse_grads:
@@ -254,13 +259,12 @@ class SAM(Ascent):
             yield self
             if self.is_perturbed:  # unless a step was made inside
                 self.end_ascent()
-        except BaseException:
+        except BaseException as error:
             self._guard.forget()  # the step will not be made
             self._close_step()
-            raise
-        finally:
-            if self.is_perturbed:
+            if self.is_perturbed and not isinstance(error, WeightsChanged):
                 self.restore_()
+            raise
 
     # -- what was done ------------------------------------------------------------------------------------------------
 
@@ -291,7 +295,7 @@ class SAM(Ascent):
     def _finish(self) -> None:
         """Restores if need be, then steps with every base optimizer unless a gradient is not finite."""
         try:
-            if self._fused is None:
+            if self._fused is None or not self._perturbation.active or not self._check_perturbed():
                 self.end_ascent()
             elif not self._combined:
                 self._combine()
@@ -306,30 +310,42 @@ class SAM(Ascent):
             if ascent is not None:
                 found_inf = self._overflowed(ascent, found_inf)
             self._count_step(ascended=ascent is not None)
-            if self._fused is not None and self._perturbation.active:
-                with self._perturbation.settled(self._reduction) as buckets:
-                    skipped = self._fused.step(self._bases, buckets, scale, found_inf)
-                self._awaits_second = False
-            else:
-                self.end_ascent()
-                skipped = step_bases(self._bases, scale, found_inf)
-            if self._masters is not None:
-                self._masters.give_weights()
-        except BaseException:
+            skipped = self._step(scale, found_inf)
+        except WeightsChanged:  # nothing was done
             _leave_scaler(self)
             raise
-        finally:
+        except BaseException:
+            _leave_scaler(self)
             self._close_step()
+            raise
+        self._close_step()
         self._count_skipped(skipped)
         if self.variant.state_names and not (isinstance(skipped, int) and skipped):
             self._memory.store(self._gradients())
+
+    def _step(self, scale: Tensor | None, found_inf: Tensor | None) -> int | Tensor:
+        """The base optimizers' step; where w is not back yet, in one with the restore if AdamW's state is fit for it."""
+        if self._fused is not None and self._perturbation.active:
+            why_not = self._fused.refusal(self._bases)
+            if why_not is None:
+                with self._perturbation.settled(self._reduction) as buckets:
+                    skipped = self._fused.step(self._bases, buckets, scale, found_inf)
+                self._awaits_second = False
+                return skipped
+            self._fused.warn(why_not)
+        self.end_ascent()
+        if self._masters is None:
+            return step_bases(self._bases, scale, found_inf)
+        with self._masters.stepped():
+            return step_bases(self._bases, scale, found_inf)
 
     def _overflowed(self, ascent: Tensor, found_inf: Tensor | None) -> Tensor:
         """`overflowed` of the ascent and the second gradients, which are looked at where no GradScaler has."""
         if found_inf is not None:
             return overflowed(ascent, found_inf, [], self._reduction)
         with self._finite_buckets.of(self.param_groups, None) as buckets:
-            return overflowed(ascent, None, buckets, self._reduction)
+            others = [g for p in self._finite_buckets.others if (g := self._reduction.gradient(p)) is not None]
+            return overflowed(ascent, None, buckets, self._reduction, others)
 
     def _count_skipped(self, skipped: int | Tensor) -> None:
         if isinstance(skipped, Tensor) and isinstance(self._skipped, Tensor):

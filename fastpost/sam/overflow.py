@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ class OverflowGuard:
         key = tuple(map(id, params))
         if key == self._hooked:
             return
+        self._hooked = ()
         _remove(self._handles)
         myself = weakref.ref(self)
 
@@ -83,21 +84,47 @@ class OverflowGuard:
     @torch.no_grad()
     def _plant(self, p: Tensor) -> None:
         grad = self._reduction.gradient(p)
-        if grad is None or not grad.numel():
+        values = None if grad is None else values_of(grad)
+        if values is None or not values.numel():
             return
         assert self._seed is not None
-        grad[(0,) * grad.ndim].add_(self._seed.to(grad.device, grad.dtype))
+        values[(0,) * values.ndim].add_(self._seed.to(values.device, values.dtype))
         self._seed = None
 
 
+def values_of(gradient: Tensor) -> Tensor | None:
+    """The values that a gradient stores, as memory that can be read and written; None where it has none."""
+    if gradient.device.type == "meta":
+        return None
+    if gradient.layout == torch.strided:
+        return gradient
+    return gradient._values() if gradient.layout == torch.sparse_coo else gradient.values()
+
+
+def is_finite(gradient: Tensor) -> Tensor:
+    """Whether all of a gradient is, whatever its layout and dtype: a bool scalar on its device."""
+    values = values_of(gradient)
+    if values is None:
+        return torch.ones((), dtype=torch.bool)
+    wide = values if values.is_complex() or values.dtype.itemsize > 1 else values.float()
+    return torch.isfinite(wide).all()
+
+
 @torch.no_grad()
-def overflowed(ascent: Tensor, found_inf: Tensor | None, buckets: Sequence[ParameterBucket], reduction: Reduction) -> Tensor:
+def overflowed(
+    ascent: Tensor,
+    found_inf: Tensor | None,
+    buckets: Sequence[ParameterBucket],
+    reduction: Reduction,
+    others: Iterable[Tensor] = (),
+) -> Tensor:
     """1.0 where a gradient of either pass is not finite on any rank, else 0.0; a float32 scalar as GradScaler's found_inf.
 
     Args:
         ascent: squared norm of the ascent gradient.
         found_inf: what GradScaler found in the second gradient; None where nobody has looked.
         buckets: the second gradients, to be looked at where nobody has.
+        others: second gradients that fit into no bucket.
         reduction: how ranks agree.
     """
     bad = (~torch.isfinite(ascent)).float()
@@ -106,6 +133,9 @@ def overflowed(ascent: Tensor, found_inf: Tensor | None, buckets: Sequence[Param
     elif buckets:
         norm = total_squared_norm(buckets, [None] * len(buckets), reduction)
         bad = torch.maximum(bad.to(norm.device), (~torch.isfinite(norm)).float())
+    if found_inf is None:
+        for gradient in others:
+            bad = torch.maximum(bad, (~is_finite(gradient)).float().to(bad.device))
     return reduction.agree(bad)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from fastpost.ops import params as ops
 from fastpost.sam.buckets import ParameterBucket
+from fastpost.sam.layout import changes, put, refuse_changes
 from fastpost.sam.reduction import Reduction, add_part
 
 
@@ -20,7 +19,7 @@ class Term(NamedTuple):
     """What one bucket's perturbation is made with.
 
     Attributes:
-        rho: radius.
+        rho: radius; negative where the way uphill is against the gradient, as with an optimizer that maximises.
         eta: ASAM's constant; None for SAM.
         seen: dtype that the forward pass computes in.
     """
@@ -31,13 +30,18 @@ class Term(NamedTuple):
 
 
 class Perturbation:
-    """w + e written over w, with w kept aside in a buffer that is allocated once."""
+    """w + e written over w, with w kept aside in a buffer that is allocated once.
+
+    A bucket is noted before it is written, so that an interrupt finds it whatever it interrupts. That its stash holds w is
+    noted inside of the call that writes (`plan.Bucket.stashed`). Restoring is harmless where nothing was written, and may be
+    repeated.
+    """
 
     stash = True
     number = 0  # of the ascent, counted over steps: a key for random numbers
 
     def __init__(self) -> None:
-        self._done: list[ParameterBucket] = []
+        self._noted: list[ParameterBucket] = []
 
     def check(self, params: Sequence[Tensor]) -> None:
         """Raises ValueError where these parameters cannot be perturbed this way."""
@@ -45,7 +49,12 @@ class Perturbation:
     @property
     def active(self) -> bool:
         """Whether weights are perturbed."""
-        return bool(self._done)
+        return bool(self._noted)
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters that are perturbed."""
+        return [p for b in self._noted for p in b.params]
 
     def apply(
         self, buckets: Sequence[ParameterBucket], terms: Sequence[Term], squared: Tensor, reduction: Reduction
@@ -54,9 +63,9 @@ class Perturbation:
         parts: dict[Hashable, Tensor] = {}
         try:
             for b, term in zip(buckets, terms, strict=True):
-                with uninterrupted():
-                    part = self.write(b, term, squared.to(b.bucket.device))
-                    self._done.append(b)
+                b.bucket.stashed = False
+                self._noted.append(b)
+                part = self.write(b, term, squared.to(b.bucket.device))
                 add_part(parts, b.key, part)
         except BaseException:  # a later bucket failed: the earlier ones must not stay perturbed
             self.undo(reduction)
@@ -65,25 +74,49 @@ class Perturbation:
         torch.clear_autocast_cache()  # or an enclosing autocast region would go on with its casts of the old weights
         return reduction.total(parts)
 
-    def undo(self, reduction: Reduction) -> None:
-        """Puts w back, bit for bit; without a perturbation nothing happens."""
-        if not self._done:
+    def undo(self, reduction: Reduction, convert: bool = False) -> None:
+        """Puts w back, bit for bit; without a perturbation nothing happens.
+
+        Weights that have been moved are followed. Where only their strides are others the values go to where they belong.
+
+        Args:
+            convert: put w back whatever has become of the weights: cast to their dtype, on their device. Those of another
+                shape, and those whose memory cannot be written, get memory of their own.
+
+        Raises:
+            WeightsChanged: without `convert`, where weights are of another dtype, shape or device than those that were
+                perturbed, or share memory. Nothing has been written.
+        """
+        if not self._noted:
             return
-        with uninterrupted():
-            for b in self._done:
+        written = list(filter(self.writes, self._noted))
+        found = changes(written, reduction)
+        if not convert:
+            refuse_changes(written, found)
+        for b, changed in zip(written, found, strict=True):
+            if not changed:
                 self.put_back(b)
-            reduction.wrote([p for b in self._done for p in b.params])
-            torch.clear_autocast_cache()
-            self._done = []
+                continue
+            for row, p in enumerate(b.params):
+                put(p, b.bucket.weights[row], self.origin(b, row), changed.get(row), reduction)
+        reduction.wrote(self.params)
+        torch.clear_autocast_cache()
+        self._noted = []
+
+    def check_weights(self, reduction: Reduction) -> bool:
+        """Whether every perturbed weight is laid out as it was; raises as `undo` does, and writes nothing."""
+        written = list(filter(self.writes, self._noted))
+        found = changes(written, reduction)
+        refuse_changes(written, found)
+        return not any(found)
 
     @contextlib.contextmanager
     def settled(self, reduction: Reduction) -> Iterator[list[ParameterBucket]]:
-        """Hands the perturbed buckets to a block that writes all their weights itself."""
-        with uninterrupted():
-            yield self._done
-            reduction.wrote([p for b in self._done for p in b.params])
-            torch.clear_autocast_cache()
-            self._done = []
+        """Hands the perturbed buckets to a block that writes all their weights itself. Until it has, w can be put back."""
+        yield self._noted
+        reduction.wrote(self.params)
+        torch.clear_autocast_cache()
+        self._noted = []
 
     def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
         """Perturbs one bucket and returns its six sums."""
@@ -91,31 +124,18 @@ class Perturbation:
         ops.wrote(b.bucket.weights)
         return sums
 
+    def writes(self, b: ParameterBucket) -> bool:
+        """Whether weights of this noted bucket may have been written, so that w has to be put back."""
+        return b.bucket.stashed
+
     def put_back(self, b: ParameterBucket) -> None:
+        """Puts w back into the weights of a bucket, which are laid out as they were."""
         ops.run("sam_restore_", b.bucket)
         ops.wrote(b.bucket.weights)
 
+    def origin(self, b: ParameterBucket, row: int) -> Tensor:
+        """w of one tensor, in the dtype and shape that it was perturbed in."""
+        return b.bucket.stash[row]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_done": []}  # copies and pickles are refused while perturbed
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C, and a SIGTERM that Python handles, back until the block is left: a kernel that has run must be noted.
-
-    Python delivers a signal as soon as the call into the kernel returns, that is before the next line.
-    """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    held = {number: handler for number, handler in handlers.items() if callable(handler)}
-    if threading.current_thread() is not threading.main_thread():
-        held = {}  # signals are the main thread's
-    pending: list[tuple[int, Any]] = []
-    for number in held:
-        signal.signal(number, lambda *arrived: pending.append(arrived))
-    try:
-        yield
-    finally:
-        for number, handler in held.items():
-            signal.signal(number, handler)
-        if pending:
-            held[signal.Signals(pending[0][0])](*pending[0])
+        return {**self.__dict__, "_noted": []}  # copies and pickles are refused while perturbed

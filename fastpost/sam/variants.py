@@ -178,11 +178,13 @@ class MomentumSAM(Variant):
 
     def direction(self, memory: Memory, gradients: Gradients) -> Gradients:
         result: Gradients = {}
+        maximized = memory.maximized()
         for p in memory.tensors():
             state: Mapping[str, Any] = memory.state.get(p, {})
             found = next((state[name] for name in self.buffers if state.get(name) is not None), None)
             if found is not None:
-                result[p] = -found.to(p.dtype)
+                # Momentum of an optimizer that maximises is that of -L already; a direction is in terms of L.
+                result[p] = found.to(p.dtype) if id(p) in maximized else -found.to(p.dtype)
             elif state and p.requires_grad:
                 raise RuntimeError(
                     f"SAM: MomentumSAM found none of {', '.join(self.buffers)} in the base optimizer's state "
