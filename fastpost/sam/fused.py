@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -50,7 +50,11 @@ def _refuses_options(group: dict[str, Any]) -> str | None:
 
 
 def _refuses_tensors(group: dict[str, Any], state: Mapping[Tensor, Any]) -> str | None:
-    """Why gradients and moments, as they are now, cannot be walked in step with their weights."""
+    """Why gradients and moments, as they are now, cannot be walked in step with their weights.
+
+    Raises:
+        ValueError: AdamW cannot step with them either.
+    """
     params = [p for p in group["params"] if p.grad is not None]
     known = [p for p in params if state.get(p)]
     columns = {"gradients": (params, [p.grad for p in params])}
@@ -59,8 +63,16 @@ def _refuses_tensors(group: dict[str, Any], state: Mapping[Tensor, Any]) -> str 
     for name, (owners, tensors) in columns.items():
         if not all(isinstance(t, Tensor) and t.layout == torch.strided and t.is_floating_point() for t in tensors):
             return f"{name} that are sparse, complex or missing"
-        if any(list(map(what, owners)) != list(map(what, tensors)) for what in _LAYOUT):
-            return f"{name} of another dtype, shape or memory format than their weights"
+        for what in ("dtype", "shape", "device"):
+            theirs, own = (list(map(attrgetter(what), column)) for column in (tensors, owners))
+            if theirs != own:
+                there, here = next((t, w) for t, w in zip(theirs, own, strict=True) if t != w)
+                raise ValueError(
+                    f"SAM: {name} hold a tensor of {what} {there} for a weight of {what} {here}; after a model changed its "
+                    "dtype or device, opt.load_state_dict(opt.state_dict()) converts the state"
+                )
+        if list(map(Tensor.stride, tensors)) != list(map(Tensor.stride, owners)):
+            return f"{name} of another memory format than their weights"
     for p in known:
         step, there = state[p].get("step"), (torch.float32, p.device)
         if (
@@ -72,9 +84,6 @@ def _refuses_tensors(group: dict[str, Any], state: Mapping[Tensor, Any]) -> str 
     return None
 
 
-_LAYOUT: tuple[Callable[[Any], Any], ...] = (attrgetter("dtype"), attrgetter("shape"), attrgetter("device"), Tensor.stride)
-
-
 class FusedRestore:
     """Steps torch.optim.AdamW from the stash of a perturbation; state, hooks and formulas stay AdamW's own."""
 
@@ -82,27 +91,31 @@ class FusedRestore:
         self._buckets: dict[tuple[int, int], tuple[tuple[object, ...], list[plan.Bucket]]] = {}
         self._warned: set[str] = set()
 
-    def refusal(self, bases: Sequence[Optimizer]) -> str | None:
-        """Why this step has to be restore and AdamW's own, in words; None where it can be made in one pass.
+    def serves(self, bases: Sequence[Optimizer]) -> bool:
+        """Whether the coming step can be made in one pass; says, once for each reason, why it is restore and step instead.
 
         What `check_fused_restore` has seen may have changed since: states are loaded, groups added, models converted.
+
+        Raises:
+            ValueError: gradients or moments have a dtype, shape or device that AdamW cannot step with.
         """
+        why_not = self._refusal(bases)
+        if why_not is not None and why_not not in self._warned:
+            self._warned.add(why_not)
+            warnings.warn(
+                f"SAM: fused_restore=True cannot serve {why_not}; w is restored first, and AdamW makes its own step: the "
+                "same, in more passes over memory",
+                stacklevel=4,  # where torch wraps step()
+            )
+        return why_not is None
+
+    def _refusal(self, bases: Sequence[Optimizer]) -> str | None:
         for base in bases:
             for group in base.param_groups:
                 why_not = _refuses_options(group) or _refuses_tensors(group, base.state)
                 if why_not is not None:
                     return why_not
         return None
-
-    def warn(self, why_not: str) -> None:
-        """Says, once for each reason, that the step is made the slower way."""
-        if why_not not in self._warned:
-            self._warned.add(why_not)
-            warnings.warn(
-                f"SAM: fused_restore=True cannot serve {why_not}; w is restored first, and AdamW makes its own step: the "
-                "same, in more passes over memory",
-                stacklevel=5,
-            )
 
     def step(
         self,
@@ -114,7 +127,7 @@ class FusedRestore:
         """Writes every weight: stepped where it has a gradient, restored where it has none or a gradient is not finite.
 
         Args:
-            bases: AdamW optimizers that `refusal` has nothing against.
+            bases: AdamW optimizers that are served.
             perturbed: the buckets whose weights are w + e.
             scale, found_inf: as GradScaler hands them over. Gradients are divided by the scale on their way and stay scaled.
 
@@ -126,8 +139,10 @@ class FusedRestore:
         skips = found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf)
         if not skips:
             for number, base in enumerate(bases):
-                if _hooks(base, _global_optimizer_pre_hooks, base._optimizer_step_pre_hooks) and self.refusal([base]):
-                    raise RuntimeError(f"SAM: a hook before the step has left AdamW with {self.refusal([base])}")
+                if _hooks(base, _global_optimizer_pre_hooks, base._optimizer_step_pre_hooks):
+                    why_not = self._refusal([base])
+                    if why_not is not None:
+                        raise RuntimeError(f"SAM: a hook before the step has left AdamW with {why_not}")
                 for index, group in enumerate(base.param_groups):
                     self._step_group((number, index), base, group, stash, scale, found_inf)
                 _hooks(base, _global_optimizer_post_hooks, base._optimizer_step_post_hooks)
@@ -170,7 +185,7 @@ class FusedRestore:
     def _bucketed(self, where: tuple[int, int], *columns: list[Tensor]) -> list[plan.Bucket]:
         params, grads, kept, first, second = columns
         ids = (id(t) for column in (params, kept, first, second) for t in column)
-        key = (*ids, *(value for what in _LAYOUT for value in map(what, params)))
+        key = (*ids, *map(attrgetter("dtype", "shape", "device"), params), *map(Tensor.stride, params))
         known, buckets = self._buckets.get(where, ((), []))
         if key != known:
             names = ("parameters", "gradients", "stash", "exp_avg", "exp_avg_sq")

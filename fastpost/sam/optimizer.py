@@ -295,7 +295,10 @@ class SAM(Ascent):
     def _finish(self) -> None:
         """Restores if need be, then steps with every base optimizer unless a gradient is not finite."""
         try:
-            if self._fused is None or not self._perturbation.active or not self._check_perturbed():
+            fused = self._fused if self._perturbation.active else None
+            if fused is not None and not (self._check_perturbed() and fused.serves(self._bases)):
+                fused = None
+            if fused is None:
                 self.end_ascent()
             elif not self._combined:
                 self._combine()
@@ -310,7 +313,7 @@ class SAM(Ascent):
             if ascent is not None:
                 found_inf = self._overflowed(ascent, found_inf)
             self._count_step(ascended=ascent is not None)
-            skipped = self._step(scale, found_inf)
+            skipped = self._step(fused, scale, found_inf)
         except WeightsChanged:  # nothing was done
             _leave_scaler(self)
             raise
@@ -323,17 +326,13 @@ class SAM(Ascent):
         if self.variant.state_names and not (isinstance(skipped, int) and skipped):
             self._memory.store(self._gradients())
 
-    def _step(self, scale: Tensor | None, found_inf: Tensor | None) -> int | Tensor:
-        """The base optimizers' step; where w is not back yet, in one with the restore if AdamW's state is fit for it."""
-        if self._fused is not None and self._perturbation.active:
-            why_not = self._fused.refusal(self._bases)
-            if why_not is None:
-                with self._perturbation.settled(self._reduction) as buckets:
-                    skipped = self._fused.step(self._bases, buckets, scale, found_inf)
-                self._awaits_second = False
-                return skipped
-            self._fused.warn(why_not)
-        self.end_ascent()
+    def _step(self, fused: FusedRestore | None, scale: Tensor | None, found_inf: Tensor | None) -> int | Tensor:
+        """The base optimizers' step, in one with the restore where `fused` is given; returns how many were skipped."""
+        if fused is not None:
+            with self._perturbation.settled(self._reduction) as buckets:
+                skipped = fused.step(self._bases, buckets, scale, found_inf)
+            self._awaits_second = False
+            return skipped
         if self._masters is None:
             return step_bases(self._bases, scale, found_inf)
         with self._masters.stepped():

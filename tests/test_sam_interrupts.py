@@ -1,0 +1,227 @@
+"""An interrupt before any line of a step leaves w where it was or recoverable, bit for bit, and training goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastpost
+from fastpost import SAM
+from fastpost.ops import params as ops
+from fastpost.sam import GSAM, SAMWindow
+
+from .interrupts import interrupted, lines
+from .small import all_bits, unchanged
+
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+
+
+class Case:
+    """A small model under one form of SAM, and all that a step of it can leave behind."""
+
+    def __init__(self, form: str) -> None:
+        torch.manual_seed(5)
+        narrow = form in ("stochastic", "masters")
+        self.model = nn.Sequential(nn.Linear(6, 2))
+        self.model.to(torch.bfloat16 if narrow else torch.float32)
+        if form not in ("functional", "masters"):
+            self.model.append(nn.Linear(2, 1, dtype=torch.float64))  # a second bucket, which the reference backend serves
+        named = list(self.model.named_parameters())
+        self.masters = [p.detach().float() for _, p in named] if form == "masters" else None
+        options: dict[str, dict[str, Any]] = {
+            "stochastic": {"rounding": "stochastic"},
+            "masters": {"master_params": self.masters},
+            "functional": {"perturb": "functional", "model": self.model},
+            "fused_restore": {"fused_restore": True},
+            "GSAM": {"variant": GSAM(0.5)},
+        }
+        base = torch.optim.AdamW if form == "fused_restore" else torch.optim.SGD
+        self.opt = SAM(named, base, rho=0.5, lr=0.1, **options.get(form, {}))
+
+    def backward(self, x: Tensor = X) -> Tensor:
+        for module in self.model:
+            x = module(x.to(module.weight.dtype))
+        loss = x.double().square().mean()
+        loss.backward()
+        return loss.detach()
+
+    def two_calls(self) -> None:
+        self.opt.zero_grad()
+        self.backward()
+        self.opt.first_step(zero_grad=True)
+        self.backward()
+        self.opt.second_step(zero_grad=True)
+
+    def closure(self) -> None:
+        self.opt.step(self.backward)
+
+    def context(self) -> None:
+        self.opt.zero_grad()
+        self.backward()
+        with self.opt.perturbed():
+            self.backward()
+        self.opt.step()
+
+    def window(self) -> None:
+        SAMWindow(self.opt, self.backward).run([X[:4], X[4:]])
+        self.opt.step()
+
+    def step(self, calls: str) -> None:
+        work: Callable[[], None] = getattr(self, calls)
+        work()
+
+
+def recovered(case: Case, before: list[Tensor], after: list[Tensor]) -> bool:
+    """Restores what an interrupt has left, and says whether w is that before the step; otherwise it is that after it."""
+    case.opt.restore_()
+    assert not case.opt.is_perturbed
+    if case.masters is not None:
+        assert unchanged(case.model, [m.to(torch.bfloat16).view(torch.int16) for m in case.masters])
+    if unchanged(case.model, before):
+        return True
+    assert unchanged(case.model, after)
+    return False
+
+
+FORMS = ["stored", "stochastic", "masters", "functional", "fused_restore", "GSAM"]
+
+
+@pytest.mark.parametrize(
+    ("form", "calls", "served"),
+    [
+        *((form, "two_calls", "cpu") for form in FORMS),
+        *(("stored", calls, "cpu") for calls in ("closure", "context", "window")),
+        ("stored", "two_calls", "reference"),
+    ],
+)
+def test_an_interrupt_at_every_line_of_a_step(form: str, calls: str, served: str) -> None:
+    with fastpost.use_backend(served if served == "reference" else None):
+        Case(form).step(calls)  # what is asked once per process is asked here
+        whole = Case(form)
+        before = all_bits(whole.model)
+        classes = [type(module) for module in whole.model]
+        places = lines(lambda: whole.step(calls))
+        after = all_bits(whole.model)
+        outcomes = set()
+        for at in places:
+            case = Case(form)
+            assert interrupted(lambda case=case: case.step(calls), at)  # type: ignore[misc]
+            held = case.opt.is_perturbed
+            there = recovered(case, before, after)
+            outcomes.add((held, there))
+            case.opt.abandon()
+            assert [type(module) for module in case.model] == classes
+            assert all(p.grad is None for p in case.model.parameters())
+            steps = case.opt.param_groups[0]["sam_steps"]
+            case.step(calls)  # and training goes on as if nothing had been
+            if there and form != "fused_restore" and (form != "stochastic" or steps == 0):
+                assert unchanged(case.model, after), at
+    # before the perturbation, in it where nobody else restores, after the step
+    expected = {(False, True), (False, False)}
+    assert expected | {(True, True)} <= outcomes if calls == "two_calls" else expected <= outcomes
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_interrupts_the_second_while_the_first_is_handled(form: str) -> None:
+    Case(form).two_calls()
+    whole = Case(form)
+    before = all_bits(whole.model)
+    places = lines(whole.two_calls)
+    after = all_bits(whole.model)
+    generator = torch.Generator().manual_seed(3)
+    for at in places[::20]:
+        case = Case(form)
+        assert interrupted(case.two_calls, at)
+        for second in torch.randint(0, 60, (3,), generator=generator).tolist():
+            interrupted(case.opt.abandon, second)
+        recovered(case, before, after)
+
+
+@contextlib.contextmanager
+def handled_by(number: signal.Signals, handler: Any) -> Iterator[None]:
+    previous = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)
+
+
+def stop(*_: object) -> None:
+    raise SystemExit("stopped")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGALRM])
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "functional"])  # which runs no kernel
+@pytest.mark.parametrize("passes", ["perturb", "restore"])
+def test_a_signal_with_a_handler_as_a_kernel_returns(
+    monkeypatch: pytest.MonkeyPatch, form: str, number: signal.Signals, passes: str
+) -> None:
+    """Python delivers it before the next line can note anything; the handlers of schedulers raise, or save and raise."""
+    names = {
+        "perturb": ("sam_perturb_", "sam_perturb_masters_"),
+        "restore": ("sam_restore_", "sam_cast_", "sam_restore_adamw_"),
+    }[passes]
+    case, plain, calls = Case(form), ops.run, []
+    before = all_bits(case.model)
+
+    def run(name: str, bucket: Any, *args: Any) -> Any:
+        result = plain(name, bucket, *args)
+        if name in names and not calls:
+            calls.append(name)
+            signal.raise_signal(number)
+        return result
+
+    monkeypatch.setattr(ops, "run", run)
+    with handled_by(number, stop), pytest.raises(SystemExit, match="stopped"):
+        case.two_calls()
+    assert calls
+    assert not case.opt.is_perturbed or passes == "restore"
+    case.opt.abandon()
+    assert unchanged(case.model, before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_timer_that_strikes_anywhere(form: str) -> None:
+    """Real signals, wherever they come: in torch's own code, in a kernel, in a handler's way out."""
+    whole = Case(form)
+    before = all_bits(whole.model)
+    whole.two_calls()
+    after = all_bits(whole.model)
+    struck, armed = 0, False
+
+    def strike(*_: object) -> None:
+        if armed:
+            raise SystemExit("struck")
+
+    with handled_by(signal.SIGALRM, strike):
+        for trial in range(60):
+            case = Case(form)
+            gc.disable()  # an exception in the finalizer of something else would be lost
+            try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, 2e-5 * (1 + trial))
+                case.opt.zero_grad()
+                case.backward()
+                case.opt.first_step(zero_grad=True)
+                case.backward()
+                armed = False
+            except SystemExit:
+                armed = False
+                struck += 1
+                torch.set_grad_enabled(True)  # torch's no_grad may have been left by halves
+                case.opt.abandon()
+                assert unchanged(case.model, before)
+            else:
+                case.opt.second_step()
+                assert unchanged(case.model, after)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                gc.enable()
+    assert struck
