@@ -222,6 +222,42 @@ def test_what_a_variant_keeps_is_resumed_bit_by_bit(name: str, base) -> None:
         assert unchanged(resumed, all_bits(model))
 
 
+@pytest.mark.parametrize("where", ["ascent", "second pass", "by hand"])
+@pytest.mark.parametrize("variant", [FriendlySAM, LookSAM])
+def test_a_step_that_fails_leaves_nothing_in_a_variants_memory(variant: type[Variant], where: str) -> None:
+    model, twin = network(), network()
+    opt, other = (
+        SAM(m.parameters(), torch.optim.SGD, rho=0.3, lr=0.1, variant=variant(), interval=1) for m in (model, twin)
+    )
+    opt.step(closure_of(model))
+    other.step(closure_of(twin))
+    passes = 0
+
+    def failing() -> Tensor:
+        nonlocal passes
+        passes += 1
+        if where == "second pass" and passes == 2:
+            raise KeyError("the user's own")
+        loss = closure_of(model)()
+        if where == "ascent":
+            p = model[0].weight
+            p.grad = torch.zeros_like(p, layout=torch.sparse_coo)
+        return loss
+
+    if where == "by hand":
+        closure_of(model)()
+        opt.first_step(zero_grad=True)
+        opt.restore_()
+    else:
+        with pytest.raises((KeyError, ValueError)):
+            opt.step(failing)
+    for _ in range(2):
+        opt.step(closure_of(model))
+        other.step(closure_of(twin))
+    assert unchanged(model, all_bits(twin))
+    assert same_state(opt.state_dict(), other.state_dict())
+
+
 def test_a_checkpoint_of_a_fresh_optimizer_does_not_shift_the_interval() -> None:
     """torch warms it up with a step at a learning rate of 0, which creates the state and must not count."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict

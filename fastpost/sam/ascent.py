@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -134,6 +135,7 @@ class Ascent(Wrapper):
             self.cycle += 1
             self._combined = False
             self._guard.forget()  # what was known of a step that is not made
+            self._memory.forget()
 
     @property
     def is_perturbed(self) -> bool:
@@ -212,13 +214,19 @@ class Ascent(Wrapper):
         self._tensors_at_ascent = len(self.tensors())
         variant, gradient = self.variant, None
         if type(variant).direction is not Variant.direction:
-            gradient = variant.direction(self._memory, self._gradients()).get
+            gradient = self._direction()
         groups = self._model_groups()
         with self._ascent_buckets.of(groups, self._scope.ids(groups), gradient) as buckets:
             if buckets:
                 self._perturb_along(groups, buckets)
             elif variant.ascent_pass:
                 raise RuntimeError("SAM: no parameter (in scope) has a gradient; call backward() before the ascent")
+
+    def _direction(self) -> Callable[[Tensor], Tensor | None]:
+        """What the variant follows for each tensor. Gradients that it does not see stand for themselves, to be refused."""
+        seen = self._gradients()
+        direction = self.variant.direction(self._memory, seen)
+        return lambda p: direction.get(p) if p in direction or p in seen else self._reduction.gradient(p)
 
     def _perturb_along(self, groups: list[dict[str, Any]], buckets: list[ParameterBucket]) -> None:
         variant = self.variant

@@ -47,6 +47,11 @@ class Masters:
                     f"SAM: master_params[{i}] has dtype {m.dtype} and its parameter {w.dtype}; masters are float32, their "
                     "parameters bfloat16 or float16"
                 )
+            if "meta" in (m.device.type, w.device.type):
+                raise ValueError(
+                    f"SAM: master_params[{i}] or its parameter is a meta tensor, which has a shape and no values; give both "
+                    "their values first (to_empty() and load_state_dict())"
+                )
             if m.shape != w.shape or m.stride() != w.stride() or m.device != w.device:
                 raise ValueError(f"SAM: master_params[{i}] and its parameter differ in shape, layout or device")
         self._weight_of = {id(m): w for w, m in zip(self.weights, self._masters, strict=True)}

@@ -182,6 +182,7 @@ class SAM(Ascent):
                 self.zero_grad()
         except BaseException:
             self._guard.forget()
+            self._memory.forget()
             self.restore_()
             raise
 
@@ -261,6 +262,7 @@ class SAM(Ascent):
                 self.end_ascent()
         except BaseException as error:
             self._guard.forget()  # the step will not be made
+            self._memory.forget()
             self._close_step()
             if self.is_perturbed and not isinstance(error, WeightsChanged):
                 self.restore_()

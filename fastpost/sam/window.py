@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -254,7 +255,7 @@ def _copied(micro_batch: Any) -> Any:
 def _set_aside(p: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The gradient, taken away; and a copy of it where others may write to its memory (flattened parameters, DDP)."""
     gradient, p.grad = p.grad, None
-    if gradient is None:
-        return None, None
+    if gradient is None or gradient.layout != torch.strided:
+        return gradient, None
     shared = gradient.untyped_storage().nbytes() != gradient.numel() * gradient.element_size()
     return gradient, gradient.clone() if shared else None
