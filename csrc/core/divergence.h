@@ -146,7 +146,7 @@ FASTPOST_HD MixtureShift mixture_shift(const RowExtent& extent) {
 
 FASTPOST_HD double centred(float a, float b, const MixtureShift& shift) {
   const double delta = (static_cast<double>(a) - b) - shift.centre;
-  return (a == -INFINITY) & (b == -INFINITY) ? 0.0 : delta;
+  return ((a == -INFINITY) & (b == -INFINITY)) ? 0.0 : delta;
 }
 
 // ln(p / m) and ln(q / m), and what the class adds to JSD / m. The logarithms keep their digits near 0 and, where a class

@@ -7,6 +7,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "api.h"
 #include "cpu/loops.h"
@@ -36,15 +39,32 @@ struct Isa {
   const DivergenceLoops* divergence;
 };
 
+#if defined(__x86_64__)
+// Whether this machine runs what -march=x86-64-v3 and -v4 allow. The builtin, which also asks whether the system saves the
+// registers, takes the levels' own names in GCC 12 and Clang 18 and newer, but f16c, movbe and lzcnt in fewer.
+bool runs_avx2() {
+  unsigned int a, b, c, d;
+  const bool f16c_movbe = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c >> 29 & 1) != 0 && (c >> 22 & 1) != 0;
+  const bool lzcnt = __get_cpuid(0x80000001, &a, &b, &c, &d) != 0 && (c >> 5 & 1) != 0;
+  return f16c_movbe && lzcnt && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+}
+
+bool runs_avx512() {
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 #define FASTPOST_ISA_ENTRY(isa, runs_here) \
-  {#isa, static_cast<bool>(runs_here), &params_loops_##isa, &noise_loops_##isa, &divergence_loops_##isa}
+  {#isa, runs_here, &params_loops_##isa, &noise_loops_##isa, &divergence_loops_##isa}
 
 // Best first.
 const std::vector<Isa>& built() {
   static const std::vector<Isa> all = {
 #if defined(__x86_64__)
-      FASTPOST_ISA_ENTRY(avx512, __builtin_cpu_supports("x86-64-v4")),
-      FASTPOST_ISA_ENTRY(avx2, __builtin_cpu_supports("x86-64-v3")),
+      FASTPOST_ISA_ENTRY(avx512, runs_avx512()),
+      FASTPOST_ISA_ENTRY(avx2, runs_avx2()),
       FASTPOST_ISA_ENTRY(sse, true),
 #else
       FASTPOST_ISA_ENTRY(portable, true),
@@ -54,15 +74,15 @@ const std::vector<Isa>& built() {
 }
 
 const Isa& chosen() {
-  static const Isa& isa = [&]() -> const Isa& {
+  static const Isa* const isa = [] {
     const char* wanted = std::getenv("FASTPOST_CPU_ISA");
     for (const Isa& candidate : built())
       if (candidate.runs_here && (wanted == nullptr || *wanted == '\0' || std::string(wanted) == candidate.name))
-        return candidate;
+        return &candidate;
     throw std::invalid_argument(std::string("FASTPOST_CPU_ISA=") + wanted +
                                 " is not among what this machine runs: " + isas());
   }();
-  return isa;
+  return *isa;
 }
 
 }  // namespace

@@ -3,21 +3,27 @@
 #include <pthread.h>
 
 #include <atomic>
-#include <condition_variable>
 #include <mutex>
 #include <thread>
 #include <vector>
 
-// GCC 12 gave condition_variable::wait a new symbol version for no new behaviour, and a wheel that asks for it is refused by
-// systems with GCC 11's libstdc++ (RHEL 9). Every libstdc++ still has the old one.
-#if defined(__GLIBCXX__) && defined(__linux__)
-__asm__(
-    ".symver _ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE,"
-    "_ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE@GLIBCXX_3.4.11");
-#endif
-
 namespace fastpost::cpu {
 namespace {
+
+// POSIX's, since std::condition_variable::wait has a symbol version of GCC 12 (GLIBCXX_3.4.30): a wheel that asks for it is
+// refused by systems with an older libstdc++ (RHEL 9 has GCC 11's).
+class Condition {
+ public:
+  template <class Predicate>
+  void wait(std::unique_lock<std::mutex>& lock, Predicate holds) {
+    while (!holds()) pthread_cond_wait(&condition_, lock.mutex()->native_handle());
+  }
+  void notify_one() { pthread_cond_signal(&condition_); }
+  void notify_all() { pthread_cond_broadcast(&condition_); }
+
+ private:
+  pthread_cond_t condition_ = PTHREAD_COND_INITIALIZER;
+};
 
 class Pool {
  public:
@@ -63,7 +69,7 @@ class Pool {
   }
 
   std::mutex in_use_, mutex_;
-  std::condition_variable wake_, done_;
+  Condition wake_, done_;
   std::vector<std::thread> workers_;
   const std::function<void(int64_t)>* body_ = nullptr;
   std::atomic<int64_t> next_{0};
