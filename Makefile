@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(abspath $(BIN)):$(PATH)
 native := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: help install demo test lint format bench docs gpu doctor wheel wheel-test clean
+.PHONY: help install demo test lint format bench docs gpu doctor wheel wheel-test matrix clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -86,6 +86,10 @@ dist/.built: $(VENV)/.built MANIFEST.in README.md $(native) $(shell find fastpos
 	$(BIN)/auditwheel repair --plat auto --exclude libcuda.so.1 --wheel-dir dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
 	@touch $@
+
+# The compilers of this machine, warnings being errors: builds, imports, the operations' tests; a table. BUILDS="g++-13 clang++"
+matrix: install
+	$(BIN)/python tests/build_matrix.py $(BUILDS)
 
 # make wheel-test TORCH=2.10.0    the wheel beside another torch: the operations' tests, in a virtual environment of its own
 TORCH ?= 2.13.0

@@ -54,6 +54,11 @@ def compiler(build: str) -> str:
     return subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
+def folder(build: str) -> Path:
+    """Where it is built unless said otherwise."""
+    return ROOT / "build" / "matrix" / build.replace(":", "-")
+
+
 def step(what: str, command: list[str | Path], log: Path, cwd: Path, **env: str) -> str:
     """Runs a command with these variables besides the environment's; returns its output."""
     kept = {k: v for k, v in os.environ.items() if k not in ("CC", "CFLAGS", "CXXFLAGS", "LDFLAGS", "PYTHONPATH")}
@@ -135,7 +140,7 @@ def main(builds: list[str]) -> int:
     for build in builds or DEFAULT:
         print(f"{build} ...", flush=True)
         try:
-            outcomes.append(try_build(build, ROOT / "build" / "matrix" / build.replace(":", "-")))
+            outcomes.append(try_build(build, folder(build)))
         except Failed as failure:
             first, _, rest = str(failure).partition("\n")
             print(rest or first, flush=True)

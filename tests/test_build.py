@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -60,22 +63,194 @@ def test_the_core_needs_no_torch_no_cuda_and_no_openmp_runtime() -> None:
     assert foreign == []
 
 
-def test_setup_never_imports_torch_and_asks_for_nvcc_by_name(tmp_path: Path) -> None:
-    assert "import torch" not in (ROOT / "setup.py").read_text()
-    build = [
+def test_no_source_names_a_symbol_version() -> None:
+    """Such a name binds the core to one libstdc++, and to a linker that finds it there."""
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert "symver" not in path.read_text(), path
+
+
+# -- builds that fail ------------------------------------------------------------------------------------------------------
+
+CXX = shutil.which("g++") or shutil.which("c++")
+real = f'PATH=/usr/bin:/bin exec {CXX} "$@"'  # the fake's own PATH holds no assembler
+
+
+def build(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs setup.py, or another command, with nothing on PATH but what lies in folder / "bin"."""
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith("CMAKE_") and k not in ("CC", "CXX", "CUDACXX", "LDFLAGS")
+    }
+    setup = [
         sys.executable,
         str(ROOT / "setup.py"),
         "build_ext",
         "--build-temp",
-        str(tmp_path),
+        str(folder / "temp"),
         "--build-lib",
-        str(tmp_path),
+        str(folder),
     ]
+    env = kept | {"PATH": str(folder / "bin"), "FASTPOST_CUDA": "0"} | env
+    return subprocess.run(command or setup, env=env, capture_output=True, text=True, cwd=ROOT)
+
+
+def tool(folder: Path, name: str, script: str) -> str:
+    """Puts a shell script on the path of `build`."""
+    (folder / "bin").mkdir(exist_ok=True)
+    path = folder / "bin" / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    """A folder for `build` with CMake and Ninja and no compiler."""
+    for name in ("cmake", "ninja"):
+        tool(tmp_path, name, f'exec {shutil.which(name)} "$@"')
+    return tmp_path
+
+
+def test_setup_never_imports_torch_and_asks_for_nvcc_by_name(tmp_path: Path) -> None:
+    assert "import torch" not in (ROOT / "setup.py").read_text()
     for cuda, message in (("1", "nvcc was not found"), ("yes", "use auto")):
-        env = {k: v for k, v in os.environ.items() if k != "CUDACXX"} | {"PATH": str(tmp_path), "FASTPOST_CUDA": cuda}
-        done = subprocess.run(build, env=env, capture_output=True, text=True, cwd=tmp_path)
+        done = build(tmp_path, FASTPOST_CUDA=cuda)
         assert done.returncode != 0
         assert message in done.stderr
+
+
+def test_a_build_without_its_tools_names_them(tmp_path: Path, tools: Path) -> None:
+    (tools / "bin" / "ninja").unlink()
+    done = build(tools)
+    assert done.returncode == 1
+    assert re.fullmatch(r"fastpost was not built: no ninja found\. .*pip install .*'ninja>=1.11'\.\n", done.stderr)
+    (tools / "bin" / "cmake").unlink()
+    assert "no cmake and no ninja found" in build(tools).stderr
+    nowhere = tmp_path / "file"
+    nowhere.touch()
+    done = build(tools, sys.executable, str(ROOT / "setup.py"), "build_ext", "--build-temp", str(nowhere))
+    assert "no cmake" in done.stderr
+    for name in ("cmake", "ninja"):
+        tool(tools, name, "exit 1")
+    done = build(tools, sys.executable, str(ROOT / "setup.py"), "build_ext", "--build-temp", str(nowhere))
+    assert re.fullmatch(r"fastpost was not built: the folder .* could not be made \(Not a directory\)\. .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "said", "remedy"),
+    [
+        (None, {}, "No CMAKE_CXX_COMPILER could be found", "No C++ compiler was found. Install one"),
+        (None, {"CXX": "/nowhere/g++"}, "/nowhere/g++", "No C++ compiler was found. Install one"),
+        ("echo a broken libc >&2; exit 1", {}, "a broken libc", "cannot build an empty program, for the reason above"),
+        (
+            "/bin/dd if=/dev/zero of=/dev/full bs=1 count=1 || exit 1",
+            {},
+            "No space left on device",
+            "The disk is full: free space in {temp}",
+        ),
+        (
+            'case "$*" in *csrc*) echo "api.h:1:2: error: unheard of" >&2; exit 1; esac',
+            {},
+            "api.h:1:2: error: unheard of",
+            "docs/cluster.md lists the compilers",
+        ),
+        (
+            'case "$*" in *csrc*) echo "fatal error: Killed signal terminated program cc1plus" >&2; exit 1; esac',
+            {},
+            "Killed signal",
+            "Memory ran out: CMAKE_BUILD_PARALLEL_LEVEL=1",
+        ),
+        (
+            "case \"$*\" in *-march*) echo \"error: bad value ('x86-64-v4') for '-march=' switch\" >&2; exit 1; esac",
+            {},
+            "bad value",
+            "The compiler is too old: GCC 11",
+        ),
+    ],
+    ids=["no compiler", "no such compiler", "broken", "disk", "error", "memory", "old"],
+)
+def test_a_failed_build_ends_in_what_its_tools_said_and_a_remedy(
+    tools: Path, script: str | None, variables: dict[str, str], said: str, remedy: str
+) -> None:
+    if script is not None:
+        tool(tools, "c++", f"{script}\n{real}")
+    done = build(tools, **variables)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    first, *lines, last = done.stderr[done.stderr.index("fastpost was not built") :].splitlines()
+    assert re.fullmatch(r"fastpost was not built: .* failed \(exit status \d+\):", first)
+    assert any(said in line for line in lines), done.stderr
+    assert 0 < len(lines) <= 40
+    assert last.startswith(remedy.format(temp=tools / "temp")) or f" {remedy}" in last, last
+
+
+def test_a_mended_environment_is_not_hidden_by_what_cmake_remembers(tools: Path) -> None:
+    """In the same folder, as `pip install .` in a clone: after a failure, and after a success that used another compiler."""
+    assert "No C++ compiler" in build(tools).stderr
+    tool(tools, "c++", f'case "$*" in *csrc*) echo first compiler >&2; exit 1; esac\n{real}')
+    assert "    first compiler\n" in build(tools).stderr  # its configuration succeeds
+    other = tool(tools, "other", f'case "$*" in *csrc*) echo second compiler >&2; exit 1; esac\n{real}')
+    assert "    second compiler\n" in build(tools, CXX=other).stderr
+    assert "    first compiler\n" in build(tools).stderr
+
+
+def test_pip_shows_the_compilers_error_without_being_asked_for_more(tools: Path) -> None:
+    source = tools / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "tests", "docs", "examples", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    tool(tools, "c++", f'case "$*" in *csrc*) echo "api.h:1:2: error: unheard of" >&2; exit 1; esac\n{real}')
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--target"]
+    done = build(tools, *pip, str(tools / "site"), str(source))
+    assert done.returncode != 0
+    text = done.stdout + done.stderr
+    assert "fastpost was not built: the compilation failed" in text
+    assert "api.h:1:2: error: unheard of" in text
+    assert "docs/cluster.md lists the compilers" in text
+
+
+# -- cores that do not load ------------------------------------------------------------------------------------------------
+
+
+def core_named(tmp_path: Path, name: str, content: bytes) -> str:
+    """What a fastpost whose core is this file says of it."""
+    package = tmp_path / "fastpost"
+    shutil.copytree(ROOT / "fastpost", package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    (package / name).write_bytes(content)
+    code = "import fastpost.backends.native as n; print(n.__file__); print(n.failure())"
+    # -S: without site-packages, or an editable installation would offer its own core.
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    where, _, why = done.stdout.partition("\n")
+    assert where.startswith(str(tmp_path)), done.stderr
+    return why
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the loader's words are glibc's")
+@pytest.mark.parametrize("fault", ["text", "cut off", "newer glibc", "undefined symbol"])
+def test_a_core_that_cannot_be_loaded_is_explained_in_the_loaders_words(tmp_path: Path, fault: str) -> None:
+    core = Path(native.core().__file__).read_bytes()
+    if fault == "text":
+        content, words = b"this is no library, and longer than the header of one: " + bytes(64), "invalid ELF header"
+    elif fault == "cut off":
+        content, words = core[:32], "file too short"
+    elif fault == "newer glibc":
+        content, words = re.sub(rb"\0GLIBC_2\.\d\d\0", b"\0GLIBC_9.99\0", core), "version `GLIBC_9.99' not found"
+    else:
+        library = tmp_path / "library.so"
+        source = 'extern "C" void nowhere(); extern "C" void* PyInit__C() { nowhere(); return nullptr; }'
+        compile = [str(CXX), "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library), "-Wl,-z,now"]
+        subprocess.run(compile, input=source, text=True, check=True)
+        content, words = library.read_bytes(), "undefined symbol: nowhere"
+    assert content != core
+    why = core_named(tmp_path, f"_C{EXTENSION_SUFFIXES[0]}", content)
+    assert why.startswith("fastpost's compiled core was found but could not be loaded: "), why
+    assert words in why
+    assert "reinstall fastpost" in why
+
+
+def test_a_core_of_another_python_is_named(tmp_path: Path) -> None:
+    why = core_named(tmp_path, "_C.cpython-39-x86_64-linux-gnu.so", b"")
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert f"compiled core is missing (Python {version} does not load _C.cpython-39-x86_64-linux-gnu.so)" in why
+    assert "pip install ." in why
 
 
 def test_without_the_core_reference_serves_with_a_warning_and_cpu_explains() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any
 
 from fastpost.errors import NativeUnavailable
@@ -15,9 +18,13 @@ def _load() -> tuple[Any, str | None]:
         return importlib.import_module("fastpost._C"), None
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "fastpost._C":
+            loadable = {f"_C{suffix}" for suffix in EXTENSION_SUFFIXES}
+            there = {path.name for path in Path(__file__).parents[1].glob("_C.*")}
+            others = ", ".join(sorted(there - loadable))
+            found = f" (Python {sys.version_info[0]}.{sys.version_info[1]} does not load {others})" if others else ""
             why = (
-                "fastpost's compiled core is missing. It is built by `pip install .` (needs a C++17 compiler; CMake and "
-                "Ninja come with the build); an editable install builds it into the package folder, and each Python "
+                f"fastpost's compiled core is missing{found}. It is built by `pip install .` (needs a C++17 compiler; CMake "
+                "and Ninja come with the build); an editable install builds it into the package folder, and each Python "
                 "version needs its own build."
             )
         else:
