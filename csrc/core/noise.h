@@ -39,7 +39,7 @@ FASTPOST_HD void unit_circle(uint32_t word, float* cosine, float* sine) {
   const float y = x * x;
   const float s = x + x * y * (-0x1.555546p-3f + y * (0x1.11073p-7f + y * -0x1.9943f2p-13f));
   const float c = 1.0f + y * (-0.5f + y * (0x1.55554ap-5f + y * (-0x1.6c0c32p-10f + y * 0x1.99eb9cp-16f)));
-  const bool odd = quadrant & 1u;
+  const bool odd = (turn + (1u << 21)) & (1u << 22);  // GCC 14 leaves a loop scalar that asks for quadrant & 1
   const uint32_t sine_sign = (quadrant & 2u) << 30;
   const uint32_t cosine_sign = ((quadrant + 1u) & 2u) << 30;
   *sine = bits_float(float_bits(select(odd, c, s)) ^ sine_sign);
