@@ -62,6 +62,7 @@ def folder(build: str) -> Path:
 def step(what: str, command: list[str | Path], log: Path, cwd: Path, **env: str) -> str:
     """Runs a command with these variables besides the environment's; returns its output."""
     kept = {k: v for k, v in os.environ.items() if k not in ("CC", "CFLAGS", "CXXFLAGS", "LDFLAGS", "PYTHONPATH")}
+    kept["PATH"] += f":{Path(sys.executable).parent}"  # CMake's and Ninja's place where no virtual environment is active
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -73,7 +74,7 @@ def step(what: str, command: list[str | Path], log: Path, cwd: Path, **env: str)
     with log.open("a") as file:
         file.write(done.stdout)
     if done.returncode:
-        raise Failed(f"{what} failed; {log} ends with:\n{done.stdout[-3000:]}")
+        raise Failed(f"{what} failed; see {log}\n{done.stdout[-3000:]}")
     return done.stdout
 
 

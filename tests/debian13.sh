@@ -39,13 +39,18 @@ else
   git clone --quiet "$source" "$tree/fastpost"
 fi
 
+# Of the environment only what the tree understands: a compiler or a launcher that is set here may be missing there.
+kept=(HOME=/root LANG=C.UTF-8 TMPDIR=/tmp PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin)
+for name in $(compgen -e); do
+  case $name in CI | TERM | *_proxy | *_PROXY | PIP_* | FASTPOST_*) kept+=("$name=${!name}") ;; esac
+done
+
 # shellcheck disable=SC2016  # expanded inside
-exec unshare --mount --pid --fork --kill-child bash -euc '
+exec unshare --mount --pid --fork --kill-child env -i "${kept[@]}" bash -euc '
   tree=$1
   shift
   mount --make-rprivate /
   mount --rbind /dev "$tree/dev"
   mount -t proc proc "$tree/proc"
-  exec chroot "$tree" env -u PYTHONPATH -u VIRTUAL_ENV HOME=/root LANG=C.UTF-8 TMPDIR=/tmp \
-    PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin bash -c "cd /fastpost && exec \"\$@\"" - "$@"
+  exec chroot "$tree" bash -c "cd /fastpost && exec \"\$@\"" - "$@"
 ' - "$tree" "$@"
