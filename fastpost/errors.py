@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_CLOSE = 0.6  # of difflib's ratio; farther names mislead
+
 
 class NativeUnavailable(ImportError):
     """The compiled core could not be loaded; the message says why and what to do."""
@@ -14,9 +16,14 @@ class BackendUnavailable(RuntimeError):
     """A backend that was asked for by name cannot serve this call."""
 
 
+def nearest(given: object, known: Iterable[str]) -> str:
+    """The sentence " Did you mean ...?" where a known name is close, else ""; dashes and capitals count for nothing."""
+    names = {name.lstrip("-").replace("-", "_").lower(): name for name in known}
+    near = difflib.get_close_matches(str(given).lstrip("-").replace("-", "_").lower(), names, n=1, cutoff=_CLOSE)
+    return f" Did you mean {names[near[0]]!r}?" if near else ""
+
+
 def unknown(what: str, given: object, known: Iterable[str]) -> ValueError:
-    """A ValueError for a name that does not exist, naming the nearest one that does."""
+    """A ValueError for a name that does not exist, naming the nearest one that does, if one is close."""
     names = list(known)
-    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"unknown {what} {given!r}.{hint} Valid: {', '.join(names)}.")
+    return ValueError(f"unknown {what} {given!r}.{nearest(given, names)} Valid: {', '.join(names)}.")

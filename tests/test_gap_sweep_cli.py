@@ -110,22 +110,25 @@ def test_refusals(texts: Path, tmp_path: Path, more: list[str], message: str, ca
 
 
 def test_what_only_running_shows_is_one_line_too(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short, latin, rows = tmp_path / "short.txt", tmp_path / "latin.txt", tmp_path / "rows.jsonl"
+    short, latin, rows = tmp_path / "short.txt", tmp_path / "latin.txt", tmp_path / "rows.json"
     short.write_text("a few words")
     latin.write_bytes("déjà vu ".encode("latin-1") * 500)
     rows.write_text('{"text": "a"}\n')
+    (tmp_path / "word.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "taken").write_text("")
     for more, message in (
         (["--model", str(tmp_path), "--held_out", str(short)], "cannot be loaded"),
         (["--held_out", str(short)], "--held-out holds"),
         (["--held_out", str(latin)], "latin.txt: not UTF-8"),
-        (["--texts", str(rows)], "texts are CSV with a column `text`, or plain text"),
+        (["--texts", str(rows)], "texts are CSV, TSV or JSON lines with a column `text`, or plain text"),
+        (["--texts", str(tmp_path / "word.jsonl")], "no texts to climb on"),
         (["--output_dir", str(tmp_path / "taken")], "exists"),
     ):
         assert main(arguments(texts, tmp_path / "out", *more)) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+        assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_is_one_line_and_what_was_finished_is_kept(
@@ -180,7 +183,10 @@ def test_files_without_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     wrong, empty = tmp_path / "wrong.csv", tmp_path / "empty.txt"
     wrong.write_text("a,b\n1,2\n")
     empty.write_text(" \n")
-    for path, message in ((wrong, "has no column 'text', only a, b"), (empty, "holds no text")):
+    for path, message in (
+        (wrong, "no column 'text' in its first row, which separated by commas is: a | b."),
+        (empty, "holds no text"),
+    ):
         assert main(arguments(path, tmp_path / "out")) == 2
         assert message in capsys.readouterr().err
 

@@ -66,7 +66,7 @@ def test_labels_of_numbers_are_in_their_order_and_a_model_keeps_its_own(models, 
     path.write_text(
         "".join(json.dumps({"text": "a", "label": n}) + "\n" for n in ("²", "01", "--5", "1", "2")), encoding="utf-8"
     )
-    assert train_data.read(options(train_file=str(path))).labels == ("01", "1", "2", "--5", "²")
+    assert train_data.read(options(train_file=str(path)), needs_validation=False).labels == ("01", "1", "2", "--5", "²")
     config = transformers.AutoConfig.from_pretrained(
         models["encoder"], id2label={0: "prose", 1: "code"}, label2id={"prose": 0, "code": 1}
     )
@@ -118,7 +118,7 @@ def test_labels_that_a_hub_data_set_names(tmp_path) -> None:
         ("x.tsv", "text\tlabel\na\tb\nc\n", r"x\.tsv, line 3: 1 columns, the header has 2"),
         ("x.csv", "text,label\n", "holds no rows"),
         ("x.txt", " \n", "holds no text"),
-        ("x.txt", "one line", "give --validation_file"),
+        ("x.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n', "a single row of each label, so"),
         ("x.parquet", "", "Known: text"),
         ("x.csv", b"text\n\xff\n", "not UTF-8"),
     ],
@@ -173,13 +173,13 @@ def test_help_groups_every_option_by_method() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--method sam --sam_rho -1", "sam_rho must be finite and >= 0, not -1.0"),
+        ("--method sam --sam_rho -1", "--sam_rho must be at least 0, not -1.0"),
         ("--method sam --sam_roh 0.1", "unknown option '--sam_roh'. Did you mean '--sam_rho'?"),
-        ("--method r4f", "unknown method 'r4f'. Did you mean 'r3f'?"),
+        ("--method samlm", "unknown method 'samlm'. Did you mean 'sam_lm'?"),
         ("--method sam+gap", "--method sam+gap: these do not combine. GAP climbs on one text"),
         ("--method r3f+sam", "write sam+r3f"),
         ("--method sam_lm+r3f", "--sam_rho 0.15 --sam_ascent_fraction 0.25"),
-        ("", "--method is needed: none, sam, sam_lm, r3f, sam+r3f, gap"),
+        ("", "--method is needed: none, sam, sam_lm, asam, r3f, r4f, sam+r3f, gap"),
         ("--method r3f --sam_rho 0.1", "--sam_rho is an option of SAM, which --method r3f does not do"),
         ("--method sam --noise-type normal", "--noise_type is an option of R3F"),
         ("--method sam --gap_lr 1e-3", "--gap_lr is an option of --method gap, not of sam"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastpost.cli import tasks, tuning
-from fastpost.cli.options import check_least, names_of, option, parsed, seeds_of
+from fastpost.cli.options import Range, check, names_of, option, parsed, seeds_of
 
 DESCRIPTION = "Post-trains real models by every method, beside the published formulas in plain PyTorch."
 METHODS = (*tuning.CLASSIFIERS, "gap")
@@ -47,9 +47,7 @@ class CompareArguments:
     gap_lr: float = option(5e-5, "GAP's learning rate")
 
     def __post_init__(self) -> None:
-        check_least(self, _LEAST)
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"--max-steps must be positive, or -1 for what --epochs says, not {self.max_steps}")
+        check(self, _RANGES)
 
     def method_list(self) -> list[str]:
         return list(dict.fromkeys(names_of(self.methods, "methods", METHODS)))
@@ -58,11 +56,16 @@ class CompareArguments:
         return seeds_of(self.seeds)
 
 
-_LEAST: dict[str, float] = {
-    "train_size": 0, "validation_size": 0, "test_size": 0, "epochs": 0, "batch_size": 1, "max_length": 0, "evaluations": 1,
-    "lr": 0, "weight_decay": 0, "rho": 0, "asam_rho": 0, "eps": 0, "r3f_lambda": 0, "timing_rounds": 0, "lm_steps": 1,
-    "lm_width": 4, "lm_layers": 1, "lm_context": 8, "lm_bytes": 10_000, "gap_steps": 0, "gap_lr": 0,
-}  # fmt: skip
+_RANGES = {
+    **dict.fromkeys(("train_size", "validation_size", "test_size", "max_length", "timing_rounds", "gap_steps"), Range(0)),
+    **dict.fromkeys(("weight_decay", "rho", "asam_rho", "eps", "r3f_lambda", "lr"), Range(0)),
+    **dict.fromkeys(("batch_size", "evaluations", "lm_steps", "lm_layers"), Range(1)),
+    **dict.fromkeys(("epochs", "gap_lr"), Range(0, above=True)),
+    "max_steps": Range(1, also=(-1,)),
+    "lm_width": Range(4),
+    "lm_context": Range(8),
+    "lm_bytes": Range(10_000),
+}
 
 
 def parse(argv: Sequence[str]) -> CompareArguments:

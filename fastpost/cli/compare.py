@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ import torch
 import fastpost
 from fastpost.cli import report
 from fastpost.cli.arguments import parse
+from fastpost.cli.options import complain
 from fastpost.cli.session import Plan, Session, prepare
+from fastpost.integrations.masking import Mask
 
 
 def note(plan: Plan, results: report.Results) -> str:
@@ -66,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         with console.status("reading data and models"):
             plan = prepare(arguments)
         about = {
-            "arguments": asdict(arguments),
+            "arguments": Mask(os.environ).value(asdict(arguments)),
             "task": arguments.task,
             "model": plan.classifier.name if plan.classifier else "",
             "versions": {"fastpost": fastpost.__version__, "torch": torch.__version__, "python": sys.version.split()[0]},
@@ -78,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         }
         results = report.Results(Path(arguments.output_dir), about)
     except (ValueError, OSError) as error:
-        print(f"fastpost compare: error: {error}", file=sys.stderr)
+        complain("compare", error)
         return 2
     if plan.task and plan.classifier:
         console.print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 import random
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 import fastpost
-from fastpost.cli import gap_report, lm
-from fastpost.cli.options import check_least, option, parsed, seeds_of
-from fastpost.cli.train_data import text_of
+from fastpost.cli import gap_report, lm, tables
+from fastpost.cli.options import Range, check, complain, option, parsed, seeds_of
+from fastpost.cli.report import check_folder
 from fastpost.gap.many import Row, sweep
 from fastpost.gap.tasks import Suite, Task, read_task
 from fastpost.gap.zero_shot import LIMIT, mean_of
@@ -32,7 +31,9 @@ HELD_OUT = 64  # windows each for choosing and for reporting, where a text file 
 class SweepArguments:
     """Options of `fastpost gap-sweep`."""
 
-    texts: str = option("", "files to climb on, comma-separated: CSV with a column `text`, or plain text (one text)")
+    texts: str = option(
+        "", "files to climb on, comma-separated: CSV, TSV or JSON lines with a column `text`, or plain text (one text)"
+    )
     limit: int = option(10, "texts per file, drawn at random")
     seeds: str = option(
         "0", "comma-separated; each draws other texts, and trains another small model; the ascent draws nothing"
@@ -64,7 +65,7 @@ class SweepArguments:
         stems = [path.stem for path in self.paths()]
         if twice := next((stem for stem in stems if stems.count(stem) > 1), ""):
             raise ValueError(f"--texts: two files are called {twice!r}, by which their rows are told apart; rename one")
-        check_least(self, {"limit": 1, "n_steps": 0, "lm_steps": 1, "task_limit": 4})
+        check(self, {"limit": Range(1), "n_steps": Range(0), "lm_steps": Range(1), "task_limit": Range(4)})
         seeds_of(self.seeds)
         if self.tasks and self.held_out is not None:
             raise ValueError("--tasks and --held-out are two ways to score; give one")
@@ -92,22 +93,20 @@ def parse(argv: Sequence[str]) -> SweepArguments:
 
 
 def read(path: Path) -> list[str]:
-    """The texts of a file.
+    """The texts of a file: of a table or JSON lines the column `text`, of any other file the whole.
 
     Raises:
-        ValueError: a CSV without a column `text`, or no text in the file.
+        ValueError: no such column, or no text in the file.
     """
-    if path.suffix == ".csv":
-        csv.field_size_limit(1 << 30)
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if "text" not in (reader.fieldnames or ()):
-                raise ValueError(f"{path} has no column 'text', only {', '.join(reader.fieldnames or ()) or 'none'}")
-            texts = [row["text"] or "" for row in reader]
-    elif path.suffix in (".jsonl", ".json", ".tsv"):
-        raise ValueError(f"{path}: texts are CSV with a column `text`, or plain text")
+    suffix = tables.suffix_of(path)
+    if suffix == ".json":
+        raise ValueError(f"{path}: texts are CSV, TSV or JSON lines with a column `text`, or plain text")
+    if suffix in tables.KINDS and suffix != ".txt":
+        texts = [row.get("text") or "" for _, row in tables.read(path, "text", "").rows]
+        if odd := next((text for text in texts if not isinstance(text, str)), None):
+            raise ValueError(f"{path}: a text is no text but {odd!r}")
     else:
-        texts = [text_of(path)]
+        texts = [tables.text_of(path)]
     if not any(text.strip() for text in texts):
         raise ValueError(f"{path} holds no text")
     return texts
@@ -162,7 +161,7 @@ def build_setting(options: SweepArguments, tasks: list[Task], seed: int, progres
         return Setting(model, encode, decode, choose, report, "score", scored_on, mean_of(report.last)[1])
     if options.held_out is not None:
         positions = getattr(model.config, "max_position_embeddings", 128)
-        windows = windows_of(text_of(Path(options.held_out)), encode, min(128, positions) + 1)
+        windows = windows_of(encode(tables.text_of(Path(options.held_out))), min(128, positions) + 1)
     ours, others = windows
 
     def mean_on(ids: Tensor) -> Callable[[Any], float]:
@@ -178,9 +177,9 @@ def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
 
 
-def windows_of(text: str, encode: Callable[[str], list[int]], size: int) -> tuple[Tensor, Tensor]:
-    """Windows of a text to choose and to report on, taken in turns from all over it."""
-    ids = torch.tensor(encode(text), dtype=torch.int64)
+def windows_of(text: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
+    """Windows of a text's token ids to choose and to report on, taken in turns from all over it."""
+    ids = torch.tensor(text, dtype=torch.int64)
     whole = ids[: len(ids) // size * size].view(-1, size)
     if len(whole) < 2:
         raise ValueError(f"--held-out holds {len(ids)} tokens; at least {2 * size} are needed")
@@ -194,10 +193,10 @@ def main(argv: Sequence[str]) -> int:
         options = parse(argv)
         texts = {path: read(path) for path in options.paths()}
         tasks = options.read_tasks()
-        Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+        check_folder(Path(options.output_dir))
         _run(options, texts, tasks)
     except (ValueError, OSError) as error:
-        print(f"fastpost gap-sweep: error: {' '.join(str(error).split())}", file=sys.stderr)
+        complain("gap-sweep", error)
         return 2
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from what {options.output_dir} holds", file=sys.stderr)

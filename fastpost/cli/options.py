@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+import os
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastpost.errors import unknown
+from fastpost.integrations.masking import Mask
 
 Options = TypeVar("Options")
 
@@ -29,23 +33,62 @@ def parsed(cls: type[Options], command: str, description: str, argv: Sequence[st
 
     argv = list(argv)
     make: Any = HfArgumentParser
-    parser = make(cls, prog=f"fastpost {command}", description=description)
+    parser = make(cls, prog=f"fastpost {command}", description=description, exit_on_error=False)
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # a dataclass, which TypeVar cannot say
-    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+    if argv and is_settings(argv[0]):
         parser.set_defaults(**_read_config(Path(argv.pop(0)), names))
-    options, rest = parser.parse_known_args(argv)
+    try:
+        options, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
     if rest:
         first = rest[0].split("=")[0]
         raise unknown("option", first, [f"--{name.replace('_', '-')}" for name in names])
     return cls(**vars(options))
 
 
-def check_least(options: object, least: Mapping[str, float]) -> None:
-    """Raises ValueError for the first option below its least value, or not finite."""
-    for name, bound in least.items():
+@dataclass(frozen=True)
+class Range:
+    """Values that a number may have; all of them finite unless `infinite`.
+
+    Attributes:
+        least, most: bounds. above: `least` itself is none. below: `most` itself is none. also: values outside that mean
+            something of their own.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False
+    below: bool = False
+    infinite: bool = False
+    also: tuple[float, ...] = ()
+
+    def __contains__(self, value: float) -> bool:
+        if value in self.also:
+            return True
+        if math.isnan(value) or (math.isinf(value) and not self.infinite):
+            return False
+        low = value > self.least if self.above else value >= self.least
+        return low and (value < self.most if self.below else value <= self.most)
+
+    def __str__(self) -> str:
+        low = "" if math.isinf(self.least) else f"more than {self.least:g}" if self.above else f"at least {self.least:g}"
+        high = "" if math.isinf(self.most) else f"less than {self.most:g}" if self.below else f"at most {self.most:g}"
+        bounds = " and ".join(part for part in (low, high) if part) or "a finite number"
+        return " or ".join([bounds, *(f"{value:g}" for value in self.also)])
+
+
+def check(options: object, ranges: Mapping[str, Range], dashes: bool = True) -> None:
+    """Raises ValueError for the first option that is given and outside of its range.
+
+    Args:
+        dashes: how the message writes the option, `--max-steps` or `--max_steps`.
+    """
+    for name, allowed in ranges.items():
         value = getattr(options, name)
-        if not (math.isfinite(value) and value >= bound):
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
+        if value is not None and value not in allowed:
+            shown = name.replace("_", "-") if dashes else name
+            raise ValueError(f"--{shown} must be {allowed}, not {value}")
 
 
 def names_of(text: str, option: str, valid: Sequence[str]) -> list[str]:
@@ -76,6 +119,17 @@ def seeds_of(text: str) -> list[int]:
     if not seeds or min(seeds) < 0 or max(seeds) >= 1 << 32:
         raise ValueError(f"--seeds wants whole numbers >= 0 and < 2^32 with commas between, not {text!r}")
     return list(dict.fromkeys(seeds))
+
+
+def is_settings(word: str) -> bool:
+    """Whether a word of a command line names a file of settings."""
+    return word.lower().endswith((".json", ".yaml", ".yml"))
+
+
+def complain(command: str, error: BaseException | str, mask: Mask | None = None) -> None:
+    """One line on stderr, without secrets; by default those of the environment."""
+    mask = mask or Mask(os.environ)
+    print(f"fastpost {command}: error: {mask.text(' '.join(str(error).split()))}", file=sys.stderr)
 
 
 def _read_config(path: Path, names: Sequence[str]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 import fastpost
 from fastpost.cli import chain_report, tasks, tuning
-from fastpost.cli.options import check_least, names_of, option, parsed, seeds_of
+from fastpost.cli.options import Range, check, complain, names_of, option, parsed, seeds_of
 from fastpost.errors import unknown
 from fastpost.ops.noise import check_noise
 from fastpost.r3f import relatives
@@ -71,9 +70,7 @@ class ProbeArguments:
     noise_type: str = option("uniform", "R3F's noise: uniform or normal")
 
     def __post_init__(self) -> None:
-        check_least(self, _LEAST)
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"--max-steps must be positive, or -1 for what --epochs says, not {self.max_steps}")
+        check(self, _RANGES)
         if self.pooling not in POOLINGS:
             raise unknown("pooling", self.pooling, POOLINGS)
         check_noise("probe", self.eps, self.noise_type)
@@ -86,10 +83,14 @@ class ProbeArguments:
         return seeds_of(self.seeds)
 
 
-_LEAST: dict[str, float] = {
-    "train_size": 0, "probe_size": 0, "test_size": 0, "epochs": 0, "batch_size": 1, "max_length": 4, "lr": 0,
-    "weight_decay": 0, "rho": 0, "asam_rho": 0, "eps": 0, "r3f_lambda": 0, "probe_c": 0,
-}  # fmt: skip
+_RANGES = {
+    **dict.fromkeys(("train_size", "probe_size", "test_size", "weight_decay", "probe_c"), Range(0)),
+    **dict.fromkeys(("rho", "asam_rho", "eps", "r3f_lambda", "lr"), Range(0)),
+    "epochs": Range(0, above=True),
+    "batch_size": Range(1),
+    "max_steps": Range(1, also=(-1,)),
+    "max_length": Range(4),
+}
 
 
 def parse(argv: Sequence[str]) -> ProbeArguments:
@@ -289,7 +290,7 @@ def main(argv: Sequence[str]) -> int:
             plan = prepare(arguments)
         results = chain_report.Results(Path(arguments.output_dir), plan.chain, plan.probes, plan.methods)
     except (ValueError, OSError) as error:
-        print(f"fastpost probe: error: {error}", file=sys.stderr)
+        complain("probe", error)
         return 2
     classifier = plan.data[plan.chain[0]].classifier
     console.print(

@@ -124,6 +124,14 @@ def replace_file(path: Path, fill: Callable[[Path], object]) -> None:
         beside.unlink(missing_ok=True)
 
 
+def check_folder(folder: Path) -> None:
+    """Raises OSError where the folder can neither be used nor made; leaves nothing behind."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in made:
+        path.rmdir()
+
+
 def replace_text(path: Path, text: str) -> None:
     replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 

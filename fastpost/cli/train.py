@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
+
+from fastpost.cli.options import complain
+from fastpost.integrations.masking import Mask
 
 
 def main(argv: Sequence[str]) -> int:
@@ -14,10 +18,11 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     began = time.perf_counter()
+    mask = Mask(os.environ)
     try:  # a missing framework says how to install it
         from fastpost.cli import train_gap, train_options
 
-        run = train_options.parse(argv)
+        run = train_options.parse(argv, mask)
         console = Console()
         if not console.is_terminal:
             console = Console(width=120, quiet=run.arguments is not None and run.arguments.process_index > 0)
@@ -31,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:  # what transformers refuses, too
         if isinstance(error, ModuleNotFoundError) and not isinstance(error, importlib.metadata.PackageNotFoundError):
             raise  # the command line's own list says what to install
-        print(f"fastpost train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        complain("train", error, mask)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
@@ -50,8 +55,9 @@ def main(argv: Sequence[str]) -> int:
         return 130
     except Exception as error:
         if not _of_the_asker(error, gap=run.method == "gap"):
+            error.args = tuple(mask.text(part) if isinstance(part, str) else part for part in error.args)
             raise
-        print(f"fastpost train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        complain("train", error, mask)
         return 2
     _conclude(results, console, time.perf_counter() - began)
     return 0

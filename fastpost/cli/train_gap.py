@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastpost.cli import lm, train_data, train_page, train_report, train_timing
 from fastpost.cli.gap_sweep import windows_of
+from fastpost.cli.report import check_folder
 from fastpost.cli.train_options import Run
 from fastpost.cli.train_resume import last_checkpoint
 from fastpost.cli.train_run import keep_options, machine
@@ -53,18 +54,13 @@ def prepare(run: Run) -> Ascent:
     from transformers import AutoTokenizer
 
     options, tasks = run.gap, run.gap.tasks
-    check_folder(run)
-    data = train_data.read(run.data, needs_validation=False)
-    texts, validation = data.train, data.validation
+    last = last_checkpoint(run)
+    if last is not None:
+        raise ValueError(f"{run.folder} holds {Path(last).name} of another run; give another --output_dir")
+    check_folder(run.folder)
+    texts, validation = train_data.read_texts(run.data)
     if options.text_index >= len(texts):
         raise ValueError(f"--text_index {options.text_index}: the training data hold {len(texts)} texts, from 0")
-    text, count = texts[options.text_index], len(texts)
-    if tasks is None and not validation:  # held out from the other texts, or from the only one
-        others = [row for k, row in enumerate(texts) if k != options.text_index]
-        if not others:
-            [text], validation = train_data.hold_out(texts)
-        else:
-            validation = train_data.hold_out(others)[1] if len(others) > 1 else others
     suite = None if tasks is None else [read_task(part.strip()) for part in tasks.split(",") if part.strip()]
     name = str(run.data.model)
     loaded = lm.load_lm(name)
@@ -73,21 +69,20 @@ def prepare(run: Run) -> Ascent:
     encode = train_data.encoder(tokenizer)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not run.use_cpu else None
     model = loaded.model.to(device or "cpu").eval()
-    encoded = encode(text.text)
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    size = min(run.data.max_length or 128, positions - 1) + 1
+    encoded, held = _held_out(texts, validation, options.text_index, encode, 2 * size, tasks is None)
     ids = encoded[-min(options.gap_max_tokens or positions, positions) :]
     if len(ids) < 2:
         raise ValueError(f"text {options.text_index} has {len(ids)} tokens; GAP needs at least two")
-    told = f"text {options.text_index} of {count}, its last {len(ids)} of {len(encoded)} tokens; "
+    told = f"text {options.text_index} of {len(texts)}, its last {len(ids)} of {len(encoded)} tokens; "
     row = torch.tensor([ids], device=model.device)
     if suite is not None:
         choose, report = Suite(suite, encode, loaded.decode, options.task_limit).halves()
         told += f"scored on {len(suite)} tasks, half of their examples to choose and half to report"
         return Ascent(model, tokenizer, row, choose, report, "score", None, told)
-    size = min(run.data.max_length or 128, positions - 1) + 1
-    held = "\n".join(r.text for r in validation)
     try:
-        first, second = (part.to(model.device) for part in windows_of(held, encode, size))
+        first, second = (part.to(model.device) for part in windows_of(held, size))
     except ValueError:
         raise ValueError(
             f"the validation data are less than two windows of {size} tokens; give more, or a smaller --max_length"
@@ -97,15 +92,20 @@ def prepare(run: Run) -> Ascent:
     return Ascent(model, tokenizer, row, _score_on(first), _score_on(second), "nats per token", probe, told)
 
 
-def check_folder(run: Run) -> None:
-    """Raises ValueError or OSError where the results could not be written, or where checkpoints of another run lie."""
-    last = last_checkpoint(run)
-    if last is not None:
-        raise ValueError(f"{run.folder} holds {Path(last).name} of another run; give another --output_dir")
-    made = [folder for folder in (run.folder, *run.folder.parents) if not folder.exists()]
-    run.folder.mkdir(parents=True, exist_ok=True)
-    for folder in made:
-        folder.rmdir()
+def _held_out(
+    texts: list[str], validation: list[str], index: int, encode: Callable[[str], list[int]], least: int, needed: bool
+) -> tuple[list[int], list[int]]:
+    """Token ids of the text to climb on, and of what scores it: as given, held out from the other texts, or its own end."""
+    text = texts[index]
+    if validation or not needed:
+        return encode(text), encode("\n".join(validation))
+    others = [train_data.Row(other) for k, other in enumerate(texts) if k != index]
+    if others:
+        held = train_data.hold_out(others)[1] if len(others) > 1 else others
+        return encode(text), encode("\n".join(row.text for row in held))
+    if parts := train_data.last_lines(text):
+        return encode(parts[0]), encode(parts[1])
+    return train_data.cut(encode(text), least)
 
 
 def _score_on(windows: Tensor) -> Callable[[Any], float]:
@@ -138,7 +138,7 @@ def carry_out(run: Run, ascent: Ascent, console: Any) -> train_report.Results:
     for what, value in facts[:2]:
         console.print(f"{what}: {value}", highlight=False, markup=False, soft_wrap=True)
     began = time.perf_counter()
-    results = train_report.Results(run.folder, run.method, run.command, run.changed, facts, "score", ascent.unit)
+    results = train_report.Results(run.folder, run.method, run.command, run.shown, facts, "score", ascent.unit)
     start = copy.deepcopy(ascent.model) if run.data.timing_rounds else None
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         climbing = progress.add_task("climbing", total=run.gap.gap_steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,17 @@ from typing import Any, get_type_hints
 import torch
 
 from fastpost import GAP
-from fastpost.cli.options import Options, check_least, option
+from fastpost.cli.methods import METHODS
+from fastpost.cli.options import Options, Range, check, is_settings, option
+from fastpost.cli.train_limits import check_numbers
 from fastpost.errors import unknown
+from fastpost.integrations.masking import Mask, masked_in
 from fastpost.integrations.options import METHODS as TRAINED
 from fastpost.integrations.options import PostTrainingOptions
 from fastpost.integrations.transformers import PostTrainingArguments, give_defaults, settings_of
 
-METHODS = (*TRAINED, "gap")
+# What the trainer does by each method; r4f is r3f on a model whose head is normalised.
+PARTS = {**TRAINED, "r4f": TRAINED["r3f"]}
 DTYPES = ("float32", "bfloat16", "auto")
 USAGE = "fastpost train [run.yaml] --method METHOD --train_file FILE [--model MODEL] [--output_dir DIR] [options]"
 DESCRIPTION = """Trains one model by one method on one data set, and writes the model, metrics.csv, report.png and
@@ -51,6 +54,9 @@ class DataOptions:
     )  # fmt: skip
     dtype: str = option("float32", "of the weights as loaded: float32, bfloat16, or auto, as the checkpoint has them")
     max_length: int | None = option(None, "tokens per example or block at most; default: 128, or as many as the model takes")
+    resume_with_changes: bool = option(
+        False, "go on from a checkpoint although method, data or options are not those it was made with; the new ones count"
+    )
     timing_rounds: int = option(
         3, "timed steps of this method, of a plain step and of the published loop, on copies of the model; 0: none"
     )
@@ -95,7 +101,8 @@ class Run:
     Attributes:
         arguments: of the Trainer; None for gap.
         changed: options that differ from their default.
-        command: what was typed.
+        words: what was typed.
+        mask: knows the secrets of this run, for whatever is written or shown.
     """
 
     method: str
@@ -103,13 +110,24 @@ class Run:
     gap: GapOptions
     arguments: Any
     changed: dict[str, Any]
-    command: str
+    words: list[str]
+    mask: Mask
     use_cpu: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
         return Path(self.data.output_dir)
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """`changed`, without secrets."""
+        return dict(self.mask.value(self.changed))
+
+    @property
+    def command(self) -> str:
+        """What was typed, without secrets."""
+        return self.mask.command(["fastpost", "train", *self.words])
 
 
 # Other defaults than transformers': a report needs points to draw, the evaluations of a run, and losses that are not finite.
@@ -158,8 +176,11 @@ def _called(cls: type, name: str) -> type:
     return cls
 
 
-def parse(argv: Sequence[str]) -> Run:
+def parse(argv: Sequence[str], mask: Mask | None = None) -> Run:
     """The run that a command line asks for; nothing is written.
+
+    Args:
+        mask: is told the secrets among the options, also where an error follows.
 
     Raises:
         ValueError: an option, key, method or combination that does not exist or is out of range.
@@ -181,7 +202,10 @@ def parse(argv: Sequence[str]) -> Run:
         formatter_class=Help,
     )
     words = list(argv)
+    mask = Mask() if mask is None else mask
+    mask.add_words(words)
     settings = _of_file(words, names)
+    mask.add(settings)
     defaults = {name: parser.get_default(name) for name in names}
     try:
         give_defaults(parser, settings)
@@ -190,25 +214,35 @@ def parse(argv: Sequence[str]) -> Run:
         raise ValueError(str(error)) from None
     if rest:
         raise _briefly(unknown("option", rest[0].split("=")[0], [f"--{name}" for name in names]))
+    mask.add(vars(values))
     asked = [*settings, *(_name(word, names) for word in words if word.startswith("--"))]
     method = _method(values.method)
     _refuse_of_others(method, asked)
     data, gap = _filled(DataOptions, values), _filled(GapOptions, values)
+    if hidden := [name for name in asked if name in settings and masked_in(getattr(values, name))]:
+        raise ValueError(
+            f"{hidden[0]} in the file of options holds a secret that was masked when it was written; give it again"
+        )
     _check(method, data, gap, asked)
     arguments = None
     if method != "gap":
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-            if getattr(values, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(values, name)}")
+        check_numbers(values)
+        if "r3f" in PARTS[method] and values.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"--neftune_noise_alpha adds noise to the embeddings of both passes that --method {method} compares; choose "
+                "one of the two (--r3f_noise_scale neftune measures R3F's own noise as NEFTune does)"
+            )
         if values.label_names not in (None, ["labels"]):
             raise ValueError("--label_names: fastpost train makes the batches, and calls labels `labels`; leave it out")
         mine = {f.name: getattr(values, f.name) for c in (groups[1], groups[2], groups[4]) for f in dataclasses.fields(c)}
         if "dataloader_pin_memory" not in asked and not torch.accelerator.is_available():
             mine["dataloader_pin_memory"] = False  # torch would warn
-        arguments = PostTrainingArguments(output_dir=data.output_dir, method=method, **mine)
+        made_by = "r3f" if method == "r4f" else method
+        arguments = PostTrainingArguments(output_dir=data.output_dir, method=made_by, **mine)
+        mask.add(vars(arguments))
     changed = {name: getattr(values, name) for name in dict.fromkeys(asked) if name != "config"}
     changed = {name: value for name, value in changed.items() if value != defaults.get(name)}
-    return Run(method, data, gap, arguments, changed, shlex.join(["fastpost", "train", *argv]), bool(values.use_cpu))
+    return Run(method, data, gap, arguments, changed, list(argv), mask, bool(values.use_cpu))
 
 
 def _filled(cls: type[Options], values: Any) -> Options:
@@ -218,7 +252,7 @@ def _filled(cls: type[Options], values: Any) -> Options:
 def _of_file(words: list[str], names: Sequence[str]) -> dict[str, Any]:
     """The settings of a file of options, whose name is taken out of the words where it is the first of them."""
     path: str | None = None
-    if words and words[0].endswith((".json", ".yaml", ".yml")):
+    if words and is_settings(words[0]):
         path = words.pop(0)
     for k, word in enumerate(words):
         if word == "--config" or word.startswith("--config="):
@@ -255,23 +289,31 @@ def _method(given: str | None) -> str:
         raise ValueError(f"--method is needed: {', '.join(METHODS)}")
     parts = [part.strip() for part in given.split("+")]
     if len(parts) > 1 and set(parts) <= set(METHODS) and given not in METHODS:
-        if "gap" in parts:
-            why = (
-                "GAP climbs on one text, outside of any training run whose loss or step the other could change. One after "
-                "the other works: train, then --method gap with --model set to the folder that came out"
-            )
-        elif "none" in parts:
-            why = "none is the plain step"
-        elif set(parts) == {"sam", "r3f"}:
-            why = "write sam+r3f"
-        else:
-            why = "sam_lm is SAM with other defaults; write --method sam+r3f --sam_rho 0.15 --sam_ascent_fraction 0.25"
-            if "r3f" not in parts:
-                why = "sam_lm is SAM with other defaults (rho 0.15, ascent on a quarter of the window); choose one"
-        raise ValueError(f"--method {given}: these do not combine. {why}")
+        raise ValueError(f"--method {given}: these do not combine. {_why_apart(parts)}")
     if given not in METHODS:
         raise unknown("method", given, METHODS)
     return given
+
+
+_PRESETS = {"sam_lm": "--sam_rho 0.15 --sam_ascent_fraction 0.25", "asam": "--sam_adaptive True --sam_rho 0.5"}
+
+
+def _why_apart(parts: Sequence[str]) -> str:
+    if "gap" in parts:
+        return (
+            "GAP climbs on one text, outside of any training run whose loss or step the other could change. One after "
+            "the other works: train, then --method gap with --model set to the folder that came out"
+        )
+    if "none" in parts:
+        return "none is the plain step"
+    if set(parts) == {"sam", "r3f"}:
+        return "write sam+r3f"
+    preset = next((part for part in parts if part in _PRESETS), None)
+    if preset is not None and set(parts) == {preset, "r3f"}:
+        return f"{preset} is SAM with other defaults; write --method sam+r3f {_PRESETS[preset]}"
+    if preset is not None:
+        return f"{preset} is SAM with other defaults ({_PRESETS[preset]}); choose one"
+    return "r4f is r3f with a normalised head; choose one"
 
 
 def _refuse_of_others(method: str, asked: Iterable[str]) -> None:
@@ -281,6 +323,10 @@ def _refuse_of_others(method: str, asked: Iterable[str]) -> None:
     for name in asked:
         if method == "gap" and name == "dtype":
             raise ValueError("--dtype is an option of training runs; --method gap climbs in float32")
+        if method == "gap" and name == "resume_with_changes":
+            raise ValueError("--resume_with_changes: --method gap has no checkpoints; leave it out")
+        if method == "asam" and name == "sam_adaptive":
+            raise ValueError("--sam_adaptive: --method asam is adaptive by itself; leave it out, or say --method sam")
         if name in of_data or (method == "gap" and (name in of_gap or name in _WITH_GAP)):
             continue
         if method == "gap":
@@ -288,18 +334,16 @@ def _refuse_of_others(method: str, asked: Iterable[str]) -> None:
         if name in of_gap:
             raise ValueError(f"--{name} is an option of --method gap, not of {method}; leave it out")
         part = "sam" if name.startswith("sam_") else "r3f" if name.startswith("r3f_") or name == "noise_type" else None
-        if part is not None and part not in TRAINED[method]:
+        if part is not None and part not in PARTS[method]:
             raise ValueError(f"--{name} is an option of {part.upper()}, which --method {method} does not do; leave it out")
 
 
 def _check(method: str, data: DataOptions, gap: GapOptions, asked: Sequence[str]) -> None:
-    check_least(data, {"timing_rounds": 0})
+    check(data, {"timing_rounds": Range(0), "max_length": Range(2)}, dashes=False)
     if (data.train_file is None) == (data.dataset is None):
         raise ValueError("--train_file or --dataset says what to train on; give one of the two")
     if data.dtype not in DTYPES:
         raise unknown("dtype", data.dtype, DTYPES)
-    if data.max_length is not None and data.max_length < 2:
-        raise ValueError(f"--max_length must be at least 2, not {data.max_length}")
     if data.dataset is not None and data.validation_file is not None:
         raise ValueError("--validation_file goes with --train_file; of a --dataset it is --validation_split")
     for name in ("dataset_config", "train_split", "validation_split"):
@@ -310,7 +354,11 @@ def _check(method: str, data: DataOptions, gap: GapOptions, asked: Sequence[str]
         if path is not None and not Path(path).is_file():
             raise FileNotFoundError(f"--{name}: no such file: {path}")
     if method == "gap":
-        check_least(gap, {"text_index": 0, "task_limit": 4, "gap_patience": 0, "gap_max_tokens": 0})
+        whole = {"text_index": Range(0), "task_limit": Range(4), "gap_patience": Range(0), "gap_max_tokens": Range(0)}
+        check(gap, whole, dashes=False)
+        for name in ("pair_column", "label_column"):
+            if getattr(data, name) not in (None, "none"):
+                raise ValueError(f"--{name}: --method gap reads texts, and neither pairs nor labels; leave it out")
         gap.recipe()
         if gap.tasks is not None and gap.gap_max_kl is not None:
             raise ValueError("--gap_max_kl is watched on validation text, which --tasks takes the place of; leave one out")

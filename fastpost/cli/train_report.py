@@ -27,8 +27,8 @@ class Results:
     """A run, for the report.
 
     Attributes:
-        method, command: as typed.
-        changed: options that differ from their defaults.
+        method, command: as typed, without secrets.
+        changed: options that differ from their defaults, without secrets.
         facts: what else was run on what, in pairs of words.
         metric: column of what is evaluated: "eval_accuracy", "eval_perplexity", "eval_loss", or "score" (GAP).
         unit: what a score is (GAP).

@@ -16,9 +16,10 @@ from transformers import TrainerCallback
 
 import fastpost
 from fastpost.cli import lm, train_data, train_page, train_report, train_resume, train_timing, tuning
-from fastpost.cli.train_options import Run
+from fastpost.cli.report import replace_text
+from fastpost.cli.train_options import PARTS, Run
 from fastpost.errors import unknown
-from fastpost.integrations.options import METHODS
+from fastpost.integrations.masking import is_secret
 from fastpost.integrations.transformers import PostTrainer
 
 
@@ -68,8 +69,10 @@ def prepare(run: Run) -> Job:
         lm.check_causal(model)
         run.arguments.prediction_loss_only = True  # logits over a vocabulary would fill the memory
         encode, end = train_data.encoder(tokenizer), tokenizer.eos_token_id
-        train = train_data.blocks(data.train, encode, end, size, "training")
-        validation = train_data.blocks(data.validation, encode, end, size, "validation")
+        ids = train_data.streams(data, encode, end, size)
+        train, validation = (
+            train_data.blocks(part, size, which) for part, which in zip(ids, ("training", "validation"), strict=True)
+        )
     asked = run.arguments.metric_for_best_model
     known = ("loss", "accuracy") if data.labels else ("loss",)
     if asked is not None and asked.removeprefix("eval_") not in known:
@@ -298,9 +301,9 @@ def _results(job: Job) -> train_report.Results:
     metric = "eval_accuracy" if job.labels else "eval_perplexity"
     if not job.labels and a.label_smoothing_factor:
         metric = "eval_loss"  # of which no perplexity follows
-    results = train_report.Results(run.folder, run.method, run.command, run.changed, facts, metric)
+    results = train_report.Results(run.folder, run.method, run.command, run.shown, facts, metric)
     window = a.gradient_accumulation_steps
-    if "sam" in METHODS[run.method] and math.ceil(a.sam_ascent_fraction * window) < window:
+    if "sam" in PARTS[run.method] and math.ceil(a.sam_ascent_fraction * window) < window:
         results.loss_at = ", past the ascent at w + e"
     return results
 
@@ -315,13 +318,16 @@ def machine(device: str) -> list[tuple[str, str]]:
 
 
 def keep_options(run: Run) -> None:
-    """run.yaml: `fastpost train run.yaml` is this run again."""
+    """run.yaml: `fastpost train run.yaml` is this run again. Secrets are left out."""
     import yaml  # type: ignore[import-untyped]
 
     plain = {name: getattr(value, "value", value) for name, value in run.changed.items()}
     plain.pop("resume_from_checkpoint", None)
+    left_out = [name for name in plain if is_secret(name)]
+    kept = run.mask.value({name: value for name, value in plain.items() if name not in left_out})
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "run.yaml").write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    told = "".join(f"# {name} is left out: secrets are not written\n" for name in left_out)
+    replace_text(run.folder / "run.yaml", told + yaml.safe_dump(kept, sort_keys=False))
 
 
 def _time(job: Job, trainer: Any, results: train_report.Results, watch: Watch) -> None:
@@ -333,7 +339,7 @@ def _time(job: Job, trainer: Any, results: train_report.Results, watch: Watch) -
         results.untimed = "not timed: several processes trained"
     elif arguments.fp16:
         results.untimed = "not timed: float16 takes a loss scaler, which the published loops have none of"
-    elif "sam" in METHODS[job.run.method] and arguments.sam_interval > 1:
+    elif "sam" in PARTS[job.run.method] and arguments.sam_interval > 1:
         results.untimed = "not timed: with --sam_interval steps differ from each other"
     elif arguments.label_smoothing_factor:
         results.untimed = "not timed: the loops beside it do not smooth labels (--label_smoothing_factor)"

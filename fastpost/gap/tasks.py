@@ -53,13 +53,14 @@ def read_task(path: str | Path) -> Task:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
+    suffix = path.suffix.lower()
     try:
-        if path.suffix == ".json":
+        if suffix == ".json":
             return Task(path.stem, dialogues=_dialogues(json.loads(path.read_text(encoding="utf-8-sig"))))
-        if path.suffix == ".jsonl":
+        if suffix == ".jsonl":
             lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1)
             return Task(path.stem, questions=[_question(line, number) for number, line in lines if line.strip()])
-        if path.suffix == ".csv":
+        if suffix == ".csv":
             return Task(path.stem, questions=_pubmed_qa(path))
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}") from None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastpost.errors import unknown
+from fastpost.integrations.masking import WithoutSecrets
 from fastpost.r3f import R3F
 from fastpost.sam.options import check_options
 
@@ -14,6 +15,7 @@ METHODS: dict[str, frozenset[str]] = {
     "none": frozenset(),
     "sam": frozenset({"sam"}),
     "sam_lm": frozenset({"sam"}),
+    "asam": frozenset({"sam"}),
     "r3f": frozenset({"r3f"}),
     "sam+r3f": frozenset({"sam", "r3f"}),
 }
@@ -23,14 +25,14 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-@dataclass
-class PostTrainingOptions:
+@dataclass(repr=False)
+class PostTrainingOptions(WithoutSecrets):
     """What to train with beside the plain loss; every field is an option of `PostTrainingArguments` too.
 
     Attributes:
         method: "sam", "sam_lm" (the recipe of 2110.08529: rho 0.15, ascent on a quarter of the window), "r3f", "sam+r3f", or
-            "none"; None: all that the trainer's class does.
-        sam_rho: radius of the perturbation, >= 0; None is 0.05, under "sam_lm" 0.15.
+            "asam" (adaptive, rho 0.5), "none"; None: all that the trainer's class does.
+        sam_rho: radius of the perturbation, >= 0; None is 0.05, under "sam_lm" 0.15, under "asam" 0.5.
         sam_adaptive, sam_eta: ASAM, and its constant.
         sam_ascent_fraction: share of the accumulation window that the ascent uses, in (0, 1]; None is 1.0, under "sam_lm"
             0.25.
@@ -51,8 +53,8 @@ class PostTrainingOptions:
         ValueError: an option that does not exist or is out of range; a negative rho.
     """
 
-    method: str | None = _option(None, "sam, sam_lm, r3f, sam+r3f or none; by default what the trainer's class does.")
-    sam_rho: float | None = _option(None, "SAM's radius, >= 0 (0.05; under sam_lm 0.15).")
+    method: str | None = _option(None, "sam, sam_lm, asam, r3f, sam+r3f or none; by default what the trainer's class does.")
+    sam_rho: float | None = _option(None, "SAM's radius, >= 0 (0.05; under sam_lm 0.15, under asam 0.5).")
     sam_adaptive: bool = _option(False, "ASAM: e scaled by the weights.")
     sam_eta: float = _option(0.0, "ASAM's constant beside |w|, >= 0.")
     sam_ascent_fraction: float | None = _option(None, "Share of the window that the ascent uses (1.0; under sam_lm 0.25).")
@@ -85,7 +87,8 @@ class PostTrainingOptions:
                     raise ValueError(f"{name} must be a number, not {value!r}") from None
         lm = self.method == "sam_lm"
         if self.sam_rho is None:
-            self.sam_rho = 0.15 if lm else 0.05
+            self.sam_rho = {"sam_lm": 0.15, "asam": 0.5}.get(self.method or "", 0.05)
+        self.sam_adaptive = self.sam_adaptive or self.method == "asam"
         if self.sam_ascent_fraction is None:
             self.sam_ascent_fraction = 0.25 if lm else 1.0
         for name in ("sam_rho", "sam_eta"):

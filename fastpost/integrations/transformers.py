@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 try:
     from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainingArguments
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 
-@dataclass
+@dataclass(repr=False)
 class PostTrainingArguments(PostTrainingOptions, TrainingArguments):
     """TrainingArguments with the fields of `PostTrainingOptions`; HfArgumentParser reads them as any others.
 
@@ -56,7 +57,7 @@ class PostTrainingArguments(PostTrainingOptions, TrainingArguments):
     """
 
 
-@dataclass
+@dataclass(repr=False)
 class Seq2SeqPostTrainingArguments(PostTrainingOptions, Seq2SeqTrainingArguments):
     """The same for Seq2SeqTrainer."""
 
@@ -102,7 +103,7 @@ def parse_arguments(classes: Any = PostTrainingArguments, argv: Sequence[str] | 
     parser = make(several)
     names = [f.name for c in several for f in fields(c) if f.init]
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0].endswith((".json", ".yaml", ".yml")):
+    if words and words[0].lower().endswith((".json", ".yaml", ".yml")):
         give_defaults(parser, settings_of(Path(words.pop(0)), names))
     *parsed, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     if rest:
@@ -113,11 +114,12 @@ def parse_arguments(classes: Any = PostTrainingArguments, argv: Sequence[str] | 
 def give_defaults(parser: Any, settings: Mapping[str, Any]) -> None:
     """Makes a file's settings the parser's defaults, which what is typed overrides.
 
-    Values are read as if they had been typed. Mappings, and lists for options that take one word, stay what they are.
+    Values are read as if they had been typed. Mappings and lists stay what they are where the option's type has such.
 
     Raises:
-        ValueError: a value that the option does not have.
+        ValueError: a value that the option does not have, a list or a mapping among them.
     """
+    hints = {name: hint for c in parser.dataclass_types for name, hint in get_type_hints(c).items()}
     for action in parser._actions:
         value = settings.get(action.dest)
         if value is None or not action.option_strings or action.nargs == 0:  # 0: the --no_ form of a switch
@@ -125,12 +127,23 @@ def give_defaults(parser: Any, settings: Mapping[str, Any]) -> None:
         try:
             if action.nargs in ("+", "*"):
                 value = [_as_typed(parser, action, v) for v in (value if isinstance(value, list) else [value])]
-            elif not isinstance(value, Mapping) and not (isinstance(value, list) and action.type is str):
+            elif isinstance(value, (Mapping, list)):
+                kind = dict if isinstance(value, Mapping) else list
+                if kind not in _kinds(hints[action.dest]):
+                    what = "a mapping" if kind is dict else "a list"
+                    raise ValueError(f"{action.dest} takes one value, not {what}")
+            else:
                 value = _as_typed(parser, action, value)
         except argparse.ArgumentError as error:
             raise ValueError(f"{action.dest}: {error.message}") from None
         action.required = False
         parser.set_defaults(**{action.dest: value})
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The classes that a type consists of, without what is in their brackets."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return {get_origin(part) or part for part in parts}
 
 
 def _as_typed(parser: Any, action: argparse.Action, value: Any) -> Any:
@@ -153,7 +166,11 @@ def settings_of(path: Path, names: Sequence[str]) -> dict[str, Any]:
 
     try:
         text = path.read_text(encoding="utf-8-sig")
-        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        settings = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:  # without the lines that it shows, which may hold a secret
+        at = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        told = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ValueError(f"{path}: {told}{at}") from None
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):

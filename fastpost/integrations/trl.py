@@ -33,12 +33,12 @@ __all__ = [
 ]
 
 
-@dataclass
+@dataclass(repr=False)
 class PostSFTConfig(PostTrainingOptions, SFTConfig):
     """SFTConfig with the fields of `PostTrainingOptions`."""
 
 
-@dataclass
+@dataclass(repr=False)
 class PostDPOConfig(PostTrainingOptions, DPOConfig):
     """DPOConfig with the fields of `PostTrainingOptions`."""
 
