@@ -29,6 +29,8 @@ METHOD_OPTIONS = {
     "sam": ["--sam_rho", str(RHO)],
     "sam_lm": ["--gradient_accumulation_steps", "4"],
     "r3f": ["--r3f_eps", "0.3", "--r3f_seed", "3"],
+    "asam": [],
+    "r4f": ["--r3f_eps", "0.3", "--r3f_seed", "3"],
     "sam+r3f": ["--sam_rho", str(RHO), "--r3f_eps", "0.3"],
 }
 WORDS = list(dict.fromkeys(re.findall(r"[a-z]+", (stdlib.root() / "argparse.py").read_text(encoding="utf-8"))))[:80]

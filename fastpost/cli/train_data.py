@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import math
 import random
@@ -269,6 +270,14 @@ def _cell(line: Mapping[str, Any], name: str, where: str) -> Any:
     if name not in line:
         raise ValueError(f"{where}: there is no {name}")
     return line[name]
+
+
+def digest(rows: Iterable[Row]) -> str:
+    """Tells other rows, or rows in another order."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(repr((row.text, row.pair, row.label)).encode())
+    return found.hexdigest()[:32]
 
 
 # -- labels -----------------------------------------------------------------------------------------------------------------

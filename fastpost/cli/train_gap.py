@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 from fastpost.cli import lm, train_data, train_page, train_report, train_timing
 from fastpost.cli.gap_sweep import windows_of
 from fastpost.cli.report import check_folder
+from fastpost.cli.train_checkpoints import checkpoints_of
 from fastpost.cli.train_options import Run
-from fastpost.cli.train_resume import last_checkpoint
 from fastpost.cli.train_run import keep_options, machine
 from fastpost.gap.many import rows_of
 from fastpost.gap.run import GapResult
@@ -54,9 +53,8 @@ def prepare(run: Run) -> Ascent:
     from transformers import AutoTokenizer
 
     options, tasks = run.gap, run.gap.tasks
-    last = last_checkpoint(run)
-    if last is not None:
-        raise ValueError(f"{run.folder} holds {Path(last).name} of another run; give another --output_dir")
+    if there := checkpoints_of(run.folder):
+        raise ValueError(f"{run.folder} holds {there[0].name} of another run; give another --output_dir")
     check_folder(run.folder)
     texts, validation = train_data.read_texts(run.data)
     if options.text_index >= len(texts):

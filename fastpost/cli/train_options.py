@@ -18,7 +18,7 @@ from fastpost.cli.train_limits import check_numbers
 from fastpost.errors import unknown
 from fastpost.integrations.masking import Mask, masked_in
 from fastpost.integrations.options import METHODS as TRAINED
-from fastpost.integrations.options import PostTrainingOptions
+from fastpost.integrations.options import PostTrainingOptions, part_of
 from fastpost.integrations.transformers import PostTrainingArguments, give_defaults, settings_of
 
 # What the trainer does by each method; r4f is r3f on a model whose head is normalised.
@@ -333,7 +333,7 @@ def _refuse_of_others(method: str, asked: Iterable[str]) -> None:
             raise ValueError(f"--{name} is an option of training runs, which --method gap is not; leave it out")
         if name in of_gap:
             raise ValueError(f"--{name} is an option of --method gap, not of {method}; leave it out")
-        part = "sam" if name.startswith("sam_") else "r3f" if name.startswith("r3f_") or name == "noise_type" else None
+        part = part_of(name)
         if part is not None and part not in PARTS[method]:
             raise ValueError(f"--{name} is an option of {part.upper()}, which --method {method} does not do; leave it out")
 

@@ -131,7 +131,15 @@ def tiles_of(results: Results) -> list[tuple[str, str, str]]:
         if results.evaluated:
             best = (min if least else max)(results.evaluated, key=lambda row: row[results.metric])
             value = shown(results.evaluated[-1][results.metric])
-            found.append((f"evaluation {name}, last", value, f"best {shown(best[results.metric])} at step {best['step']}"))
+            aside = f"best {shown(best[results.metric])} at step {best['step']}"
+            if results.baseline is not None:
+                aside += f"; always the most frequent label {shown(results.baseline)}"
+            found.append((f"evaluation {name}, last", value, aside))
+            if "eval_f1" in results.evaluated[-1]:
+                last = results.evaluated[-1]
+                found.append(
+                    ("evaluation F1, last", shown(last["eval_f1"]), f"Matthews' correlation {shown(last['eval_mcc'])}")
+                )
         losses = [row["loss"] for row in results.rows if "loss" in row]
         if losses:
             found.append((f"training loss{results.loss_at}, last logged", shown(losses[-1]), f"first {shown(losses[0])}"))

@@ -6,7 +6,7 @@ import base64
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fastpost.cli.report import replace_text
 CSV_NAME, PNG_NAME, HTML_NAME = "metrics.csv", "report.png", "report.html"
 Row = dict[str, Any]
 
-_FIRST = ("step", "epoch", "loss", "eval_loss", "eval_accuracy", "eval_perplexity")
+_FIRST = ("step", "epoch", "loss", "eval_loss", "eval_accuracy", "eval_f1", "eval_mcc", "eval_perplexity")
 _LAST = ("grad_norm", "learning_rate")
 _NOT_METRICS = ("total_flos", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
@@ -32,6 +32,7 @@ class Results:
         facts: what else was run on what, in pairs of words.
         metric: column of what is evaluated: "eval_accuracy", "eval_perplexity", "eval_loss", or "score" (GAP).
         unit: what a score is (GAP).
+        baseline: accuracy of always saying the most frequent label; None where there are no labels.
         rows: of metrics.csv.
         costs: seconds per step of each side; empty where nothing was timed.
         untimed: why, where nothing was timed.
@@ -46,6 +47,7 @@ class Results:
     facts: list[tuple[str, str]]
     metric: str
     unit: str = ""
+    baseline: float | None = None
     rows: list[Row] = field(default_factory=list)
     costs: dict[str, Cost] = field(default_factory=dict)
     untimed: str = ""
@@ -84,11 +86,18 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
 
 
-def rows_of(log_history: Sequence[Mapping[str, Any]], perplexity: bool) -> list[Row]:
-    """One row per step at which the Trainer logged or evaluated, from what it keeps of these."""
+def rows_of(
+    log_history: Sequence[Mapping[str, Any]], perplexity: bool, parts: Collection[str] = ("sam", "r3f")
+) -> list[Row]:
+    """One row per step at which the Trainer logged or evaluated, from what it keeps of these.
+
+    Args:
+        parts: what this run does, "sam", "r3f"; lines of others, from before it was gone on with, are left out.
+    """
+    others = tuple(f"{part}/" for part in ("sam", "r3f") if part not in parts)
     found: dict[int, Row] = {}
     for line in log_history:
-        numbers = {k: v for k, v in line.items() if k not in _NOT_METRICS and not k.startswith("train_")}
+        numbers = {k: v for k, v in line.items() if k not in _NOT_METRICS and not k.startswith(("train_", *others))}
         if set(numbers) <= {"step", "epoch"}:
             continue
         row = found.setdefault(numbers["step"], {})
@@ -209,9 +218,14 @@ def _metric(axis: Any, results: Results, look: Look) -> None:
         )
         _finish(axis, "score on what chooses (circle: kept)", f"minus {results.unit}" if "nats" in results.unit else "score")
         return
-    _finish(axis, f"evaluation {name}", name)
-    if name == "accuracy":
-        axis.set_ylim(-0.02, 1.02)
+    if name != "accuracy":
+        _finish(axis, f"evaluation {name}", name)
+        return
+    _line(axis, results, "eval_f1", "F1", look.lines[0], ".", "--")
+    if results.baseline is not None:
+        axis.axhline(results.baseline, color=look.text, linewidth=1, linestyle=":", label="most frequent label, accuracy")
+    _finish(axis, "evaluation", "share")
+    axis.set_ylim(-0.02, 1.02)
 
 
 def _drift(axis: Any, results: Results, look: Look) -> None:

@@ -1,47 +1,110 @@
-"""`fastpost train`, stopped and going on: which checkpoint, whether anything is left to do, and the command to type."""
+"""`fastpost train`, stopped and going on: which checkpoint, whether it fits, whether anything is left, what to type."""
 
 from __future__ import annotations
 
 import math
 import re
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState, trainer_utils
+from transformers import TrainerState
 
+from fastpost.cli.train_checkpoints import checkpoints_of, differences, flaw_of, record_of
 from fastpost.cli.train_options import Run
 
 
-def asked_for(run: Run) -> str | None:
-    """The checkpoint to go on from, None for none.
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: to go on from; None: at the beginning.
+        notes: newer checkpoints that are incomplete.
+        changes: what differs from the run that made it, in words, by name.
+    """
+
+    checkpoint: str | None = None
+    notes: tuple[str, ...] = ()
+    changes: Mapping[str, str] = field(default_factory=dict)
+
+
+def asked_for(run: Run) -> Start:
+    """The checkpoint to go on from: the one named, or the newest whole one.
 
     Raises:
-        ValueError, FileNotFoundError: there is none, or one of another run is in the way.
+        ValueError, FileNotFoundError: there is none, it is incomplete, or one of another run is in the way.
     """
-    asked = run.arguments.resume_from_checkpoint
-    last = last_checkpoint(run)
-    if asked is None or str(asked).lower() == "false":
-        if last is not None:
+    asked = str(run.arguments.resume_from_checkpoint)
+    there = checkpoints_of(run.folder)
+    if asked.lower() in ("none", "false"):
+        if there:
+            flaw, whole = flaw_of(there[0]), newest_whole(run.folder)
+            how = "" if flaw is None else f", which is incomplete ({flaw})"
+            how += f"; --resume_from_checkpoint True goes on from {whole.name}" if whole else ""
             raise ValueError(
-                f"{run.folder} holds {Path(last).name} of an earlier run: --resume_from_checkpoint True goes on from it; "
-                "for another run give another --output_dir"
+                f"{run.folder} holds {there[0].name} of an earlier run{how}; for another run give another --output_dir"
             )
-        return None
-    if str(asked).lower() == "true":
-        if last is None:
+        return Start()
+    if asked.lower() == "true":
+        if not there:
             raise ValueError(f"--resume_from_checkpoint True: there is no checkpoint in {run.folder}")
-        return str(last)
-    if not (Path(asked) / "trainer_state.json").is_file():
-        raise FileNotFoundError(f"--resume_from_checkpoint: {asked} is no checkpoint (a folder with trainer_state.json)")
-    return str(asked)
+        notes: list[str] = []
+        for path in there:
+            flaw = flaw_of(path)
+            if flaw is None:
+                return Start(str(path), tuple(notes))
+            notes.append(f"{path.name} is incomplete ({flaw})")
+        raise ValueError(
+            f"--resume_from_checkpoint True: no checkpoint in {run.folder} is whole; {'; '.join(notes)}. {_ANEW}"
+        )
+    path = Path(asked)
+    if not path.is_dir():
+        raise FileNotFoundError(f"--resume_from_checkpoint: there is no folder {asked}")
+    flaw = flaw_of(path)
+    if flaw is not None:
+        raise ValueError(f"--resume_from_checkpoint: {asked} is incomplete: {flaw}. {_ANEW}")
+    return Start(asked)
 
 
-def last_checkpoint(run: Run) -> str | None:
-    """The newest in the run's folder."""
-    find: Any = trainer_utils.get_last_checkpoint
-    found: str | None = find(str(run.folder)) if run.folder.is_dir() else None
-    return found
+_ANEW = "To begin a new run with a checkpoint's weights, give its folder as --model, and another --output_dir"
+
+
+def newest_whole(folder: Path) -> Path | None:
+    return next((path for path in checkpoints_of(folder) if flaw_of(path) is None), None)
+
+
+def compared(start: Start, made_by: Mapping[str, Any], allowed: bool) -> Start:
+    """The start with what differs from the run that made its checkpoint.
+
+    Args:
+        made_by: of this run, as `RunRecord` keeps it.
+        allowed: whether the user asked to go on with changes.
+
+    Raises:
+        ValueError: something differs, and is not allowed to or cannot.
+    """
+    if start.checkpoint is None:
+        return start
+    then = record_of(Path(start.checkpoint)).get("made_by", {})
+    if not then:
+        if not allowed:
+            raise ValueError(
+                f"{start.checkpoint} does not say what made it, so whether this run fits cannot be checked; "
+                "--resume_with_changes True goes on all the same"
+            )
+        return replace(start, changes={"unknown": "what made the checkpoint is not known"})
+    changes = differences(then, made_by)
+    if len(then["labels"]) != len(made_by["labels"]):
+        raise ValueError(f"{start.checkpoint} cannot be gone on from: {changes['labels']}. {_ANEW}")
+    if changes and not allowed:
+        raise ValueError(
+            f"{start.checkpoint} was made by another run ({'; '.join(changes.values())}); --resume_with_changes True goes "
+            "on from it with the new ones, and another --output_dir begins anew"
+        )
+    return replace(start, changes=changes)
 
 
 def was_at_its_end(trainer: Any, checkpoint: str) -> bool:
@@ -54,6 +117,10 @@ def was_at_its_end(trainer: Any, checkpoint: str) -> bool:
     if state.global_step < asked:
         return False
     trainer._load_from_checkpoint(checkpoint)
+    state.is_local_process_zero, state.is_world_process_zero = (
+        trainer.is_local_process_zero(),
+        trainer.is_world_process_zero(),
+    )
     trainer.state = state
     if arguments.load_best_model_at_end and state.best_model_checkpoint is not None:
         trainer._load_best_model()
@@ -63,9 +130,13 @@ def was_at_its_end(trainer: Any, checkpoint: str) -> bool:
 
 def tell_how(run: Run, console: Any) -> None:
     """Names the command that goes on from the newest checkpoint, if there is one."""
-    last = last_checkpoint(run)
+    last = newest_whole(run.folder)
     if last is None:
-        console.print("interrupted before the first checkpoint; nothing can be resumed. To begin again:")
+        there = ", ".join(path.name for path in checkpoints_of(run.folder))
+        console.print(
+            "interrupted before the first whole checkpoint; nothing can be resumed. To begin again"
+            + (f", without {there} in the way:" if there else ":")
+        )
         command = run.command
     else:
         console.print(f"interrupted; {last} goes on by the same command with --resume_from_checkpoint True:", soft_wrap=True)

@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import threading
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from transformers import TrainerCallback
 import fastpost
 from fastpost.cli import lm, train_data, train_page, train_report, train_resume, train_timing, tuning
 from fastpost.cli.report import replace_text
+from fastpost.cli.train_checkpoints import RunRecord, RunTrainer, options_that_train
 from fastpost.cli.train_options import PARTS, Run
 from fastpost.errors import unknown
 from fastpost.integrations.masking import is_secret
-from fastpost.integrations.transformers import PostTrainer
 
 
 @dataclass
@@ -28,8 +29,11 @@ class Job:
     """All that is read and checked before anything is written.
 
     Attributes:
+        majority: the label that is most frequent in training, and the accuracy of always saying it; None for text.
         fresh: weights that the checkpoint named by --model does not have.
-        resume: the checkpoint to go on from.
+        start: the checkpoint to go on from.
+        made_by: what makes this run's checkpoints.
+        r4f: the normalised head.
     """
 
     run: Run
@@ -39,8 +43,11 @@ class Job:
     validation: list[dict[str, Any]]
     labels: tuple[str, ...]
     told: str
+    majority: tuple[str, float] | None
     fresh: list[str]
-    resume: str | None
+    start: train_resume.Start
+    made_by: dict[str, Any]
+    r4f: fastpost.R4F | None
 
 
 def prepare(run: Run) -> Job:
@@ -49,10 +56,14 @@ def prepare(run: Run) -> Job:
     Raises:
         ValueError, FileNotFoundError: the first thing that is wrong.
     """
-    resume = train_resume.asked_for(run)
+    start = train_resume.asked_for(run)
     data = train_data.read(run.data)
     if run.data.model is None and not data.labels:
         raise ValueError("the data have no labels, so --model has to be a causal language model, a folder or a hub name")
+    if run.method == "r4f" and not data.labels:
+        raise ValueError(
+            "--method r4f normalises the head of a classifier, and the data have no labels; --method r3f takes text"
+        )
     transformers.set_seed(run.arguments.seed)  # a fresh head depends on it
     config, tokenizer, model, fresh = _load(run, data.labels)
     size = _length(run.data.max_length, config, tokenizer)
@@ -74,11 +85,30 @@ def prepare(run: Run) -> Job:
             train_data.blocks(part, size, which) for part, which in zip(ids, ("training", "validation"), strict=True)
         )
     asked = run.arguments.metric_for_best_model
-    known = ("loss", "accuracy") if data.labels else ("loss",)
+    known = ("loss", *SCORES) if data.labels else ("loss",)
     if asked is not None and asked.removeprefix("eval_") not in known:
         raise unknown("metric_for_best_model", asked, known)
     told = data.told() + ("" if data.labels else f": {len(train)} and {len(validation)} blocks of {size} tokens")
-    return Job(run, model, tokenizer, train, validation, data.labels, told, fresh, resume)
+    r4f = fastpost.R4F(tuning.find_head(model), layers="last") if run.method == "r4f" else None
+    made_by = _made_by(run, data, size)
+    start = train_resume.compared(start, made_by, run.data.resume_with_changes)
+    majority = data.majority() if data.labels else None
+    return Job(run, model, tokenizer, train, validation, data.labels, told, majority, fresh, start, made_by, r4f)
+
+
+def _made_by(run: Run, data: train_data.Data, size: int) -> dict[str, Any]:
+    """All that the weights of a checkpoint depend on, as JSON has it."""
+    given = {"training data": data.train, "validation data": data.validation}
+    return {
+        "method": run.method,
+        "model": run.data.model or tuning.PACKAGED_MODEL,
+        "dtype": run.data.dtype,
+        **{what: {"rows": len(rows), "digest": train_data.digest(rows)} for what, rows in given.items()},
+        "labels": list(data.labels),
+        "max_length": size,
+        "processes": run.arguments.world_size,
+        **options_that_train(run.arguments, PARTS[run.method]),
+    }
 
 
 def _load(run: Run, labels: tuple[str, ...]) -> tuple[Any, Any, Any, list[str]]:
@@ -133,16 +163,22 @@ def assemble(job: Job, console: Any) -> Any:
     watch.quiet = bool(arguments.disable_tqdm)
     there = run.folder.exists()
     try:
-        trainer = PostTrainer(
+        record = RunRecord()
+        record.made_by = job.made_by
+        trainer = RunTrainer(
             job.model,
             arguments,
             data_collator=DataCollatorWithPadding(job.tokenizer) if job.labels else default_data_collator,
             train_dataset=job.train,
             eval_dataset=job.validation,
             processing_class=job.tokenizer,
-            compute_metrics=_accuracy if job.labels else None,
+            compute_metrics=scores if job.labels else None,
             callbacks=[watch],
+            record=record,
+            changed=job.start.changes,
+            r4f=job.r4f,
         )
+        trainer.rehearse()
     except Exception:
         if not there and run.folder.is_dir() and not any(run.folder.iterdir()):
             run.folder.rmdir()
@@ -161,17 +197,22 @@ def carry_out(job: Job, trainer: Any, console: Any) -> train_report.Results:
     """
     run, arguments, watch = job.run, job.run.arguments, trainer.watch
     results: train_report.Results = watch.results
-    for what, value in results.facts[:3]:
-        console.print(f"{what}: {value}", highlight=False, markup=False, soft_wrap=True)
+    for what, value in results.facts:
+        if what in ("model", "data", "a step", "baseline"):
+            console.print(f"{what}: {value}", highlight=False, markup=False, soft_wrap=True)
     if job.fresh:
         console.print(f"not in the checkpoint, made anew: {', '.join(job.fresh)}", highlight=False, markup=False)
+    for note in (*job.start.notes, *job.start.changes.values()):
+        console.print(f"going on from {job.start.checkpoint}: {note}", highlight=False, markup=False, soft_wrap=True)
     first = trainer.is_world_process_zero()
     if first:
         keep_options(run)
+    checkpoint = job.start.checkpoint
     try:
-        with watch:
-            if job.resume is None or not train_resume.was_at_its_end(trainer, job.resume):
-                trainer.train(resume_from_checkpoint=job.resume)
+        with watch, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "resuming from a checkpoint that was made differently")  # said above, in full
+            if checkpoint is None or not train_resume.was_at_its_end(trainer, checkpoint):
+                trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         if first:
             watch.write(trainer.state)
@@ -207,7 +248,7 @@ class Watch(TrainerCallback):
         self.began_at = 0
 
     def write(self, state: Any) -> None:
-        self.results.rows = train_report.rows_of(state.log_history, self.perplexity)
+        self.results.rows = train_report.rows_of(state.log_history, self.perplexity, PARTS[self.results.method])
         self.results.steps = state.global_step - self.began_at
         runtime = next((line["train_runtime"] for line in reversed(state.log_history) if "train_runtime" in line), None)
         if runtime is not None:
@@ -276,12 +317,30 @@ class Watch(TrainerCallback):
             score = row.get(self.results.metric, float("nan"))
             name = self.results.metric.removeprefix("eval_")
             told = f"step {state.global_step}: evaluation loss {row['eval_loss']:.4g}, {name} {score:.4g}"
+            told += "".join(f", {column} {row[f'eval_{column}']:.4g}" for column in ("f1", "mcc") if f"eval_{column}" in row)
             self.console.print(told, highlight=False)
 
 
-def _accuracy(predicted: Any) -> dict[str, float]:
+SCORES = ("accuracy", "f1", "mcc")
+
+
+def scores(predicted: Any) -> dict[str, float]:
+    """Accuracy, F1 and Matthews' correlation of an evaluation.
+
+    F1 is, as GLUE has it, that of the second of two labels; of more labels the unweighted mean of theirs. Both are 0 where
+    they are not defined.
+    """
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
     logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
-    return {"accuracy": float((logits.argmax(-1) == predicted.label_ids).mean())}
+    said, labels = logits.argmax(-1), predicted.label_ids
+    classes = logits.shape[-1]
+    which: Any = {"pos_label": 1} if classes == 2 else {"average": "macro", "labels": range(classes)}
+    return {
+        "accuracy": float(accuracy_score(labels, said)),
+        "f1": float(f1_score(labels, said, zero_division=0, **which)),
+        "mcc": float(matthews_corrcoef(labels, said)),
+    }
 
 
 def _results(job: Job) -> train_report.Results:
@@ -294,14 +353,21 @@ def _results(job: Job) -> train_report.Results:
         ("model", f"{name}, {size / 1e6:.3g}M parameters in {dtype}"),
         ("data", f"{run.data.train_file or run.data.dataset}: {job.told}"),
         ("a step", f"{each} examples (batch x accumulation x processes), learning rate {a.learning_rate:g}"),
-        *machine(str(a.device)),
     ]
-    if job.resume is not None:
-        facts.append(("resumed from", job.resume))
+    if job.majority is not None:
+        label, share = job.majority
+        facts.append(("baseline", f"always {label!r}, the most frequent label of training: accuracy {share:.4g}"))
+        names = sorted(job.labels, key=job.model.config.label2id.get)
+        facts.append(("F1", f"of the label {names[1]!r}" if len(names) == 2 else f"unweighted mean of {len(names)} labels"))
+    facts += machine(str(a.device))
+    if job.start.checkpoint is not None:
+        facts.append(("resumed from", job.start.checkpoint))
+        facts += [("changed on resuming", told) for told in job.start.changes.values()]
     metric = "eval_accuracy" if job.labels else "eval_perplexity"
     if not job.labels and a.label_smoothing_factor:
         metric = "eval_loss"  # of which no perplexity follows
     results = train_report.Results(run.folder, run.method, run.command, run.shown, facts, metric)
+    results.baseline = None if job.majority is None else job.majority[1]
     window = a.gradient_accumulation_steps
     if "sam" in PARTS[run.method] and math.ceil(a.sam_ascent_fraction * window) < window:
         results.loss_at = ", past the ascent at w + e"
@@ -346,6 +412,8 @@ def _time(job: Job, trainer: Any, results: train_report.Results, watch: Watch) -
     if results.untimed:
         return
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    if job.r4f is not None:
+        job.r4f.merge()
     model.zero_grad(set_to_none=True)
     size = arguments.per_device_train_batch_size
     parts = [job.train[k * size : (k + 1) * size] for k in range(arguments.gradient_accumulation_steps)]

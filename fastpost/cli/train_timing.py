@@ -14,8 +14,8 @@ from torch import Tensor
 
 import fastpost
 from fastpost import published
-from fastpost.cli import measure
-from fastpost.integrations.options import METHODS
+from fastpost.cli import measure, tuning
+from fastpost.cli.train_options import PARTS
 
 Batch = dict[str, Tensor]
 Costs = dict[str, measure.Cost]
@@ -29,16 +29,16 @@ def time_training(method: str, model: Any, window: list[Batch], arguments: Any, 
     All sides are plain loops around the same AdamW (torch's fused kernel), so that none pays for a trainer.
 
     Args:
-        model: in the state that its copies begin with, on its device.
+        model: in the state that its copies begin with, on its device, with a plain head.
         window: the micro-batches of a step, on that device.
         arguments: PostTrainingArguments.
         rounds: timed steps of each side.
         told: called with (steps done, steps in all).
     """
     makers: dict[str, Callable[[Any], measure.Step]] = {PLAIN: lambda m: _plain(m, window, arguments, _task_loss)}
-    if METHODS[method]:
-        makers[PUBLISHED] = lambda m: _published(METHODS[method], m, window, arguments)
-        makers[OURS] = lambda m: _ours(METHODS[method], m, window, arguments)
+    if PARTS[method]:
+        makers[PUBLISHED] = lambda m: _published(method, m, window, arguments)
+        makers[OURS] = lambda m: _ours(method, m, window, arguments)
     device = next(model.parameters()).device
 
     def make(name: str) -> measure.Step:
@@ -148,9 +148,11 @@ def _plain(model: Any, window: list[Batch], arguments: Any, loss_of: Loss) -> me
     return step
 
 
-def _published(parts: frozenset[str], model: Any, window: list[Batch], arguments: Any) -> measure.Step:
-    loss_of = _task_loss if "r3f" not in parts else lambda m, batch: _published_r3f(m, batch, arguments)
-    if "sam" not in parts:
+def _published(method: str, model: Any, window: list[Batch], arguments: Any) -> measure.Step:
+    if method == "r4f":
+        published.spectral_norm_last(tuning.find_head(model))
+    loss_of = _task_loss if "r3f" not in PARTS[method] else lambda m, batch: _published_r3f(m, batch, arguments)
+    if "sam" not in PARTS[method]:
         return _plain(model, window, arguments, loss_of)
     optimizer = torch.optim.AdamW(model.parameters(), **_optimizer(model, arguments))
     sam = published.PublishedSAM(model.parameters(), optimizer, arguments.sam_rho, adaptive=arguments.sam_adaptive)
@@ -181,10 +183,12 @@ def _published_r3f(model: Any, batch: Batch, arguments: Any) -> Tensor:
     return loss
 
 
-def _ours(parts: frozenset[str], model: Any, window: list[Batch], arguments: Any) -> measure.Step:
+def _ours(method: str, model: Any, window: list[Batch], arguments: Any) -> measure.Step:
     r3f = arguments.build_r3f(fused_linear=bool(arguments.r3f_fused_linear))
-    loss_of = _task_loss if "r3f" not in parts else lambda m, batch: r3f(m, **batch).loss
-    if "sam" not in parts:
+    if method == "r4f":
+        fastpost.R4F(tuning.find_head(model), layers="last")
+    loss_of = _task_loss if "r3f" not in PARTS[method] else lambda m, batch: r3f(m, **batch).loss
+    if "sam" not in PARTS[method]:
         return _plain(model, window, arguments, loss_of)
     sam = fastpost.SAM(
         model.named_parameters(),

@@ -21,6 +21,11 @@ METHODS: dict[str, frozenset[str]] = {
 }
 
 
+def part_of(option: str) -> str | None:
+    """Which of the methods' parts an option of `PostTrainingOptions` belongs to: "sam", "r3f", or None for `method`."""
+    return "sam" if option.startswith("sam_") else "r3f" if option.startswith("r3f_") or option == "noise_type" else None
+
+
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
