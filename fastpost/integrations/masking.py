@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,6 +44,8 @@ _PATTERNS = (
 # name=value, 'name': 'value' and name:value. A name, a colon and a space is a sentence as often as a setting.
 _NAMED = re.compile(r"([A-Za-z][\w-]*)(=[\"']?|[\"']\s*[:=]\s*[\"']?|:(?=[^\s/]))([^\s,;&\"'}\])]+)")
 
+_CREDENTIALS = re.compile(r"://[^/\s@'\":]*:([^/\s@'\"]+)@")
+
 
 def is_secret(name: str) -> bool:
     """Whether an option, a key or a variable of this name holds a secret: `hub_token`, `apiKey`, `WANDB_API_KEY`."""
@@ -75,7 +78,7 @@ class Mask:
         self._seen.update(_secrets(source))
 
     def add_words(self, words: Sequence[str]) -> None:
-        """Remembers the secrets of a command line: what follows an option of a telling name."""
+        """Remembers the secrets of a command line: what follows an option of a telling name, or stands within a word."""
         for name, value in _options(words):
             self.add({name: value})
 
@@ -124,7 +127,8 @@ def masked_in(value: Any) -> bool:
         return any(masked_in(inner) for inner in value.values())
     if isinstance(value, (list, tuple)):
         return any(masked_in(inner) for inner in value)
-    return isinstance(value, str) and (value == MASK or f"://{MASK}@" in value or f"={MASK}" in value)
+    marks = (f"://{MASK}@", f"={MASK}", f'"{MASK}"')
+    return isinstance(value, str) and (value == MASK or any(mark in value for mark in marks))
 
 
 def _secrets(value: Any, name: str = "") -> Iterator[str]:
@@ -134,8 +138,15 @@ def _secrets(value: Any, name: str = "") -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _secrets(inner, name)
-    elif is_secret(name) and _held(value) and len(str(value)) > 2 and str(value).lower() not in _PLAIN:
-        yield str(value)
+    elif is_secret(name) and _held(value):
+        found = str(value)
+        if len(found) > 2 and found.lower() not in _PLAIN:
+            yield found
+    elif isinstance(value, str):
+        for within in _NAMED.finditer(value):  # "name=value,..." and mappings written as JSON
+            yield from _secrets(within[3], within[1]) if is_secret(within[1]) else ()
+        for within in _CREDENTIALS.finditer(value):
+            yield from _secrets(within[1], "password")
 
 
 def _options(words: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -161,7 +172,7 @@ class WithoutSecrets:
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        mask = Mask(state)
+        mask = Mask(os.environ, state)
         for name, value in state.items():
             if is_secret(name) and _held(value):
                 state[name] = None  # as if it had not been given: a mask would be taken for the secret
@@ -181,14 +192,14 @@ class WithoutSecrets:
         return new
 
     def __repr__(self) -> str:
-        mask = Mask(self.__dict__)
+        mask = Mask(os.environ, self.__dict__)
         shown = (f"{f.name}={mask.value(getattr(self, f.name), f.name)!r}" for f in fields(self) if f.repr)  # type: ignore[arg-type]
         return f"{type(self).__qualname__}({', '.join(shown)})"
 
     def __str__(self) -> str:
-        return Mask(self.__dict__).text(super().__str__())
+        return Mask(os.environ, self.__dict__).text(super().__str__())
 
     def to_dict(self) -> dict[str, Any]:
         """As the arguments' own, with masks at any depth."""
         found: dict[str, Any] = super().to_dict()  # type: ignore[misc]  # of the arguments that these are mixed into
-        return dict(Mask(self.__dict__).value(found))
+        return dict(Mask(os.environ, self.__dict__).value(found))
