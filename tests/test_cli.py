@@ -175,7 +175,7 @@ def refusal(capsys, argv: list[str]) -> str:
         (["--rho", "-0.1"], "--rho must be at least 0"),
         (["--lr", "nan"], "--lr must be at least 0"),
         (["--max-steps", "0"], "--max-steps"),
-        (["--gap-lr", "0"], "lr must be finite and > 0"),
+        (["--gap-lr", "0"], "--gap-lr must be more than 0"),
         (["--batch-size", "big"], "invalid int value: 'big'"),
         (["--model", "/nowhere/model"], "--model /nowhere/model cannot be loaded"),
     ],

@@ -334,7 +334,7 @@ def test_what_was_computed_survives(tiny, glue, tmp_path, monkeypatch) -> None:
         (["--pooling", "last"], "unknown pooling 'last'"),
         (["--noise-type", "gauss"], "unknown noise_type 'gauss'"),
         (["--lr", "-1"], "--lr must be at least 0"),
-        (["--max-steps", "0"], "--max-steps must be positive"),
+        (["--max-steps", "0"], "--max-steps must be at least 1 or -1"),
         (["--probe-c", "-1"], "--probe-c must be at least 0"),
         (["--taskz", "rte"], "unknown option '--taskz'. Did you mean '--tasks'?"),
         (["--data-dir", "/nowhere"], "--data-dir /nowhere is not a folder"),

@@ -189,7 +189,22 @@ def test_help_groups_every_option_by_method() -> None:
         ("--method gap --text_index 99", "--text_index 99: the training data hold"),
         ("--method sam --per_device_train_batch_size big", "invalid int value: 'big'"),
         ("--method sam --max_length 99", "--max_length 99: the model takes 32 tokens"),
-        ("--method sam --model /nowhere/model", "--model /nowhere/model cannot be loaded"),
+        ("--method sam --model /nowhere/model", "--model /nowhere/model cannot be loaded: there is no such folder"),
+        ("--method sam --model ./nomodel", "--model ./nomodel cannot be loaded: there is no such folder"),
+        ("--method gap --model ../no/such/model", "--model ../no/such/model cannot be loaded: there is no such folder"),
+        ("--method sam --model nomodel", "cannot be loaded: there is no such folder here, and of the hub's: "),
+        ("--method sam --model owner/nomodel", "cannot be loaded: there is no such folder here, and of the hub's: "),
+        ("--method sam --model tests", "--model tests cannot be loaded: the folder holds no config.json"),
+        ("--method sam --model pyproject.toml", "cannot be loaded: it is a file; give the folder that it is in"),
+        ("--method asam --sam_adaptive false", "--method asam is adaptive by itself"),
+        ("--method asam+r3f", "write --method sam+r3f --sam_adaptive True --sam_rho 0.5"),
+        ("--method r3f+r4f", "r4f is r3f with a normalised head; choose one"),
+        ("--method r4f --label_column none", "--method r4f normalises the head of a classifier"),
+        ("--method r3f --neftune_noise_alpha 5", "--neftune_noise_alpha adds noise to the embeddings of both passes"),
+        ("--method sam+r3f --neftune_noise_alpha 5", "of both passes that --method sam+r3f compares; choose one"),
+        ("--method r4f --sam_rho 0.1", "--sam_rho is an option of SAM, which --method r4f does not do"),
+        ("--method dropout", "unknown method 'dropout'. Valid: none, sam,"),
+        ("--method sam --sam_radius_of_the_ball 1", "unknown option '--sam_radius_of_the_ball'. `fastpost train --help`"),
         ("--method sam --validation_file nowhere.txt", "--validation_file: no such file: nowhere.txt"),
         ("--method sam --dataset x", "give one of the two"),
         ("--method sam --resume_from_checkpoint True", "there is no checkpoint in"),
@@ -206,7 +221,8 @@ def test_help_groups_every_option_by_method() -> None:
         ("--method gap --gap_lr 1e30 --max_length 3", "evaluate returned NaN"),
     ],
 )  # fmt: skip
-def test_wrong_use_is_one_line_and_writes_nothing(models, files, tmp_path, capsys, words, message) -> None:
+def test_wrong_use_is_one_line_and_writes_nothing(models, files, tmp_path, capsys, monkeypatch, words, message) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
     model = models["causal" if "gap" in words else "encoder"]
     given = [
         "train",

@@ -133,7 +133,7 @@ def test_settings_of_a_file_are_read_as_if_typed(tmp_path: Path) -> None:
         ("per_device_train_batch_size: 4.0", "invalid int value: '4.0'"),
         ("sam_rho: true", "sam_rho: invalid float value: 'True'"),
         ("sam_adaptive: 3", "sam_adaptive: Truthy value expected"),
-        ("learning_rate: [1, 2]", "learning_rate: invalid float value"),
+        ("learning_rate: [1, 2]", "learning_rate takes one value, not a list"),
         ("lr_scheduler_type: linea", "invalid choice: 'linea'"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):

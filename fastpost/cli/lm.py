@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastpost.cli import stdlib
+from fastpost.cli.models import loading
 from fastpost.modes import evaluating
 
 Progress = Callable[[int, int], object]
@@ -156,10 +156,6 @@ def train_lm(corpus: Corpus, options: LmOptions, seed: int, progress: Progress) 
     return module
 
 
-# What transformers and safetensors raise for a folder that holds no such model, or half of one.
-CANNOT_LOAD = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-
-
 @dataclass
 class Loaded:
     """A causal language model and how it reads: text to token ids, without special tokens, and back."""
@@ -178,11 +174,9 @@ def load_lm(name: str) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    try:
+    with loading(name):
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
         model, info = load(name, dtype=torch.float32, output_loading_info=True)
-    except CANNOT_LOAD as error:
-        raise ValueError(f"--model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if info["missing_keys"]:
         lacking = ", ".join(sorted(info["missing_keys"])[:5])
         raise ValueError(f"--model {name} is no trained causal language model: it has no weights for {lacking}")

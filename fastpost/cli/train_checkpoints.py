@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, trainer_utils
 from transformers.trainer_callback import ExportableState
 
 from fastpost import R4F
+from fastpost.cli.models import quietly
 from fastpost.integrations.mixin import innermost
 from fastpost.integrations.options import PostTrainingOptions, part_of
 from fastpost.integrations.transformers import PostTrainer
@@ -166,12 +166,8 @@ class RunTrainer(PostTrainer):
         if self.r4f is None:
             yield
             return
-        level = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        try:
+        with quietly():
             yield
-        finally:
-            transformers.logging.set_verbosity(level)
         self._module.load_state_dict(load_file(Path(checkpoint) / R4F_NAME), strict=False)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

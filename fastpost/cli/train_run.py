@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 import fastpost
 from fastpost.cli import lm, train_data, train_page, train_report, train_resume, train_timing, tuning
+from fastpost.cli.models import loading, quietly
 from fastpost.cli.report import replace_text
 from fastpost.cli.train_checkpoints import RunRecord, RunTrainer, options_that_train
 from fastpost.cli.train_options import PARTS, Run
@@ -118,8 +119,7 @@ def _load(run: Run, labels: tuple[str, ...]) -> tuple[Any, Any, Any, list[str]]:
     path = str(tuning.packaged_model()) if run.data.model is None else run.data.model
     auto: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     load: Any = AutoTokenizer.from_pretrained
-    level = transformers.logging.get_verbosity()
-    try:
+    with loading(path), quietly():
         config: Any = AutoConfig.from_pretrained(path)
         tokenizer = load(path)
         if labels and set(getattr(config, "label2id", None) or ()) != set(labels):  # else the model keeps its own order
@@ -128,13 +128,7 @@ def _load(run: Run, labels: tuple[str, ...]) -> tuple[Any, Any, Any, list[str]]:
             config.label2id = {name: k for k, name in enumerate(labels)}
         if not labels and not getattr(config, "pad_token_id", None) and getattr(config, "is_encoder_decoder", False):
             raise ValueError("an encoder-decoder does not continue text; give a causal language model")
-        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it would say about new weights is said in one line of ours
-        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         model, info = auto.from_pretrained(path, config=config, dtype=run.data.dtype, output_loading_info=True)
-    except lm.CANNOT_LOAD as error:
-        raise ValueError(f"--model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    finally:
-        transformers.logging.set_verbosity(level)
     return config, tokenizer, model.train(), sorted(info["missing_keys"])
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fastpost
 from fastpost import published
+from fastpost.cli.models import loading
 from fastpost.cli.tasks import Example, Task
 
 CLASSIFIERS = ("adamw", "sam", "asam", "r3f", "r4f")
@@ -67,7 +68,7 @@ class Classifier:
 
     Raises:
         FileNotFoundError: the packaged model is missing.
-        ValueError: transformers cannot load `name`; the message is its own, in short.
+        ValueError: nothing can be loaded by that name.
     """
 
     def __init__(self, name: str | None, n_labels: int) -> None:
@@ -75,12 +76,10 @@ class Classifier:
 
         path = str(packaged_model()) if name is None else name
         self.name = PACKAGED_MODEL if name is None else name
-        try:
+        with loading(path):
             load: Any = AutoTokenizer.from_pretrained
             self.tokenizer: Any = load(path)
             model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=n_labels)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ValueError(f"--model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
         if self.tokenizer.pad_token is None:
             raise ValueError(f"--model {path}: its tokenizer has no padding token, which batches of texts need")
         self.parameters = sum(p.numel() for p in model.parameters())
