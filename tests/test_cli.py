@@ -93,6 +93,8 @@ def test_compare_every_method(tiny, tmp_path, capsys):
     assert not list(tmp_path.glob("*.part*"))
     shown = capsys.readouterr().out
     assert "standard error" in shown
+    assert "trained here in 3 steps" in shown
+    assert "Without it: --methods adamw,sam,asam,r3f,r4f\n" in shown
     assert all(f" {method} " in shown for method in METHODS)
 
 
@@ -103,6 +105,7 @@ def test_compare_is_repeatable(tiny, tmp_path):
         data, rows = read(tmp_path / name)
         values.append([(run["method"], run["value"], run["validation"], run["best_step"]) for run in data["runs"]])
         assert data["costs"] == {}
+        assert "language_model" not in data["about"]
         assert rows[0]["ratio"] == ""
     assert values[0] == values[1]
     assert [value[0] for value in values[0]] == ["asam", "adamw"]

@@ -19,7 +19,7 @@ class CompareArguments:
     task: str = option("stdlib", f"classification task: {', '.join(tasks.TASKS)}")
     data_dir: str | None = option(None, "folder with train.tsv and dev.tsv, for rte, cola and mrpc")
     model: str | None = option(None, f"folder or hub name of an encoder; default: {tuning.PACKAGED_MODEL} from PyPI")
-    methods: str = option(",".join(METHODS), "comma-separated")
+    methods: str = option(",".join(METHODS), "comma-separated; gap trains a small language model to climb in")
     seeds: str = option("0,1", "comma-separated; order of data, head, dropout and noise, and GAP's text")
     output_dir: str = option("fastpost-runs/compare", "where results.json, results.csv and report.png go")
     train_size: int = option(256, "examples to learn from (0: all)")

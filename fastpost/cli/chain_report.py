@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.cli.report import replace_file, replace_text
+from fastpost.cli.report import legend_below, replace_file, replace_text
 
 CSV_NAME, PNG_NAME = "probe.csv", "probe.png"
 
@@ -172,7 +172,7 @@ def plot(results: Results) -> Path:
     import matplotlib.pyplot as plt
 
     count = len(results.probes)
-    figure, axes = plt.subplots(1, count, figsize=(4.8 * count, 4.2), squeeze=False)
+    figure, axes = plt.subplots(1, count, figsize=(4.8 * count, 4.6), squeeze=False, layout="constrained")
     labels = ["pretrained", *(f"after\n{name}" for name in results.chain)]
     for axis, task in zip(axes[0], results.probes, strict=True):
         for index, method in enumerate(results.methods):
@@ -193,9 +193,8 @@ def plot(results: Results) -> Path:
         axis.set_title(f"probe: {task}")
         axis.grid(axis="y", alpha=0.3)
     axes[0][0].set_ylabel("test accuracy, %")
-    axes[0][0].legend(fontsize=8)
+    legend_below(axes[0][0])
     figure.suptitle(f"fastpost probe: {' → '.join(results.chain)} (bars: standard error; points: seeds)", fontsize=10)
-    figure.tight_layout()
     path = results.folder / PNG_NAME
     replace_file(path, lambda beside: figure.savefig(beside, dpi=130))
     plt.close(figure)

@@ -88,6 +88,13 @@ def main(argv: Sequence[str]) -> int:
             f"task {plan.task.name}: {plan.task.source}; {about['examples']}\nmodel {plan.classifier.name}: "
             f"{plan.classifier.parameters / 1e6:.1f}M parameters; {plan.steps} steps of {arguments.batch_size}"
         )
+    if plan.corpus:
+        lm = plan.lm_options
+        console.print(
+            f"gap climbs in a language model of its own: {lm.layers} layers of width {lm.width}, trained here in {lm.steps} steps "
+            f"on this Python's sources. Without it: --methods {','.join(m for m in plan.methods if m != 'gap') or 'adamw'}",
+            soft_wrap=True,
+        )
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     status = 0
     try:

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fastpost.cli.report import replace_file
+from fastpost.cli.report import distinct, legend_below, replace_file, whole_steps
 from fastpost.gap.many import COLUMNS, Row
 
 
@@ -78,21 +78,22 @@ def plot(rows: list[Row], unit: str, output: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    for number, (name, runs) in enumerate(groups(rows).items()):
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5.0), layout="constrained", sharey=True)
+    by_file = groups(rows)
+    for number, (name, runs) in enumerate(by_file.items()):
+        look = distinct(number, len(by_file), widest=2.6, dashes=False)  # there are many of each
         for k, run in enumerate(runs):
             gained = [state["score"] - run[0]["score"] for state in run]
             for axis, key in zip(axes, ("step", "drift"), strict=True):
                 label = name if k == 0 else None
-                axis.plot(
-                    [state[key] for state in run], gained, ".-", color=f"C{number}", alpha=0.6, linewidth=1, label=label
-                )
+                axis.plot([state[key] for state in run], gained, marker=".", color=f"C{number}", label=label, **look)
     for axis, label in zip(axes, ("step", "drift: 2-norm of the weights' change"), strict=True):
         axis.axhline(0, color="0.6", linewidth=0.8)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(f"{unit} gained on the data that chooses")
-    axes[0].legend(frameon=False, fontsize=8)
+    whole_steps(axes[0])
+    legend_below(axes[0])
     output.parent.mkdir(parents=True, exist_ok=True)
     replace_file(output, lambda beside: figure.savefig(beside, dpi=130))
     pyplot.close(figure)

@@ -203,7 +203,8 @@ def plot(results: Results) -> Path:
     gap_runs = [run for run in results.of("gap") if run.details.get("validation_perplexity")]
     classifiers = [m for m in results.methods() if any(run.metric == "accuracy" for run in results.of(m))]
     panels = [bool(classifiers), bool(results.costs), bool(gap_runs)]
-    figure, axes = plt.subplots(1, max(sum(panels), 1), figsize=(5.2 * max(sum(panels), 1), 4.4), squeeze=False)
+    count = max(sum(panels), 1)
+    figure, axes = plt.subplots(1, count, figsize=(5.2 * count, 4.8), squeeze=False, layout="constrained")
     free = iter(axes[0])
     if classifiers:
         _plot_accuracy(next(free), results, classifiers)
@@ -212,11 +213,30 @@ def plot(results: Results) -> Path:
     if gap_runs:
         _plot_gap(next(free), gap_runs)
     figure.suptitle(f"fastpost compare: {results.about.get('task', '')}, {results.about.get('model', '')}", fontsize=10)
-    figure.tight_layout()
     path = results.folder / PNG_NAME
     replace_file(path, lambda beside: figure.savefig(beside, dpi=130))
     plt.close(figure)
     return path
+
+
+def legend_below(axis: Any) -> None:
+    """A legend under the axis' label, where it covers nothing; the figure's layout has to be "constrained"."""
+    columns = 1 + (len(axis.get_legend_handles_labels()[1]) > 2)
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=columns)
+
+
+def distinct(number: int, count: int, widest: float = 3.8, dashes: bool = True) -> dict[str, Any]:
+    """How to draw one of several curves that may coincide: the first are wide, the last narrow and on top."""
+    wide = 1.4 if count == 1 else widest - (widest - 1) * number / (count - 1)
+    line = ("-", "--", "-.", ":")[number % 4] if dashes else "-"
+    return {"linewidth": wide, "linestyle": line, "zorder": 2 + number, "alpha": 0.8 if dashes else 0.6}
+
+
+def whole_steps(axis: Any) -> None:
+    """Ticks at whole numbers only, also where there are few steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _plot_accuracy(axis: Any, results: Results, methods: list[str]) -> None:
@@ -236,7 +256,7 @@ def _plot_accuracy(axis: Any, results: Results, methods: list[str]) -> None:
     axis.set_ylabel("test accuracy, %")
     axis.set_title("after fine-tuning")
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=8)
+    legend_below(axis)
 
 
 def _plot_times(axis: Any, results: Results) -> None:
@@ -254,18 +274,20 @@ def _plot_times(axis: Any, results: Results) -> None:
     times = [t for cost in results.costs.values() for t in (cost.published_s, cost.fastpost_s)]
     if max(times) > 8 * min(times):
         axis.set_yscale("log")  # GAP's small language model beside the encoder
-    axis.margins(y=0.2)
-    axis.legend(fontsize=8)
+    axis.margins(y=0.1)
+    legend_below(axis)
 
 
 def _plot_gap(axis: Any, runs: list[Run]) -> None:
     for index, run in enumerate(runs):
-        curve = run.details["validation_perplexity"]
-        axis.plot(range(len(curve)), curve, ".-", color=f"C{index}", label=f"text of seed {run.seed}")
-        axis.plot([run.best_step], [curve[run.best_step]], "o", color=f"C{index}", markersize=9, fillstyle="none")
+        curve, look = run.details["validation_perplexity"], distinct(index, len(runs))
+        axis.plot(range(len(curve)), curve, marker=".", color=f"C{index}", label=f"text of seed {run.seed}", **look)
+        size = 6 + look["linewidth"]
+        axis.plot([run.best_step], [curve[run.best_step]], "o", color=f"C{index}", markersize=size, fillstyle="none")
     axis.set_xlabel("steps uphill")
     axis.set_ylabel("validation perplexity")
     axis.set_title("GAP (circle: the state that was kept)")
     axis.ticklabel_format(axis="y", useOffset=False)
+    whole_steps(axis)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    legend_below(axis)

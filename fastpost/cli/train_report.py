@@ -182,7 +182,7 @@ def _line(axis: Any, results: Results, column: str, label: str, colour: str, mar
     points = [(row["step"], row[column]) for row in results.rows if row.get(column, "") != ""]
     alone = "o" if len(points) < 3 else marker
     if points:
-        axis.plot(*zip(*points, strict=True), style, color=colour, label=label, marker=alone, markersize=4)
+        axis.plot(*zip(*points, strict=True), style, color=colour, label=label, marker=alone, markersize=4, clip_on=False)
         axis.set_xlim(0, max(row["step"] for row in results.rows) * 1.03 or 1)
 
 

@@ -1,0 +1,115 @@
+"""The commands' pictures: legends cover nothing, steps are whole numbers, curves that coincide can both be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from fastpost.cli import chain_report, gap_report, report, train_report
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The figures that were drawn, laid out."""
+    found: list[Any] = []
+
+    def keep(figure: Any) -> None:
+        figure.canvas.draw()
+        found.append(figure)
+
+    close = pyplot.close
+    monkeypatch.setattr(pyplot, "close", keep)
+    yield found
+    for figure in found:
+        close(figure)
+
+
+def results(folder: Path, curves: list[list[float]]) -> report.Results:
+    made = report.Results(folder, {"task": "rte", "model": "m", "test_examples": 48})
+    for number, method in enumerate(("adamw", "sam", "asam", "r3f", "r4f")):
+        made.runs += [report.Run(method, seed, "accuracy", 0.5 + 0.03 * number + 0.1 * seed, 0.6, 3, 1.0) for seed in (0, 1)]
+        made.costs[method] = report.StepCost(0.1, 0.08, 100, 90)
+    for seed, curve in enumerate(curves):
+        details = {"validation_perplexity": curve, "moved_fraction": 1.0}
+        made.runs.append(report.Run("gap", seed, "perplexity", 50, 50, 1, 1.0, untouched=50.0, details=details))
+    return made
+
+
+def whole(ticks: Any) -> bool:
+    return all(float(tick).is_integer() for tick in ticks)
+
+
+def test_compare(tmp_path, figures) -> None:
+    report.plot(results(tmp_path, [[50, 49.9, 50.3], [50, 49.9, 50.3], [50, 50.1, 50.2]]))
+    (figure,) = figures
+    accuracy, times, gap = figure.axes
+    for axis in (accuracy, times, gap):
+        legend = axis.get_legend().get_window_extent()
+        assert not legend.overlaps(axis.get_window_extent())
+        assert figure.bbox.contains(*legend.min)
+        assert figure.bbox.contains(*legend.max)
+        assert all(not legend.overlaps(label.get_window_extent()) for label in axis.get_xticklabels())
+    assert whole(gap.get_xticks())
+    one, other, _ = (line for line in gap.lines if len(line.get_xdata()) > 1)
+    assert one.get_linewidth() > other.get_linewidth() + 1  # the second lies on the first
+    assert one.get_zorder() < other.get_zorder()
+    assert one.get_linestyle() != other.get_linestyle()
+
+
+def test_a_single_step_of_gap_has_no_half_steps(tmp_path, figures) -> None:
+    report.plot(results(tmp_path, [[50, 49.9]]))
+    assert whole(figures[0].axes[2].get_xticks())
+
+
+@pytest.mark.parametrize("steps", [2, 3, 16])
+def test_gap_sweep(tmp_path, figures, steps) -> None:
+    rows = [
+        {"seed": 0, "text": f"{name}/{k}", "step": step, "drift": 0.1 * step, "score": -1.0 - step}
+        for name in ("code", "prose")
+        for k in range(2)
+        for step in range(steps)
+    ]
+    gap_report.plot(rows, "nats per token", tmp_path / "x.png")
+    (figure,) = figures
+    by_step, by_drift = figure.axes
+    assert whole(by_step.get_xticks())
+    assert not by_step.get_legend().get_window_extent().overlaps(by_step.get_window_extent())
+    label = by_step.yaxis.label.get_window_extent()
+    assert figure.bbox.contains(*label.min)
+    assert figure.bbox.contains(*label.max)
+    widths = {line.get_color(): line.get_linewidth() for line in by_drift.lines if len(line.get_xdata()) == steps}
+    assert widths["C0"] > widths["C1"] + 1
+
+
+def test_probe(tmp_path, figures) -> None:
+    made = chain_report.Results(tmp_path, ["cola", "rte"], ["cola", "rte"], ["adamw", "r3f"])
+    for task in ("cola", "rte"):
+        for method, stage in (("pretrained", 0), ("adamw", 1), ("adamw", 2), ("r3f", 1), ("r3f", 2)):
+            made.rows.append(chain_report.Row(method, 0, stage, "", task, "probe", 0.6, 0.03, 0.8, 0.5, 100, 100, True, 1.0))
+    chain_report.plot(made)
+    for axis in figures[0].axes:
+        legend = axis.get_legend()
+        assert legend is None or not legend.get_window_extent().overlaps(axis.get_window_extent())
+    assert figures[0].axes[0].get_legend() is not None
+
+
+def test_train_shows_f1_and_the_baseline_beside_accuracy(tmp_path, figures) -> None:
+    made = train_report.Results(tmp_path, "sam", "c", {}, [], "eval_accuracy", baseline=0.4)
+    for step in (1, 2, 3):
+        made.rows.append(
+            {"step": step, "loss": 1.0, "eval_loss": 1.0, "eval_accuracy": 0.5, "eval_f1": 0.5, "eval_mcc": 0.0}
+        )
+    train_report.draw(made)
+    accuracy, f1, baseline = figures[0].axes[1].lines
+    assert accuracy.get_linestyle() != f1.get_linestyle()
+    assert list(baseline.get_ydata()) == [0.4, 0.4]
+    labels = [text.get_text() for text in figures[0].axes[1].get_legend().get_texts()]
+    assert labels == ["accuracy", "F1", "most frequent label, accuracy"]
+    assert all(whole(axis.get_xticks()) for axis in figures[0].axes[:2])
