@@ -75,6 +75,13 @@ def test_what_was_seen_under_a_telling_name_is_masked_wherever_it_occurs() -> No
     }
 
 
+def test_what_transformers_masks_stays_as_it_is(tmp_path: Path) -> None:
+    plain = PostTrainingArguments(str(tmp_path), use_cpu=True)
+    assert plain.to_dict()["hub_token"] == "<HUB_TOKEN>"
+    own = transformers.TrainingArguments(str(tmp_path), use_cpu=True).to_dict()
+    assert {name: value for name, value in plain.to_dict().items() if name in own} == own
+
+
 def test_a_command_line_is_shown_without_them() -> None:
     words = ["fastpost", "--hub_token", "a b'c", "--api-key=x", "--out", "d e", "--password", "--bf16"]
     assert Mask().command(words) == f"fastpost --hub_token '{MASK}' '--api-key={MASK}' --out 'd e' --password --bf16"

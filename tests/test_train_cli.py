@@ -19,6 +19,7 @@ import torch
 import transformers
 
 import fastpost
+import fastpost.published
 from fastpost.cli import gap_sweep, lm, main, train_data, train_options, train_page, train_run
 from fastpost.integrations.transformers import PostTrainer, PostTrainingArguments
 
@@ -280,6 +281,21 @@ def test_what_is_timed_is_what_trained(models, files, tmp_path, monkeypatch, wor
     assert main(words_of("sam", models, files, tmp_path, "--timing_rounds", "1", *words)) == 0
     assert made == ([["*.weight"]] if timed else [])
     assert any("not timed: with --sam_interval" in text for text in Page.of(tmp_path).seen) is not timed
+
+
+@pytest.mark.parametrize("method", ["asam", "r4f"])
+def test_asam_and_r4f_are_timed_beside_their_published_loops(models, files, tmp_path, monkeypatch, method) -> None:
+    made: list[str] = []
+    sam, head, norm = fastpost.published.PublishedSAM, fastpost.R4F, fastpost.published.spectral_norm_last
+    published = train_run.train_timing.published
+    monkeypatch.setattr(
+        published, "PublishedSAM", lambda *a, **k: made.append(f"sam {k['adaptive']} {a[2]}") or sam(*a, **k)
+    )
+    monkeypatch.setattr(published, "spectral_norm_last", lambda m: made.append("norm") or norm(m))
+    monkeypatch.setattr(fastpost, "R4F", lambda *a, **k: made.append("R4F") or head(*a, **k))
+    assert main(words_of(method, models, files, tmp_path, "--timing_rounds", "1")) == 0
+    assert made == (["sam True 0.5"] if method == "asam" else ["R4F", "norm", "R4F"])
+    assert len(Page.of(tmp_path).tables["timing"]) == 3
 
 
 def test_gap_s_report_is_written_when_its_timing_is_interrupted(models, files, tmp_path, monkeypatch) -> None:

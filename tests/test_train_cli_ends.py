@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import transformers
 
-from fastpost.cli import lm, main, train_gap, train_options, train_resume
+from fastpost.cli import lm, main, train_gap, train_options, train_resume, train_run
 from fastpost.cli.report import replace_text
 from fastpost.integrations.transformers import PostTrainer
 
@@ -27,6 +29,49 @@ def test_a_run_that_was_killed_after_its_last_step_is_not_trained_on(models, fil
     assert table(tmp_path)[-1]["step"] == "4"
     assert table(tmp_path)[-1]["eval_accuracy"]
     assert "resumed from" in Page.of(tmp_path).tables["facts"][-1][0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "said", "f1", "mcc"),
+    [
+        # tp 2, fp 1, fn 1, tn 2 of label 1
+        ([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], 4 / 6, (2 * 2 - 1) / 9),
+        ([0, 0, 0, 1], [0, 0, 0, 0], 0.0, 0.0),
+        # F1 of the three: 1, 2/3, 0
+        ([0, 0, 1, 2], [0, 0, 1, 1], (1 + 2 / 3 + 0) / 3, (4 * 3 - (2 * 2 + 1 * 2)) / ((16 - 8) * (16 - 6)) ** 0.5),
+    ],
+)
+def test_scores_are_those_of_their_formulas(labels, said, f1, mcc) -> None:
+    classes = max(labels) + 1
+    logits = np.eye(classes)[said]
+    found = train_run.scores(transformers.EvalPrediction(predictions=logits, label_ids=np.array(labels)))
+    right = sum(a == b for a, b in zip(labels, said, strict=True)) / len(labels)
+    assert found == pytest.approx({"accuracy": right, "f1": f1, "mcc": mcc})
+    again = train_run.scores(transformers.EvalPrediction(predictions=(logits, None), label_ids=np.array(labels)))
+    assert again == found
+
+
+def test_the_report_has_f1_correlation_and_the_baseline(models, files, tmp_path, capsys) -> None:
+    rows = [json.loads(line) for line in Path(files["rows.jsonl"]).read_text(encoding="utf-8").splitlines()]
+    rows += [{"text": f"{row['text']} again", "label": "prose"} for row in rows[:6]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held = [row["label"] for row in map(json.loads, Path(files["held.jsonl"]).read_text(encoding="utf-8").splitlines())]
+    given = {**files, "rows.jsonl": str(tmp_path / "rows.jsonl")}
+    words = words_of(
+        "none", models, given, tmp_path / "out", "--metric_for_best_model", "f1", "--load_best_model_at_end", "True"
+    )
+    at = words.index("--save_strategy")
+    words[at : at + 2] = ["--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2"]
+    assert main(words) == 0
+    last = table(tmp_path / "out")[-1]
+    assert 0 <= float(last["eval_f1"]) <= 1
+    assert -1 <= float(last["eval_mcc"]) <= 1
+    share = held.count("prose") / len(held)
+    facts = dict(Page.of(tmp_path / "out").tables["facts"])
+    assert facts["baseline"] == f"always 'prose', the most frequent label of training: accuracy {share:.4g}"
+    assert facts["F1"] == "of the label 'prose'"
+    assert f"baseline: {facts['baseline']}" in capsys.readouterr().out
+    assert any(f"always the most frequent label {share:.4g}" in text for text in Page.of(tmp_path / "out").seen)
 
 
 def test_a_diverged_run_says_so(models, files, tmp_path) -> None:

@@ -89,12 +89,9 @@ def main(argv: Sequence[str]) -> int:
             f"{plan.classifier.parameters / 1e6:.1f}M parameters; {plan.steps} steps of {arguments.batch_size}"
         )
     if plan.corpus:
-        lm = plan.lm_options
-        console.print(
-            f"gap climbs in a language model of its own: {lm.layers} layers of width {lm.width}, trained here in {lm.steps} steps "
-            f"on this Python's sources. Without it: --methods {','.join(m for m in plan.methods if m != 'gap') or 'adamw'}",
-            soft_wrap=True,
-        )
+        lm, others = plan.lm_options, ",".join(method for method in plan.methods if method != "gap")
+        told = f"gap climbs in a language model of {lm.layers} layers of width {lm.width}, trained here in {lm.steps} steps"
+        console.print(told + (f". Without it: --methods {others}" if others else ""), soft_wrap=True)
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     status = 0
     try:

@@ -28,6 +28,7 @@ _ABOUT = {
 _SPECIAL = {"pad", "eos", "bos", "unk", "sep", "cls", "mask", "image", "audio", "video"}  # tokens of a vocabulary
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SHORT = 8  # shorter secrets are replaced in a text only where they stand as words of their own
+_PLACE = re.compile("<[A-Z_]+>")  # what transformers writes in place of a token
 _PLAIN = {"true", "false", "none", "null", "yes", "no"}
 
 _PATTERNS = (
@@ -57,7 +58,9 @@ def is_secret(name: str) -> bool:
 
 def _held(value: Any) -> bool:
     """Whether a value can be a secret at all."""
-    return isinstance(value, (str, int, float)) and not isinstance(value, bool) and value not in ("", MASK)
+    if isinstance(value, str):
+        return value not in ("", MASK) and not _PLACE.fullmatch(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class Mask:
