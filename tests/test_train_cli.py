@@ -20,7 +20,7 @@ import transformers
 
 import fastpost
 import fastpost.published
-from fastpost.cli import gap_sweep, lm, main, train_data, train_options, train_page, train_run
+from fastpost.cli import gap_sweep, lm, main, train_checkpoints, train_data, train_options, train_page, train_run
 from fastpost.integrations.transformers import PostTrainer, PostTrainingArguments
 
 from .by_hand import distance, sam_by_hand
@@ -354,7 +354,7 @@ def test_a_page_of_two_processes(models, files, tmp_path) -> None:
     words = ["train", "--method", "sam", *shared, *COMMON, "--sam_rho", str(RHO), "--max_steps", "2", "--timing_rounds", "1"]
     ran = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "fastpost",
-         *words, "--output_dir", str(tmp_path / "two")],
+         *words, "--output_dir", str(tmp_path / "two"), "--save_strategy", "steps", "--save_steps", "1"],
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -363,6 +363,12 @@ def test_a_page_of_two_processes(models, files, tmp_path) -> None:
     assert main(one) == 0
     a, b = saved(tmp_path / "one"), saved(tmp_path / "two")
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 2e-6
+    two = train_checkpoints.checkpoints_of(tmp_path / "two")
+    assert [path.name for path in two] == ["checkpoint-2", "checkpoint-1"]
+    for checkpoint in two:
+        assert train_checkpoints.flaw_of(checkpoint) is None
+        (checkpoint / "rng_state_1.pth").unlink()
+        assert train_checkpoints.flaw_of(checkpoint) == "no rng_state_1.pth"
     facts = Page.of(tmp_path / "two")
     assert "2 x 1 x 2 examples" in dict(facts.tables["facts"])["a step"]
     assert "not timed: several processes trained" in facts.seen

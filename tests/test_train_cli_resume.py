@@ -175,6 +175,23 @@ def test_with_changes_another_optimizer_begins_with_fresh_moments(models, files,
     assert table(stopped)[-1]["step"] == "4"
 
 
+def test_changes_that_cannot_be_gone_on_with_are_one_line(models, files, stopped, tmp_path, capsys) -> None:
+    config = transformers.AutoConfig.from_pretrained(models["encoder"])
+    config.hidden_size = 8
+    transformers.BertModel(config).save_pretrained(tmp_path / "small")
+    transformers.AutoTokenizer.from_pretrained(models["encoder"]).save_pretrained(tmp_path / "small")
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    for extra, message in (
+        (["--model", str(tmp_path / "small")], "cannot be gone on from: the model has no weight bert."),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "--resume_with_changes: reduce_lr_on_plateau follows losses"),
+    ):
+        assert main(words_of("sam", models, files, stopped, *EVERY, *RESUME, "--resume_with_changes", "True", *extra)) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+
+
 def test_a_checkpoint_of_another_program_is_taken_on_demand_only(models, files, tmp_path, capsys) -> None:
     words = words_of("none", models, files, tmp_path / "out", *EVERY)
     job = train_run.prepare(train_options.parse(words[1:]))

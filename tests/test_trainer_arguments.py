@@ -51,11 +51,14 @@ def test_bad_options_are_refused_when_they_are_given(tmp_path: Path, options: di
         PostTrainingOptions(**options)
 
 
-def test_defaults_are_those_of_the_library_and_sam_lm_is_a_preset() -> None:
+def test_defaults_are_those_of_the_library_and_sam_lm_and_asam_are_presets() -> None:
     plain, lm = PostTrainingOptions(), PostTrainingOptions(method="sam_lm")
     assert (plain.sam_rho, plain.sam_ascent_fraction, plain.r3f_eps, plain.r3f_lambda) == (0.05, 1.0, 1e-5, 1.0)
     assert (lm.sam_rho, lm.sam_ascent_fraction) == (0.15, 0.25)
     assert PostTrainingOptions(method="sam_lm", sam_rho=0.1).sam_rho == 0.1
+    adaptive = PostTrainingOptions(method="asam")
+    assert (adaptive.sam_rho, adaptive.sam_adaptive, adaptive.sam_ascent_fraction) == (0.5, True, 1.0)
+    assert PostTrainingOptions(method="asam", sam_rho=0.1).sam_rho == 0.1
 
 
 def test_the_parser_of_transformers_reads_them() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, trainer_utils
+from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from fastpost import R4F
@@ -35,7 +37,7 @@ def checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, whole or not, the newest first."""
     if not folder.is_dir():
         return []
-    found = [(trainer_utils._re_checkpoint.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir() if path.is_dir()]
     return [path for _, path in sorted(((int(m[1]), path) for m, path in found if m), reverse=True)]
 
 
@@ -114,18 +116,28 @@ class RunTrainer(PostTrainer):
         return cast(torch.nn.Module, module)
 
     def rehearse(self) -> None:
-        """Builds optimizer and schedule as the run will, for what they refuse; the optimizer is kept, and not stepped."""
+        """Builds optimizer and schedule as the run will, for what they refuse; the optimizer is kept, and not stepped.
+
+        Raises:
+            ValueError: also for a schedule or an optimizer that cannot be gone on with under changed options.
+        """
         later = self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1)
         if not later:
             self.create_optimizer()
         alone = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.args.learning_rate)
-        self.create_scheduler(num_training_steps=max(self.args.max_steps, 1), optimizer=alone)
+        schedule = self.create_scheduler(num_training_steps=max(self.args.max_steps, 1), optimizer=alone)
+        if self.changed and not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            raise ValueError(
+                f"--resume_with_changes: {self.args.lr_scheduler_type} follows losses, which a new one has not seen"
+            )
+        if self.changed and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError("--resume_with_changes: a sharded optimizer is gone on with as it was, or not at all")
         self.lr_scheduler, self._created_lr_scheduler = None, False
 
     # -- saving -------------------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"{trainer_utils.PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
@@ -175,8 +187,6 @@ class RunTrainer(PostTrainer):
         if checkpoint is None or not self.changed:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("--resume_with_changes: a sharded optimizer is gone on with as it was, or not at all")
         step = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["global_step"]
         optimizer, schedule = innermost(self.optimizer), self.lr_scheduler
         asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -191,20 +201,23 @@ _COUNTERS = ("sam_steps",)
 
 
 def advance(schedule: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Sets a fresh schedule to the rates that it gives after `step` steps.
-
-    Raises:
-        ValueError: one that goes by losses instead of steps.
-    """
-    if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-        raise ValueError(
-            f"--resume_with_changes: {type(schedule).__name__} follows losses, and cannot be set to step {step}"
-        )
+    """Sets a fresh LambdaLR to the rates that it gives after `step` steps."""
     schedule.last_epoch, schedule._step_count = step, step + 1
     rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates
+
+
+def misfit_of(checkpoint: Path, model: torch.nn.Module) -> str | None:
+    """A weight of a checkpoint that a model does not have in that shape; None where all fit."""
+    shapes = {name: list(value.shape) for name, value in plain_state(model).items()}
+    for path in sorted(checkpoint.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  # it is no mapping
+                if file.get_slice(name).get_shape() != shapes.get(name):
+                    return str(name)
+    return None
 
 
 def plain_state(model: torch.nn.Module) -> dict[str, Any]:

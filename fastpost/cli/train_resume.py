@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from fastpost.cli.train_checkpoints import checkpoints_of, differences, flaw_of, record_of
+from fastpost.cli.train_checkpoints import checkpoints_of, differences, flaw_of, misfit_of, record_of
 from fastpost.cli.train_options import Run
 
 
@@ -76,12 +76,13 @@ def newest_whole(folder: Path) -> Path | None:
     return next((path for path in checkpoints_of(folder) if flaw_of(path) is None), None)
 
 
-def compared(start: Start, made_by: Mapping[str, Any], allowed: bool) -> Start:
+def compared(start: Start, made_by: Mapping[str, Any], allowed: bool, model: Any) -> Start:
     """The start with what differs from the run that made its checkpoint.
 
     Args:
         made_by: of this run, as `RunRecord` keeps it.
         allowed: whether the user asked to go on with changes.
+        model: that is trained, whose weights have to have the checkpoint's shapes.
 
     Raises:
         ValueError: something differs, and is not allowed to or cannot.
@@ -95,14 +96,19 @@ def compared(start: Start, made_by: Mapping[str, Any], allowed: bool) -> Start:
                 f"{start.checkpoint} does not say what made it, so whether this run fits cannot be checked; "
                 "--resume_with_changes True goes on all the same"
             )
-        return replace(start, changes={"unknown": "what made the checkpoint is not known"})
-    changes = differences(then, made_by)
-    if len(then["labels"]) != len(made_by["labels"]):
+        changes = {"unknown": "what made the checkpoint is not known"}
+    else:
+        changes = differences(then, made_by)
+    if then and len(then["labels"]) != len(made_by["labels"]):
         raise ValueError(f"{start.checkpoint} cannot be gone on from: {changes['labels']}. {_ANEW}")
     if changes and not allowed:
         raise ValueError(
             f"{start.checkpoint} was made by another run ({'; '.join(changes.values())}); --resume_with_changes True goes "
             "on from it with the new ones, and another --output_dir begins anew"
+        )
+    if changes and (name := misfit_of(Path(start.checkpoint), model)):
+        raise ValueError(
+            f"{start.checkpoint} cannot be gone on from: the model has no weight {name} of the same shape. {_ANEW}"
         )
     return replace(start, changes=changes)
 

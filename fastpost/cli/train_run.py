@@ -92,7 +92,7 @@ def prepare(run: Run) -> Job:
     told = data.told() + ("" if data.labels else f": {len(train)} and {len(validation)} blocks of {size} tokens")
     r4f = fastpost.R4F(tuning.find_head(model), layers="last") if run.method == "r4f" else None
     made_by = _made_by(run, data, size)
-    start = train_resume.compared(start, made_by, run.data.resume_with_changes)
+    start = train_resume.compared(start, made_by, run.data.resume_with_changes, model)
     majority = data.majority() if data.labels else None
     return Job(run, model, tokenizer, train, validation, data.labels, told, majority, fresh, start, made_by, r4f)
 
