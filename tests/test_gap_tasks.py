@@ -45,9 +45,9 @@ def test_questions(tmp_path: Path) -> None:
     task = read_task(path)
     assert (task.metric, list(task.questions)) == ("accuracy", QUESTIONS)
     path = tmp_path / "pubmed_qa.csv"
-    path.write_text("pubid,question,abstract,final_decision\n1,Is it?,We looked.,maybe\n")
+    path.write_text("pubid,question,abstract,final_decision\n1,Is it?,We looked.,maybe\n2,Is it?,We looked., Yes\n")
     assert list(read_task(path).questions) == [
-        Choice("Context: We looked.\nQuestion: Is it?\nAnswer:", [" yes", " maybe", " no"], 1)
+        Choice("Context: We looked.\nQuestion: Is it?\nAnswer:", [" yes", " maybe", " no"], answer) for answer in (1, 0)
     ]
 
 
@@ -66,7 +66,11 @@ def test_questions(tmp_path: Path) -> None:
         ("a.jsonl", '\n{"context": "a", "choices": ["b", "c"], "answer": 2}', "line 2: answer 2 of 2 choices"),
         ("a.jsonl", '{"context": "", "choices": ["b", "c"], "answer": 0}', "the context is empty"),
         ("a.csv", "question,abstract\na,b\n", "lacks 'final_decision'"),
-        ("a.csv", "question,abstract,final_decision\na,b,perhaps\n", "'perhaps' is not in tuple|tuple.index"),
+        (
+            "a.csv",
+            "question,abstract,final_decision\na,b,perhaps\n",
+            "line 2: final_decision 'perhaps' is none of yes, maybe, no",
+        ),
     ],
 )
 def test_files_that_are_no_tasks(tmp_path: Path, name: str, text: str, message: str) -> None:

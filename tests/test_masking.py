@@ -62,7 +62,7 @@ def test_texts(text: str, masked: str) -> None:
     assert Mask().text(text) == masked
 
 
-def test_what_was_seen_under_a_telling_name_is_masked_wherever_it_occurs() -> None:
+def test_what_was_seen_as_a_secret_is_masked_wherever_it_occurs() -> None:
     mask = Mask({"hub_token": "swordfish-1", "nested": [{"deep": {"db_password": "abc"}}], "key": 4711, "other": "plain"})
     mask.add_words(["--apiKey", "openseSAME", "--secret=half/time", "--hub_token", "--bf16", "True"])
     said = "swordfish-1 or openseSAME or half/time, abc abcd 4711 47110 plain True"

@@ -178,7 +178,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on_as_if_nothing_h
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     assert [row["step"] for row in table(tmp_path / "cut")] == ["1", "2", "3"]
     said = capsys.readouterr().out
-    assert "checkpoint-3 goes on" in said
+    assert "checkpoint-3, run this:" in said
     command = next(line for line in said.splitlines() if line.startswith("fastpost train"))
     fresh = [word for word in shlex.split(command)[1:] if word not in ("--resume_from_checkpoint", "True")]
     assert main(fresh) == 2  # nobody mixes two runs by accident

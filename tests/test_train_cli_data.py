@@ -72,7 +72,9 @@ def test_a_column_that_looks_like_a_label_is_named(models, files, tmp_path, caps
 )
 def test_other_columns_are_left_alone(tmp_path, name, values) -> None:
     lines = [json.dumps({"text": f"text {k}", name: value}) for k, value in enumerate(values)]
-    assert read(write(tmp_path / "x.jsonl", "\n".join(lines))).labels == ()
+    data = read(write(tmp_path / "x.jsonl", "\n".join(lines)))
+    assert data.labels == ()
+    assert data.notes == (f"columns not used: {name}",)
 
 
 def test_two_columns_and_those_that_a_data_set_declares(tmp_path) -> None:

@@ -284,7 +284,9 @@ def test_encoders_are_no_language_models(models, files, tmp_path, capsys) -> Non
     out = str(tmp_path / "out")
     text = ["--train_file", files["text.txt"], "--model", models["encoder"], "--use_cpu", "--output_dir", out]
     assert main(["train", "--method", "none", *text, "--max_length", "8"]) == 2
-    assert "its predictions depend on the tokens that they predict" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the data have no labels, and BertLMHeadModel is no causal language model" in error
+    assert "--label_column names a column of labels" in error
     assert main(["train", "--method", "gap", *text]) == 2
     assert "is no trained causal language model: it has no weights for" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

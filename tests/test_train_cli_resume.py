@@ -1,4 +1,4 @@
-"""`fastpost train`: what differs from the run that is gone on from is named, incomplete checkpoints are passed over and
+"""`fastpost train`: what differs from the run that is resumed is named, incomplete checkpoints are passed over and
 named, and a process that is killed at any moment loses no more than the steps since its last checkpoint."""
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_other_options_are_named_and_refused(models, files, stopped, capsys, wor
     before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
     assert main(words_of("sam", models, files, stopped, *EVERY, *RESUME, *words)) == 2
     error = capsys.readouterr().err
-    assert f"checkpoint-3 was made by another run ({message}); --resume_with_changes True goes on from it" in error
+    assert f"checkpoint-3 was made by another run ({message}); --resume_with_changes True resumes with" in error
     assert error.count("\n") == 1
     assert before == {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
 
@@ -103,7 +103,7 @@ def test_another_method_model_data_and_labels_are_named(models, files, stopped, 
     Path(paths["rows.jsonl"]).write_text("\n".join([*lines, third]), encoding="utf-8")
     three = {**files, "rows.jsonl": paths["rows.jsonl"]}
     error = refused(words_of("sam", models, three, stopped, *RESUME, "--resume_with_changes", "True"))
-    assert "cannot be gone on from: labels: code, prose then, code, prose, third now" in error
+    assert "cannot be resumed: labels: code, prose then, code, prose, third now" in error
 
 
 def test_options_that_train_nothing_may_differ(models, files, stopped) -> None:
@@ -182,7 +182,7 @@ def test_changes_that_cannot_be_gone_on_with_are_one_line(models, files, stopped
     transformers.AutoTokenizer.from_pretrained(models["encoder"]).save_pretrained(tmp_path / "small")
     before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
     for extra, message in (
-        (["--model", str(tmp_path / "small")], "cannot be gone on from: the model has no weight bert."),
+        (["--model", str(tmp_path / "small")], "cannot be resumed: the model has no weight bert."),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "--resume_with_changes: reduce_lr_on_plateau follows losses"),
     ):
         assert main(words_of("sam", models, files, stopped, *EVERY, *RESUME, "--resume_with_changes", "True", *extra)) == 2
@@ -245,7 +245,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_incomplete_one_named(model
 def test_it_goes_on_from_there_to_the_same_weights(models, files, stopped, run_of_four, capsys) -> None:
     halved(stopped / "checkpoint-3" / "optimizer.pt")
     assert main(words_of("sam", models, files, stopped, *EVERY, *RESUME)) == 0
-    assert "going on from" in (said := capsys.readouterr().out)
+    assert "resuming from" in (said := capsys.readouterr().out)
     assert "checkpoint-3 is incomplete" in said
     assert_same(saved(stopped), saved(run_of_four))
     assert train_checkpoints.flaw_of(stopped / "checkpoint-3") is None
@@ -283,16 +283,8 @@ def test_what_is_left_of_a_checkpoint_is_removed_before_it_is_written_again(mode
 def test_r4f_goes_on_with_the_weights_that_it_trains(models, files, tmp_path, best) -> None:
     extra = [*EVERY, "--lr_scheduler_type", "linear"]
     if best:
-        extra += [
-            "--load_best_model_at_end",
-            "True",
-            "--metric_for_best_model",
-            "mcc",
-            "--eval_strategy",
-            "steps",
-            "--eval_steps",
-            "1",
-        ]
+        extra += ["--load_best_model_at_end", "True", "--metric_for_best_model", "mcc"]
+        extra += ["--eval_strategy", "steps", "--eval_steps", "1"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(words_of("r4f", models, files, whole, *extra)) == 0
     shutil.copytree(whole, cut)
@@ -363,17 +355,8 @@ KILLS = int(os.environ.get("FASTPOST_KILLS", "30"))
 def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_weights(models, files, tmp_path, server) -> None:
     """SIGKILL at random times, from the start of the process to the middle of saving, until so many have hit."""
     steps = "40"
-    extra = [
-        *EVERY,
-        "--max_steps",
-        steps,
-        "--save_total_limit",
-        "3",
-        "--lr_scheduler_type",
-        "linear",
-        "--eval_strategy",
-        "no",
-    ]
+    extra = f"--max_steps {steps} --save_total_limit 3 --lr_scheduler_type linear --eval_strategy no".split()
+    extra += EVERY
     whole, out = tmp_path / "whole", tmp_path / "out"
     begin(server, words_of("sam", models, files, whole, *extra))
     assert end(server) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +135,15 @@ def test_a_broken_file_of_options_is_not_quoted(tmp_path, capfd) -> None:
 
 def test_a_traceback_holds_none(models, files, tmp_path, monkeypatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
-        raise RuntimeError(f"401 for {TOKEN} and environ-sesame-99")
+        try:
+            raise KeyError(f"token {TOKEN}")
+        except KeyError as error:
+            raise RuntimeError(f"401 for {TOKEN} and environ-sesame-99") from error
 
     monkeypatch.setattr(train_run.RunTrainer, "train", fails)
-    with pytest.raises(RuntimeError, match=r"401 for \*\*\* and \*\*\*"):
+    with pytest.raises(RuntimeError, match=r"401 for \*\*\* and \*\*\*") as raised:
         main(words_of("sam", models, files, tmp_path, "--hub_token", TOKEN))
+    assert TOKEN not in "".join(traceback.format_exception(raised.value))
 
 
 def test_the_command_to_go_on_with_shows_none(models, files, tmp_path, capsys, monkeypatch) -> None:

@@ -39,7 +39,7 @@ def loading(name: str) -> Iterator[None]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without transformers' warnings about weights that are made anew or loaded elsewhere; fastpost says its own."""
+    """Without transformers' warnings about weights that are missing or loaded elsewhere; fastpost prints its own."""
     import transformers
 
     level = transformers.logging.get_verbosity()

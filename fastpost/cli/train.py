@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         return 130
     except Exception as error:
         if not _of_the_asker(error, gap=run.method == "gap"):
-            error.args = tuple(mask.text(part) if isinstance(part, str) else part for part in error.args)
+            mask.exception(error)
             raise
         complain("train", error, mask)
         return 2

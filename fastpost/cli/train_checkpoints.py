@@ -1,5 +1,5 @@
-"""Checkpoints of `fastpost train`: what is written into them beside transformers' files, whether one is whole, and what of
-it counts where a run goes on with other options."""
+"""Checkpoints of `fastpost train`: what is written into them in addition to transformers' files, whether one is whole, and
+what of it counts where a run is resumed with other options."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 
 def flaw_of(checkpoint: Path) -> str | None:
-    """What keeps a checkpoint from being gone on from, None for a whole one.
+    """Why a checkpoint cannot be resumed, None for a whole one.
 
     The state is written last, and lists the files of its checkpoint with their sizes.
     """
@@ -98,7 +98,7 @@ class RunTrainer(PostTrainer):
 
     Args:
         record: of this run.
-        changed: options that differ from those of the checkpoint to go on from; the values of this run count.
+        changed: options that differ from those of the checkpoint to resume from; the values of this run count.
         r4f: the normalised head. Checkpoints hold the weights that the layer computes with, under their plain names, for
             `from_pretrained`; and those that the optimizer trains in a file of their own.
     """
@@ -119,7 +119,7 @@ class RunTrainer(PostTrainer):
         """Builds optimizer and schedule as the run will, for what they refuse; the optimizer is kept, and not stepped.
 
         Raises:
-            ValueError: also for a schedule or an optimizer that cannot be gone on with under changed options.
+            ValueError: also for a schedule or an optimizer that cannot be resumed with changed options.
         """
         later = self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1)
         if not later:
@@ -131,7 +131,7 @@ class RunTrainer(PostTrainer):
                 f"--resume_with_changes: {self.args.lr_scheduler_type} follows losses, which a new one has not seen"
             )
         if self.changed and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError("--resume_with_changes: a sharded optimizer is gone on with as it was, or not at all")
+            raise ValueError("--resume_with_changes: a sharded optimizer cannot be resumed with changes")
         self.lr_scheduler, self._created_lr_scheduler = None, False
 
     # -- saving -------------------------------------------------------------------------------------------------------------
@@ -262,8 +262,8 @@ def options_that_train(arguments: Any, parts: Collection[str]) -> dict[str, Any]
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """What made a checkpoint and what goes on from it, where they differ: in words, by name. What one of them does not have
-    (an option of another method) is passed over."""
+    """Where what made a checkpoint and what resumes it differ: in words, by name. What one of them does not have (an option
+    of another method) is passed over."""
     found = {}
     for name in then:
         before, after = then[name], now.get(name)

@@ -104,13 +104,13 @@ def read_texts(options: DataOptions) -> tuple[list[str], list[str]]:
 
 def _both(options: DataOptions) -> tuple[list[Row], list[Row], tuple[str, ...]]:
     if options.dataset is not None:
-        return (*_from_hub(options), ())
-    assert options.train_file is not None
-    train, note = _rows_of_file(Path(options.train_file), options)
-    if options.validation_file is None:
-        return train, [], (note,) if note else ()
-    validation, other = _rows_of_file(Path(options.validation_file), options)
-    return train, validation, tuple(dict.fromkeys(part for part in (note, other) if part))
+        (train, notes), (validation, others) = _from_hub(options)
+    else:
+        assert options.train_file is not None
+        train, notes = _rows_of_file(Path(options.train_file), options)
+        given = options.validation_file
+        validation, others = ([], ()) if given is None else _rows_of_file(Path(given), options)
+    return train, validation, tuple(dict.fromkeys((*notes, *others)))
 
 
 def _order(label: str) -> tuple[int, int, str]:
@@ -151,7 +151,10 @@ def hold_out(rows: list[Row]) -> tuple[list[Row], list[Row]]:
 # -- where rows come from ---------------------------------------------------------------------------------------------------
 
 
-def _rows_of_file(path: Path, options: DataOptions) -> tuple[list[Row], str]:
+Read = tuple[list[Row], tuple[str, ...]]  # rows, and notes on what was recognised and what is not used
+
+
+def _rows_of_file(path: Path, options: DataOptions) -> Read:
     suffix = tables.suffix_of(path)
     if suffix not in tables.KINDS:
         known = ", ".join(f"{kind} ({ending})" for ending, kind in tables.KINDS.items())
@@ -160,12 +163,13 @@ def _rows_of_file(path: Path, options: DataOptions) -> tuple[list[Row], str]:
         text = tables.text_of(path)
         if not text.strip():
             raise ValueError(f"{path} holds no text")
-        return [Row(text)], ""
+        return [Row(text)], ()
     lines = tables.read(path, options.text_column)
-    return _rows(lines.rows, options, str(path)), lines.note
+    rows, notes = _rows(lines.rows, options, str(path))
+    return rows, (lines.note, *notes) if lines.note else notes
 
 
-def _from_hub(options: DataOptions) -> tuple[list[Row], list[Row]]:
+def _from_hub(options: DataOptions) -> tuple[Read, Read]:
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
@@ -178,11 +182,11 @@ def _from_hub(options: DataOptions) -> tuple[list[Row], list[Row]]:
     except Exception as error:  # whatever its many readers raise, the name was wrong, or what is there cannot be read
         raise ValueError(f"--dataset {name} cannot be loaded: {str(error).splitlines()[0]}") from error
     validation = options.validation_split or ("validation" if "validation" in loaded else None)
-    parts = []
+    parts: list[Read] = []
     for split in (options.train_split, validation):
         if split is not None and split not in loaded:
             raise unknown(f"split of {name}", split, loaded)
-        parts.append([] if split is None else _rows_of_split(loaded[split], options, f"{name}, {split}"))
+        parts.append(([], ()) if split is None else _rows_of_split(loaded[split], options, f"{name}, {split}"))
     return parts[0], parts[1]
 
 
@@ -195,7 +199,7 @@ def _as_written(config: Any, columns: Sequence[str]) -> dict[str, Any]:
     return {"keep_default_na": False, "converters": dict.fromkeys(columns, str), **literal}
 
 
-def _rows_of_split(split: Any, options: DataOptions, where: str) -> list[Row]:
+def _rows_of_split(split: Any, options: DataOptions, where: str) -> Read:
     named = {column: kind.names for column, kind in split.features.items() if hasattr(kind, "names")}
 
     def lines() -> Iterable[tables.Line]:
@@ -209,7 +213,7 @@ def _rows_of_split(split: Any, options: DataOptions, where: str) -> list[Row]:
     return _rows(lines(), options, where, {column.strip() for column in named})
 
 
-def _rows(lines: Iterable[tables.Line], options: DataOptions, source: str, labels: Collection[str] = ()) -> list[Row]:
+def _rows(lines: Iterable[tables.Line], options: DataOptions, source: str, labels: Collection[str] = ()) -> Read:
     """Rows from mappings by the names of their columns; `labels` are columns that are known to be labels."""
     found: list[Row] = []
     lines = iter(lines)
@@ -229,7 +233,8 @@ def _rows(lines: Iterable[tables.Line], options: DataOptions, source: str, label
             if asked is None and taken is None and line.get(usual) is not None:
                 raise ValueError(f"{where} has a {usual}, and the first row has none; say --{usual}_column, or none for it")
         found.append(Row(text, pair, None if columns[2] is None else label_of(label, where)))
-    return found
+    unused = [name for name in head[0][1] if name not in columns]
+    return found, (f"columns not used: {', '.join(unused)}",) if unused else ()
 
 
 def _columns(

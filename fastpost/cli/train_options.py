@@ -55,7 +55,7 @@ class DataOptions:
     dtype: str = option("float32", "of the weights as loaded: float32, bfloat16, or auto, as the checkpoint has them")
     max_length: int | None = option(None, "tokens per example or block at most; default: 128, or as many as the model takes")
     resume_with_changes: bool = option(
-        False, "go on from a checkpoint although method, data or options are not those it was made with; the new ones count"
+        False, "resume from a checkpoint although method, data or options are not those it was made with; the new ones count"
     )
     timing_rounds: int = option(
         3, "timed steps of this method, of a plain step and of the published loop, on copies of the model; 0: none"

@@ -92,7 +92,7 @@ def rows_of(
     """One row per step at which the Trainer logged or evaluated, from what it keeps of these.
 
     Args:
-        parts: what this run does, "sam", "r3f"; lines of others, from before it was gone on with, are left out.
+        parts: what this run does, "sam", "r3f"; lines of others, from before it was resumed, are left out.
     """
     others = tuple(f"{part}/" for part in ("sam", "r3f") if part not in parts)
     found: dict[int, Row] = {}

@@ -1,4 +1,4 @@
-"""`fastpost train`, stopped and going on: which checkpoint, whether it fits, whether anything is left, what to type."""
+"""Resuming `fastpost train`: which checkpoint, whether it fits, whether any step is left, what to type."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Start:
     """Where a run begins.
 
     Attributes:
-        checkpoint: to go on from; None: at the beginning.
+        checkpoint: to resume from; None: at the beginning.
         notes: newer checkpoints that are incomplete.
         changes: what differs from the run that made it, in words, by name.
     """
@@ -32,7 +32,7 @@ class Start:
 
 
 def asked_for(run: Run) -> Start:
-    """The checkpoint to go on from: the one named, or the newest whole one.
+    """The checkpoint to resume from: the one named, or the newest whole one.
 
     Raises:
         ValueError, FileNotFoundError: there is none, it is incomplete, or one of another run is in the way.
@@ -43,7 +43,7 @@ def asked_for(run: Run) -> Start:
         if there:
             flaw, whole = flaw_of(there[0]), newest_whole(run.folder)
             how = "" if flaw is None else f", which is incomplete ({flaw})"
-            how += f"; --resume_from_checkpoint True goes on from {whole.name}" if whole else ""
+            how += f"; --resume_from_checkpoint True resumes from {whole.name}" if whole else ""
             raise ValueError(
                 f"{run.folder} holds {there[0].name} of an earlier run{how}; for another run give another --output_dir"
             )
@@ -81,7 +81,7 @@ def compared(start: Start, made_by: Mapping[str, Any], allowed: bool, model: Any
 
     Args:
         made_by: of this run, as `RunRecord` keeps it.
-        allowed: whether the user asked to go on with changes.
+        allowed: whether the user asked to resume with changes.
         model: that is trained, whose weights have to have the checkpoint's shapes.
 
     Raises:
@@ -94,22 +94,20 @@ def compared(start: Start, made_by: Mapping[str, Any], allowed: bool, model: Any
         if not allowed:
             raise ValueError(
                 f"{start.checkpoint} does not say what made it, so whether this run fits cannot be checked; "
-                "--resume_with_changes True goes on all the same"
+                "--resume_with_changes True resumes without that check"
             )
         changes = {"unknown": "what made the checkpoint is not known"}
     else:
         changes = differences(then, made_by)
     if then and len(then["labels"]) != len(made_by["labels"]):
-        raise ValueError(f"{start.checkpoint} cannot be gone on from: {changes['labels']}. {_ANEW}")
+        raise ValueError(f"{start.checkpoint} cannot be resumed: {changes['labels']}. {_ANEW}")
     if changes and not allowed:
         raise ValueError(
-            f"{start.checkpoint} was made by another run ({'; '.join(changes.values())}); --resume_with_changes True goes "
-            "on from it with the new ones, and another --output_dir begins anew"
+            f"{start.checkpoint} was made by another run ({'; '.join(changes.values())}); --resume_with_changes True "
+            "resumes with the new ones, and another --output_dir begins a new run"
         )
     if changes and (name := misfit_of(Path(start.checkpoint), model)):
-        raise ValueError(
-            f"{start.checkpoint} cannot be gone on from: the model has no weight {name} of the same shape. {_ANEW}"
-        )
+        raise ValueError(f"{start.checkpoint} cannot be resumed: the model has no weight {name} of the same shape. {_ANEW}")
     return replace(start, changes=changes)
 
 
@@ -135,7 +133,7 @@ def was_at_its_end(trainer: Any, checkpoint: str) -> bool:
 
 
 def tell_how(run: Run, console: Any) -> None:
-    """Names the command that goes on from the newest checkpoint, if there is one."""
+    """Names the command that resumes from the newest checkpoint, if there is one."""
     last = newest_whole(run.folder)
     if last is None:
         there = ", ".join(path.name for path in checkpoints_of(run.folder))
@@ -145,7 +143,7 @@ def tell_how(run: Run, console: Any) -> None:
         )
         command = run.command
     else:
-        console.print(f"interrupted; {last} goes on by the same command with --resume_from_checkpoint True:", soft_wrap=True)
+        console.print(f"interrupted; to resume from {last}, run this:", soft_wrap=True)
         command = f"{without_resuming(run.command)} --resume_from_checkpoint True"
     console.print(command, soft_wrap=True, highlight=False, markup=False)
 

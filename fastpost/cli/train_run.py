@@ -32,7 +32,7 @@ class Job:
     Attributes:
         majority: the label that is most frequent in training, and the accuracy of always saying it; None for text.
         fresh: weights that the checkpoint named by --model does not have.
-        start: the checkpoint to go on from.
+        start: the checkpoint to resume from.
         made_by: what makes this run's checkpoints.
         r4f: the normalised head.
     """
@@ -78,7 +78,10 @@ def prepare(run: Run) -> Job:
             train_data.classified(rows, tokenizer, model.config.label2id, size) for rows in (data.train, data.validation)
         )
     else:
-        lm.check_causal(model)
+        try:
+            lm.check_causal(model)
+        except ValueError as error:
+            raise ValueError(f"the data have no labels, and {error}; --label_column names a column of labels") from None
         run.arguments.prediction_loss_only = True  # logits over a vocabulary would fill the memory
         encode, end = train_data.encoder(tokenizer), tokenizer.eos_token_id
         ids = train_data.streams(data, encode, end, size)
@@ -197,7 +200,7 @@ def carry_out(job: Job, trainer: Any, console: Any) -> train_report.Results:
     if job.fresh:
         console.print(f"not in the checkpoint, made anew: {', '.join(job.fresh)}", highlight=False, markup=False)
     for note in (*job.start.notes, *job.start.changes.values()):
-        console.print(f"going on from {job.start.checkpoint}: {note}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"resuming from {job.start.checkpoint}: {note}", highlight=False, markup=False, soft_wrap=True)
     first = trainer.is_world_process_zero()
     if first:
         keep_options(run)

@@ -91,15 +91,19 @@ def _question(line: str, number: int) -> Choice:
 
 def _pubmed_qa(path: Path) -> list[Choice]:
     csv.field_size_limit(1 << 30)
+    choices = [f" {answer}" for answer in ANSWERS]
+    found = []
     with path.open(newline="", encoding="utf-8-sig") as file:
-        return [
-            Choice(
-                f"Context: {row['abstract']}\nQuestion: {row['question']}\nAnswer:",
-                [f" {answer}" for answer in ANSWERS],
-                ANSWERS.index(row["final_decision"]),
-            )
-            for row in csv.DictReader(file)
-        ]
+        reader = csv.DictReader(file, skipinitialspace=True)
+        for row in reader:
+            answer = (row["final_decision"] or "").strip().lower()
+            if answer not in ANSWERS:
+                raise ValueError(
+                    f"line {reader.line_num}: final_decision {row['final_decision']!r} is none of {', '.join(ANSWERS)}"
+                )
+            context = f"Context: {row['abstract']}\nQuestion: {row['question']}\nAnswer:"
+            found.append(Choice(context, choices, ANSWERS.index(answer)))
+    return found
 
 
 @dataclass(frozen=True)

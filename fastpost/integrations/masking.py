@@ -12,19 +12,8 @@ from typing import Any
 
 MASK = "***"
 _SECRET = re.compile(r".*(token|secret|password|passwd|passphrase|credentials?|apikey)|key|pwd|authorization|accesskey")
-_ABOUT = {
-    "path",
-    "file",
-    "dir",
-    "column",
-    "name",
-    "type",
-    "length",
-    "size",
-    "index",
-    "count",
-    "ids",
-}  # where a secret is, not what
+# A name that ends so says where a secret is, or something about it.
+_ABOUT = {"path", "file", "dir", "column", "name", "type", "length", "size", "index", "count", "ids"}
 _SPECIAL = {"pad", "eos", "bos", "unk", "sep", "cls", "mask", "image", "audio", "video"}  # tokens of a vocabulary
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SHORT = 8  # shorter secrets are replaced in a text only where they stand as words of their own
@@ -64,7 +53,7 @@ def _held(value: Any) -> bool:
 
 
 class Mask:
-    """Takes secrets out of values and texts: those under a telling name, credentials in URLs, tokens of well-known forms,
+    """Takes secrets out of values and texts: those under the name of a secret, credentials in URLs, tokens of well-known forms,
     and, wherever they occur, the values that it has seen under such a name.
 
     Args:
@@ -81,7 +70,7 @@ class Mask:
         self._seen.update(_secrets(source))
 
     def add_words(self, words: Sequence[str]) -> None:
-        """Remembers the secrets of a command line: what follows an option of a telling name, or stands within a word."""
+        """Remembers the secrets of a command line: what follows an option that holds one, or stands within a word."""
         for name, value in _options(words):
             self.add({name: value})
 
@@ -107,6 +96,12 @@ class Mask:
         if isinstance(value, (list, tuple)):
             return [self.value(inner, name) for inner in value]
         return value
+
+    def exception(self, error: BaseException | None) -> None:
+        """Masks the messages of an exception and of those it came from, in place."""
+        while error is not None:
+            error.args = tuple(self.text(part) if isinstance(part, str) else part for part in error.args)
+            error = error.__cause__ or error.__context__
 
     def command(self, words: Sequence[str]) -> str:
         """A command line to show."""
