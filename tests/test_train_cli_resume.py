@@ -175,7 +175,7 @@ def test_with_changes_another_optimizer_begins_with_fresh_moments(models, files,
     assert table(stopped)[-1]["step"] == "4"
 
 
-def test_changes_that_cannot_be_gone_on_with_are_one_line(models, files, stopped, tmp_path, capsys) -> None:
+def test_changes_that_cannot_be_resumed_are_one_line(models, files, stopped, tmp_path, capsys) -> None:
     config = transformers.AutoConfig.from_pretrained(models["encoder"])
     config.hidden_size = 8
     transformers.BertModel(config).save_pretrained(tmp_path / "small")
@@ -264,7 +264,7 @@ def test_where_none_is_whole_that_is_said(models, files, stopped, capsys) -> Non
     assert "holds checkpoint-3 of an earlier run, which is incomplete (no rng_state.pth)" in capsys.readouterr().err
 
 
-def test_a_run_that_saves_weights_alone_cannot_be_gone_on_from(models, files, tmp_path, capsys) -> None:
+def test_a_run_that_saves_weights_alone_cannot_be_resumed(models, files, tmp_path, capsys) -> None:
     words = words_of("sam", models, files, tmp_path / "out", *EVERY, "--save_only_model", "True", "--max_steps", "2")
     assert main(words) == 0
     assert main([*words, *RESUME, "--max_steps", "4"]) == 2
@@ -280,7 +280,7 @@ def test_what_is_left_of_a_checkpoint_is_removed_before_it_is_written_again(mode
 
 
 @pytest.mark.parametrize("best", [False, True])
-def test_r4f_goes_on_with_the_weights_that_it_trains(models, files, tmp_path, best) -> None:
+def test_r4f_resumes_with_the_weights_that_it_trains(models, files, tmp_path, best) -> None:
     extra = [*EVERY, "--lr_scheduler_type", "linear"]
     if best:
         extra += ["--load_best_model_at_end", "True", "--metric_for_best_model", "mcc"]

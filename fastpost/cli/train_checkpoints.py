@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import SchedulerType, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from fastpost import R4F
@@ -127,9 +127,8 @@ class RunTrainer(PostTrainer):
         alone = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.args.learning_rate)
         schedule = self.create_scheduler(num_training_steps=max(self.args.max_steps, 1), optimizer=alone)
         if self.changed and not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-            raise ValueError(
-                f"--resume_with_changes: {self.args.lr_scheduler_type} follows losses, which a new one has not seen"
-            )
+            name = SchedulerType(self.args.lr_scheduler_type).value
+            raise ValueError(f"--resume_with_changes: {name} follows losses, which a new one has not seen")
         if self.changed and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("--resume_with_changes: a sharded optimizer cannot be resumed with changes")
         self.lr_scheduler, self._created_lr_scheduler = None, False

@@ -53,8 +53,8 @@ def _held(value: Any) -> bool:
 
 
 class Mask:
-    """Takes secrets out of values and texts: those under the name of a secret, credentials in URLs, tokens of well-known forms,
-    and, wherever they occur, the values that it has seen under such a name.
+    """Takes secrets out of values and texts: those under the name of a secret, credentials in URLs, tokens of well-known
+    forms, and, wherever they occur, the values that it has seen under such a name.
 
     Args:
         sources: options, settings or environments whose secrets are to be found in any text.
