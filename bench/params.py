@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpost import SAM, flatten_parameters
-from fastpost.bench.registry import Case, Contender, Goal, case
+from fastpost.bench.registry import Case, Contender, Goal, Work, case
 from fastpost.ops import params as ops
 from fastpost.published import PublishedSAM, foreach_sam_perturb, foreach_sam_restore
 
@@ -21,13 +21,13 @@ def gpt2_shapes() -> list[tuple[int, ...]]:
     return [(vocabulary, width), (positions, width), *(block * layers), (width,), (width,)]
 
 
-class _Parameters(nn.Module):
+class Parameters(nn.Module):
     def __init__(self, shapes: list[tuple[int, ...]]) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.list = nn.ParameterList([nn.Parameter(torch.randn(s) * 0.02) for s in shapes])
 
-    def give_gradients(self) -> _Parameters:
+    def give_gradients(self) -> Parameters:
         for p in self.list:
             gradient = torch.randn(p.shape) * 1e-3
             if p.grad is None:
@@ -37,28 +37,33 @@ class _Parameters(nn.Module):
         return self
 
 
-def _sam(model: _Parameters) -> SAM:
+def sam(model: Parameters) -> SAM:
     return SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
 
 
-def _rounds(opt: SAM) -> None:
-    opt.first_step()
-    opt.restore_()
+def rounds(opt: SAM) -> Work:
+    """SAM's way to w + e and back."""
+
+    def run() -> None:
+        opt.first_step()
+        opt.restore_()
+
+    return run
 
 
 @case
 def sam_gpt2() -> Case:
     """Norm + perturb + restore over GPT-2's tensors: floor 7 bytes per byte of parameters, a copy moves 2."""
     shapes = gpt2_shapes()
-    model = _Parameters(shapes).give_gradients()
-    listed = _sam(model)
-    flat_model = _Parameters(shapes)
+    model = Parameters(shapes).give_gradients()
+    listed = sam(model)
+    flat_model = Parameters(shapes)
     flat_model.flat = flatten_parameters(flat_model)  # type: ignore[assignment]
     for p in flat_model.parameters():
         p.grad = None
     sum((p * 1e-3).sum() for p in flat_model.parameters()).backward()  # type: ignore[union-attr]
     flat_model.give_gradients()
-    flattened = _sam(flat_model)
+    flattened = sam(flat_model)
     size = 4 * sum(p.numel() for p in model.parameters())
     source = torch.randn(size // 4)
     target = torch.zeros_like(source)
@@ -71,7 +76,7 @@ def sam_gpt2() -> Case:
         foreach_sam_perturb(params, grads, stash, 0.05)
         foreach_sam_restore(params, stash)
 
-    popular_model = _Parameters(shapes).give_gradients()
+    popular_model = Parameters(shapes).give_gradients()
     popular = PublishedSAM(popular_model.parameters(), None)
 
     def wrapper() -> None:
@@ -84,8 +89,8 @@ def sam_gpt2() -> Case:
         "float32",
         [
             Contender("copy of the parameters", lambda: target.copy_(source), 2 * size),
-            Contender("fastpost, list", lambda: _rounds(listed), 7 * size),
-            Contender("fastpost, flattened", lambda: _rounds(flattened), 7 * size),
+            Contender("fastpost, list", rounds(listed), 7 * size),
+            Contender("fastpost, flattened", rounds(flattened), 7 * size),
             Contender("torch._foreach_ recipe", foreach, 10 * size),
             Contender("popular wrapper's loop", wrapper, 12 * size),
         ],
@@ -129,9 +134,9 @@ def distance_gpt2() -> Case:
 def sam_tiny() -> Case:
     """Perturb + restore over a thousand tensors of 256 bytes to 4 KB: host time, not bandwidth."""
     shapes: list[tuple[int, ...]] = [(64 * (1 + i % 16),) for i in range(1000)]
-    model = _Parameters(shapes).give_gradients()
-    opt = _sam(model)
-    popular = PublishedSAM(_Parameters(shapes).give_gradients().parameters(), None)
+    model = Parameters(shapes).give_gradients()
+    opt = sam(model)
+    popular = PublishedSAM(Parameters(shapes).give_gradients().parameters(), None)
 
     def wrapper() -> None:
         popular.first_step()
@@ -141,7 +146,7 @@ def sam_tiny() -> Case:
         "SAM perturb + restore, small tensors",
         "1,000 x 256 B to 4 KB",
         "float32",
-        [Contender("fastpost", lambda: _rounds(opt)), Contender("popular wrapper's loop", wrapper)],
+        [Contender("fastpost", rounds(opt)), Contender("popular wrapper's loop", wrapper)],
         [Goal("fastpost", "popular wrapper's loop", {"avx512": 0.20, "avx2": 0.20})],
     )
 

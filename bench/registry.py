@@ -26,6 +26,8 @@ class Contender:
         bytes: the fewest bytes that this way must move, 0 where that is not the point; shown as GB/s.
         before: untimed, ahead of every run (puts inputs back).
         slow: three rounds suffice.
+        calls: how often it runs in a round, whose time is divided by it: for calls of microseconds.
+        reports: run() returns the seconds it took, measured where they passed, in another process.
         peak: whether to measure how much memory it allocates at most (GPUs, and Linux by the resident pages).
         launches: whether to count what it launches on the device (GPU only).
     """
@@ -35,6 +37,8 @@ class Contender:
     bytes: int = 0
     before: Work | None = None
     slow: bool = False
+    calls: int = 1
+    reports: bool = False
     peak: bool = False
     launches: bool = False
 
@@ -192,6 +196,7 @@ class Case:
         memory: bytes of device memory needed, roughly.
         wall: time from an idle device until it is idle again, host included, instead of time on the device.
         seconds: added to the estimate (compilation).
+        threads: on the CPU, how many threads torch and fastpost use; 0: as the process has them.
     """
 
     name: str
@@ -204,6 +209,7 @@ class Case:
     memory: int = 0
     wall: bool = False
     seconds: float = 0.0
+    threads: int = 0
 
     def build(self) -> list[Contender]:
         return self.contenders() if callable(self.contenders) else self.contenders

@@ -29,7 +29,7 @@ from fastpost.bench.table import rows, show, summary, write
 from fastpost.errors import unknown
 
 # Where cases are registered, each family in a module for the CPU and one for GPUs, in the order they are run.
-FAMILIES = ("sam", "params", "noise", "r3f", "divergence", "linear", "gap", "trainer")
+FAMILIES = ("sam", "params", "noise", "r3f", "divergence", "linear", "gap", "trainer", "host_cost")
 # What glibc does with large buffers that are freed: give them back, so that the next one faults its pages in anew (its
 # default, in a young process), or keep them, as the grown heap of a long training run mostly does.
 HEAPS = {"returned": {}, "kept": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}}
@@ -50,16 +50,27 @@ class Outcome:
 
 
 def load(names: Sequence[str], device: str = "cpu") -> dict[str, Callable[..., Case]]:
-    """The builders asked for, or all, of the cases for the CPU or for accelerators."""
+    """The builders asked for, or all, of the cases for the CPU or for accelerators.
+
+    Args:
+        names: of cases, or what the names of several begin with: "host_cost" stands for every "host_cost_...".
+        device: "cpu", or anything else for the cases of accelerators.
+
+    Raises:
+        ValueError: a name that no case bears or begins with.
+    """
     for family in FAMILIES:
         for suffix in ("", "_cuda"):
             if importlib.util.find_spec(f"fastpost.bench.{family}{suffix}"):
                 importlib.import_module(f"fastpost.bench.{family}{suffix}")
     known: dict[str, Callable[..., Case]] = dict(CASES if device == "cpu" else CUDA_CASES)
+    chosen: dict[str, Callable[..., Case]] = {}
     for name in names:
-        if name not in known:
+        meant = [name] if name in known else [k for k in known if k.startswith(f"{name}_")]
+        if not meant:
             raise unknown("bench", name, known)
-    return {name: known[name] for name in names or known}
+        chosen |= {k: known[k] for k in meant}
+    return chosen or known
 
 
 def machine(device: torch.device) -> dict[str, object]:
@@ -171,9 +182,13 @@ def _one(
     console: Console,
 ) -> list[dict[str, object]]:
     """Builds and measures one case; its inputs are gone when this returns."""
+    before = torch.get_num_threads()
     if place.type == "cpu":
         case, clock = build(), HostClock()
         limit = float("inf")
+        if case.threads:
+            torch.set_num_threads(case.threads)
+            where = where | {"threads": case.threads}
         if where.get("heap") == "kept":
             case = _without_memory(case)
     else:
@@ -182,9 +197,12 @@ def _one(
         if case.memory > 0.9 * free:
             raise Skipped(f"needs {case.memory / 1e9:.0f} GB of device memory, of which {free / 1e9:.0f} are free")
         clock, limit = DeviceClock(place, case.wall), SECONDS_PER_CASE
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(name, total=rounds + clock.warm_up)
-        results = measure(case, case.build(), rounds, clock, lambda: progress.advance(task), limit)
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task(name, total=rounds + clock.warm_up)
+            results = measure(case, case.build(), rounds, clock, lambda: progress.advance(task), limit)
+    finally:
+        torch.set_num_threads(before)
     return rows(case, results, where)
 
 

@@ -30,9 +30,9 @@ def rows(case: Case, results: dict[str, Result], where: dict[str, object]) -> li
             {
                 **common,
                 "contender": name,
-                "median_ms": round(1e3 * result.median, 4),
-                "p20_ms": round(1e3 * fifths[0], 4),
-                "p80_ms": round(1e3 * fifths[-1], 4),
+                "median_ms": round(1e3 * result.median, 6),
+                "p20_ms": round(1e3 * fifths[0], 6),
+                "p80_ms": round(1e3 * fifths[-1], 6),
                 "gb_per_s": round(result.rate / 1e9, 2) if result.bytes else "",
                 "fraction_of_copy": round(result.rate / copy.rate, 3) if copy and copy.bytes and result.bytes else "",
                 "host_us": round(1e6 * result.host_median, 1) if platform_ == "cuda" else "",

@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastpost.bench import clocks, registry, run, table
+from fastpost.bench import clocks, host_cost, registry, run, table
 from fastpost.bench.clocks import DeviceClock, HostClock, measure
 from fastpost.bench.registry import (
     Bandwidth,
@@ -280,6 +280,44 @@ def test_the_device_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     DeviceClock(CPU, wall=False).extras(work, result)
     assert (result.peak, result.launches) == (1600, 2)
     assert order == ["before", "wait", "reset", "run", "wait", "before", "wait", "run", "wait"]
+
+
+def test_a_round_of_short_calls_is_divided_by_them_and_other_processes_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    short = Contender("short", lambda: ran.append("run"), before=lambda: ran.append("before"), calls=5)
+    ticks = iter([10.0, 11.0])
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: next(ticks))
+    assert HostClock().once(short) == (0.2, 0.2)
+    assert ran == ["before", *["run"] * 5]
+    assert HostClock().once(Contender("elsewhere", lambda: 12.5, reports=True)) == (12.5, 12.5)
+
+
+def test_the_beginning_of_names_stands_for_all_of_them() -> None:
+    names = set(run.load(["host_cost"]))
+    assert names == {f"host_cost_{what}" for what in ("params", "kl", "first_step", "small_tensors", "step", "import")}
+    assert list(run.load(["noise", "host_cost_kl", "host_cost"]))[:2] == ["noise", "host_cost_kl"]
+    with pytest.raises(ValueError, match="unknown bench 'host_co'"):
+        run.load(["host_co"])
+
+
+@pytest.mark.parametrize("name", sorted(set(run.load(["host_cost"])) - {"host_cost_import"}))
+def test_host_costs_run_on_one_thread(name: str, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    output = tmp_path / "host.csv"
+    assert not run.run([name], 1, output, Console(file=io.StringIO())).failed
+    assert torch.get_num_threads() == before
+    with output.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["threads"] for row in rows} == {"1"}
+    assert all(float(row["median_ms"]) > 0 for row in rows if row["contender"])
+    assert {row["result"] for row in rows if row["goal"]} <= {"hit", "MISS", "info"}
+
+
+def test_a_first_use_is_timed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < host_cost.first_use("first use of symmetric_kl") < 60
+    monkeypatch.setitem(host_cost.FIRST_USES, "broken", ("", "raise ValueError('on purpose')"))
+    with pytest.raises(RuntimeError, match="broken failed: ValueError: on purpose"):
+        host_cost.first_use("broken")
 
 
 def _cuda_cases() -> list[str]:
