@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastpost
-from fastpost.bench.registry import Case, Contender, Goal, case
+from fastpost.bench.registry import Case, Contender, Goal, case, peer
 from fastpost.published import fairseq_symmetric_kl
 
 
@@ -46,10 +46,10 @@ def _case(difference: float, what: str, goals: bool) -> Case:
         f"{rows} x {cols:,}",
         "float32",
         [
-            Contender(copied, copy_both, 2 * pair),
+            peer(copied, copy_both, 2 * pair),
             Contender(inplace, logits.forward_backward(fastpost.symmetric_kl, inplace=True), 2 * pair, logits.renew),
             Contender(fresh, logits.forward_backward(fastpost.symmetric_kl), 2 * pair, logits.renew),
-            Contender(published, logits.forward_backward(fairseq_symmetric_kl), 0, logits.renew),
+            peer(published, logits.forward_backward(fairseq_symmetric_kl), 0, logits.renew),
         ],
         [
             Goal(inplace, published, {"avx512": 45.0, "avx2": 25.0}, faster=True),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import fastpost
 from fastpost.bench.params_cuda import COPY, also_triton, copy_of, name_of
-from fastpost.bench.registry import Bandwidth, Case, Contender, Floor, Goal, PeakMemory, Target, Work, cuda_case
+from fastpost.bench.registry import Bandwidth, Case, Contender, Floor, Goal, PeakMemory, Target, Work, cuda_case, peer
 from fastpost.published import fairseq_symmetric_kl
 
 PAIRS = 1 << 28  # positions of one stream
@@ -55,7 +56,7 @@ def kl_forward(at: Target, variant: tuple[int, torch.dtype]) -> Case:
         words = [t.view(-1)[: t.numel() // 2 * 2].view(torch.float32) for t in (clean, noised)]
         return [
             copy_of(clean),
-            Contender("read (torch.sum)", lambda: [w.sum() for w in words], 2 * size),
+            peer("read (torch.sum)", lambda: [w.sum() for w in words], 2 * size),
             Contender("symmetric_kl", work, 2 * size, peak=True),
             *also_triton(at, "symmetric_kl", work, 2 * size),
         ]
@@ -79,13 +80,13 @@ def kl_train(at: Target, variant: tuple[int, torch.dtype]) -> Case:
     def contenders() -> list[Contender]:
         logits = Logits(at, rows, cols, dtype)
         inplace = logits.forward_backward(fastpost.symmetric_kl, inplace=True)
-        triton = [Contender(c.name, c.run, c.bytes, logits.renew) for c in also_triton(at, INPLACE, inplace, 4 * size)]
+        triton = [replace(c, before=logits.renew) for c in also_triton(at, INPLACE, inplace, 4 * size)]
         return [
             copy_of(logits.kept[0].detach()),
             Contender(INPLACE, inplace, 4 * size, logits.renew, peak=True),
             *triton,
             Contender(FRESH, logits.forward_backward(fastpost.symmetric_kl), 4 * size, logits.renew, peak=True),
-            Contender(PUBLISHED, logits.forward_backward(fairseq_symmetric_kl), 0, logits.renew, slow=True, peak=True),
+            peer(PUBLISHED, logits.forward_backward(fairseq_symmetric_kl), 0, logits.renew, slow=True, peak=True),
         ]
 
     goals: list[Goal] = [
@@ -115,7 +116,7 @@ def kl_compiled(at: Target, variant: tuple[int, torch.dtype]) -> Case:
         compiled = logits.forward_backward(at.compiled(fairseq_symmetric_kl))
         return [
             Contender(INPLACE, inplace, 4 * size, logits.renew),
-            Contender(COMPILED, compiled, 0, logits.renew, peak=True),
+            peer(COMPILED, compiled, 0, logits.renew, peak=True),
         ]
 
     goals = [Goal(INPLACE, COMPILED, {"cuda": 2.0}, faster=True)]

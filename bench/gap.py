@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpost import GAP
-from fastpost.bench.registry import Case, Contender, Goal, case
+from fastpost.bench.registry import Case, Contender, Goal, case, peer
 from fastpost.gap import Delta
 from fastpost.gap.weights import Snapshot
 
@@ -56,7 +56,7 @@ def run_case(tokens: int) -> Case:
         f"{STEPS} steps uphill on one text of {tokens} tokens, and back",
         f"GPT-2 of {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters",
         "float32",
-        [Contender(plain, PlainLoop(model, ids), slow=True, peak=True), Contender(fast, ours, slow=True, peak=True)],
+        [peer(plain, PlainLoop(model, ids), slow=True, peak=True), Contender(fast, ours, slow=True, peak=True)],
         [Goal(fast, plain, dict.fromkeys(CPUS, 1.3), faster=True)],
     )
 
@@ -87,7 +87,7 @@ def gap_rollback() -> Case:
         "going back to the untouched weights",
         f"GPT-2 of {size / 4e6:.0f}M parameters",
         "float32",
-        [Contender(copied, lambda: flat.copy_(other), 2 * size), Contender(ours, saved.restore, 2 * size)],
+        [peer(copied, lambda: flat.copy_(other), 2 * size), Contender(ours, saved.restore, 2 * size)],
         [Goal(ours, copied, dict.fromkeys(CPUS, 1.2))],
     )
 
@@ -114,7 +114,7 @@ def delta_scale() -> Case:
         f"GPT-2, {len(pairs)} tensors, {size / 4e6:.0f}M",
         "float32",
         [
-            Contender(three, add, 3 * size),
+            peer(three, add, 3 * size),
             Contender(scaled, lambda: delta.scale_(0.999), 3 * size),
             Contender(faded, lambda: delta.lines_(0.9, 0.099), 3 * size),
         ],

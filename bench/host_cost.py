@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastpost
 from fastpost import SAM, SAMWindow
 from fastpost.bench.params import Parameters, rounds, sam
-from fastpost.bench.registry import Case, Contender, Goal, HostTime, Work, case
+from fastpost.bench.registry import Case, Contender, Goal, HostTime, Work, case, peer
 from fastpost.ops import params as ops
 from fastpost.published import PublishedSAM, fairseq_symmetric_kl, foreach_sam_perturb, foreach_sam_restore
 
@@ -24,7 +24,7 @@ RHO = 0.05
 def copy_of_one() -> Contender:
     """The unit of host time: one call of torch on one small tensor."""
     target, source = torch.zeros(64), torch.randn(64)
-    return Contender(COPY, lambda: target.copy_(source), calls=500)
+    return peer(COPY, lambda: target.copy_(source), calls=500)
 
 
 def at_most(limit: float) -> dict[str, float]:
@@ -110,7 +110,7 @@ def host_cost_first_step() -> Case:
         "host time of SAM's first step",
         "150 x 1 KB",
         "float32",
-        [Contender(recipe, foreach, calls=20), Contender(ours, rounds(opt), calls=20)],
+        [peer(recipe, foreach, calls=20), Contender(ours, rounds(opt), calls=20)],
         [Goal(ours, recipe, at_most(0.5))],
         threads=1,
     )
@@ -131,7 +131,7 @@ def host_cost_small_tensors() -> Case:
         "host time of SAM on small tensors",
         "1,000 x 256 B to 4 KB",
         "float32",
-        [Contender(theirs, wrapper, calls=3), Contender(ours, rounds(sam(Parameters(shapes).give_gradients())), calls=3)],
+        [peer(theirs, wrapper, calls=3), Contender(ours, rounds(sam(Parameters(shapes).give_gradients())), calls=3)],
         [Goal(ours, theirs, at_most(0.08))],
         threads=1,
     )
@@ -257,9 +257,9 @@ def host_cost_step() -> Case:
         "MLP 3 x 64, batch 32",
         "float32",
         [
-            Contender(written, hand_written(), calls=20),
-            Contender("popular wrapper's loop", copied(), calls=20),
-            Contender(plain, two_passes(), calls=20),
+            peer(written, hand_written(), calls=20),
+            peer("popular wrapper's loop", copied(), calls=20),
+            peer(plain, two_passes(), calls=20),
             *(Contender(name, make(), calls=20) for name, (make, _) in ours.items()),
         ],
         [
@@ -321,11 +321,16 @@ def first_use(name: str) -> float:
 @case
 def host_cost_import() -> Case:
     """What the first use of each method adds to a process that has imported torch."""
+    ours = [name for name, (_, use) in FIRST_USES.items() if "fastpost" in use]
+
+    def contender(name: str) -> Contender:
+        return Contender(name, lambda: first_use(name), backend="" if name in ours else "torch", slow=True, reports=True)
+
     return Case(
         "time until a method has been used once",
         "after import torch",
         "float32",
-        [Contender(name, lambda name=name: first_use(name), reports=True, slow=True) for name in FIRST_USES],  # type: ignore[misc]
-        [HostTime(name, limit=at_most(150_000)) for name in FIRST_USES if "fastpost" in FIRST_USES[name][1]],
+        [contender(name) for name in FIRST_USES],
+        [HostTime(name, limit=at_most(150_000)) for name in ours],
         threads=1,
     )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastpost
-from fastpost.bench.registry import Case, Contender, Goal, PeakMemory, Work, case
+from fastpost.bench.registry import Case, Contender, Goal, PeakMemory, Work, case, peer
 from fastpost.published import fairseq_symmetric_kl
 
 ROWS, WIDTH, VOCAB = 2048, 768, 50257  # GPT-2's head
@@ -66,10 +66,10 @@ def linear_r3f() -> Case:
         f"{ROWS:,} x {WIDTH} x {VOCAB:,}",
         "float32",
         [
-            Contender(alone, head.products, slow=True, peak=True),
+            peer(alone, head.products, slow=True, peak=True),
             Contender(ours, head.step(head.fused), slow=True, peak=True),
             Contender(whole, head.step(head.on_logits), slow=True, peak=True),
-            Contender(published, head.step(head.published), slow=True, peak=True),
+            peer(published, head.step(head.published), slow=True, peak=True),
         ],
         [
             Goal(ours, alone, dict.fromkeys(("avx512", "avx2"), 1.25)),

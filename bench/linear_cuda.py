@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastpost
-from fastpost.bench.registry import Case, Contender, Goal, PeakMemory, Target, Work, cuda_case
+from fastpost.bench.registry import Case, Contender, Goal, PeakMemory, Target, Work, cuda_case, peer
 from fastpost.published import fairseq_symmetric_kl
 
 SHAPES = {"gpt2": (4096, 768, 50257), "llama": (4096, 4096, 128256)}
@@ -64,10 +64,10 @@ def linear_r3f(at: Target, shape: tuple[int, int, int]) -> Case:
     def contenders() -> list[Contender]:
         head = Head(at, rows, width, vocab)
         return [
-            Contender(alone, head.products),
+            peer(alone, head.products),
             Contender(ours, head.step(head.fused), peak=True, launches=True),
             Contender(whole, head.step(head.on_logits), slow=True, peak=True),
-            Contender(published, head.step(head.published), slow=True, peak=True),
+            peer(published, head.step(head.published), slow=True, peak=True),
         ]
 
     goals: list[Goal] = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import fastpost
-from fastpost.bench.registry import Case, Contender, Goal, case
+from fastpost.bench.registry import Case, Contender, Goal, case, peer
 from fastpost.published import distributions_noise
 
 
@@ -20,11 +20,11 @@ def noise() -> Case:
         "64 x 512 x 1024",
         "float32",
         [
-            Contender("copy", lambda: y.copy_(x), 2 * size),
+            peer("copy", lambda: y.copy_(x), 2 * size),
             Contender("fastpost uniform", lambda: fastpost.add_noise(x, 1e-5, "uniform", seed=1), 2 * size),
-            Contender("torch.distributions uniform + add", lambda: distributions_noise(x, 1e-5, "uniform")),
+            peer("torch.distributions uniform + add", lambda: distributions_noise(x, 1e-5, "uniform")),
             Contender("fastpost normal", lambda: fastpost.add_noise(x, 1e-5, "normal", seed=1), 2 * size),
-            Contender("torch.distributions normal + add", lambda: distributions_noise(x, 1e-5, "normal")),
+            peer("torch.distributions normal + add", lambda: distributions_noise(x, 1e-5, "normal")),
         ],
         [
             Goal("fastpost uniform", "torch.distributions uniform + add", {"avx512": 5.0, "avx2": 5.0}, faster=True),
@@ -49,6 +49,6 @@ def embedding() -> Case:
         "float32",
         [
             Contender("fastpost embedding_noise", lambda: fastpost.embedding_noise(table, ids, seed=1)),
-            Contender("gather, torch.distributions, add", separate),
+            peer("gather, torch.distributions, add", separate),
         ],
     )

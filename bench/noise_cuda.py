@@ -7,7 +7,7 @@ from torch import Tensor
 
 import fastpost
 from fastpost.bench.params_cuda import COPY, DTYPES, also_triton, copy_of, name_of
-from fastpost.bench.registry import Bandwidth, Case, Contender, Goal, Target, Work, cuda_case
+from fastpost.bench.registry import Bandwidth, Case, Contender, Goal, Target, Work, cuda_case, peer
 from fastpost.ops.noise import NOISE_TYPES
 from fastpost.published import distributions_noise
 
@@ -36,7 +36,7 @@ def add_noise(at: Target, dtype: torch.dtype) -> Case:
             made += [
                 Contender(kind, work, 2 * size),
                 *also_triton(at, kind, work, 2 * size),
-                Contender(f"torch {kind}_ + add", lambda kind=kind: eager(x, kind)),  # type: ignore[misc]
+                peer(f"torch {kind}_ + add", lambda kind=kind: eager(x, kind)),  # type: ignore[misc]
             ]
         return made
 
@@ -64,7 +64,7 @@ def noise_published(at: Target) -> Case:
         for kind in NOISE_TYPES:
             made += [
                 Contender(kind, lambda kind=kind: fastpost.add_noise(x, EPS, kind), 2 * size),  # type: ignore[misc]
-                Contender(
+                peer(
                     f"torch.distributions {kind}",
                     lambda kind=kind: distributions_noise(x, EPS, kind),  # type: ignore[misc]
                     slow=True,
@@ -99,7 +99,7 @@ def embedding_noise(at: Target, dtype: torch.dtype) -> Case:
             copy_of(table),
             Contender("embedding_noise", work, 3 * size),
             *also_triton(at, "embedding_noise", work, 3 * size),
-            Contender("torch gather, uniform_, add", separate),
+            peer("torch gather, uniform_, add", separate),
         ]
 
     goals: list[Goal] = [

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpost import SAM, flatten_parameters
-from fastpost.bench.registry import Case, Contender, Goal, Work, case
+from fastpost.bench.registry import Case, Contender, Goal, Work, case, peer
 from fastpost.ops import params as ops
 from fastpost.published import PublishedSAM, foreach_sam_perturb, foreach_sam_restore
 
@@ -88,11 +88,11 @@ def sam_gpt2() -> Case:
         "GPT-2, 148 tensors, 124M",
         "float32",
         [
-            Contender("copy of the parameters", lambda: target.copy_(source), 2 * size),
+            peer("copy of the parameters", lambda: target.copy_(source), 2 * size),
             Contender("fastpost, list", rounds(listed), 7 * size),
             Contender("fastpost, flattened", rounds(flattened), 7 * size),
-            Contender("torch._foreach_ recipe", foreach, 10 * size),
-            Contender("popular wrapper's loop", wrapper, 12 * size),
+            peer("torch._foreach_ recipe", foreach, 10 * size),
+            peer("popular wrapper's loop", wrapper, 12 * size),
         ],
         [
             Goal("fastpost, list", "copy of the parameters", {"avx512": 3.0, "avx2": 3.0}),
@@ -122,9 +122,9 @@ def distance_gpt2() -> Case:
         "GPT-2, 148 tensors, 124M",
         "float32",
         [
-            Contender(copied, lambda: target.copy_(source), 2 * size),
+            peer(copied, lambda: target.copy_(source), 2 * size),
             Contender(ours, lambda: ops.squared_distance(now, then), 2 * size),
-            Contender(composed, foreach, 4 * size),
+            peer(composed, foreach, 4 * size),
         ],
         [Goal(ours, copied, dict.fromkeys(("avx512", "avx2"), 1.2)), Goal(ours, composed, {})],
     )
@@ -146,7 +146,7 @@ def sam_tiny() -> Case:
         "SAM perturb + restore, small tensors",
         "1,000 x 256 B to 4 KB",
         "float32",
-        [Contender("fastpost", rounds(opt)), Contender("popular wrapper's loop", wrapper)],
+        [Contender("fastpost", rounds(opt)), peer("popular wrapper's loop", wrapper)],
         [Goal("fastpost", "popular wrapper's loop", {"avx512": 0.20, "avx2": 0.20})],
     )
 
@@ -162,10 +162,10 @@ def negate() -> Case:
         "64M",
         "float32",
         [
-            Contender("copy", lambda: y.copy_(x), 2 * size),
+            peer("copy", lambda: y.copy_(x), 2 * size),
             Contender("fastpost negate_", lambda: ops.negate_([x]), 2 * size),
             Contender("fastpost negate_clip_ (negate + norm)", lambda: ops.negate_clip_([x]), 2 * size),
             Contender("fastpost flip_signs_", lambda: ops.flip_signs_([x], 7), 2 * size),
-            Contender("torch neg_ + vector_norm", lambda: torch.linalg.vector_norm(x.neg_()), 3 * size),
+            peer("torch neg_ + vector_norm", lambda: torch.linalg.vector_norm(x.neg_()), 3 * size),
         ],
     )

@@ -8,15 +8,7 @@ import torch
 from torch import Tensor
 
 import fastpost
-from fastpost.bench.registry import (
-    Bandwidth,
-    Case,
-    Contender,
-    Goal,
-    Target,
-    Work,
-    cuda_case,
-)
+from fastpost.bench.registry import Bandwidth, Case, Contender, Goal, Target, Work, cuda_case, peer
 from fastpost.ops import params as ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,12 +29,12 @@ def also_triton(at: Target, name: str, work: Work, bytes: int) -> list[Contender
         with fastpost.use_backend("triton"):
             work()
 
-    return [Contender(f"{name}, triton", run, bytes)]
+    return [Contender(f"{name}, triton", run, bytes, backend="triton")]
 
 
 def copy_of(source: Tensor) -> Contender:
     target = torch.empty_like(source)
-    return Contender(COPY, lambda: target.copy_(source), 2 * source.nbytes)
+    return peer(COPY, lambda: target.copy_(source), 2 * source.nbytes)
 
 
 @cuda_case(**DTYPES)
@@ -57,7 +49,7 @@ def norm_flat(at: Target, dtype: torch.dtype) -> Case:
         work = lambda: ops.squared_norm([x])  # noqa: E731
         return [
             copy_of(x),
-            Contender("read (torch.sum)", lambda: words.sum(), size),
+            peer("read (torch.sum)", lambda: words.sum(), size),
             Contender("squared_norm", work, size),
             *also_triton(at, "squared_norm", work, size),
         ]
@@ -79,7 +71,7 @@ def distance_flat(at: Target, dtype: torch.dtype) -> Case:
             copy_of(x),
             Contender("squared_distance", work, 2 * size),
             *also_triton(at, "squared_distance", work, 2 * size),
-            Contender("torch sub + vector_norm", lambda: torch.linalg.vector_norm(x - y), 4 * size),
+            peer("torch sub + vector_norm", lambda: torch.linalg.vector_norm(x - y), 4 * size),
         ]
 
     goals = [Bandwidth("squared_distance", COPY, {"cuda": 0.90})]
@@ -129,7 +121,7 @@ def negate(at: Target, dtype: torch.dtype) -> Case:
             "negate_clip_ (norm, then scale)": (lambda: ops.negate_clip_([x], 1e30), 3),
         }
         seed = torch.full((), 7, dtype=torch.int64, device=at.device)
-        made = [copy_of(x), Contender("torch neg_", lambda: x.neg_(), 2 * size)]
+        made = [copy_of(x), peer("torch neg_", lambda: x.neg_(), 2 * size)]
         for name, (work, times) in works.items():
             made += [Contender(name, work, times * size), *also_triton(at, name, work, times * size)]
         return made

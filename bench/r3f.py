@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpost import R3F
-from fastpost.bench.registry import Case, Contender, Goal, Skipped, Work, case
+from fastpost.bench.registry import Case, Contender, Goal, Skipped, Work, case, peer
 from fastpost.published import r3f_sentence_loss
 
 EPS, LAMBDA = 1e-5, 1.0
@@ -44,11 +44,11 @@ def r3f_step() -> Case:
         "6 layers x 384, 16 x 64 tokens",
         "float32",
         [
-            Contender(plain, lambda: model(**batch).loss.backward()),
-            Contender(twice, joint),
+            peer(plain, lambda: model(**batch).loss.backward()),
+            peer(twice, joint),
             Contender(ours, r3f("two_pass")),
             Contender("R3F, double_batch", r3f("double_batch")),
-            Contender("published loop", lambda: r3f_sentence_loss(model, batch, EPS, LAMBDA).backward()),
+            peer("published loop", lambda: r3f_sentence_loss(model, batch, EPS, LAMBDA).backward()),
         ],
         [
             Goal(ours, plain, dict.fromkeys(("avx512", "avx2"), 2.05)),

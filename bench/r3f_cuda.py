@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastpost import R3F
 from fastpost.bench.params_cuda import DTYPES, name_of
-from fastpost.bench.registry import Case, Contender, Goal, PeakMemory, Target, cuda_case
+from fastpost.bench.registry import Case, Contender, Goal, PeakMemory, Target, cuda_case, peer
 from fastpost.published import distributions_noise, fairseq_symmetric_kl
 
 EPS, LAMBDA = 1e-2, 1.0
@@ -64,7 +64,7 @@ def r3f_step(at: Target, dtype: torch.dtype) -> Case:
         return [
             steps("double_batch"),
             steps("two_pass"),
-            Contender("published formulas", lambda: published_step(model, ids, labels), peak=True),
+            peer("published formulas", lambda: published_step(model, ids, labels), peak=True),
         ]
 
     goals: list[Goal] = [

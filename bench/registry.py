@@ -6,10 +6,18 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
 Work = Callable[[], object]
+
+# How a contender was timed. What a GPU does and what the host does before it are two numbers, and look like two.
+CLOCK = "host clock"  # on the CPU, around the call
+KERNEL = "kernel"  # on the device alone: all of the work was queued before any of it began
+REPLAY = "kernel, replayed"  # the same from a captured graph, for more launches than a queue holds
+WALL = "wall"  # from an idle device to an idle device, host included, because the case asks for that
+HOST_BOUND = "host-bound"  # the device waited for the host at least once, however early the host began
 
 
 class Skipped(Exception):
@@ -25,34 +33,57 @@ class Contender:
         run: does the work once.
         bytes: the fewest bytes that this way must move, 0 where that is not the point; shown as GB/s.
         before: untimed, ahead of every run (puts inputs back).
+        backend: what serves it: "" for the backend that the run is about, another one by name, or a peer's library.
         slow: three rounds suffice.
         calls: how often it runs in a round, whose time is divided by it: for calls of microseconds.
         reports: run() returns the seconds it took, measured where they passed, in another process.
         peak: whether to measure how much memory it allocates at most (GPUs, and Linux by the resident pages).
         launches: whether to count what it launches on the device (GPU only).
+        graph: whether a captured graph of it does the same work again; needed where it has more launches than fit a queue.
     """
 
     name: str
     run: Work
     bytes: int = 0
     before: Work | None = None
+    backend: str = ""
     slow: bool = False
     calls: int = 1
     reports: bool = False
     peak: bool = False
     launches: bool = False
+    graph: bool = False
+
+
+def peer(name: str, run: Work, bytes: int = 0, before: Work | None = None, *, by: str = "torch", **how: Any) -> Contender:
+    """A contender that is not fastpost's; `by` names the library."""
+    return Contender(name, run, bytes, before, by, **how)
 
 
 @dataclass
 class Result:
-    """What a run found out about one contender: seconds of each round, host seconds until the call came back, and where
-    asked for the bytes allocated at most and the number of launches."""
+    """What a run found out about one contender.
+
+    Attributes:
+        bytes: as the contender says.
+        seconds: of each round, as `timing` says.
+        host: host seconds until the call came back, from calls of their own; empty where `seconds` are that.
+        timing: CLOCK, KERNEL, REPLAY, WALL or HOST_BOUND.
+        backend: what served it.
+        peak, launches: bytes allocated at most and number of launches, where asked for.
+    """
 
     bytes: int = 0
     seconds: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
+    timing: str = CLOCK
+    backend: str = ""
     peak: int | None = None
     launches: int | None = None
+
+    @property
+    def host_bound(self) -> bool:
+        return self.timing == HOST_BOUND
 
     @property
     def median(self) -> float:
@@ -60,12 +91,12 @@ class Result:
 
     @property
     def host_median(self) -> float:
-        return statistics.median(self.host)
+        return statistics.median(self.host or self.seconds)
 
     @property
     def rate(self) -> float:
-        """Bytes per second."""
-        return self.bytes / self.median
+        """Bytes per second; NaN where the host decided how long it took."""
+        return float("nan") if self.host_bound else self.bytes / self.median
 
 
 @dataclass(frozen=True)
@@ -73,23 +104,27 @@ class Goal:
     """A bound on the ratio of two contenders in one run.
 
     It is the median of the rounds' ratios, so that a machine whose speed drifts from round to round does not decide, and the
-    ratio of medians where one of them sat rounds out.
+    ratio of medians where one of them sat rounds out. It is NaN, not measured, where one of the two is host-bound.
 
     Attributes:
         contender, baseline: names of the two.
         limit: the bound, by platform ("avx512", "avx2", "cuda"); platforms without one are only reported.
         faster: True: baseline / contender must be at least the limit; False: contender / baseline at most.
+        headline: the line of the table of goals that this belongs to, "" for none (see goals.py).
     """
 
     contender: str
     baseline: str
     limit: dict[str, float]
     faster: bool = False
+    headline: str = ""
 
     unit = ""
 
     def measured(self, results: Mapping[str, Result]) -> float:
         ours, theirs = results[self.contender], results[self.baseline]
+        if ours.host_bound or theirs.host_bound:
+            return float("nan")
         if len(ours.seconds) == len(theirs.seconds):
             ratio = statistics.median(a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True))
         else:
@@ -97,6 +132,7 @@ class Goal:
         return 1 / ratio if self.faster else ratio
 
     def hit(self, value: float, platform: str) -> bool | None:
+        """Whether the goal is reached; None where there is none on this platform. What was not measured is not reached."""
         if platform not in self.limit:
             return None
         return value >= self.limit[platform] if self.faster else value <= self.limit[platform]
@@ -113,8 +149,8 @@ class Bandwidth(Goal):
     other: str = ""
 
     def measured(self, results: Mapping[str, Result]) -> float:
-        best = max(results[name].rate for name in (self.baseline, self.other) if name)
-        return results[self.contender].rate / best
+        rates = [results[name].rate for name in (self.baseline, self.other) if name]
+        return results[self.contender].rate / max(rates) if all(rate == rate for rate in rates) else float("nan")
 
     def describe(self) -> str:
         return f"bandwidth of {self.contender}, share of {' or '.join(filter(None, (self.baseline, self.other)))}"
@@ -127,7 +163,8 @@ class Floor(Goal):
     bytes: int = 0
 
     def measured(self, results: Mapping[str, Result]) -> float:
-        return results[self.contender].median / (self.bytes / results[self.baseline].rate)
+        ours = results[self.contender]
+        return float("nan") if ours.host_bound else ours.median / (self.bytes / results[self.baseline].rate)
 
     def describe(self) -> str:
         return f"{self.contender} over the floor of {self.bytes / 1e9:.3g} GB at the rate of {self.baseline}"

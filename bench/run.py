@@ -22,10 +22,11 @@ from rich.markup import escape
 from rich.progress import Progress
 
 import fastpost
+from fastpost import dispatch
 from fastpost.backends import native
 from fastpost.bench.clocks import DeviceClock, HostClock, measure
 from fastpost.bench.registry import CASES, CUDA_CASES, Case, PeakMemory, Skipped, Target
-from fastpost.bench.table import rows, show, summary, write
+from fastpost.bench.table import HIT, MISS, NOT_MEASURED, bound_by_the_host, rows, show, summary, write
 from fastpost.errors import unknown
 
 # Where cases are registered, each family in a module for the CPU and one for GPUs, in the order they are run.
@@ -38,15 +39,16 @@ SECONDS_PER_CASE = 6.0  # on a GPU; rounds beyond it are not begun
 
 @dataclass
 class Outcome:
-    """How a run ended: how many goals were hit and missed, what was skipped, and the names of cases that failed."""
+    """How a run ended: how many goals were hit, missed and not measured, which cases were skipped and which failed."""
 
     hit: int = 0
     missed: int = 0
+    not_measured: int = 0
     skipped: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return not (self.missed or self.failed)
+        return not (self.missed or self.not_measured or self.failed)
 
 
 def load(names: Sequence[str], device: str = "cpu") -> dict[str, Callable[..., Case]]:
@@ -73,17 +75,25 @@ def load(names: Sequence[str], device: str = "cpu") -> dict[str, Callable[..., C
     return chosen or known
 
 
-def machine(device: torch.device) -> dict[str, object]:
-    """The columns that say on what a run was made."""
+def default_backend(device: str) -> str:
+    """What a run is about unless it is told otherwise: FASTPOST_BACKEND, or the compiled core for the device."""
+    return os.environ.get("FASTPOST_BACKEND") or ("cuda" if torch.device(device).type == "cuda" else "cpu")
+
+
+def machine(device: torch.device, backend: str) -> dict[str, object]:
+    """The columns that say what a run was about, and on what it was made."""
     found: dict[str, object] = {
-        "isa": "cuda" if device.type == "cuda" else native.core().cpu.isa(),
+        "backend": backend,
+        # Goals are the compiled core's, by instruction set; another backend has none.
+        "isa": native.core().cpu.isa() if backend == "cpu" else backend,
         "threads": torch.get_num_threads(),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu(),
         "torch": torch.__version__,
         "fastpost": fastpost.__version__,
         "date": datetime.date.today().isoformat(),
         "commit": os.environ.get("FASTPOST_COMMIT")
-        or _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        or _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+        or f"unknown, of {fastpost.__version__}",
     }
     if device.type == "cuda":
         import triton
@@ -92,6 +102,16 @@ def machine(device: torch.device) -> dict[str, object]:
         found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
         found["triton"] = triton.__version__
     return found
+
+
+def _cpu() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _output(*command: str) -> str:
@@ -111,6 +131,7 @@ def run(
     device: str = "cpu",
     seconds: float = float("inf"),
     heap: str | None = None,
+    backend: str | None = None,
 ) -> Outcome:
     """Measures the cases, prints a table each and writes the CSV after every case.
 
@@ -123,16 +144,30 @@ def run(
         seconds: begin no further case after this time.
         heap: on the CPU, a key of HEAPS: every case runs in a process of its own, whose allocator does that, so that no case
             depends on what ran before it. None: in this process, as it is.
+        backend: what serves fastpost's calls, all of them: one that it cannot serve fails. None: `default_backend`.
+
+    Raises:
+        BackendUnavailable: this machine lacks the backend; the message says why.
     """
     console = console or Console()
     place = torch.device(device)
+    backend = backend or default_backend(device)
+    with dispatch.use_backend(backend):
+        return _run(names, rounds, output, console, place, seconds, heap, backend)
+
+
+def _run(
+    names: Sequence[str], rounds: int, output: Path | None, console: Console, place: torch.device, seconds: float,
+    heap: str | None, backend: str,
+) -> Outcome:  # fmt: skip
     if place.index is not None:
         torch.cuda.set_device(place)  # events and streams are the current device's
-    where = machine(place) | ({} if heap is None else {"heap": heap})
+    where = machine(place, backend) | ({} if heap is None else {"heap": heap})
     outcome, written, begun = Outcome(), [], time.perf_counter()
     console.print(
-        f"fastpost {fastpost.__version__}, torch {torch.__version__}, {where.get('gpu') or where['isa']}, "
-        f"{torch.get_num_threads()} threads. Ratios hold within this run; milliseconds are this machine's."
+        f"fastpost {fastpost.__version__} ({where['commit']}), backend {backend}, torch {torch.__version__}, "
+        f"{where.get('gpu') or where['isa']}, {torch.get_num_threads()} threads.\n"
+        "Ratios hold within this run; milliseconds are this machine's."
     )
     for name, build in load(names, place.type).items():
         if time.perf_counter() - begun > seconds:
@@ -163,10 +198,13 @@ def run(
         if output is not None:
             write(output, written)
     results = [row.get("result") for row in written]
-    outcome.hit, outcome.missed = results.count("hit"), results.count("MISS")
+    outcome.hit, outcome.missed, outcome.not_measured = (results.count(what) for what in (HIT, MISS, NOT_MEASURED))
     if place.type != "cpu":
         summary(console, written)
-    console.print(f"{outcome.hit} goals hit, {outcome.missed} missed.")
+    console.print(f"{outcome.hit} goals hit, {outcome.missed} missed, {outcome.not_measured} not measured.")
+    bound = [f"{row['contender']} ({row['case']}, {row['dtype']})" for row in bound_by_the_host(written)]
+    if bound:
+        console.print(f"Bound by the host, so without a kernel's time: {'; '.join(bound)}.", markup=False)
     for what, cases in (("skipped", outcome.skipped), ("failed", outcome.failed)):
         if cases:
             console.print(f"Cases {what}: {', '.join(cases)}.")
@@ -200,7 +238,9 @@ def _one(
     try:
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task(name, total=rounds + clock.warm_up)
-            results = measure(case, case.build(), rounds, clock, lambda: progress.advance(task), limit)
+            results = measure(
+                case, case.build(), rounds, clock, lambda: progress.advance(task), limit, str(where["backend"])
+            )
     finally:
         torch.set_num_threads(before)
     return rows(case, results, where)
@@ -228,7 +268,8 @@ def _in_a_process(heap: str, name: str, rounds: int, where: dict[str, object]) -
 
 def _alone(name: str, rounds: int, where: dict[str, object]) -> list[dict[str, object]]:
     (build,) = load([name]).values()
-    return _one(name, build, rounds, torch.device("cpu"), where, Console())
+    with dispatch.use_backend(str(where["backend"])):
+        return _one(name, build, rounds, torch.device("cpu"), where, Console())
 
 
 def listing(names: Sequence[str], rounds: int, device: str) -> list[str]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastpost import SAM
 from fastpost.bench.params import gpt2_shapes
-from fastpost.bench.registry import Case, Contender, Goal, Skipped, Work, case
+from fastpost.bench.registry import Case, Contender, Goal, Skipped, Work, case, peer
 from fastpost.sam import SAMWindow
 
 MICRO_BATCHES, TOKENS = 4, 256
@@ -81,8 +81,8 @@ def sam_step() -> Case:
         f"124M, {MICRO_BATCHES} x {TOKENS} tokens",
         "float32",
         [
-            Contender("AdamW", plain(1), slow=True),
-            Contender("AdamW after two passes", plain(2), slow=True),
+            peer("AdamW", plain(1), slow=True),
+            peer("AdamW after two passes", plain(2), slow=True),
             Contender("SAM", sam(1.0), slow=True),
             Contender("SAM, ascent on a quarter", sam(0.25), slow=True),
         ],

@@ -7,17 +7,7 @@ from torch import Tensor, nn
 
 from fastpost import SAM, flatten_parameters, plan
 from fastpost.bench.params_cuda import COPY, DTYPES, also_triton, copy_of, name_of
-from fastpost.bench.registry import (
-    Bandwidth,
-    Case,
-    Contender,
-    Goal,
-    HostTime,
-    Launches,
-    Target,
-    Work,
-    cuda_case,
-)
+from fastpost.bench.registry import Bandwidth, Case, Contender, Goal, HostTime, Launches, Target, Work, cuda_case, peer
 from fastpost.ops import params as ops
 from fastpost.published import PublishedSAM, foreach_sam_perturb, foreach_sam_restore
 
@@ -151,8 +141,8 @@ def sam_small(at: Target) -> Case:
     def contenders() -> list[Contender]:
         return [
             Contender("list", rounds(parameters(at, shapes, torch.float32)), 7 * size, launches=True),
-            Contender("_foreach_ recipe", foreach(parameters(at, shapes, torch.float32)), launches=True),
-            Contender("popular wrapper", wrapper(parameters(at, shapes, torch.float32))),
+            peer("_foreach_ recipe", foreach(parameters(at, shapes, torch.float32)), launches=True),
+            peer("popular wrapper", wrapper(parameters(at, shapes, torch.float32))),
         ]
 
     goals = [
@@ -183,8 +173,8 @@ def sam_llama(at: Target, dtype: torch.dtype) -> Case:
             Contender("list, the three passes alone", passes(bucket_of(listed)), 7 * size, launches=True),
             *also_triton(at, "list", rounds(parameters(at, shapes, dtype, grads)), 7 * size),
             Contender("flattened", rounds(flat), 7 * size, launches=True),
-            Contender("_foreach_ recipe", foreach(parameters(at, shapes, dtype, grads)), 10 * size, launches=True),
-            Contender("popular wrapper", wrapper(parameters(at, shapes, dtype, grads)), 12 * size),
+            peer("_foreach_ recipe", foreach(parameters(at, shapes, dtype, grads)), 10 * size, launches=True),
+            peer("popular wrapper", wrapper(parameters(at, shapes, dtype, grads)), 12 * size),
         ]
 
     goals: list[Goal] = [
@@ -229,7 +219,7 @@ def restore_adamw(at: Target, dtype: torch.dtype) -> Case:
             Contender(
                 "restore, then torch's fused AdamW", apart.second_step, 9 * size, before=apart.first_step, launches=True
             ),
-            Contender("torch alone: copy back, fused AdamW", torch_only, 9 * size),
+            peer("torch alone: copy back, fused AdamW", torch_only, 9 * size),
         ]
 
     goals = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastpost.bench.registry import Case, Contender, Goal, Skipped, Work, case
+from fastpost.bench.registry import Case, Contender, Goal, Skipped, Work, case, peer
 
 ROWS, TOKENS, MICRO_BATCHES = 8, 64, 2
 
@@ -69,8 +69,8 @@ def trainer_step() -> Case:
         f"encoder of 22.7M, {MICRO_BATCHES} x {ROWS} x {TOKENS} tokens",
         "float32",
         [
-            Contender("Trainer", step(Trainer, 1)),
-            Contender("Trainer, two passes", step(Trainer, 2)),
+            peer("Trainer", step(Trainer, 1)),
+            peer("Trainer, two passes", step(Trainer, 2)),
             Contender("SAMTrainer", step(SAMTrainer, 1)),
             Contender("R3FTrainer", step(R3FTrainer, 1, r3f_eps=0.1)),
         ],

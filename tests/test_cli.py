@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 
-from fastpost.cli import arguments, lm, main, measure, report, session, stdlib, tasks, tuning
+from fastpost import dispatch
+from fastpost.cli import arguments, compare, lm, main, measure, report, session, stdlib, tasks, tuning
 
 WORDS = ("the", "a", "of", "file", "socket", "test", "thread", "window", "number", "date", "mail", "parse", "return", "read")
 METHODS = ("adamw", "sam", "asam", "r3f", "r4f", "gap")
@@ -96,6 +97,28 @@ def test_compare_every_method(tiny, tmp_path, capsys):
     assert "trained here in 3 steps" in shown
     assert "Without it: --methods adamw,sam,asam,r3f,r4f\n" in shown
     assert all(f" {method} " in shown for method in METHODS)
+
+
+def test_compare_does_not_let_the_reference_stand_in_for_a_missing_core(tiny, tmp_path, monkeypatch, capsys):
+    """Refused with the loader's words before anything is read; named, the reference may be compared, and is named."""
+    missing = dispatch.BackendStatus(False, "the compiler said: no such thing.")
+    status = {"cpu": missing, "reference": dispatch.BackendStatus(True, "")}
+    monkeypatch.setattr(dispatch, "backends", lambda: status)
+    monkeypatch.setattr(compare, "prepare", lambda arguments: pytest.fail("it went on"))
+    assert main(small(tiny, tmp_path / "refused", "--methods", "sam")) == 2
+    said = capsys.readouterr().err
+    assert "fastpost compare: error: backend 'cpu' is not available: the compiler said: no such thing." in said
+    assert "FASTPOST_BACKEND=reference" in said
+    assert not (tmp_path / "refused").exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("FASTPOST_BACKEND", "reference")
+    monkeypatch.setattr(dispatch, "_forced", None)
+    assert main(small(tiny, tmp_path / "named", "--methods", "sam", "--seeds", "3")) == 0
+    assert read(tmp_path / "named")[0]["about"]["backend"] == "reference"
+    monkeypatch.setenv("FASTPOST_BACKEND", "")
+    monkeypatch.setattr(dispatch, "_forced", None)
+    assert main(small(tiny, tmp_path / "core", "--methods", "adamw", "--seeds", "3", "--timing-rounds", "0")) == 0
+    assert read(tmp_path / "core")[0]["about"]["backend"] == "cpu"
 
 
 def test_compare_is_repeatable(tiny, tmp_path):

@@ -10,7 +10,12 @@ from pathlib import Path
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benches named (all by default). Returns 1 when a case failed or, with --strict, a goal was missed."""
     parser = argparse.ArgumentParser(prog="fastpost bench", description=__doc__)
-    parser.add_argument("names", nargs="*", help="cases to run; --list shows them")
+    parser.add_argument("names", nargs="*", help="cases to run, or what their names begin with; --list shows them")
+    parser.add_argument(
+        "--backend",
+        help="what serves fastpost's calls (default: FASTPOST_BACKEND, or the compiled core for the device); without it, "
+        "nothing is timed in its place: name reference or triton to time those",
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N; each has cases of its own")
     parser.add_argument("--list", action="store_true", help="print the device's cases and stop; needs no such device")
     parser.add_argument("--repeats", type=int, help="rounds; each runs every contender once (default 9; on a GPU 25)")
@@ -30,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rounds < 1:
         parser.error("--repeats must be at least 1")
     from fastpost.bench import run
+    from fastpost.dispatch import use_backend
+    from fastpost.errors import BackendUnavailable
 
     try:
         cases = run.load(options.names, kind)
@@ -45,6 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not torch.cuda.is_available():
             parser.error("--device cuda: torch sees no CUDA device; --list shows what would be timed")
+    backend = options.backend or run.default_backend(kind)
+    try:
+        with use_backend(backend):
+            pass  # before minutes are spent: the backend that is to be timed has to be there
+    except ValueError as error:
+        parser.error(str(error))
+    except BackendUnavailable as error:
+        parser.error(f"{error} `--backend reference` times the reference implementation, in rows that say so.")
     heap = None if kind == "cuda" else "kept" if options.keep_memory else "returned"
-    outcome = run.run(options.names, rounds, options.output, device=options.device, seconds=options.seconds, heap=heap)
+    outcome = run.run(
+        options.names, rounds, options.output, device=options.device, seconds=options.seconds, heap=heap, backend=backend
+    )
     return 1 if outcome.failed or (options.strict and not outcome) else 0

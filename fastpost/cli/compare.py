@@ -17,6 +17,7 @@ from fastpost.cli import report
 from fastpost.cli.arguments import parse
 from fastpost.cli.options import complain
 from fastpost.cli.session import Plan, Session, prepare
+from fastpost.errors import BackendUnavailable
 from fastpost.integrations.masking import Mask
 
 
@@ -52,6 +53,21 @@ def note(plan: Plan, results: report.Results) -> str:
     return "\n\n".join(parts)
 
 
+def served_by() -> str:
+    """The backend that will serve fastpost's side: the compiled core, or the one that FASTPOST_BACKEND names.
+
+    Raises:
+        ValueError: the core is missing and no other backend was named, so that the specification would be timed in its
+            place; or FASTPOST_BACKEND names none.
+    """
+    named = os.environ.get("FASTPOST_BACKEND")
+    try:
+        with fastpost.use_backend(named or "cpu"):
+            return named or "cpu"
+    except BackendUnavailable as error:
+        raise ValueError(f"{error} FASTPOST_BACKEND=reference compares with the reference implementation.") from error
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the comparison; 0, 2 for what cannot be started, 130 when interrupted."""
     from rich.console import Console
@@ -66,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
     began = time.perf_counter()
     try:
         arguments = parse(argv)
+        backend = served_by()
         with console.status("reading data and models"):
             plan = prepare(arguments)
         about = {
@@ -75,6 +92,7 @@ def main(argv: Sequence[str]) -> int:
             "versions": {"fastpost": fastpost.__version__, "torch": torch.__version__, "python": sys.version.split()[0]},
             "threads": torch.get_num_threads(),
             "cpu": fastpost.backends()["cpu"].reason,
+            "backend": backend,
             "test_examples": len(plan.task.test) if plan.task else 0,
             "examples": {s: len(getattr(plan.task, s)) for s in ("train", "validation", "test")} if plan.task else {},
             "source": plan.task.source if plan.task else "",
