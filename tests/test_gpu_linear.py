@@ -58,7 +58,11 @@ def test_float32() -> None:
     loss, gradients = exact(leaves, labels)
     ours = loss_of(leaves, labels)
     assert float(ours.detach()) == pytest.approx(loss, rel=1e-5)
-    assert max(errors(list(torch.autograd.grad(ours, leaves)), gradients)) < 1e-4
+    # Logits of 5 that differ by 0.05: their last rounding alone is 1.4e-5 of the noised stream's gradient, which is
+    # proportional to the difference; the other gradients know nothing of it.
+    bounds = [5e-6, 5e-5, 5e-6, 5e-6]
+    found = errors(list(torch.autograd.grad(ours, leaves)), gradients)
+    assert all(error < bound for error, bound in zip(found, bounds, strict=True)), found
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -132,19 +132,21 @@ class _Run:
         n, both = len(clean), not self.one_stream
         x = torch.cat((clean.to(head.dtype), noised.to(head.dtype))) if both else clean.to(head.dtype)
         logits = logits[: len(x)]
-        # Rounding to 16 bits drowns what the streams differ by; there the difference is multiplied, in a range of its own.
+        # The KL lives on what the streams differ by, and the rounding of two logits drowns a small difference. So it is the
+        # difference that is multiplied: operands of 16 bits in a range of its own, unless the streams came in 16 bits.
         difference = factor = None
-        if both and head.dtype.itemsize == 2:
+        if both and head.dtype != torch.float64:
             difference = noised.to(head.work) - clean.to(head.work)
-            factor = power_of_two(difference)
-            difference = (difference * factor).to(head.dtype)
-        if (
-            difference is not None
-            and factor is not None
-            and head.dtype.itemsize < min(clean.dtype.itemsize, noised.dtype.itemsize)
+            if head.dtype.itemsize == 2:
+                factor = power_of_two(difference)
+                difference = (difference * factor).to(head.dtype)
+        if difference is not None and (
+            factor is None or head.dtype.itemsize < min(clean.dtype.itemsize, noised.dtype.itemsize)
         ):
             head.products(torch.cat((x[:n], difference)), logits)
-            logits[n:].div_(factor).add_(logits[:n])
+            if factor is not None:
+                logits[n:].div_(factor)
+            logits[n:].add_(logits[:n])
         else:
             head.products(x, logits)
         if head.bias is not None:
@@ -162,7 +164,7 @@ class _Run:
             return
         if self.want_bias:
             self.grad_bias += grads[0 if self.want[0] else n : 2 * n if self.want[1] else n].sum(0)
-        if difference is not None and all(self.want):
+        if difference is not None and factor is not None and all(self.want):
             # G1' X1 + G2' X2 = (G1 + G2)' X1 + G2' (X2 - X1): the KL's two gradients all but cancel, and rounded would not.
             grads[:n] += grads[n:]
             total, rest = self._carry(grads[:n], x[:n], None), self._carry(grads[n:], difference, factor)
