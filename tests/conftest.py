@@ -8,10 +8,12 @@ import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched at run time
 
-from tests import emulation
+from tests import emulation, interpreter
 
 if emulation.enabled():
     emulation.activate()  # before anything loads the real core
+if interpreter.enabled():
+    interpreter.activate()
 
 from collections.abc import Iterator
 from pathlib import Path

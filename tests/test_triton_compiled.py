@@ -76,7 +76,7 @@ def divergence_kernel(dtype: str, arch: int, tmp_path: Path, warps: int = 16, **
         "dtype": element, "vector": True, "has_labels": True, "want_clean": True, "want_noised": True, "wide": False,
         "HEAD": head, "BLOCK": 4096, **changed,
     }  # fmt: skip
-    return compiled(divergence._divergence_kernel, types, constants, blocks, warps, arch, tmp_path)
+    return compiled(divergence._divergence_kernel, types, constants, blocks, warps, arch, tmp_path, enable_fp_fusion=False)
 
 
 def perturb_kernel(dtype: str, arch: int, tmp_path: Path, **changed) -> tuple[str, str]:
@@ -111,7 +111,7 @@ def distance_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
 
 def squares_kernel(squares: str, dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
     constants = {"dtype": TYPES[dtype][1], "squares": squares, "aligned": True, "BLOCK": 2048}
-    types = {"table": "*i64", "partial": "*fp64", "eta": "fp32"}
+    types = {"table": "*i64", "partial": "*fp64", "eta": "fp32", "eta_rest": "fp32"}
     return compiled(params._squares_kernel, types, constants, ("table",), 8, arch, tmp_path)
 
 
@@ -150,6 +150,7 @@ def noise_kernel(dtype: str, arch: int, tmp_path: Path, **changed) -> tuple[str,
     pointer, element, _ = TYPES[dtype]
     types = dict.fromkeys(("source", "clean", "noised"), pointer) | dict.fromkeys(("ids", "rows", "seed"), "*i64")
     types |= {"scales": "*fp32", "lines": "i64", "width": "i64", "stride": "i64", "eps": "fp32"}
+    types |= {"skipped": "i32", "parts": "i32"}
     constants = {
         "dtype": element, "normal": True, "has_ids": False, "has_rows": False, "has_scales": False, "QUADS": 256, **changed,
     }  # fmt: skip
@@ -168,7 +169,8 @@ def js_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
     types = dict.fromkeys(blocks, pointer) | dict.fromkeys(strides, "i64")
     types |= {"weights": "*fp64", "out": "*fp64", "cols": "i32"}
     constants = {"dtype": element, "want_clean": True, "want_noised": True, "wide": False, "BLOCK": 2048}
-    return compiled(divergence._js_kernel, types, constants, (*blocks, *strides, "cols"), 8, arch, tmp_path)
+    aligned = (*blocks, *strides, "cols")
+    return compiled(divergence._js_kernel, types, constants, aligned, 8, arch, tmp_path, enable_fp_fusion=False)
 
 
 # Registers that still leave room for two blocks (of 512 threads), four (256) or eight (128) on a multiprocessor.

@@ -7,11 +7,14 @@ keeps 16-byte accesses even where the width is odd (50,257), and a tail.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launches
 from .numerics import exp_nonpositive, expm1_small, round_to
 
 _BLOCK = 4096
@@ -89,11 +92,11 @@ def _block_finish(
     excess = _excess(r, p, q)
     # A weight of 0 gives exactly 0, whatever the logits hold.
     if want_clean:
-        gradient = tl.where(kl_weight != 0.0, kl_weight * (p * (r - clean_kl) + excess), 0.0)
+        gradient = tl.where(kl_weight != 0.0, kl_weight * tl.fma(p, r - clean_kl, excess), 0.0)
         gradient += tl.where(ce_weight != 0.0, ce_weight * p, 0.0)
         tl.store(grad_clean + at, round_to(gradient, dtype), mask=inside)
     if want_noised:
-        gradient = tl.where(kl_weight != 0.0, -kl_weight * (q * (r + noised_kl) + excess), 0.0)
+        gradient = tl.where(kl_weight != 0.0, -kl_weight * tl.fma(q, r + noised_kl, excess), 0.0)
         tl.store(grad_noised + at, round_to(gradient, dtype), mask=inside)
     term = excess * r
     if inside is not None:
@@ -272,7 +275,7 @@ def _divergence_kernel(
             r = (_centred(label_clean, label_noised, centre, centre_error, wide) - log_ratio).to(tl.float32)
             p = exp_nonpositive(label_clean - clean_max) * clean_scale
             q = exp_nonpositive(label_noised - noised_max) * noised_scale
-            gradient = tl.where(kl_weight != 0.0, kl_scale * (p * (r - clean_kl) + _excess(r, p, q)), 0.0)
+            gradient = tl.where(kl_weight != 0.0, kl_scale * tl.fma(p, r - clean_kl, _excess(r, p, q)), 0.0)
             gradient += (ce_weight.to(tl.float64) * (tl.exp(-ce) - 1.0)).to(tl.float32)
             tl.store(ga_row + label, round_to(gradient, dtype))
     value = tl.where(value < 0.0, 0.0, value)
@@ -306,13 +309,15 @@ def _mixture(
     less = tl.where(size < 0.5, -expm1_small(-size), 1.0 - u)
     s = tl.where(far, u, less) / tl.where(far, 2.0 + u, 3.0 + u)
     z = s * s
-    half = s + s * (z * (0.333333333 + z * (0.2 + z * (0.142857143 + z * 0.111111111))))
+    arctanh = z * tl.fma(z, tl.fma(z, tl.fma(z, 0.111111111, 0.142857143), 0.2), 0.333333333)
+    half = tl.fma(s, arctanh, s)
     over = 1.0 / (1.0 + u)
     t = less * over
     y = t * t
-    tail = y * (0.0111111111 + y * (0.00757575758 + y * (0.00549450549 + y * 0.00416666667)))
-    series = y * (0.5 + y * (0.0833333333 + y * (0.0333333333 + y * (0.0178571429 + tail))))
-    term = tl.where(far, 0.693147182 - (2.0 * half + u * over * size), series)
+    tail = y * tl.fma(y, tl.fma(y, tl.fma(y, 0.00416666667, 0.00549450549), 0.00757575758), 0.0111111111)
+    tail = tl.fma(y, tl.fma(y, 0.0178571429 + tail, 0.0333333333), 0.0833333333)
+    series = y * tl.fma(y, tail, 0.5)
+    term = tl.where(far, 0.693147182 - tl.fma(u * over, size, 2.0 * half), series)
     ln_2 = tl.full((), 0.6931471805599453, tl.float64)
     signed = tl.where(far, -2.0, 2.0) * half
     greater = tl.where(far, ln_2, 0.0) + signed.to(tl.float64)
@@ -334,7 +339,6 @@ def _js_kernel(
     b_row = noised + row * noised_stride
     ga_row = grad_clean + row * grad_clean_stride
     gb_row = grad_noised + row * grad_noised_stride
-    weight = tl.load(weights + row).to(tl.float32)
     full = tl.arange(0, BLOCK)
     clean_max = -_INFINITY
     noised_max = -_INFINITY
@@ -398,7 +402,9 @@ def _js_kernel(
         noised_kl += tl.sum(q * noised_log, axis=0)
         clean_mass += tl.sum(p, axis=0)
         noised_mass += tl.sum(q, axis=0)
-    value = tl.where(value > 0.6931471805599453, 0.6931471805599453, value)  # ln 2; rounding can go beyond
+    ln_2 = tl.full((), 0.6931471805599453, tl.float64)
+    value = tl.where(value > ln_2, ln_2, value)  # rounding can go beyond
+    weight = tl.load(weights + row).to(tl.float32)
     tl.store(out + row, tl.where(weight != 0.0, value, 0.0))
     if want_clean or want_noised:
         clean_kl /= clean_mass
@@ -455,6 +461,13 @@ def _block(cols: int) -> int:
     return min(_BLOCK, triton.next_power_of_2(cols))
 
 
+def _launched(rows: int, tensors: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    """For each launch how many rows it serves, and those rows of the tensors. (A number of rows to skip, handed to the
+    kernel, would be the one register too many.)"""
+    for before, count in launches(rows):
+        yield count, tensors if count == rows else [t[before : before + count] for t in tensors]
+
+
 def divergence_rows(
     clean: Tensor,
     noised: Tensor,
@@ -483,11 +496,13 @@ def divergence_rows(
     vector = cols >= _BLOCK and all(b.data_ptr() % 16 == 0 for b in blocks)
     vector = vector and len({b.stride(0) % elements for b in blocks}) == 1
     block = _block(cols)
-    _divergence_kernel[(rows,)](
-        *blocks, labels if labels is not None else clean, kl_weights, ce_weights, kl, ce,
-        cols, *(b.stride(0) for b in blocks), _TYPES[clean.dtype], vector, labels is not None, grad_clean is not None,
-        grad_noised is not None, cols < _NARROW, HEAD=elements, BLOCK=block, num_warps=16 if block >= 4096 else 4,
-    )  # fmt: skip
+    rowwise = [*blocks, labels if labels is not None else clean, kl_weights, ce_weights, kl, ce]
+    for programs, part in _launched(rows, rowwise):
+        _divergence_kernel[(programs,)](
+            *part, cols, *(b.stride(0) for b in blocks), _TYPES[clean.dtype], vector, labels is not None,
+            grad_clean is not None, grad_noised is not None, cols < _NARROW, HEAD=elements, BLOCK=block,
+            num_warps=16 if block >= 4096 else 4, enable_fp_fusion=False,
+        )  # fmt: skip
     return kl, ce
 
 
@@ -495,17 +510,18 @@ def js_rows(clean: Tensor, noised: Tensor, weights: Tensor, grad_clean: Tensor |
     """Per row (float64): the Jensen-Shannon divergence; gradients of weights * values go to the tensors given."""
     rows, cols = clean.shape
     value = torch.empty(rows, dtype=torch.float64, device=clean.device)
-    if rows:
-        blocks = [
-            clean,
-            noised,
-            grad_clean if grad_clean is not None else clean,
-            grad_noised if grad_noised is not None else noised,
-        ]
-        size = min(2048, triton.next_power_of_2(cols))
-        _js_kernel[(rows,)](
-            *blocks, weights, value, cols, *(b.stride(0) for b in blocks), _TYPES[clean.dtype], grad_clean is not None,
+    blocks = [
+        clean,
+        noised,
+        grad_clean if grad_clean is not None else clean,
+        grad_noised if grad_noised is not None else noised,
+    ]
+    size = min(2048, triton.next_power_of_2(cols))
+    for programs, part in _launched(rows, [*blocks, weights, value]):
+        _js_kernel[(programs,)](
+            *part, cols, *(b.stride(0) for b in blocks), _TYPES[clean.dtype], grad_clean is not None,
             grad_noised is not None, cols < _NARROW, BLOCK=size, num_warps=8 if size >= 2048 else 4,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return value
 
@@ -513,9 +529,10 @@ def js_rows(clean: Tensor, noised: Tensor, weights: Tensor, grad_clean: Tensor |
 def scale_rows_(block: Tensor, factors: Tensor) -> None:
     """block[row] *= factors[row]; a single factor serves all rows."""
     rows, cols = block.shape
-    if rows:
-        size = min(2048, triton.next_power_of_2(cols))
-        _scale_rows_kernel[(rows,)](
-            block, factors, cols, block.stride(0), int(factors.numel() > 1), _TYPES[block.dtype],
-            cols >= size and block.data_ptr() % 16 == 0, HEAD=16 // block.element_size(), BLOCK=size, num_warps=8,
+    size = min(2048, triton.next_power_of_2(cols))
+    several, aligned = factors.numel() > 1, cols >= size and block.data_ptr() % 16 == 0
+    for programs, part in _launched(rows, [block, factors] if several else [block]):
+        _scale_rows_kernel[(programs,)](
+            part[0], part[-1] if several else factors, cols, block.stride(0), int(several), _TYPES[block.dtype], aligned,
+            HEAD=16 // block.element_size(), BLOCK=size, num_warps=8,
         )  # fmt: skip

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launches
 from .numerics import philox_words, round_to, uniform_from_word
 
 _QUADS = 256  # Philox calls of a program, four elements each
@@ -68,6 +69,8 @@ def _noise_kernel(
     seed,
     clean,
     noised,
+    skipped,
+    parts,
     lines,
     width,
     stride,
@@ -79,15 +82,17 @@ def _noise_kernel(
     has_scales: tl.constexpr,
     QUADS: tl.constexpr,
 ):
-    # One program: a stretch of one row. Element c of the row takes number (row's number) * width + c, four to a quad, so a
-    # row may begin and end inside a quad.
-    row = tl.program_id(0).to(tl.int64)
+    # One program: one of a row's `parts`. Element c of the row takes number (row's number) * width + c, four to a quad, so a
+    # row may begin and end inside a quad. Earlier launches have taken the first `skipped` programs.
+    program = tl.program_id(0).to(tl.int64) + skipped
+    row = program // parts
+    part = program % parts
     line = tl.load(ids + row) if has_ids else row
     number = tl.load(rows + row) if has_rows else row
     width_of_noise = eps * tl.load(scales + row) if has_scales else eps
     first = tl.maximum(number, 0) * width
-    quad = first // 4 + tl.program_id(1).to(tl.int64) * QUADS + tl.arange(0, QUADS)
-    w0, w1, w2, w3 = philox_words(tl.load(seed), quad, tl.program_id(0) * 0)
+    quad = first // 4 + part * QUADS + tl.arange(0, QUADS)
+    w0, w1, w2, w3 = philox_words(tl.load(seed), quad, part * 0)
     if normal:
         r0 = _radius(w0)
         r2 = _radius(w2)
@@ -97,7 +102,7 @@ def _noise_kernel(
     else:
         words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
         z = uniform_from_word(words)
-    start = tl.program_id(1).to(tl.int64) * (4 * QUADS)
+    start = part * (4 * QUADS)
     inside_table = (line >= 0) & (line < lines)
     if inside_table & (first % 4 == 0) & (start + 4 * QUADS <= width):  # without a mask the accesses stay wide
         _add(source + line * stride, clean + row * width, noised + row * width, start + tl.arange(0, 4 * QUADS), None, None,
@@ -118,13 +123,14 @@ def _launch(
     source: Tensor, ids: Tensor | None, rows: Tensor | None, scales: Tensor | None, seed: Tensor,
     clean: Tensor | None, noised: Tensor, n_rows: int, lines: int, width: int, stride: int, eps: float, noise_type: str,
 ) -> None:  # fmt: skip
-    if n_rows and width:
-        # Rows may start three elements into a quad. Without FMA fusion fl(x + fl(eps z)) is the same bits everywhere.
-        grid = (n_rows, triton.cdiv(width + 3, 4 * _QUADS))
-        _noise_kernel[grid](
+    # Rows may start three elements into a quad.
+    parts = triton.cdiv(width + 3, 4 * _QUADS) if width else 0
+    for skipped, programs in launches(n_rows * parts):
+        # Without FMA fusion fl(x + fl(eps z)) is the same bits everywhere.
+        _noise_kernel[(programs,)](
             source, ids if ids is not None else seed, rows if rows is not None else seed,
             scales if scales is not None else seed, seed,
-            clean if clean is not None else noised, noised, lines, width, stride, eps, _TYPES[noised.dtype],
+            clean if clean is not None else noised, noised, skipped, parts, lines, width, stride, eps, _TYPES[noised.dtype],
             noise_type == "normal", ids is not None, rows is not None, scales is not None, QUADS=_QUADS, num_warps=4,
             enable_fp_fusion=False,
         )  # fmt: skip

@@ -2,6 +2,9 @@
 
 Everything is computed in float32 from values that were cast after loading: Triton's interpreter would otherwise calculate
 on the raw bits of bfloat16. Stores round with integer operations, to nearest even, because the interpreter truncates.
+
+Rows of logits are compiled without the compiler's own fusing of products and sums, which depends on what else a kernel does;
+here it is written out. So a gradient has the same bits whether or not the other one is wanted.
 """
 
 import triton
@@ -46,21 +49,20 @@ def round_randomly(x, random, dtype: tl.constexpr):
 @triton.jit
 def exp_nonpositive(x):
     """e^x for x <= 0 and NaN, within 1 ulp; 0 below -87.33, where the result leaves float's normal range."""
-    shifted = x * 1.44269502 + 12583039.0  # 1.5 * 2^23 + 127: the last bits become an exponent field
+    shifted = tl.fma(x, 1.44269502, 12583039.0)  # 1.5 * 2^23 + 127: the last bits become an exponent field
     n = shifted - 12583039.0
-    f = (x - n * 0.693145752) - n * 1.42860677e-06
-    tail = 0.49999994 + f * (0.166665196 + f * (0.0416684002 + f * (0.00836885069 + f * 0.00138143206)))
+    f = tl.fma(n, -1.42860677e-06, tl.fma(n, -0.693145752, x))
+    tail = tl.fma(f, tl.fma(f, tl.fma(f, tl.fma(f, 0.00138143206, 0.00836885069), 0.0416684002), 0.166665196), 0.49999994)
     scale = (shifted.to(tl.uint32, bitcast=True) << 23).to(tl.float32, bitcast=True)
-    return tl.where(x < -87.33, 0.0, (1.0 + (f + f * f * tail)) * scale)
+    return tl.where(x < -87.33, 0.0, (1.0 + tl.fma(f * f, tail, f)) * scale)
 
 
 @triton.jit
 def expm1_small(x):
     """e^x - 1 for abs(x) <= 0.5, within 1 ulp; of the sign of x, and 0 at 0."""
-    tail = 0.50000006 + x * (
-        0.166666642 + x * (0.0416653603 + x * (0.00833357871 + x * (0.00139961764 + x * 0.000198498106)))
-    )
-    return x + x * x * tail
+    tail = tl.fma(x, tl.fma(x, 0.000198498106, 0.00139961764), 0.00833357871)
+    tail = tl.fma(x, tl.fma(x, tl.fma(x, tail, 0.0416653603), 0.166666642), 0.50000006)
+    return tl.fma(x * x, tail, x)
 
 
 @triton.jit

@@ -1,55 +1,87 @@
 """Parameter lists: norm, perturb, restore, sign flips.
 
-A table of addresses in device memory lets one launch walk a whole list.
+A table in device memory says where the tensors of a list lie, so that one launch walks all of them; each program finds the
+chunk of 65,536 elements that is its own. A table is kept from call to call, and sent again only if an address has changed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import in_two_floats
 from .numerics import CHUNK, philox_words, round_randomly, round_to
 
 SUMS = 6  # e.e, s.s, e.s, v.v, e.v, changed
 _BLOCK = 2048
 
 
-def chunk_table(columns: list[list[Tensor]], streams: list[int]) -> tuple[Tensor, bool]:
-    """One row (addresses of the columns, length, tensor's index, first element) per chunk of 65,536 elements.
+class Table:
+    """Where some columns of a list of tensors lie (weights, gradients, ...; all of a column of one dtype).
 
-    Returns:
-        int64 tensor of shape (chunks, len(columns) + 3) on the tensors' device, and whether every address lies on 16 bytes.
+    Attributes:
+        chunks: how many programs walk the list.
+        memory: int64 on the tensors' device, for `_row`: how many tensors there are; for each a row of its addresses,
+            length, stream and first chunk; then for every chunk the tensor that it lies in.
+        aligned: whether every address lies on 16 bytes.
     """
-    rows = []
-    sizes = [column[0].element_size() for column in columns]
-    for i, tensor in enumerate(columns[0]):
-        addresses = [column[i].data_ptr() for column in columns]
-        for begin in range(0, tensor.numel(), CHUNK.value):
-            length = min(CHUNK.value, tensor.numel() - begin)
-            rows.append([*(a + begin * size for a, size in zip(addresses, sizes, strict=True)), length, streams[i], begin])
-    aligned = all(a % 16 == 0 for row in rows for a in row[: len(columns)])
-    table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(columns) + 3)
-    return table.to(columns[0][0].device, non_blocking=True), aligned
+
+    def __init__(self, lengths: Sequence[int], streams: Sequence[int]) -> None:
+        self._lengths, self._streams = np.asarray(lengths, np.int64), np.asarray(streams, np.int64)
+        counts = -(-self._lengths // CHUNK.value)
+        self._first = np.cumsum(counts) - counts
+        self._owners = np.repeat(np.arange(len(counts)), counts)
+        self.chunks = len(self._owners)
+        self.aligned = True
+        self.memory: Tensor = torch.empty(0, dtype=torch.int64)
+        self._sent: object = None
+
+    def point(self, columns: Sequence[Sequence[Tensor]]) -> Table:
+        """Follows the tensors to where they lie now. The upload waits for nothing."""
+        addresses = [[t.data_ptr() for t in column] for column in columns]
+        device = columns[0][0].device
+        # What one stream has sent another may not have received.
+        state = (addresses, device if device.type == "cpu" else torch.accelerator.current_stream(device))
+        if state != self._sent:
+            table = np.array(addresses, np.int64)
+            rows = np.column_stack([*table, self._lengths, self._streams, self._first])
+            flat = torch.from_numpy(np.concatenate(([len(rows)], rows.ravel(), self._owners)))
+            self.memory = flat.to(device, non_blocking=True)
+            self.aligned = not bool((table[:, self._lengths > 0] % 16).any())
+            self._sent = state
+        return self
 
 
 @triton.jit
-def _pointer(table, column: tl.constexpr, width: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr):
-    address = tl.load(table + tl.program_id(0).to(tl.int64) * width + column)
-    pointer = address.to(tl.pointer_type(dtype))
+def _row(table, width: tl.constexpr):
+    """Of this program's chunk: its tensor's row in the table, the chunk's first element in the tensor, and its length."""
+    tensors = tl.load(table)
+    chunk = tl.program_id(0).to(tl.int64)
+    row = table + 1 + width * tl.load(table + 1 + width * tensors + chunk)
+    begin = (chunk - tl.load(row + width - 1)) * CHUNK
+    return row, begin, tl.minimum(tl.load(row + width - 3) - begin, CHUNK)
+
+
+@triton.jit
+def _pointer(row, begin, column: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr):
+    pointer = tl.load(row + column).to(tl.pointer_type(dtype)) + begin
     if aligned:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
 
 @triton.jit
-def _term(x, y, at, inside, masked: tl.constexpr, eta, squares: tl.constexpr):
+def _term(x, y, at, inside, masked: tl.constexpr, eta, eta_rest, squares: tl.constexpr):
     a = (tl.load(x + at, mask=inside, other=0.0) if masked else tl.load(x + at)).to(tl.float32).to(tl.float64)
     if squares != "plain":
         b = (tl.load(y + at, mask=inside, other=0.0) if masked else tl.load(y + at)).to(tl.float32)
         if squares == "scaled":
-            a *= tl.abs(b).to(tl.float64) + eta
+            a *= (tl.abs(b).to(tl.float64) + eta) + eta_rest
         else:
             a -= b.to(tl.float64)
     return a * a
@@ -57,28 +89,28 @@ def _term(x, y, at, inside, masked: tl.constexpr, eta, squares: tl.constexpr):
 
 @triton.jit
 def _squares_kernel(
-    table, partial, eta, dtype: tl.constexpr, squares: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr
+    table, partial, eta, eta_rest, dtype: tl.constexpr, squares: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr
 ):
     width: tl.constexpr = 4 if squares == "plain" else 5
-    x = _pointer(table, 0, width, dtype, aligned)
+    row, begin, length = _row(table, width)
+    x = _pointer(row, begin, 0, dtype, aligned)
     y = x
     if squares != "plain":
-        y = _pointer(table, 1, width, dtype, aligned)
-    length = tl.load(table + tl.program_id(0).to(tl.int64) * width + (width - 3))
+        y = _pointer(row, begin, 1, dtype, aligned)
     total = tl.zeros((BLOCK,), dtype=tl.float64)
     body = length // BLOCK
     for block in range(body):  # whole blocks need no mask, which keeps their accesses wide
         i = block * BLOCK + tl.arange(0, BLOCK)
-        total += _term(x, y, i, True, False, eta, squares)
+        total += _term(x, y, i, True, False, eta, eta_rest, squares)
     i = body * BLOCK + tl.arange(0, BLOCK)
-    total += _term(x, y, i, i < length, True, eta, squares)
+    total += _term(x, y, i, i < length, True, eta, eta_rest, squares)
     tl.store(partial + tl.program_id(0), tl.sum(total, axis=0))
 
 
 @triton.jit
-def _random_halves(row, seed, i):
+def _random_halves(row, begin, seed, i):
     """16 bits for element e = begin + i of a tensor: half e % 2 of word e % 8 // 2 of philox(seed, e // 8, tensor)."""
-    element = tl.load(row + 5) + i
+    element = begin + i
     w0, w1, w2, w3 = philox_words(tl.load(seed), element // 8, tl.load(row + 4))
     which = (element % 8) // 2
     word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
@@ -87,8 +119,8 @@ def _random_halves(row, seed, i):
 
 @triton.jit
 def _perturb_block(
-    w, g, stash, row, seed, i, inside, high, low, eta, dtype: tl.constexpr, seen: tl.constexpr, adaptive: tl.constexpr,
-    masters: tl.constexpr, stochastic: tl.constexpr,
+    w, g, stash, row, begin, seed, i, inside, high, low, eta, dtype: tl.constexpr, seen: tl.constexpr,
+    adaptive: tl.constexpr, masters: tl.constexpr, stochastic: tl.constexpr,
 ):  # fmt: skip
     """Perturbs one block; returns the element-wise terms of the six sums. inside: None for a whole block."""
     if inside is None:
@@ -116,7 +148,7 @@ def _perturb_block(
     if high == 0.0:  # nothing moves: 0 * inf is not 0, and -0 + 0 is not -0
         e = tl.zeros_like(e)
     if stochastic:
-        written = round_randomly(exact + e, _random_halves(row, seed, i), dtype)
+        written = round_randomly(exact + e, _random_halves(row, begin, seed, i), dtype)
     else:
         written = round_to(exact + e, dtype)
     if masters:
@@ -148,14 +180,13 @@ def _sam_perturb_kernel(
     aligned: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = table + tl.program_id(0).to(tl.int64) * 6
-    w = _pointer(table, 0, 6, dtype, aligned)
-    g = _pointer(table, 1, 6, dtype, aligned)
+    row, begin, length = _row(table, 6)
+    w = _pointer(row, begin, 0, dtype, aligned)
+    g = _pointer(row, begin, 1, dtype, aligned)
     if masters:
-        stash = _pointer(table, 2, 6, tl.float32, aligned)
+        stash = _pointer(row, begin, 2, tl.float32, aligned)
     else:
-        stash = _pointer(table, 2, 6, dtype, aligned)
-    length = tl.load(row + 3)
+        stash = _pointer(row, begin, 2, dtype, aligned)
     # Two factors, the second a power of two, hold a scale that float32 alone could not; 0 means that nothing moves.
     high = tl.load(scale)
     low = tl.load(scale + 1)
@@ -169,7 +200,7 @@ def _sam_perturb_kernel(
     for block in range(body):  # whole blocks need no mask, which keeps their accesses wide
         i = block * BLOCK + tl.arange(0, BLOCK)
         t0, t1, t2, t3, t4, t5 = _perturb_block(
-            w, g, stash, row, seed, i, None, high, low, eta, dtype, seen, adaptive, masters, stochastic
+            w, g, stash, row, begin, seed, i, None, high, low, eta, dtype, seen, adaptive, masters, stochastic
         )
         ee += t0
         ss += t1
@@ -179,7 +210,7 @@ def _sam_perturb_kernel(
         changed += t5
     i = body * BLOCK + tl.arange(0, BLOCK)
     t0, t1, t2, t3, t4, t5 = _perturb_block(
-        w, g, stash, row, seed, i, i < length, high, low, eta, dtype, seen, adaptive, masters, stochastic
+        w, g, stash, row, begin, seed, i, i < length, high, low, eta, dtype, seen, adaptive, masters, stochastic
     )
     at = partial + tl.program_id(0).to(tl.int64) * 6
     tl.store(at, tl.sum((ee + t0).to(tl.float64), axis=0))
@@ -192,9 +223,9 @@ def _sam_perturb_kernel(
 
 @triton.jit
 def _restore_kernel(table, bits: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr):
-    w = _pointer(table, 0, 5, bits, aligned)
-    stash = _pointer(table, 1, 5, bits, aligned)
-    length = tl.load(table + tl.program_id(0).to(tl.int64) * 5 + 2)
+    row, begin, length = _row(table, 5)
+    w = _pointer(row, begin, 0, bits, aligned)
+    stash = _pointer(row, begin, 1, bits, aligned)
     body = length // BLOCK
     for block in range(body):
         i = block * BLOCK + tl.arange(0, BLOCK)
@@ -204,13 +235,13 @@ def _restore_kernel(table, bits: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _adamw_block(table, row, factors, skips, i, inside, dtype: tl.constexpr, aligned: tl.constexpr):
+def _adamw_block(row, begin, factors, skips, i, inside, dtype: tl.constexpr, aligned: tl.constexpr):
     """One block of AdamW from the stash. factors: as in csrc/core/params.h, the gradients' scale first."""
-    w = _pointer(table, 0, 8, dtype, aligned)
-    g = _pointer(table, 1, 8, dtype, aligned)
-    stash = _pointer(table, 2, 8, dtype, aligned)
-    first = _pointer(table, 3, 8, dtype, aligned)
-    second = _pointer(table, 4, 8, dtype, aligned)
+    w = _pointer(row, begin, 0, dtype, aligned)
+    g = _pointer(row, begin, 1, dtype, aligned)
+    stash = _pointer(row, begin, 2, dtype, aligned)
+    first = _pointer(row, begin, 3, dtype, aligned)
+    second = _pointer(row, begin, 4, dtype, aligned)
     at = factors + tl.load(row + 6) * 8
     raw = tl.load(stash + i, mask=inside)
     if skips == 0.0:
@@ -231,20 +262,19 @@ def _adamw_block(table, row, factors, skips, i, inside, dtype: tl.constexpr, ali
 
 @triton.jit
 def _restore_adamw_kernel(table, factors, skip, dtype: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr):
-    row = table + tl.program_id(0).to(tl.int64) * 8
-    length = tl.load(row + 5)
+    row, begin, length = _row(table, 8)
     skips = tl.load(skip)
     body = length // BLOCK
     for block in range(body):
-        _adamw_block(table, row, factors, skips, block * BLOCK + tl.arange(0, BLOCK), None, dtype, aligned)
+        _adamw_block(row, begin, factors, skips, block * BLOCK + tl.arange(0, BLOCK), None, dtype, aligned)
     i = body * BLOCK + tl.arange(0, BLOCK)
-    _adamw_block(table, row, factors, skips, i, i < length, dtype, aligned)
+    _adamw_block(row, begin, factors, skips, i, i < length, dtype, aligned)
 
 
 @triton.jit
-def _flipped(x, i, row, seed, sign: tl.constexpr, random: tl.constexpr):
+def _flipped(x, i, row, begin, seed, sign: tl.constexpr, random: tl.constexpr):
     if random:
-        element = tl.load(row + 3) + i
+        element = begin + i
         w0, w1, w2, w3 = philox_words(tl.load(seed), element // 128, tl.load(row + 2))
         which = (element % 128) // 32
         word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
@@ -258,16 +288,15 @@ def _flipped(x, i, row, seed, sign: tl.constexpr, random: tl.constexpr):
 def _flip_kernel(
     table, seed, bits: tl.constexpr, sign: tl.constexpr, random: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = table + tl.program_id(0).to(tl.int64) * 4
-    g = _pointer(table, 0, 4, bits, aligned)
-    length = tl.load(row + 1)
+    row, begin, length = _row(table, 4)
+    g = _pointer(row, begin, 0, bits, aligned)
     body = length // BLOCK
     for block in range(body):
         i = block * BLOCK + tl.arange(0, BLOCK)
-        tl.store(g + i, _flipped(tl.load(g + i), i, row, seed, sign, random))
+        tl.store(g + i, _flipped(tl.load(g + i), i, row, begin, seed, sign, random))
     i = body * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(g + i, mask=i < length, other=0)
-    tl.store(g + i, _flipped(x, i, row, seed, sign, random), mask=i < length)
+    tl.store(g + i, _flipped(x, i, row, begin, seed, sign, random), mask=i < length)
 
 
 @triton.jit
@@ -277,8 +306,8 @@ def _scaled(x, by, dtype: tl.constexpr):
 
 @triton.jit
 def _scale_kernel(table, factor, dtype: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr):
-    g = _pointer(table, 0, 4, dtype, aligned)
-    length = tl.load(table + tl.program_id(0).to(tl.int64) * 4 + 1)
+    row, begin, length = _row(table, 4)
+    g = _pointer(row, begin, 0, dtype, aligned)
     by = tl.load(factor)
     body = length // BLOCK
     for block in range(body):
@@ -296,60 +325,49 @@ def _bits(dtype: torch.dtype) -> tuple[tl.dtype, int]:
     return (tl.int32, -(1 << 31)) if dtype.itemsize == 4 else (tl.int16, -(1 << 15))
 
 
-def _sum_of_squares(columns: list[list[Tensor]], squares: str, eta: float, streams: list[int]) -> Tensor:
+def _sum_of_squares(table: Table, dtype: torch.dtype, squares: str, eta: float = 0.0) -> Tensor:
     """Float64 scalar. One partial sum per chunk, folded in order of the chunks."""
-    table, aligned = chunk_table(columns, streams)
-    partial = torch.zeros(len(table), dtype=torch.float64, device=table.device)
-    if len(table):
-        dtype = _TYPES[columns[0][0].dtype]
-        _squares_kernel[(len(table),)](table, partial, eta, dtype, squares, aligned, BLOCK=_BLOCK, num_warps=8)
+    partial = torch.zeros(table.chunks, dtype=torch.float64, device=table.memory.device)
+    if table.chunks:
+        _squares_kernel[(table.chunks,)](
+            table.memory, partial, *in_two_floats(eta), _TYPES[dtype], squares, table.aligned, BLOCK=_BLOCK, num_warps=8
+        )
     return partial.sum()
 
 
-def squared_norm(grads: list[Tensor], weights: list[Tensor] | None, eta: float, streams: list[int]) -> Tensor:
-    """Sum of g^2, or of ((abs(w) + eta) g)^2."""
-    if weights is None:
-        return _sum_of_squares([grads], "plain", eta, streams)
-    return _sum_of_squares([grads, weights], "scaled", eta, streams)
+def squared_norm(table: Table, dtype: torch.dtype, eta: float | None) -> Tensor:
+    """Sum of g^2, or with eta of ((abs(w) + eta) g)^2; columns: gradients, then weights where there is an eta."""
+    return _sum_of_squares(table, dtype, "plain") if eta is None else _sum_of_squares(table, dtype, "scaled", eta)
 
 
-def squared_distance(weights: list[Tensor], stash: list[Tensor], streams: list[int]) -> Tensor:
-    """Sum of (w - stash)^2."""
-    return _sum_of_squares([weights, stash], "difference", 0.0, streams)
+def squared_distance(table: Table, dtype: torch.dtype) -> Tensor:
+    """Sum of (w - stash)^2; columns: weights, stash."""
+    return _sum_of_squares(table, dtype, "difference")
 
 
 def sam_perturb_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    stash: list[Tensor],
-    squared: Tensor,
-    rho: float,
-    eta: float | None,
-    seen: torch.dtype,
-    streams: list[int],
-    seed: Tensor | None = None,
-    masters: bool = False,
-) -> Tensor:
-    """stash = w, w = w + e; returns the six sums in float64. Nothing waits for the device.
+    table: Table, dtype: torch.dtype, squared: Tensor, rho: float, eta: float | None, seen: torch.dtype,
+    seed: Tensor | None = None, masters: bool = False,
+) -> Tensor:  # fmt: skip
+    """stash = w, w = w + e; returns the six sums in float64. Columns: weights, gradients, stash.
 
     seed: round 16-bit weights at random. masters: the stash holds float32 masters m, which are only read, and w = m + e.
     """
-    table, aligned = chunk_table([weights, grads, stash], streams)
-    partial = torch.zeros((len(table), SUMS), dtype=torch.float64, device=table.device)
-    if len(table):
-        stochastic = seed is not None and weights[0].element_size() == 2
-        _sam_perturb_kernel[(len(table),)](
-            table, partial, _split(squared, rho), table if seed is None else seed, eta or 0.0, _TYPES[weights[0].dtype],
-            _TYPES[seen], eta is not None, masters, stochastic, aligned, BLOCK=_BLOCK, num_warps=8,
+    partial = torch.zeros((table.chunks, SUMS), dtype=torch.float64, device=table.memory.device)
+    if table.chunks:
+        stochastic = seed is not None and dtype.itemsize == 2
+        _sam_perturb_kernel[(table.chunks,)](
+            table.memory, partial, _split(squared, rho), table.memory if seed is None else seed, eta or 0.0, _TYPES[dtype],
+            _TYPES[seen], eta is not None, masters, stochastic, table.aligned, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip
     return partial.sum(dim=0)
 
 
 @triton.jit
 def _cast_kernel(table, dtype: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr):
-    w = _pointer(table, 0, 5, dtype, aligned)
-    masters = _pointer(table, 1, 5, tl.float32, aligned)
-    length = tl.load(table + tl.program_id(0).to(tl.int64) * 5 + 2)
+    row, begin, length = _row(table, 5)
+    w = _pointer(row, begin, 0, dtype, aligned)
+    masters = _pointer(row, begin, 1, tl.float32, aligned)
     body = length // BLOCK
     for block in range(body):
         i = block * BLOCK + tl.arange(0, BLOCK)
@@ -358,11 +376,10 @@ def _cast_kernel(table, dtype: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.co
     tl.store(w + i, round_to(tl.load(masters + i, mask=i < length, other=0.0), dtype), mask=i < length)
 
 
-def sam_cast_(weights: list[Tensor], masters: list[Tensor], streams: list[int]) -> None:
-    """w = m, rounded to nearest."""
-    table, aligned = chunk_table([weights, masters], streams)
-    if len(table):
-        _cast_kernel[(len(table),)](table, _TYPES[weights[0].dtype], aligned, BLOCK=_BLOCK, num_warps=8)
+def sam_cast_(table: Table, dtype: torch.dtype) -> None:
+    """w = m, rounded to nearest; columns: weights, masters."""
+    if table.chunks:
+        _cast_kernel[(table.chunks,)](table.memory, _TYPES[dtype], table.aligned, BLOCK=_BLOCK, num_warps=8)
 
 
 def copy_block(itemsize: int) -> int:
@@ -370,23 +387,25 @@ def copy_block(itemsize: int) -> int:
     return 4096 // itemsize
 
 
-def sam_restore_(weights: list[Tensor], stash: list[Tensor], streams: list[int]) -> None:
-    """w = stash, bit for bit."""
-    table, aligned = chunk_table([weights, stash], streams)
-    if len(table):
-        bits = _bits(weights[0].dtype)[0]
-        _restore_kernel[(len(table),)](table, bits, aligned, BLOCK=copy_block(weights[0].element_size()), num_warps=8)
+def sam_restore_(table: Table, dtype: torch.dtype) -> None:
+    """w = stash, bit for bit; columns: weights, stash."""
+    if table.chunks:
+        block = copy_block(dtype.itemsize)
+        _restore_kernel[(table.chunks,)](table.memory, _bits(dtype)[0], table.aligned, BLOCK=block, num_warps=8)
 
 
 def sam_restore_adamw_(
-    columns: list[list[Tensor]], steps: list[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
-    maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
+    table: Table, dtype: torch.dtype, steps: list[Tensor], lr: float, betas: tuple[float, float], eps: float,
+    weight_decay: float, maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
 ) -> None:  # fmt: skip
-    """One step of AdamW from the stash; columns: weights, gradients, stash, first and second moments."""
-    table, aligned = chunk_table(columns, list(range(len(steps))))
-    if not len(table):
+    """One step of AdamW from the stash; columns: weights, gradients, stash, first and second moments.
+
+    The table's streams are the tensors' places in `steps`.
+    """
+    if not table.chunks:
         return
-    count = torch.stack([step.reshape(()) for step in steps]).to(table.device).double()
+    device = table.memory.device
+    count = torch.stack([step.reshape(()) for step in steps]).to(device).double()
     unscale = torch.ones_like(count) if grad_scale is None else 1.0 / grad_scale.double().expand(len(steps))
     factors = torch.stack(
         [
@@ -401,24 +420,26 @@ def sam_restore_adamw_(
         ],
         dim=1,
     ).float()
-    skip = torch.zeros(1, device=table.device) if found_inf is None else found_inf.float().reshape(1)
-    _restore_adamw_kernel[(len(table),)](table, factors, skip, _TYPES[columns[0][0].dtype], aligned, BLOCK=1024, num_warps=8)
+    skip = torch.zeros(1, device=device) if found_inf is None else found_inf.float().reshape(1)
+    _restore_adamw_kernel[(table.chunks,)](
+        table.memory, factors, skip, _TYPES[dtype], table.aligned, BLOCK=1024, num_warps=8
+    )
 
 
-def flip_(grads: list[Tensor], seed: Tensor | None, streams: list[int]) -> None:
-    """Flips every sign bit, or with a seed those that its Philox bits choose."""
-    table, aligned = chunk_table([grads], streams)
-    if len(table):
-        bits, sign = _bits(grads[0].dtype)
-        given = table if seed is None else seed
-        _flip_kernel[(len(table),)](table, given, bits, sign, seed is not None, aligned, BLOCK=_BLOCK, num_warps=8)
+def flip_(table: Table, dtype: torch.dtype, seed: Tensor | None) -> None:
+    """Flips every sign bit, or with a seed those that its Philox bits choose; column: gradients."""
+    if table.chunks:
+        bits, sign = _bits(dtype)
+        given = table.memory if seed is None else seed
+        _flip_kernel[(table.chunks,)](
+            table.memory, given, bits, sign, seed is not None, table.aligned, BLOCK=_BLOCK, num_warps=8
+        )
 
 
-def scale_(grads: list[Tensor], factor: Tensor, streams: list[int]) -> None:
-    """g = factor * g, with the factor in device memory (float64, one element)."""
-    table, aligned = chunk_table([grads], streams)
-    if len(table):
-        _scale_kernel[(len(table),)](table, factor, _TYPES[grads[0].dtype], aligned, BLOCK=_BLOCK, num_warps=8)
+def scale_(table: Table, dtype: torch.dtype, factor: Tensor) -> None:
+    """g = factor * g, with the factor in device memory (float64, one element); column: gradients."""
+    if table.chunks:
+        _scale_kernel[(table.chunks,)](table.memory, factor, _TYPES[dtype], table.aligned, BLOCK=_BLOCK, num_warps=8)
 
 
 def _split(squared: Tensor, rho: float) -> Tensor:

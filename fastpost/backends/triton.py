@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import weakref
 from typing import Any
 
 import torch
@@ -42,57 +43,72 @@ def _kernels(family: str) -> Any:
     return importlib.import_module(f"fastpost.triton_kernels.{family}")
 
 
+# Tables of addresses, by the columns that are in them, for as long as their bucket lives.
+_tables: weakref.WeakKeyDictionary[Bucket, dict[tuple[str, ...], Any]] = weakref.WeakKeyDictionary()
+
+
+def _table(bucket: Bucket, *columns: str) -> Any:
+    """The bucket's table of these columns, pointing at where the tensors lie now."""
+    tables = _tables.setdefault(bucket, {})
+    lists = [getattr(bucket, name) for name in columns]
+    if columns not in tables:
+        # AdamW has a row of factors per tensor of the bucket; all else knows a tensor by its place in the user's list.
+        streams = range(len(lists[0])) if "first" in columns else bucket.streams
+        tables[columns] = _kernels("params").Table([t.numel() for t in lists[0]], streams)
+    return tables[columns].point(lists)
+
+
 def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
-    weights = bucket.weights if eta is not None else None
-    total: Tensor = _kernels("params").squared_norm(bucket.grads, weights, eta or 0.0, bucket.streams)
+    columns = ("grads",) if eta is None else ("grads", "weights")
+    total: Tensor = _kernels("params").squared_norm(_table(bucket, *columns), bucket.dtype, eta)
     return total
 
 
 def squared_distance(bucket: Bucket) -> Tensor:
-    total: Tensor = _kernels("params").squared_distance(bucket.weights, bucket.stash, bucket.streams)
+    total: Tensor = _kernels("params").squared_distance(_table(bucket, "weights", "stash"), bucket.dtype)
     return total
 
 
 def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:
+    table = _table(bucket, "weights", "grads", "stash")
     with held():  # the launch and the note of it are two lines of Python
-        sums: Tensor = _kernels("params").sam_perturb_(
-            bucket.weights, bucket.grads, bucket.stash, squared, rho, eta, seen_dtype, bucket.streams, seed
-        )
+        sums: Tensor = _kernels("params").sam_perturb_(table, bucket.dtype, squared, rho, eta, seen_dtype, seed)
         bucket.stashed = True
     return sums
 
 
 def sam_perturb_masters_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
-    sums: Tensor = _kernels("params").sam_perturb_(
-        bucket.weights, bucket.grads, bucket.stash, squared, rho, eta, seen_dtype, bucket.streams, masters=True
-    )
+    table = _table(bucket, "weights", "grads", "stash")
+    sums: Tensor = _kernels("params").sam_perturb_(table, bucket.dtype, squared, rho, eta, seen_dtype, masters=True)
     return sums
 
 
 def sam_cast_(bucket: Bucket) -> None:
-    _kernels("params").sam_cast_(bucket.weights, bucket.stash, bucket.streams)
+    _kernels("params").sam_cast_(_table(bucket, "weights", "stash"), bucket.dtype)
 
 
 def sam_restore_(bucket: Bucket) -> None:
-    _kernels("params").sam_restore_(bucket.weights, bucket.stash, bucket.streams)
+    _kernels("params").sam_restore_(_table(bucket, "weights", "stash"), bucket.dtype)
 
 
 def sam_restore_adamw_(
     bucket: Bucket, steps: list[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
     maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
 ) -> None:  # fmt: skip
-    columns = [bucket.weights, bucket.grads, bucket.stash, bucket.first, bucket.second]
-    _kernels("params").sam_restore_adamw_(columns, steps, lr, betas, eps, weight_decay, maximize, grad_scale, found_inf)
+    table = _table(bucket, "weights", "grads", "stash", "first", "second")
+    _kernels("params").sam_restore_adamw_(
+        table, bucket.dtype, steps, lr, betas, eps, weight_decay, maximize, grad_scale, found_inf
+    )
 
 
 def negate_(bucket: Bucket) -> None:
-    _kernels("params").flip_(bucket.grads, None, bucket.streams)
+    _kernels("params").flip_(_table(bucket, "grads"), bucket.dtype, None)
 
 
 def flip_signs_(bucket: Bucket, seed: Tensor) -> None:
-    _kernels("params").flip_(bucket.grads, seed, bucket.streams)
+    _kernels("params").flip_(_table(bucket, "grads"), bucket.dtype, seed)
 
 
 def negate_norm_(bucket: Bucket) -> Tensor:
@@ -105,7 +121,7 @@ def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
     norm = squared.sqrt()
     clips = torch.isfinite(norm) & (norm > max_norm)
     factor = torch.where(clips, -max_norm / norm, torch.full_like(norm, -1.0))
-    _kernels("params").scale_(bucket.grads, factor, bucket.streams)
+    _kernels("params").scale_(_table(bucket, "grads"), bucket.dtype, factor)
 
 
 def add_noise(
