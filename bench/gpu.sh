@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Turns a machine with a CUDA device into evidence, without a network, in under ten minutes: builds in place, runs the GPU tests,
-# compute-sanitizer on small inputs, and the benches; leaves a CSV and logs, and a table at the end of its output.
+# Turns a machine with a CUDA device into evidence, without a network, in eight minutes with the build: builds in place, runs the
+# GPU tests, the benches, compute-sanitizer on small inputs and Nsight Compute; leaves a CSV and logs, and ends its output with
+# every goal, what was measured and the verdict.
 #
 #   bench/gpu.sh [--dry-run] [--quick] [--only STAGE] [--output DIR] [--seconds N]
 #
 #   --dry-run     for machines without a GPU: compiles the CUDA core (where nvcc is), lists what would be tested and timed
 #   --quick       without inputs beyond 2^31 elements, torch.compile's baselines, and with fewer rounds
-#   --only STAGE  build, tests, sanitizer or bench; may be given more than once
+#   --only STAGE  build, tests, bench, sanitizer or profile; may be given more than once
 #   --output DIR  where the CSV and the logs go (default: $OUT, else bench/data for the CSV and build/gpu for the logs)
-#   --seconds N   time for everything (default 570); each stage has its share, and one that fails stops no other
+#   --seconds N   time for everything (default 470). The build takes up to 180 s of it whatever N is, and a build that fails ends
+#                 the run; the other stages share what is left, and one that fails stops no other
 #
 # Needs nvcc, a C++17 compiler, and a Python (PYTHON, .venv's or python3) with torch, Triton, pybind11, CMake, Ninja, pytest,
 # hypothesis, mpmath, rich. FASTPOST_COMMIT names the commit in the CSV where git cannot. Exit status: how many stages failed.
@@ -22,7 +24,7 @@ begun=$SECONDS
 usage() { sed -n '2,/^# shellcheck/{/^# shellcheck/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 die() { echo "gpu.sh: $1" >&2; exit 2; }
 
-dry='' quick='' only='' output=${OUT:-} total=570
+dry='' quick='' only='' output=${OUT:-} total=470
 while (($#)); do
   case $1 in
     --dry-run) dry=1 ;;
@@ -30,7 +32,7 @@ while (($#)); do
     --only | --output | --seconds)
       [[ -n ${2:-} ]] || die "$1 needs a value"
       case $1 in
-        --only) [[ $2 =~ ^(build|tests|sanitizer|bench)$ ]] || die "--only: build, tests, sanitizer or bench, not $2"
+        --only) [[ $2 =~ ^(build|tests|bench|sanitizer|profile)$ ]] || die "--only: build, tests, bench, sanitizer or profile, not $2"
           only+=" $2 " ;;
         --output) output=$2 ;;
         --seconds) [[ $2 =~ ^[0-9]+$ ]] || die "--seconds: a whole number, not $2"
@@ -61,6 +63,7 @@ else
 fi
 logs=${output:-$work} data=${output:-$root/bench/data}
 mkdir -p "$work" "$logs"
+touch "$work/begun"
 tests=(tests/test_gpu_*.py)
 
 # The package as an editable install would lay it out, for a Python in which it is not installed: bench/ and triton_kernels/ lie
@@ -150,7 +153,7 @@ checks=('memcheck cuda 0' 'memcheck triton 0' 'racecheck cuda 0' 'initcheck cuda
 check() {
   local tool=$1 what=$2 expected=$3 help options status=0
   help=$(compute-sanitizer --help)
-  options=(--tool "$tool" --error-exitcode 86 --print-limit 20)
+  options=(--tool "$tool" --error-exitcode 86 --print-limit "$([[ $tool == initcheck ]] && echo 20000 || echo 20)")
   [[ $tool == memcheck ]] && options+=(--report-api-errors no)
   # The other tools look at our own kernels only: torch's are slow to instrument and not the matter here.
   if [[ $tool != memcheck ]]; then
@@ -160,9 +163,15 @@ check() {
       options+=(--kernel-regex kns=fastpost)
     fi
   fi
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 TRITON_CACHE_DIR=$work/triton-$tool-$what OMP_NUM_THREADS=1 \
+  # Inputs are begun for half of the time; the last one, compilation and the tool's own work have the other half. Triton's
+  # kernels are there from the tests.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 TRITON_CACHE_DIR=$work/triton OMP_NUM_THREADS=1 \
     timeout -k 5 "$((limit > 16 ? limit - 8 : 8))" compute-sanitizer "${options[@]}" "$python" -m tests.gpu_sanitize "$what" \
-    >"$work/$tool-$what.log" 2>&1 || status=$?
+    "$((limit / 2))" >"$work/$tool-$what.log" 2>&1 || status=$?
+  if [[ $tool == initcheck ]] && ((status == 0 || status == 86)); then
+    "$python" -m tests.gpu_sanitize judge "$work/$tool-$what.log" >"$work/$tool-$what.verdict" && status=0 || status=$?
+    cat "$work/$tool-$what.verdict" >>"$work/$tool-$what.log"
+  fi
   if ((status == expected)); then
     echo "ok      $tool on $what$( ((expected)) && echo ' (a planted defect, found)')"
   else
@@ -193,6 +202,8 @@ sanitizer() {
   ! grep -q FAILED "$work/checks.txt" && (($(wc -l <"$work/checks.txt") == ${#checks[@]}))
 }
 
+csv_file() { echo "$data/$(tr '[:upper:] ' '[:lower:]-' <<<"$gpu").csv"; }
+
 bench() {
   local names=() options=(--device cuda)
   if [[ -n $quick ]]; then
@@ -203,22 +214,44 @@ bench() {
     "$python" -m fastpost bench --list "${options[@]}" "${names[@]}"
     return
   fi
-  local csv
-  csv=$data/$(tr '[:upper:] ' '[:lower:]-' <<<"$gpu").csv
-  COLUMNS=140 "$python" -m fastpost bench "${options[@]}" --seconds "$((limit > 40 ? limit - 25 : 15))" --output "$csv" "${names[@]}"
+  COLUMNS=140 "$python" -m fastpost bench "${options[@]}" --seconds "$((limit > 40 ? limit - 25 : 15))" --output "$(csv_file)" \
+    "${names[@]}"
+}
+
+# What Nsight Compute says of our kernels at the sizes of the bench: time alone, share of the memory's peak, instructions.
+profiled=(kl_train_128256_float32 kl_train_128256_bfloat16 linear_r3f_gpt2 sam_llama_bfloat16 perturb_flat_bfloat16
+  restore_adamw_bfloat16 add_noise_bfloat16)
+metrics=gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,smsp__inst_executed.sum
+metrics+=,launch__registers_per_thread,sm__warps_active.avg.pct_of_peak_sustained_active
+
+profile() {
+  if [[ -n $dry ]]; then
+    echo "ncu --metrics $metrics: python -m fastpost.bench.profiled ${profiled[*]}"
+    return
+  fi
+  command -v ncu >/dev/null || { echo "ncu was not found" && return 1; }
+  ncu --csv --page raw --metrics "$metrics" --profile-from-start off --kernel-name-base demangled --kernel-name regex:fastpost \
+    --log-file "$logs/profile.csv" "$python" -m fastpost.bench.profiled "${profiled[@]}" || return
+  grep -c fastpost "$logs/profile.csv"
 }
 
 # -- running them -------------------------------------------------------------------------------------------------------------
 
-failed=0 table=''
+failed=0 table='' spent=''
 
-# stage NAME CAP RESERVE: runs it in a process group of its own, for at most CAP seconds and leaving RESERVE for those after it.
+# stage NAME CAP SHARE: runs it in a process group of its own, for at most CAP seconds and SHARE percent of what is left.
 stage() {
-  local name=$1 cap=$2 reserve=$3 status=0 start=$SECONDS verdict
+  local name=$1 cap=$2 share=$3 status=0 start=$SECONDS verdict
   [[ -z $only || $only == *" $name "* ]] || return 0
-  limit=$((total - (SECONDS - begun) - reserve))
+  limit=$(((total - (SECONDS - begun)) * share / 100))
+  if [[ $name == build ]]; then
+    limit=$cap
+  elif [[ -n $spent ]] || ((limit < 2)); then
+    failed=$((failed + 1))
+    table+=$(printf '%-10s %-24s %4d s  %s' "$name" "not run: ${spent:-no time left}" 0 -)$'\n'
+    return 0
+  fi
   ((limit > cap)) && limit=$cap
-  ((limit < 5)) && limit=5
   echo "== $name (at most $limit s)"
   set -m
   ("$name") >"$logs/$name.log" 2>&1 &
@@ -241,6 +274,7 @@ stage() {
     show "$name" "$status"
   fi
   ((status)) && failed=$((failed + 1))
+  [[ $name == build && $status != 0 ]] && spent='the build failed'
   table+=$(printf '%-10s %-24s %4d s  %s' "$name" "$verdict" "$((SECONDS - start))" "$logs/$name.log")$'\n'
 }
 
@@ -248,6 +282,7 @@ stage() {
 show() {
   case $1 in
     sanitizer) grep -E '^(ok|FAILED) ' "$logs/$1.log" || tail -n 5 "$logs/$1.log" ;;
+    profile) tail -n 8 "$logs/$1.log" | cut -c -200 ;;
     tests) tail -n "$(($2 ? 40 : 6))" "$logs/$1.log" | cut -c -200 ;;
     bench) grep -E '^(hit|MISS) |goals hit|^Cases|failed:|skipped:|not run' "$logs/$1.log" || tail -n 20 "$logs/$1.log" ;;
     *) tail -n "$(($2 ? 30 : 5))" "$logs/$1.log" | cut -c -200 ;;
@@ -257,12 +292,21 @@ show() {
 gpu=$(gpu_query name)
 echo "fastpost on ${gpu:-no GPU}, driver $(gpu_query driver_version), $("$python" -c \
   'import platform, torch; print("Python", platform.python_version(), "torch", torch.__version__)')"
-stage build 150 400
-stage tests 200 250
-stage sanitizer 110 160
-stage bench 560 10
+stage build 180 100
+stage tests 130 40
+stage bench 300 72
+stage sanitizer 90 70
+stage profile 90 95
 echo
-echo "$table" | tee "$logs/summary.txt"
+{
+  if [[ -z $dry ]]; then
+    measured=$(csv_file)
+    [[ $measured -nt $work/begun ]] || measured='' # another run's
+    "$python" -m fastpost.bench.goals ${measured:+"$measured"} || true
+    echo
+  fi
+  echo "$table"
+} | tee "$logs/summary.txt"
 if [[ -n $dry ]]; then
   echo "A dry run: nothing ran on a GPU, nothing was installed. On a GPU machine all this takes at most $total s."
 else

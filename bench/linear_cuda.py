@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastpost
-from fastpost.bench.registry import Case, Contender, Goal, PeakMemory, Target, Work, cuda_case, peer
+from fastpost.bench.params_cuda import from_liger
+from fastpost.bench.registry import Case, Contender, Goal, Launches, PeakMemory, Target, Work, cuda_case, peer
 from fastpost.published import fairseq_symmetric_kl
 
 SHAPES = {"gpt2": (4096, 768, 50257), "llama": (4096, 4096, 128256)}
 CHUNK = 1024
 MB = 10**6
+LIGER = "Liger fused-linear JSD"
 
 
 class Head:
@@ -39,6 +42,17 @@ class Head:
     def published(self, hidden: Tensor, noised: Tensor, weight: Tensor) -> Tensor:
         logits, noised_logits = hidden @ weight.T, noised @ weight.T
         return F.cross_entropy(logits.float(), self.labels) + fairseq_symmetric_kl(noised_logits, logits)
+
+    def liger(self, library: Any) -> Work:
+        """Its nearest relative: the Jensen-Shannon divergence through one head, gradients of one stream and the weight."""
+        loss = library.LigerFusedLinearJSD(jsd_beta=0.5)
+        hidden, noised, weight = self.leaves
+
+        def run() -> object:
+            value = loss(noised, weight, hidden.detach(), weight.detach(), shift_labels=self.labels)
+            return torch.autograd.grad(value, (noised, weight))
+
+        return run
 
     @torch.no_grad()
     def products(self) -> None:
@@ -68,11 +82,15 @@ def linear_r3f(at: Target, shape: tuple[int, int, int]) -> Case:
             Contender(ours, head.step(head.fused), peak=True, launches=True),
             Contender(whole, head.step(head.on_logits), slow=True, peak=True),
             peer(published, head.step(head.published), slow=True, peak=True),
+            *from_liger(at, LIGER, head.liger),
         ]
 
     goals: list[Goal] = [
-        Goal(ours, alone, {"cuda": 1.15}),
+        Goal(ours, alone, {"cuda": 1.10}),
+        Goal(ours, whole, {}, faster=True),
         Goal(ours, published, {"cuda": 1.0}, faster=True),
+        Goal(ours, LIGER, {}, faster=True),
+        Launches(ours, limit={"cuda": 80}),
         PeakMemory(ours, "", {"cuda": ((1 << 30) + outputs) / MB + 64}, per=MB),
     ]
     return Case(

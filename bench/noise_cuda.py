@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import fastpost
-from fastpost.bench.params_cuda import COPY, DTYPES, also_triton, copy_of, name_of
+from fastpost.bench.params_cuda import COPY, DTYPES, SHARES, also_triton, copy_of, name_of
 from fastpost.bench.registry import Bandwidth, Case, Contender, Goal, Target, Work, cuda_case, peer
 from fastpost.ops.noise import NOISE_TYPES
 from fastpost.published import distributions_noise
@@ -43,7 +43,7 @@ def add_noise(at: Target, dtype: torch.dtype) -> Case:
     goals: list[Goal] = []
     for kind in NOISE_TYPES:
         goals += [
-            Bandwidth(kind, COPY, {"cuda": 0.90}),
+            Bandwidth(kind, COPY, SHARES[name_of(dtype)]),
             Goal(kind, f"torch {kind}_ + add", {}, faster=True),
         ]
     return Case(
@@ -103,7 +103,7 @@ def embedding_noise(at: Target, dtype: torch.dtype) -> Case:
         ]
 
     goals: list[Goal] = [
-        Bandwidth("embedding_noise", COPY, {"cuda": 0.90}),
+        Bandwidth("embedding_noise", COPY, SHARES[name_of(dtype)]),
         Goal("embedding_noise", "torch gather, uniform_, add", {}, faster=True),
     ]
     return Case(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +16,7 @@ from fastpost.bench.registry import Bandwidth, Case, Contender, Goal, Target, Wo
 from fastpost.ops import params as ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHARES = {"float32": {"cuda": 0.94}, "bfloat16": {"cuda": 0.92}}  # of the rate of a copy that a pass over a list reaches
 RHO = 0.05
 COPY = "copy"
 
@@ -30,6 +35,14 @@ def also_triton(at: Target, name: str, work: Work, bytes: int) -> list[Contender
             work()
 
     return [Contender(f"{name}, triton", run, bytes, backend="triton")]
+
+
+def from_liger(at: Target, name: str, make: Callable[[Any], Work], before: Work | None = None) -> list[Contender]:
+    """A contender of liger-kernel's, made from its module `liger_kernel.transformers`; nothing where there is none."""
+    if at.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return []
+    library = importlib.import_module("liger_kernel.transformers")
+    return [peer(name, make(library), 0, before, by="liger-kernel", slow=True, peak=True)]
 
 
 def copy_of(source: Tensor) -> Contender:
@@ -54,7 +67,7 @@ def norm_flat(at: Target, dtype: torch.dtype) -> Case:
             *also_triton(at, "squared_norm", work, size),
         ]
 
-    goals = [Bandwidth("squared_norm", "read (torch.sum)", {"cuda": 0.90}, other=COPY)]
+    goals = [Bandwidth("squared_norm", "read (torch.sum)", SHARES[name_of(dtype)], other=COPY)]
     return Case("norm, flat", f"{n:,}", name_of(dtype), contenders, goals, bytes=size, work=6, memory=2 * size)
 
 
@@ -74,7 +87,7 @@ def distance_flat(at: Target, dtype: torch.dtype) -> Case:
             peer("torch sub + vector_norm", lambda: torch.linalg.vector_norm(x - y), 4 * size),
         ]
 
-    goals = [Bandwidth("squared_distance", COPY, {"cuda": 0.90})]
+    goals = [Bandwidth("squared_distance", COPY, SHARES[name_of(dtype)])]
     return Case("distance, flat", f"{n:,}", name_of(dtype), contenders, goals, bytes=2 * size, work=5, memory=4 * size)
 
 
@@ -100,8 +113,8 @@ def perturb_flat(at: Target, dtype: torch.dtype) -> Case:
         ]
 
     goals: list[Goal] = [
-        Bandwidth("sam_perturb_", COPY, {"cuda": 0.92}),
-        Bandwidth("sam_restore_", COPY, {"cuda": 0.92}),
+        Bandwidth("sam_perturb_", COPY, SHARES[name_of(dtype)]),
+        Bandwidth("sam_restore_", COPY, SHARES[name_of(dtype)]),
     ]
     return Case("perturb, flat", f"{n:,}", name_of(dtype), contenders, goals, bytes=4 * size, work=4, memory=4 * size)
 
@@ -127,8 +140,8 @@ def negate(at: Target, dtype: torch.dtype) -> Case:
         return made
 
     goals = [
-        Bandwidth("negate_", COPY, {"cuda": 0.92}),
-        Bandwidth("flip_signs_", COPY, {"cuda": 0.88}),
+        Bandwidth("negate_", COPY, SHARES[name_of(dtype)]),
+        Bandwidth("flip_signs_", COPY, SHARES[name_of(dtype)]),
         Bandwidth("negate_clip_, no bound (negate + norm)", COPY, {}),
         Bandwidth("negate_clip_ (norm, then scale)", COPY, {}),
     ]

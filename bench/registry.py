@@ -110,14 +110,12 @@ class Goal:
         contender, baseline: names of the two.
         limit: the bound, by platform ("avx512", "avx2", "cuda"); platforms without one are only reported.
         faster: True: baseline / contender must be at least the limit; False: contender / baseline at most.
-        headline: the line of the table of goals that this belongs to, "" for none (see goals.py).
     """
 
     contender: str
     baseline: str
     limit: dict[str, float]
     faster: bool = False
-    headline: str = ""
 
     unit = ""
 

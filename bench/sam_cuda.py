@@ -89,9 +89,6 @@ def wrapper(params: nn.ParameterList) -> Work:
     return run
 
 
-# Host time first: a profiler that has counted launches leaves something behind in every later one.
-
-
 @cuda_case()
 def host_time(at: Target) -> Case:
     """What a call costs the host: the plan of a flat buffer, and 600 tensors whose gradients are new each time."""

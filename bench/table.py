@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fastpost.bench.registry import HOST_BOUND, KERNEL, REPLAY, Case, Result
+from fastpost.bench.registry import HOST_BOUND, KERNEL, REPLAY, Case, Goal, Result
 
 # kernel_ms is the device's time alone, host_us the host's until the call came back; median_ms is what the host's clock says
 # from the call to its end. p20_ms and p80_ms belong to the one of kernel_ms and median_ms that is there; `timing` names it.
@@ -54,7 +54,7 @@ def rows(case: Case, results: dict[str, Result], where: Row) -> list[Row]:
             continue  # of a backend or a library that this machine lacks
         value = goal.measured(results)
         hit = goal.hit(value, platform_)
-        bound = f"{'>=' if goal.faster else '<='} {goal.limit[platform_]:g}{goal.unit}" if platform_ in goal.limit else ""
+        bound = limit_of(goal, platform_)
         written.append(
             {
                 **common,
@@ -65,6 +65,11 @@ def rows(case: Case, results: dict[str, Result], where: Row) -> list[Row]:
             }
         )
     return written
+
+
+def limit_of(goal: Goal, platform_: str) -> str:
+    """A goal's bound in words; nothing where it has none on this platform."""
+    return f"{'>=' if goal.faster else '<='} {goal.limit[platform_]:g}{goal.unit}" if platform_ in goal.limit else ""
 
 
 def _number(value: float, digits: int) -> float | str:

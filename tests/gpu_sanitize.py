@@ -3,12 +3,21 @@
 What is computed is the tests' business; here addresses are. PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor an
 allocation of its own, so that the step beyond its end is seen. Two words in place of a backend plant a defect each, which
 shows that a sanitizer looks at our kernels at all: "overrun" walks past an allocation, "unwritten" reads what nobody wrote.
+
+A number of seconds may follow: no further input is begun after it. Families take turns, each with the inputs first that
+differ most, and the last line says how many were run. `python -m tests.gpu_sanitize judge LOG` reads what initcheck wrote:
+torch's own copies of memory that it has not filled are no matter of ours, a report that names our library or kernels is.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,11 +30,23 @@ from fastpost.ops.noise import NOISE_TYPES, add_noise, embedding_noise
 
 LENGTHS = (1, 7, 0, 33, 1025, 65537)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OFFSETS = ((0, 0, 0), (3, 3, 3), (1, 2, 3))
+NOISE_SHAPES = ((4, 1031), (5, 3), (1, 65537), (3, 8))
+ROWS = ((4, 1031), (5, 33), (2, 5000), (3, 2))
+T = TypeVar("T")
+
+
+def pairs(others: Sequence[T]) -> Iterator[tuple[torch.dtype, T]]:
+    """Every dtype with every other thing; the first few hold all dtypes and as many of the others."""
+    for shift in range(len(others)):
+        for i, dtype in enumerate(DTYPES):
+            yield dtype, others[(i + shift) % len(others)]
 
 
 def shifted(t: Tensor, offset: int) -> Tensor:
-    """A copy that starts `offset` elements into its allocation and ends with it."""
-    return torch.empty(t.numel() + offset, dtype=t.dtype, device=t.device)[offset:].copy_(t.flatten())
+    """A copy that starts `offset` elements into its allocation and ends with it. A kernel writes it, because
+    initcheck complains of torch's copies."""
+    return torch.mul(t.flatten(), 1, out=torch.empty(t.numel() + offset, dtype=t.dtype, device=t.device)[offset:])
 
 
 def lists(device: str, dtype: torch.dtype, offsets: tuple[int, int, int]) -> list[list[Tensor]]:
@@ -34,25 +55,24 @@ def lists(device: str, dtype: torch.dtype, offsets: tuple[int, int, int]) -> lis
 
 
 def params(device: str) -> Iterator[str]:
-    for dtype in DTYPES:
-        for offsets in ((0, 0, 0), (3, 3, 3), (1, 2, 3)):
-            w, g, s = lists(device, dtype, offsets)
-            for eta in (None, 0.01):
-                squared = ops.squared_norm(g, None if eta is None else w, eta=eta or 0.0)
-                for seen in (dtype, torch.bfloat16):
-                    ops.sam_perturb_(w, g, s, squared, rho=0.3, adaptive=eta is not None, eta=eta or 0.0, seen_dtype=seen)
-                    ops.sam_restore_(w, s)
-            ops.squared_distance(w, s)
-            moments = [[torch.ones_like(t) for t in w] for _ in range(2)]
-            for found_inf in (0.0, 1.0):
-                counts = [torch.ones((), device=device) for _ in w]
-                flag = torch.full((), found_inf, device=device)
-                ops.sam_restore_adamw_(w, g, s, *moments, counts, lr=0.1, found_inf=flag, grad_scale=torch.ones_like(flag))
-            ops.negate_(g)
-            ops.flip_signs_(g, 3)
-            ops.negate_clip_(g)
-            ops.negate_clip_(g, 1.0)
-            yield f"lists of {dtype}, offsets {offsets}"
+    for dtype, offsets in pairs(OFFSETS):
+        w, g, s = lists(device, dtype, offsets)
+        for eta in (None, 0.01):
+            squared = ops.squared_norm(g, None if eta is None else w, eta=eta or 0.0)
+            for seen in (dtype, torch.bfloat16):
+                ops.sam_perturb_(w, g, s, squared, rho=0.3, adaptive=eta is not None, eta=eta or 0.0, seen_dtype=seen)
+                ops.sam_restore_(w, s)
+        ops.squared_distance(w, s)
+        moments = [[torch.ones_like(t) for t in w] for _ in range(2)]
+        for found_inf in (0.0, 1.0):
+            counts = [torch.ones((), device=device) for _ in w]
+            flag = torch.full((), found_inf, device=device)
+            ops.sam_restore_adamw_(w, g, s, *moments, counts, lr=0.1, found_inf=flag, grad_scale=torch.ones_like(flag))
+        ops.negate_(g)
+        ops.flip_signs_(g, 3)
+        ops.negate_clip_(g)
+        ops.negate_clip_(g, 1.0)
+        yield f"lists of {dtype}, offsets {offsets}"
     many = [torch.randn(1 + i % 9, device=device) for i in range(1700)]
     ops.flip_signs_(many, 3)
     ops.squared_norm(many)
@@ -60,43 +80,41 @@ def params(device: str) -> Iterator[str]:
 
 
 def noise(device: str) -> Iterator[str]:
-    for dtype in DTYPES:
-        for shape in ((5, 3), (4, 1031), (1, 65537), (3, 8)):
-            x = shifted(torch.randn(shape, device=device).to(dtype), 1).view(shape)
-            keep = torch.rand(shape[0], device=device) < 0.6
-            for kind in NOISE_TYPES:
-                for out in (dtype, torch.float32):
-                    add_noise(x, 0.1, kind, seed=3, out_dtype=out)
-                    add_noise(x, 0.1, kind, seed=3, keep=keep, out_dtype=out)
-                ids = torch.randint(0, shape[0], (2, 7), device=device)
-                embedding_noise(x, ids, 0.1, kind, seed=3)
-                embedding_noise(x, ids, 0.1, kind, seed=3, keep=ids > 1)
-                step = {
-                    "token_index": torch.arange(shape[0], device=device) - 1,
-                    "scale": torch.rand(shape[0], device=device),
-                }
-                add_noise(x, 0.1, kind, seed=3, **step)
-                embedding_noise(x, ids, 0.1, kind, seed=3, token_index=ids - 1, scale=torch.rand(2, 7, device=device))
-                if device != "cpu":  # rows that do not exist
-                    embedding_noise(x, torch.tensor([0, shape[0], -1, 2**40], device=device), 0.1, kind, seed=3)
-            yield f"noise on {dtype} {shape}"
+    for dtype, shape in pairs(NOISE_SHAPES):
+        x = shifted(torch.randn(shape, device=device).to(dtype), 1).view(shape)
+        keep = torch.rand(shape[0], device=device) < 0.6
+        for kind in NOISE_TYPES:
+            for out in (dtype, torch.float32):
+                add_noise(x, 0.1, kind, seed=3, out_dtype=out)
+                add_noise(x, 0.1, kind, seed=3, keep=keep, out_dtype=out)
+            ids = torch.randint(0, shape[0], (2, 7), device=device)
+            embedding_noise(x, ids, 0.1, kind, seed=3)
+            embedding_noise(x, ids, 0.1, kind, seed=3, keep=ids > 1)
+            step = {
+                "token_index": torch.arange(shape[0], device=device) - 1,
+                "scale": torch.rand(shape[0], device=device),
+            }
+            add_noise(x, 0.1, kind, seed=3, **step)
+            embedding_noise(x, ids, 0.1, kind, seed=3, token_index=ids - 1, scale=torch.rand(2, 7, device=device))
+            if device != "cpu":  # rows that do not exist
+                embedding_noise(x, torch.tensor([0, shape[0], -1, 2**40], device=device), 0.1, kind, seed=3)
+        yield f"noise on {dtype} {shape}"
 
 
 def divergence(device: str) -> Iterator[str]:
-    for dtype in DTYPES:
-        for rows, cols in ((3, 2), (5, 33), (4, 1031), (2, 5000)):
-            wide = torch.randn(2, rows, cols + 3, device=device).to(dtype)
-            labels = torch.randint(0, cols, (rows,), device=device)
-            labels[0] = -100
-            for a, b in ((wide[0, :, 3:], wide[1, :, 3:]), (wide[0, :, :cols].contiguous(), wide[1, :, 1 : cols + 1])):
-                x, y = a.detach().requires_grad_(), b.detach().requires_grad_()
-                (symmetric_kl(x, y) * 2).backward()
-                symmetric_kl(x, y, mask=labels >= 0, reduction="none").sum().backward()
-                (r3f_loss(x * 1, y * 1, labels, inplace=True).loss * 3).backward()
-                if device != "cpu":  # classes that do not exist
-                    r3f_loss(x, y, torch.where(labels < 0, 2**40, -labels - 1)).loss.backward()
-                symmetric_kl(a, b)
-            yield f"rows of {dtype}, {rows} x {cols}"
+    for dtype, (rows, cols) in pairs(ROWS):
+        wide = torch.randn(2, rows, cols + 3, device=device).to(dtype)
+        labels = torch.randint(0, cols, (rows,), device=device)
+        labels[0] = -100
+        for a, b in ((wide[0, :, 3:], wide[1, :, 3:]), (wide[0, :, :cols].contiguous(), wide[1, :, 1 : cols + 1])):
+            x, y = a.detach().requires_grad_(), b.detach().requires_grad_()
+            (symmetric_kl(x, y) * 2).backward()
+            symmetric_kl(x, y, mask=labels >= 0, reduction="none").sum().backward()
+            (r3f_loss(x * 1, y * 1, labels, inplace=True).loss * 3).backward()
+            if device != "cpu":  # classes that do not exist
+                r3f_loss(x, y, torch.where(labels < 0, 2**40, -labels - 1)).loss.backward()
+            symmetric_kl(a, b)
+        yield f"rows of {dtype}, {rows} x {cols}"
 
 
 def steps(device: str) -> Iterator[str]:
@@ -130,19 +148,57 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def main(what: str, device: str = "cuda") -> int:
-    """Runs all operations through the backend named, or plants one of the defects. Returns 0."""
+def judge(log: Path) -> int:
+    """0 where initcheck came to its end and no report is ours, 86 where one is, 1 where the log does not say.
+
+    Raises:
+        OSError: there is no such log.
+    """
+    text = log.read_text(errors="replace")
+    total = re.search(r"^=+ ERROR SUMMARY: (\d+) error", text, re.M)
+    if total is None:
+        print("initcheck did not come to its end")
+        return 1
+    reports = [part for part in re.split(r"^=========\s*$", text, flags=re.M) if re.search(r"ninitialized", part)]
+    ours = [part for part in reports if re.search(r"fastpost::|/fastpost/_C", part)]
+    print(f"initcheck: {total[1]} reports, {len(reports)} of them in the log, {len(ours)} ours")
+    if ours:
+        print(*ours[:3], sep="\n")
+        return 86
+    return 0 if len(reports) >= int(total[1]) else 1  # what was not printed may be ours
+
+
+def run(families: Sequence[Callable[[str], Iterator[str]]], device: str, seconds: float) -> int:
+    """Takes turns until all is done or time is over. Returns 0 if every family was there at least once."""
+    begun = time.monotonic()
+    rounds = [family(device) for family in families]
+    done = [0] * len(rounds)
+    left = set(range(len(rounds)))
+    while left and (time.monotonic() - begun < seconds or not all(done)):
+        for i in sorted(left):
+            if time.monotonic() - begun >= seconds and done[i]:
+                continue
+            line = next(rounds[i], None)
+            wait(device)
+            if line is None:
+                left.discard(i)
+                continue
+            done[i] += 1
+            print(line, flush=True)
+    print(f"{sum(done)} inputs run, {'all there are' if not left else 'then time was over'}", flush=True)
+    return 0 if all(done) else 1
+
+
+def main(what: str, device: str = "cuda", seconds: float = math.inf) -> int:
+    """Runs all operations through the backend named, or plants one of the defects. Returns 0 if all went well."""
     if what in ("overrun", "unwritten"):
         {"overrun": overrun, "unwritten": unwritten}[what](device)
         wait(device)
         return 0
     with fastpost.use_backend(what):
-        for family in (params, noise, divergence, steps):
-            for line in family(device):
-                wait(device)
-                print(line, flush=True)
-    return 0
+        return run((params, noise, divergence, steps), device, seconds)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    word, *rest = sys.argv[1:]
+    sys.exit(judge(Path(rest[0])) if word == "judge" else main(word, seconds=float(rest[0]) if rest else math.inf))

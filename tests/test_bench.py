@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from fastpost import dispatch
-from fastpost.bench import clocks, host_cost, registry, run, table
+from fastpost.bench import clocks, goals, host_cost, registry, run, table
 from fastpost.bench.clocks import DeviceClock, HostClock, measure
 from fastpost.bench.registry import (
     Bandwidth,
@@ -557,3 +557,33 @@ def test_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(run, "run", lambda *args, outcome=outcome, **kwargs: outcome)
         assert cli.main(["noise", *(["--strict"] if strict else [])]) == expected
+
+
+def test_every_goal_has_a_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a file: met, missed, host-bound. A goal that no file holds, or another backend's, is not measured."""
+    case = run.load(["sam_small"], "cuda")["sam_small"](Target(torch.device("cuda")))
+    fast, faster = case.goals
+    common = {"case": case.name, "shape": case.shape, "dtype": case.dtype, "isa": "cuda", "limit": ">= 1", "result": "MISS"}
+    file = tmp_path / "run.csv"
+    table.write(file, [
+        {**common, "goal": fast.describe(), "ratio": fast.limit["cuda"] - 1},
+        {**common, "goal": faster.describe(), "ratio": faster.limit["cuda"] + 1},
+    ])  # fmt: skip
+    found = {work: rest for work, *rest in goals.verdicts([file])}
+    of = f"{case.name}, {case.shape}, {case.dtype}: "
+    assert found[of + fast.describe()] == [">= 10", "9", "MISSED"]
+    assert found[of + faster.describe()] == [">= 30", "31", "met"]
+    others = [rest for work, rest in found.items() if not work.startswith(of)]
+    assert len(others) > 60
+    assert all(rest[1:] == ["-", "not measured"] for rest in others)
+    table.write(file, [{**common, "isa": "triton", "goal": fast.describe(), "ratio": 99}])
+    assert goals.main([str(file), str(tmp_path / "none.csv")]) == 0
+    assert f"0 met, 0 missed, {len(found)} not measured." in capsys.readouterr().out
+
+
+def test_what_matters_most_is_run_first() -> None:
+    names = list(run.load([], "cuda"))
+    assert names[0] == "host_time"
+    assert names[1].startswith("kl_train")
+    assert sorted(names) == sorted(registry.CUDA_CASES)
+    assert all(any(name.startswith(first) for name in names) for first in run.FIRST)

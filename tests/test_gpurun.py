@@ -11,6 +11,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+
+from fastpost.bench import profiled
+from fastpost.bench.registry import Target
+from fastpost.bench.run import load
 
 from . import gpu_sanitize
 
@@ -33,7 +38,7 @@ def run(script: Path, *arguments: str, timeout: int = 300, **env: str) -> subpro
 
 def test_the_dry_run_builds_and_lists_without_leaving_anything(tmp_path: Path) -> None:
     before = sorted((ROOT / "bench" / "data").iterdir())
-    stages = ["--only", "tests", "--only", "sanitizer", "--only", "bench"]
+    stages = [word for stage in ("tests", "bench", "sanitizer", "profile") for word in ("--only", stage)]
     done = run(SCRIPT, "--dry-run", *stages, TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     for family in ("params", "rounding", "noise", "divergence", "sam"):
@@ -42,7 +47,15 @@ def test_the_dry_run_builds_and_lists_without_leaving_anything(tmp_path: Path) -
     assert "290 tensors" in done.stdout
     assert re.search(r"\d+ cases, about \d+ s", done.stdout)
     assert "--tool racecheck: python -m tests.gpu_sanitize cuda" in done.stdout
-    assert done.stdout.count("  ok  ") == 3
+    assert "fastpost.bench.profiled kl_train_128256_float32" in done.stdout
+    assert done.stdout.count("  ok  ") == 4
+    assert [done.stdout.index(f"== {stage}") for stage in ("tests", "bench", "sanitizer", "profile")] == sorted(
+        done.stdout.index(f"== {stage}") for stage in ("tests", "bench", "sanitizer", "profile")
+    )
+    budget = int(re.search(r"takes at most (\d+) s", done.stdout)[1])  # type: ignore[index]
+    assert budget <= 8 * 60
+    planned = int(re.search(r"\d+ cases, about (\d+) s", done.stdout)[1])  # type: ignore[index]
+    assert planned <= 300  # the stage's share
     assert list(tmp_path.iterdir()) == []
     assert sorted((ROOT / "bench" / "data").iterdir()) == before
     quick = run(SCRIPT, "--dry-run", "--quick", "--only", "bench")
@@ -87,14 +100,16 @@ def test_unknown_options_are_named() -> None:
 # A Python whose tests fail and whose benches never end; a sanitizer that finds what is planted, or nothing at all.
 PYTHON = """#!/bin/bash
 case "$*" in
+  *judge*unwritten*) exit ${FOUND} ;;
   *pytest*tests/*) echo "1 failed"; exit 3 ;;
   *"fastpost bench"*) echo started; sleep 60 ;;
+  *fastpost.bench.goals*) echo "goals of: ${*:3}" ;;
 esac
 """
 SANITIZER = """#!/bin/bash
 case "$*" in
   --help) echo "  --kernel-name arg" ;;
-  *overrun | *unwritten) echo "$*"; exit ${FOUND} ;;
+  *overrun* | *unwritten*) echo "$*"; exit ${FOUND} ;;
   *racecheck*) [[ "$*" == *"--kernel-name kernel_substring=fastpost"* ]] ;;
 esac
 """
@@ -125,16 +140,33 @@ def pretend(where: Path, *arguments: str, found: int = 86) -> subprocess.Complet
 
 def test_a_stage_that_fails_or_hangs_stops_no_other_and_is_counted(pretended: Path) -> None:
     out = pretended / "out"
-    stages = ["--only", "tests", "--only", "sanitizer", "--only", "bench"]
-    done = pretend(pretended, *stages, "--seconds", "12", "--output", str(out))
-    assert done.returncode == 2, done.stdout + done.stderr
+    stages = ["--only", "tests", "--only", "bench", "--only", "sanitizer"]
+    done = pretend(pretended, *stages, "--seconds", "9", "--output", str(out))
+    assert done.returncode == 3, done.stdout + done.stderr
     assert re.search(r"tests +FAILED with status 3", done.stdout)
-    assert re.search(r"sanitizer +ok", done.stdout)
     assert re.search(r"bench +TIMED OUT after \d+ s", done.stdout)
-    assert "2 stages failed" in done.stdout
+    assert re.search(r"sanitizer +not run: no time left", done.stdout)
+    assert "3 stages failed" in done.stdout
     assert "fastpost on NVIDIA X100" in done.stdout
+    assert "goals of: \n" in done.stdout  # there is no CSV of this run
     assert (out / "bench.log").read_text() == "started\n"
-    assert sorted(p.name for p in out.iterdir()) == ["bench.log", "sanitizer.log", "summary.txt", "tests.log"]
+    assert sorted(p.name for p in out.iterdir()) == ["bench.log", "summary.txt", "tests.log"]
+    after = pretend(pretended, "--only", "tests", "--only", "sanitizer", "--output", str(out))
+    assert after.returncode == 1
+    assert re.search(r"sanitizer +ok", after.stdout)
+
+
+def test_the_build_has_its_time_and_its_failure_ends_the_run(pretended: Path) -> None:
+    (pretended / "pyproject.toml").write_text('version = "1"\n')
+    compiler = pretended / "bin" / "cmake"
+    compiler.write_text("#!/bin/bash\nsleep 4\necho 'row_sums.cuh: error: a semicolon is missing'\nexit 1\n")
+    compiler.chmod(0o755)
+    done = pretend(pretended, "--seconds", "3", "--output", str(pretended / "out"))
+    assert re.search(r"build +FAILED with status 1", done.stdout), done.stdout
+    assert "a semicolon is missing" in done.stdout
+    for stage in ("tests", "bench", "sanitizer", "profile"):
+        assert re.search(rf"{stage} +not run: the build failed", done.stdout)
+    assert done.returncode == 5
 
 
 def test_a_sanitizer_that_misses_a_planted_defect_has_checked_nothing(pretended: Path) -> None:
@@ -151,7 +183,61 @@ def test_what_the_sanitizers_run_runs(capsys: pytest.CaptureFixture[str]) -> Non
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 30
     assert "1,700 tensors" in lines
+    assert lines[-1] == f"{len(lines) - 1} inputs run, all there are"
+    assert gpu_sanitize.main("cpu", "cpu", seconds=0) == 0
+    few = capsys.readouterr().out.splitlines()
+    for family in ("lists of", "noise on", "rows of", "SAM steps"):
+        assert any(line.startswith(family) for line in few)
+    assert few[-1] == "4 inputs run, then time was over"
     gpu_sanitize.unwritten("cpu")
+
+
+TORCHS = """=========     Uninitialized access by a copy, source 0x7f0000000000 of size 256 bytes
+=========     Host Frame: at::native::copy_kernel_cuda in /usr/lib/python/torch/lib/libtorch_cuda.so
+=========
+"""
+OURS = """========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void fastpost::squares_kernel<float>(fastpost::Table)+0x90
+=========     by thread (0,0,0) in block (0,0,0)
+=========
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "verdict"),
+    [
+        ("========= ERROR SUMMARY: 0 errors\n", 0),
+        (2 * TORCHS + "========= ERROR SUMMARY: 2 errors\n", 0),
+        (TORCHS + OURS + "========= ERROR SUMMARY: 2 errors\n", 86),
+        (TORCHS + "========= ERROR SUMMARY: 2 errors\n", 1),
+        (TORCHS, 1),
+    ],
+    ids=["nothing", "only torch's", "ours among torch's", "more than was printed", "cut short"],
+)
+def test_initchecks_reports_of_torchs_copies_cannot_hide_ours(log: str, verdict: int, tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    file.write_text("========= COMPUTE-SANITIZER\n" + log)
+    assert gpu_sanitize.judge(file) == verdict
+
+
+def test_a_profile_holds_our_contenders_and_nothing_else() -> None:
+    calls: list[str] = []
+    done = profiled.profile(
+        ["kl_train_128256_float32", "perturb_flat_bfloat16"], Target(torch.device("cpu"), 2e-4),
+        lambda: calls.append("start"), lambda: calls.append("stop"),
+    )  # fmt: skip
+    assert done == [
+        "kl_train_128256_float32: in place",
+        "kl_train_128256_float32: fresh gradients",
+        "perturb_flat_bfloat16: sam_perturb_",
+        "perturb_flat_bfloat16: sam_restore_",
+    ]
+    assert calls == ["start", "stop"] * 4
+
+
+def test_what_the_script_profiles_exists() -> None:
+    (names,) = re.findall(r"^profiled=\(([^)]*)\)", SCRIPT.read_text(), re.M)
+    assert set(names.split()) <= set(load([], "cuda"))
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="rehearsed with the compiled core")

@@ -168,7 +168,13 @@ def js_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
     strides = tuple(f"{b}_stride" for b in blocks)
     types = dict.fromkeys(blocks, pointer) | dict.fromkeys(strides, "i64")
     types |= {"weights": "*fp64", "out": "*fp64", "cols": "i32"}
-    constants = {"dtype": element, "want_clean": True, "want_noised": True, "wide": False, "BLOCK": 2048}
+    constants = {
+        "dtype": element,
+        "want_clean": True,
+        "want_noised": True,
+        "wide": False,
+        "BLOCK": divergence.js_block(16 // TYPES[dtype][2]),
+    }
     aligned = (*blocks, *strides, "cols")
     return compiled(divergence._js_kernel, types, constants, aligned, 8, arch, tmp_path, enable_fp_fusion=False)
 

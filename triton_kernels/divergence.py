@@ -506,6 +506,11 @@ def divergence_rows(
     return kl, ce
 
 
+def js_block(itemsize: int) -> int:
+    """One access of 16 bytes per thread: two of float32 are more than the registers hold."""
+    return 4096 // itemsize
+
+
 def js_rows(clean: Tensor, noised: Tensor, weights: Tensor, grad_clean: Tensor | None, grad_noised: Tensor | None) -> Tensor:
     """Per row (float64): the Jensen-Shannon divergence; gradients of weights * values go to the tensors given."""
     rows, cols = clean.shape
@@ -516,11 +521,12 @@ def js_rows(clean: Tensor, noised: Tensor, weights: Tensor, grad_clean: Tensor |
         grad_clean if grad_clean is not None else clean,
         grad_noised if grad_noised is not None else noised,
     ]
-    size = min(2048, triton.next_power_of_2(cols))
+    whole = js_block(clean.element_size())
+    size = min(whole, triton.next_power_of_2(cols))
     for programs, part in _launched(rows, [*blocks, weights, value]):
         _js_kernel[(programs,)](
             *part, cols, *(b.stride(0) for b in blocks), _TYPES[clean.dtype], grad_clean is not None,
-            grad_noised is not None, cols < _NARROW, BLOCK=size, num_warps=8 if size >= 2048 else 4,
+            grad_noised is not None, cols < _NARROW, BLOCK=size, num_warps=8 if size == whole else 4,
             enable_fp_fusion=False,
         )  # fmt: skip
     return value
