@@ -57,6 +57,7 @@ unset FASTPOST_BACKEND FASTPOST_GPU_TESTS TRITON_INTERPRET
 scratch=''
 if [[ -n $dry ]]; then
   work=$(mktemp -d) && scratch=$work
+  export TMPDIR=$work # torch leaves a folder there
   trap 'rm -rf "$scratch"' EXIT
 else
   work=$root/build/gpu
