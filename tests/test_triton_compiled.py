@@ -176,7 +176,8 @@ def js_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
         "BLOCK": divergence.js_block(16 // TYPES[dtype][2]),
     }
     aligned = (*blocks, *strides, "cols")
-    return compiled(divergence._js_kernel, types, constants, aligned, 8, arch, tmp_path, enable_fp_fusion=False)
+    options = {"enable_fp_fusion": False, "maxnreg": divergence.JS_REGISTERS}
+    return compiled(divergence._js_kernel, types, constants, aligned, 8, arch, tmp_path, **options)
 
 
 # Registers that still leave room for two blocks (of 512 threads), four (256) or eight (128) on a multiprocessor.

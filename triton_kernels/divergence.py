@@ -506,6 +506,10 @@ def divergence_rows(
     return kl, ce
 
 
+# Two blocks of 256 threads on a multiprocessor. Left to itself ptxas aims for more, and keeps a register in memory.
+JS_REGISTERS = 128
+
+
 def js_block(itemsize: int) -> int:
     """One access of 16 bytes per thread: two of float32 are more than the registers hold."""
     return 4096 // itemsize
@@ -523,11 +527,12 @@ def js_rows(clean: Tensor, noised: Tensor, weights: Tensor, grad_clean: Tensor |
     ]
     whole = js_block(clean.element_size())
     size = min(whole, triton.next_power_of_2(cols))
+    limit = {"maxnreg": JS_REGISTERS} if clean.device.type == "cuda" and torch.version.hip is None else {}
     for programs, part in _launched(rows, [*blocks, weights, value]):
         _js_kernel[(programs,)](
             *part, cols, *(b.stride(0) for b in blocks), _TYPES[clean.dtype], grad_clean is not None,
             grad_noised is not None, cols < _NARROW, BLOCK=size, num_warps=8 if size == whole else 4,
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, **limit,
         )  # fmt: skip
     return value
 
