@@ -199,6 +199,8 @@ def _ours(method: str, model: Any, window: list[Batch], arguments: Any) -> measu
         ascent_fraction=arguments.sam_ascent_fraction,
         dropout_rng=arguments.sam_dropout_rng,
         rounding=arguments.sam_rounding,
+        model=model,
+        norm_stats=arguments.sam_norm_stats,
         scope=arguments.patterns(),
         **_optimizer(model, arguments),
     )

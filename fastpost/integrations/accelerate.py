@@ -39,7 +39,8 @@ class AcceleratedWindow(SAMWindow):
     As anywhere in Accelerate, `opt.step()` acts on the last micro-batch of a window only, and each loss counts
     1 / gradient_accumulation_steps, also in a shorter last window of an epoch. Ranks share gradients once per pass: at its
     last micro-batch. `prepare` wraps the optimizer and hides what SAM adds to one; that is at `opt.optimizer` (its `report`,
-    `skipped_steps`, `first_step`).
+    `skipped_steps`, `first_step`). Running statistics of norm layers move in the first passes, unless the SAM was made with
+    `norm_stats="both"`.
 
     Args:
         accelerator: the Accelerator that prepared the model and the optimizer.
@@ -76,6 +77,7 @@ class AcceleratedWindow(SAMWindow):
             per_micro_batch=per_micro_batch,
             dropout_rng=dropout_rng,
             no_sync=contextlib.nullcontext,  # decided per pass, below
+            model=model,
         )
         if self.optimizer.compute_dtype is None and not accelerator.is_fsdp2:  # FSDP2 is asked for its own
             self.optimizer.compute_dtype = SEEN.get(accelerator.mixed_precision)

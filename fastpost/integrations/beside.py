@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ class SAMBeside(SAM):
         super().__init__(None, base_optimizer, **options)
         base: Any = self.base_optimizer
         if not hasattr(base, "_told_by_sam"):
-            base.register_step_post_hook(_forget_flag)
+            base.register_step_post_hook(_after_step)
         base._told_by_sam = False
+        base._sam_beside = weakref.ref(self)
 
     def hand_over(self, scaled: bool) -> None:
         """Ends SAM's part in a step whose gradients are the second pass's; w is back.
@@ -58,7 +60,10 @@ class SAMBeside(SAM):
             self.zero_grad()
 
 
-def _forget_flag(optimizer: Any, *_: Any) -> None:
+def _after_step(optimizer: Any, *_: Any) -> None:
+    beside = optimizer._sam_beside()
+    if beside is not None and beside.variant.state_names:
+        beside._memory.store(beside._gradients())  # what a variant keeps is saved with the optimizer
     if optimizer._told_by_sam:  # and not by a GradScaler, which clears its own
         del optimizer.grad_scale, optimizer.found_inf
         optimizer._told_by_sam = False

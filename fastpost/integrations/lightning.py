@@ -16,6 +16,7 @@ from fastpost.integrations.beside import SAMBeside
 from fastpost.rng import RandomState
 from fastpost.sam import SAMWindow
 from fastpost.sam.optimizer import SAM
+from fastpost.sam.wrapped import find_sam
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -53,7 +54,7 @@ class SAMCallback(Callback):
 
     Args:
         **options: as for `fastpost.SAM`: rho, adaptive, eta, ascent_fraction, interval, scope, dropout_rng, rounding,
-            compute_dtype, variant.
+            compute_dtype, norm_stats, variant.
 
     Attributes:
         sam: the SAM beside the module's optimizer; None before the first batch.
@@ -96,9 +97,14 @@ class SAMCallback(Callback):
             raise ValueError("SAMCallback: training_step takes the iterator of its loader; SAM has to run a batch twice")
         if not trainer.optimizers or not trainer.optimizers[0].param_groups:
             raise ValueError("SAMCallback: configure_optimizers gave no optimizer, and there is nothing to step from w")
+        if find_sam(trainer.optimizers[0]) is not None:
+            raise ValueError(
+                "SAMCallback: configure_optimizers gave a fastpost.SAM, whose passes this callback makes; return the plain "
+                "optimizer there, or leave the callback out"
+            )
         options = dict(self.options)
         options.setdefault("compute_dtype", SEEN.get(getattr(trainer.precision_plugin, "precision", "")))
-        self.sam = SAMBeside(trainer.optimizers[0], **options)
+        self.sam = SAMBeside(trainer.optimizers[0], model=pl_module, **options)
         self._window = _Window(self.sam, trainer, pl_module)
         self._current = None
 

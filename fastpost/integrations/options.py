@@ -9,6 +9,7 @@ from typing import Any
 from fastpost.errors import unknown
 from fastpost.integrations.masking import WithoutSecrets
 from fastpost.r3f import R3F
+from fastpost.sam.norm_stats import check_norm_stats
 from fastpost.sam.options import check_options
 
 METHODS: dict[str, frozenset[str]] = {
@@ -46,6 +47,7 @@ class PostTrainingOptions(WithoutSecrets):
         sam_scope: names of the parameters to perturb, patterns with commas between ("*.lora_*"); None is all.
         sam_rounding: how w + e is stored in 16-bit weights, "nearest" or "stochastic".
         sam_dropout_rng: "same" masks in both passes, or "independent".
+        sam_norm_stats: which passes move the running statistics of batch norm layers: the "first", or "both".
         sam_sync_ascent: under DDP, False lets each process perturb by its own gradient (the original); None averages.
         r3f_lambda, r3f_eps, noise_type: weight of the KL, scale of the noise, "uniform" or "normal".
         r3f_noise_scale: what r3f_eps is measured in: "absolute", "relative", "neftune".
@@ -68,6 +70,7 @@ class PostTrainingOptions(WithoutSecrets):
     sam_scope: str | None = _option(None, "Patterns of parameter names to perturb, with commas between; all by default.")
     sam_rounding: str = _option("nearest", "How 16-bit weights store w + e: nearest or stochastic.")
     sam_dropout_rng: str = _option("same", "Dropout masks of the two passes: same or independent.")
+    sam_norm_stats: str = _option("first", "Passes that move the running statistics of batch norm layers: first or both.")
     sam_sync_ascent: bool | None = _option(None, "False: under DDP each process perturbs by its own gradient.")
     r3f_lambda: float = _option(1.0, "Weight of R3F's divergence, >= 0.")
     r3f_eps: float = _option(1e-5, "Scale of R3F's noise, >= 0.")
@@ -101,6 +104,7 @@ class PostTrainingOptions(WithoutSecrets):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be finite and >= 0, not {value}")
         check_options(self.sam_ascent_fraction, self.sam_dropout_rng, self.sam_interval, None, None)
+        check_norm_stats("sam_norm_stats", self.sam_norm_stats)
         if self.sam_per_micro_batch and self.sam_ascent_fraction != 1:
             raise ValueError(
                 f"sam_per_micro_batch perturbs by every micro-batch, which leaves no sam_ascent_fraction of "

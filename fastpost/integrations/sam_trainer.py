@@ -161,6 +161,8 @@ class SAMTrainerMixin(PostTrainingMixin):
             dropout_rng=options.sam_dropout_rng,
             sync_ascent=options.sam_sync_ascent,
             rounding=options.sam_rounding,
+            model=self.model,
+            norm_stats=options.sam_norm_stats,
         )
         return self.sam
 

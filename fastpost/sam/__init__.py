@@ -1,6 +1,7 @@
 """Sharpness-aware minimization."""
 
 from fastpost.sam.logits import FunctionalSAM, logits_sam
+from fastpost.sam.norm_stats import frozen_norm_stats
 from fastpost.sam.optimizer import SAM
 from fastpost.sam.report import PerturbationReport
 from fastpost.sam.scope import norm_layers
@@ -19,6 +20,7 @@ __all__ = [
     "SAMWindow",
     "StableSAM",
     "Variant",
+    "frozen_norm_stats",
     "logits_sam",
     "norm_layers",
 ]

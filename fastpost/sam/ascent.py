@@ -15,9 +15,11 @@ from fastpost.sam.fused import FusedRestore
 from fastpost.sam.layout import WeightsChanged
 from fastpost.sam.masters import Masters
 from fastpost.sam.memory import Gradients, Memory
+from fastpost.sam.norm_stats import NormStats
 from fastpost.sam.overflow import OverflowGuard
 from fastpost.sam.perturbation import Perturbation, Term
 from fastpost.sam.reduction import Reduction
+from fastpost.sam.rewriting import EarlyRewriting
 from fastpost.sam.scope import ScopeCache
 from fastpost.sam.variants import Variant
 
@@ -37,6 +39,8 @@ class Ascent(Wrapper):
     _fused: FusedRestore | None
     _clean: Gradients
     _combined: bool
+    _norm_stats: NormStats | None
+    in_window: bool
     _ascents: int
     _tensors_at_ascent: int
     _awaits_second: bool
@@ -48,14 +52,18 @@ class Ascent(Wrapper):
         self._finite_buckets = BucketCache(False, self._reduction, reads_only=True)
         self._guard = OverflowGuard(self._reduction)
         self._memory = Memory(
-            self._reduction, lambda: self.state, self.tensors, lambda: maximized(self.param_groups), self.variant.state_names
+            self._reduction, lambda: self.state, self.tensors, lambda: maximized(self._groups()), self.variant.state_names
         )
+        self._early = EarlyRewriting(self._rewrites_arrivals, self._gradients, self._combine)
+        self._watch()
 
     @torch.no_grad()
     def end_ascent(self) -> None:
-        """Ends the second pass: lets the variant rewrite its gradients, once, and restores w. Then a step may follow.
+        """Ends the second pass: lets the variant rewrite its gradients, where the end of the backward pass has not, and
+        restores w. Then a step may follow.
 
-        `perturbed()` and windows call it; so does a step, where it has not been called.
+        `perturbed()` and windows call it; so does a step, where it has not been called. Gradients that were assigned by hand
+        (`torch.autograd.grad`) are rewritten here only: with a variant, call it before you clip those.
 
         Raises:
             RuntimeError: weights are of another dtype, shape or device than those that were perturbed. Nothing was done;
@@ -64,8 +72,10 @@ class Ascent(Wrapper):
         if self._perturbation.active:
             self._check_perturbed()
         try:
-            if not self._combined:
+            if not self._combined and not self._early.done:
                 self._combine()
+            self._combined = True
+            self._clean = {}
         finally:
             if self.is_perturbed:
                 self.restore_()
@@ -101,9 +111,12 @@ class Ascent(Wrapper):
     def _close_step(self) -> None:
         """The step is over, made or given up; what is known of it does not concern the next one."""
         self._combined = False
+        self._clean = {}
+        self._early.forget()
         self._ascents = 0
         self.cycle += 1
         self.variant.forget()
+        self._watch()
 
     def restore_(self) -> None:
         """Puts w back, bit for bit, into the same storage, and makes no step. Without a perturbation it does nothing.
@@ -123,17 +136,25 @@ class Ascent(Wrapper):
                 self._masters.cast()
         finally:
             self._awaits_second = self._perturbation.active
+            self.settle_norm_stats()
+
+    def settle_norm_stats(self) -> None:
+        """Second passes are over for now: running statistics are those of the first passes again, and may move on."""
+        if self._norm_stats is not None:
+            self._norm_stats.put_back()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients; between the two passes too, an ascent that overflowed stays known."""
         super().zero_grad(set_to_none)
         if self._masters is not None:
             self._masters.zero_grad(set_to_none)
+        self._early.forget()
         if self.is_perturbed:
             self._guard.rearm(self.tensors)
         else:
             self.cycle += 1
             self._combined = False
+            self._clean = {}
             self._guard.forget()  # what was known of a step that is not made
             self._memory.forget()
 
@@ -146,7 +167,7 @@ class Ascent(Wrapper):
     @property
     def ascends(self) -> bool:
         """Whether the coming step perturbs; with `interval` only some do."""
-        return bool(self.param_groups[0]["sam_steps"] % self.interval == 0)
+        return bool(self._groups()[0]["sam_steps"] % self.interval == 0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the (last) base optimizer; rho, adaptive and eta default to the constructor's.
@@ -163,6 +184,7 @@ class Ascent(Wrapper):
         except BaseException:
             del self._bases[-1].param_groups[-1]
             raise
+        self._watch()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of SAM or of the plain base optimizer; keys that are missing keep their values."""
@@ -171,9 +193,12 @@ class Ascent(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("copying or pickling")
-        caches = ("_ascent_buckets", "_finite_buckets", "_guard", "_memory")
+        # A scheduler or Accelerate may have put a `step` around ours, by which a copy would step this optimizer. The flag is
+        # for GradScaler, and there where a wrapper steps it.
+        wrapped = ("step", "_step_supports_amp_scaling")
+        left_out = ("_ascent_buckets", "_finite_buckets", "_guard", "_memory", "_early", *wrapped)
         fused = None if self._fused is None else FusedRestore()  # its buckets point at these parameters
-        return {**{key: value for key, value in self.__dict__.items() if key not in caches}, "_fused": fused}
+        return {**{key: value for key, value in self.__dict__.items() if key not in left_out}, "_fused": fused}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -190,7 +215,8 @@ class Ascent(Wrapper):
 
     def _model_groups(self) -> list[dict[str, Any]]:
         """The groups with the tensors that the model computes with, which masters are not."""
-        return self.param_groups if self._masters is None else self._masters.groups_of_weights(self.param_groups)
+        groups = self._groups()
+        return groups if self._masters is None else self._masters.groups_of_weights(groups)
 
     def _in_scope(self) -> list[Tensor]:
         ids = self._scope.ids(self._model_groups())
@@ -200,8 +226,32 @@ class Ascent(Wrapper):
         if self.is_perturbed:
             raise RuntimeError(
                 "SAM: first_step() was called twice; second_step() or step() comes in between, or abandon() after an "
-                "interrupt"
+                "interrupt. (Accelerate lets step() through only once while it accumulates: there use AcceleratedWindow, or "
+                "SAMWindow)"
             )
+
+    def _groups_are_read(self) -> None:
+        # GradScaler asks for the groups and then looks at the gradients. Where the second gradient was assigned by hand no
+        # hook of ours has run, so this is the last moment at which it can be marked; and the only one, because the scaler
+        # decides by what it sees in gradients alone. Nothing happens unless an ascent awaits its second gradient and may
+        # have overflowed.
+        guard = self.__dict__.get("_guard")
+        if guard is not None and guard.waits:
+            guard.plant_in(self.tensors)
+
+    def _watch(self) -> None:
+        """Has the variant rewrite gradients as they come."""
+        variant = type(self.variant)
+        if self.variant.rewrites and (variant.descend, variant.between) != (Variant.descend, Variant.between):
+            self._early.watch(self.tensors())
+
+    def _rewrites_arrivals(self) -> bool:
+        """Whether gradients that arrive now are this step's last and not a window's, which knows its end itself."""
+        if self.in_window:
+            return False
+        if self.is_perturbed:
+            return self._guard.armed and type(self.variant).descend is not Variant.descend
+        return not self.ascends and type(self.variant).between is not Variant.between
 
     def _gradients(self) -> Gradients:
         """This rank's part of every gradient present that is dense and real; others a variant leaves as they are."""
@@ -209,7 +259,7 @@ class Ascent(Wrapper):
         return {p: g for p, g in found if g is not None and g.layout == torch.strided and g.is_floating_point()}
 
     def _perturb(self) -> None:
-        for group in self.param_groups:  # schedules and loaded states write there
+        for group in self._groups():  # schedules and loaded states write there
             check_group(group)
         self._tensors_at_ascent = len(self.tensors())
         variant, gradient = self.variant, None
@@ -247,7 +297,7 @@ class Ascent(Wrapper):
         if self._masters is not None and not self._masters_fit:
             self._masters.check()
             self._masters_fit = True
-        self._perturbation.number = self.param_groups[0]["sam_steps"] * 2**20 + self._ascents
+        self._perturbation.number = self._groups()[0]["sam_steps"] * 2**20 + self._ascents
         self._ascents += 1
         self._sums = self._perturbation.apply(buckets, terms, squared, self._reduction)
         self._elements = sum(b.elements_everywhere for b in buckets)
@@ -262,17 +312,15 @@ class Ascent(Wrapper):
         return self._reduction.computes_in(b.params) or b.bucket.dtype
 
     def _combine(self) -> None:
-        """Lets the variant rewrite the gradients of this step, once."""
+        """Lets the variant rewrite the gradients of this step."""
         variant, ascended = self.variant, self._guard.armed
-        clean, self._clean = self._clean, {}
-        self._combined = True
         if ascended and type(variant).descend is not Variant.descend:
             if variant.scales_must_agree and hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None:
                 raise RuntimeError(
                     f"SAM: {type(variant).__name__} combines the gradients of both passes, of which unscale_() has rescaled "
-                    "one. Put the second pass into `with opt.perturbed():` or a window, and unscale after it"
+                    "one; call opt.end_ascent() after the second pass, and unscale after it"
                 )
-            variant.descend(self._memory, clean, self._gradients())
+            variant.descend(self._memory, self._clean, self._gradients())
         elif not self.ascends and type(variant).between is not Variant.between:
             variant.between(self._memory, self._gradients())
 

@@ -37,7 +37,7 @@ def build_bases(params: Any, base_optimizer: Any, kwargs: dict[str, Any], master
             f"SAM: base_optimizer must be an optimizer class, an instance or a list of instances, not {base_optimizer!r}"
         )
     if any(getattr(base, "is_perturbed", None) is not None for base in bases):
-        raise TypeError("SAM: base_optimizer is a SAM itself")
+        raise TypeError("SAM: base_optimizer is a SAM itself; pass the optimizer that it wraps")
     if kwargs:
         raise TypeError(f"SAM: {', '.join(kwargs)} would configure a base optimizer that is built already")
     if masters is not None:

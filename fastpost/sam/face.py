@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from typing import Any
+import functools
+from collections import defaultdict
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fastpost.ops import params as ops
 from fastpost.sam.bases import RADIUS_KEYS, MergedState
+from fastpost.sam.wrapped import imitate, wrapper_among
 
 # Beside the radius, each group counts the steps taken, so that `interval` and random rounding go on after a resume.
 GROUP_KEYS = (*RADIUS_KEYS, "sam_steps")
@@ -22,10 +25,17 @@ class Wrapper(Optimizer):
     _bases: list[Optimizer]
     _group_defaults: dict[str, Any]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Classes that Lightning and Fabric derive, to put a wrapper around an instance, pass on to the wrapped one."""
+        super().__init_subclass__(**kwargs)
+        wrapper = wrapper_among(cls.__bases__, Wrapper)
+        if wrapper is not None:
+            imitate(cls, wrapper)
+
     def _adopt(self) -> None:
         """Gives every group the keys it lacks and prepares torch's hooks, without a second list of groups."""
         self.defaults = {**self.base_optimizer.defaults, **self._group_defaults}
-        for group in self.param_groups:
+        for group in self._groups():
             check_group(group)
         Optimizer.__setstate__(self, {})
         self._warned_capturable_if_run_uncaptured = True
@@ -34,36 +44,137 @@ class Wrapper(Optimizer):
     def is_perturbed(self) -> bool:
         raise NotImplementedError
 
+    def _groups_are_read(self) -> None:
+        """Called whenever somebody asks for the groups, maybe to look at the gradients of their parameters."""
+
     @property
     def base_optimizer(self) -> Optimizer:
         return self._bases[0]
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's own groups, so that schedulers act on both.
 
         Groups that others have added to it (callbacks that unfreeze layers) get rho, adaptive and eta from the constructor.
         """
+        self._groups_are_read()
+        return self._groups()
+
+    @param_groups.setter
+    def param_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        self._refuse_while_perturbed("setting param_groups")
+        parts = self._shared_groups(groups)
+        self._admit(groups)
+        for base, part in zip(self._bases, parts, strict=True):
+            base.param_groups = part
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """`param_groups` for our own use."""
         if len(self._bases) == 1:
             groups = self.base_optimizer.param_groups
         else:
             groups = [group for base in self._bases for group in base.param_groups]
-        for group in groups:
-            if not group.keys() >= _KEYS:
-                steps = next((g["sam_steps"] for g in groups if "sam_steps" in g), 0)
-                for key, value in {**self._group_defaults, "sam_steps": steps}.items():
-                    group.setdefault(key, value)
+        if not all(group.keys() >= _KEYS for group in groups):
+            self._fill(groups, steps=next((g["sam_steps"] for g in groups if "sam_steps" in g), 0))
         return groups
 
-    @property
-    def state(self) -> MutableMapping[Tensor, Any]:  # type: ignore[override]
+    def _fill(self, groups: Sequence[dict[str, Any]], steps: int) -> None:
+        for group in groups:
+            for key, value in {**self._group_defaults, "sam_steps": steps}.items():
+                group.setdefault(key, value)
+
+    @property  # type: ignore[override]
+    def state(self) -> MutableMapping[Tensor, Any]:
         """The base optimizer's own state."""
         return self.base_optimizer.state if len(self._bases) == 1 else MergedState(self._bases)
+
+    @state.setter
+    def state(self, state: MutableMapping[Tensor, Any]) -> None:
+        self._refuse_while_perturbed("setting state")
+        for base, part in zip(self._bases, self._shared_state(state, self._groups()), strict=True):
+            base.state = part
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As any optimizer's; `state` and `param_groups` are handed to the base optimizers' own `__setstate__`."""
+        own = {key: value for key, value in state.items() if key not in ("state", "param_groups")}
+        Optimizer.__setstate__(self, own)
+        if len(own) == len(state):
+            return
+        self._refuse_while_perturbed("__setstate__()")
+        parts: list[dict[str, Any]] = [{} for _ in self._bases]
+        groups = state.get("param_groups", self._groups())
+        if "param_groups" in state:
+            for part, shared in zip(parts, self._shared_groups(groups), strict=True):
+                part["param_groups"] = shared
+        if "state" in state:
+            for part, moments in zip(parts, self._shared_state(state["state"], groups), strict=True):
+                part["state"] = moments
+        if "param_groups" in state:
+            self._admit(groups)
+        for base, part in zip(self._bases, parts, strict=True):
+            base.__setstate__(part)
+
+    def _admit(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Checks groups that take the place of the present ones; they go on counting where these are."""
+        for group in groups:
+            check_group({**self._group_defaults, **group})
+        self._fill(groups, steps=self._groups()[0]["sam_steps"])
+
+    def _shared_groups(self, groups: Sequence[dict[str, Any]]) -> list[Any]:
+        """The groups, for each base optimizer its own."""
+        if len(self._bases) == 1:
+            return [groups]
+        if len(groups) != len(self._groups()):
+            raise ValueError(
+                f"SAM: {len(groups)} parameter groups for {len(self._bases)} base optimizers with {len(self._groups())} "
+                "groups in all: which is whose? Set them at the base optimizers themselves, or use add_param_group()"
+            )
+        rest, parts = list(groups), []
+        for base in self._bases:
+            count = len(base.param_groups)
+            parts.append(rest[:count])
+            rest = rest[count:]
+        return parts
+
+    def _shared_state(self, state: Mapping[Tensor, Any], groups: Sequence[dict[str, Any]]) -> list[Any]:
+        """The state, for each base optimizer that of the parameters in its groups."""
+        if len(self._bases) == 1:
+            return [state]
+        owned = [{id(p) for group in part for p in group["params"]} for part in self._shared_groups(groups)]
+        stray = [p for p in state if not any(id(p) in mine for mine in owned)]
+        if stray:
+            raise ValueError(
+                f"SAM: the state has {len(stray)} entries of tensors that no base optimizer holds; leave them out"
+            )
+        return [defaultdict(dict, {p: v for p, v in state.items() if id(p) in mine}) for mine in owned]
+
+    if not TYPE_CHECKING:  # or every name would be known of every wrapper
+
+        def __getattr__(self, name: str) -> Any:
+            """Public methods of the base optimizer that no torch optimizer has to have, such as `train` and `eval`.
+
+            They may write weights, so they wait for the step to be over. Of several base optimizers all that have it are
+            asked, and the results are a list.
+            """
+            bases = () if name.startswith("_") else self.__dict__.get("_bases", ())
+            found = [method for base in bases if callable(method := getattr(base, name, None))]
+            if not found:
+                known = any(hasattr(base, name) for base in bases)
+                hint = f"; the base optimizer's is at .base_optimizer.{name}" if known else ""
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
+
+            @functools.wraps(found[0])
+            def passed_on(*args: Any, **kwargs: Any) -> Any:
+                self._refuse_while_perturbed(f"{name}()")
+                results = [method(*args, **kwargs) for method in found]
+                return results[0] if len(results) == 1 else results
+
+            return passed_on
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the (last) base optimizer; see `Ascent`."""
         self._refuse_while_perturbed("add_param_group()")
-        steps = self.param_groups[0]["sam_steps"]
+        steps = self._groups()[0]["sam_steps"]
         check_group({**self._group_defaults, **param_group})
         self._bases[-1].add_param_group(param_group)
         self._bases[-1].param_groups[-1].update(sam_steps=steps)
@@ -79,7 +190,7 @@ class Wrapper(Optimizer):
             return super().state_dict()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        _ = self.param_groups  # whoever has added one, all have SAM's keys
+        self._groups()  # whoever has added one, all have SAM's keys
         state = self.base_optimizer.state_dict()
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state)
@@ -99,7 +210,7 @@ class Wrapper(Optimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         groups, moments = list(state_dict["param_groups"]), state_dict["state"]
-        known = self.param_groups
+        known = self._groups()
         if len(groups) != len(known):
             raise ValueError(f"SAM: the state has {len(groups)} parameter groups, this optimizer {len(known)}")
         for i, (old, group) in enumerate(zip(known, groups, strict=True)):
@@ -119,7 +230,7 @@ class Wrapper(Optimizer):
 
     def _count_step(self, ascended: bool) -> None:
         # A checkpoint of a fresh optimizer is made after one step at a learning rate of 0: that one does not count.
-        groups = self.param_groups
+        groups = self._groups()
         rates = [group["lr"] for group in groups if "lr" in group]
         if not ascended and rates and all(map(_is_zero, rates)):
             return

@@ -19,8 +19,8 @@ def build_perturbation(
         raise unknown("perturb", perturb, ("stored", "functional"))
     if rounding not in ("nearest", "stochastic"):
         raise unknown("rounding", rounding, ("nearest", "stochastic"))
-    if perturb == "stored" and model is not None:
-        raise ValueError("SAM: model= is for perturb='functional'; a stored perturbation needs parameters only")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"SAM: model must be a torch.nn.Module, not {type(model).__name__}")
     if rounding == "stochastic" and (masters is not None or perturb == "functional"):
         other = "perturb='functional' rounds no weight" if masters is None else "master_params round m + e to nearest"
         raise ValueError(f"SAM: rounding='stochastic' has nothing to round here: {other}; leave one of the two out")
@@ -29,7 +29,7 @@ def build_perturbation(
             raise ValueError(
                 "SAM: perturb='functional' writes no weight, so it restores none from master_params; leave master_params out"
             )
-        if not isinstance(model, nn.Module):
+        if model is None:
             raise TypeError("SAM: perturb='functional' works inside the model's layers: pass model=")
         return FunctionalPerturbation(model)
     if masters is not None:

@@ -20,14 +20,17 @@ from fastpost.sam.kinds import build_perturbation
 from fastpost.sam.layout import WeightsChanged
 from fastpost.sam.masters import Masters
 from fastpost.sam.memory import Gradients
+from fastpost.sam.norm_stats import NormStats, check_norm_stats
 from fastpost.sam.options import check_options
 from fastpost.sam.overflow import overflowed
 from fastpost.sam.reduction import Reduction, check_sharding
 from fastpost.sam.report import PerturbationReport
 from fastpost.sam.scope import Scope, ScopeCache
 from fastpost.sam.variants import Variant
+from fastpost.sam.wrapped import refuse_accumulating_closure
 
 Closure = Callable[[], Any]
+PLAIN_STEPS = 10  # in a row, without an ascent where one was due
 
 
 class SAM(Ascent):
@@ -73,7 +76,10 @@ class SAM(Ascent):
             cast(master + e), restoring is a cast, and nothing is stashed.
         perturb: "stored" writes w + e over w. "functional" never writes w: the layers of `model` add what e would add to
             their outputs, so no rounding to the grid of the weights loses e (`fastpost.sam.functional`).
-        model: the model, for "functional".
+        model: the model; "functional" needs it. With it the second pass leaves the running statistics of norm layers alone,
+            as `norm_stats` says.
+        norm_stats: which passes move the running statistics of batch and instance norms: the "first", as in the original, or
+            "both". Without `model` SAM does not know the layers: see `frozen_norm_stats`.
         variant: one of `fastpost.sam.variants`, such as `LookSAM()`; None is SAM (or ASAM).
         fused_restore: make AdamW's step from the stash, in one pass with the restore; equal to restore and step within
             rounding. For torch.optim.AdamW, on GPUs with fused=True or capturable=True.
@@ -109,12 +115,14 @@ class SAM(Ascent):
         master_params: Iterable[Tensor] | None = None,
         perturb: str = "stored",
         model: nn.Module | None = None,
+        norm_stats: str = "first",
         variant: Variant | None = None,
         fused_restore: bool = False,
         **kwargs: Any,
     ) -> None:
         ops.check_radius("SAM", rho, eta)
         check_options(ascent_fraction, dropout_rng, interval, compute_dtype, sync_ascent)
+        check_norm_stats("norm_stats", norm_stats)
         self._masters = None if master_params is None else Masters(params, master_params)
         self._bases = build_bases(params, base_optimizer, kwargs, self._masters)
         self.ascent_fraction = ascent_fraction
@@ -142,10 +150,15 @@ class SAM(Ascent):
                 )
             check_fused_restore(self._bases)
             self._fused = FusedRestore()
-        self._empty_caches()
+        self.norm_stats = norm_stats
+        self._norm_stats: NormStats | None = None
+        if model is not None:
+            self.set_model(model)
         self._clean: Gradients = {}
         self._combined = False
         self._tensors_at_ascent = 0
+        self.in_window = False  # micro-batches of a window are coming, and the window says when the second pass is over
+        self._by_others = self._stepped = False
         self._ascents = 0  # in this step; m-SAM has several
         self._masters_fit = True
         self.cycle = 0  # goes up with every fresh start, so that what was kept from a first pass can be told stale
@@ -154,6 +167,8 @@ class SAM(Ascent):
         self._elements = 0
         self._skipped: int | Tensor = 0
         self._warned = False
+        self._plain_steps = 0
+        self._empty_caches()
 
     @classmethod
     def lm(cls, params: Any, base_optimizer: Any, **kwargs: Any) -> SAM:
@@ -175,9 +190,13 @@ class SAM(Ascent):
         self._refuse_a_second_ascent()
         try:
             self._combined = False
+            self._early.forget()
+            self._watch()
             if self.ascends:
                 self._perturb()
             self._awaits_second = True
+            if self._norm_stats is not None and self.variant.ascent_pass:
+                self._norm_stats.keep()
             if zero_grad:
                 self.zero_grad()
         except BaseException:
@@ -210,6 +229,11 @@ class SAM(Ascent):
         Returns:
             The closure's first loss (with `reuse_grads` its only one), or None.
         """
+        if self._by_others:  # what comes as a closure is theirs: the passes have been made
+            self._stepped = True
+            loss = None if closure is None else closure()
+            self._finish()
+            return loss
         if closure is None:
             self._finish()
             return None
@@ -218,16 +242,39 @@ class SAM(Ascent):
             _leave_scaler(self)
             raise RuntimeError(
                 "SAM: a closure cannot go through GradScaler.step, nor through a wrapper that passes it on (Accelerate). "
-                "Scale both losses yourself: backward, first_step(zero_grad=True), backward, then scaler.step(opt)"
+                "Scale both losses yourself: backward, first_step(zero_grad=True), backward, then scaler.step(opt); in "
+                "Accelerate use AcceleratedWindow, or opt.optimizer.first_step() between two accelerator.backward()"
             )
+        refuse_accumulating_closure()
+        return self.passes(closure, reuse_grads=reuse_grads, end=self._finish)
+
+    def passes(
+        self,
+        closure: Closure,
+        *,
+        reuse_grads: bool = False,
+        clear: bool = True,
+        end: Callable[[], None] | None = None,
+    ) -> Any:
+        """Both passes of `step(closure)`, and no step: w is back, with the gradients to step with.
+
+        Args:
+            closure, reuse_grads: as for `step`.
+            clear: drop the gradients before the first pass.
+            end: called after the last pass, before w is put back, in place of `end_ascent`.
+
+        Returns:
+            The closure's first loss.
+        """
         if self.is_perturbed:
             raise RuntimeError(
                 "SAM: step(closure) while perturbed; finish with second_step() or step() first, or give that step up with "
                 "abandon()"
             )
+        end = self.end_ascent if end is None else end
         ascends = self.ascends
         loss = None
-        if not reuse_grads:
+        if clear and not reuse_grads:
             self.zero_grad()
         if not reuse_grads and (self.variant.ascent_pass or not ascends):
             before = RandomState(self.accelerators())
@@ -236,13 +283,13 @@ class SAM(Ascent):
             if self.dropout_rng == "same" and ascends:
                 before.put()  # what the first pass drew is drawn again by the second
         if ascends:
-            with self.perturbed():
+            with self.perturbed(zero_grad=clear or self.variant.ascent_pass):
                 with torch.enable_grad():
                     second = closure()
                 loss = second if loss is None else loss
-                self._finish()
+                end()
         else:
-            self._finish()
+            end()
         return loss
 
     @contextlib.contextmanager
@@ -267,6 +314,25 @@ class SAM(Ascent):
             if self.is_perturbed and not isinstance(error, WeightsChanged):
                 self.restore_()
             raise
+
+    @contextlib.contextmanager
+    def stepped_by_others(self) -> Iterator[None]:
+        """For wrappers: `step` inside uses the gradients present, and calls what it is given as a closure once before.
+
+        A GradScaler inside that finds a gradient which is not finite may leave `step` out.
+        """
+        self._by_others, self._stepped = True, False
+        try:
+            yield
+        finally:
+            self._by_others = False
+        if not self._stepped:
+            self._skip()
+
+    def set_model(self, model: nn.Module) -> None:
+        """Gives SAM the model whose running statistics second passes leave alone; does nothing where it has one already."""
+        if self._norm_stats is None and self.norm_stats == "first":
+            self._norm_stats = NormStats(model)
 
     # -- what was done ------------------------------------------------------------------------------------------------
 
@@ -302,7 +368,7 @@ class SAM(Ascent):
                 fused = None
             if fused is None:
                 self.end_ascent()
-            elif not self._combined:
+            elif not self._combined and not self._early.done:
                 self._combine()
             if self._masters is not None:
                 if hasattr(self, "found_inf"):
@@ -314,6 +380,7 @@ class SAM(Ascent):
                 found_inf = None
             if ascent is not None:
                 found_inf = self._overflowed(ascent, found_inf)
+            self._notice_plain_step(ascended=ascent is not None)
             self._count_step(ascended=ascent is not None)
             skipped = self._step(fused, scale, found_inf)
         except WeightsChanged:  # nothing was done
@@ -334,17 +401,42 @@ class SAM(Ascent):
             with self._perturbation.settled(self._reduction) as buckets:
                 skipped = fused.step(self._bases, buckets, scale, found_inf)
             self._awaits_second = False
+            self.settle_norm_stats()
             return skipped
         if self._masters is None:
             return step_bases(self._bases, scale, found_inf)
         with self._masters.stepped():
             return step_bases(self._bases, scale, found_inf)
 
+    def _notice_plain_step(self, ascended: bool) -> None:
+        """Warns, once, where step() is all that is ever called: trainers that know nothing of SAM do that."""
+        if ascended:
+            self._plain_steps = 0
+        elif self.ascends and self.variant.ascent_pass:
+            self._plain_steps += 1
+            if self._plain_steps == PLAIN_STEPS:
+                warnings.warn(
+                    f"SAM: {PLAIN_STEPS} steps in a row were the base optimizer's alone: step() without first_step() or a "
+                    "closure perturbs nothing. Use SAMTrainer in transformers, SAMCallback in Lightning, AcceleratedWindow "
+                    "in Accelerate, first_step() or step(closure) in your own loop; for plain steps on purpose, interval=",
+                    stacklevel=2,
+                )
+
+    def _skip(self) -> None:
+        """Somebody else has looked at the gradients and left the step out."""
+        ascent = self._guard.take()
+        if self._gradients():
+            found_inf = self._overflowed(torch.zeros(()) if ascent is None else ascent, None)
+            self._notice_plain_step(ascended=ascent is not None)
+            self._count_step(ascended=ascent is not None)
+            self._count_skipped(found_inf.sum())
+        self._close_step()
+
     def _overflowed(self, ascent: Tensor, found_inf: Tensor | None) -> Tensor:
         """`overflowed` of the ascent and the second gradients, which are looked at where no GradScaler has."""
         if found_inf is not None:
             return overflowed(ascent, found_inf, [], self._reduction)
-        with self._finite_buckets.of(self.param_groups, None) as buckets:
+        with self._finite_buckets.of(self._groups(), None) as buckets:
             others = [g for p in self._finite_buckets.others if (g := self._reduction.gradient(p)) is not None]
             return overflowed(ascent, None, buckets, self._reduction, others)
 

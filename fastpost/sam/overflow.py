@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpost import distributed
 from fastpost.sam.buckets import ParameterBucket, total_squared_norm
+from fastpost.sam.hooks import ParameterHooks
 from fastpost.sam.reduction import Reduction
 
 
@@ -24,16 +26,16 @@ class OverflowGuard:
 
     GradScaler, fused base optimizers and our own test all look for NaN in gradients. So the first gradient that the second
     backward pass brings forth gets NaN * (norm is not finite), that is NaN or nothing, added to one element: on the device,
-    inside backward, hence before any `unscale_`. Parameters without a second gradient stay without one.
+    inside backward, hence before any `unscale_`. Parameters without a second gradient stay without one. A gradient that is
+    assigned by hand (`torch.autograd.grad`) passes no hook; it is found when somebody who looks at gradients asks for the
+    parameter groups, as GradScaler does.
     """
 
     def __init__(self, reduction: Reduction) -> None:
         self._reduction = reduction
         self._norm: Tensor | None = None
         self._seed: Tensor | None = None
-        self._hooked: tuple[int, ...] = ()
-        self._handles: list[Any] = []
-        weakref.finalize(self, _remove, self._handles)
+        self._hooks = ParameterHooks()
 
     def saw(self, squared: Tensor, params: Callable[[], list[Tensor]]) -> None:
         """Remembers the squared norm of an ascent; `params` returns those that may get a second gradient."""
@@ -48,7 +50,7 @@ class OverflowGuard:
             self._seed = None
             return
         self._seed = torch.where(torch.isfinite(norm), torch.zeros_like(norm), torch.full_like(norm, math.nan))
-        self._hook([p for p in params() if p.requires_grad])
+        self._hook(params())
 
     def forget(self) -> None:
         """The step is given up."""
@@ -65,31 +67,45 @@ class OverflowGuard:
         self.forget()
         return norm
 
+    @property
+    def waits(self) -> bool:
+        """Whether no second gradient has been seen to carry the seed."""
+        return self._seed is not None
+
+    def plant_in(self, params: Callable[[], list[Tensor]]) -> None:
+        """Seeds a gradient that is there; again when asked again, because it may be dropped before the second pass."""
+        seed, self._seed = self._seed, None
+        assert seed is not None
+        for p in params():
+            # Not `reduction.gradient`, which may talk to other ranks: they need not be asking.
+            if p.grad is not None and _plant(distributed.local(p.grad), seed):
+                break
+        self._seed = seed
+
     def _hook(self, params: list[Tensor]) -> None:
-        key = tuple(map(id, params))
-        if key == self._hooked:
-            return
-        self._hooked = ()
-        _remove(self._handles)
         myself = weakref.ref(self)
 
         def plant(p: Tensor) -> None:
             guard = myself()
             if guard is not None and guard._seed is not None:
-                guard._plant(p)
+                grad = guard._reduction.gradient(p)
+                if grad is not None and _plant(grad, guard._seed):
+                    guard._seed = None
 
-        self._handles += [p.register_post_accumulate_grad_hook(plant) for p in params]  # type: ignore[no-untyped-call]
-        self._hooked = key
+        def register(p: Tensor) -> Iterable[Any]:
+            return [p.register_post_accumulate_grad_hook(plant)]  # type: ignore[no-untyped-call]
 
-    @torch.no_grad()
-    def _plant(self, p: Tensor) -> None:
-        grad = self._reduction.gradient(p)
-        values = None if grad is None else values_of(grad)
-        if values is None or not values.numel():
-            return
-        assert self._seed is not None
-        values[(0,) * values.ndim].add_(self._seed.to(values.device, values.dtype))
-        self._seed = None
+        self._hooks.put(params, register)
+
+
+@torch.no_grad()
+def _plant(grad: Tensor, seed: Tensor) -> bool:
+    """Adds the seed to one element; returns whether there was any."""
+    values = values_of(grad)
+    if values is None or not values.numel():
+        return False
+    values[(0,) * values.ndim].add_(seed.to(values.device, values.dtype))
+    return True
 
 
 def values_of(gradient: Tensor) -> Tensor | None:
@@ -137,8 +153,3 @@ def overflowed(
         for gradient in others:
             bad = torch.maximum(bad, (~is_finite(gradient)).float().to(bad.device))
     return reduction.agree(bad)
-
-
-def _remove(handles: list[Any]) -> None:
-    while handles:
-        handles.pop().remove()

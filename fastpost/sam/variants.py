@@ -27,12 +27,16 @@ class Variant:
         ascent_pass: whether the direction comes from a gradient at w, that is from a pass of its own.
         keeps_gradient: whether the gradient at w is kept until the second one is there, at the price of a copy.
         scales_must_agree: whether `descend` mixes the two passes, so that a loss scale must be on both gradients or on none.
+        rewrites: whether `descend` or `between`, where overridden, change gradients. They are then called at the end of the
+            backward pass, so that the caller clips what they made; where further passes add to the gradients, again after
+            each, with all that there is so far.
         state_names: tensors kept per parameter from step to step, in `state[p]`; each begins with "sam_".
     """
 
     ascent_pass = True
     keeps_gradient = False
     scales_must_agree = False
+    rewrites = True
     state_names: tuple[str, ...] = ()
 
     def direction(self, memory: Memory, gradients: Gradients) -> Gradients:
@@ -77,8 +81,7 @@ class GSAM(Variant):
     """GSAM (2203.08065): also narrows the gap between L(w + e) and L(w).
 
     The second gradient g' becomes g' - alpha (g - <g, g'> / |g'|^2 g'), g the gradient at w. Use it with a rho that follows
-    the learning rate (set `rho` in the groups) when SAM at one radius is too strong late in training. Where the gradients
-    are scaled, both must be: `unscale_` comes after the second pass of `perturbed()` or of a window, not inside.
+    the learning rate (set `rho` in the groups) when SAM at one radius is too strong late in training.
 
     Args:
         alpha: how much of the orthogonal part is taken away, >= 0.
@@ -200,6 +203,8 @@ class TRAM(Variant):
     the first pass, such as R3F's symmetric KL. Use it to join SAM with R3F: their plain sum did worse than either (table 2
     there). From the equations: the released code leaves the gradient out.
     """
+
+    rewrites = False
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None

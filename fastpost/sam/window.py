@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpost.rng import RandomState
 from fastpost.sam.optimizer import SAM
 from fastpost.sam.options import check_dropout_rng, check_fraction
+from fastpost.sam.variants import Variant
+from fastpost.sam.wrapped import find_sam
 
 ForwardBackward = Callable[[Any], Any]
 NoSync = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -38,7 +40,7 @@ class SAMWindow:
         opt.step()
 
     Args:
-        optimizer: a SAM, or a wrapper that keeps one as `.optimizer` (Accelerate).
+        optimizer: a SAM, or a wrapper that keeps one as `.optimizer` (Accelerate, Lightning, Fabric).
         forward_backward: takes a micro-batch, computes its loss, calls backward (on the scaled loss, where there is a
             GradScaler) and returns what should be handed back, usually the loss. It divides by the number of micro-batches,
             as in any accumulation.
@@ -49,6 +51,8 @@ class SAMWindow:
         no_sync: opens a context without gradient synchronisation, such as `model.no_sync` of DDP. It is entered around
             forward and backward of all micro-batches but the last of each pass; with `sync_ascent=False` around the whole
             ascent, which then uses each replica's own gradient.
+        model: the model, where the optimizer was not given it: so that each micro-batch moves the running statistics of norm
+            layers once, in its first pass, as the optimizer's `norm_stats` says.
 
     Attributes:
         size: micro-batches announced for the open window.
@@ -68,8 +72,9 @@ class SAMWindow:
         per_micro_batch: bool = False,
         dropout_rng: str | None = None,
         no_sync: NoSync | None = None,
+        model: nn.Module | None = None,
     ) -> None:
-        found = optimizer if isinstance(optimizer, SAM) else getattr(optimizer, "optimizer", None)
+        found = find_sam(optimizer)
         if not isinstance(found, SAM):
             raise TypeError(f"SAMWindow: optimizer must be a fastpost.SAM, not {type(optimizer).__name__}")
         self.optimizer = found
@@ -83,7 +88,7 @@ class SAMWindow:
                 f"SAMWindow: per_micro_batch perturbs by every micro-batch, which leaves no ascent_fraction of "
                 f"{self.ascent_fraction}; pass ascent_fraction=1.0"
             )
-        if per_micro_batch and found.variant.keeps_gradient:
+        if per_micro_batch and (found.variant.keeps_gradient or _rewrites(found.variant)):
             raise ValueError(
                 f"SAMWindow: {type(found.variant).__name__} combines the gradients of two whole passes; use it without "
                 "per_micro_batch"
@@ -93,6 +98,8 @@ class SAMWindow:
                 "SAMWindow: sync_ascent=False lets each replica ascend by its own gradient, which takes a backward pass "
                 "that does not synchronise: pass no_sync (model.no_sync, fastpost.distributed.no_sync)"
             )
+        if model is not None:
+            found.set_model(model)
         self._forward_backward = forward_backward
         self._no_sync = no_sync
         self.size = 0
@@ -120,6 +127,7 @@ class SAMWindow:
         if self.optimizer.is_perturbed:
             raise RuntimeError("SAMWindow: the optimizer is perturbed; finish its step first")
         self.optimizer.zero_grad()
+        self.optimizer.in_window = True
         self.size, self._fed = size, 0
         self.perturbed_losses = []
         ascends = self.optimizer.ascends and self.optimizer.variant.ascent_pass
@@ -196,13 +204,17 @@ class SAMWindow:
         except BaseException:
             self.abort()
             raise
-        self.size = 0
+        self._over()
 
     def abort(self) -> None:
         """Gives the window up: w is back, the micro-batches are let go, no gradient is left."""
         self._kept = []
-        self.size = 0
+        self._over()
         self.optimizer.abandon()
+
+    def _over(self) -> None:
+        self.size = 0
+        self.optimizer.in_window = False
 
     def _ascend(self, micro_batch: Any) -> Any:
         kept = _copied(micro_batch)
@@ -225,6 +237,7 @@ class SAMWindow:
             self.perturbed_losses.append(self._pass(micro_batch, sync=sync))
         if self.dropout_rng == "same":
             after.put()
+        self.optimizer.settle_norm_stats()  # later micro-batches have one pass only, which counts
 
     def _ascend_alone(self, micro_batch: Any, last: bool) -> Any:
         """One micro-batch up and down (m-SAM); what the earlier ones left as gradients is set aside and added to."""
@@ -250,6 +263,10 @@ class SAMWindow:
 
 def _copied(micro_batch: Any) -> Any:
     return copy.copy(micro_batch) if isinstance(micro_batch, (Mapping, list)) else micro_batch
+
+
+def _rewrites(variant: Variant) -> bool:
+    return variant.rewrites and type(variant).descend is not Variant.descend
 
 
 def _set_aside(p: Tensor) -> tuple[Tensor | None, Tensor | None]:
