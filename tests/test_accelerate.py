@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader
 import fastpost
 from fastpost import SAM, SAMWindow
 from fastpost.integrations.accelerate import AcceleratedWindow
+from fastpost.sam import GSAM, LookSAM, StableSAM
 from tests.by_hand import distance, language_loss, rows_of_text, sam_by_hand
 from tests.distributed import run, whole
 from tests.tiny import build
@@ -218,6 +221,141 @@ def test_r3f_through_accelerate() -> None:
         plain.zero_grad()
     assert min(divergences) > 0
     assert distance(model, reference) <= 1e-9
+
+
+def test_methods_of_the_base_optimizer_are_reached_through_both() -> None:
+    """Accelerate passes `train` and `eval` on to optimizers that have them, as schedule-free ones do."""
+
+    class ScheduleFreeLike(torch.optim.SGD):
+        mode = ""
+
+        def train(self) -> None:
+            self.mode = "train"
+
+        def eval(self) -> None:
+            self.mode = "eval"
+
+    model = build("causal")
+    base = ScheduleFreeLike(model.parameters(), lr=LR)
+    opt = accelerator().prepare(SAM(None, base))
+    opt.train()
+    assert base.mode == "train"
+    opt.eval()
+    assert base.mode == "eval"
+    plain = accelerator().prepare(sam(model))
+    plain.train()  # nobody has it, which is no error in Accelerate
+    state = {p: {} for p in model.parameters()}
+    opt.state = state
+    opt.param_groups = [{**opt.param_groups[0], "lr": 0.5}]
+    assert base.state is state
+    assert base.param_groups[0]["lr"] == 0.5
+
+
+def test_a_closure_is_a_step_and_is_refused_where_micro_batches_are_accumulated() -> None:
+    model = build("causal", dtype=torch.float64)
+    reference = copy.deepcopy(model)
+    made = accelerator()
+    model, opt, data = made.prepare(model, sam(model), loader(6))
+
+    def closure(rows: Tensor) -> Tensor:
+        loss = language_loss(model, rows)
+        made.backward(loss)
+        return loss
+
+    for rows in data:
+        opt.step(functools.partial(closure, rows))
+        opt.zero_grad()
+    sam_by_hand(reference, windows(6, 1), torch.optim.AdamW(reference.parameters(), lr=LR), RHO)
+    assert distance(model, reference) <= 1e-9
+    made.gradient_accumulation_steps = 3
+
+    def accumulated(data: Any) -> None:
+        for rows in data:
+            with made.accumulate(model):
+                closure(rows)
+                opt.step(functools.partial(closure, rows))
+                opt.zero_grad()
+
+    before = copy.deepcopy(model)
+    for batches in (data, list(data)):  # a loader that Accelerate knows, and one that it does not
+        with pytest.raises(RuntimeError, match=r"accumulates 3 micro-batches.*AcceleratedWindow"):
+            accumulated(batches)
+        assert distance(model, before) == 0
+        opt.optimizer.zero_grad()
+    other = nn.Linear(3, 2)  # stepped by others, while Accelerate accumulates
+    own = SAM(other.parameters(), torch.optim.SGD, lr=LR)
+    torch.optim.lr_scheduler.StepLR(own, 1)
+    for _ in data:
+        weight = other.weight.detach().clone()
+        own.step(lambda: other(torch.ones(3)).sum().backward())
+        assert not torch.equal(other.weight, weight)
+
+    def two_calls() -> None:
+        for rows in data:
+            with made.accumulate(model):
+                closure(rows)
+                opt.optimizer.first_step(zero_grad=True)
+                closure(rows)
+                opt.step()
+
+    with pytest.raises(RuntimeError, match=r"called twice.*AcceleratedWindow"):
+        two_calls()
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("form", ["window", "two calls"])
+@pytest.mark.parametrize("variant", [GSAM(0.7), StableSAM(), LookSAM()])
+def test_accelerate_clips_what_is_stepped_with(form: str, variant: Any, fp16: bool) -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).to(torch.float32 if fp16 else torch.float64)
+    x = torch.randn(24, 4, dtype=model[0].weight.dtype, generator=torch.Generator().manual_seed(1))
+    made = accelerator(fp16=fp16)
+    if fp16:
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, variant=variant, interval=3)
+    model, opt, data = made.prepare(model, opt, DataLoader(x, batch_size=4))  # type: ignore[arg-type]
+
+    def loss(model: nn.Module, rows: Tensor) -> Tensor:
+        return model(rows).square().mean()
+
+    both = AcceleratedWindow(made, model, opt, loss)
+    lengths = []
+    for rows in data:
+        with made.accumulate(model):
+            before = copy.deepcopy(model)
+            if form == "window":
+                both(rows)
+            else:
+                made.backward(loss(model, rows))
+                if opt.optimizer.ascends:
+                    opt.optimizer.first_step(zero_grad=True)
+                    made.backward(loss(model, rows))
+            made.clip_grad_norm_(model.parameters(), 0.01)
+            opt.step()
+            opt.zero_grad()
+        pairs = zip(model.parameters(), before.parameters(), strict=True)
+        lengths.append(math.sqrt(sum((p - q).square().sum().item() for p, q in pairs)) / 0.1)
+    assert max(lengths) <= 0.01 * (1 + 1e-4)
+    assert min(lengths) >= 0.00995
+
+
+def test_an_overflow_reaches_accelerate_where_the_second_gradient_is_assigned() -> None:
+    model = build("causal")
+    made = accelerator(fp16=True)
+    made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    model, opt = made.prepare(model, sam(model))
+    before = copy.deepcopy(model)
+    made.backward(language_loss(model, rows_of_text(2)) * math.inf)
+    opt.optimizer.first_step(zero_grad=True)
+    params = list(model.parameters())
+    loss = made.scaler.scale(language_loss(model, rows_of_text(2)))
+    for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
+        p.grad = g
+    made.clip_grad_norm_(params, 1.0)
+    opt.step()
+    assert distance(model, before) == 0
+    assert made.scaler.get_scale() == 2.0**11
+    assert opt.optimizer.skipped_steps == 1
 
 
 def test_refusals() -> None:

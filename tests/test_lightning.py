@@ -26,7 +26,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 import fastpost
 from fastpost.integrations.lightning import SAMCallback
-from fastpost.sam import MomentumSAM
+from fastpost.sam import GSAM, FriendlySAM, LookSAM, MomentumSAM, StableSAM
 from tests.by_hand import distance, language_loss, rows_of_text, sam_by_hand
 from tests.tiny import build
 
@@ -197,6 +197,91 @@ def test_resumed_from_a_checkpoint_is_the_uninterrupted_run(tmp_path: Path) -> N
     run(1)
     state = torch.load(tmp_path / "last.ckpt", weights_only=False)["optimizer_states"][0]
     assert [(group["rho"], group["sam_steps"]) for group in state["param_groups"]] == [(RHO, 3)]
+    assert distance(run(2, ckpt_path=tmp_path / "last.ckpt"), whole) == 0
+
+
+class Small(LightningModule):
+    """Weights enough to write a variant's equations out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).double()
+        self.lengths: list[float] = []
+
+    def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
+        return self.net(x).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=LR)
+
+
+def vector(gradients: Any) -> Tensor:
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def variant_by_hand(net: torch.nn.Module, windows: list[Tensor], name: str, interval: int, clip: float) -> None:
+    """GSAM (2203.08065), LookSAM (2203.02714) and Stable SAM (2401.07250) with the clip at the end."""
+    params = list(net.parameters())
+    look = torch.zeros(())
+    for number, x in enumerate(windows):
+        g = vector(torch.autograd.grad(net(x).square().mean(), params))
+        w = vector(p.detach() for p in params)
+        torch.nn.utils.vector_to_parameters(w + RHO * g / g.norm(), params)
+        h = vector(torch.autograd.grad(net(x).square().mean(), params))
+        if number % interval:
+            h = g + 0.7 * g.norm() / look.norm() * look
+        elif name == "look":
+            look = h - (h @ g) / (g @ g) * g
+        elif name == "gsam":
+            h = h - 0.7 * (g - (g @ h) / (h @ h) * h)
+        else:
+            h = h * g.norm() / h.norm()
+        torch.nn.utils.vector_to_parameters(w - LR * h * min(1.0, float(clip / (h.norm() + 1e-6))), params)
+
+
+VARIANTS: dict[str, tuple[Any, int]] = {
+    "gsam": (lambda: GSAM(0.7), 1),
+    "look": (LookSAM, 3),
+    "stable": (StableSAM, 1),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_lightning_clips_is_what_a_variant_made(tmp_path: Path, name: str) -> None:
+    variant, interval = VARIANTS[name]
+    module, clip = Small(), 0.01
+    net = copy.deepcopy(module.net)
+    x = torch.randn(48, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    trainer(
+        tmp_path,
+        SAMCallback(rho=RHO, variant=variant(), interval=interval),
+        accumulate_grad_batches=2,
+        gradient_clip_val=clip,
+    ).fit(module, DataLoader(x, batch_size=4))  # type: ignore[arg-type]
+    variant_by_hand(net, list(x.split(8)), name, interval, clip)
+    assert distance(module.net, net) <= 1e-12
+
+
+@pytest.mark.parametrize("variant", [LookSAM, FriendlySAM])
+def test_what_a_variant_keeps_is_resumed(tmp_path: Path, variant: Any) -> None:
+    """In the middle of LookSAM's interval; the module's optimizer is saved by Lightning, and has never heard of SAM."""
+    x = torch.randn(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def run(epochs: int, **fit: Any) -> Small:
+        module = Small()
+        saved = ModelCheckpoint(dirpath=tmp_path, filename="last")
+        callback = SAMCallback(rho=RHO, variant=variant(), interval=3)
+        loader: Any = DataLoader(x, batch_size=4)  # type: ignore[arg-type]
+        trainer(tmp_path, callback, max_epochs=epochs, callbacks=[saved]).fit(module, loader, **fit)
+        return module
+
+    whole = run(2)
+    for old in tmp_path.glob("*.ckpt"):
+        old.unlink()
+    run(1)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=False)["optimizer_states"][0]["state"]
+    assert all(any(name.startswith("sam_") for name in kept) for kept in state.values())
     assert distance(run(2, ckpt_path=tmp_path / "last.ckpt"), whole) == 0
 
 
@@ -372,6 +457,13 @@ class Failing(Module):
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="manual optimisation"):
         trainer(tmp_path, SAMCallback()).fit(Manual(), loader(4))
+
+    class Twice(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return fastpost.SAM(None, super().configure_optimizers())
+
+    with pytest.raises(ValueError, match=r"gave a fastpost\.SAM.*return the plain optimizer"):
+        trainer(tmp_path, SAMCallback()).fit(Twice(), loader(4))
     with pytest.raises(RuntimeError, match="returned None"):
         trainer(tmp_path, SAMCallback(), accumulate_grad_batches=4).fit(Empty(), loader(16))
 

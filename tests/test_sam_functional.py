@@ -392,8 +392,8 @@ def test_bad_input() -> None:
         SAM(model.parameters(), torch.optim.SGD, perturb="function")
     with pytest.raises(TypeError, match="pass model="):
         SAM(model.parameters(), torch.optim.SGD, perturb="functional")
-    with pytest.raises(ValueError, match="model= is for"):
-        SAM(model.parameters(), torch.optim.SGD, model=model)
+    with pytest.raises(TypeError, match="model must be"):
+        SAM(model.parameters(), torch.optim.SGD, model="functional")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 parameters are not of the model"):
         SAM([*model.parameters(), nn.Parameter(torch.ones(2))], torch.optim.SGD, perturb="functional", model=model)
 

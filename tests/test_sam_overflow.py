@@ -169,6 +169,56 @@ def test_an_overflow_in_the_ascent_alone_reaches_the_scaler(far_device: None, un
     assert not unchanged(model, before)
 
 
+def assign(model: nn.Module, loss: Tensor, in_place: bool) -> None:
+    """Gradients that no hook sees: from `torch.autograd.grad`."""
+    params = list(model.parameters())
+    for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
+        if in_place and p.grad is not None:
+            p.grad.copy_(g)
+        else:
+            p.grad = g
+
+
+@pytest.mark.parametrize("device", ["at hand", "far"])
+@pytest.mark.parametrize("clears", ["first_step", "model", "nobody", "zeros"])
+@pytest.mark.parametrize("unscale", [False, True])
+def test_an_overflow_in_the_ascent_reaches_the_scaler_where_the_second_gradient_is_assigned(
+    request: pytest.FixtureRequest, device: str, clears: str, unscale: bool
+) -> None:
+    if device == "far":
+        request.getfixturevalue("far_device")
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.AdamW, rho=0.1, lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    for factor in (1.0, math.inf, 1.0):
+        before, state, scale = all_bits(model), copy.deepcopy(opt.state_dict()), scaler.get_scale()
+        skipped = opt.skipped_steps
+        opt.zero_grad()
+        assign(model, scaler.scale(loss_of(model) * factor), in_place=False)
+        opt.first_step(zero_grad=clears == "first_step")
+        assert opt.param_groups[0]["lr"] == 1e-2  # a look at the groups between the passes, as for a log, is harmless
+        if clears == "model":
+            model.zero_grad()
+        elif clears == "zeros":
+            opt.zero_grad(set_to_none=False)
+        assign(model, scaler.scale(loss_of(model)), in_place=clears in ("nobody", "zeros"))
+        if unscale:
+            scaler.unscale_(opt)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(opt)
+        scaler.update()
+        if math.isinf(factor):
+            assert unchanged(model, before)
+            assert same_state(state, opt.state_dict())
+            assert scaler.get_scale() == scale / 2
+            assert opt.skipped_steps == skipped + 1
+        else:
+            assert not unchanged(model, before)
+            assert scaler.get_scale() == scale
+            assert opt.skipped_steps == skipped
+            assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("dropped_by", ["optimizer", "model", "twice"])
 def test_an_overflow_survives_gradients_being_dropped_by_hand(far_device: None, dropped_by: str) -> None:
     model = network()

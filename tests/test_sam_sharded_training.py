@@ -300,6 +300,29 @@ def stochastic_rounding() -> None:
         assert bool((d.part(net.weight) == 1).all())
 
 
+def running_statistics() -> None:
+    """DDP hands the first rank's buffers to all before each forward pass. Second passes leave no trace in them: at a
+    learning rate of 0 they are those of a run without SAM."""
+    found = []
+    for with_sam in (False, True):
+        torch.manual_seed(4)
+        model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 2)))
+        base = torch.optim.SGD(model.parameters(), lr=0.0)
+        opt = SAM(None, base, rho=RHO, model=model) if with_sam else base
+        for x in torch.randn(3, 2, 6, 4)[:, dist.get_rank()]:
+            model(x).square().mean().backward()
+            if with_sam:
+                opt.first_step(zero_grad=True)
+                model(x).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        norm = model.module[1]
+        assert int(norm.num_batches_tracked) == 3
+        found.append(torch.cat([norm.running_mean, norm.running_var]))
+    assert torch.equal(*found)
+    assert not torch.equal(found[0][:3], torch.zeros(3))
+
+
 def refused() -> None:
     mesh = d.mesh_of(dist.get_world_size())
     for whole in (False, True):
@@ -329,7 +352,8 @@ CASES = {
     case.__name__: case
     for case in (
         ddp_averaged, ddp_each_its_own, windows, per_micro_batch, swapped_after_construction, overflow_on_one_rank,
-        scaled, seen_through_mixed_precision, checkpoints, stochastic_rounding, refused,
+        scaled, seen_through_mixed_precision, checkpoints, stochastic_rounding, running_statistics,
+        refused,
     )
 }  # fmt: skip
 
