@@ -429,13 +429,6 @@ def test_backward_twice(backend: str) -> None:
         torch.autograd.grad(value, (x, y))
 
 
-def test_second_derivatives_are_refused() -> None:
-    a, b = (t.requires_grad_() for t in streams(3, 8, 0.5))
-    (g,) = torch.autograd.grad(symmetric_kl(a, b) * a.sum(), a, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
-
-
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_one_stream_wants_a_gradient(backend: str, which: int, inplace: bool) -> None:

@@ -318,6 +318,48 @@ def embedding_noise(
 # -- divergence: rows of logits in two streams ----------------------------------------------------------------------------
 
 
+def divergence_of_rows(
+    clean: Tensor,
+    noised: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    kl_weights: Tensor | None,
+    ce_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per row KL(p|q) + KL(q|p) and cross-entropy of the clean logits, and the gradients of their weighted sum.
+
+    J = sum (p - q)(log p - log q); dJ/da = p (log p - log q - KL(p|q)) + p - q, dJ/db with p and q exchanged. In float64
+    whatever the logits' dtype, and differentiable. Rows of weight 0 give exactly 0, whatever their logits. Classes that are
+    -inf in both streams do not exist; one that is -inf in one stream only makes the value infinite and the gradients NaN.
+    """
+    a, b = clean.double(), noised.double()
+    ones = torch.ones(len(a), dtype=torch.float64, device=a.device)
+    kl_weights = ones if kl_weights is None else kl_weights
+    ce_weights = ones if ce_weights is None else ce_weights
+    diverges = kl_weights != 0
+    counts = torch.zeros_like(diverges) if labels is None else (labels != ignore_index) & (ce_weights != 0)
+    # What does not count may be NaN, and 0 * NaN is not 0: it is replaced before anything is made of it.
+    a = torch.where((diverges | counts).unsqueeze(-1), a, torch.zeros_like(a))
+    b = torch.where(diverges.unsqueeze(-1), b, a)
+    absent = (a == -torch.inf) & (b == -torch.inf)
+    log_p, log_q = torch.log_softmax(a, dim=-1), torch.log_softmax(b, dim=-1)
+    p, q = log_p.exp(), log_q.exp()
+    r = torch.where(absent, torch.zeros_like(a), log_p - log_q)
+    kl_pq, kl_qp = (p * r).sum(-1, keepdim=True), -(q * r).sum(-1, keepdim=True)
+    kl = ((p - q) * r).sum(-1).clamp(min=0)  # rounding can leave -1e-34
+    grad_a = kl_weights.unsqueeze(-1) * (p * (r - kl_pq) + p - q)
+    grad_b = kl_weights.unsqueeze(-1) * (q * (-r - kl_qp) + q - p)
+    grad_a, grad_b = (torch.where(kl.isfinite().unsqueeze(-1), g, torch.full_like(g, torch.nan)) for g in (grad_a, grad_b))
+    grad_a, grad_b = (torch.where(diverges.unsqueeze(-1), g, torch.zeros_like(g)) for g in (grad_a, grad_b))
+    ce = torch.zeros_like(kl)
+    if labels is not None:
+        targets = torch.where(counts, labels, torch.zeros_like(labels)).unsqueeze(-1)
+        ce = torch.where(counts, -log_p.gather(-1, targets).squeeze(-1), ce)
+        one_hot = torch.zeros_like(p).scatter(-1, targets, 1.0)
+        grad_a = grad_a + torch.where(counts.unsqueeze(-1), ce_weights.unsqueeze(-1) * (p - one_hot), torch.zeros_like(p))
+    return torch.where(diverges, kl, torch.zeros_like(kl)), ce, grad_a, grad_b
+
+
 @torch.no_grad()
 def divergence_rows(
     clean: Tensor,
@@ -329,40 +371,13 @@ def divergence_rows(
     grad_clean: Tensor | None,
     grad_noised: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Per row KL(p|q) + KL(q|p) and cross-entropy of the clean logits, and the gradients of their weighted sum.
-
-    J = sum (p - q)(log p - log q); dJ/da = p (log p - log q - KL(p|q)) + p - q, dJ/db with p and q exchanged. In float64
-    whatever the logits' dtype. Gradients are written to the tensors given, which may be the logits themselves; rows of
-    weight 0 give exactly 0. Classes that are -inf in both streams do not exist; one that is -inf in one stream only makes
-    the value infinite and the gradients NaN.
-    """
-    a, b = clean.double(), noised.double()
-    ones = torch.ones(len(a), dtype=torch.float64, device=a.device)
-    kl_weights = ones if kl_weights is None else kl_weights
-    ce_weights = ones if ce_weights is None else ce_weights
-    absent = (a == -torch.inf) & (b == -torch.inf)
-    log_p, log_q = torch.log_softmax(a, dim=-1), torch.log_softmax(b, dim=-1)
-    p, q = log_p.exp(), log_q.exp()
-    r = torch.where(absent, torch.zeros_like(a), log_p - log_q)
-    kl_pq, kl_qp = (p * r).sum(-1, keepdim=True), -(q * r).sum(-1, keepdim=True)
-    kl = ((p - q) * r).sum(-1).clamp(min=0)  # rounding can leave -1e-34
-    grad_a = kl_weights.unsqueeze(-1) * (p * (r - kl_pq) + p - q)
-    grad_b = kl_weights.unsqueeze(-1) * (q * (-r - kl_qp) + q - p)
-    grad_a, grad_b = (torch.where(kl.isfinite().unsqueeze(-1), g, torch.full_like(g, torch.nan)) for g in (grad_a, grad_b))
-    used = (kl_weights != 0).unsqueeze(-1)
-    grad_a, grad_b = torch.where(used, grad_a, torch.zeros_like(a)), torch.where(used, grad_b, torch.zeros_like(b))
-    ce = torch.zeros_like(kl)
-    if labels is not None:
-        counts = (labels != ignore_index) & (ce_weights != 0)
-        targets = torch.where(counts, labels, torch.zeros_like(labels)).unsqueeze(-1)
-        ce = torch.where(counts, -log_p.gather(-1, targets).squeeze(-1), ce)
-        one_hot = torch.zeros_like(p).scatter_(-1, targets, 1.0)
-        grad_a = grad_a + torch.where(counts.unsqueeze(-1), ce_weights.unsqueeze(-1) * (p - one_hot), torch.zeros_like(p))
+    """`divergence_of_rows`, its gradients written to the tensors given, which may be the logits themselves."""
+    kl, ce, grad_a, grad_b = divergence_of_rows(clean, noised, labels, ignore_index, kl_weights, ce_weights)
     if grad_clean is not None:
         grad_clean.copy_(grad_a)
     if grad_noised is not None:
         grad_noised.copy_(grad_b)
-    return torch.where(kl_weights != 0, kl, torch.zeros_like(kl)), ce
+    return kl, ce
 
 
 _JS_ELEMENTS = {"cpu": 1 << 18}  # at a time, small beside the logits
@@ -370,22 +385,33 @@ _JS_ELEMENTS_ELSEWHERE = 1 << 24  # where every operation is a launch
 _JS_SERIES = 0.3  # |t| below which (1 + t) ln(1 + t) + (1 - t) ln(1 - t) is summed up: its terms cancel
 
 
-def _jensen_shannon(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values of some rows, and their gradients, all in float64."""
+def jensen_shannon_of_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row KL(p|m) / 2 + KL(q|m) / 2 with m = (p + q) / 2, and its gradients, in float64 and differentiable.
+
+    dJSD/da = p (ln(p / m) - KL(p|m)) / 2, dJSD/db with q in place of p.
+    """
     log_p, log_q = torch.log_softmax(a.double(), dim=-1), torch.log_softmax(b.double(), dim=-1)
     p, q = log_p.exp(), log_q.exp()
-    # In float64 the difference keeps eight digits where float32 logits are 1e-6 apart.
-    r = torch.where((p == 0) & (q == 0), torch.zeros_like(p), log_p - log_q)
+    # In float64 the difference keeps eight digits where float32 logits are 1e-6 apart. Where a class is missing in a stream,
+    # neither it nor its derivative is looked at.
+    shared = (p != 0) & (q != 0)
+    r = torch.where(shared, log_p - log_q, torch.zeros_like(p))
     t = torch.tanh(r / 2)  # p = m (1 + t), q = m (1 - t)
-    square, close = t * t, t.abs() < _JS_SERIES
+    close = t.abs() < _JS_SERIES
+    t = torch.where(close, t, torch.zeros_like(t))
+    square = t * t
     series = square * (1 / 2 + square * (1 / 12 + square * (1 / 30 + square * (1 / 56 + square * (1 / 90 + square / 132)))))
-    exact = (torch.special.xlogy(1 + t, 1 + t) + torch.special.xlogy(1 - t, 1 - t)) / 2
-    value = ((p + q) / 2 * torch.where(close, series, exact)).sum(-1)
     softplus = torch.nn.functional.softplus
-    first, second = (  # p ln(p / m), q ln(q / m)
-        torch.where(z > 0, z * torch.where(close, torch.log1p(s * t), math.log(2) - softplus(-s * r)), torch.zeros_like(z))
-        for z, s in ((p, 1), (q, -1))
-    )
+    logs = [  # ln(p / m), ln(q / m)
+        torch.where(
+            shared,
+            torch.where(close, torch.log1p(s * t), math.log(2) - softplus(-s * r)),
+            torch.full_like(p, math.log(2)),
+        )
+        for s in (1, -1)
+    ]
+    first, second = p * logs[0], q * logs[1]
+    value = torch.where(close & shared, (p + q) / 2 * series, (first + second) / 2).sum(-1)
     return value, (first - p * first.sum(-1, keepdim=True)) / 2, (second - q * second.sum(-1, keepdim=True)) / 2
 
 
@@ -393,11 +419,10 @@ def _jensen_shannon(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def js_rows(
     clean: Tensor, noised: Tensor, weights: Tensor | None, grad_clean: Tensor | None, grad_noised: Tensor | None
 ) -> Tensor:
-    """Per row KL(p|m) / 2 + KL(q|m) / 2 with m = (p + q) / 2, and the gradients of the weighted rows.
+    """`jensen_shannon_of_rows`, weighted, some rows at a time.
 
-    dJSD/da = p (ln(p / m) - KL(p|m)) / 2, dJSD/db with q in place of p. In float64 whatever the logits' dtype, some rows at
-    a time. Gradients are written to the tensors given; rows of weight 0 give exactly 0. Classes that are -inf in both
-    streams do not exist; in one stream only they are finite.
+    Gradients are written to the tensors given; rows of weight 0 give exactly 0. Classes that are -inf in both streams do not
+    exist; in one stream only they are finite.
     """
     rows, cols = clean.shape
     value = torch.zeros(rows, dtype=torch.float64, device=clean.device)
@@ -405,7 +430,7 @@ def js_rows(
     step = max(1, _JS_ELEMENTS.get(clean.device.type, _JS_ELEMENTS_ELSEWHERE) // cols)
     for at in range(0, rows, step):
         block = slice(at, min(at + step, rows))
-        found, *gradients = _jensen_shannon(clean[block], noised[block])
+        found, *gradients = jensen_shannon_of_rows(clean[block], noised[block])
         weight = weights[block]
         value[block] = torch.where(weight != 0, found, torch.zeros_like(found))
         for grad, g in zip((grad_clean, grad_noised), gradients, strict=True):

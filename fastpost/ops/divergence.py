@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastpost.backends.reference import divergence_of_rows
+from fastpost.backends.serving import contiguous
 from fastpost.dispatch import select, strict
+from fastpost.ops.autograd import traced, transformed
 from fastpost.ops.params import wrote
 from fastpost.ops.reductions import (
     R3FLoss,
     add_smoothing_gradient_,
     kl_weights,
     out_dtype,
+    plus_smoothing_gradient,
     r3f_weights,
     smoothing_gap,
 )
 from fastpost.ops.registry import define
+from fastpost.ops.rows import RowValues, Streams, scale_
 
 # -- implementations behind torch.ops.fastpost ----------------------------------------------------------------------------
 
@@ -35,6 +39,8 @@ def _divergence_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     function = select("divergence_rows", clean.device, clean.dtype)
     like = select("gradient_like", clean.device, clean.dtype)
+    clean, noised = rows_of(clean), rows_of(noised)  # torch.func hands its slices straight to this
+    labels, kl_weights, ce_weights = (contiguous(t) for t in (labels, kl_weights, ce_weights))
     grad_clean, grad_noised = like(clean) if want_clean else None, like(noised) if want_noised else None
     kl, ce = function(clean, noised, labels, ignore_index, kl_weights, ce_weights, grad_clean, grad_noised)
     nothing = clean.new_empty(0)
@@ -57,15 +63,12 @@ def _divergence_rows_(
     want_noised: bool,
 ) -> tuple[Tensor, Tensor]:
     function = select("divergence_rows", clean.device, clean.dtype)
+    labels, kl_weights, ce_weights = (contiguous(t) for t in (labels, kl_weights, ce_weights))
     kl, ce = function(
         clean, noised, labels, ignore_index, kl_weights, ce_weights, clean if want_clean else None,
         noised if want_noised else None,
     )  # fmt: skip
     return kl, ce
-
-
-def _scale_rows_(block: Tensor, factors: Tensor) -> None:
-    select("scale_rows_", block.device, block.dtype)(block, factors)
 
 
 def _row_values(clean: Tensor) -> Tensor:
@@ -88,98 +91,94 @@ _op_rows_ = define(
     _divergence_rows_,
     lambda clean, *_: (_row_values(clean), _row_values(clean)),
 )
-_op_scale_ = define("scale_rows_(Tensor(a!) block, Tensor factors) -> ()", _scale_rows_, None)
 
 
 # -- autograd -------------------------------------------------------------------------------------------------------------
 
 
-class _Divergence(torch.autograd.Function):
-    """Weighted row values; gradients are made in the forward pass, where the rows are at hand, and scaled in the backward.
+@dataclass(frozen=True)
+class _Divergence:
+    """kl * kl_weights + ce * ce_weights for each row; kl and ce for show. `more` are labels, kl_weights and ce_weights.
 
-    Forward returns kl * kl_weights + ce * ce_weights per row (float64), then kl and ce for show.
+    Attributes:
+        smoothing: label smoothing in torch's convention.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
+    ignore_index: int
+    smoothing: float
+    inplace: bool
+
+    def values(
+        self,
+        want: Streams,
         clean: Tensor,
         noised: Tensor,
         labels: Tensor | None,
-        ignore_index: int,
         kl_weights: Tensor | None,
         ce_weights: Tensor | None,
-        smoothing: float,
-        want: tuple[bool, bool],
-        inplace: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rest = (labels, ignore_index, kl_weights, ce_weights, *want)
-        gap = smoothing_gap(clean, labels, labels != ignore_index) if smoothing and labels is not None else None
-        if inplace:
+    ) -> tuple[Tensor, ...]:
+        rest = (labels, self.ignore_index, kl_weights, ce_weights, *want)
+        gap = None
+        if self.smoothing and labels is not None:
+            gap = smoothing_gap(clean, labels, labels != self.ignore_index)
+        if self.inplace:
             kl, ce = _op_rows_(clean, noised, *rest)
             # Whoever else wanted these logits in its backward is told by autograd's version check.
             wrote([t for t, wanted in zip((clean, noised), want, strict=True) if wanted])
-            grads = (clean.detach() if want[0] else None, noised.detach() if want[1] else None)
+            self._smooth_(clean if want[0] else None, labels, ce_weights)
+            grads = [clean.new_empty(0), noised.new_empty(0)]
         else:
-            kl, ce, grad_clean, grad_noised = _op_rows(clean, noised, *rest)
-            grads = (grad_clean if want[0] else None, grad_noised if want[1] else None)
-            ctx.save_for_backward(clean, noised, labels, kl_weights, ce_weights)
+            kl, ce, *grads = _op_rows(clean, noised, *rest)
+            self._smooth_(grads[0] if want[0] else None, labels, ce_weights)
         if gap is not None:
-            assert labels is not None
-            assert ce_weights is not None
-            ce = ce + smoothing * gap
-            if grads[0] is not None:
-                add_smoothing_gradient_(grads[0], labels, smoothing * ce_weights)
-        ctx.grads = grads
-        ctx.inplace, ctx.ignore_index, ctx.smoothing, ctx.want = inplace, ignore_index, smoothing, want
-        ctx.mark_non_differentiable(kl, ce)
+            ce = ce + self.smoothing * gap
         value = kl.clone() if kl_weights is None else kl * kl_weights
         if labels is not None:
             value = value + (ce if ce_weights is None else ce * ce_weights)
-        return value, kl, ce
+        return value, kl, ce, *grads
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        if ctx.grads is not None:
-            grads, ctx.grads = ctx.grads, None
-        elif ctx.inplace:
-            raise RuntimeError(
-                "symmetric_kl/r3f_loss with inplace=True: the logits were overwritten by the first backward pass; a second "
-                "one (retain_graph) needs inplace=False"
-            )
-        else:
-            clean, noised, labels, kl_weights, ce_weights = ctx.saved_tensors
-            *_, grad_clean, grad_noised = _op_rows(
-                clean, noised, labels, ctx.ignore_index, kl_weights, ce_weights, *ctx.want
-            )
-            grads = (grad_clean if ctx.want[0] else None, grad_noised if ctx.want[1] else None)
-            if ctx.smoothing and grads[0] is not None:
-                add_smoothing_gradient_(grads[0], labels, ctx.smoothing * ce_weights)
-        # One number for all rows, where a sum was taken: an expanded scalar.
-        factors = upstream[:1] if upstream.stride(0) == 0 and len(upstream) else upstream
-        scale_([g for g in grads if g is not None], factors)
-        return *grads, None, None, None, None, None, None, None
+    def gradients(
+        self,
+        want: Streams,
+        clean: Tensor,
+        noised: Tensor,
+        factors: Tensor,
+        labels: Tensor | None,
+        kl_weights: Tensor | None,
+        ce_weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        *_, grad_clean, grad_noised = _op_rows(clean, noised, labels, self.ignore_index, kl_weights, ce_weights, *want)
+        self._smooth_(grad_clean if want[0] else None, labels, ce_weights)
+        scale_([grad_clean, grad_noised], factors)
+        return grad_clean, grad_noised
+
+    def formula(
+        self,
+        clean: Tensor,
+        noised: Tensor,
+        factors: Tensor,
+        labels: Tensor | None,
+        kl_weights: Tensor | None,
+        ce_weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        *_, grad_clean, grad_noised = divergence_of_rows(clean, noised, labels, self.ignore_index, kl_weights, ce_weights)
+        if self.smoothing and labels is not None and ce_weights is not None:
+            grad_clean = plus_smoothing_gradient(grad_clean, labels, self.smoothing * ce_weights)
+        factors = factors.unsqueeze(-1)
+        return (factors * grad_clean).to(clean.dtype), (factors * grad_noised).to(noised.dtype)
+
+    def _smooth_(self, grad: Tensor | None, labels: Tensor | None, ce_weights: Tensor | None) -> None:
+        if self.smoothing and grad is not None and labels is not None and ce_weights is not None:
+            add_smoothing_gradient_(grad, labels, self.smoothing * ce_weights)
 
 
-def scale_(blocks: list[Tensor], factors: Tensor) -> None:
-    """Multiplies matrices by a factor per row, or by one for all, that is read on the device."""
-    factors = factors.double().contiguous()
-    # On the CPU asking whether it is 1 is free.
-    free = factors.device.type == "cpu" and factors.numel() == 1 and not torch.compiler.is_compiling()
-    if factors.numel() and not (free and factors.item() == 1):
-        for block in blocks:
-            if block.numel():
-                _op_scale_(block, factors)
-
-
-def _rows_of(logits: Tensor) -> Tensor:
+def rows_of(logits: Tensor) -> Tensor:
     """(rows, classes) with contiguous classes; a view where the layout allows it."""
     flat = logits.reshape(-1, logits.shape[-1]) if logits.ndim != 2 else logits
     return flat if flat.stride(-1) == 1 and (flat.shape[0] <= 1 or flat.stride(0) >= flat.shape[1]) else flat.contiguous()
 
 
-def _check(op: str, logits: Tensor, noised_logits: Tensor) -> None:
+def check_logits(op: str, logits: Tensor, noised_logits: Tensor) -> None:
     for name, t in (("logits", logits), ("noised_logits", noised_logits)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} is a {type(t).__name__}, not a tensor")
@@ -216,7 +215,7 @@ def _check_inplace(op: str, given: tuple[Tensor, Tensor], rows: tuple[Tensor, Te
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two row-strided matrices share an element; rows of one stride may lie between each other."""
-    if a.numel() == 0 or torch.compiler.is_compiling():
+    if a.numel() == 0 or traced():
         return False
     (rows, cols), stride = a.shape, a.stride(0)
     first, second = sorted((a.data_ptr() // a.element_size(), b.data_ptr() // b.element_size()))
@@ -237,21 +236,24 @@ def _run(
     smoothing: float,
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    clean, noised = _rows_of(logits), _rows_of(noised_logits)
-    want = tuple(torch.is_grad_enabled() and t.requires_grad for t in (clean, noised))
+    clean, noised = rows_of(logits), rows_of(noised_logits)
+    # Under torch.func, which backward passes there will be is not known here.
+    ahead = torch.is_grad_enabled() and not transformed()
+    want = (ahead and clean.requires_grad, ahead and noised.requires_grad)
+    if inplace and transformed():
+        raise ValueError(f"{op}: inplace=True does not go with the transforms of torch.func; pass inplace=False")
     inplace = inplace and any(want)
     if inplace:
         _check_inplace(op, (logits, noised_logits), (clean, noised), want)
-    value, kl, ce = _Divergence.apply(  # type: ignore[no-untyped-call]
-        clean, noised, labels, ignore_index, kl_weights, ce_weights, smoothing, want, inplace
-    )
+    kind = _Divergence(ignore_index, smoothing, inplace)
+    value, kl, ce, *_ = RowValues.apply(kind, want, clean, noised, labels, kl_weights, ce_weights)
     check_finite(op, kl)
     return value, kl, ce
 
 
 def check_finite(op: str, kl: Tensor) -> None:
     """Under FASTPOST_CHECKS=1: raises ValueError naming the first row that has no divergence."""
-    if strict() and not torch.compiler.is_compiling() and not bool(kl.isfinite().all()):
+    if strict() and not traced() and not bool(kl.isfinite().all()):
         at = int((~kl.isfinite()).nonzero()[0])
         why = "NaN or +inf" if bool(kl[at].isnan()) else "a class that is -inf in one stream only"
         raise ValueError(f"{op}: row {at} holds {why}, so its divergence is {float(kl[at])} (FASTPOST_CHECKS=1)")
@@ -262,7 +264,7 @@ def check_bounded(op: str, kl: Tensor) -> None:
 
     Nothing can be learnt from it. NaN passes: an overflow is for the loss scaler to see.
     """
-    if kl.device.type == "cpu" and not torch.compiler.is_compiling() and bool((kl == torch.inf).any()):
+    if kl.device.type == "cpu" and not traced() and bool((kl == torch.inf).any()):
         at = int((kl == torch.inf).nonzero()[0])
         raise ValueError(f"{op}: row {at} holds a class that is -inf in one stream only, so its divergence is infinite")
 
@@ -298,7 +300,7 @@ def symmetric_kl(
         TypeError: logits are not floating point, the mask not bool.
     """
     op = "symmetric_kl"
-    _check(op, logits, noised_logits)
+    check_logits(op, logits, noised_logits)
     rows = logits.shape[:-1]
     weights = kl_weights(op, rows, logits.device, mask, reduction)
     value, _, _ = _run(op, logits, noised_logits, None, -100, weights, None, 0.0, inplace)
@@ -347,7 +349,7 @@ def r3f_loss(
         TypeError: logits not floating point, labels not integers.
     """
     op = "r3f_loss"
-    _check(op, logits, noised_logits)
+    check_logits(op, logits, noised_logits)
     weights = r3f_weights(
         op,
         logits.shape[:-1],

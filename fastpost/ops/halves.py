@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpost.ops.autograd import Function
 
-class _Halves(torch.autograd.Function):
+
+class _Halves(Function):
     """Hands out both halves of a tensor, in its own memory, and takes their gradients back together.
 
     Slices would have their gradients padded to full size each, two more streams of logits. Gradients that lie where the
@@ -16,16 +18,22 @@ class _Halves(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, both: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        ctx.both = both.detach()
+    def forward(both: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         return _alias(both, both[:rows]), _alias(both, both[rows:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+        ctx.both = inputs[0].detach()
 
     @staticmethod
     def backward(ctx: Any, clean: Tensor | None, noised: Tensor | None) -> tuple[Tensor | None, None]:
         both: Tensor = ctx.both
         halves = both[: len(both) // 2], both[len(both) // 2 :]
         grads = [torch.zeros_like(h) if g is None else g for g, h in zip((clean, noised), halves, strict=True)]
-        if all(g.data_ptr() == h.data_ptr() and g.stride() == h.stride() for g, h in zip(grads, halves, strict=True)):
+        # A gradient that may be differentiated again (create_graph) has a graph, which an alias would lose.
+        if not torch.is_grad_enabled() and all(
+            g.data_ptr() == h.data_ptr() and g.stride() == h.stride() for g, h in zip(grads, halves, strict=True)
+        ):
             # Whoever else kept these logits for its backward pass is told by autograd's version check.
             torch.autograd.graph.increment_version(both)
             return _alias(both, both), None
@@ -48,5 +56,5 @@ def writable_halves(both: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors (n, ...) in the memory of `both`.
     """
-    clean, noised = _Halves.apply(both, len(both) // 2)  # type: ignore[no-untyped-call]
+    clean, noised = _Halves.apply(both, len(both) // 2)
     return clean, noised

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastpost.backends.reference import jensen_shannon_of_rows
 from fastpost.dispatch import select
-from fastpost.ops.divergence import _check, _rows_of
+from fastpost.ops.divergence import check_logits, rows_of
 from fastpost.ops.reductions import kl_weights, out_dtype
 from fastpost.ops.registry import define
+from fastpost.ops.rows import RowValues, Streams
 
 
 def _js_rows(clean: Tensor, noised: Tensor, weights: Tensor | None, want: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Row values, and with `want` the gradients of weights * values (empty without)."""
     function = select("js_rows", clean.device, clean.dtype)
+    clean, noised = rows_of(clean), rows_of(noised)  # torch.func hands its slices straight to this
     like = select("gradient_like", clean.device, clean.dtype)
     grads = [like(t) if want else None for t in (clean, noised)]
     value = function(clean, noised, weights, *grads)
@@ -35,20 +35,31 @@ _op = define(
 )
 
 
-class _JensenShannon(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, clean: Tensor, noised: Tensor, weights: Tensor | None) -> Tensor:
-        ctx.save_for_backward(clean, noised, weights)
-        value: Tensor = _op(clean, noised, weights, False)[0]
-        return value.clone() if weights is None else value * weights
+class _JensenShannon:
+    """Row values times weights; `more` are the weights. Gradients are made in the backward pass."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        clean, noised, weights = ctx.saved_tensors
-        weights = upstream.double().contiguous() if weights is None else weights * upstream
-        _, *grads = _op(clean, noised, weights, True)
-        return *grads, None
+    inplace = False
+
+    def values(self, want: Streams, clean: Tensor, noised: Tensor, weights: Tensor | None) -> tuple[Tensor, ...]:
+        value, *nothing = _op(clean, noised, weights, False)
+        return value if weights is None else value * weights, *nothing
+
+    def gradients(
+        self, want: Streams, clean: Tensor, noised: Tensor, factors: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        factors = factors.double().contiguous() if weights is None else weights * factors
+        _, grad_clean, grad_noised = _op(clean, noised, factors, True)
+        return grad_clean, grad_noised
+
+    def formula(self, clean: Tensor, noised: Tensor, factors: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        used = None if weights is None else (weights != 0).unsqueeze(-1)
+        streams = (t if used is None else torch.where(used, t, torch.zeros_like(t)) for t in (clean, noised))
+        _, grad_clean, grad_noised = jensen_shannon_of_rows(*streams)
+        factors = (factors if weights is None else weights * factors).unsqueeze(-1)
+        return (factors * grad_clean).to(clean.dtype), (factors * grad_noised).to(noised.dtype)
+
+
+_KIND = _JensenShannon()
 
 
 def js_divergence(
@@ -71,9 +82,9 @@ def js_divergence(
         ValueError, TypeError: as `symmetric_kl`.
     """
     op = "js_divergence"
-    _check(op, logits, noised_logits)
+    check_logits(op, logits, noised_logits)
     rows = logits.shape[:-1]
     weights = kl_weights(op, rows, logits.device, mask, reduction)
-    value = _JensenShannon.apply(_rows_of(logits), _rows_of(noised_logits), weights)  # type: ignore[no-untyped-call]
+    value, *_ = RowValues.apply(_KIND, (False, False), rows_of(logits), rows_of(noised_logits), weights)
     result: Tensor = value.reshape(rows) if reduction == "none" else value.sum()
     return result.to(out_dtype(logits.dtype))

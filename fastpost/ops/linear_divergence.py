@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from fastpost.errors import unknown
 from fastpost.ops import linear_rows
-from fastpost.ops.divergence import check_bounded, check_finite, scale_
+from fastpost.ops.autograd import Function, by_operation, one_by_one, transformed, unmapped_batch
+from fastpost.ops.divergence import check_bounded, check_finite
 from fastpost.ops.linear_rows import Settings
 from fastpost.ops.reductions import (
     R3FLoss,
@@ -21,6 +21,7 @@ from fastpost.ops.reductions import (
     out_dtype,
     r3f_weights,
 )
+from fastpost.ops.rows import scale_
 
 GRADS = ("both", "noised", "clean")
 _ROWS = 1024  # of a chunk: enough that the products run at full speed
@@ -30,15 +31,14 @@ _LEAST_ROWS = 64
 # -- autograd -------------------------------------------------------------------------------------------------------------
 
 
-class _LinearDivergence(torch.autograd.Function):
-    """Weighted sum of the rows' values (or, per_row, each of them), with gradients made in the forward pass.
+class _LinearDivergence(Function):
+    """Weighted sum of the rows' values (per_row: each of them), kl and ce for show, and gradients made in the forward pass.
 
     What is asked per row gets its gradients in the backward pass, from logits made again: only then are their weights known.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,
         noised: Tensor,
         weight: Tensor,
@@ -49,31 +49,67 @@ class _LinearDivergence(torch.autograd.Function):
         how: Settings,
         want: list[bool],
         per_row: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tensors = (hidden, noised, weight, bias, labels, kl_weights, ce_weights)
+    ) -> tuple[Tensor, ...]:
         now = [False] * len(want) if per_row else want
-        kl, ce, *grads = linear_rows.linear_divergence(*tensors, *how, now)
-        ctx.grads = None if per_row else grads
-        ctx.how, ctx.want = how, want
-        ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(kl, ce)
+        kl, ce, *grads = linear_rows.linear_divergence(
+            hidden, noised, weight, bias, labels, kl_weights, ce_weights, *how, now
+        )
         value = kl * kl_weights
         if ce_weights is not None:
             value = value + ce * ce_weights
-        return value.clone() if per_row else value.sum(), kl, ce
+        return value if per_row else value.sum(), kl, ce, *grads
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.how, want, per_row = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.grads = output[3:] if any(want) and not per_row else None
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        *tensors, kl_weights, ce_weights = ctx.saved_tensors
-        if ctx.grads is not None:
-            grads, ctx.grads = ctx.grads, None
+        wanted = ctx.needs_input_grad[:4]
+        tensors = ctx.saved_tensors
+        grads, ctx.grads = ctx.grads, None
+        if by_operation() or unmapped_batch(upstream):  # which calls operations that it does not know one by one
+            grads = _LinearGradients.apply(ctx.how, list(wanted), upstream, *tensors)
+        elif grads is None:
+            grads = _LinearGradients.forward(ctx.how, list(wanted), upstream, *tensors)
+        else:  # of a sum
             scale_([g.view(1, -1) if g.ndim == 1 else g for g in grads], upstream.reshape(1))
-        else:
-            kl_weights, ce_weights = (None if w is None else w * upstream for w in (kl_weights, ce_weights))
-            _, _, *grads = linear_rows.linear_divergence(*tensors, kl_weights, ce_weights, *ctx.how, ctx.want)
-        given = [g.to(t.dtype) if wanted else None for g, t, wanted in zip(grads, tensors[:4], ctx.want, strict=True)]
+        given = [g.to(t.dtype) if w else None for g, t, w in zip(grads, tensors[:4], wanted, strict=True)]
         return *given, None, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return one_by_one(_LinearDivergence, info.batch_size, in_dims, args)
+
+
+class _LinearGradients(Function):
+    """The gradients of hidden, noised, weight and bias, empty where not wanted; `tensors` are those of _LinearDivergence."""
+
+    @staticmethod
+    def forward(how: Settings, want: list[bool], upstream: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        *rest, kl_weights, ce_weights = tensors
+        kl_weights, ce_weights = (None if w is None else w * upstream for w in (kl_weights, ce_weights))
+        _, _, *grads = linear_rows.linear_divergence(*rest, kl_weights, ce_weights, *how, want)
+        return tuple(grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise RuntimeError(
+            "linear_symmetric_kl and linear_r3f_loss (R3F's fused_linear=True) have no second derivative, since they never "
+            "hold the logits; for a gradient penalty use symmetric_kl or r3f_loss on torch.nn.functional.linear(hidden, "
+            "weight, bias)"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return one_by_one(_LinearGradients, info.batch_size, in_dims, args)
 
 
 # -- public ---------------------------------------------------------------------------------------------------------------
@@ -157,10 +193,10 @@ def _run(
         ignore_index, smoothing, softcap or 0.0, temperature, chunk, grad, dtype, "" if group is None else group.group_name
     )
     tensors = (*flat, weight, bias)
-    want = [t is not None and torch.is_grad_enabled() and t.requires_grad for t in tensors]
-    value, kl, ce = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
-        *tensors, labels, kl_weights, ce_weights, how, want, per_row
-    )
+    # Under torch.func, which backward passes there will be is not known here.
+    ahead = torch.is_grad_enabled() and not transformed()
+    want = [t is not None and ahead and t.requires_grad for t in tensors]
+    value, kl, ce, *_ = _LinearDivergence.apply(*tensors, labels, kl_weights, ce_weights, how, want, per_row)
     check_finite(op, kl)
     return value, kl, ce
 

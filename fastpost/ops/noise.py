@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastpost.dispatch import select, strict
 from fastpost.errors import unknown
+from fastpost.ops.autograd import Function, batched, one_by_one
 from fastpost.ops.params import seed_tensor
 from fastpost.ops.registry import define
 
@@ -53,6 +54,14 @@ def _embedding_noise(
     scales: Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    # Here rather than at the door, where torch.compile and vmap show no values. On a GPU, where a bad index gives NaN, to
+    # read the range would wait for the device.
+    if ids.numel() and (ids.device.type == "cpu" or strict()):
+        low, high = (int(v) for v in torch.aminmax(ids))
+        if low < 0 or high >= table.shape[0]:
+            raise IndexError(
+                f"embedding_noise: index {low if low < 0 else high} is outside a table of {table.shape[0]} rows"
+            )
     function = select("embedding_noise", table.device, table.dtype, walkable=out_dtype != torch.float64)
     clean, noised = function(table, ids, eps, noise_type, seed, rows, scales, out_dtype)
     return clean, noised
@@ -75,10 +84,9 @@ _op_embedding_noise = define(
 )
 
 
-class _AddNoise(torch.autograd.Function):
+class _AddNoise(Function):
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         eps: float,
         noise_type: str,
@@ -87,19 +95,46 @@ class _AddNoise(torch.autograd.Function):
         scales: Tensor | None,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        ctx.dtype = x.dtype
         noised: Tensor = _op_add_noise(x, eps, noise_type, seed, rows, scales, out_dtype)
         return noised
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype, ctx.out_dtype = inputs[0].dtype, output.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad.to(ctx.dtype), None, None, None, None, None, None
 
+    @staticmethod
+    def tangent(ctx: Any, move: Tensor, *_: Any) -> Tensor:
+        return move.to(ctx.out_dtype, copy=True)
 
-class _EmbeddingNoise(torch.autograd.Function):
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        size = info.batch_size
+        if in_dims[3] is not None:  # a seed for each sample
+            return one_by_one(_AddNoise, size, in_dims, args)
+        x, eps, noise_type, seed, rows, scales, out_dtype = args
+        x = batched(x, in_dims[0], size)
+        if x.ndim == 1:  # of scalars, which are rows of one element
+            rows = torch.zeros(size, dtype=torch.int64, device=x.device)
+            return _AddNoise.apply(x.unsqueeze(1), eps, noise_type, seed, rows, None, out_dtype).squeeze(1), 0
+        rows = _own_rows(x.shape[1:-1], rows, in_dims[4], size, x.device)
+        scales = None if scales is None else batched(scales, in_dims[5], size)
+        return _AddNoise.apply(x, eps, noise_type, seed, rows, scales, out_dtype), 0
+
+
+def _own_rows(shape: torch.Size, rows: Tensor | None, dim: int | None, size: int, device: torch.device) -> Tensor:
+    """The number by which each row draws, (size, *shape): every sample counts from 0."""
+    if rows is None:
+        rows, dim = torch.arange(math.prod(shape), device=device).reshape(shape), None
+    return batched(rows, dim, size)
+
+
+class _EmbeddingNoise(Function):
     @staticmethod
     def forward(
-        ctx: Any,
         table: Tensor,
         ids: Tensor,
         eps: float,
@@ -112,17 +147,17 @@ class _EmbeddingNoise(torch.autograd.Function):
         detach_noised: bool,
     ) -> tuple[Tensor, Tensor]:
         clean, noised = _op_embedding_noise(table, ids, eps, noise_type, seed, rows, scales, out_dtype)
-        ctx.save_for_backward(ids)
-        ctx.rows, ctx.padding_idx, ctx.detach_noised, ctx.dtype = (
-            table.shape[0],
-            padding_idx,
-            detach_noised,
-            table.dtype,
-        )
-        ctx.set_materialize_grads(False)
-        if detach_noised:
-            ctx.mark_non_differentiable(noised)
         return clean, noised
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        table, ids, *_, ctx.out_dtype, ctx.padding_idx, ctx.detach_noised = inputs
+        ctx.save_for_backward(ids)
+        ctx.save_for_forward(ids)
+        ctx.rows, ctx.dtype = table.shape[0], table.dtype
+        ctx.set_materialize_grads(False)
+        if ctx.detach_noised:
+            ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, clean: Tensor | None, noised: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -135,6 +170,23 @@ class _EmbeddingNoise(torch.autograd.Function):
         if grad is not None:
             table = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.rows, ctx.padding_idx, False)
         return table, None, None, None, None, None, None, None, None, None
+
+    @staticmethod
+    def tangent(ctx: Any, move: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
+        (ids,) = ctx.saved_tensors
+        rows = torch.nn.functional.embedding(ids, move)
+        return rows, None if ctx.detach_noised else rows.to(ctx.out_dtype, copy=True)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        if in_dims[0] is not None or in_dims[4] is not None:  # a table or a seed for each sample
+            return one_by_one(_EmbeddingNoise, size, in_dims, args)
+        table, ids, eps, noise_type, seed, rows, scales, *rest = args
+        ids = batched(ids, in_dims[1], size)
+        rows = _own_rows(ids.shape[1:], rows, in_dims[5], size, ids.device)
+        scales = None if scales is None else batched(scales, in_dims[6], size)
+        return _EmbeddingNoise.apply(table, ids, eps, noise_type, seed, rows, scales, *rest), (0, 0)
 
 
 def _check_rows(op: str, name: str, given: Tensor, shape: torch.Size, device: torch.device) -> None:
@@ -223,7 +275,7 @@ def add_noise(
     rows = _places("add_noise", keep, token_index, x.shape[:-1], x.device)
     scales = _scales("add_noise", scale, x.shape[:-1], x.device)
     seed = fresh_seed(x.device) if seed is None else seed_tensor(seed, x.device)
-    noised: Tensor = _AddNoise.apply(x, eps, noise_type, seed, rows, scales, out_dtype)  # type: ignore[no-untyped-call]
+    noised: Tensor = _AddNoise.apply(x, eps, noise_type, seed, rows, scales, out_dtype)
     return noised
 
 
@@ -289,13 +341,6 @@ def embedding_noise(
         raise TypeError(f"embedding_noise: ids must be int64 or int32, not {ids.dtype}")
     if ids.device != table.device:
         raise ValueError(f"embedding_noise: ids are on {ids.device}, the table on {table.device}")
-    # Reading the range waits for the device, where kernels turn a bad index into NaN.
-    if (ids.device.type == "cpu" or strict()) and ids.numel() and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in torch.aminmax(ids))
-        if low < 0 or high >= table.shape[0]:
-            raise IndexError(
-                f"embedding_noise: index {low if low < 0 else high} is outside a table of {table.shape[0]} rows"
-            )
     rows = _places("embedding_noise", keep, token_index, ids.shape, table.device)
     scales = _scales("embedding_noise", scale, ids.shape, table.device)
     seed = fresh_seed(table.device) if seed is None else seed_tensor(seed, table.device)
@@ -303,7 +348,7 @@ def embedding_noise(
         padding_idx = -1
     elif padding_idx < 0:
         padding_idx += table.shape[0]
-    clean, noised = _EmbeddingNoise.apply(  # type: ignore[no-untyped-call]
+    clean, noised = _EmbeddingNoise.apply(
         table, ids, eps, noise_type, seed, rows, scales, out_dtype or table.dtype, padding_idx, detach_noised
     )
     return clean, noised

@@ -12,20 +12,26 @@ import torch
 from torch import Tensor
 
 from fastpost.backends.reference import round_randomly
+from fastpost.ops.autograd import Function
 from fastpost.ops.noise import add_noise
 
 
-class _Product(torch.autograd.Function):
+class _Product(Function):
     """x W + factor * x U, and the gradient of x likewise, each sum rounded once.
 
     Autograd by itself would round dy W and dy U apart and lose the second in the sum; in float16 factor * dy underflows.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, u: Tensor, factor: float) -> Tensor:
-        ctx.save_for_backward(x, weight, u)
-        ctx.factor = factor
+    def forward(x: Tensor, weight: Tensor, u: Tensor, factor: float) -> Tensor:
         return torch.addmm(x @ u, x, weight, beta=factor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.factor = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -51,7 +57,7 @@ def product(x: Tensor, weight: Tensor, u: Tensor | None, factor: float) -> Tenso
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             flat, weight, u = flat.to(dtype), weight.to(dtype), u.to(dtype)
-        out = cast("Tensor", _Product.apply(flat, weight, u, factor))  # type: ignore[no-untyped-call]
+        out = cast("Tensor", _Product.apply(flat, weight, u, factor))
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -79,14 +85,20 @@ def hashed_bits(index: Tensor) -> Tensor:
     return (h ^ (h >> 16)) & 0xFFFF
 
 
-class _NoisedLinear(torch.autograd.Function):
+class _NoisedLinear(Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, eps: float, seed: int, transposed: bool
+        x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, eps: float, seed: int, transposed: bool
     ) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        ctx.eps, ctx.seed, ctx.transposed, ctx.dtype = eps, seed, transposed, x.dtype
         return torch.nn.functional.linear(x, _noised(weight, scale, eps, seed, transposed), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, scale, ctx.eps, ctx.seed, ctx.transposed = inputs
+        ctx.save_for_backward(weight, scale)
+        ctx.dtype = x.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -114,7 +126,7 @@ def noised_linear(
     Returns:
         (..., out).
     """
-    noised: Tensor = _NoisedLinear.apply(x, weight, bias, scale, eps, seed, transposed)  # type: ignore[no-untyped-call]
+    noised: Tensor = _NoisedLinear.apply(x, weight, bias, scale, eps, seed, transposed)
     return noised
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpost.dispatch import strict
 from fastpost.errors import unknown
+from fastpost.ops.autograd import checks_values
 
 KL_REDUCTIONS = ("none", "sum", "mean", "batchmean")
 R3F_REDUCTIONS = ("token", "sentence", "fairseq", "sum")
@@ -134,7 +134,7 @@ def r3f_weights(
             raise ValueError(f"{op}: num_items must be > 0, not {num_items}")
     labels = labels.reshape(-1).to(device=device, dtype=torch.int64).contiguous()
     counts = labels != ignore_index
-    if classes is not None and (labels.device.type == "cpu" or strict()) and not torch.compiler.is_compiling():
+    if classes is not None and checks_values(labels.device):
         outside = counts & ((labels < 0) | (labels >= classes))
         if bool(outside.any()):
             at = int(outside.nonzero()[0])
@@ -191,3 +191,9 @@ def add_smoothing_gradient_(grad: Tensor, labels: Tensor, weights: Tensor) -> No
     weights = weights.to(grad.dtype).unsqueeze(-1)
     grad.sub_(weights / grad.shape[-1])
     grad.scatter_add_(-1, labels.clamp(0, grad.shape[-1] - 1).unsqueeze(-1), weights)
+
+
+def plus_smoothing_gradient(grad: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """What `add_smoothing_gradient_` makes of grad, as a new tensor with a graph."""
+    weights = weights.to(grad.dtype).unsqueeze(-1)
+    return (grad - weights / grad.shape[-1]).scatter_add(-1, labels.clamp(0, grad.shape[-1] - 1).unsqueeze(-1), weights)

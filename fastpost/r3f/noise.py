@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpost.errors import unknown
+from fastpost.ops.autograd import traced
 from fastpost.ops.noise import add_noise, asks_for_gradient, embedding_noise
 
 SCALES = ("absolute", "relative", "neftune")
@@ -159,7 +160,7 @@ class Noise:
             x.detach() if self.detach else x, self.eps, self.noise_type, keep=keep, out_dtype=handed_on(x), **drawn
         )
         self.measure(x, noised, keep, drawn)
-        if self.detach and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self.detach and x.requires_grad and torch.is_grad_enabled() and not traced():
             return asks_for_gradient(noised, x)
         return noised
 
