@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -209,12 +210,28 @@ def vocab_masked() -> None:
     torch.testing.assert_close(ours, whole, rtol=1e-10, atol=0)
 
 
+def fsdp2_r4f() -> None:
+    """A head that is normalised and sharded: what is saved has the weight that the layer computes with."""
+    model, batch = build("roberta").eval(), batch_for("roberta")
+    fastpost.R4F(model.classifier, "all")  # type: ignore[arg-type]
+    expected = model(**batch).logits
+    fully_shard(model)
+    torch.testing.assert_close(model(**batch).logits, expected)
+    for whole in (get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), model.state_dict()):
+        saved = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in whole.items()}
+        plain = build("roberta").eval()
+        plain.load_state_dict({name: t for name, t in saved.items() if "parametrizations" not in name}, strict=True)
+        assert torch.equal(plain(**batch).logits, expected)
+    set_model_state_dict(model, model.state_dict())
+    torch.testing.assert_close(model(**batch).logits, expected)
+
+
 TWO = {
     case.__name__: case
     for case in (
         ddp, ddp_double_batch, ddp_fused, ddp_fused_softcap, fsdp2, fsdp2_double_batch, fsdp2_fused, fsdp2_fused_softcap,
         fsdp2_head_resharded, vocab_in_float64, vocab_in_float32, vocab_errors, vocab_masked,
-        ddp_fused_looking_for_unused_parameters,
+        fsdp2_r4f, ddp_fused_looking_for_unused_parameters,
     )
 }  # fmt: skip
 FOUR = {case.__name__: case for case in (vocab_in_float64, fsdp2)}

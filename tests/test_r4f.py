@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -53,12 +54,13 @@ def test_sigma_is_the_largest_singular_value(shape: tuple[int, int], scale: floa
     assert norm(layer.weight) == pytest.approx(1, rel=1e-6)
 
 
-def test_sigma_stays_exact_while_training() -> None:
-    """With updates large enough to exchange the leading directions."""
+@pytest.mark.parametrize("kind", ["for-loop", "foreach", "fused"])
+def test_sigma_stays_exact_while_training(kind: str) -> None:
+    """With updates large enough to exchange the leading directions; torch's fused optimizers bump no version counter."""
     layer = nn.Linear(140, 140)
     r4f = R4F(layer)
     original = layer.parametrizations.weight.original  # type: ignore[union-attr]
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.02)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.02, foreach=kind == "foreach", fused=kind == "fused")
     for step in range(30):
         x = torch.randn(8, 140) * torch.linspace(0.1, 3, 140).roll(11 * step)
         optimizer.zero_grad()
@@ -274,12 +276,81 @@ def test_state_dict_round_trip(tmp_path: Path) -> None:
     assert sorted(name for name in head.state_dict() if "dense" in name) == [
         "dense.bias",
         "dense.parametrizations.weight.original",
+        "dense.weight",  # for whoever has no fastpost
     ]
     twin = copy.deepcopy(head)
     assert same_bits(twin(x), head(x))
     with torch.no_grad():
         twin.dense.parametrizations.weight.original.mul_(3)  # type: ignore[union-attr, operator]
     torch.testing.assert_close(twin(x), head(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", ["last", "all"])
+@pytest.mark.parametrize("mode", ["exact", "at_most"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_saved_loads_without_fastpost(tmp_path: Path, layers: str, mode: str, dtype: torch.dtype) -> None:
+    """By save_pretrained, whatever wraps the head, and by a state dict; with the same logits to the last bit."""
+    model, batch = build("roberta").to(dtype).eval(), batch_for("roberta")
+    plain_names = set(model.state_dict())
+    r4f = R4F(model.classifier, layers, mode)  # type: ignore[arg-type]
+    expected = model(**batch).logits
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    read = type(model).from_pretrained(tmp_path, dtype=dtype).eval()  # type: ignore[attr-defined]
+    assert same_bits(read(**batch).logits, expected)
+    fresh = build("roberta").to(dtype).eval()
+    assert set(r4f.plain_state_dict(model)) == plain_names
+    fresh.load_state_dict(r4f.plain_state_dict(model), strict=True)
+    assert same_bits(fresh(**batch).logits, expected)
+    # And into a head that is normalised: W comes back bit for bit, from the file as from the state dict.
+    again, other = build("roberta").to(dtype).eval(), build("roberta").to(dtype).eval()
+    for each in (again, other):
+        R4F(each.classifier, layers, mode)  # type: ignore[arg-type]
+    again.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"), strict=True)
+    twin = copy.deepcopy(again)
+    for each in (again, twin):
+        assert same_bits(each(**batch).logits, expected)
+        for (name, p), q in zip(model.named_parameters(), each.parameters(), strict=True):
+            assert same_bits(p, q), name
+    # A state dict of a plain model is taken too; its norm is 1 but for rounding.
+    other.load_state_dict(read.state_dict(), strict=True)
+    torch.testing.assert_close(other(**batch).logits, expected)
+    torch.testing.assert_close(twin.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_merged_model_is_pickled_without_fastpost(tmp_path: Path) -> None:
+    head = Head()
+    r4f = R4F(head, "all")
+    r4f.merge()
+    torch.save(head.dense, tmp_path / "dense.pt")
+    assert b"fastpost" not in (tmp_path / "dense.pt").read_bytes()
+    with pytest.raises(ValueError, match="does not hold the head that is normalised; give the whole model"):
+        R4F(head).plain_state_dict(nn.Linear(3, 3))
+
+
+def test_a_trainer_s_checkpoint(tmp_path: Path) -> None:
+    """Its folder loads without fastpost; training that goes on from it ends with the same bits as without a break."""
+    from transformers import Trainer, TrainingArguments
+
+    data = [{k: v[i] for k, v in batch_for("roberta").items()} for _ in range(4) for i in range(4)]
+
+    def trained(folder: Path, resume: Path | None = None) -> nn.Module:
+        torch.manual_seed(1)
+        model = build("roberta")
+        R4F(model.classifier)  # type: ignore[arg-type]
+        args = TrainingArguments(
+            str(folder), max_steps=4, save_steps=2, learning_rate=1e-2, per_device_train_batch_size=2, report_to=[], seed=3
+        )
+        Trainer(model, args, train_dataset=data).train(resume_from_checkpoint=None if resume is None else str(resume))
+        return model.eval()
+
+    whole, batch = trained(tmp_path / "a"), batch_for("roberta")
+    resumed = trained(tmp_path / "b", tmp_path / "a" / "checkpoint-2")
+    for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert same_bits(p, q), name
+    read = type(whole).from_pretrained(tmp_path / "a" / "checkpoint-4").eval()  # type: ignore[attr-defined]
+    assert same_bits(read(**batch).logits, whole(**batch).logits)
+    middle = type(whole).from_pretrained(tmp_path / "a" / "checkpoint-2").eval()  # type: ignore[attr-defined]
+    assert not torch.equal(middle(**batch).logits, whole(**batch).logits)
 
 
 @pytest.mark.parametrize("layers", ["last", "all"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastpost.errors import unknown
 
@@ -30,10 +33,15 @@ class R4F:
     for 768 x 768 on two cores), in float64. Its vectors count as constants, as in torch's spectral_norm: with sigma =
     u' W v that is the exact gradient. Nothing but W enters, so a loaded checkpoint gives the same bits.
 
-    They are sought only when W has changed, as its version counter and address tell: both passes of an R3F step, and
-    evaluation, see one sigma without being told, and zero noise gives exactly zero KL. (Released R4F iterates in every
-    forward pass, so there the two passes differ by up to 2.5e-2 without any noise.) Writes through `weight.data` go
-    unnoticed by the counter; sigma then still follows to first order.
+    They are sought only when W has changed, as its version counter, its address and optimizers' steps tell: both passes of
+    an R3F step, and evaluation, see one sigma, and zero noise gives exactly zero KL. (Released R4F iterates
+    in every forward pass, so there the two passes differ by up to 2.5e-2 without any noise.) Writes through `weight.data`
+    outside of an optimizer's step go unnoticed; sigma then still follows to first order.
+
+    What is saved loads without fastpost: the model's state dict, and so `save_pretrained` and a Trainer's checkpoints, hold
+    W / sigma under the layer's plain name, and beside it W (`parametrizations.weight.original`), from which a model with R4F
+    goes on with the same bits. It takes a state dict that has no W as well (one of a plain model, or of another R4F model's
+    `plain_state_dict`), and then trains W / sigma.
 
     Args:
         head: a module that holds nn.Linear layers, or one itself: `model.classifier` of transformers' classifiers.
@@ -71,8 +79,12 @@ class R4F:
         self.head, self.mode = head, mode
         self.layers = tuple(names)
         self._linear = {name: found[name] for name in names}
+        _watch_optimizers()
+        self._hooks: list[Any] = []
         for layer in self._linear.values():
             parametrize.register_parametrization(layer, "weight", SpectralNorm(at_most=mode == "at_most"))
+            self._hooks.append(layer.register_state_dict_post_hook(_with_plain_weight))
+            self._hooks.append(layer.register_load_state_dict_pre_hook(_without_plain_weight))
 
     def __repr__(self) -> str:
         return f"R4F({type(self.head).__name__}, layers={self.layers}, mode={self.mode!r})"
@@ -86,6 +98,20 @@ class R4F:
             sigmas[name] = weights[0].sigma(weights.original)
         return sigmas
 
+    def plain_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The state dict of a model that holds the head, without a trace of fastpost: what the model would have after
+        `merge()`, for `load_state_dict(..., strict=True)` on a model that has no R4F.
+
+        Raises:
+            ValueError: the head is no part of the model.
+        """
+        inside = {id(module) for module in model.modules()}
+        if not all(id(layer) in inside for layer in self._linear.values()):
+            raise ValueError(f"R4F: {type(model).__name__} does not hold the head that is normalised; give the whole model")
+        return {
+            name: t for name, t in model.state_dict().items() if not name.endswith(f".{_ORIGINAL}") and name != _ORIGINAL
+        }
+
     @torch.no_grad()
     def merge(self) -> None:
         """Makes the layers plain again, with W / sigma as their weight: same outputs, bit for bit, and no trace of fastpost.
@@ -94,7 +120,39 @@ class R4F:
         """
         for layer in self._linear.values():
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-        self._linear = {}
+        for hook in self._hooks:
+            hook.remove()
+        self._linear, self._hooks = {}, []
+
+
+# -- state dicts ----------------------------------------------------------------------------------------------------------
+
+_ORIGINAL = "parametrizations.weight.original"
+
+
+def _normalised(layer: nn.Module) -> bool:
+    weights = getattr(getattr(layer, "parametrizations", None), "weight", None)
+    return weights is not None and isinstance(weights[0], SpectralNorm)
+
+
+@torch.no_grad()
+def _with_plain_weight(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """What anybody without fastpost looks for: the weight that the layer computes with, under its plain name."""
+    name = prefix + _ORIGINAL
+    if not _normalised(layer) or name not in state_dict:
+        return
+    weight = state_dict[name].detach()
+    if isinstance(weight, DTensor):  # sharded: every rank is here, and none holds enough to find sigma
+        weight = weight.full_tensor()
+    state_dict[prefix + "weight"] = layer.parametrizations.weight[0](weight)
+
+
+def _without_plain_weight(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The way back: W where it was saved, else the plain weight is what training goes on from."""
+    plain, name = prefix + "weight", prefix + _ORIGINAL
+    if _normalised(layer) and plain in state_dict:
+        weight = state_dict.pop(plain)
+        state_dict.setdefault(name, weight)
 
 
 class SpectralNorm(nn.Module):
@@ -194,7 +252,20 @@ def _working(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
+_steps = 0  # of all optimizers; torch's fused ones write weights without a word to the version counter
+
+
+def _note_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_note_step)
+
+
 def _state(weight: Tensor) -> tuple[Any, ...]:
-    """Differs whenever the weight may have changed: optimizers, loading and fastpost's own kernels bump the counter."""
+    """Differs whenever the weight may have changed: loading and fastpost's own kernels bump the version counter."""
     version = None if weight.is_inference() else weight._version
-    return version, weight.data_ptr(), weight.dtype, weight.device
+    return _steps, version, weight.data_ptr(), weight.dtype, weight.device
