@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import peft
 import pytest
 import torch
+from lm_eval.api.model import TemplateLM
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from fastpost.gap.zero_shot import (
     Choice,
@@ -16,6 +20,7 @@ from fastpost.gap.zero_shot import (
     choice_accuracy,
     dialogue_f1,
     dialogue_prompt,
+    encoded,
     log_likelihoods,
     mean_of,
     tidy,
@@ -55,8 +60,14 @@ def test_long_contexts_lose_their_beginning() -> None:
     model = tiny_model().eval()
     context = [1 + k % 40 for k in range(50)]  # the model has 32 positions
     (found,) = log_likelihoods(model, [context], [[5, 6]])
-    (short,) = log_likelihoods(model, [context[-30:]], [[5, 6]])
+    (short,) = log_likelihoods(model, [context[-31:]], [[5, 6]])  # the last token is not read
     assert float(found) == float(short)
+    with torch.no_grad():
+        assert float(found) == pytest.approx(one_by_one(model, context[-31:], [5, 6]), rel=1e-5)
+    (whole,) = log_likelihoods(model, [context], [context[:32]])  # as many as there are positions
+    assert math.isfinite(float(whole))
+    with pytest.raises(ValueError, match="a continuation of 33 tokens, the model has 32 positions"):
+        log_likelihoods(model, [context], [context[:33]])
 
 
 def test_choices_are_ranked_by_the_unnormalised_sum() -> None:
@@ -65,7 +76,7 @@ def test_choices_are_ranked_by_the_unnormalised_sum() -> None:
     with torch.no_grad():
         model.eval()
         for k in range(6):
-            choices = [f"w{k} w{k + 1}", f"w{k + 2}", f"w{k + 3} w{k} w{k + 9}"]
+            choices = [f" w{k} w{k + 1}", f" w{k + 2}", f" w{k + 3} w{k} w{k + 9}"]
             sums = [one_by_one(model, encode(f"w{k + 5} w7"), encode(c)) for c in choices]
             best = int(np.argmax(sums))
             questions.append(Choice(f"w{k + 5} w7", choices, best if k % 2 == 0 else (best + 1) % 3))
@@ -252,3 +263,81 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="both need the same"):
         bootstrap(Score((1.0, 0.0)), Score((1.0,)))
     assert math.isnan(Score((1.0,)).standard_error)
+
+
+# -- context and choice are encoded together ------------------------------------------------------------------------------
+
+
+def llama_like() -> Callable[[str], list[int]]:
+    """Puts a mark for a space in front of every text, so that " yes" alone gets one more token than after a context."""
+    pieces = ["<unk>", "\u2581", "\u2581one", "\u2581two", "\u2581three", "\u2581yes", "\u2581no"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0 - (piece == "\u2581")) for piece in pieces], 0))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    return lambda text: list(tokenizer.encode(text).ids)
+
+
+class Bigrams(torch.nn.Module):
+    """Logits of the next token by the last one."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(table)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def test_a_choice_is_what_follows_its_context() -> None:
+    """Encoded alone, " yes" and " no" would both begin with a mark of their own, after which this model always says yes."""
+    encode, table = llama_like(), torch.zeros(7, 7)
+    one, two, three, yes, no = range(2, 7)
+    table[one, yes] = table[two, yes] = table[three, no] = 3.0
+    table[1, yes] = 5.0
+    questions = [Choice("one", [" yes", " no"], 0), Choice("two", [" yes", " no"], 0), Choice("three", [" yes", " no"], 1)]
+    model = Bigrams(table)
+    apart = [log_likelihoods(model, [encode(q.context)] * 2, [encode(c) for c in q.choices]).argmax() for q in questions]
+    assert sum(int(a) == q.answer for a, q in zip(apart, questions, strict=True)) / 3 == pytest.approx(0.67, abs=0.01)
+    assert choice_accuracy(model, encode, questions).mean == 1.0
+    assert encoded(encode, questions[0]) == ([one], [[yes], [no]])
+    # A space at the end of the context is the choice's.
+    assert encoded(encode, Choice("one ", ["yes", "no"], 0)) == ([one], [[yes], [no]])
+
+
+def test_pairs_are_those_of_lm_eval() -> None:
+    corpus = ["one two three yes no maybe onetwo yesno " * 3] * 4
+    tokenizers: dict[str, Tokenizer] = {}
+    bpe, unigram, wordpiece = (
+        trainers.BpeTrainer(vocab_size=300),
+        trainers.UnigramTrainer(vocab_size=40, unk_token="?", special_tokens=["?"]),
+        trainers.WordPieceTrainer(vocab_size=60),
+    )
+    for name, model, pre_tokenizer, trainer in (
+        ("byte level", models.BPE(), pre_tokenizers.ByteLevel(), bpe),
+        ("no prefix", models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False), bpe),
+        ("metaspace", models.BPE(), pre_tokenizers.Metaspace(), bpe),
+        ("unigram", models.Unigram(), pre_tokenizers.Metaspace(), unigram),
+        ("wordpiece", models.WordPiece(unk_token="?"), pre_tokenizers.Whitespace(), wordpiece),
+    ):
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizer
+        tokenizer.train_from_iterator(corpus, trainer)
+        tokenizers[name] = tokenizer
+    encoders = {name: lambda text, t=t: list(t.encode(text).ids) for name, t in tokenizers.items()}
+    encoders["llama"] = llama_like()
+    for name, encode in encoders.items():
+        theirs = SimpleNamespace(backend="causal", tok_encode=lambda text, encode=encode, **_: encode(text))
+        for context, choices in (
+            ("one two", [" yes", " no"]),
+            ("one two ", ["yes", "no one"]),
+            ("three no", [" two", " one two"]),
+        ):
+            question = Choice(context, choices, 0)
+            start, tails = encoded(encode, question)
+            for choice, tail in zip(choices, tails, strict=True):
+                assert (list(start), list(tail)) == TemplateLM._encode_pair(theirs, context, choice), name
+    # Parts of one word, and a choice that disappears in its context.
+    parts = Tokenizer(models.WordPiece({"?": 0, "one": 1, "##two": 2}, unk_token="?"))
+    assert encoded(lambda text: list(parts.encode(text).ids), Choice("one", ["two"], 0)) == ([1], [[2]])
+    merged = Tokenizer(models.WordLevel({"onetwo": 0, "one": 1, "?": 2}, "?"))
+    with pytest.raises(ValueError, match="the choice 'two' adds no token to its context; begin it with a space"):
+        encoded(lambda text: list(merged.encode(text).ids), Choice("one", ["two"], 0))

@@ -67,8 +67,8 @@ def log_likelihoods(model: Any, contexts: Sequence[Sequence[int]], continuations
 
     Args:
         model: a causal language model in transformers' calling convention; its mode is left as it is.
-        contexts, continuations: token ids, none of them empty. What is longer than the model's positions loses its
-            beginning.
+        contexts, continuations: token ids, none of them empty. The last token is predicted and not read; of what is longer
+            than the model's positions beyond that, the beginning is left out (as lm-eval does).
 
     Raises:
         ValueError: an empty context or continuation, or a continuation that leaves no room for a token before it.
@@ -78,9 +78,9 @@ def log_likelihoods(model: Any, contexts: Sequence[Sequence[int]], continuations
     for context, continuation in zip(contexts, continuations, strict=True):
         if not len(context) or not len(continuation):
             raise ValueError("zero-shot: a context and a continuation of at least one token each are needed")
-        if len(continuation) >= positions:
+        if len(continuation) > positions:
             raise ValueError(f"zero-shot: a continuation of {len(continuation)} tokens, the model has {positions} positions")
-        rows.append([*context, *continuation][-positions:])
+        rows.append([*context, *continuation][-(positions + 1) :])
     # What predicts the last token ends before it; single-token answers to one question then share one row.
     inputs = list(dict.fromkeys(tuple(row[:-1]) for row in rows))
     width = max(map(len, inputs))
@@ -96,6 +96,29 @@ def log_likelihoods(model: Any, contexts: Sequence[Sequence[int]], continuations
     return torch.stack(found).cpu()
 
 
+def encoded(encode: Encode, question: Choice) -> tuple[Sequence[int], list[list[int]]]:
+    """Token ids of a question's context and of each choice after it.
+
+    Each choice is encoded together with the context, of which it is the tail: alone, many tokenizers would begin it as they
+    begin a text (a mark for a space in Llama 2 and SentencePiece, a whole word in WordPiece). Spaces that end the context go
+    to the choices, because tokenizers join them to the word that follows (both as lm-eval does).
+
+    Raises:
+        ValueError: a choice that adds no token to its context.
+    """
+    text = question.context.rstrip() or question.context
+    spaces = question.context[len(text) :]
+    context = encode(text)
+    tails = [list(encode(text + spaces + choice))[len(context) :] for choice in question.choices]
+    for choice, tail in zip(question.choices, tails, strict=True):
+        if not tail:
+            raise ValueError(
+                f"zero-shot: the choice {choice!r} adds no token to its context; begin it with a space, or end the context "
+                "at a whole word"
+            )
+    return context, tails
+
+
 def choice_accuracy(model: Any, encode: Encode, questions: Sequence[Choice], limit: int = LIMIT) -> Score:
     """Share of questions whose right answer is the likeliest by its summed log-probability, not normalised by length.
 
@@ -104,10 +127,10 @@ def choice_accuracy(model: Any, encode: Encode, questions: Sequence[Choice], lim
     Args:
         model: as in `log_likelihoods`; put into eval mode for the time being.
         encode: text to token ids, without special tokens.
-        questions: the first `limit` count.
+        questions: the first `limit` count. Context and choice are encoded together.
 
     Raises:
-        ValueError: no questions, or one whose answer is none of its choices.
+        ValueError: no questions, or one whose answer is none of its choices or one of whose choices adds no token.
     """
     if not questions:
         raise ValueError("zero-shot: no questions")
@@ -116,10 +139,8 @@ def choice_accuracy(model: Any, encode: Encode, questions: Sequence[Choice], lim
         for question in questions[:limit]:
             if not 0 <= question.answer < len(question.choices):
                 raise ValueError(f"zero-shot: answer {question.answer} of {len(question.choices)} choices")
-            context = encode(question.context)
-            scores = log_likelihoods(
-                model, [context] * len(question.choices), [encode(choice) for choice in question.choices]
-            )
+            context, continuations = encoded(encode, question)
+            scores = log_likelihoods(model, [context] * len(continuations), continuations)
             answered = not bool(scores.isnan().any())  # argmax takes a NaN for the largest
             values.append(float(answered and int(scores.argmax()) == question.answer))
     return Score(tuple(values))
