@@ -171,3 +171,68 @@ def test_shift_is_the_callers_choice() -> None:
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(*problem())
+
+
+# -- what does not count, and limits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nan_where_no_label_counts_sends_back_nothing(name: str) -> None:
+    ours, truth = CASES[name]
+    logits, labels = problem()
+    bad = logits.detach().clone()
+    nowhere = torch.cat((labels[:, 1:] == -100, torch.ones(BATCH, 1, dtype=torch.bool)), -1)  # row t predicts label t + 1
+    bad[nowhere] = torch.nan
+    bad.requires_grad_()
+    loss = ours(bad, labels)
+    (expected,) = torch.autograd.grad(truth(logits, labels), logits)
+    (got,) = torch.autograd.grad(loss, bad)
+    torch.testing.assert_close(loss, truth(logits, labels))
+    assert not got[nowhere].any()
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sequences_without_a_label_are_not_there(name: str) -> None:
+    ours = CASES[name][0]
+    logits, labels = problem()
+    extended = torch.cat((logits, torch.randn(1, TIME, VOCAB, dtype=torch.float64)))
+    more = torch.cat((labels, torch.full((1, TIME), -100)))
+    if name == "npo":
+        reference = torch.cat((REFERENCE, torch.tensor([5.0], dtype=torch.float64)))
+        found = losses.npo_loss(extended, more, reference, beta=0.3)
+    else:
+        found = ours(extended, more)
+    torch.testing.assert_close(found, ours(logits, labels))
+    none = ours(logits, torch.full_like(labels, -100))
+    assert float(none) == 0
+    assert not torch.autograd.grad(none, logits)[0].any()
+
+
+def test_the_reference_is_what_sequence_nll_returns() -> None:
+    logits, labels = problem()
+    reference = losses.sequence_nll(logits.detach() * 0.5, labels)
+    assert reference.tokens.tolist() == [4, 6, 4]
+    found = losses.npo_loss(logits, labels, reference, beta=0.3)
+    torch.testing.assert_close(found, npo(logits, labels, reference.nll, 0.3))
+    torch.testing.assert_close(found, losses.npo_loss(logits, labels, reference.nll, beta=0.3))
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, 2.5])
+def test_a_token_of_probability_0_gives_the_limit(beta: float) -> None:
+    """p^beta log p tends to 0, and its gradient with the weight held is p^beta (p - one-hot), which tends to 0 as well."""
+    logits, labels = problem()
+    impossible = logits.detach().clone()
+    impossible[1, 2, labels[1, 3]] = -torch.inf
+    impossible.requires_grad_()
+    loss = losses.weighted_ascent_loss(impossible, labels, beta=beta)
+    far = logits.detach().clone()
+    far[1, 2, labels[1, 3]] = -1e4 / beta
+    torch.testing.assert_close(loss, losses.weighted_ascent_loss(far, labels, beta=beta))
+    (gradient,) = torch.autograd.grad(loss, impossible)
+    assert gradient.isfinite().all()
+    assert not gradient[1, 2].any()
+    assert float(losses.weighted_ascent_loss(impossible, labels, beta=0.0)) == -math.inf  # as -CE is
+    broken = logits.detach().clone()
+    broken[1, 2, 0] = torch.nan
+    assert math.isnan(losses.weighted_ascent_loss(broken, labels, beta=beta))

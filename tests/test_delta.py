@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForSeq2SeqLM
 
 import fastpost
-from fastpost.gap.delta import Delta, stack_of
+from fastpost.gap.delta import Delta, stack_of, stacks_of
 
 from .conftest import bits, same_bits
 from .tiny import build
@@ -151,3 +153,63 @@ def test_merging_what_does_not_fit_writes_nothing(tmp_path):
     with pytest.raises(FileNotFoundError):
         delta.merge_(tmp_path / "none.safetensors")
     assert all(torch.equal(p, torch.ones(2)) for p in model.values())
+
+
+@pytest.mark.parametrize("kind", ["t5", "seq2seq"])
+def test_lines_scales_both_stacks_of_an_encoder_decoder(kind: str) -> None:
+    config = build(kind).config
+    for name, layers in (("encoder_layers", 2), ("decoder_layers", 3), ("num_layers", 2), ("num_decoder_layers", 3)):
+        if hasattr(config, name):
+            setattr(config, name, layers)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    moved = {name: p.detach().clone() for name, p in model.named_parameters()}
+    stacks = stacks_of(model)
+    assert [len(stack) for stack in stacks] == [2, 3]
+    assert all("encoder" in name for name in stacks[0])
+    assert all("decoder" in name for name in stacks[1])
+    factors = Delta(model, start).lines_(0.2, 0.6)
+    for name, p in model.named_parameters():
+        expected = 0.2
+        for stack in stacks:
+            for layer, block in enumerate(stack):
+                if name.startswith(f"{block}."):
+                    expected = 0.2 + 0.6 * layer / (len(stack) - 1)
+        assert factors[name] == pytest.approx(expected)
+        x, y = start[name].double(), moved[name].double()
+        torch.testing.assert_close(p.double(), x + expected * (y - x), rtol=1e-5, atol=1e-6)
+    for stack in stacks:
+        assert factors[next(n for n in factors if n.startswith(f"{stack[-1]}."))] == pytest.approx(0.8)
+
+
+def test_a_tied_weight_s_delta_moves_both_names(tmp_path: Path) -> None:
+    """From a model whose head is its embedding, by tensors and by file, into one whose head is a weight of its own."""
+    model, result, _, _ = run()
+    delta = result.delta(model)
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    assert "lm_head.weight" in names
+    assert "lm_head.weight" not in dict(model.named_parameters())
+    tensors = delta.tensors()
+    assert set(tensors) == names
+    assert tensors["lm_head.weight"] is tensors["transformer.wte.weight"]
+    delta.save(tmp_path / "delta.safetensors")
+    for other in (tensors, tmp_path / "delta.safetensors"):
+        tied = build("causal")
+        before = {name: p.detach().clone() for name, p in tied.named_parameters()}
+        Delta(tied, before).merge_(other, 0.5)
+        for name, p in tied.named_parameters():  # once
+            torch.testing.assert_close(p, before[name] + 0.5 * tensors[name])
+        untied = build("causal")
+        untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())  # type: ignore[union-attr, operator]
+        before = {name: p.detach().clone() for name, p in untied.named_parameters()}
+        Delta(untied, before).merge_(other, 0.5)
+        for name, p in untied.named_parameters():
+            torch.testing.assert_close(p, before[name] + 0.5 * tensors[name])
+    apart = dict(tensors, **{"lm_head.weight": tensors["lm_head.weight"] + 1})
+    after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"lm_head\.weight is tied to transformer\.wte\.weight in this model"):
+        delta.merge_(apart)
+    assert all(same_bits(p, after[name]) for name, p in model.named_parameters())

@@ -190,3 +190,13 @@ def test_a_task_read_through_several_filters_is_no_single_score(monkeypatch: pyt
     monkeypatch.setattr(lm_eval, "simple_evaluate", lambda *args, **options: samples("strict-match", "flexible-extract"))
     with pytest.raises(ValueError, match="several filters"):
         harness_scores(model, tokenizer, ["numbers"])
+
+
+def test_pubmed_qa_answers_in_any_case_and_none_other(tmp_path: Path) -> None:
+    file = tmp_path / "pubmed.csv"
+    file.write_text("abstract,question,final_decision\na,b,Yes\nc,d, NO \ne,f,maybe\n")
+    assert [q.answer for q in read_task(file).questions] == [0, 2, 1]
+    for line, answer in (("g,h,perhaps", "'perhaps'"), ("g,h,", "''"), ("g,h", "None")):
+        file.write_text(f"abstract,question,final_decision\na,b,yes\n{line}\n")
+        with pytest.raises(ValueError, match=rf"pubmed\.csv: line 3: final_decision {answer} is none of yes, maybe, no"):
+            read_task(file)

@@ -15,6 +15,7 @@ of `ignore_index` do not count. Descend on what they return; nothing has to be m
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,19 +50,28 @@ def token_nll(logits: Tensor, labels: Tensor, *, shift: bool = True, ignore_inde
         outside = counts & ((labels < 0) | (labels >= logits.shape[-1]))
         if bool(outside.any()):
             raise ValueError(f"label {int(labels[outside][0])} is outside [0, {logits.shape[-1]})")
+    # What does not count may be NaN, and sends back nothing.
+    logits = logits.masked_fill(~counts.unsqueeze(-1), 0)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     nll = F.cross_entropy(wide.transpose(1, 2), labels, ignore_index=ignore_index, reduction="none")
     return nll, counts
 
 
-def sequence_nll(logits: Tensor, labels: Tensor, *, shift: bool = True, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+class SequenceNLL(NamedTuple):
+    """Of each sequence, the negative log-likelihood summed over its tokens, and how many of them count: both (batch,)."""
+
+    nll: Tensor
+    tokens: Tensor
+
+
+def sequence_nll(logits: Tensor, labels: Tensor, *, shift: bool = True, ignore_index: int = -100) -> SequenceNLL:
     """Of each sequence, the sum over its tokens, and how many count: (batch,) and (batch,).
 
     Under `torch.no_grad()` on the model before training this is what `npo_loss` takes as its reference; it may be kept from
     epoch to epoch.
     """
     nll, counts = token_nll(logits, labels, shift=shift, ignore_index=ignore_index)
-    return nll.sum(-1), counts.sum(-1)
+    return SequenceNLL(nll.sum(-1), counts.sum(-1))
 
 
 def ascent_loss(logits: Tensor, labels: Tensor, *, shift: bool = True, ignore_index: int = -100) -> Tensor:
@@ -76,13 +86,16 @@ def weighted_ascent_loss(
     """-CE with each token weighed by its own probability to the power beta (a constant): what is forgotten is left alone.
 
     Args:
-        beta: >= 0; 0 is `ascent_loss`.
+        beta: >= 0; 0 is `ascent_loss`. Above it, a token of probability 0 gives 0, the limit of p^beta log p.
     """
     if not (math.isfinite(beta) and beta >= 0):
         raise ValueError(f"weighted_ascent_loss: beta must be finite and >= 0, not {beta}")
     nll, counts = token_nll(logits, labels, shift=shift, ignore_index=ignore_index)
-    weights = torch.exp(-beta * nll.detach())
-    return -(weights * nll).sum() / counts.sum().clamp(min=1)
+    if beta:
+        possible = nll.detach() != math.inf
+        weights = torch.exp(-beta * nll.detach())
+        nll = torch.where(possible, weights * torch.where(possible, nll, 0), 0)
+    return -nll.sum() / counts.sum().clamp(min=1)
 
 
 def grad_diff_loss(
@@ -108,7 +121,7 @@ def grad_diff_loss(
 def npo_loss(
     logits: Tensor,
     labels: Tensor,
-    reference_nll: Tensor,
+    reference_nll: Tensor | SequenceNLL,
     *,
     beta: float = 0.1,
     shift: bool = True,
@@ -116,18 +129,26 @@ def npo_loss(
 ) -> Tensor:
     """Negative preference optimisation: -(2 / beta) mean over sequences of log sigmoid(beta (nll - nll_ref)).
 
-    nll are sums over a sequence's tokens. It tends to gradient ascent on nll as beta -> 0 (up to the constant
-    2 log(2) / beta), and saturates once a sequence is far less likely than before.
+        with torch.no_grad():
+            reference = sequence_nll(model(input_ids=ids).logits, labels)      # before training
+        ...
+        npo_loss(model(input_ids=ids).logits, labels, reference).backward()
+
+    nll are sums over a sequence's tokens; sequences without a label that counts are left out of the mean. The loss tends to
+    gradient ascent on nll as beta -> 0 (up to the constant 2 log(2) / beta), and saturates once a sequence is far less
+    likely than before.
 
     Args:
-        reference_nll: (batch,), `sequence_nll` of the untouched model; no gradient flows into it.
+        reference_nll: `sequence_nll` of the untouched model, or its `nll`, (batch,); no gradient flows into it.
         beta: > 0; 0.1 in the paper.
     """
-    nll, _ = sequence_nll(logits, labels, shift=shift, ignore_index=ignore_index)
+    nll, tokens = sequence_nll(logits, labels, shift=shift, ignore_index=ignore_index)
+    if isinstance(reference_nll, tuple):
+        reference_nll = reference_nll[0]
     if reference_nll.shape != nll.shape:
         raise ValueError(f"npo_loss: reference_nll has shape {tuple(reference_nll.shape)}, expected {tuple(nll.shape)}")
     _positive("npo_loss", beta)
-    return -2 / beta * F.logsigmoid(beta * (nll - reference_nll.detach().to(nll))).mean()
+    return -2 / beta * _mean(F.logsigmoid(beta * (nll - reference_nll.detach().to(nll))), tokens)
 
 
 def simnpo_loss(
@@ -141,13 +162,21 @@ def simnpo_loss(
 ) -> Tensor:
     """NPO without a reference, by length: -(2 / beta) mean over sequences of log sigmoid(beta nll / length - delta).
 
+    Sequences without a label that counts are left out of the mean.
+
     Args:
         beta: > 0.
         delta: margin, in the units of beta times nats per token (gamma in the paper).
     """
     _positive("simnpo_loss", beta)
     nll, tokens = sequence_nll(logits, labels, shift=shift, ignore_index=ignore_index)
-    return -2 / beta * F.logsigmoid(beta * nll / tokens.clamp(min=1) - delta).mean()
+    return -2 / beta * _mean(F.logsigmoid(beta * nll / tokens.clamp(min=1) - delta), tokens)
+
+
+def _mean(values: Tensor, tokens: Tensor) -> Tensor:
+    """Over the sequences that have a label; 0 where none has."""
+    counts = tokens > 0
+    return torch.where(counts, values, torch.zeros_like(values)).sum() / counts.sum().clamp(min=1)
 
 
 def _positive(op: str, beta: float) -> None:

@@ -45,7 +45,7 @@ def read_task(path: str | Path) -> Task:
     | --- | --- |
     | `.json` | dialogues: a list of lists of turns, or such a list (or mapping) under `text` |
     | `.jsonl` | per line `context`, `choices` (texts that continue it) and `answer` (the number of the right one, from 0) |
-    | `.csv` | PubMedQA: columns `abstract`, `question`, `final_decision` (yes, maybe, no) |
+    | `.csv` | PubMedQA: columns `abstract`, `question`, `final_decision` (yes, maybe, no, in any case) |
 
     Raises:
         FileNotFoundError: no such file. ValueError: another format, a broken row (named), or no usable example.
