@@ -693,7 +693,7 @@ def test_r3f_inplace(backend: str) -> None:
         (lambda a, b: r3f_loss(a, b, torch.tensor([0, 1, 2, 3]), reduction="tokens"), ValueError, "'token'"),
         (lambda a, b: r3f_loss(a, b, torch.tensor([0, 1, 2, 3]), r3f_lambda=-1.0), ValueError, "r3f_lambda"),
         (lambda a, b: r3f_loss(a, b, torch.tensor([0, 1, 2, 3]), r3f_lambda=math.nan), ValueError, "r3f_lambda"),
-        (lambda a, b: r3f_loss(a, b, torch.tensor([0, 1, 2, 3]), num_items=0), ValueError, "num_items"),
+        (lambda a, b: r3f_loss(a, b, torch.tensor([0, 1, 2, 3]), num_items=-1), ValueError, "num_items"),
         (lambda a, b: r3f_loss(a, b, torch.tensor([0, 1, 2, 3]), num_items=4, reduction="sum"), ValueError, "num_items"),
         (
             lambda a, b: r3f_loss(a[None], b[None], torch.tensor([[0, 1, 2, 3]]), reduction="sentence"),
@@ -715,3 +715,37 @@ def test_a_forced_backend_that_cannot_serve_says_so() -> None:
     a, b = (t.double() for t in streams(2, 5, 0.1))
     with fastpost.use_backend("cpu"), pytest.raises(fastpost.dispatch.BackendUnavailable, match="float64"):
         symmetric_kl(a, b)
+
+
+# -- a step without a label that counts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "items", [0, 0.0, torch.tensor(0), torch.tensor([0]), torch.tensor(0.0), torch.tensor(0, dtype=torch.int32)]
+)
+def test_no_items_give_zero(backend: str, items: float | Tensor) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (t.to(dtype).requires_grad_() for t in streams(4, 8, 0.5))
+        a.data[1] = torch.nan
+        out = r3f_loss(a, b, torch.full((4,), -100), num_items=items, r3f_lambda=0.5, label_smoothing=0.1)
+        assert (float(out.loss), float(out.task_loss), float(out.symm_kl)) == (0.0, 0.0, 0.0)
+        for g in torch.autograd.grad(out.loss, (a, b)):
+            assert not g.any()
+
+
+def test_num_items_cost_no_digits() -> None:
+    a, b = (t.double().requires_grad_() for t in streams(4, 8, 0.5))
+    labels, n = torch.tensor([0, 3, -100, 7]), 16_777_217  # no float32
+    total = r3f_loss(a, b, labels, reduction="sum").loss
+    for items in (n, float(n), torch.tensor(n), torch.tensor(n, dtype=torch.float64)):
+        loss = r3f_loss(a, b, labels, num_items=items).loss
+        assert float(loss) == pytest.approx(float(total) / n, rel=1e-15)
+        for g, whole in zip(*(torch.autograd.grad(t, (a, b), retain_graph=True) for t in (loss, total)), strict=True):
+            torch.testing.assert_close(g, whole / n, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("items", [-1, math.nan, math.inf, torch.tensor(-3), torch.tensor(math.nan), torch.tensor([1, 2])])
+def test_num_items_that_are_none(items: float | Tensor) -> None:
+    a, b = streams(4, 8, 0.5)
+    with pytest.raises(ValueError, match=r"r3f_loss: num_items must be (finite and >= 0|one number)"):
+        r3f_loss(a, b, torch.zeros(4, dtype=torch.int64), num_items=items)

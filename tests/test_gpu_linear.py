@@ -127,3 +127,20 @@ def test_compiles_whole() -> None:
         torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss_of(leaves, labels), leaves), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+def test_nan_in_rows_that_do_not_count() -> None:
+    """They are walked here; neither their hidden states nor the weight get anything of them."""
+    tensors = [torch.randn(6, 8, device=DEVICE) for _ in range(2)] + [torch.randn(11, 8, device=DEVICE)]
+    labels = torch.tensor([1, -100, 3, -100, 5, 0], device=DEVICE)
+    counts = labels != -100
+    alone = [t[counts] if len(t) == 6 else t for t in tensors]
+    tensors[0][~counts] = tensors[1][~counts] = torch.nan
+    found = []
+    for ts, y in ((tensors, labels), (alone, labels[counts])):
+        ts = [t.clone().requires_grad_() for t in ts]
+        found.append(torch.autograd.grad(fastpost.linear_r3f_loss(*ts, y).loss, ts))
+    assert not found[0][0][~counts].any()
+    assert not found[0][1][~counts].any()
+    for got, want in ((found[0][0][counts], found[1][0]), (found[0][1][counts], found[1][1]), (found[0][2], found[1][2])):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastpost
-from fastpost.ops import linear_divergence
+from fastpost.ops import linear_divergence, linear_rows
 from fastpost.ops.head import power_of_two
 
 from . import oracles
@@ -380,7 +380,7 @@ def test_a_budget_too_small_for_64_rows() -> None:
         (lambda t, y: (t, y, {"grad": "nosed"}), ValueError, "noised"),
         (lambda t, y: (t, y, {"label_smoothing": 1.0}), ValueError, "label_smoothing"),
         (lambda t, y: (t, y, {"r3f_lambda": math.nan}), ValueError, "r3f_lambda"),
-        (lambda t, y: (t, y, {"num_items": 0}), ValueError, "num_items"),
+        (lambda t, y: (t, y, {"num_items": -1}), ValueError, "num_items"),
         (lambda t, y: (t, y, {"reduction": "tokens"}), ValueError, "token"),
         (lambda t, y: ([t[0].long(), *t[1:]], y, {}), TypeError, "dtype"),
         (lambda t, y: ([None, *t[1:]], y, {}), TypeError, "hidden is a NoneType"),
@@ -450,3 +450,33 @@ def test_divergence_is_that_of_the_oracle() -> None:
     value = oracles.divergence(z.T, zn.T)[0].sum()
     ours = fastpost.linear_symmetric_kl(problem.hidden, problem.noised, problem.weight, reduction="sum")
     assert float(ours) == pytest.approx(float(value), rel=1e-6)
+
+
+@pytest.mark.parametrize("given", [0, 0.0, torch.tensor(0)])
+def test_no_items_and_rows_that_do_not_count(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in rows that do not count reaches neither loss nor gradients, also where such rows are walked (on a GPU)."""
+    problem = Problem()
+    tensors = [t.detach().clone() for t in problem.tensors]
+    labels = problem.labels.clone()
+    labels[::2] = -100
+    tensors[0][::2] = tensors[1][::2] = torch.nan
+    outside = [t[1::2] for t in tensors[:2]]
+    for walked in (False, True):
+        if walked:
+            monkeypatch.setattr(linear_rows, "_skips_rows", lambda device: False)
+        for softcap in (None, 5.0):
+            mine, theirs = ([t.clone().requires_grad_() for t in ts] for ts in (tensors, [*outside, *tensors[2:]]))
+            got = fastpost.linear_r3f_loss(*mine[:3], labels, bias=mine[3], label_smoothing=0.1, softcap=softcap)
+            want = fastpost.linear_r3f_loss(*theirs[:3], labels[1::2], bias=theirs[3], label_smoothing=0.1, softcap=softcap)
+            torch.testing.assert_close(got.loss, want.loss)
+            grads, expected = (torch.autograd.grad(out.loss, ts) for out, ts in ((got, mine), (want, theirs)))
+            for g, e in zip(grads[:2], expected[:2], strict=True):
+                assert not g[::2].any()
+                torch.testing.assert_close(g[1::2], e)
+            for g, e in zip(grads[2:], expected[2:], strict=True):
+                torch.testing.assert_close(g, e)
+        mine = [t.clone().requires_grad_() for t in tensors]
+        none = torch.full_like(labels, -100)
+        out = fastpost.linear_r3f_loss(*mine[:3], none, bias=mine[3], num_items=given)
+        assert (float(out.loss), float(out.task_loss), float(out.symm_kl)) == (0.0, 0.0, 0.0)
+        assert not any(g.any() for g in torch.autograd.grad(out.loss, mine))

@@ -68,10 +68,57 @@ def test_num_items_divides_both_terms(kind: str, grad: str) -> None:
             torch.testing.assert_close(out.task_loss, plain.task_loss / times)
             torch.testing.assert_close(out.symm_kl, plain.symm_kl / times)
             torch.testing.assert_close(out.loss, out.task_loss + r3f.r3f_lambda * out.symm_kl)
-    with pytest.raises(ValueError, match="num_items must be > 0, not 0"):
-        R3F()(model, num_items=0, **batch)
+    with pytest.raises(ValueError, match="num_items must be finite and >= 0, not -1"):
+        R3F()(model, num_items=-1, **batch)
     with pytest.raises(ValueError, match="num_items goes with reduction 'token' or 'sentence', not 'sum'"):
         R3F(reduction="sum")(model, num_items=3, **batch)
+
+
+FORMS: list[dict[str, Any]] = [
+    {}, {"r3f_lambda": 0}, {"grad": "noised"}, {"grad": "clean"}, {"divergence": "js"}, {"forward": "double_batch"},
+    {"inplace": True}, {"fused_linear": True}, {"fused_linear": True, "r3f_lambda": 0}, {"label_smoothing": 0.1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [0, 0.0, torch.tensor(0)])
+@pytest.mark.parametrize("how", FORMS)
+def test_no_items_give_zero(how: dict[str, Any], given: Any) -> None:
+    model, batch = build("causal"), batch_for("causal")
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    out = R3F(0.05, **how)(model, num_items=given, **batch)
+    assert (float(out.loss), float(out.task_loss), float(out.symm_kl)) == (0.0, 0.0, 0.0)
+    assert not any(g.any() for g in gradients(model, out.loss).values())
+    assert float(R3F(0.05)(model.eval(), num_items=given, **batch).loss) == 0
+
+
+@pytest.mark.parametrize("how", [h for h in FORMS if not h.get("fused_linear")])
+def test_nan_in_rows_that_do_not_count_sends_back_nothing(how: dict[str, Any]) -> None:
+    """As if these rows were not there."""
+    logits, labels = torch.randn(4, 6, 9, dtype=torch.float64), torch.randint(0, 9, (4, 6))
+    labels[:, ::2] = -100
+    bad = logits.clone()
+    bad[:, ::2] = torch.nan
+
+    class Model(nn.Module):
+        def __init__(self, z: Tensor) -> None:
+            super().__init__()
+            self.table, self.z = nn.Embedding(3, 9, dtype=torch.float64), nn.Parameter(z.clone())
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            z = self.z if len(input_ids) == len(self.z) else torch.cat((self.z, self.z))
+            return z * 1 + self.table(input_ids)
+
+    found = []
+    for z, y in ((bad, labels), (logits[:, 1::2], labels[:, 1::2])):
+        torch.manual_seed(0)
+        model = Model(z)
+        r3f = R3F(0.0, embedding="table", shift_labels=False, seed=1, **how)
+        out = r3f(model, input_ids=torch.zeros_like(y), labels=y)
+        out.loss.backward()
+        found.append((out.loss.detach(), model.z.grad))
+    assert not found[0][1][:, ::2].any()
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1][:, 1::2], found[1][1])
 
 
 def test_every_label_ignored() -> None:

@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
+from fastpost import R3F
 from fastpost.ops.noise import add_noise
 from fastpost.r3f.relatives import SMART, FreeLB, HyPe, NEFTune, NoisedStudent, RDrop
 from fastpost.r3f.relatives.base import Method
@@ -51,6 +53,60 @@ def test_num_items(name: str) -> None:
     for out in (of(name)(model, num_items=4 * counted, **batch), of(name)(model, num_items_in_batch=4 * counted, **batch)):
         torch.testing.assert_close(out.loss * 4, whole.loss, rtol=1e-10, atol=0)
         torch.testing.assert_close(out.symm_kl * 4, whole.symm_kl, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("given", [0, 0.0, torch.tensor(0)])
+@pytest.mark.parametrize("name", METHODS)
+def test_no_items_give_zero(name: str, given: float | Tensor) -> None:
+    model, batch = build("causal"), batch_for("causal")
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    out, grads = step(of(name), model, batch, num_items=given)
+    assert (float(out.loss), float(out.task_loss), float(out.symm_kl)) == (0.0, 0.0, 0.0)
+    assert not any(g.any() for g in grads.values())
+    assert float(of(name)(model.eval(), num_items=given, **batch).loss) == 0
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+@pytest.mark.parametrize("name", NOISY)
+def test_a_window_s_noise_does_not_depend_on_how_it_is_cut(name: str, kind: str) -> None:
+    model, batch = build(kind, dtype=torch.float64), batch_for(kind)
+    shifted = batch["labels"][:, 1:] if kind == "causal" else batch["labels"]
+    items = int((shifted != -100).sum())
+    _, expected = step(of(name), model, batch, num_items=items)
+    rows = len(batch["labels"])
+    for size in (1, 2):
+        method, found = of(name), []
+        with method.window():
+            for i in range(0, rows, size):
+                part = {key: value[i : i + size] for key, value in batch.items()}
+                found.append(step(method, model, part, num_items=items)[1])
+        assert method.step == 1
+        assert_same({key: sum(g[key] for g in found) for key in found[0]}, expected, rtol=1e-6, atol=1e-9)
+    first, last = ({key: value[part] for key, value in batch.items()} for part in (slice(rows // 2), slice(rows // 2, rows)))
+    before, method = int(batch["attention_mask"][: rows // 2].sum()), of(name)
+    for offset in (before, torch.tensor(before)):  # as on two ranks
+        mine, other = of(name), of(name)
+        with mine.window():
+            parts = [step(mine, model, first, num_items=items)[1]]
+        with other.window(offset):
+            parts.append(step(other, model, last, num_items=items)[1])
+        assert_same({key: sum(g[key] for g in parts) for key in parts[0]}, expected, rtol=1e-6, atol=1e-9)
+    with method.window(), pytest.raises(RuntimeError, match=f"{type(method).__name__}: a window is open already"):
+        method.window().__enter__()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_transformers_neftune_beside_another_method_is_refused(name: str) -> None:
+    model, batch = build("causal"), batch_for("causal")
+    hook = activate_neftune(model, 5.0)
+    with pytest.raises(ValueError, match=f"{type(of(name)).__name__}: neftune_noise_alpha=5 adds NEFTune's noise"):
+        of(name)(model, **batch)
+    for r3f in (R3F(), R3F(forward="double_batch"), R3F(divergence="js")):
+        with pytest.raises(ValueError, match="R3F: neftune_noise_alpha=5 adds NEFTune's noise to every pass"):
+            r3f(model, **batch)
+    R3F(r3f_lambda=0)(model, **batch)  # plain fine-tuning with NEFTune
+    deactivate_neftune(model, hook)
+    of(name)(model, **batch)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -316,7 +372,7 @@ def test_bad_batches_are_refused_in_the_methods_name(name: str) -> None:
         ({"labels": None}, "has no 'labels'"),
         ({"labels": batch["labels"].float()}, "regression"),
         ({"labels": torch.full_like(batch["labels"], 7)}, "label 7 is out of range"),
-        ({"num_items": 0}, "num_items must be > 0"),
+        ({"num_items": -1}, "num_items must be finite and >= 0"),
     ):
         with pytest.raises(ValueError, match=f"^{who}: .*{message}"):
             method(model, **{**batch, **change})

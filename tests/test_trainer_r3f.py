@@ -21,6 +21,7 @@ from fastpost.integrations.transformers import (
 from . import tiny
 from .conftest import same_bits
 from .trainers import (
+    BATCH,
     CLIP,
     RHO,
     arguments,
@@ -246,3 +247,23 @@ def test_a_router_s_loss_is_not_dropped(tmp_path: Any) -> None:
     model.config.output_router_logits = True
     with pytest.raises(ValueError, match="router"):
         trainer_of(R3FTrainer, model, arguments(tmp_path, 1))
+
+
+@pytest.mark.parametrize("options", [{}, {"r3f_fused_linear": True}, {"r3f_lambda": 0.0}, {"label_smoothing_factor": 0.1}])
+def test_a_window_without_a_supervised_token_changes_nothing(tmp_path: Any, options: dict[str, Any]) -> None:
+    """Where the plain Trainer divides 0 by 0, or skips; weights stay finite and those of the other windows count."""
+    data = rows()
+    for row in data[: 2 * BATCH]:  # the first window
+        row["labels"] = torch.full_like(row["labels"], -100)
+    found = []
+    for skipped, steps in ((0, 2), (2 * BATCH, 1)):
+        model = tiny.build("causal")
+        args = arguments(
+            tmp_path, steps, gradient_accumulation_steps=2, lr_scheduler_type="constant", optim="sgd", weight_decay=0.0,
+            **(R3F_OPTIONS | {"r3f_eps": 0.0} | options),
+        )  # fmt: skip
+        trainer_of(R3FTrainer, model, args, data[skipped:]).train()
+        found.append(dict(model.named_parameters()))
+    for name, p in found[0].items():
+        assert p.isfinite().all()
+        torch.testing.assert_close(p, found[1][name], msg=name)

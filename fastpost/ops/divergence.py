@@ -316,7 +316,7 @@ def r3f_loss(
     r3f_lambda: float = 1.0,
     reduction: str = "token",
     ignore_index: int = -100,
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     label_smoothing: float = 0.0,
     inplace: bool = False,
 ) -> R3FLoss:
@@ -333,7 +333,8 @@ def r3f_loss(
             divided by logits.shape[0] (what label_smoothed_cross_entropy_r3f does).
             "sum": both summed over the rows that count.
         ignore_index: label of rows that do not count.
-        num_items: divisor in place of the count, for gradient accumulation; "token" only.
+        num_items: divisor in place of the count, for gradient accumulation, a number or a tensor with one; "token" only.
+            0, a step without a label that counts, gives loss 0 with zero gradients.
         label_smoothing: weight of the uniform distribution in the cross-entropy's target, in [0, 1), as in
             torch.nn.functional.cross_entropy; under "fairseq" spread over the other classes only, as fairseq does.
         inplace: as in `symmetric_kl`.
@@ -345,7 +346,7 @@ def r3f_loss(
     Raises:
         ValueError: shapes, dtypes or devices differ; unknown reduction; labels out of range, or a class that is -inf in one
             stream only (on the CPU and under FASTPOST_CHECKS=1; elsewhere they give NaN and inf); r3f_lambda negative or not
-            finite; num_items not positive or with another reduction.
+            finite; num_items negative, not finite or with another reduction.
         TypeError: logits not floating point, labels not integers.
     """
     op = "r3f_loss"

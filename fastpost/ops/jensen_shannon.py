@@ -71,6 +71,9 @@ def js_divergence(
     is an eighth of the symmetric KL), never negative, exactly 0 for identical rows and at most ln 2: a class that is -inf in
     one stream only is no error, one that is -inf in both does not exist.
 
+    There is no temperature: divide both logits by it, in float32, and multiply the result by its square to keep the size of
+    gradients. Nor is there a weight other than 1/2 for the two streams (the beta of generalised knowledge distillation).
+
     Args:
         logits, noised_logits: (..., classes); float16, bfloat16, float32 or float64.
         mask, reduction: as in `symmetric_kl`.

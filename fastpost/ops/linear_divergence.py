@@ -264,7 +264,7 @@ def linear_r3f_loss(
     r3f_lambda: float = 1.0,
     reduction: str = "token",
     ignore_index: int = -100,
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     temperature: float = 1.0,

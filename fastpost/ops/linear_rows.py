@@ -64,6 +64,11 @@ def _grad_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def _skips_rows(device: torch.device) -> bool:
+    """Whether rows without a weight are left out of the walk: where asking for them waits for nothing."""
+    return device.type == "cpu"
+
+
 class _Run:
     """One walk over the rows, a chunk at a time."""
 
@@ -118,17 +123,24 @@ class _Run:
 
     def _used(self) -> Tensor | None:
         """The rows that have a weight, where asking is free; None for all. Padding and prompts then cost nothing."""
-        if self.hidden.device.type != "cpu":
+        if not _skips_rows(self.hidden.device):
             return None
-        used = self.kl_weights != 0
-        if self.ce_weights is not None:
-            used = used | (self.ce_weights != 0)
+        used = self._weighted(slice(None))
         return None if bool(used.all()) else used.nonzero().squeeze(-1)
+
+    def _weighted(self, rows: slice | Tensor) -> Tensor:
+        used = self.kl_weights[rows] != 0
+        return used if self.ce_weights is None else used | (self.ce_weights[rows] != 0)
+
+    def _without_unused(self, rows: slice | Tensor, hidden: Tensor) -> Tensor:
+        return torch.where(self._weighted(rows).unsqueeze(-1), hidden, torch.zeros_like(hidden))
 
     def _over(self, rows: slice | Tensor, logits: Tensor, apart: Tensor | None) -> None:
         """One chunk. `logits` and `apart` are room for the streams' logits, and for gradients where those need their own."""
         head, how = self.head, self.how
         clean, noised = self.hidden[rows], self.noised[rows]
+        if not _skips_rows(self.hidden.device):  # where 0 times NaN would be NaN
+            clean, noised = self._without_unused(rows, clean), self._without_unused(rows, noised)
         n, both = len(clean), not self.one_stream
         x = torch.cat((clean.to(head.dtype), noised.to(head.dtype))) if both else clean.to(head.dtype)
         logits = logits[: len(x)]

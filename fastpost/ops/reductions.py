@@ -90,6 +90,25 @@ class R3FWeights:
         return R3FLoss(value.to(dtype), task.detach().to(dtype), symm.detach().to(dtype))
 
 
+def item_divisor(op: str, num_items: float | Tensor, device: torch.device) -> float | Tensor:
+    """What sums over rows are divided by, in float64; infinite for 0 items, so that a step without a label gives 0.
+
+    Raises:
+        ValueError: negative, not finite or more than one number (a tensor's value is read on the CPU only).
+    """
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"{op}: num_items must be one number, not a tensor of shape {tuple(num_items.shape)}")
+        known = checks_values(num_items.device)
+        items = num_items.detach().reshape(()).to(device=device, dtype=torch.float64)
+        if known and not 0 <= float(items) < math.inf:
+            raise ValueError(f"{op}: num_items must be finite and >= 0, not {float(items):g}")
+        return torch.where(items == 0, math.inf, items)
+    if not 0 <= num_items < math.inf:
+        raise ValueError(f"{op}: num_items must be finite and >= 0, not {num_items}")
+    return float(num_items) or math.inf
+
+
 def r3f_weights(
     op: str,
     rows: torch.Size,
@@ -100,7 +119,7 @@ def r3f_weights(
     r3f_lambda: float,
     reduction: str,
     ignore_index: int,
-    num_items: int | Tensor | None,
+    num_items: float | Tensor | None,
     label_smoothing: float,
 ) -> R3FWeights:
     """Checks what `r3f_loss` takes beside its logits, and makes row weights of it.
@@ -127,11 +146,8 @@ def r3f_weights(
         raise TypeError(f"{op}: labels must be integers, not {labels.dtype}")
     if reduction == "sentence" and len(rows) != 1:
         raise ValueError(f"{op}: reduction 'sentence' is for logits (batch, classes), not {(*rows, classes)}")
-    if num_items is not None:
-        if reduction != "token":
-            raise ValueError(f"{op}: num_items goes with reduction 'token', not {reduction!r}")
-        if not isinstance(num_items, Tensor) and not num_items > 0:
-            raise ValueError(f"{op}: num_items must be > 0, not {num_items}")
+    if num_items is not None and reduction != "token":
+        raise ValueError(f"{op}: num_items goes with reduction 'token', not {reduction!r}")
     labels = labels.reshape(-1).to(device=device, dtype=torch.int64).contiguous()
     counts = labels != ignore_index
     if classes is not None and checks_values(labels.device):
@@ -144,7 +160,7 @@ def r3f_weights(
             )
     counted = counts.double()
     if reduction == "token" and num_items is not None:
-        ce_scale: Tensor | float = 1.0 / num_items
+        ce_scale: Tensor | float = 1.0 / item_divisor(op, num_items, device)
     elif reduction == "sum":
         ce_scale = 1.0
     else:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpost.ops.reductions import item_divisor
 from fastpost.r3f.noise import is_encoder_decoder
 
 
@@ -87,13 +88,19 @@ def in_step(root: Any, labels: Tensor, stream: Tensor, shift: bool | None, ignor
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float = 0.0) -> Tensor:
-    """Over all rows that count, as torch computes it, in float32 or wider."""
-    flat = logits.reshape(-1, logits.shape[-1])
+    """Over all rows that count, as torch computes it, in float32 or wider; no gradient reaches the others, even of NaN."""
+    flat, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    flat = flat.masked_fill((targets == ignore_index).unsqueeze(-1), 0)
     if flat.dtype.itemsize < 4:
         flat = flat.float()
     return nn.functional.cross_entropy(
-        flat, targets.reshape(-1), ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+        flat, targets, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
     )
+
+
+def per_item(total: Tensor, num_items: float | Tensor) -> Tensor:
+    """total / num_items in total's dtype; 0, with zero gradients, for 0 items."""
+    return (total.double() / item_divisor("R3F", num_items, total.device)).to(total.dtype)
 
 
 def give_decoder_inputs(root: Any, inputs: dict[str, Any], labels: Tensor) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +15,11 @@ from fastpost.ops.jensen_shannon import js_divergence
 from fastpost.ops.linear_divergence import linear_r3f_loss
 from fastpost.ops.noise import check_noise
 from fastpost.ops.params import seed_tensor
-from fastpost.ops.reductions import R3F_REDUCTIONS
-from fastpost.r3f.conventions import class_labels, give_decoder_inputs, summed_cross_entropy
+from fastpost.ops.reductions import R3F_REDUCTIONS, item_divisor
+from fastpost.r3f.conventions import class_labels, give_decoder_inputs, per_item, summed_cross_entropy
 from fastpost.r3f.head import Head, find_head
 from fastpost.r3f.noise import SCALES, unwrap
-from fastpost.r3f.passes import Passes, Step
+from fastpost.r3f.passes import Passes, Step, Windowed
 
 OPTIONS = {
     "grad": ("both", "noised", "clean"),
@@ -57,7 +55,7 @@ class R3FOutput:
         return getattr(self, name)
 
 
-class R3F:
+class R3F(Windowed):
     """Task loss plus r3f_lambda times the symmetric KL between the outputs on clean and on noised embeddings.
 
     L = CE(clean) + r3f_lambda * (KL(p || q) + KL(q || p)), p and q the predictions without and with noise on the input
@@ -151,7 +149,6 @@ class R3F:
         self.ignore_index = ignore_index
         self.label_smoothing, self.divergence = label_smoothing, divergence
         self.inplace, self.fused_linear, self.memory_budget = inplace, fused_linear, memory_budget
-        self._window: Step | None = None
         self._measured: set[torch.dtype] = set()
         self._check()
         if embedding is not None and not isinstance(embedding, nn.Module | str):
@@ -198,44 +195,20 @@ class R3F:
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def window(self, token_offset: int | Tensor = 0) -> Iterator[None]:
-        """The calls inside are micro-batches of one step: they share its seed, and their tokens are counted on.
-
-            with r3f.window():
-                for micro_batch in micro_batches:
-                    r3f(model, num_items=tokens_in_all, **micro_batch).loss.backward()
-
-        Each token then gets the same noise however the batch is cut. Spread over processes, give each the number of tokens
-        that lie before its own (`fastpost.distributed.sum_before`) and the same integer `seed`. Padding is not counted.
-
-        Args:
-            token_offset: number of the first token.
-
-        Raises:
-            RuntimeError: a window is open already.
-        """
-        if self._window is not None:
-            raise RuntimeError("R3F: a window is open already")
-        self._window = Step(token_offset)
-        try:
-            yield
-        finally:
-            self._window = None
-
-    def __call__(self, model: Any, /, *, num_items: int | Tensor | None = None, **batch: Any) -> R3FOutput:
+    def __call__(self, model: Any, /, *, num_items: float | Tensor | None = None, **batch: Any) -> R3FOutput:
         """Runs the model on the batch, clean and noised.
 
         Args:
             model: called as `model(**batch)` without the labels.
             num_items: what "token" and "sentence" divide by, instead of the labels of this batch that count (gradient
-                accumulation; transformers' `num_items_in_batch`, which is also taken from the batch).
+                accumulation; transformers' `num_items_in_batch`, which is also taken from the batch): a number or a tensor
+                with one. 0, a step without a label that counts, gives loss 0 with zero gradients.
             batch: the model's inputs and `labels`: integers of shape (batch,) or (batch, time). `sequence_ids` (batch, time)
                 may tell packed sequences apart; the model is not given them.
 
         Raises:
             ValueError: no labels; labels of the wrong shape, out of range or not integers (regression has no KL); a
-                model without input embeddings; num_items not positive or with another reduction.
+                model without input embeddings; num_items negative, not finite or with another reduction.
             RuntimeError: the embedding was not called in the forward pass.
         """
         self._check()
@@ -247,8 +220,8 @@ class R3F:
             num_items = batch.get("num_items_in_batch")
         if num_items is not None and self.reduction in ("fairseq", "sum"):
             raise ValueError(f"R3F: num_items goes with reduction 'token' or 'sentence', not {self.reduction!r}")
-        if isinstance(num_items, int) and num_items <= 0:
-            raise ValueError(f"R3F: num_items must be > 0, not {num_items}")
+        if num_items is not None:
+            item_divisor("R3F", num_items, labels.device)  # before the model runs
         give_decoder_inputs(root, inputs, labels)
 
         training = bool(getattr(model, "training", True))
@@ -274,7 +247,7 @@ class R3F:
         return self.reduction or ("sentence" if logits.ndim == 2 else "token")
 
     def _task_loss(
-        self, logits: Tensor, targets: Tensor, num_items: int | Tensor | None, head: Head | None = None
+        self, logits: Tensor, targets: Tensor, num_items: float | Tensor | None, head: Head | None = None
     ) -> Tensor:
         """Cross-entropy as torch computes it, reduced as `r3f_loss` reduces its own."""
         if head is not None:
@@ -287,14 +260,14 @@ class R3F:
             return total
         if num_items is None:
             num_items = (targets != self.ignore_index).sum().clamp(min=1)  # all ignored: 0, not NaN
-        return total / num_items
+        return per_item(total, num_items)
 
     def _fused(
         self,
         clean: Tensor,
         noised: Tensor,
         targets: Tensor,
-        num_items: int | Tensor | None,
+        num_items: float | Tensor | None,
         head: Head,
         r3f_lambda: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -316,7 +289,7 @@ class R3F:
         )
 
     def _loss(
-        self, clean: Tensor, noised: Tensor, targets: Tensor, num_items: int | Tensor | None, head: Head | None
+        self, clean: Tensor, noised: Tensor, targets: Tensor, num_items: float | Tensor | None, head: Head | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         reduction = self._reduction(clean)
         if head is not None:
@@ -342,7 +315,7 @@ class R3F:
         )
         return out.loss, out.task_loss, out.symm_kl
 
-    def _divergence(self, clean: Tensor, noised: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
+    def _divergence(self, clean: Tensor, noised: Tensor, targets: Tensor, num_items: float | Tensor | None) -> Tensor:
         """The divergence alone, reduced as `r3f_loss` reduces it."""
         function = symmetric_kl if self.divergence == "symmetric_kl" else js_divergence
         reduction = self._reduction(clean)
@@ -353,4 +326,4 @@ class R3F:
             return function(clean, noised, mask=mask, reduction="sum")
         if num_items is None:
             return function(clean, noised, mask=mask, reduction="mean")
-        return function(clean, noised, mask=mask, reduction="sum") / num_items
+        return per_item(function(clean, noised, mask=mask, reduction="sum"), num_items)

@@ -82,6 +82,21 @@ def find_embedding(model: Any, embedding: nn.Module | str | None = None, side: s
     return next((name for name, module in modules.items() if module is found), type(found).__name__), found
 
 
+def refuse_neftune(root: Any) -> None:
+    """Raises ValueError where transformers adds NEFTune's noise to the embeddings: other numbers in each of the passes that
+    are compared, and far larger than R3F's."""
+    try:
+        module = root.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return
+    if getattr(module, "neftune_noise_alpha", None):
+        raise ValueError(
+            f"R3F: neftune_noise_alpha={module.neftune_noise_alpha:g} adds NEFTune's noise to every pass, which would be "
+            "measured in place of the method's own; leave it out (R3F(noise_scale='neftune') or "
+            "fastpost.r3f.relatives.NEFTune scale noise as NEFTune does)"
+        )
+
+
 def _embeddings(modules: Mapping[str, nn.Module]) -> list[str]:
     return [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
 

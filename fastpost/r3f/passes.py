@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from fastpost.ops.noise import fresh_seed
 from fastpost.ops.params import seed_tensor
 from fastpost.r3f.conventions import accelerators, beside_virtual_tokens, check_rows, device_of, in_step, logits_of
 from fastpost.r3f.head import Head, hidden_of, taken_out
-from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, sequence_numbers
+from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, refuse_neftune, sequence_numbers
 from fastpost.rng import RandomState
 
 if TYPE_CHECKING:
@@ -43,6 +44,37 @@ class Step:
     offset: int | Tensor = 0
     seeds: dict[torch.device, Tensor] = field(default_factory=dict)
     counted: dict[str, int | Tensor] = field(default_factory=dict)
+
+
+class Windowed:
+    """A method whose noise belongs to the token of an optimizer step, however the step is cut into calls."""
+
+    _window: Step | None = None
+
+    @contextlib.contextmanager
+    def window(self, token_offset: int | Tensor = 0) -> Iterator[None]:
+        """The calls inside are micro-batches of one step: they share its seed, and their tokens are counted on.
+
+            with r3f.window():
+                for micro_batch in micro_batches:
+                    r3f(model, num_items=tokens_in_all, **micro_batch).loss.backward()
+
+        Each token then gets the same noise however the batch is cut. Spread over processes, give each the number of tokens
+        that lie before its own (`fastpost.distributed.sum_before`) and the same integer `seed`. Padding is not counted.
+
+        Args:
+            token_offset: number of the first token.
+
+        Raises:
+            RuntimeError: a window is open already.
+        """
+        if self._window is not None:
+            raise RuntimeError(f"{type(self).__name__}: a window is open already")
+        self._window = Step(token_offset)
+        try:
+            yield
+        finally:
+            self._window = None
 
 
 @dataclass
@@ -109,6 +141,7 @@ class Passes:
 
     def _places(self) -> list[Place]:
         how, root, inputs = self.how, self.root, self.inputs
+        refuse_neftune(root)
         given = inputs.get("inputs_embeds") if how.embedding is None else None
         sequences = None
         if how.noise_scale == "neftune":

@@ -83,8 +83,9 @@ class R4F:
         self._hooks: list[Any] = []
         for layer in self._linear.values():
             parametrize.register_parametrization(layer, "weight", SpectralNorm(at_most=mode == "at_most"))
-            self._hooks.append(layer.register_state_dict_post_hook(_with_plain_weight))
-            self._hooks.append(layer.register_load_state_dict_pre_hook(_without_plain_weight))
+            hooked = cast(Any, layer)
+            self._hooks.append(hooked.register_state_dict_post_hook(_with_plain_weight))
+            self._hooks.append(hooked.register_load_state_dict_pre_hook(_without_plain_weight))
 
     def __repr__(self) -> str:
         return f"R4F({type(self.head).__name__}, layers={self.layers}, mode={self.mode!r})"

@@ -15,6 +15,7 @@ from fastpost.errors import unknown
 from fastpost.ops.divergence import r3f_loss
 from fastpost.ops.noise import fresh_seed
 from fastpost.ops.params import seed_tensor
+from fastpost.ops.reductions import item_divisor
 from fastpost.r3f.conventions import (
     accelerators,
     check_rows,
@@ -23,10 +24,20 @@ from fastpost.r3f.conventions import (
     give_decoder_inputs,
     in_step,
     logits_of,
+    per_item,
     summed_cross_entropy,
 )
 from fastpost.r3f.model import OPTIONS, R3FOutput
-from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, sequence_numbers, unwrap
+from fastpost.r3f.noise import (
+    Noise,
+    NoisyEmbedding,
+    find_embedding,
+    is_encoder_decoder,
+    refuse_neftune,
+    sequence_numbers,
+    unwrap,
+)
+from fastpost.r3f.passes import Windowed
 
 DROPOUTS = OPTIONS["dropout"]
 
@@ -45,7 +56,7 @@ class Call:
     root: Any
     inputs: dict[str, Any]
     labels: Tensor
-    num_items: int | Tensor | None
+    num_items: float | Tensor | None
 
     @property
     def attention_mask(self) -> Tensor | None:
@@ -53,7 +64,7 @@ class Call:
         return mask if isinstance(mask, Tensor) else None
 
 
-class Method:
+class Method(Windowed):
     """A loss in R3F's calling convention; what a method does in training is its `_train`.
 
     Every method serves the models and batches that `fastpost.R3F` serves (classifiers, token classifiers, causal and masked
@@ -63,8 +74,8 @@ class Method:
     Args:
         embedding: where noise enters, as in R3F.
         shift_labels: whether row t predicts label t + 1; None: as the model's own loss does.
-        seed: None draws a seed per training call from torch's generator; an integer makes calls repeatable (`self.step`
-            counts them, each has numbers of its own).
+        seed: None draws a seed per step from torch's generator; an integer makes steps repeatable (`self.step` counts them,
+            each has numbers of its own). A step is a training call, or all the calls inside one `window()`.
         ignore_index: label that does not count.
     """
 
@@ -93,7 +104,7 @@ class Method:
     def _train(self, call: Call) -> R3FOutput:
         raise NotImplementedError
 
-    def __call__(self, model: Any, /, *, num_items: int | Tensor | None = None, **batch: Any) -> R3FOutput:
+    def __call__(self, model: Any, /, *, num_items: float | Tensor | None = None, **batch: Any) -> R3FOutput:
         """Runs the method on one batch.
 
         Args:
@@ -106,7 +117,7 @@ class Method:
             R3FOutput; `loss` = `task_loss` + weight * `symm_kl`, where `symm_kl` is 0 for methods without a KL.
 
         Raises:
-            ValueError: labels that are missing, out of range, of the wrong shape or not integers; num_items not positive; a
+            ValueError: labels that are missing, out of range, of the wrong shape or not integers; num_items negative; a
                 model without input embeddings. RuntimeError: the embedding was not called in the forward pass.
         """
         self._check()
@@ -116,11 +127,13 @@ class Method:
             inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
             if num_items is None:
                 num_items = batch.get("num_items_in_batch")
-            if isinstance(num_items, int) and num_items <= 0:
-                raise ValueError(f"R3F: num_items must be > 0, not {num_items}")
+            if num_items is not None:
+                item_divisor("R3F", num_items, labels.device)  # before the model runs
             give_decoder_inputs(root, inputs, labels)
         call = Call(model, root, inputs, labels, num_items)
         if getattr(model, "training", True):
+            with self._named():
+                refuse_neftune(root)
             return self._train(call)
         logits = self._clean(call)
         return self._plain(call, logits)
@@ -162,10 +175,29 @@ class Method:
         return self._seed_on(device)
 
     def _seed_on(self, device: torch.device) -> Tensor:
+        seeds = {} if self._window is None else self._window.seeds
+        if device not in seeds:
+            seeds[device] = next(iter(seeds.values())).to(device) if seeds else self._fresh_seed(device)
+        return seeds[device]
+
+    def _fresh_seed(self, device: torch.device) -> Tensor:
         if self.seed is None:
             return fresh_seed(device)
         self.step += 1
         return seed_tensor((self.seed + self.step - 1) % 2**64, device)
+
+    @contextlib.contextmanager
+    def _counted(self, noise: Noise) -> Iterator[None]:
+        """Around the first pass with this noise: its tokens are counted on from the window's earlier calls."""
+        step, first = self._window, noise.counted is None
+        if step is None or not first:
+            yield
+            return
+        offset = step.offset + step.counted.get("encoder", 0)
+        noise.offset = offset.to(noise.seed.device) if isinstance(offset, Tensor) else offset
+        yield
+        if noise.counted is not None:
+            step.counted["encoder"] = step.counted.get("encoder", 0) + noise.counted
 
     def _place(self, call: Call) -> tuple[str, nn.Module]:
         with self._named():
@@ -185,6 +217,10 @@ class Method:
 
     def _noised(self, call: Call, noise: Noise) -> Tensor:
         """Logits of one forward pass with noise on the input embeddings."""
+        with self._counted(noise):
+            return self._pass_with(call, noise)
+
+    def _pass_with(self, call: Call, noise: Noise) -> Tensor:
         embeds = call.inputs.get("inputs_embeds") if self.embedding is None else None
         mask = call.attention_mask
         if isinstance(embeds, Tensor):
@@ -213,7 +249,7 @@ class Method:
         targets = self._targets(call, logits)
         total = summed_cross_entropy(logits, targets, self.ignore_index)
         count = (targets != self.ignore_index).sum().clamp(min=1) if call.num_items is None else call.num_items
-        return total / count
+        return per_item(total, count)
 
     def _with_kl(self, call: Call, logits: Tensor, other: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, task loss, KL): cross-entropy of `logits` plus weight times its symmetric KL with `other`, in one pass."""

@@ -107,7 +107,7 @@ class HyPe(Method):
                 return self._plain(call, self._clean(call))
             device = next((p.device for p in call.root.parameters()), call.labels.device)
             noise = Noise(self.eps, self.noise_type, self._seed_on(device), detach=False, measured=self._measured)
-            with _NoisyLayers(blocks, noise, self._masks(call)) as noisy:
+            with self._counted(noise), _NoisyLayers(blocks, noise, self._masks(call)) as noisy:
                 logits = self._clean(call)
         if noisy.calls == 0:
             raise RuntimeError(f"HyPe: none of the layers {', '.join(blocks)} ran in the forward pass, so no noise entered")
