@@ -1,219 +1,341 @@
-// All sums of a wide row of logits in one reading: the equations of core/divergence.h.
+// All sums of a wide row of logits in one reading: the equations of core/pair_sums.h.
 //
-// The sums want the row's maxima and a centre of its differences, which nobody knows before the end. So every warp keeps its
-// own, the difference at the largest noised logit so far, and moves its sums along when a larger one comes: with
-// s = old centre - new centre,
+// The sums want the row's largest logits and a centre of its differences, which nobody knows before the end. So the block
+// begins with those of its first tiles; a thread that meets a pair heavier than all it has seen goes on from there by
+// itself, and at the end all of them are brought to the units of the heaviest.
 //
-//   sum e_b (e^(delta + s) - 1) = e^s sum e_b (e^delta - 1) + (e^s - 1) sum e_b
-//
-// and so on, exactly. A centre where the weight lies is what keeps confident rows exact.
+// A tile goes the near way first, some 20 instructions a pair. One test at its end shows whether anything was out of the
+// ordinary: classes that do not exist, NaN, a pair far from the centre, a new largest logit, differences whose rounding
+// errors count. Only then it is done again, with care.
 #pragma once
 
-#include <cfloat>
-
 #include "core/divergence.h"
-#include "cuda/warp.cuh"
+#include "core/pair_sums.h"
+#include "cuda/fast_math.cuh"
+#include "cuda/row_tiles.cuh"
 
 namespace fastpost::cuda {
 
-constexpr int kRowThreads = 256;  // two blocks of them leave each thread the 128 registers that a row wants
-constexpr int kWarps = kRowThreads / kWarp;
+// Where a row's sums begin. given: neither units nor centre are to be looked for. careful: no tile goes the near way. The
+// origins are subtracted from all logits where these are too large for units (huge, which is careful as well).
+struct Start {
+  bool given, careful, huge;
+  float unit, clean_unit, centre;
+  float clean_origin, noised_origin;
+};
 
-// a - b - centre, or 0 where the class does not exist in the noised stream: it has no weight there, and NaN times 0 is NaN.
-// 16-bit logits leave no rounding error in their difference.
+struct Seed {
+  float noised, clean;  // the largest noised logit, and the clean one of the same class
+};
+
+// What the threads of a block share.
+struct Room {
+  Seed seed[kWarps];
+  RowPart part[kWarps];
+  double far[4][kRowThreads];  // rarely used, so not in registers
+  float clean_unit[kRowThreads];
+  bool undefined, infinite, huge;  // a NaN or +inf; a class that one stream rules out and the other does not; see Start
+};
+
+// The weight that a tile may have before its thread moves its centre: in sums of the block's first tiles, and then of the
+// tile that it last moved for.
+constexpr float kMoreThanFirst = 0.5f, kMoreThanOwn = 64.0f;
+
+struct TileSums {
+  float noised, excess, noised_delta, excess_delta;
+};
+
+// Adds a near pair. furthest: the largest |delta| so far, or NaN.
+template <bool exact>
+__device__ __forceinline__ void add_near(float a, float b, float unit, float centre, TileSums& sums, float& furthest) {
+  const float delta = delta_of<exact>(a, b, centre);
+  furthest = max_or_nan(furthest, fabsf(delta));
+  const float e = exp2_fast(fmaf(b, kLog2e, -unit));
+  const float weighted = e * delta;
+  const float excess = weighted * expm1_ratio(delta);
+  sums.noised += e;
+  sums.noised_delta += weighted;
+  sums.excess += excess;
+  sums.excess_delta = fmaf(excess, delta, sums.excess_delta);
+}
+
+// A thread's sums while it walks the row.
+struct Walk {
+  float unit, centre;
+  float limit;  // of the weight of a tile
+  NearSums near;
+
+  __device__ __forceinline__ void add(const TileSums& sums) {
+    near.noised += sums.noised;
+    near.excess += sums.excess;
+    near.noised_delta += sums.noised_delta;
+    near.excess_delta += sums.excess_delta;
+  }
+  __device__ __forceinline__ RowPart part(const Room& room) const {
+    const int t = threadIdx.x;
+    return {unit, room.clean_unit[t], centre, near, {room.far[0][t], room.far[1][t], room.far[2][t], room.far[3][t]}};
+  }
+  __device__ __forceinline__ void keep(const RowPart& part, Room& room) {
+    const int t = threadIdx.x;
+    unit = part.unit;
+    centre = part.centre;
+    near = part.near;
+    room.clean_unit[t] = part.clean_unit;
+    room.far[0][t] = part.far.clean;
+    room.far[1][t] = part.far.noised;
+    room.far[2][t] = part.far.clean_delta;
+    room.far[3][t] = part.far.noised_delta;
+  }
+};
+
+// A tile's pairs, wherever it is, a pack at a time: registers are for the near way.
+template <class T, class Pair>
+__device__ __forceinline__ void for_pairs(const T* row_a, const T* row_b, const Cut<T>& cut, int round, bool wide,
+                                          const Start& start, Pair&& pair) {
+#pragma unroll 1
+  for (int u = 0; u < kTilePacks; ++u) {
+    const Pack<T> a = load_some(row_a, cut, round, u, true), b = load_some(row_b, cut, round, u, wide);
+#pragma unroll
+    for (int k = 0; k < cut.size; ++k)
+      pair(widened(a.value[k]) - start.clean_origin, widened(b.value[k]) - start.noised_origin);
+  }
+}
+
+// The largest logits of a tile: the noised one, the clean one of the same class, the clean one.
+struct Top {
+  float noised, clean_there, clean;
+
+  __device__ __forceinline__ void see(float a, float b) {
+    clean_there = b > noised ? a : clean_there;
+    noised = fmaxf(noised, b);
+    clean = fmaxf(clean, a);
+  }
+};
+
+// Takes the units and the centre that a heavy tile asks for. Returns whether it did.
 template <class T>
-__device__ __forceinline__ float difference(float a, float b, float centre) {
-  const float d = a - b;
-  float delta = d - centre;
-  if constexpr (sizeof(T) == 4) delta += difference_error(a, b, d);
-  return b == -INFINITY ? 0.0f : delta;
+__device__ __forceinline__ bool recentre(const Top& top, Walk& walk, Room& room, const Start& start) {
+  const float largest = top.noised * kLog2e, clean_largest = top.clean * kLog2e;
+  const float clean_unit = room.clean_unit[threadIdx.x], difference = top.clean_there - top.noised;
+  const bool heavy = exp2_fast(largest - walk.unit) * (kTilePacks * Pack<T>::size) > walk.limit &&
+                     fabsf(difference) < INFINITY && (top.noised < kHuge<T> || start.huge);
+  const bool clean_heavy = clean_largest - clean_unit > 4 && (top.clean < kHuge<T> || start.huge);
+  if (heavy || clean_heavy)
+    walk.keep(moved(walk.part(room), heavy ? rintf(largest) : walk.unit, clean_heavy ? rintf(clean_largest) : clean_unit,
+                    heavy ? difference : walk.centre),
+              room);
+  return heavy;
 }
 
-// Sums over pairs, with e_b = e^(b - noised_max) and delta = a - b - centre.
-struct NoisedSums {
-  double noised, noised_delta;  // e_b, e_b delta
-  double excess, excess_delta;  // e_b (e^delta - 1), the same times delta
-};
-
-// Sums over the clean stream alone, with e_a = e^(a - clean_max).
-struct CleanSums {
-  double clean, clean_delta;
-};
-
-// A larger maximum and another centre; every sum stays what it is, in new units.
-__device__ __forceinline__ NoisedSums moved(const NoisedSums& s, double shrink, double shift) {
-  if (s.noised == 0) return {};  // nothing to move, and the factors may be infinite
-  const double growth = expm1(shift);
-  const double excess = s.excess + growth * (s.excess + s.noised);
-  const double excess_delta = s.excess_delta + growth * (s.excess_delta + s.noised_delta) + shift * excess;
-  return {shrink * s.noised, shrink * (s.noised_delta + shift * s.noised), shrink * excess, shrink * excess_delta};
+// e^x / 2^unit to within 2^-22 and a rounding, however small: the near way's exponent has fewer bits after the point the
+// further below its unit it lies.
+__device__ __forceinline__ float exp_in_units(float x, float unit) {
+  const float exponent = fmaxf(rintf(fmaf(x, kLog2e, -unit)), -126.0f);
+  return exp2_fast(fmaf(x, kLog2e, -(unit + exponent))) * exp2_fast(exponent);
 }
 
-__device__ __forceinline__ CleanSums moved(const CleanSums& s, double shrink, double shift) {
-  if (s.clean == 0) return {};
-  return {shrink * s.clean, shrink * (s.clean_delta + shift * s.clean)};
-}
+// A tile with care. furthest: the largest |delta|.
+template <class T>
+__device__ __forceinline__ void sum_carefully(const T* row_a, const T* row_b, const Cut<T>& cut, int round, bool wide,
+                                              Walk& walk, Room& room, const Start& start, float& furthest) {
+  Top top{-INFINITY, -INFINITY, -INFINITY};
+  for_pairs(row_a, row_b, cut, round, wide, start, [&](float a, float b) { top.see(a, b); });
+  const bool moves = recentre<T>(top, walk, room, start);
 
-// One warp's part of a row. Maxima, centre and `far` are the same on all lanes, the sums are each lane's own.
-struct Part {
-  float noised_max, centre;
-  float low, high;  // of a - b, over this lane's pairs
-  // The clean stream's own sums are kept only once a difference was far from the centre; before that they follow from the
-  // others.
-  bool far;
-  float clean_max;
-  NoisedSums sums;
-  CleanSums clean;
-};
-
-__device__ __forceinline__ Part nothing() {
-  return {-FLT_MAX, 0.0f, INFINITY, -INFINITY, false, -FLT_MAX, {0, 0, 0, 0}, {0, 0}};
-}
-
-__device__ __forceinline__ void keep_clean_sums(Part& part) {
-  const double shift = static_cast<double>(part.noised_max) + part.centre;
-  part.clean_max = static_cast<float>(shift);
-  const double factor = exp(shift - part.clean_max);
-  part.clean = {factor * (part.sums.noised + part.sums.excess), factor * (part.sums.noised_delta + part.sums.excess_delta)};
-  part.far = true;
-}
-
-__device__ __forceinline__ void raise(Part& part, float noised_max, float centre) {
-  const double shift = static_cast<double>(part.centre) - centre;
-  if (!part.far && fabs(shift) > 2 * kCloseSpread && part.noised_max > -FLT_MAX) keep_clean_sums(part);
-  part.sums = moved(part.sums, exp(static_cast<double>(part.noised_max) - noised_max), shift);
-  if (part.far) part.clean = moved(part.clean, 1.0, shift);
-  part.noised_max = noised_max;
-  part.centre = centre;
-}
-
-// Adds n pairs per lane; absent ones are -inf in both. All lanes of a warp call it together.
-template <class T, int n>
-__device__ __forceinline__ void add(Part& part, const float (&a)[n], const float (&b)[n]) {
-  float top = b[0];
-#pragma unroll
-  for (int k = 0; k < n; ++k) {
-    const float d = a[k] - b[k];
-    part.low = fminf(part.low, d);  // NaN where both are -inf, which leaves the bounds alone
-    part.high = fmaxf(part.high, d);
-    top = fmaxf(top, b[k]);
-  }
-  const float warp_top = warp_max(top);
-  if (warp_top > part.noised_max) {
-    float there = 0;
-#pragma unroll
-    for (int k = 0; k < n; ++k) there = b[k] == warp_top ? a[k] - b[k] : there;
-    const float d = value_of_first(top == warp_top, there);
-    raise(part, warp_top, fabsf(d) < INFINITY ? d : 0.0f);
-  }
-  float delta[n];
-  float furthest = 0;
-#pragma unroll
-  for (int k = 0; k < n; ++k) {
-    delta[k] = difference<T>(a[k], b[k], part.centre);
-    furthest = fmaxf(furthest, fabsf((a[k] - b[k]) - part.centre));
-  }
-  const bool far = furthest > kCloseSpread;
-  if (!part.far && __any_sync(0xffffffffu, far)) keep_clean_sums(part);
-  float noised = 0, noised_delta = 0, excess = 0, excess_delta = 0;
-  if (!part.far) {
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-      const float e = exp_nonpositive(b[k] - part.noised_max);
-      const float more = close_excess(delta[k], e);
-      noised += e;
-      noised_delta += e * delta[k];
-      excess += more;
-      excess_delta += more * delta[k];
+  const float clean_unit = room.clean_unit[threadIdx.x];
+  TileSums near = {0, 0, 0, 0};
+  float clean = 0, noised = 0, clean_delta = 0, noised_delta = 0;
+  furthest = 0;
+  for_pairs(row_a, row_b, cut, round, wide, start, [&](float a, float b) {
+    if (!(fabsf(a - b) < INFINITY)) {
+      if (!(a < INFINITY) || !(b < INFINITY))
+        room.undefined = true;
+      else if (a != b)
+        room.infinite = true;
+      a = b = -FLT_MAX;  // no weight
     }
-  } else {
-    float clean_top = a[0];
-#pragma unroll
-    for (int k = 1; k < n; ++k) clean_top = fmaxf(clean_top, a[k]);
-    clean_top = warp_max(clean_top);
-    if (clean_top > part.clean_max) {
-      part.clean = moved(part.clean, exp(static_cast<double>(part.clean_max) - clean_top), 0.0);
-      part.clean_max = clean_top;
+    if (fmaxf(a, b) >= kHuge<T> && !start.huge) {
+      room.huge = true;
+      a = b = -FLT_MAX;
     }
-    // The unit of e_a over that of e_b e^delta.
-    const float ratio = static_cast<float>(exp(static_cast<double>(part.clean_max) - part.centre - part.noised_max));
-    float clean = 0, clean_delta = 0;
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-      const float ea = exp_nonpositive(a[k] - part.clean_max);
-      const float eb = exp_nonpositive(b[k] - part.noised_max);
-      const float more = far_excess(delta[k], ea * ratio, eb);
-      clean += ea;
-      clean_delta += ea * delta[k];
-      noised += eb;
-      noised_delta += eb * delta[k];
-      excess += more;
-      excess_delta += more * delta[k];
-    }
-    part.clean.clean += clean;
-    part.clean.clean_delta += clean_delta;
+    const float delta = delta_of<sizeof(T) == 4>(a, b, walk.centre);
+    furthest = fmaxf(furthest, fabsf(delta));
+    const bool far = fabsf(delta) > kNear;
+    const float e = exp_in_units(b, walk.unit);
+    const float ea = far ? exp_in_units(a, clean_unit) : 0.0f;
+    const float eb = far ? e : 0.0f, weighted = far ? 0.0f : e * delta;
+    const float excess = weighted * expm1_ratio(far ? 0.0f : delta);
+    near.noised += far ? 0.0f : e;
+    near.noised_delta += weighted;
+    near.excess += excess;
+    near.excess_delta = fmaf(excess, delta, near.excess_delta);
+    clean += ea;
+    noised += eb;
+    clean_delta = fmaf(ea, delta, clean_delta);
+    noised_delta = fmaf(eb, delta, noised_delta);
+  });
+  walk.add(near);
+  if (furthest > kNear) {
+    room.far[0][threadIdx.x] += clean;
+    room.far[1][threadIdx.x] += noised;
+    room.far[2][threadIdx.x] += clean_delta;
+    room.far[3][threadIdx.x] += noised_delta;
   }
-  part.sums.noised += noised;
-  part.sums.noised_delta += noised_delta;
-  part.sums.excess += excess;
-  part.sums.excess_delta += excess_delta;
+  if (moves) walk.limit = kMoreThanOwn * (near.noised + noised);
 }
 
-// A row that all warps agree on.
-struct Whole {
-  float noised_max, clean_max, centre;
-  float log_ratio;                  // r = delta - log_ratio
-  float clean_scale, noised_scale;  // p = e_a clean_scale, q = e_b noised_scale
-  float clean_kl, noised_kl;        // KL(p|q), KL(q|p)
-  bool close;
-  bool infinite;                 // a class that one stream rules out and the other does not; or +inf
-  double divergence, log_clean;  // J; log of the sum of e^a
-};
-
-// Puts the warps' parts together: each lane moves one of them into common units. Every warp does the same work.
-__device__ __forceinline__ Whole whole_of(Part part, Part (&shared)[kWarps]) {
-  part.sums = {warp_sum(part.sums.noised), warp_sum(part.sums.noised_delta), warp_sum(part.sums.excess),
-               warp_sum(part.sums.excess_delta)};
-  part.clean = {warp_sum(part.clean.clean), warp_sum(part.clean.clean_delta)};
-  part.high = warp_max(part.high);
-  part.low = -warp_max(-part.low);
-  if (!part.far) keep_clean_sums(part);
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = part;
+// Begins where the block's first tiles have their weight: in units of their heaviest pair, at the mean of their differences.
+template <class T>
+__device__ __forceinline__ void survey(const T* row_a, const T* row_b, const Cut<T>& cut, bool wide, Walk& walk, Room& room,
+                                       const Start& start) {
+  const int warp = threadIdx.x / kWarp;
+  Top top{-INFINITY, -INFINITY, -INFINITY};
+  for_pairs(row_a, row_b, cut, 0, wide, start, [&](float a, float b) { top.see(a, b); });
+  const float warp_top = warp_max(top.noised);
+  const float clean_there = value_of_first(top.noised == warp_top, top.clean_there);
+  if (threadIdx.x % kWarp == 0) room.seed[warp] = {warp_top, clean_there};
   __syncthreads();
+  Seed best = room.seed[0];
+#pragma unroll
+  for (int w = 1; w < kWarps; ++w)
+    if (room.seed[w].noised > best.noised) best = room.seed[w];
+  const float unit = rintf(best.noised * kLog2e), difference = best.clean - best.noised;
+  walk.limit = 0;
+  if (!(fabsf(best.noised) < kHuge<T> && fabsf(difference) < kHuge<T>)) return;  // a later tile may know better
 
-  const int lane = threadIdx.x % kWarp;
-  const Part mine = lane < kWarps ? shared[lane] : nothing();
-  Whole whole;
-  whole.noised_max = warp_max(mine.noised_max);
-  whole.clean_max = warp_max(mine.clean_max);
-  whole.centre = value_of_first(mine.noised_max == whole.noised_max, mine.centre);
-  const float high = warp_max(mine.high), low = -warp_max(-mine.low);
-  whole.infinite = high == INFINITY || low == -INFINITY;
-  whole.close = high - whole.centre <= kCloseSpread && whole.centre - low <= kCloseSpread;
+  float weight = 0, mean = 0;
+  for_pairs(row_a, row_b, cut, 0, wide, start, [&](float a, float b) {
+    const float e = exp2_fast(fmaf(b, kLog2e, -unit)), delta = a - b - difference;
+    if (fabsf(delta) < INFINITY) {
+      weight += e;
+      mean = fmaf(e, delta, mean);
+    }
+  });
+  weight = warp_sum(weight);
+  mean = warp_sum(mean);
+  __syncthreads();  // the heaviest pairs have been read
+  if (threadIdx.x % kWarp == 0) room.seed[warp] = {weight, mean};
+  __syncthreads();
+  weight = mean = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    weight += room.seed[w].noised;
+    mean += room.seed[w].clean;
+  }
+  walk.unit = unit;
+  walk.centre = difference + mean / weight;
+  walk.limit = kMoreThanFirst * weight;
+  room.clean_unit[threadIdx.x] = rintf(best.clean * kLog2e);
+}
 
-  const double shift = static_cast<double>(mine.centre) - whole.centre;
-  NoisedSums noised = moved(mine.sums, exp(static_cast<double>(mine.noised_max) - whole.noised_max), shift);
-  CleanSums clean = moved(mine.clean, exp(static_cast<double>(mine.clean_max) - whole.clean_max), shift);
-  noised = {warp_sum(noised.noised), warp_sum(noised.noised_delta), warp_sum(noised.excess), warp_sum(noised.excess_delta)};
-  clean = {warp_sum(clean.clean), warp_sum(clean.clean_delta)};
+// Whole rounds the near way, from `round` on. Returns the first that was not done, with the way it asks for.
+template <class T, bool exact>
+__device__ __forceinline__ int sum_near(const T* a, const T* b, const Cut<T>& cut, int round, int whole_rounds, Walk& walk,
+                                        Way& way) {
+  const float least = sizeof(T) == 4 && !exact ? kCoarse * fabsf(walk.centre) : -1.0f;
+  a += cut.column(round, 0);
+  b += cut.column(round, 0);
+#pragma unroll 1
+  for (; round < whole_rounds; ++round) {
+    Pack<T> x[kTilePacks], y[kTilePacks];
+#pragma unroll
+    for (int u = 0; u < kTilePacks; ++u) {
+      x[u] = load_pack(a + u * kRowThreads * cut.size, true);
+      y[u] = load_pack(b + u * kRowThreads * cut.size, true);
+    }
+    TileSums sums = {0, 0, 0, 0};
+    float furthest = 0;
+#pragma unroll
+    for (int u = 0; u < kTilePacks; ++u)
+#pragma unroll
+      for (int k = 0; k < cut.size; ++k)
+        add_near<exact>(widened(x[u].value[k]), widened(y[u].value[k]), walk.unit, walk.centre, sums, furthest);
+    const bool coarse = furthest < least;
+    if (__any_sync(0xffffffffu, sums.noised > walk.limit || !(furthest <= kNear) || coarse)) {
+      way = __any_sync(0xffffffffu, coarse) ? Way::exact : Way::near;
+      break;
+    }
+    walk.add(sums);
+    a += cut.round_packs * cut.size;
+    b += cut.round_packs * cut.size;
+  }
+  return round;
+}
 
-  const double growth = noised.excess / noised.noised;
-  const bool near = fabs(growth) < 0.5;
-  const double log_ratio =
-      near ? log1p(growth)
-           : log(clean.clean / noised.noised) + (static_cast<double>(whole.clean_max) - whole.noised_max - whole.centre);
-  const double clean_mean = clean.clean_delta / clean.clean, noised_mean = noised.noised_delta / noised.noised;
-  whole.log_ratio = static_cast<float>(log_ratio);
-  whole.clean_scale = static_cast<float>(1.0 / clean.clean);
-  whole.noised_scale = static_cast<float>(1.0 / noised.noised);
-  whole.clean_kl = static_cast<float>(clean_mean - log_ratio);
-  whole.noised_kl = static_cast<float>(log_ratio - noised_mean);
-  // J = E_p[delta] - E_q[delta]; near each other, without subtracting them.
-  const double divergence = near ? (noised.excess_delta - noised_mean * noised.excess) / (noised.noised + noised.excess)
-                                 : clean_mean - noised_mean;
-  whole.divergence = divergence < 0 ? 0 : divergence;
-  whole.log_clean = log(clean.clean) + whole.clean_max;
-  return whole;
+// This thread's part of a row. All threads of the block call it together.
+template <class T>
+__device__ __forceinline__ RowPart part_of(const T* a, const T* b, int64_t cols, const Start& start, Room& room) {
+  constexpr bool can_be_exact = sizeof(T) == 4;  // differences of 16-bit logits are
+  const Cut<T> cut(a, cols);
+  const bool wide = aligned(b + cut.head);
+  const int rounds = cut.rounds_with_singles(), whole_rounds = wide ? cut.whole_rounds() : 0;
+  Walk walk{start.unit, start.centre, FLT_MAX, {0, 0, 0, 0}};
+  for (int k = 0; k < 4; ++k) room.far[k][threadIdx.x] = 0;
+  room.clean_unit[threadIdx.x] = start.clean_unit;
+  if (uniform(!start.given)) survey(a, b, cut, wide, walk, room, start);
+  Way way = uniform(start.careful) ? Way::careful : Way::near;
+#pragma unroll 1
+  for (int round = 0;; ++round) {
+    if (way == Way::near) round = sum_near<T, false>(a, b, cut, round, whole_rounds, walk, way);
+    if (can_be_exact && way == Way::exact) round = sum_near<T, can_be_exact>(a, b, cut, round, whole_rounds, walk, way);
+    if (round >= rounds) break;
+    float furthest;
+    sum_carefully(a, b, cut, round, wide, walk, room, start, furthest);
+    if (start.careful || __any_sync(0xffffffffu, furthest > kNear))
+      way = Way::careful;
+    else if (way == Way::careful)
+      way = Way::near;
+  }
+  return walk.part(room);
+}
+
+// The sums of a warp, in the units of its heaviest part, on all lanes.
+__device__ __forceinline__ RowPart gathered(RowPart part) {
+  const float weight = part.unit + log2f(static_cast<float>(part.near.noised + part.far.noised));
+  const bool heaviest = weight == warp_max(weight);
+  const float unit = value_of_first(heaviest, part.unit), centre = value_of_first(heaviest, part.centre);
+  part = moved(part, unit, warp_max(part.clean_unit), centre);
+  part.near = {warp_sum(part.near.noised), warp_sum(part.near.excess), warp_sum(part.near.noised_delta),
+               warp_sum(part.near.excess_delta)};
+  if (__any_sync(0xffffffffu, part.far.clean != 0 || part.far.noised != 0))
+    part.far = {warp_sum(part.far.clean), warp_sum(part.far.noised), warp_sum(part.far.clean_delta),
+                warp_sum(part.far.noised_delta)};
+  return part;
+}
+
+// The sums of the block, on all lanes of the first warp.
+__device__ __forceinline__ RowPart gathered(RowPart part, Room& room) {
+#pragma unroll 1
+  for (int level = 0; level < 2; ++level) {
+    part = gathered(part);
+    if (level == 1) break;
+    if (threadIdx.x % kWarp == 0) room.part[threadIdx.x / kWarp] = part;
+    __syncthreads();
+    if (threadIdx.x >= kWarp) break;
+    part = threadIdx.x < kWarps ? room.part[threadIdx.x] : RowPart{0, -FLT_MAX, 0, {}, {}};
+  }
+  return part;
+}
+
+// The largest logits of both streams, on all threads.
+template <class T>
+__device__ __forceinline__ Seed tops_of(const T* a, const T* b, int64_t cols, Room& room) {
+  float x = -INFINITY, y = -INFINITY;
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < cols; i += kRowThreads) {
+    x = fmaxf(x, widened(a[i]));
+    y = fmaxf(y, widened(b[i]));
+  }
+  x = warp_max(x);
+  y = warp_max(y);
+  if (threadIdx.x % kWarp == 0) room.seed[threadIdx.x / kWarp] = {y, x};
+  __syncthreads();
+#pragma unroll 1
+  for (int w = 0; w < kWarps; ++w) {
+    y = fmaxf(y, room.seed[w].noised);
+    x = fmaxf(x, room.seed[w].clean);
+  }
+  return {y, x};
 }
 
 }  // namespace fastpost::cuda

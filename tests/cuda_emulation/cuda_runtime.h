@@ -38,6 +38,8 @@ uint64_t exchange(uint64_t value, unsigned from);
 bool vote(bool value);
 bool vote_block(bool value);
 void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
+// 2^x as the hardware may give it: off by up to 2^-22 of its value, the same for the same x; no subnormal results.
+float exp2_fast(float x);
 }  // namespace emulation
 
 extern emulation::Index threadIdx, blockIdx, blockDim, gridDim;

@@ -1,0 +1,145 @@
+// A row of logits from one reading with one exponential a pair: what is summed up, and what the sums say.
+//
+// With delta = a - b - centre, e^(a - centre) = e^b e^delta and
+//
+//   e^(a - centre) - e^b = e^b (e^delta - 1)
+//
+// with a polynomial for e^delta - 1, so that nothing subtracts nearby numbers. One e^b enters all sums: its error only
+// weighs the pair a little differently.
+//
+// Exponentials are counted in units of 2^unit. Units are whole numbers, so changing them is exact. The centre has to lie
+// where the weight of the row lies, or the sums lose what J subtracts; whoever finds a heavier pair moves there.
+#pragma once
+
+#include <math.h>
+
+#include "core/numerics.h"
+
+namespace fastpost {
+inline namespace FASTPOST_ISA {
+
+// Rounded, it takes exponentials of logits 1.3e-8 too large (kStretch), which is harmless if all of them are.
+constexpr float kLog2e = 0x1.715476p+0f;
+constexpr double kLn2 = 0x1.62e42fefa39efp-1;
+constexpr double kStretch = kLog2e * kLn2;
+
+// Up to this |delta| a pair is near. Beyond, both its exponentials are summed up by themselves.
+constexpr float kNear = 1.0f;
+
+// (e^x - 1) / x for |x| <= kNear, within 2.8e-8 and rounding.
+FASTPOST_HD float expm1_ratio(float x) {
+  float y = 0x1.a0b5dep-16f;
+  y = fmaf(y, x, 0x1.aae014p-13f);
+  y = fmaf(y, x, 0x1.6c341cp-10f);
+  y = fmaf(y, x, 0x1.10f99cp-7f);
+  y = fmaf(y, x, 0x1.5554e4p-5f);
+  y = fmaf(y, x, 0x1.55558cp-3f);
+  y = fmaf(y, x, 0.5f);
+  return fmaf(y, x, 1.0f);
+}
+
+// Sums over near pairs: e^b, e^b (e^delta - 1), and both times delta.
+struct NearSums {
+  double noised, excess, noised_delta, excess_delta;
+};
+
+// Sums over far pairs: e^a, e^b, and both times delta.
+struct FarSums {
+  double clean, noised, clean_delta, noised_delta;
+};
+
+// Part of a row. e^b is counted in 2^unit, e^a of far pairs in 2^clean_unit.
+struct RowPart {
+  float unit, clean_unit, centre;
+  NearSums near;
+  FarSums far;
+};
+
+FASTPOST_HD double power_of_two(double exponent) {
+  const double kept = exponent < -1000 ? -1000 : exponent > 1000 ? 1000 : exponent;
+  const int64_t bits = (static_cast<int64_t>(kept) + 1023) << 52;
+  double power;
+  memcpy(&power, &bits, sizeof power);
+  return power;
+}
+
+// What e^(a - centre) in 2^unit, times this, is in 2^clean_unit.
+FASTPOST_HD double clean_factor(float unit, float centre, float clean_unit) {
+  return exp2(static_cast<double>(kLog2e) * centre + (static_cast<double>(unit) - clean_unit));
+}
+
+// The same sums in other units, about another centre.
+FASTPOST_HD RowPart moved(RowPart part, float unit, float clean_unit, float centre) {
+  const double shift = static_cast<double>(part.centre) - centre;
+  NearSums& near = part.near;
+  FarSums& far = part.far;
+  if (shift != 0) {
+    if (fabs(shift) <= kNear) {
+      // e^(delta + shift) - 1 = (e^delta - 1) + (e^shift - 1) e^delta
+      const double growth = expm1(shift);
+      const double excess = near.excess + growth * (near.noised + near.excess);
+      const double excess_delta = near.excess_delta + growth * (near.noised_delta + near.excess_delta) + shift * excess;
+      near = {near.noised, excess, near.noised_delta + shift * near.noised, excess_delta};
+    } else if (near.noised > 0) {
+      const double factor = clean_factor(part.unit, part.centre, part.clean_unit);
+      far = {far.clean + factor * (near.noised + near.excess), far.noised + near.noised,
+             far.clean_delta + factor * (near.noised_delta + near.excess_delta), far.noised_delta + near.noised_delta};
+      near = {};
+    }
+    far.clean_delta += shift * far.clean;
+    far.noised_delta += shift * far.noised;
+  }
+  const double shrink = power_of_two(static_cast<double>(part.unit) - unit);
+  const double clean_shrink = power_of_two(static_cast<double>(part.clean_unit) - clean_unit);
+  near = {shrink * near.noised, shrink * near.excess, shrink * near.noised_delta, shrink * near.excess_delta};
+  far = {clean_shrink * far.clean, shrink * far.noised, clean_shrink * far.clean_delta, shrink * far.noised_delta};
+  part.unit = unit;
+  part.clean_unit = clean_unit;
+  part.centre = centre;
+  return part;
+}
+
+// What the sums of a row say.
+struct RowMeaning {
+  double clean, noised;        // the sums of e^a in 2^clean_unit, of e^b in 2^unit
+  double noised_mean;          // of delta
+  double log_ratio;            // r = log p - log q = delta - log_ratio
+  double clean_kl, noised_kl;  // KL(p|q), KL(q|p)
+  double divergence;           // J
+  double log_clean;            // log of the sum of e^a
+  bool off_centre;             // the centre was none: J has lost digits
+};
+
+FASTPOST_HD RowMeaning meaning_of(const RowPart& part) {
+  const NearSums& near = part.near;
+  const FarSums& far = part.far;
+  const double factor = clean_factor(part.unit, part.centre, part.clean_unit);  // may be 0 or infinite if all pairs are far
+  const bool any_near = near.noised > 0;
+  RowMeaning row;
+  row.clean = (any_near ? factor * (near.noised + near.excess) : 0) + far.clean;
+  row.noised = near.noised + far.noised;
+  row.noised_mean = (near.noised_delta + far.noised_delta) / row.noised;
+  row.log_clean = (log(row.clean) + part.clean_unit * kLn2) / kStretch;
+  // Far pairs of the clean stream in the others' units: infinite where the streams have nothing in common.
+  const double excess = near.excess + (far.clean / factor - far.noised);
+  const double growth = excess / row.noised;  // e^log_ratio - 1
+  const double clean_mean =
+      ((any_near ? factor * (near.noised_delta + near.excess_delta) : 0) + far.clean_delta) / row.clean;  // E_p[delta]
+  if (fabs(growth) < 0.5) {
+    const double excess_delta = near.excess_delta + (far.clean_delta / factor - far.noised_delta);
+    row.log_ratio = log1p(growth);
+    row.divergence = (excess_delta - row.noised_mean * excess) / (row.noised + excess);
+  } else {
+    row.log_ratio =
+        (log(row.clean / row.noised) + (static_cast<double>(part.clean_unit) - part.unit) * kLn2) / kStretch - part.centre;
+    row.divergence = clean_mean - row.noised_mean;
+  }
+  if (row.divergence < 0) row.divergence = 0;
+  row.clean_kl = clean_mean - row.log_ratio;
+  row.noised_kl = row.log_ratio - row.noised_mean;
+  row.off_centre = row.noised_mean * row.noised_mean > 8 * row.divergence;
+  return row;
+}
+
+}  // namespace FASTPOST_ISA
+}  // namespace fastpost

@@ -1,0 +1,163 @@
+// The gradients of a wide row of logits, from its second reading.
+//
+//   dJ/da = p (r - KL(p|q)) + (p - q)      dJ/db = -(q (r + KL(q|p)) + (p - q))
+//
+// with p - q = q (e^r - 1). As in row_sums.cuh a tile goes the near way first.
+#pragma once
+
+#include "core/divergence.h"
+#include "core/pair_sums.h"
+#include "cuda/fast_math.cuh"
+#include "cuda/row_tiles.cuh"
+
+namespace fastpost::cuda {
+
+// What all threads have to know of a row. With p and q times a weight that the scales bring in,
+//
+//   d(kl_weight kl + ce_weight ce)/da = p (share r + clean_shift) + share (p - q)    short of the -ce_weight at the label
+//   d(kl_weight kl + ce_weight ce)/db = -q (share r + noised_shift) - share (p - q)
+//
+// The share is 1 where the weight is kl_weight. Where that is next to nothing beside ce_weight, or logits are huge, every
+// tile is done with care.
+struct Whole {
+  bool careful;
+  float unit, clean_unit, centre, log_ratio;  // r = a - b - centre - log_ratio
+  float scale, clean_scale;                   // of q and p, counted in these units
+  float share, clean_shift, noised_shift;
+  float label_shift;  // clean_shift without cross-entropy
+  float clean_origin, noised_origin;
+};
+
+// Of these, what the near way keeps in registers.
+struct NearWhole {
+  float unit, centre, log_ratio, scale, clean_shift, noised_shift;
+};
+
+struct Gradient {
+  float clean, noised;
+};
+
+// furthest: the largest |r| so far, or NaN.
+template <bool exact>
+__device__ __forceinline__ Gradient differentiate_near(float a, float b, const NearWhole& w, float& furthest) {
+  const float r = delta_of<exact>(a, b, w.centre) - w.log_ratio;
+  furthest = max_or_nan(furthest, fabsf(r));
+  const float q = w.scale * exp2_fast(fmaf(b, kLog2e, -w.unit));
+  const float excess = q * r * expm1_ratio(r);
+  return {fmaf(q + excess, r + w.clean_shift, excess), fmaf(-q, r + w.noised_shift, -excess)};
+}
+
+template <class T>
+__device__ __forceinline__ Gradient differentiate_carefully(float a, float b, const Whole& w, float& furthest) {
+  a -= w.clean_origin;
+  b -= w.noised_origin;
+  float r = delta_of<sizeof(T) == 4>(a, b, w.centre) - w.log_ratio;
+  if (b == -INFINITY) r = 0;  // in both streams, or the row would have no gradient
+  furthest = fmaxf(furthest, fabsf(r));
+  const bool far = fabsf(r) > kNear;
+  const float q = w.scale * exp2_fast(fmaf(b, kLog2e, -w.unit));
+  const float near_excess = far ? 0.0f : q * r * expm1_ratio(r);
+  const float p = far ? w.clean_scale * exp2_fast(fmaf(a, kLog2e, -w.clean_unit)) : q + near_excess;
+  const float excess = w.share * (far ? p - q : near_excess);
+  return {fmaf(p, fmaf(w.share, r, w.clean_shift), excess), fmaf(-q, fmaf(w.share, r, w.noised_shift), -excess)};
+}
+
+// The gradients of a pack take its place.
+template <class T, class Pair>
+__device__ __forceinline__ void for_pairs(Pack<T>& a, Pack<T>& b, Pair&& pair) {
+#pragma unroll
+  for (int k = 0; k < a.size; k += 2) {
+    const Gradient first = pair(widened(a.value[k]), widened(b.value[k]));
+    const Gradient second = pair(widened(a.value[k + 1]), widened(b.value[k + 1]));
+    round_pair(first.clean, second.clean, &a.value[k]);
+    round_pair(first.noised, second.noised, &b.value[k]);
+  }
+}
+
+// A tile with care, wherever it is, a pack at a time. Returns the largest |r|.
+template <class T>
+__device__ __forceinline__ float differentiate_carefully(const T* a, const T* b, T* grad_a, T* grad_b, const Cut<T>& cut,
+                                                         int round, const Whole& w) {
+  float furthest = 0;
+#pragma unroll 1
+  for (int u = 0; u < kTilePacks; ++u) {
+    if (!cut.has(round, u)) continue;
+    const int64_t i = cut.column(round, u);
+    Pack<T> x = load_pack(a + i, true), y = load_pack(b + i, aligned(b + i));
+    for_pairs(x, y, [&](float xi, float yi) { return differentiate_carefully<T>(xi, yi, w, furthest); });
+    if (grad_a != nullptr) store_pack(grad_a + i, x, aligned(grad_a + i));
+    if (grad_b != nullptr) store_pack(grad_b + i, y, aligned(grad_b + i));
+  }
+  return furthest;
+}
+
+// Whole rounds the near way, from `round` down. Returns the first that was not done, with the way it asks for.
+template <class T, bool exact>
+__device__ __forceinline__ int differentiate_near(const T* a, const T* b, T* grad_a, T* grad_b, const Cut<T>& cut, int round,
+                                                  const Whole& whole, Way& way) {
+  const NearWhole w = {whole.unit, whole.centre, whole.log_ratio, whole.scale, whole.clean_shift, whole.noised_shift};
+  const float least = sizeof(T) == 4 && !exact ? kCoarse * fabsf(w.centre) : -1.0f;
+  int64_t at = cut.column(round, 0);
+#pragma unroll 1
+  for (; round >= 0; --round) {
+    Pack<T> x[kTilePacks], y[kTilePacks];
+#pragma unroll
+    for (int u = 0; u < kTilePacks; ++u) {
+      x[u] = load_pack<Cache::stream>(a + at + u * kRowThreads * cut.size, true);
+      y[u] = load_pack<Cache::stream>(b + at + u * kRowThreads * cut.size, true);
+    }
+    float furthest = 0;
+#pragma unroll
+    for (int u = 0; u < kTilePacks; ++u)
+      for_pairs(x[u], y[u], [&](float xi, float yi) { return differentiate_near<exact>(xi, yi, w, furthest); });
+    const bool coarse = furthest < least;
+    if (__any_sync(0xffffffffu, !(furthest <= kNear) || coarse)) {
+      way = __any_sync(0xffffffffu, coarse) ? Way::exact : Way::near;
+      break;
+    }
+    if (grad_a != nullptr)
+#pragma unroll
+      for (int u = 0; u < kTilePacks; ++u) store_pack<Cache::stream>(grad_a + at + u * kRowThreads * cut.size, x[u], true);
+    if (grad_b != nullptr)
+#pragma unroll
+      for (int u = 0; u < kTilePacks; ++u) store_pack<Cache::stream>(grad_b + at + u * kRowThreads * cut.size, y[u], true);
+    at -= cut.round_packs * cut.size;
+  }
+  return round;
+}
+
+// From the end to the beginning: what was read last may still be in a cache. Each thread writes only what it has read, so
+// the gradients may take the logits' place. A null gradient is not wanted.
+template <class T>
+__device__ __forceinline__ void write_gradients(const T* a, const T* b, T* grad_a, T* grad_b, int64_t cols,
+                                                const Whole& whole) {
+  constexpr bool can_be_exact = sizeof(T) == 4;
+  const Cut<T> cut(a, cols);
+  const bool wide = aligned(b + cut.head) && (grad_a == nullptr || aligned(grad_a + cut.head)) &&
+                    (grad_b == nullptr || aligned(grad_b + cut.head));
+  const int whole_rounds = wide ? cut.whole_rounds() : 0;
+  const int64_t i = threadIdx.x < kWarp ? cut.single() : -1;
+  if (i >= 0) {
+    float furthest = 0;
+    const Gradient d = differentiate_carefully<T>(widened(a[i]), widened(b[i]), whole, furthest);
+    if (grad_a != nullptr) grad_a[i] = from_float<T>(d.clean);
+    if (grad_b != nullptr) grad_b[i] = from_float<T>(d.noised);
+  }
+  Way way = uniform(whole.careful) ? Way::careful : Way::near;
+#pragma unroll 1
+  for (int round = cut.rounds() - 1;; --round) {
+    if (round < whole_rounds) {
+      if (way == Way::near) round = differentiate_near<T, false>(a, b, grad_a, grad_b, cut, round, whole, way);
+      if (can_be_exact && way == Way::exact)
+        round = differentiate_near<T, can_be_exact>(a, b, grad_a, grad_b, cut, round, whole, way);
+    }
+    if (round < 0) break;
+    const float furthest = differentiate_carefully(a, b, grad_a, grad_b, cut, round, whole);
+    if (whole.careful || __any_sync(0xffffffffu, furthest > kNear))
+      way = Way::careful;
+    else if (way == Way::careful)
+      way = Way::near;
+  }
+}
+
+}  // namespace fastpost::cuda

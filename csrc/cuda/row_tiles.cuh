@@ -1,0 +1,112 @@
+// How the threads of a block share out a row of logits: single columns up to the clean stream's 16-byte boundary, tiles of
+// 16 columns per thread, and single columns again.
+#pragma once
+
+#include <cfloat>
+
+#include "core/divergence.h"
+#include "cuda/launch.cuh"
+#include "cuda/warp.cuh"
+
+namespace fastpost::cuda {
+
+constexpr int kRowThreads = 256;
+constexpr int kWarps = kRowThreads / kWarp;
+
+// What a thread does at a time: packs of 16 bytes of either stream. Enough loads in flight, few enough additions in float.
+constexpr int kTilePacks = 2;
+
+// A row as its block cuts it: single columns up to the clean stream's 16-byte boundary, tiles, and single columns again.
+template <class T>
+struct Cut {
+  static constexpr int size = Pack<T>::size;
+  static constexpr int round_packs = kRowThreads * kTilePacks;
+
+  int64_t cols, head, packs;
+
+  __device__ __forceinline__ Cut(const T* clean, int64_t cols) : cols(cols), head(head_of(cols, clean)) {
+    packs = (cols - head) / size;
+  }
+
+  // Rounds of the block. In the last one some threads may have no packs.
+  __device__ __forceinline__ int whole_rounds() const { return static_cast<int>(packs / round_packs); }
+  __device__ __forceinline__ int rounds() const { return static_cast<int>((packs + round_packs - 1) / round_packs); }
+  // And one for the singles, at most 14, of the first warp alone.
+  __device__ __forceinline__ int rounds_with_singles() const {
+    return rounds() + uniform(packs * size < cols && threadIdx.x < kWarp);
+  }
+
+  // First column of one of this thread's packs.
+  __device__ __forceinline__ int64_t column(int round, int u) const {
+    return head + (int64_t{round} * round_packs + u * kRowThreads + threadIdx.x) * size;
+  }
+  __device__ __forceinline__ bool has(int round, int u) const {
+    return int64_t{round} * round_packs + u * kRowThreads + threadIdx.x < packs;
+  }
+  // This thread's single column, or -1.
+  __device__ __forceinline__ int64_t single() const {
+    const int64_t t = threadIdx.x;
+    if (t < head) return t;
+    const int64_t column = packs * size + t;
+    return column < cols ? column : -1;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void unpack(const Pack<T>& pack, float* to) {
+#pragma unroll
+  for (int k = 0; k < Pack<T>::size; ++k) to[k] = to_float(pack.value[k]);
+}
+
+// How a thread does its tiles, until one shows that it has to be done otherwise.
+enum class Way : int { near, exact, careful };
+
+// Where the largest |delta| of a tile is below this share of the centre, the rounding errors of a - b count.
+constexpr float kCoarse = 0.25f;
+
+template <bool exact>
+__device__ __forceinline__ float delta_of(float a, float b, float centre) {
+  const float d = a - b;
+  const float delta = d - centre;
+  return exact ? delta + difference_error(a, b, d) : delta;
+}
+
+// The lowest number. Where a row has no column it stands in: it has no weight beside logits that are not huge.
+template <class T>
+__device__ __forceinline__ T lowest();
+template <>
+__device__ __forceinline__ float lowest<float>() {
+  return -FLT_MAX;
+}
+template <>
+__device__ __forceinline__ bf16 lowest<bf16>() {
+  return bf16{0xff7f};
+}
+template <>
+__device__ __forceinline__ f16 lowest<f16>() {
+  return f16{0xfbff};
+}
+
+// From here on logits are huge: units of powers of two are no use, or the lowest number has a weight.
+template <class T>
+constexpr float kHuge = 0x1p21f;
+template <>
+constexpr float kHuge<f16> = 0x1p15f;
+
+// One pack of a tile, wherever that is; in the round of the singles the first one begins with one. wide: packs of this
+// stream lie on 16 bytes.
+template <class T>
+__device__ __forceinline__ Pack<T> load_some(const T* row, const Cut<T>& cut, int round, int u, bool wide) {
+  Pack<T> pack;
+#pragma unroll
+  for (int k = 0; k < pack.size; ++k) pack.value[k] = lowest<T>();
+  if (round == cut.rounds()) {
+    const int64_t i = u == 0 ? cut.single() : -1;
+    if (i >= 0) pack.value[0] = row[i];
+  } else if (cut.has(round, u)) {
+    pack = load_pack(row + cut.column(round, u), wide);
+  }
+  return pack;
+}
+
+}  // namespace fastpost::cuda
