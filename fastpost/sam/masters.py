@@ -107,9 +107,16 @@ class Masters:
             return f"a master is of shape {tuple(m.shape)} on {m.device}, its parameter {tuple(w.shape)} on {w.device}"
         return None
 
+    def refuse_misfit(self, w: Tensor) -> None:
+        """Raises ValueError where a weight and its master are no pair any more."""
+        why = self.misfit(w)
+        if why is not None:
+            raise ValueError(f"SAM: {why}. Build SAM anew for a model of another dtype or shape")
+
     def check(self) -> None:
         """Raises ValueError where a weight is not, bit for bit, the cast of its master."""
         for i, (w, m) in enumerate(zip(self.weights, self._masters, strict=True)):
+            self.refuse_misfit(w)
             if not torch.equal(w.detach().view(torch.int16), m.detach().to(w.dtype).view(torch.int16)):
                 raise ValueError(
                     f"SAM: parameter {i} is not the cast of master_params[{i}]; restoring would change it. Copy one into "
@@ -164,9 +171,8 @@ class MasterPerturbation(Perturbation):
     def apply(
         self, buckets: Sequence[ParameterBucket], terms: Sequence[Term], squared: Tensor, reduction: Reduction
     ) -> Tensor:
-        misfits = [why for b in buckets for p in b.params if (why := self._masters.misfit(p))]
-        if misfits:
-            raise ValueError(f"SAM: {misfits[0]}. Build SAM anew for a model of another dtype or shape")
+        for p in (p for b in buckets for p in b.params):
+            self._masters.refuse_misfit(p)
         return super().apply(buckets, terms, squared, reduction)
 
     def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
