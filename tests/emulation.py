@@ -20,32 +20,36 @@ def enabled() -> bool:
     return os.environ.get("CUDA_EMULATION") == "1"
 
 
-def build(source: Path = ROOT, build_dir: Path = ROOT / "build" / "emulated") -> Path:
-    """Builds the native module with emulated CUDA; returns its file."""
+def build(build_dir: Path, *options: str) -> Path:
+    """Builds the native module with these options for CMake; returns its file."""
     import pybind11
 
     build_dir.mkdir(parents=True, exist_ok=True)
     configure = [
-        "cmake", "-S", source, "-B", build_dir, "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={build_dir / 'out'}",
-        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DFASTPOST_CUDA=0",
-        f"-DFASTPOST_CUDA_EMULATION={ROOT / 'tests' / 'cuda_emulation'}",
+        "cmake", "-S", ROOT, "-B", build_dir, "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={build_dir / 'out'}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DFASTPOST_CUDA=0", *options,
     ]  # fmt: skip
     for command in (configure, ["cmake", "--build", build_dir, "--target", "install"]):
         run = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         if run.returncode:
-            raise RuntimeError(f"building the emulated CUDA core failed:\n{run.stdout}\n{run.stderr}")
+            raise RuntimeError(f"building the core in {build_dir} failed:\n{run.stdout}\n{run.stderr}")
     (module,) = (build_dir / "out").glob("_C*.so")
     return module
 
 
-def activate() -> None:
-    """Makes the emulated core the one that fastpost loads, and its cuda backend the one that serves CPU tensors."""
-    spec = importlib.util.spec_from_file_location("fastpost._C", build())
+def load(module: Path) -> None:
+    """Makes this core the one that fastpost loads."""
+    spec = importlib.util.spec_from_file_location("fastpost._C", module)
     assert spec is not None
     assert spec.loader is not None
     core: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(core)
     sys.modules["fastpost._C"] = core
+
+
+def activate() -> None:
+    """Makes the emulated core the one that fastpost loads, and its cuda backend the one that serves CPU tensors."""
+    load(build(ROOT / "build" / "emulated", f"-DFASTPOST_CUDA_EMULATION={ROOT / 'tests' / 'cuda_emulation'}"))
 
     from fastpost import dispatch
     from fastpost.backends import cuda

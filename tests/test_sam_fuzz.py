@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,9 @@ def everything(params: list[nn.Parameter]) -> list[object]:
 TRACE = Path(os.environ["FASTPOST_TRACE"]).open("w") if "FASTPOST_TRACE" in os.environ else None  # noqa: SIM115
 
 
+COUNT = itertools.count(1)
+
+
 def trace(name: str, *args: object) -> None:
     if TRACE is not None:
         TRACE.write(f"{name}{args}\n")
@@ -107,7 +111,7 @@ class Steps(RuleBasedStateMachine):
         if TRACE is not None:
             TRACE.seek(0)
             TRACE.truncate()
-        trace("build", form, reference, starts)
+        trace(f"sequence {next(COUNT)}: build", form, reference, starts)
         self.form = form
         self.backend = fastpost.use_backend("reference" if reference else None)
         self.backend.__enter__()
