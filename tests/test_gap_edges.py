@@ -165,7 +165,7 @@ def test_a_model_that_predicts_nan_answers_nothing() -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(math.nan)
-    questions = [Choice("1 2 3", ["4 5", "6"], 0), Choice("1 2", ["3", "4"], 0)]
+    questions = [Choice("1 2 3", [" 4 5", " 6"], 0), Choice("1 2", [" 3", " 4"], 0)]
     assert choice_accuracy(model, lambda text: [int(word) for word in text.split()], questions).mean == 0.0
 
 

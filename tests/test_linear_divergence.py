@@ -347,6 +347,13 @@ def test_the_budget_bounds_what_is_held(rows: int, dtype: torch.dtype) -> None:
     assert both_streams > budget
 
 
+def test_the_backward_pass_makes_no_second_gradients() -> None:
+    problem = Problem(rows=(64,))
+    leaves = problem.leaves()
+    loss = fused(leaves, problem.labels).loss
+    assert cpu_peak_bytes(loss.backward) <= sum(t.numel() * t.element_size() for t in leaves) / 4
+
+
 @pytest.mark.parametrize(("rows", "budget", "chunk"), [(5000, 1 << 40, 1024), (5000, LEAST, 436), (10, LEAST, 436)])
 def test_chunk_rows(rows: int, budget: int, chunk: int) -> None:
     weight = torch.empty(VOCAB, WIDTH)

@@ -579,6 +579,7 @@ class Steps(RuleBasedStateMachine):
 
 
 @pytest.mark.filterwarnings("ignore:SAM. fused_restore=True cannot serve")
+@pytest.mark.filterwarnings("ignore:SAM. 10 steps in a row were the base optimizer's alone")
 def test_random_sequences() -> None:
     run_state_machine_as_test(
         Steps,

@@ -3,9 +3,11 @@ named, and a process that is killed at any moment loses no more than the steps s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -324,10 +326,10 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def server() -> Iterator[subprocess.Popen[str]]:
+def server(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that has imported everything and runs a command line in a fork of its own for each line that it reads."""
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    with (tmp_path / "stderr.txt").open("w") as errors, subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"},
     ) as process:  # fmt: skip
         yield process
@@ -373,11 +375,13 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_weights(models, f
         if draw.random() < 0.8:  # in the loop of steps and checkpoints
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline and (train_checkpoints.checkpoints_of(out) or [None])[0] in (newest, None):
-                time.sleep(1e-3)
+                if select.select([server.stdout], [], [], 1e-3)[0]:  # it has come to its end
+                    break
             time.sleep(draw.uniform(0, 0.06))
         else:
             time.sleep(draw.uniform(0, 0.5))
-        os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it had come to its end, and the server has taken note of it
+            os.kill(child, signal.SIGKILL)
         status = end(server)
         assert status in (-signal.SIGKILL, 0)
         kills += status != 0

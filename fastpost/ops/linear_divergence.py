@@ -63,11 +63,14 @@ class _LinearDivergence(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.how, want, per_row = inputs
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # or backward would be given zeros of the size of the gradients
         ctx.grads = output[3:] if any(want) and not per_row else None
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 10
         wanted = ctx.needs_input_grad[:4]
         tensors = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None

@@ -57,6 +57,7 @@ class RowValues(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.kind, ctx.want, clean, noised, *more = inputs
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # or backward would be given zeros of the size of the logits
         ctx.grads = output[-2:] if any(ctx.want) else None
         if ctx.kind.inplace:
             ctx.grads = (clean.detach(), noised.detach())
@@ -66,7 +67,9 @@ class RowValues(Function):
         ctx.more, ctx.results = len(more), len(output)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * (4 + ctx.more)
         grads, ctx.grads = ctx.grads, None
         again, batched = by_operation(), unmapped_batch(upstream)
         if ctx.kind.inplace and (again or batched or grads is None):
