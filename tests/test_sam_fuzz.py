@@ -280,11 +280,11 @@ class Steps(RuleBasedStateMachine):
             grad = self.params[grads[0]].grad
             assert grad is not None
             grad[(0,) * grad.ndim] = spoil
-        if self.cannot_ascend():
-            self.refused(ValueError, "a master has dtype", lambda: self.opt.first_step(zero_grad))
-            self.given_up()
-        elif not grads:
+        if not grads:
             self.refused(RuntimeError, "has a gradient", lambda: self.opt.first_step(zero_grad))
+            self.given_up()
+        elif self.cannot_ascend():
+            self.refused(ValueError, "a master has dtype", lambda: self.opt.first_step(zero_grad))
             self.given_up()
         else:
             ascent = {i: self.params[i].grad.double() for i in grads}  # type: ignore[union-attr]
