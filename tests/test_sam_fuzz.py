@@ -202,7 +202,7 @@ class Steps(RuleBasedStateMachine):
             self.compare_adamw()
         for i, (m, twin) in enumerate(zip(self.masters, self.twins, strict=False)):
             assert same_bits(m, twin)
-            self.casts[i] = twin.to(self.params[i].dtype)
+            self.casts[i] = twin.to(self.params[i].dtype, copy=True)
 
     def compare_adamw(self) -> None:
         """fused_restore is AdamW's step within rounding; then the twin takes its bits, so that nothing adds up."""

@@ -69,7 +69,7 @@ class RowValues(Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * (4 + ctx.more)
+            return None, None, None, None, *[None] * ctx.more
         grads, ctx.grads = ctx.grads, None
         again, batched = by_operation(), unmapped_batch(upstream)
         if ctx.kind.inplace and (again or batched or grads is None):
