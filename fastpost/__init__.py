@@ -33,6 +33,8 @@ _HOME = {
     "backends": "fastpost.backends",
 }
 
+_PARTS = ("distributed", "flat", "gap", "integrations", "ops", "r3f", "sam", "testing")
+
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
@@ -64,8 +66,10 @@ def __getattr__(name: str) -> Any:
         value = module if _HOME[name] == f"fastpost.{name}" else getattr(module, name)
         globals()[name] = value
         return value
+    if name in _PARTS:
+        return importlib.import_module(f"fastpost.{name}")
     raise AttributeError(f"module 'fastpost' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted({*globals(), *__all__, *_PARTS})

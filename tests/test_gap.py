@@ -193,6 +193,15 @@ def test_rollback_is_bitwise_in_the_same_storage(dtype):
             model.lm_head.weight.add_(1)
     result.rollback()
     assert addresses == [p.data_ptr() for p in model.parameters()]
+    other = torch.float32 if dtype == torch.float64 else torch.float64
+    model.to(other)
+    now = bits(model)
+    with pytest.raises(ValueError, match=r"a weight was .* when copied and is .* now.*convert the model back"):
+        result.rollback()
+    assert same(now, bits(model))
+    model.to(dtype)
+    result.rollback()
+    assert same(before, bits(model))
 
 
 def test_modes_gradients_and_dropout_are_put_back():

@@ -63,6 +63,7 @@ def test_questions(tmp_path: Path) -> None:
         ("a.jsonl", '{"context": "a", "choices": "bc", "answer": 0}', "line 1: choices are a list of two texts or more"),
         ("a.jsonl", '{"context": "a", "choices": ["b", ""], "answer": 0}', "none of them empty"),
         ("a.jsonl", '{"context": "a", "choices": ["b", "c"], "answer": "0"}', "line 1: answer '0' of 2 choices"),
+        ("a.jsonl", '{"context": "a\\ud800", "choices": ["b", "c"], "answer": 0}', "surrogates not allowed"),
         ("a.jsonl", '\n{"context": "a", "choices": ["b", "c"], "answer": 2}', "line 2: answer 2 of 2 choices"),
         ("a.jsonl", '{"context": "", "choices": ["b", "c"], "answer": 0}', "the context is empty"),
         ("a.csv", "question,abstract\na,b\n", "lacks 'final_decision'"),

@@ -87,6 +87,13 @@ def test_values_and_gradients(apart: float, shape: tuple[int, ...]) -> None:
         assert np.linalg.norm(t.grad.double().numpy() - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("apart", [20.0, 1.0, 0.5, 0.3, 0.1])
+def test_float64_keeps_its_digits(apart: float) -> None:
+    a, b = pair(apart, (40, 5), torch.float64)
+    values = fastpost.js_divergence(a, b, reduction="none").detach().numpy()
+    np.testing.assert_allclose(values, truth(a, b)[0], rtol=1e-11)
+
+
 @pytest.mark.usefixtures("served")
 @pytest.mark.parametrize("shift", [0.0, 300.0])
 @pytest.mark.parametrize("dtype", DTYPES)

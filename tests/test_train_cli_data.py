@@ -77,6 +77,10 @@ def test_other_columns_are_left_alone(tmp_path, name, values) -> None:
     assert data.notes == (f"columns not used: {name}",)
 
 
+def test_a_column_without_a_name_is_named_so(tmp_path) -> None:
+    assert read(write(tmp_path / "x.csv", ",text\n0,a\n1,b\n")).notes == ("columns not used: one without a name",)
+
+
 def test_two_columns_and_those_that_a_data_set_declares(tmp_path) -> None:
     import datasets
 
@@ -123,6 +127,7 @@ def through_every_door(folder: Path, rows: list[tuple[str, str]]) -> dict[str, t
         (["3.", "-2.00", "10", "3.0"], ["3", "-2", "10", "3"]),
         (["true", "false", "true", "true"], ["true", "false", "true", "true"]),
         (['"NA"', '"None"', '"null"', '"nan"'], ["NA", "None", "null", "nan"]),
+        (['"+1"', '"-1"', '"1"', '"+x"'], ["1", "-1", "1", "+x"]),
         (['"01"', '"1"', '"007"', '"x"'], ["01", "1", "007", "x"]),
         (['" yes "', '"no"', '"yes"', '"no "'], ["yes", "no", "yes", "no"]),
     ],
@@ -197,6 +202,7 @@ def test_separators_and_headers_that_are_recognised(tmp_path, name, content, not
         ("x.csv", "Text,label\na,b\n", "Did you mean 'Text'? If these are the columns' names, choose one by --text_column"),
         ("x.csv", 'text,label\n"a,1\nb,0\n', "line 3: unexpected end of data"),
         ("x.csv", "text,label\na\rb,1\nc,0\n", "line 2: a carriage return in a field without quotes"),
+        ("x.jsonl", '{"text": "a"}\n{"text": "b\\ud800"}\n', "line 2: half of a surrogate pair"),
         ("x.csv", "text, text\na,b\n", "two columns are called 'text'"),
     ],
 )

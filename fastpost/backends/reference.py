@@ -382,7 +382,9 @@ def divergence_rows(
 
 _JS_ELEMENTS = {"cpu": 1 << 18}  # at a time, small beside the logits
 _JS_ELEMENTS_ELSEWHERE = 1 << 24  # where every operation is a launch
-_JS_SERIES = 0.3  # |t| below which (1 + t) ln(1 + t) + (1 - t) ln(1 - t) is summed up: its terms cancel
+# |t| below which (1 + t) ln(1 + t) + (1 - t) ln(1 - t) is a series, because its terms cancel. Of t^2 / 2, the series' first
+# term, the first that is left out is t^12 / 91.
+_JS_SERIES = 0.1
 
 
 def jensen_shannon_of_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -73,6 +73,9 @@ def _json_lines(path: Path, text: str) -> Iterator[Line]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is no character; remove it") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from None
         if not isinstance(row, dict):

@@ -233,7 +233,7 @@ def _rows(lines: Iterable[tables.Line], options: DataOptions, source: str, label
             if asked is None and taken is None and line.get(usual) is not None:
                 raise ValueError(f"{where} has a {usual}, and the first row has none; say --{usual}_column, or none for it")
         found.append(Row(text, pair, None if columns[2] is None else label_of(label, where)))
-    unused = [name for name in head[0][1] if name not in columns]
+    unused = [name or "one without a name" for name in head[0][1] if name not in columns]
     return found, (f"columns not used: {', '.join(unused)}",) if unused else ()
 
 
@@ -314,7 +314,7 @@ def looks_like_a_label(name: str, values: Sequence[Any]) -> bool:
 
 
 def label_of(value: Any, where: str) -> str:
-    """The name of a label, the same for 1, 1.0, "1" and "1.0", and for true and "True", wherever it was read.
+    """The name of a label, the same for 1, 1.0, "1", "+1" and "1.0", and for true and "True", wherever it was read.
 
     Raises:
         ValueError: none there, or a number with a fraction.
@@ -329,7 +329,7 @@ def label_of(value: Any, where: str) -> str:
         if not number.is_integer():
             raise ValueError(f"{where}: the label {text} is a number with a fraction; labels are names or whole numbers")
         return str(int(number))
-    return text
+    return text.removeprefix("+") if re.fullmatch(r"\+\d+", text) else text
 
 
 # -- what a model takes -----------------------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ def _dialogues(data: Any) -> list[list[str]]:
 
 def _question(line: str, number: int) -> Choice:
     row = json.loads(line)
+    json.dumps(row, ensure_ascii=False).encode()  # halves of surrogate pairs, which no tokenizer takes
     context, choices, answer = (row[name] for name in ("context", "choices", "answer"))
     if not isinstance(context, str) or not context:
         raise ValueError(f"line {number}: the context is empty or no text")

@@ -40,7 +40,18 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts the saved bits back, into the same storage."""
+        """Puts the saved bits back, into the same storage.
+
+        Raises:
+            ValueError: a tensor has changed its dtype, shape or device since it was copied; nothing is written.
+        """
+        for now, then in zip(self._tensors, self._copies, strict=True):
+            if (now.dtype, now.shape, now.device) != (then.dtype, then.shape, then.device):
+                raise ValueError(
+                    f"GAP: a weight was {then.dtype} of shape {tuple(then.shape)} on {then.device} when copied and is "
+                    f"{now.dtype} of shape {tuple(now.shape)} on {now.device} now, so that its bits cannot be put back; "
+                    "convert the model back (model.to(...)) and call this again"
+                )
         ops.sam_restore_(self._tensors, self._copies)
         torch.clear_autocast_cache()
 
