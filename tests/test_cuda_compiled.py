@@ -107,6 +107,20 @@ def test_instructions_per_pair_of_logits(hopper: dict[str, Loops], dtype: str, f
         assert count(r, "BSSY") == 0, "the loop keeps account of a warp that comes apart"
 
 
+# The hardware rounds pairs, so a round's elements are twice its conversions.
+@needs_cuda
+@pytest.mark.parametrize(
+    ("parts", "budget"),
+    [(("sam_perturb_kernel", "4bf16ES4_Lb0ELb0E", "Li64E"), 18), (("add_noise_kernel", "4bf16ES4_Lb0E"), 16)],
+    ids=["sam_perturb_", "add_noise uniform"],
+)
+def test_instructions_per_16_bit_element(hopper: dict[str, Loops], parts: tuple[str, ...], budget: int) -> None:
+    rounds = [r for r in kernel(hopper, *parts).rounds("F2FP", 8) if count(r, "LDG", "128") == 4]
+    assert rounds
+    for r in rounds:
+        assert r.total() / (2 * count(r, "F2FP")) <= budget
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_the_checks_see_planted_defects(tmp_path: Path) -> None:
     (tmp_path / "bad.cu").write_text(

@@ -7,10 +7,14 @@
 namespace fastpost {
 inline namespace FASTPOST_ISA {
 
-// Uniform on (-1, 1): the odd multiples of 2^-24, so exact in float, symmetric and never zero.
-FASTPOST_HD float uniform_from_word(uint32_t word) {
-  return static_cast<float>(static_cast<int32_t>((word >> 8) * 2u + 1u) - (1 << 24)) * 0x1p-24f;
+// Uniform on (-1, 1): the odd multiples of 2^-24, so exact in float, symmetric and never zero. In 2^-31, a number that float
+// holds: the word's first 24 bits, one half further, less 2^31.
+constexpr uint32_t kUniformCentre = 0x80000080u;
+FASTPOST_HD float uniform_numerator(uint32_t word, uint32_t centre = kUniformCentre) {
+  return static_cast<float>(static_cast<int32_t>((word & 0xffffff00u) ^ centre));
 }
+
+FASTPOST_HD float uniform_from_word(uint32_t word) { return uniform_numerator(word) * 0x1p-31f; }
 
 // sqrt(-2 ln u) for u = (word + 1) / 2^32, rounded to float first: up to 6.66 standard deviations.
 FASTPOST_HD float normal_radius(uint32_t word) {

@@ -60,6 +60,12 @@ class Call {
   cudaStream_t stream_;
 };
 
+// A type as an argument.
+template <class T>
+struct TypeOf {
+  using type = T;
+};
+
 // -- lists of tensors -----------------------------------------------------------------------------------------------------
 
 // One tensor or span: a word per column (an address, or a number that a kernel wants), its length, and its first chunk,
@@ -71,24 +77,32 @@ struct Entry {
   int64_t first_chunk;
 };
 
+// A whole table is copied at every launch, so short lists get a short one. The longest is what fits in a kernel's 32,764
+// bytes of parameters beside its other arguments.
+constexpr int kShortTable = 64;
 template <int columns>
+constexpr int kLongTable = (32764 - 192) / static_cast<int>(sizeof(Entry<columns>));
+
+template <int column_count, int entry_count, int64_t chunk_elements>
 struct Table {
-  // What fits in a kernel's 32,764 bytes of parameters beside its other arguments.
-  static constexpr int capacity = (32764 - 192) / static_cast<int>(sizeof(Entry<columns>));
+  static constexpr int columns = column_count, capacity = entry_count;
+  static constexpr int64_t chunk_size = chunk_elements;
 
   int64_t first_chunk, chunks;
   int64_t entries;
   Entry<columns> entry[capacity];
 };
 
-inline int64_t chunks_of(int64_t elements) { return (elements + kChunkElements - 1) / kChunkElements; }
+// Chunks of element-wise work: small, so that all blocks end at about the same time. Sums keep to the plan's chunks.
+constexpr int64_t kPieceElements = kChunkElements / 4;
 
 // Launches kernel(table, arguments...) for each table that the rows fill: a grid that stays and walks the chunks.
-template <int columns, class... Parameters, class... Arguments>
-void launch_list(const Call& call, const std::vector<Entry<columns>>& rows, void (*kernel)(Table<columns>, Parameters...),
-                 const Arguments&... arguments) {
+template <class List, class Kernel, class... Arguments>
+void launch_tables(const Call& call, const std::vector<Entry<List::columns>>& rows, Kernel kernel,
+                   const Arguments&... arguments) {
+  constexpr int columns = List::columns;
   const int64_t resident = call.resident();
-  Table<columns> table{};
+  List table{};
   int64_t chunk = 0;
   const auto flush = [&] {
     table.chunks = chunk - table.first_chunk;
@@ -98,13 +112,25 @@ void launch_list(const Call& call, const std::vector<Entry<columns>>& rows, void
   };
   for (const Entry<columns>& row : rows) {
     if (row.elements == 0) continue;
-    if (table.entries == Table<columns>::capacity) flush();
+    if (table.entries == List::capacity) flush();
     Entry<columns>& entry = table.entry[table.entries++];
     entry = row;
     entry.first_chunk = chunk;
-    chunk += chunks_of(row.elements);
+    chunk += (row.elements + List::chunk_size - 1) / List::chunk_size;
   }
   flush();
+}
+
+// kernel_for: from a table's type to the kernel that walks it.
+template <int64_t chunk_size = kChunkElements, int columns, class KernelFor, class... Arguments>
+void launch_list(const Call& call, const std::vector<Entry<columns>>& rows, KernelFor&& kernel_for,
+                 const Arguments&... arguments) {
+  using Short = Table<columns, kShortTable, chunk_size>;
+  using Long = Table<columns, kLongTable<columns>, chunk_size>;
+  if (rows.size() <= kShortTable)
+    launch_tables<Short>(call, rows, kernel_for(TypeOf<Short>{}), arguments...);
+  else
+    launch_tables<Long>(call, rows, kernel_for(TypeOf<Long>{}), arguments...);
 }
 
 // One row per tensor, with the named columns' addresses: for whatever sums or draws random numbers.
@@ -137,7 +163,9 @@ std::vector<Entry<columns>> span_rows(const Plan& plan, const Column (&names)[co
 template <int columns>
 struct Place {
   const Entry<columns>* entry;
-  int64_t begin, length, chunk;
+  int64_t begin;
+  int length;
+  int64_t chunk;
 
   template <class T>
   __device__ T* at(int column) const {
@@ -145,8 +173,8 @@ struct Place {
   }
 };
 
-template <int columns>
-__device__ __forceinline__ Place<columns> locate(const Table<columns>& table, int64_t index) {
+template <class List>
+__device__ __forceinline__ Place<List::columns> locate(const List& table, int64_t index) {
   const int64_t chunk = table.first_chunk + index;
   int low = 0, high = static_cast<int>(table.entries) - 1;
 #pragma unroll 1
@@ -157,10 +185,10 @@ __device__ __forceinline__ Place<columns> locate(const Table<columns>& table, in
     else
       high = middle - 1;
   }
-  const Entry<columns>& entry = table.entry[low];
-  const int64_t begin = (chunk - entry.first_chunk) * kChunkElements;
+  const Entry<List::columns>& entry = table.entry[low];
+  const int64_t begin = (chunk - entry.first_chunk) * List::chunk_size;
   const int64_t rest = entry.elements - begin;
-  return {&entry, begin, rest < kChunkElements ? rest : kChunkElements, chunk};
+  return {&entry, begin, static_cast<int>(rest < List::chunk_size ? rest : List::chunk_size), chunk};
 }
 
 // -- 16-byte accesses -----------------------------------------------------------------------------------------------------
@@ -219,15 +247,31 @@ __device__ __forceinline__ int64_t head_of(int64_t n, const T* p) {
 
 constexpr int kPair = 2;  // blocks of 512 threads that share a multiprocessor
 
-// pack(v, i) for each 16 bytes of n elements that this thread holds, i being the first of them; single(i) for the rest.
-template <class T, int unroll, class Packs, class Single>
-__device__ __forceinline__ void walk(int64_t n, Packs&& pack, Single&& single) {
-  constexpr int64_t size = Pack<T>::size;
-  const int64_t packs = n / size;
-#pragma unroll unroll
-  for (int64_t v = threadIdx.x; v < packs; v += kThreads) pack(v * size);
+// Hands this thread its 16 bytes of n elements, several at a time where all addresses are wide: `load(i, wide)` for all of
+// them before `use(i, what was loaded, wide)` for any, since a store holds up the loads behind it. i is the first element;
+// single(i) does the rest.
+template <class T, int together, class Load, class Use, class Single>
+__device__ __forceinline__ void walk(int n, bool wide, Load&& load, Use&& use, Single&& single) {
+  constexpr int size = Pack<T>::size, step = kThreads * size;
+  const int end = n / size * size;
+  int i = threadIdx.x * size;
+  if (wide) {
 #pragma unroll 1
-  for (int64_t i = packs * size + threadIdx.x; i < n; i += kThreads) single(i);
+    for (; i + (together - 1) * step < end; i += together * step) {
+      decltype(load(0, true)) held[together];
+#pragma unroll
+      for (int k = 0; k < together; ++k) held[k] = load(i + k * step, true);
+#pragma unroll
+      for (int k = 0; k < together; ++k) use(i + k * step, held[k], true);
+    }
+  }
+#pragma unroll 1
+  for (; i < end; i += step) {
+    auto held = load(i, wide);
+    use(i, held, wide);
+  }
+#pragma unroll 1
+  for (i = end + threadIdx.x; i < n; i += kThreads) single(i);
 }
 
 }  // namespace fastpost::cuda

@@ -3,6 +3,7 @@
 #include "api.h"
 #include "core/noise.h"
 #include "cuda/launch.cuh"
+#include "cuda/packs.cuh"
 #include "cuda/warp.cuh"
 
 namespace fastpost::cuda {
@@ -11,10 +12,35 @@ namespace {
 constexpr int kRowThreads = 256;
 constexpr int kWarps = kRowThreads / kWarp;
 
-// Numbers 4 * quad ... 4 * quad + 3.
+// The keys of all rounds of Philox. They come from another lane, the same on all: what a thread could work out again by
+// itself, the compiler would rather do than keep in registers. All lanes of a warp make them together.
+struct Keys {
+  uint32_t low[kPhiloxRounds], high[kPhiloxRounds];
+  // kUniformCentre, by a way that the compiler cannot see through: an instruction takes one constant, and this would be its
+  // second.
+  uint32_t centre;
+
+  // threads: of a block.
+  __device__ __forceinline__ Keys(uint64_t key, uint32_t threads) {
+#pragma unroll
+    for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+      low[round] = uniform(static_cast<uint32_t>(key) + round * kPhiloxKeyStep0);
+      high[round] = uniform(static_cast<uint32_t>(key >> 32) + round * kPhiloxKeyStep1);
+    }
+    centre = kUniformCentre + (blockDim.x - threads);
+  }
+  // As philox(key, counter, 0).
+  __device__ __forceinline__ PhiloxWords words(uint32_t counter_low, uint32_t counter_high) const {
+    uint32_t c0 = counter_low, c1 = counter_high, c2 = 0, c3 = 0;
+#pragma unroll
+    for (int round = 0; round < kPhiloxRounds; ++round) philox_round(c0, c1, c2, c3, low[round], high[round]);
+    return {{c0, c1, c2, c3}};
+  }
+};
+
+// Four numbers from four words, uniform ones as numerators. centre: see uniform_numerator.
 template <bool normal>
-__device__ __forceinline__ void draw(uint64_t key, uint64_t quad, float (&z)[4]) {
-  const PhiloxWords words = philox(key, quad, 0);
+__device__ __forceinline__ void draw(const PhiloxWords& words, float (&z)[4], uint32_t centre = kUniformCentre) {
   if constexpr (normal) {
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
@@ -26,61 +52,104 @@ __device__ __forceinline__ void draw(uint64_t key, uint64_t quad, float (&z)[4])
     }
   } else {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) z[j] = uniform_from_word(words.word[j]);
+    for (int j = 0; j < 4; ++j) z[j] = uniform_numerator(words.word[j], centre);
   }
 }
 
 struct Stream {
   uint64_t key;
   float eps;
+
+  // x + eps z, from what draw() calls z.
+  template <bool normal>
+  __device__ __forceinline__ float add(float x, float z) const {
+    return x + eps * (normal ? z : z * 0x1p-31f);
+  }
 };
 
-// Elements [0, n) of one row, shared out among `threads` threads of which this is number `thread`. The row's first element
-// takes number `first`. clean: where the row goes as it is, or null. Without noise the row is converted.
-template <class In, class Out, bool normal>
+// Elements [0, n) of one row, shared out among `groups` groups of `threads` threads of which this thread's is number
+// `group`. The row's first element takes number `first`. clean: where the row goes as it is, or null. Without noise the row
+// is converted.
+template <class In, class Out, bool normal, int threads>
 __device__ void noise_row(const In* x, In* clean, Out* noised, int64_t n, uint64_t first, bool noise, const Stream& stream,
-                          int64_t thread, int64_t threads) {
-  constexpr int unit = 16 / (sizeof(In) < sizeof(Out) ? sizeof(In) : sizeof(Out));  // whole packs on both sides, whole quads
-  const bool wide_x = aligned(x), wide_clean = aligned(clean), wide_noised = aligned(noised);
+                          const Keys& keys, int64_t group, int64_t groups) {
+  // Whole packs on both sides, whole quads; together: 64 bytes are on their way before the first is needed. Normal numbers
+  // take longer than memory, and the registers.
+  constexpr int unit = 16 / (sizeof(In) < sizeof(Out) ? sizeof(In) : sizeof(Out));
+  constexpr int in_packs = unit / Pack<In>::size, together = normal ? 1 : 4 / in_packs;
   const int64_t units = first % 4 == 0 ? n / unit : 0;  // a row may start inside a quad
-#pragma unroll 1
-  for (int64_t u = thread; u < units; u += threads) {
-    const int64_t i = u * unit;
+  const bool wide = aligned(x) && aligned(clean) && aligned(noised);
+  struct Held {
+    Pack<In> pack[in_packs];
+  };
+  const auto load = [&](int64_t i, bool wide) {
+    Held held;
+#pragma unroll
+    for (int p = 0; p < in_packs; ++p) held.pack[p] = load_pack(x + i + p * Pack<In>::size, wide);
+    return held;
+  };
+  // words(q): the q-th four words of the unit; add(x, z): x + eps z.
+  const auto use = [&](int64_t i, const Held& held, bool wide, auto&& words, auto&& add) {
     float value[unit];
 #pragma unroll
-    for (int part = 0; part < unit; part += Pack<In>::size) {
-      const Pack<In> pack = load_pack(x + i + part, wide_x);
-      if (clean != nullptr) store_pack(clean + i + part, pack, wide_clean);
-#pragma unroll
-      for (int k = 0; k < Pack<In>::size; ++k) value[part + k] = to_float(pack.value[k]);
+    for (int p = 0; p < in_packs; ++p) {
+      if (clean != nullptr) store_pack(clean + i + p * Pack<In>::size, held.pack[p], wide);
+      unpack(held.pack[p], value + p * Pack<In>::size);
     }
     if (noise) {
 #pragma unroll
       for (int part = 0; part < unit; part += 4) {
         float z[4];
-        draw<normal>(stream.key, (first + i + part) / 4, z);
+        draw<normal>(words(part / 4), z, keys.centre);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) value[part + k] += stream.eps * z[k];
+        for (int k = 0; k < 4; ++k) value[part + k] = add(value[part + k], z[k]);
       }
     }
 #pragma unroll
-    for (int part = 0; part < unit; part += Pack<Out>::size) {
-      Pack<Out> pack;
+    for (int part = 0; part < unit; part += Pack<Out>::size)
+      store_pack(noised + i + part, noise ? rounded<Out>(value + part) : converted<Out>(value + part), wide);
+  };
+  // eps takes over the numerators' power of two unless that costs it bits.
+  const float factor = normal ? stream.eps : stream.eps * 0x1p-31f;
+  const uint32_t counter_high = static_cast<uint32_t>(first / 4 >> 32);
+  const int tile = together * threads, thread = threadIdx.x % threads;
+  int64_t begin = 0;  // of the units that are left
+  // 32 bits are enough to count the units and the words of any tensor that fits; a longer one goes the general way.
+  if (noise && wide && first % unit == 0 && units < int64_t{1} << 31 && (first + n) / 4 >> 32 == counter_high &&
+      (normal || fabsf(factor) >= 0x1p-126f)) {
+    begin = units / tile * tile;
+    const uint32_t end = static_cast<uint32_t>(begin), stride = static_cast<uint32_t>(groups) * tile;
+#pragma unroll 1
+    for (uint32_t u = static_cast<uint32_t>(group) * tile + thread; u < end; u += stride) {
+      const int64_t i = int64_t{u} * unit;
+      Held held[together];
 #pragma unroll
-      for (int k = 0; k < Pack<Out>::size; ++k) pack.value[k] = from_float<Out>(value[part + k]);
-      store_pack(noised + i + part, pack, wide_noised);
+      for (int k = 0; k < together; ++k) held[k] = load(i + k * threads * unit, true);
+#pragma unroll
+      for (int k = 0; k < together; ++k) {
+        const uint32_t quad = static_cast<uint32_t>(first / 4) + u * (unit / 4) + k * threads * (unit / 4);
+        use(
+            i + k * threads * unit, held[k], true, [&](uint32_t q) { return keys.words(quad + q, counter_high); },
+            [&](float value, float z) { return value + factor * z; });
+      }
     }
   }
 #pragma unroll 1
-  for (int64_t i = units * unit + thread; i < n; i += threads) {
+  for (int64_t u = begin + group * threads + thread; u < units; u += groups * threads)
+    use(
+        u * unit, load(u * unit, wide), wide,
+        [&](uint32_t q) { return philox(stream.key, first / 4 + u * (unit / 4) + q, 0); },
+        [&](float value, float z) { return stream.template add<normal>(value, z); });
+#pragma unroll 1
+  for (int64_t i = units * unit + group * threads + thread; i < n; i += groups * threads) {
     const In raw = x[i];
     if (clean != nullptr) clean[i] = raw;
     float value = to_float(raw);
     if (noise) {
       float z[4];
-      draw<normal>(stream.key, (first + i) / 4, z);
+      draw<normal>(philox(stream.key, (first + i) / 4, 0), z);
       const unsigned which = (first + i) % 4;
-      value += stream.eps * (which < 2 ? (which == 0 ? z[0] : z[1]) : (which == 2 ? z[2] : z[3]));
+      value = stream.template add<normal>(value, which < 2 ? (which == 0 ? z[0] : z[1]) : (which == 2 ? z[2] : z[3]));
     }
     noised[i] = from_float<Out>(value);
   }
@@ -91,8 +160,8 @@ template <class In, class Out, bool normal>
 __global__ void __launch_bounds__(kThreads, 2)
     add_noise_kernel(const In* x, Out* noised, int64_t n, float eps, const int64_t* __restrict__ seed) {
   const Stream stream{static_cast<uint64_t>(*seed), eps};
-  noise_row<In, Out, normal>(x, nullptr, noised, n, 0, true, stream, int64_t{blockIdx.x} * kThreads + threadIdx.x,
-                             int64_t{gridDim.x} * kThreads);
+  noise_row<In, Out, normal, kThreads>(x, nullptr, noised, n, 0, true, stream, Keys(stream.key, kThreads), blockIdx.x,
+                                       gridDim.x);
 }
 
 // A warp per row. ids: which row of the table each one is, or null for its own place; an id outside the table gives NaN.
@@ -103,6 +172,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
                       Out* noised, int64_t n_rows, int64_t width, float eps, const int64_t* __restrict__ seed,
                       const int64_t* __restrict__ rows, const float* __restrict__ scales) {
   const uint64_t key = static_cast<uint64_t>(*seed);
+  const Keys keys(key, kRowThreads);
   const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
   for (int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; row < n_rows; row += int64_t{gridDim.x} * kWarps) {
@@ -118,8 +188,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     }
     const int64_t place = rows == nullptr ? row : rows[row];
     const Stream stream{key, scales == nullptr ? eps : eps * scales[row]};
-    noise_row<In, Out, normal>(table + id * stride, clean_row, noised + row * width, width,
-                               static_cast<uint64_t>(place < 0 ? 0 : place) * width, place >= 0, stream, lane, kWarp);
+    noise_row<In, Out, normal, kWarp>(table + id * stride, clean_row, noised + row * width, width,
+                                      static_cast<uint64_t>(place < 0 ? 0 : place) * width, place >= 0, stream, keys, 0, 1);
   }
 }
 

@@ -1,8 +1,11 @@
 // SAM's operations on lists of tensors on CUDA: launches around core/params.h.
+#include <type_traits>
+
 #include "api.h"
 #include "core/params.h"
 #include "core/philox.h"
 #include "cuda/launch.cuh"
+#include "cuda/packs.cuh"
 #include "cuda/sums.cuh"
 
 namespace fastpost::cuda {
@@ -10,28 +13,34 @@ namespace {
 
 constexpr int kSums = 6;
 
-// What one element's perturbation leaves in the six sums.
+// The six sums over what perturbations e leave: e^2, s^2, e s, v^2, e v with s what was stored and v what of it is seen, and
+// how many elements moved. Seen, the type that weights are read in, is T wherever the other type holds all of T's numbers.
 template <class T, class Seen>
-__device__ __forceinline__ void add_to_sums(float (&sum)[kSums], float e, float before, T written) {
-  const float after = to_float(written);
-  const float s = after - before;
-  const float v = to_float(from_float<Seen>(after)) - to_float(from_float<Seen>(before));
-  sum[0] += e * e;
-  sum[1] += s * s;
-  sum[2] += e * s;
-  sum[3] += v * v;
-  sum[4] += e * v;
-  sum[5] += s != 0.0f ? 1.0f : 0.0f;
-}
+struct Moved {
+  static constexpr bool sees_all = std::is_same_v<T, Seen>;
+  float sum[kSums] = {};  // of at most 128 elements per thread
 
-__device__ __forceinline__ void store_sums(const float (&sum)[kSums], double* at) {
-  double wide[kSums];
+  __device__ __forceinline__ void add(float e, float before, float after) {
+    const float s = after - before;
+    sum[0] += e * e;
+    sum[1] += s * s;
+    sum[2] += e * s;
+    if constexpr (!sees_all) {
+      const float v = to_float(from_float<Seen>(after)) - to_float(from_float<Seen>(before));
+      sum[3] += v * v;
+      sum[4] += e * v;
+    }
+    sum[5] += s != 0.0f ? 1.0f : 0.0f;
+  }
+  __device__ __forceinline__ void store(double* at) const {
+    double wide[kSums];
 #pragma unroll
-  for (int k = 0; k < kSums; ++k) wide[k] = sum[k];
-  block_sum(wide);
-  if (threadIdx.x == 0)
-    for (int k = 0; k < kSums; ++k) at[k] = wide[k];
-}
+    for (int k = 0; k < kSums; ++k) wide[k] = sum[sees_all && (k == 3 || k == 4) ? k - 2 : k];
+    block_sum(wide);
+    if (threadIdx.x == 0)
+      for (int k = 0; k < kSums; ++k) at[k] = wide[k];
+  }
+};
 
 struct Step {
   bool moves;
@@ -43,199 +52,287 @@ __device__ __forceinline__ Step step_of(double rho, double squared) {
   return {moves, split_scale(moves ? rho / sqrt(squared) : 0)};
 }
 
+// A pack of weights and of what moves them.
+template <class T>
+struct Held {
+  Pack<T> ws, gs;
+};
+
 // Stochastic: column 3 of the table is the tensor's number, which keys its random bits.
-template <class T, class Seen, bool adaptive, bool stochastic>
+template <class T, class Seen, bool adaptive, bool stochastic, class List>
 __global__ void __launch_bounds__(kThreads, kPair)
-    sam_perturb_kernel(const __grid_constant__ Table<stochastic ? 4 : 3> table, double rho, float eta,
-                       const double* __restrict__ squared_norm, const int64_t* __restrict__ seed,
-                       double* __restrict__ partial) {
+    sam_perturb_kernel(const __grid_constant__ List table, double rho, float eta, const double* __restrict__ squared_norm,
+                       const int64_t* __restrict__ seed, double* __restrict__ partial) {
+  constexpr int size = Pack<T>::size;
+  constexpr int together = stochastic && !Moved<T, Seen>::sees_all ? 1 : 2;  // as registers allow
   const Step step = step_of(rho, *squared_norm);
+  const uint64_t key = stochastic ? static_cast<uint64_t>(*seed) : 0;
 #pragma unroll 1
   for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
     const auto place = locate(table, c);
     T* w = place.template at<T>(0);
     const T* g = place.template at<T>(1);
     T* stash = place.template at<T>(2);
-    const bool wide_w = aligned(w), wide_g = aligned(g), wide_stash = aligned(stash);
-    float sum[kSums] = {};  // of at most 128 elements per thread
-    const auto words_of = [&](int64_t i) {
+    Moved<T, Seen> moved;
+    const auto words_of = [&](int i) {
       if constexpr (stochastic)
-        return philox(static_cast<uint64_t>(*seed), static_cast<uint64_t>(place.begin + i) / 8,
-                      static_cast<uint32_t>(place.entry->word[3]));
+        return philox(key, static_cast<uint64_t>(place.begin + i) / 8, static_cast<uint32_t>(place.entry->word[3]));
       else
         return PhiloxWords{};
     };
-    const auto perturbed = [&](T wi, T gi, uint32_t random) {
-      if (!step.moves) return wi;  // its bits, not its value plus zero
-      const float before = to_float(wi);
-      const float e =
-          adaptive ? perturbation(to_float(gi), step.scale, before, eta) : perturbation(to_float(gi), step.scale);
-      const T written = stochastic ? round_randomly<T>(before + e, random) : from_float<T>(before + e);
-      add_to_sums<T, Seen>(sum, e, before, written);
-      return written;
+    const auto step_at = [&](float before, float gradient) {
+      return adaptive ? perturbation(gradient, step.scale, before, eta) : perturbation(gradient, step.scale);
     };
-    walk<T, 1>(
-        place.length,
-        [&](int64_t i) {
-          Pack<T> ws = load_pack(w + i, wide_w);
-          const Pack<T> gs = load_pack<Cache::stream>(g + i, wide_g);  // read for the last time
-          store_pack<Cache::stream>(stash + i, ws, wide_stash);
-          const PhiloxWords words = words_of(i);
-#pragma unroll
-          for (int k = 0; k < Pack<T>::size; ++k)
-            ws.value[k] = perturbed(ws.value[k], gs.value[k], words.word[k / 2 % 4] >> (k % 2 * 16) & 0xffffu);
-          store_pack(w + i, ws, wide_w);
+    if (!step.moves) {  // w keeps its bits, which are more than its value plus zero
+      walk<T, 4>(
+          place.length, aligned(w) && aligned(stash), [&](int i, bool wide) { return load_pack(w + i, wide); },
+          [&](int i, const Pack<T>& held, bool wide) { store_pack<Cache::stream>(stash + i, held, wide); },
+          [&](int i) { stash[i] = w[i]; });
+      moved.store(partial + place.chunk * kSums);
+      continue;
+    }
+    walk<T, together>(
+        place.length, aligned(w) && aligned(g) && aligned(stash),
+        [&](int i, bool wide) {
+          return Held<T>{load_pack(w + i, wide), load_pack<Cache::stream>(g + i, wide)};  // g for the last time
         },
-        [&](int64_t i) {
-          const T before = w[i];
-          stash[i] = before;
+        [&](int i, const Held<T>& held, bool wide) {
+          store_pack<Cache::stream>(stash + i, held.ws, wide);
+          const PhiloxWords words = words_of(i);
+          Pack<T> written;
+#pragma unroll
+          for (int k = 0; k < size; k += 2) {
+            const float before[2] = {widened(held.ws.value[k]), widened(held.ws.value[k + 1])};
+            const float e[2] = {step_at(before[0], widened(held.gs.value[k])),
+                                step_at(before[1], widened(held.gs.value[k + 1]))};
+            if constexpr (stochastic) {
+              const uint32_t word = words.word[k / 2 % 4];
+              written.value[k] = round_randomly<T>(before[0] + e[0], word & 0xffffu);
+              written.value[k + 1] = round_randomly<T>(before[1] + e[1], word >> 16);
+            } else {
+              round_pair(before[0] + e[0], before[1] + e[1], &written.value[k]);
+            }
+            moved.add(e[0], before[0], widened(written.value[k]));
+            moved.add(e[1], before[1], widened(written.value[k + 1]));
+          }
+          store_pack(w + i, written, wide);
+        },
+        [&](int i) {
+          const T old = w[i];
+          stash[i] = old;
           const PhiloxWords words = words_of(i);
           const unsigned which = i % 8 / 2;  // indexing with it would put the words into local memory
           const uint32_t word =
               which < 2 ? (which == 0 ? words.word[0] : words.word[1]) : (which == 2 ? words.word[2] : words.word[3]);
-          w[i] = perturbed(before, g[i], word >> (i % 2 * 16) & 0xffffu);
+          const float before = widened(old), e = step_at(before, widened(g[i]));
+          const T written =
+              stochastic ? round_randomly<T>(before + e, word >> (i % 2 * 16) & 0xffffu) : from_float<T>(before + e);
+          moved.add(e, before, widened(written));
+          w[i] = written;
         });
-    store_sums(sum, partial + place.chunk * kSums);
+    moved.store(partial + place.chunk * kSums);
   }
 }
 
+// float32 masters, as many as 16 bytes of T hold elements.
+template <class T>
+struct Masters {
+  static constexpr int packs = Pack<T>::size / Pack<float>::size;
+  Pack<float> pack[packs];
+
+  __device__ __forceinline__ void load(const float* from, bool wide) {
+#pragma unroll
+    for (int k = 0; k < packs; ++k) pack[k] = load_pack(from + k * Pack<float>::size, wide);
+  }
+  __device__ __forceinline__ float operator[](int k) const {
+    return pack[k / Pack<float>::size].value[k % Pack<float>::size];
+  }
+};
+
 // w = m + e; column 2 holds the float masters m.
-template <class T, class Seen, bool adaptive>
+template <class T, class Seen, bool adaptive, class List>
 __global__ void __launch_bounds__(kThreads, kPair)
-    sam_perturb_masters_kernel(const __grid_constant__ Table<3> table, double rho, float eta,
+    sam_perturb_masters_kernel(const __grid_constant__ List table, double rho, float eta,
                                const double* __restrict__ squared_norm, double* __restrict__ partial) {
+  struct HeldMasters {
+    Pack<T> gs;
+    Masters<T> ms;
+  };
+  constexpr int size = Pack<T>::size;
   const Step step = step_of(rho, *squared_norm);
 #pragma unroll 1
   for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const Place<3> place = locate(table, c);
-    T* w = place.at<T>(0);
-    const T* g = place.at<T>(1);
-    const float* masters = place.at<float>(2);
-    const bool wide_w = aligned(w), wide_g = aligned(g), wide_masters = aligned(masters);
-    float sum[kSums] = {};
-    const auto perturbed = [&](float exact, T gi) {
-      const T rounded = from_float<T>(exact);
-      if (!step.moves) return rounded;
-      const float e = adaptive ? perturbation(to_float(gi), step.scale, exact, eta) : perturbation(to_float(gi), step.scale);
-      const T written = from_float<T>(exact + e);
-      add_to_sums<T, Seen>(sum, e, to_float(rounded), written);
-      return written;
+    const auto place = locate(table, c);
+    T* w = place.template at<T>(0);
+    const T* g = place.template at<T>(1);
+    const float* masters = place.template at<float>(2);
+    Moved<T, Seen> moved;
+    const auto step_at = [&](float exact, float gradient) {
+      return adaptive ? perturbation(gradient, step.scale, exact, eta) : perturbation(gradient, step.scale);
     };
-    walk<T, 1>(
-        place.length,
-        [&](int64_t i) {
-          const Pack<T> gs = load_pack<Cache::stream>(g + i, wide_g);
-          Pack<T> ws;
-#pragma unroll
-          for (int part = 0; part < Pack<T>::size; part += Pack<float>::size) {
-            const Pack<float> ms = load_pack(masters + i + part, wide_masters);
-#pragma unroll
-            for (int k = 0; k < Pack<float>::size; ++k) ws.value[part + k] = perturbed(ms.value[k], gs.value[part + k]);
-          }
-          store_pack(w + i, ws, wide_w);
+    walk<T, 2>(
+        place.length, aligned(w) && aligned(g) && aligned(masters),
+        [&](int i, bool wide) {
+          HeldMasters held;
+          held.gs = load_pack<Cache::stream>(g + i, wide);
+          held.ms.load(masters + i, wide);
+          return held;
         },
-        [&](int64_t i) { w[i] = perturbed(masters[i], g[i]); });
-    store_sums(sum, partial + place.chunk * kSums);
+        [&](int i, const HeldMasters& held, bool wide) {
+          float exact[size], target[size], e[size];
+#pragma unroll
+          for (int k = 0; k < size; ++k) {
+            exact[k] = held.ms[k];
+            e[k] = step_at(exact[k], widened(held.gs.value[k]));
+            target[k] = exact[k] + e[k];
+          }
+          const Pack<T> cast = converted<T>(exact);
+          if (!step.moves) return store_pack(w + i, cast, wide);
+          const Pack<T> written = rounded<T>(target);
+#pragma unroll
+          for (int k = 0; k < size; ++k) moved.add(e[k], widened(cast.value[k]), widened(written.value[k]));
+          store_pack(w + i, written, wide);
+        },
+        [&](int i) {
+          const float exact = masters[i];
+          const T cast = from_float<T>(exact);
+          if (!step.moves) {
+            w[i] = cast;
+            return;
+          }
+          const float e = step_at(exact, widened(g[i]));
+          const T written = from_float<T>(exact + e);
+          moved.add(e, widened(cast), widened(written));
+          w[i] = written;
+        });
+    moved.store(partial + place.chunk * kSums);
   }
 }
 
 // w = m, rounded; column 1 holds the float masters m.
-template <class T>
-__global__ void __launch_bounds__(kThreads, kPair) cast_kernel(const __grid_constant__ Table<2> table) {
+template <class T, class List>
+__global__ void __launch_bounds__(kThreads, kPair) cast_kernel(const __grid_constant__ List table) {
 #pragma unroll 1
   for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const Place<2> place = locate(table, c);
-    T* w = place.at<T>(0);
-    const float* masters = place.at<float>(1);
-    const bool wide = aligned(w), wide_masters = aligned(masters);
-    walk<T, 1>(
-        place.length,
-        [&](int64_t i) {
-          Pack<T> ws;
-#pragma unroll
-          for (int part = 0; part < Pack<T>::size; part += Pack<float>::size) {
-            const Pack<float> ms = load_pack(masters + i + part, wide_masters);
-#pragma unroll
-            for (int k = 0; k < Pack<float>::size; ++k) ws.value[part + k] = from_float<T>(ms.value[k]);
-          }
-          store_pack(w + i, ws, wide);
+    const auto place = locate(table, c);
+    T* w = place.template at<T>(0);
+    const float* masters = place.template at<float>(1);
+    walk<T, 2>(
+        place.length, aligned(w) && aligned(masters),
+        [&](int i, bool wide) {
+          Masters<T> ms;
+          ms.load(masters + i, wide);
+          return ms;
         },
-        [&](int64_t i) { w[i] = from_float<T>(masters[i]); });
+        [&](int i, const Masters<T>& ms, bool wide) {
+          float exact[Pack<T>::size];
+#pragma unroll
+          for (int k = 0; k < Pack<T>::size; ++k) exact[k] = ms[k];
+          store_pack(w + i, converted<T>(exact), wide);
+        },
+        [&](int i) { w[i] = from_float<T>(masters[i]); });
   }
 }
 
 // to = from; T is an integer of the element's width, since a copy knows no numbers.
-template <class T>
-__global__ void __launch_bounds__(kThreads, kPair) restore_kernel(const __grid_constant__ Table<2> table) {
+template <class T, class List>
+__global__ void __launch_bounds__(kThreads, kPair) restore_kernel(const __grid_constant__ List table) {
 #pragma unroll 1
   for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const Place<2> place = locate(table, c);
-    T* to = place.at<T>(0);
-    const T* from = place.at<T>(1);
-    const bool wide = aligned(to) && aligned(from);
-    walk<T, 2>(
-        place.length,
-        [&](int64_t i) {
+    const auto place = locate(table, c);
+    T* to = place.template at<T>(0);
+    const T* from = place.template at<T>(1);
+    walk<T, 4>(
+        place.length, aligned(to) && aligned(from),
+        [&](int i, bool wide) { return wide ? __ldcs(reinterpret_cast<const float4*>(from + i)) : float4{}; },
+        [&](int i, const float4& held, bool wide) {
           if (wide) {  // never apart: eight 16-bit values would be put together again one by one
-            __stwb(reinterpret_cast<float4*>(to + i), __ldcs(reinterpret_cast<const float4*>(from + i)));
+            __stwb(reinterpret_cast<float4*>(to + i), held);
           } else {
 #pragma unroll
             for (int k = 0; k < Pack<T>::size; ++k) to[i + k] = from[i + k];
           }
         },
-        [&](int64_t i) { to[i] = from[i]; });
+        [&](int i) { to[i] = from[i]; });
   }
 }
 
 // Column 5 is the address of the tensor's step count, a float.
-template <class T>
+template <class T, class List>
 __global__ void __launch_bounds__(kThreads, 1)
-    restore_adamw_kernel(const __grid_constant__ Table<6> table, const AdamW how, const float* __restrict__ grad_scale,
+    restore_adamw_kernel(const __grid_constant__ List table, const AdamW how, const float* __restrict__ grad_scale,
                          const float* __restrict__ found_inf) {
+  struct State {
+    Pack<T> ws, gs, ms, vs;
+  };
+  constexpr int size = Pack<T>::size;
   const bool skips = found_inf != nullptr && *found_inf != 0.0f;
   const float unscale = grad_scale == nullptr ? 1.0f : 1.0f / *grad_scale;
   __shared__ AdamWStep shared;
 #pragma unroll 1
   for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const Place<6> place = locate(table, c);
-    T* w = place.at<T>(0);
-    const T* g = place.at<T>(1);
-    const T* stash = place.at<T>(2);
-    T* first = place.at<T>(3);
-    T* second = place.at<T>(4);
+    const auto place = locate(table, c);
+    T* w = place.template at<T>(0);
+    const T* g = place.template at<T>(1);
+    const T* stash = place.template at<T>(2);
+    T* first = place.template at<T>(3);
+    T* second = place.template at<T>(4);
     __syncthreads();  // the last chunk's constants have been read
     if (threadIdx.x == 0) shared = adamw_step(how, *reinterpret_cast<const float*>(place.entry->word[5]));
     __syncthreads();
     const AdamWStep step = shared;
-    const bool wide_w = aligned(w), wide_g = aligned(g), wide_stash = aligned(stash), wide_first = aligned(first),
-               wide_second = aligned(second);
-    const auto update = [&](T& wi, T gi, T& mi, T& vi) {
-      float value = to_float(wi), m = to_float(mi), v = to_float(vi);
-      adamw_update(step, to_float(gi) * unscale, value, m, v);
-      wi = from_float<T>(value);
-      mi = from_float<T>(m);
-      vi = from_float<T>(v);
-    };
     walk<T, 1>(
-        place.length,
-        [&](int64_t i) {
-          Pack<T> ws = load_pack<Cache::stream>(stash + i, wide_stash);
+        place.length, aligned(w) && aligned(g) && aligned(stash) && aligned(first) && aligned(second),
+        [&](int i, bool wide) {
+          State held{};
+          held.ws = load_pack<Cache::stream>(stash + i, wide);
           if (!skips) {
-            const Pack<T> gs = load_pack<Cache::stream>(g + i, wide_g);
-            Pack<T> ms = load_pack(first + i, wide_first), vs = load_pack(second + i, wide_second);
-#pragma unroll
-            for (int k = 0; k < Pack<T>::size; ++k) update(ws.value[k], gs.value[k], ms.value[k], vs.value[k]);
-            store_pack<Cache::stream>(first + i, ms, wide_first);
-            store_pack<Cache::stream>(second + i, vs, wide_second);
+            held.gs = load_pack<Cache::stream>(g + i, wide);
+            held.ms = load_pack(first + i, wide);
+            held.vs = load_pack(second + i, wide);
           }
-          store_pack(w + i, ws, wide_w);
+          return held;
         },
-        [&](int64_t i) {
-          T value = stash[i];
-          if (!skips) update(value, g[i], first[i], second[i]);
-          w[i] = value;
+        [&](int i, const State& held, bool wide) {
+          if (skips) return store_pack(w + i, held.ws, wide);
+          float value[size], m[size], v[size];
+#pragma unroll
+          for (int k = 0; k < size; ++k) {
+            value[k] = widened(held.ws.value[k]);
+            m[k] = widened(held.ms.value[k]);
+            v[k] = widened(held.vs.value[k]);
+            adamw_update(step, widened(held.gs.value[k]) * unscale, value[k], m[k], v[k]);
+          }
+          store_pack<Cache::stream>(first + i, rounded<T>(m), wide);
+          store_pack<Cache::stream>(second + i, rounded<T>(v), wide);
+          store_pack(w + i, rounded<T>(value), wide);
+        },
+        [&](int i) {
+          T old = stash[i];
+          if (!skips) {
+            float value = widened(old), m = widened(first[i]), v = widened(second[i]);
+            adamw_update(step, widened(g[i]) * unscale, value, m, v);
+            first[i] = from_float<T>(m);
+            second[i] = from_float<T>(v);
+            old = from_float<T>(value);
+          }
+          w[i] = old;
         });
   }
+}
+
+// The element's type, and the one that weights are read in: the same where the second holds all numbers of the first.
+template <class F>
+void with_types(DType dtype, DType seen_dtype, F&& body) {
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    with_dtype(seen_dtype, [&](auto s) {
+      if constexpr (std::is_same_v<decltype(s), float>)
+        body(t, T{});
+      else
+        body(t, s);
+    });
+  });
 }
 
 }  // namespace
@@ -244,23 +341,28 @@ void sam_perturb(const Plan& plan, const Perturbation& how, const double* square
                  double* sums, int device, void* stream) {
   const Call call("sam_perturb_", device, stream);
   const float eta = static_cast<float>(how.eta);
-  with_dtype(plan.dtype(), [&](auto t) {
-    with_dtype(how.seen_dtype, [&](auto s) {
-      using T = decltype(t);
-      using Seen = decltype(s);
-      if constexpr (sizeof(T) == 2) {
-        if (seed != nullptr) {
-          auto rows = tensor_rows<4>(plan, {kWeight, kGrad, kStash, kStash});
-          for (int64_t i = 0; i < plan.tensors(); ++i) rows[i].word[3] = plan.stream(i);
-          return launch_list(
-              call, rows, how.adaptive ? sam_perturb_kernel<T, Seen, true, true> : sam_perturb_kernel<T, Seen, false, true>,
-              how.rho, eta, squared_norm, seed, partial);
-        }
+  with_types(plan.dtype(), how.seen_dtype, [&](auto t, auto s) {
+    using T = decltype(t);
+    using Seen = decltype(s);
+    const auto launch = [&](const auto& rows, auto stochastic) {
+      launch_list(
+          call, rows,
+          [&](auto list) {
+            using List = typename decltype(list)::type;
+            constexpr bool random = decltype(stochastic)::value;
+            return how.adaptive ? sam_perturb_kernel<T, Seen, true, random, List>
+                                : sam_perturb_kernel<T, Seen, false, random, List>;
+          },
+          how.rho, eta, squared_norm, seed, partial);
+    };
+    if constexpr (sizeof(T) == 2) {
+      if (seed != nullptr) {
+        auto rows = tensor_rows<4>(plan, {kWeight, kGrad, kStash, kStash});
+        for (int64_t i = 0; i < plan.tensors(); ++i) rows[i].word[3] = plan.stream(i);
+        return launch(rows, std::true_type{});
       }
-      launch_list(call, tensor_rows<3>(plan, {kWeight, kGrad, kStash}),
-                  how.adaptive ? sam_perturb_kernel<T, Seen, true, false> : sam_perturb_kernel<T, Seen, false, false>,
-                  how.rho, eta, squared_norm, seed, partial);
-    });
+    }
+    launch(tensor_rows<3>(plan, {kWeight, kGrad, kStash}), std::false_type{});
   });
   fold<kSums>(call, plan, partial, sums);
 }
@@ -269,15 +371,18 @@ void sam_perturb_masters(const Plan& plan, const Perturbation& how, const double
                          double* sums, int device, void* stream) {
   const Call call("sam_perturb_masters_", device, stream);
   const auto rows = tensor_rows<3>(plan, {kWeight, kGrad, kStash});
-  with_dtype(plan.dtype(), [&](auto t) {
-    with_dtype(how.seen_dtype, [&](auto s) {
-      using T = decltype(t);
-      using Seen = decltype(s);
-      if constexpr (sizeof(T) == 2)
-        launch_list(call, rows,
-                    how.adaptive ? sam_perturb_masters_kernel<T, Seen, true> : sam_perturb_masters_kernel<T, Seen, false>,
-                    how.rho, static_cast<float>(how.eta), squared_norm, partial);
-    });
+  with_types(plan.dtype(), how.seen_dtype, [&](auto t, auto s) {
+    using T = decltype(t);
+    using Seen = decltype(s);
+    if constexpr (sizeof(T) == 2)
+      launch_list(
+          call, rows,
+          [&](auto list) {
+            using List = typename decltype(list)::type;
+            return how.adaptive ? sam_perturb_masters_kernel<T, Seen, true, List>
+                                : sam_perturb_masters_kernel<T, Seen, false, List>;
+          },
+          how.rho, static_cast<float>(how.eta), squared_norm, partial);
   });
   fold<kSums>(call, plan, partial, sums);
 }
@@ -287,14 +392,18 @@ void sam_cast(const Plan& plan, int device, void* stream) {
   const auto rows = tensor_rows<2>(plan, {kWeight, kStash});
   with_dtype(plan.dtype(), [&](auto t) {
     using T = decltype(t);
-    if constexpr (sizeof(T) == 2) launch_list(call, rows, cast_kernel<T>);
+    if constexpr (sizeof(T) == 2)
+      launch_list<kPieceElements>(call, rows, [](auto list) { return cast_kernel<T, typename decltype(list)::type>; });
   });
 }
 
 void sam_restore(const Plan& plan, int device, void* stream) {
   const Call call("sam_restore_", device, stream);
-  launch_list(call, span_rows<2>(plan, {kWeight, kStash}),
-              element_size(plan.dtype()) == 4 ? restore_kernel<uint32_t> : restore_kernel<uint16_t>);
+  const auto rows = span_rows<2>(plan, {kWeight, kStash});
+  launch_list<kPieceElements>(call, rows, [&](auto list) {
+    using List = typename decltype(list)::type;
+    return element_size(plan.dtype()) == 4 ? restore_kernel<uint32_t, List> : restore_kernel<uint16_t, List>;
+  });
 }
 
 void sam_restore_adamw(const Plan& plan, const AdamW& how, const float* const* steps, const float* grad_scale,
@@ -307,8 +416,11 @@ void sam_restore_adamw(const Plan& plan, const AdamW& how, const float* const* s
     rows[t].word[5] = reinterpret_cast<uintptr_t>(steps[t]);
     rows[t].elements = columns[t].elements;
   }
-  with_dtype(plan.dtype(),
-             [&](auto t) { launch_list(call, rows, restore_adamw_kernel<decltype(t)>, how, grad_scale, found_inf); });
+  with_dtype(plan.dtype(), [&](auto t) {
+    launch_list(
+        call, rows, [](auto list) { return restore_adamw_kernel<decltype(t), typename decltype(list)::type>; }, how,
+        grad_scale, found_inf);
+  });
 }
 
 }  // namespace fastpost::cuda
