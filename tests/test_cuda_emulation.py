@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -61,12 +62,21 @@ def test_planted_defects_show(defects: Path, defect: str, shows: str) -> None:
 # -- lists that take several launches, and what a launch refuses -----------------------------------------------------------
 
 
+def short_table() -> int:
+    (capacity,) = re.findall(r"kShortTable = (\d+);", (emulation.ROOT / "csrc" / "cuda" / "launch.cuh").read_text())
+    return int(capacity)
+
+
 @needs_emulation
+@pytest.mark.parametrize("tensors", [short_table(), short_table() + 1, 2500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lists_longer_than_one_launch(dtype: torch.dtype) -> None:
-    """A table holds some 800 tensors; sums and random signs must not show where it was cut."""
-    numels = [(7 * i) % 53 for i in range(2500)]
-    numels[1234] = 70_001  # two chunks in the midst of it
+def test_lists_that_fill_their_table(dtype: torch.dtype, tensors: int) -> None:
+    """The short table full; the long one with one more; the long one, of some 800, cut. Results must not show which."""
+    numels = [(7 * i) % 53 + 1 for i in range(tensors)]
+    numels[tensors // 2] = 70_001  # two chunks in the midst of it
+    numels[tensors - 1] = 16_385  # two pieces at the end
+    if tensors > 100:
+        numels[::53] = [0] * len(numels[::53])
     weights = [torch.randn(n).to(dtype) for n in numels]
     grads = [torch.randn(n).to(dtype) for n in numels]
     results = {}
