@@ -60,7 +60,7 @@ class Call {
   cudaStream_t stream_;
 };
 
-// A type as an argument.
+// A type, to be passed as an argument.
 template <class T>
 struct TypeOf {
   using type = T;
@@ -77,8 +77,8 @@ struct Entry {
   int64_t first_chunk;
 };
 
-// A whole table is copied at every launch, so short lists get a short one. The longest is what fits in a kernel's 32,764
-// bytes of parameters beside its other arguments.
+// Every launch copies a whole table, so short lists get a short one. The long one is what fits into a kernel's 32,764 bytes
+// of parameters together with its other arguments.
 constexpr int kShortTable = 64;
 template <int columns>
 constexpr int kLongTable = (32764 - 192) / static_cast<int>(sizeof(Entry<columns>));
@@ -88,12 +88,13 @@ struct Table {
   static constexpr int columns = column_count, capacity = entry_count;
   static constexpr int64_t chunk_size = chunk_elements;
 
-  int64_t first_chunk, chunks;
-  int64_t entries;
+  int64_t first_chunk;
+  int chunks, entries;
   Entry<columns> entry[capacity];
 };
 
-// Chunks of element-wise work: small, so that all blocks end at about the same time. Sums keep to the plan's chunks.
+// Chunks for kernels that sum nothing and prepare nothing per chunk: small, so that all blocks end at about the same time.
+// Sums need the plan's chunks.
 constexpr int64_t kPieceElements = kChunkElements / 4;
 
 // Launches kernel(table, arguments...) for each table that the rows fill: a grid that stays and walks the chunks.
@@ -105,8 +106,8 @@ void launch_tables(const Call& call, const std::vector<Entry<List::columns>>& ro
   List table{};
   int64_t chunk = 0;
   const auto flush = [&] {
-    table.chunks = chunk - table.first_chunk;
-    if (table.chunks > 0) call.launch(kernel, std::min(resident, table.chunks), kThreads, table, arguments...);
+    table.chunks = static_cast<int>(chunk - table.first_chunk);
+    if (table.chunks > 0) call.launch(kernel, std::min<int64_t>(resident, table.chunks), kThreads, table, arguments...);
     table.first_chunk = chunk;
     table.entries = 0;
   };
@@ -121,7 +122,7 @@ void launch_tables(const Call& call, const std::vector<Entry<List::columns>>& ro
   flush();
 }
 
-// kernel_for: from a table's type to the kernel that walks it.
+// kernel_for(TypeOf<table>{}) is the kernel for a table of that type.
 template <int64_t chunk_size = kChunkElements, int columns, class KernelFor, class... Arguments>
 void launch_list(const Call& call, const std::vector<Entry<columns>>& rows, KernelFor&& kernel_for,
                  const Arguments&... arguments) {
@@ -174,9 +175,9 @@ struct Place {
 };
 
 template <class List>
-__device__ __forceinline__ Place<List::columns> locate(const List& table, int64_t index) {
+__device__ __forceinline__ Place<List::columns> locate(const List& table, int index) {
   const int64_t chunk = table.first_chunk + index;
-  int low = 0, high = static_cast<int>(table.entries) - 1;
+  int low = 0, high = table.entries - 1;
 #pragma unroll 1
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -247,9 +248,9 @@ __device__ __forceinline__ int64_t head_of(int64_t n, const T* p) {
 
 constexpr int kPair = 2;  // blocks of 512 threads that share a multiprocessor
 
-// Hands this thread its 16 bytes of n elements, several at a time where all addresses are wide: `load(i, wide)` for all of
-// them before `use(i, what was loaded, wide)` for any, since a store holds up the loads behind it. i is the first element;
-// single(i) does the rest.
+// This thread's share of n elements, in packs of 16 bytes: held = load(i, wide), then use(i, held, wide), where i is the
+// pack's first element and wide says that all addresses lie on 16 bytes. Then `together` packs are loaded before the first
+// is used, because loads wait behind stores. single(i) does each element after the last whole pack.
 template <class T, int together, class Load, class Use, class Single>
 __device__ __forceinline__ void walk(int n, bool wide, Load&& load, Use&& use, Single&& single) {
   constexpr int size = Pack<T>::size, step = kThreads * size;

@@ -1,5 +1,7 @@
 // Noise on CUDA: launches around core/noise.h. Compiled without FMA contraction: x + eps * z must be the same bits in every
 // backend.
+#include <type_traits>
+
 #include "api.h"
 #include "core/noise.h"
 #include "cuda/launch.cuh"
@@ -12,22 +14,23 @@ namespace {
 constexpr int kRowThreads = 256;
 constexpr int kWarps = kRowThreads / kWarp;
 
-// The keys of all rounds of Philox. They come from another lane, the same on all: what a thread could work out again by
-// itself, the compiler would rather do than keep in registers. All lanes of a warp make them together.
+// The keys of all rounds of Philox, worked out once per thread. The shuffle in uniform() changes no value, but makes the
+// compiler keep them in registers; without it, it works them out again for every four words. All lanes of a warp make them
+// together.
 struct Keys {
   uint32_t low[kPhiloxRounds], high[kPhiloxRounds];
-  // kUniformCentre, by a way that the compiler cannot see through: an instruction takes one constant, and this would be its
-  // second.
+  // kUniformCentre as a number that is not known before run time. An instruction holds one constant, so that
+  // uniform_numerator() would take two instructions for the bits that this lets it do in one.
   uint32_t centre;
 
-  // threads: of a block.
-  __device__ __forceinline__ Keys(uint64_t key, uint32_t threads) {
+  // block_threads: the threads of a block.
+  __device__ __forceinline__ Keys(uint64_t key, uint32_t block_threads) {
 #pragma unroll
     for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
       low[round] = uniform(static_cast<uint32_t>(key) + round * kPhiloxKeyStep0);
       high[round] = uniform(static_cast<uint32_t>(key >> 32) + round * kPhiloxKeyStep1);
     }
-    centre = kUniformCentre + (blockDim.x - threads);
+    centre = kUniformCentre + (blockDim.x - block_threads);
   }
   // As philox(key, counter, 0).
   __device__ __forceinline__ PhiloxWords words(uint32_t counter_low, uint32_t counter_high) const {
@@ -67,17 +70,16 @@ struct Stream {
   }
 };
 
-// Elements [0, n) of one row, shared out among `groups` groups of `threads` threads of which this thread's is number
-// `group`. The row's first element takes number `first`. clean: where the row goes as it is, or null. Without noise the row
-// is converted.
+// Elements [0, n) of one row, divided among `groups` groups of `threads` threads; this thread's group is number `group`. The
+// row's first element takes number `first`. clean: where the row goes as it is, or null. Without noise the row is converted.
 template <class In, class Out, bool normal, int threads>
 __device__ void noise_row(const In* x, In* clean, Out* noised, int64_t n, uint64_t first, bool noise, const Stream& stream,
                           const Keys& keys, int64_t group, int64_t groups) {
-  // Whole packs on both sides, whole quads; together: 64 bytes are on their way before the first is needed. Normal numbers
-  // take longer than memory, and the registers.
+  // A thread works on units: whole packs on both sides, whole fours of numbers. It loads `together` units, 64 bytes, before
+  // it needs the first. Normal numbers take longer than memory, and they need the registers.
   constexpr int unit = 16 / (sizeof(In) < sizeof(Out) ? sizeof(In) : sizeof(Out));
   constexpr int in_packs = unit / Pack<In>::size, together = normal ? 1 : 4 / in_packs;
-  const int64_t units = first % 4 == 0 ? n / unit : 0;  // a row may start inside a quad
+  const int64_t units = first % 4 == 0 ? n / unit : 0;  // a row may start inside a four
   const bool wide = aligned(x) && aligned(clean) && aligned(noised);
   struct Held {
     Pack<In> pack[in_packs];
@@ -88,8 +90,8 @@ __device__ void noise_row(const In* x, In* clean, Out* noised, int64_t n, uint64
     for (int p = 0; p < in_packs; ++p) held.pack[p] = load_pack(x + i + p * Pack<In>::size, wide);
     return held;
   };
-  // words(q): the q-th four words of the unit; add(x, z): x + eps z.
-  const auto use = [&](int64_t i, const Held& held, bool wide, auto&& words, auto&& add) {
+  // words(q): the q-th four words of the unit; add(x, z): x + eps z, z being what draw() calls so.
+  const auto use = [&](int64_t i, const Held& held, bool wide, bool noise, auto&& words, auto&& add) {
     float value[unit];
 #pragma unroll
     for (int p = 0; p < in_packs; ++p) {
@@ -109,35 +111,42 @@ __device__ void noise_row(const In* x, In* clean, Out* noised, int64_t n, uint64
     for (int part = 0; part < unit; part += Pack<Out>::size)
       store_pack(noised + i + part, noise ? rounded<Out>(value + part) : converted<Out>(value + part), wide);
   };
-  // eps takes over the numerators' power of two unless that costs it bits.
-  const float factor = normal ? stream.eps : stream.eps * 0x1p-31f;
+  const int thread = threadIdx.x % threads;
   const uint32_t counter_high = static_cast<uint32_t>(first / 4 >> 32);
-  const int tile = together * threads, thread = threadIdx.x % threads;
+  // The numerators' power of two goes into eps, unless eps would lose bits.
+  const float factor = normal ? stream.eps : stream.eps * 0x1p-31f;
+  const bool factor_exact = normal || fabsf(factor) >= 0x1p-126f;
+  // Units and words are counted in 32 bits, which is enough for all but the longest tensors.
+  const bool counts_fit = units < int64_t{1} << 31 && (first + n) / 4 >> 32 == counter_high;
   int64_t begin = 0;  // of the units that are left
-  // 32 bits are enough to count the units and the words of any tensor that fits; a longer one goes the general way.
-  if (noise && wide && first % unit == 0 && units < int64_t{1} << 31 && (first + n) / 4 >> 32 == counter_high &&
-      (normal || fabsf(factor) >= 0x1p-126f)) {
-    begin = units / tile * tile;
-    const uint32_t end = static_cast<uint32_t>(begin), stride = static_cast<uint32_t>(groups) * tile;
+  if (noise && wide && first % unit == 0 && counts_fit && factor_exact) {
+    const auto take = [&](auto count) {
+      constexpr int at_once = decltype(count)::value, tile = at_once * threads;
+      const uint32_t end = static_cast<uint32_t>(units / tile * tile), stride = static_cast<uint32_t>(groups) * tile;
 #pragma unroll 1
-    for (uint32_t u = static_cast<uint32_t>(group) * tile + thread; u < end; u += stride) {
-      const int64_t i = int64_t{u} * unit;
-      Held held[together];
+      for (uint32_t u = static_cast<uint32_t>(begin) + static_cast<uint32_t>(group) * tile + thread; u < end; u += stride) {
+        const int64_t i = int64_t{u} * unit;
+        const uint32_t quad = static_cast<uint32_t>(first / 4) + u * (unit / 4);
+        Held held[at_once];
 #pragma unroll
-      for (int k = 0; k < together; ++k) held[k] = load(i + k * threads * unit, true);
+        for (int k = 0; k < at_once; ++k) held[k] = load(i + k * threads * unit, true);
 #pragma unroll
-      for (int k = 0; k < together; ++k) {
-        const uint32_t quad = static_cast<uint32_t>(first / 4) + u * (unit / 4) + k * threads * (unit / 4);
-        use(
-            i + k * threads * unit, held[k], true, [&](uint32_t q) { return keys.words(quad + q, counter_high); },
-            [&](float value, float z) { return value + factor * z; });
+        for (int k = 0; k < at_once; ++k)
+          use(
+              i + k * threads * unit, held[k], true, true,
+              [&](uint32_t q) { return keys.words(quad + k * threads * (unit / 4) + q, counter_high); },
+              [&](float value, float z) { return value + factor * z; });
       }
-    }
+      begin = end;
+    };
+    take(std::integral_constant<int, together>{});
+    // What is left of a row is most of a short one. Of a whole tensor it is little, and registers are few there.
+    if constexpr (threads == kWarp && together > 1) take(std::integral_constant<int, 1>{});
   }
 #pragma unroll 1
   for (int64_t u = begin + group * threads + thread; u < units; u += groups * threads)
     use(
-        u * unit, load(u * unit, wide), wide,
+        u * unit, load(u * unit, wide), wide, noise,
         [&](uint32_t q) { return philox(stream.key, first / 4 + u * (unit / 4) + q, 0); },
         [&](float value, float z) { return stream.template add<normal>(value, z); });
 #pragma unroll 1

@@ -8,7 +8,7 @@
 
 namespace fastpost::cuda {
 
-// As numbers. By words: taking single 16-bit halves out costs two instructions.
+// The elements as floats. bfloat16 by words of two: a half taken out by itself costs two instructions, not one.
 template <class T>
 __device__ __forceinline__ void unpack(const Pack<T>& pack, float* x) {
   if constexpr (std::is_same_v<T, bf16>) {
@@ -22,8 +22,8 @@ __device__ __forceinline__ void unpack(const Pack<T>& pack, float* x) {
   }
 }
 
-// Rounded to nearest by the hardware, a pair at a time: the bits of from_float, except that a NaN loses sign and payload.
-// For results of arithmetic, whose NaNs have none that mean anything.
+// Floats rounded to the nearest by the hardware, a pair at a time: the bits of from_float, except that a NaN loses its sign
+// and its payload. For results of arithmetic, where these mean nothing.
 template <class T>
 __device__ __forceinline__ Pack<T> rounded(const float* x) {
   Pack<T> pack;
@@ -32,7 +32,7 @@ __device__ __forceinline__ Pack<T> rounded(const float* x) {
   return pack;
 }
 
-// The bits of from_float, for numbers that only change their type.
+// As rounded(), but with all bits of from_float: for numbers that change their type and nothing else.
 template <class T>
 __device__ __forceinline__ Pack<T> converted(const float* x) {
   Pack<T> pack = rounded<T>(x);
@@ -46,7 +46,7 @@ __device__ __forceinline__ Pack<T> converted(const float* x) {
   return pack;
 }
 
-// The sign bits flip of those elements whose bit is set, element 0's the last.
+// Flips the sign of element k where bit k is set.
 template <class T>
 __device__ __forceinline__ Pack<T> flipped(const Pack<T>& pack, uint32_t bits) {
   constexpr int per_word = sizeof(uint32_t) / sizeof(T), words = sizeof(Pack<T>) / sizeof(uint32_t);

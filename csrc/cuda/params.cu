@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
     Pack<T> xs, ys;
   };
 #pragma unroll 1
-  for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
+  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
     const auto place = locate(table, c);
     T* x = place.template at<T>(0);
     const T* y = two ? place.template at<T>(1) : nullptr;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
 template <class T, class List>
 __global__ void __launch_bounds__(kThreads, kPair) negate_kernel(const __grid_constant__ List table) {
 #pragma unroll 1
-  for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
+  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
     const auto place = locate(table, c);
     T* g = place.template at<T>(0);
     walk<T, 4>(
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
     flip_signs_kernel(const __grid_constant__ List table, const int64_t* __restrict__ seed) {
   const uint64_t key = static_cast<uint64_t>(*seed);
 #pragma unroll 1
-  for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
+  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
     const auto place = locate(table, c);
     T* g = place.template at<T>(0);
     const uint32_t stream = static_cast<uint32_t>(place.entry->word[1]);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
   const double factor = clips ? -max_norm / norm : -1.0;
   const auto scaled = [&](T x) { return static_cast<float>(static_cast<double>(widened(x)) * factor); };
 #pragma unroll 1
-  for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
+  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
     const auto place = locate(table, c);
     T* g = place.template at<T>(0);
     walk<T, 4>(

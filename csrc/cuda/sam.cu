@@ -18,19 +18,33 @@ constexpr int kSums = 6;
 template <class T, class Seen>
 struct Moved {
   static constexpr bool sees_all = std::is_same_v<T, Seen>;
-  float sum[kSums] = {};  // of at most 128 elements per thread
+  float sum[kSums] = {};  // floats are enough for a chunk: at most 128 elements a thread
 
-  __device__ __forceinline__ void add(float e, float before, float after) {
-    const float s = after - before;
-    sum[0] += e * e;
-    sum[1] += s * s;
-    sum[2] += e * s;
-    if constexpr (!sees_all) {
-      const float v = to_float(from_float<Seen>(after)) - to_float(from_float<Seen>(before));
-      sum[3] += v * v;
-      sum[4] += e * v;
+  // Of an even number of elements; one that has not moved adds nothing.
+  template <int count>
+  __device__ __forceinline__ void add(const float (&e)[count], const float (&before)[count], const float (&after)[count]) {
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      const float s = after[k] - before[k];
+      sum[0] += e[k] * e[k];
+      sum[1] += s * s;
+      sum[2] += e[k] * s;
+      sum[5] += s != 0.0f ? 1.0f : 0.0f;
     }
-    sum[5] += s != 0.0f ? 1.0f : 0.0f;
+    if constexpr (!sees_all) {
+#pragma unroll
+      for (int k = 0; k < count; k += 2) {
+        Seen from[2], to[2];
+        round_pair(before[k], before[k + 1], from);
+        round_pair(after[k], after[k + 1], to);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float v = widened(to[j]) - widened(from[j]);
+          sum[3] += v * v;
+          sum[4] += e[k + j] * v;
+        }
+      }
+    }
   }
   __device__ __forceinline__ void store(double* at) const {
     double wide[kSums];
@@ -64,11 +78,11 @@ __global__ void __launch_bounds__(kThreads, kPair)
     sam_perturb_kernel(const __grid_constant__ List table, double rho, float eta, const double* __restrict__ squared_norm,
                        const int64_t* __restrict__ seed, double* __restrict__ partial) {
   constexpr int size = Pack<T>::size;
-  constexpr int together = stochastic && !Moved<T, Seen>::sees_all ? 1 : 2;  // as registers allow
+  constexpr int together = stochastic && std::is_same_v<T, f16> ? 1 : 2;  // as 64 registers allow
   const Step step = step_of(rho, *squared_norm);
   const uint64_t key = stochastic ? static_cast<uint64_t>(*seed) : 0;
 #pragma unroll 1
-  for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
+  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
     const auto place = locate(table, c);
     T* w = place.template at<T>(0);
     const T* g = place.template at<T>(1);
@@ -99,22 +113,20 @@ __global__ void __launch_bounds__(kThreads, kPair)
         [&](int i, const Held<T>& held, bool wide) {
           store_pack<Cache::stream>(stash + i, held.ws, wide);
           const PhiloxWords words = words_of(i);
+          float before[size], e[size], after[size];
+          unpack(held.ws, before);
+          unpack(held.gs, e);
           Pack<T> written;
 #pragma unroll
-          for (int k = 0; k < size; k += 2) {
-            const float before[2] = {widened(held.ws.value[k]), widened(held.ws.value[k + 1])};
-            const float e[2] = {step_at(before[0], widened(held.gs.value[k])),
-                                step_at(before[1], widened(held.gs.value[k + 1]))};
-            if constexpr (stochastic) {
-              const uint32_t word = words.word[k / 2 % 4];
-              written.value[k] = round_randomly<T>(before[0] + e[0], word & 0xffffu);
-              written.value[k + 1] = round_randomly<T>(before[1] + e[1], word >> 16);
-            } else {
-              round_pair(before[0] + e[0], before[1] + e[1], &written.value[k]);
-            }
-            moved.add(e[0], before[0], widened(written.value[k]));
-            moved.add(e[1], before[1], widened(written.value[k + 1]));
+          for (int k = 0; k < size; ++k) {
+            e[k] = step_at(before[k], e[k]);
+            after[k] = before[k] + e[k];
+            if constexpr (stochastic)
+              written.value[k] = round_randomly<T>(after[k], words.word[k / 2 % 4] >> (k % 2 * 16) & 0xffffu);
           }
+          if constexpr (!stochastic) written = rounded<T>(after);
+          unpack(written, after);
+          moved.add(e, before, after);
           store_pack(w + i, written, wide);
         },
         [&](int i) {
@@ -127,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
           const float before = widened(old), e = step_at(before, widened(g[i]));
           const T written =
               stochastic ? round_randomly<T>(before + e, word >> (i % 2 * 16) & 0xffffu) : from_float<T>(before + e);
-          moved.add(e, before, widened(written));
+          moved.add({e, 0.0f}, {before, 0.0f}, {widened(written), 0.0f});
           w[i] = written;
         });
     moved.store(partial + place.chunk * kSums);
@@ -161,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
   constexpr int size = Pack<T>::size;
   const Step step = step_of(rho, *squared_norm);
 #pragma unroll 1
-  for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
+  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
     const auto place = locate(table, c);
     T* w = place.template at<T>(0);
     const T* g = place.template at<T>(1);
@@ -179,18 +191,21 @@ __global__ void __launch_bounds__(kThreads, kPair)
           return held;
         },
         [&](int i, const HeldMasters& held, bool wide) {
-          float exact[size], target[size], e[size];
+          float before[size], e[size], after[size];
+#pragma unroll
+          for (int k = 0; k < size; ++k) before[k] = held.ms[k];
+          const Pack<T> cast = converted<T>(before);
+          if (!step.moves) return store_pack(w + i, cast, wide);
+          unpack(held.gs, e);
 #pragma unroll
           for (int k = 0; k < size; ++k) {
-            exact[k] = held.ms[k];
-            e[k] = step_at(exact[k], widened(held.gs.value[k]));
-            target[k] = exact[k] + e[k];
+            e[k] = step_at(before[k], e[k]);
+            after[k] = before[k] + e[k];
           }
-          const Pack<T> cast = converted<T>(exact);
-          if (!step.moves) return store_pack(w + i, cast, wide);
-          const Pack<T> written = rounded<T>(target);
-#pragma unroll
-          for (int k = 0; k < size; ++k) moved.add(e[k], widened(cast.value[k]), widened(written.value[k]));
+          const Pack<T> written = rounded<T>(after);
+          unpack(cast, before);
+          unpack(written, after);
+          moved.add(e, before, after);
           store_pack(w + i, written, wide);
         },
         [&](int i) {
@@ -202,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
           }
           const float e = step_at(exact, widened(g[i]));
           const T written = from_float<T>(exact + e);
-          moved.add(e, widened(cast), widened(written));
+          moved.add({e, 0.0f}, {widened(cast), 0.0f}, {widened(written), 0.0f});
           w[i] = written;
         });
     moved.store(partial + place.chunk * kSums);
@@ -213,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
 template <class T, class List>
 __global__ void __launch_bounds__(kThreads, kPair) cast_kernel(const __grid_constant__ List table) {
 #pragma unroll 1
-  for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
+  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
     const auto place = locate(table, c);
     T* w = place.template at<T>(0);
     const float* masters = place.template at<float>(1);
@@ -238,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, kPair) cast_kernel(const __grid_cons
 template <class T, class List>
 __global__ void __launch_bounds__(kThreads, kPair) restore_kernel(const __grid_constant__ List table) {
 #pragma unroll 1
-  for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
+  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
     const auto place = locate(table, c);
     T* to = place.template at<T>(0);
     const T* from = place.template at<T>(1);
@@ -270,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const float unscale = grad_scale == nullptr ? 1.0f : 1.0f / *grad_scale;
   __shared__ AdamWStep shared;
 #pragma unroll 1
-  for (int64_t c = blockIdx.x; c < table.chunks; c += gridDim.x) {
+  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
     const auto place = locate(table, c);
     T* w = place.template at<T>(0);
     const T* g = place.template at<T>(1);
@@ -295,14 +310,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         },
         [&](int i, const State& held, bool wide) {
           if (skips) return store_pack(w + i, held.ws, wide);
-          float value[size], m[size], v[size];
+          float value[size], g[size], m[size], v[size];
+          unpack(held.ws, value);
+          unpack(held.gs, g);
+          unpack(held.ms, m);
+          unpack(held.vs, v);
 #pragma unroll
-          for (int k = 0; k < size; ++k) {
-            value[k] = widened(held.ws.value[k]);
-            m[k] = widened(held.ms.value[k]);
-            v[k] = widened(held.vs.value[k]);
-            adamw_update(step, widened(held.gs.value[k]) * unscale, value[k], m[k], v[k]);
-          }
+          for (int k = 0; k < size; ++k) adamw_update(step, g[k] * unscale, value[k], m[k], v[k]);
           store_pack<Cache::stream>(first + i, rounded<T>(m), wide);
           store_pack<Cache::stream>(second + i, rounded<T>(v), wide);
           store_pack(w + i, rounded<T>(value), wide);
