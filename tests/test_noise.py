@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastpost
+from fastpost import dispatch
 from fastpost.backends import native, reference
 from fastpost.ops.noise import add_noise, embedding_noise
 from tests.conftest import DTYPES, same_bits
@@ -83,6 +84,16 @@ def test_sum_and_product_are_rounded_separately(backend: str) -> None:
     assert same_bits(add_noise(x, eps, seed=9), x + z * torch.tensor(eps))
     fused = (x.double() + z.double() * torch.tensor(eps).double()).float()  # what contraction to FMA would give
     assert not same_bits(add_noise(x, eps, seed=9), fused)
+
+
+@pytest.mark.parametrize("eps", [3e-30, 2e-38, 1e-41])
+def test_noise_as_small_as_floats_can_be(backend: str, eps: float) -> None:
+    """Where eps times a power of two is no longer exact."""
+    x = torch.randn(20_000) * eps
+    noised = add_noise(x, eps, seed=8)
+    with fastpost.use_backend("reference"):
+        assert same_bits(noised, add_noise(x, eps, seed=8))
+    assert float((noised.double() - x.double()).abs().max()) > 0.9 * eps
 
 
 @pytest.mark.parametrize("noise_type", NOISE_TYPES)
@@ -329,9 +340,8 @@ def test_an_index_outside_the_table_reads_nothing(backend: str) -> None:
     if backend not in ("cuda", "triton"):
         pytest.skip("the CPU checks indices before anything is gathered")
     table, ids = torch.randn(5, 12), torch.tensor([0, 5, -1, 4, 2**40])
-    clean, noised = torch.ops.fastpost.embedding_noise(
-        table, ids, 1e-3, "uniform", torch.tensor(3), None, None, torch.float32
-    )
+    kernel = dispatch.select("embedding_noise", table.device, table.dtype)
+    clean, noised = kernel(table, ids, 1e-3, "uniform", torch.tensor(3), None, None, torch.float32)
     assert clean.isnan().all(1).tolist() == noised.isnan().all(1).tolist() == [False, True, True, False, True]
     assert same_bits(clean[3], table[4])
 
@@ -380,7 +390,8 @@ def test_scales_are_one_factor_per_row(noise_type: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 6, 785, 40_000])  # within a quad, inside quads, over several tasks
+# Within four numbers; rows that start inside them; whole and single rounds of a warp and a rest; several tasks.
+@pytest.mark.parametrize("width", [1, 6, 785, 1400, 40_000])
 def test_scaled_uniform_noise_is_the_same_bits_everywhere(backend: str, width: int, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(width)
     x, scale = torch.randn(5, width, generator=g).to(dtype), torch.rand(5, generator=g) * 3
