@@ -103,6 +103,18 @@ void divergence_rows(const LogitRows& clean, const LogitRows& noised, const Logi
                      int64_t ignore_index, const double* kl_weights, const double* ce_weights, double* kl, double* ce,
                      int threads);
 
+// The rows of float logits as divergence_rows takes them, their gradients as operands of an output head's products: first
+// gets the clean stream's, with the noised one's added where second gets that; null: not wanted. Operands of the logits'
+// dtype may lie where the logits are.
+//   smoothing: label smoothing, of the cross-entropy's gradient; ce is the plain one.
+//   cap: logits are cap * tanh(z / cap), and the gradients are those of z; 0: logits as they are.
+//   teaches: whether the divergence sends a gradient to the clean stream. Where it does not, and the noised one's is not
+//   wanted either, a row whose kl is not finite may still have a gradient.
+void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& first, const LogitRows& second,
+                  DType operand_dtype, int64_t rows, int64_t cols, const int64_t* labels, int64_t ignore_index,
+                  const double* kl_weights, const double* ce_weights, double smoothing, double cap, bool teaches, double* kl,
+                  double* ce, int threads);
+
 // Per row: value = KL(p|m) / 2 + KL(q|m) / 2 with m = (p + q) / 2, and the gradients of weights[row] * value; weights and
 // gradients as above. At most ln 2: a class that is -inf in one stream only is finite, in both it does not exist.
 void js_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean, const LogitRows& grad_noised,
@@ -169,6 +181,11 @@ void divergence_rows(const LogitRows& clean, const LogitRows& noised, const Logi
                      const LogitRows& grad_noised, DType dtype, int64_t rows, int64_t cols, const int64_t* labels,
                      int64_t ignore_index, const double* kl_weights, const double* ce_weights, double* kl, double* ce,
                      int device, void* stream);
+
+void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& first, const LogitRows& second,
+                  DType operand_dtype, int64_t rows, int64_t cols, const int64_t* labels, int64_t ignore_index,
+                  const double* kl_weights, const double* ce_weights, double smoothing, double cap, bool teaches, double* kl,
+                  double* ce, int device, void* stream);
 
 void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols, const double* factors,
                 int64_t factor_stride, int device, void* stream);

@@ -107,6 +107,22 @@ void bind_cpu(py::module_ cpu) {
       py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("kl_weights"), py::arg("ce_weights"),
       py::arg("kl"), py::arg("ce"), py::arg("threads"), Released());
   cpu.def(
+      "operand_rows",
+      [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address first, int64_t first_stride,
+         Address second, int64_t second_stride, DType operand_dtype, int64_t rows, int64_t cols, Address labels,
+         int64_t ignore_index, Address kl_weights, Address ce_weights, double smoothing, double cap, bool teaches,
+         Address kl, Address ce, int threads) {
+        cpu::operand_rows({as(clean), clean_stride}, {as(noised), noised_stride}, {as(first), first_stride},
+                          {as(second), second_stride}, operand_dtype, rows, cols, as<int64_t>(labels), ignore_index,
+                          as<double>(kl_weights), as<double>(ce_weights), smoothing, cap, teaches, as<double>(kl),
+                          as<double>(ce), threads);
+      },
+      py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("first"),
+      py::arg("first_stride"), py::arg("second"), py::arg("second_stride"), py::arg("operand_dtype"), py::arg("rows"),
+      py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("kl_weights"), py::arg("ce_weights"),
+      py::arg("smoothing"), py::arg("cap"), py::arg("teaches"), py::arg("kl"), py::arg("ce"), py::arg("threads"),
+      Released());
+  cpu.def(
       "js_rows",
       [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address grad_clean,
          int64_t grad_clean_stride, Address grad_noised, int64_t grad_noised_stride, DType dtype, int64_t rows, int64_t cols,
@@ -242,6 +258,22 @@ void bind_cuda(py::module_ cuda) {
       py::arg("grad_clean_stride"), py::arg("grad_noised"), py::arg("grad_noised_stride"), py::arg("dtype"), py::arg("rows"),
       py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("kl_weights"), py::arg("ce_weights"),
       py::arg("kl"), py::arg("ce"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "operand_rows",
+      [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address first, int64_t first_stride,
+         Address second, int64_t second_stride, DType operand_dtype, int64_t rows, int64_t cols, Address labels,
+         int64_t ignore_index, Address kl_weights, Address ce_weights, double smoothing, double cap, bool teaches,
+         Address kl, Address ce, int device, Address stream) {
+        cuda::operand_rows({as(clean), clean_stride}, {as(noised), noised_stride}, {as(first), first_stride},
+                           {as(second), second_stride}, operand_dtype, rows, cols, as<int64_t>(labels), ignore_index,
+                           as<double>(kl_weights), as<double>(ce_weights), smoothing, cap, teaches, as<double>(kl),
+                           as<double>(ce), device, as(stream));
+      },
+      py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("first"),
+      py::arg("first_stride"), py::arg("second"), py::arg("second_stride"), py::arg("operand_dtype"), py::arg("rows"),
+      py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("kl_weights"), py::arg("ce_weights"),
+      py::arg("smoothing"), py::arg("cap"), py::arg("teaches"), py::arg("kl"), py::arg("ce"), py::arg("device"),
+      py::arg("stream"), Released());
   cuda.def(
       "scale_rows",
       [](Address block, int64_t stride, DType dtype, int64_t rows, int64_t cols, Address factors, int64_t factor_stride,

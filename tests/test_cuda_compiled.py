@@ -35,6 +35,8 @@ HOT = {
     "noise_rows_kernel": (128, "LDG STG"),
     "wide_rows_kernel": (84, "LDG STG"),
     "narrow_rows_kernel": (128, ""),
+    "wide_operands_kernel": (84, "LDG"),
+    "narrow_operands_kernel": (128, ""),
     "scale_rows_kernel": (128, "LDG STG"),
 }
 

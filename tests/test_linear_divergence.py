@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastpost
-from fastpost.ops import linear_divergence, linear_rows
+from fastpost.ops import chunks, linear_rows
 from fastpost.ops.head import power_of_two
 
 from . import oracles
@@ -271,10 +271,11 @@ def run_as_on_a_gpu(problem: Problem, leaves: list[Tensor], operands: torch.dtyp
     n = len(flat[0])
     ones = torch.ones(n, dtype=torch.float64)
     how = (-100, 0.0, 0.0, 1.0, 64, "both", operands, "")
-    kl, _, *grads = torch.ops.fastpost.linear_divergence(
-        *flat, weight.detach(), bias.detach(), problem.labels.reshape(-1).clamp(min=0), ones / n, ones * 0, *how, [True] * 4
-    )
-    return [kl, *grads]
+    values, hidden_grads, *grads = torch.ops.fastpost.linear_divergence(
+        *flat, weight.detach(), bias.detach(), problem.labels.reshape(-1).clamp(min=0), torch.stack((ones / n, ones * 0)),
+        *how, [True] * 4,
+    )  # fmt: skip
+    return [values[0], *hidden_grads, *grads]
 
 
 @pytest.mark.parametrize("apart", [1e-2, 1e-3, 1e-4])
@@ -354,10 +355,27 @@ def test_the_backward_pass_makes_no_second_gradients() -> None:
     assert cpu_peak_bytes(loss.backward) <= sum(t.numel() * t.element_size() for t in leaves) / 4
 
 
-@pytest.mark.parametrize(("rows", "budget", "chunk"), [(5000, 1 << 40, 1024), (5000, LEAST, 436), (10, LEAST, 436)])
-def test_chunk_rows(rows: int, budget: int, chunk: int) -> None:
-    weight = torch.empty(VOCAB, WIDTH)
-    assert linear_divergence._chunk_rows("op", rows, weight, torch.float32, None, budget) == chunk
+# A row of the small problem: two streams of 512 logits, of the hidden states 3 blocks of operands and 5 of results, in float32.
+PER_ROW = 2 * 512 * 4 + WIDTH * (3 * 4 + 5 * 4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "device", "budget", "most", "size"),
+    [
+        (5000, "cpu", 1 << 40, 1024, 1024),
+        (5000, "cuda", 1 << 40, (1 << 40) // PER_ROW, 5000),  # whole logits
+        (5000, "cuda", 5000 * PER_ROW, 5000, 5000),
+        (5000, "cuda", 4999 * PER_ROW, 4999, 2560),
+        (5000, "cpu", 400 * PER_ROW, 400, 384),
+        (5000, "cpu", 700 * PER_ROW, 700, 640),  # eight chunks; of 512 rows they would be ten
+        (5000, "cpu", 100 * PER_ROW, 100, 100),
+        (10, "cpu", 10 * PER_ROW, 10, 10),
+    ],
+)
+def test_chunk_rows(rows: int, device: str, budget: int, most: int, size: int) -> None:
+    found = chunks.chunk_rows("op", rows, VOCAB, WIDTH, torch.float32, torch.device(device), budget)
+    assert found == most
+    assert chunks.even_chunk(rows, found) == size
 
 
 def test_a_budget_too_small_for_64_rows() -> None:

@@ -86,7 +86,7 @@ def linear_samples() -> Iterator[tuple[Any, ...]]:
     labels, weights = torch.randint(0, 40, (70,)), torch.rand(70, dtype=torch.float64)
     how = (-100, 0.0, 0.0, 1.0, 64)
     for want, grad, counted in itertools.product(([True] * 4, [True, False, False, True]), ("both", "clean"), (True, False)):
-        ce = (labels, weights, weights) if counted else (None, weights, None)
+        ce = (labels, torch.stack((weights, weights))) if counted else (None, weights[None])
         yield *tensors((70, 8), (70, 8), (40, 8), (40,)), *ce, *how, grad, torch.float32, "", want
 
 

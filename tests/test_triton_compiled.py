@@ -66,17 +66,24 @@ def complaints(line: str, code: str, registers: int, width: str = "128", accesse
     return found
 
 
-def divergence_kernel(dtype: str, arch: int, tmp_path: Path, warps: int = 16, **changed) -> tuple[str, str]:
+def divergence_kernel(
+    dtype: str, arch: int, tmp_path: Path, warps: int = 16, logits: str | None = None, **changed
+) -> tuple[str, str]:
     pointer, element, head = TYPES[dtype]
     blocks = ("clean", "noised", "grad_clean", "grad_noised")
-    types = dict.fromkeys(blocks, pointer) | {"labels": "*i64", "cols": "i32"}
+    types = dict.fromkeys(blocks, pointer) | dict.fromkeys(blocks[:2], logits or pointer) | {"labels": "*i64", "cols": "i32"}
     types |= dict.fromkeys(("kl_weights", "ce_weights", "kl_out", "ce_out"), "*fp64")
-    types |= {f"{b}_stride": "i64" for b in blocks}
+    types |= {f"{b}_stride": "i64" for b in blocks} | dict.fromkeys(("smoothing", "slope", "teaches"), "fp32")
     constants = {
         "dtype": element, "vector": True, "has_labels": True, "want_clean": True, "want_noised": True, "wide": False,
-        "HEAD": head, "BLOCK": 4096, **changed,
+        "operand": False, "HEAD": head, "BLOCK": 4096, **changed,
     }  # fmt: skip
     return compiled(divergence._divergence_kernel, types, constants, blocks, warps, arch, tmp_path, enable_fp_fusion=False)
+
+
+def operand_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    """The logits are float32, their gradients of this dtype."""
+    return divergence_kernel(dtype, arch, tmp_path, logits="*fp32", operand=True, HEAD=4)
 
 
 def perturb_kernel(dtype: str, arch: int, tmp_path: Path, **changed) -> tuple[str, str]:
@@ -183,6 +190,7 @@ def js_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
 # Registers that still leave room for two blocks (of 512 threads), four (256) or eight (128) on a multiprocessor.
 KERNELS = {
     "divergence": (divergence_kernel, 128),
+    "operands": (operand_kernel, 128),
     "Jensen-Shannon": (js_kernel, 128),
     "perturb": (perturb_kernel, 128),
     "perturb, stochastic": (stochastic_kernel, 192),  # eight Philox calls at a time leave room for one block

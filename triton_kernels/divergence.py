@@ -81,23 +81,37 @@ def _block_sums(a, b, inside, clean_max, noised_max, centre, centre_error, wide:
 
 
 @triton.jit
+def _slope_of_cap(z, slope, weight):
+    """d(cap * tanh(y / cap))/dy, given the value; 1 without a cap (slope 0) and without a weight, whatever the logit is."""
+    u = tl.where((slope != 0.0) & (weight != 0.0), z * slope, 0.0)
+    return 1.0 - u * u
+
+
+@triton.jit
 def _block_finish(
     a, b, inside, grad_clean, grad_noised, at,
     clean_max, noised_max, centre, centre_error, log_ratio, clean_scale, noised_scale, clean_kl, noised_kl,
-    kl_weight, ce_weight, dtype: tl.constexpr, want_clean: tl.constexpr, want_noised: tl.constexpr, wide: tl.constexpr,
+    kl_weight, ce_weight, teaching, flat, slope, dtype: tl.constexpr, want_clean: tl.constexpr, want_noised: tl.constexpr,
+    wide: tl.constexpr, operand: tl.constexpr,
 ):  # fmt: skip
     r = (_centred(a, b, centre, centre_error, wide) - log_ratio).to(tl.float32)
     p = exp_nonpositive(a - clean_max) * clean_scale
     q = exp_nonpositive(b - noised_max) * noised_scale
     excess = _excess(r, p, q)
     # A weight of 0 gives exactly 0, whatever the logits hold.
+    noised_gradient = tl.where(kl_weight != 0.0, -kl_weight * tl.fma(q, r + noised_kl, excess), 0.0)
+    if operand:
+        noised_gradient *= _slope_of_cap(b, slope, kl_weight)
     if want_clean:
-        gradient = tl.where(kl_weight != 0.0, kl_weight * tl.fma(p, r - clean_kl, excess), 0.0)
+        gradient = tl.where(teaching != 0.0, teaching * tl.fma(p, r - clean_kl, excess), 0.0)
         gradient += tl.where(ce_weight != 0.0, ce_weight * p, 0.0)
+        if operand:
+            gradient = (gradient - flat) * _slope_of_cap(a, slope, kl_weight + ce_weight)
+            if want_noised:
+                gradient += noised_gradient
         tl.store(grad_clean + at, round_to(gradient, dtype), mask=inside)
     if want_noised:
-        gradient = tl.where(kl_weight != 0.0, -kl_weight * tl.fma(q, r + noised_kl, excess), 0.0)
-        tl.store(grad_noised + at, round_to(gradient, dtype), mask=inside)
+        tl.store(grad_noised + at, round_to(noised_gradient, dtype), mask=inside)
     term = excess * r
     if inside is not None:
         term = tl.where(inside, term, 0.0)
@@ -112,9 +126,9 @@ def _load(pointer, at, inside):
 @triton.jit
 def _divergence_kernel(
     clean, noised, grad_clean, grad_noised, labels, kl_weights, ce_weights, kl_out, ce_out,
-    cols, clean_stride, noised_stride, grad_clean_stride, grad_noised_stride,
+    cols, clean_stride, noised_stride, grad_clean_stride, grad_noised_stride, smoothing, slope, teaches,
     dtype: tl.constexpr, vector: tl.constexpr, has_labels: tl.constexpr, want_clean: tl.constexpr,
-    want_noised: tl.constexpr, wide: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+    want_noised: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     a_row = clean + row * clean_stride
@@ -227,6 +241,10 @@ def _divergence_kernel(
 
     # Infinite and meaningless rows have no gradient.
     kl_scale = tl.where((kl_weight != 0.0) & (infinite | (bad != 0)), float("nan"), kl_weight)
+    teaching = kl_scale
+    flat = ce_weight * 0.0
+    if operand:
+        teaching = kl_scale * teaches
     # What the label needs is read before gradients may overwrite the logits.
     ce = zero
     label = zero.to(tl.int64)
@@ -241,6 +259,8 @@ def _divergence_kernel(
             label_clean += tl.load(a_row + label).to(tl.float32)
             label_noised += tl.load(b_row + label).to(tl.float32)
             ce += (clean_max.to(tl.float64) - label_clean.to(tl.float64)) + tl.log(sa)
+        if operand:
+            flat = smoothing * ce_weight / cols
     tl.debug_barrier()
 
     value = zero
@@ -249,7 +269,7 @@ def _divergence_kernel(
         value += _block_finish(
             _load(a_row, edge, on_edge), _load(b_row, edge, on_edge), on_edge, ga_row, gb_row, edge,
             clean_max, noised_max, centre, centre_error, log_ratio, clean_scale, noised_scale, clean_kl, noised_kl,
-            kl_scale, ce_weight, dtype, want_clean, want_noised, wide,
+            kl_scale, ce_weight, teaching, flat, slope, dtype, want_clean, want_noised, wide, operand,
         )  # fmt: skip
         ga_body = tl.multiple_of(ga_row + head, 16)
         gb_body = tl.multiple_of(gb_row + head, 16)
@@ -258,7 +278,7 @@ def _divergence_kernel(
             value += _block_finish(
                 tl.load(a_body + at).to(tl.float32), tl.load(b_body + at).to(tl.float32), None, ga_body, gb_body, at,
                 clean_max, noised_max, centre, centre_error, log_ratio, clean_scale, noised_scale, clean_kl, noised_kl,
-                kl_scale, ce_weight, dtype, want_clean, want_noised, wide,
+                kl_scale, ce_weight, teaching, flat, slope, dtype, want_clean, want_noised, wide, operand,
             )  # fmt: skip
     for begin in range(tail, cols, BLOCK):
         at = begin + full
@@ -266,7 +286,7 @@ def _divergence_kernel(
         value += _block_finish(
             _load(a_row, at, inside), _load(b_row, at, inside), inside, ga_row, gb_row, at,
             clean_max, noised_max, centre, centre_error, log_ratio, clean_scale, noised_scale, clean_kl, noised_kl,
-            kl_scale, ce_weight, dtype, want_clean, want_noised, wide,
+            kl_scale, ce_weight, teaching, flat, slope, dtype, want_clean, want_noised, wide, operand,
         )  # fmt: skip
     if has_labels and want_clean:
         tl.debug_barrier()
@@ -275,8 +295,14 @@ def _divergence_kernel(
             r = (_centred(label_clean, label_noised, centre, centre_error, wide) - log_ratio).to(tl.float32)
             p = exp_nonpositive(label_clean - clean_max) * clean_scale
             q = exp_nonpositive(label_noised - noised_max) * noised_scale
-            gradient = tl.where(kl_weight != 0.0, kl_scale * tl.fma(p, r - clean_kl, _excess(r, p, q)), 0.0)
+            gradient = tl.where(teaching != 0.0, teaching * tl.fma(p, r - clean_kl, _excess(r, p, q)), 0.0)
             gradient += (ce_weight.to(tl.float64) * (tl.exp(-ce) - 1.0)).to(tl.float32)
+            if operand:
+                gradient = (gradient + (smoothing * ce_weight - flat)) * _slope_of_cap(label_clean, slope, ce_weight)
+                if want_noised:
+                    noised_gradient = -kl_scale * tl.fma(q, r + noised_kl, _excess(r, p, q))
+                    noised_gradient *= _slope_of_cap(label_noised, slope, kl_weight)
+                    gradient += tl.where(kl_weight != 0.0, noised_gradient, 0.0)
             tl.store(ga_row + label, round_to(gradient, dtype))
     value = tl.where(value < 0.0, 0.0, value)
     value = tl.where(bad != 0, float("nan"), tl.where(infinite, _INFINITY, value))
@@ -482,28 +508,67 @@ def divergence_rows(
 
     Labels must have ce_weights 0 where they equal ignore_index. Rows are strided, columns contiguous.
     """
-    rows, cols = clean.shape
+    rows = clean.shape[0]
     kl, ce = (torch.empty(rows, dtype=torch.float64, device=clean.device) for _ in range(2))
+    _launch_divergence(clean, noised, labels, kl_weights, ce_weights, grad_clean, grad_noised, kl, ce, None)
+    return kl, ce
+
+
+def operand_rows(
+    clean: Tensor,
+    noised: Tensor,
+    labels: Tensor | None,
+    kl_weights: Tensor,
+    ce_weights: Tensor,
+    smoothing: float,
+    cap: float,
+    teaches: bool,
+    first: Tensor | None,
+    second: Tensor | None,
+    kl: Tensor,
+    ce: Tensor,
+) -> None:
+    """`divergence_rows` into kl and ce, the gradients being operands of an output head's products: of their own dtype, label
+    smoothing in them, before a cap, the noised stream's added to the clean one's."""
+    rule = (smoothing, 1 / cap if cap else 0.0, float(teaches))
+    _launch_divergence(clean, noised, labels, kl_weights, ce_weights, first, second, kl, ce, rule)
+
+
+def _launch_divergence(
+    clean: Tensor,
+    noised: Tensor,
+    labels: Tensor | None,
+    kl_weights: Tensor,
+    ce_weights: Tensor,
+    grad_clean: Tensor | None,
+    grad_noised: Tensor | None,
+    kl: Tensor,
+    ce: Tensor,
+    rule: tuple[float, float, float] | None,
+) -> None:
+    rows, cols = clean.shape
     if not rows:
-        return kl, ce
+        return
     blocks = [
         clean,
         noised,
         grad_clean if grad_clean is not None else clean,
         grad_noised if grad_noised is not None else noised,
     ]
+    dtype = next((g.dtype for g in (grad_clean, grad_noised) if g is not None), clean.dtype)
     elements = 16 // clean.element_size()
     vector = cols >= _BLOCK and all(b.data_ptr() % 16 == 0 for b in blocks)
     vector = vector and len({b.stride(0) % elements for b in blocks}) == 1
+    if dtype != clean.dtype:  # then boundaries agree only where every row starts at one
+        vector = vector and all(b.stride(0) % (16 // dtype.itemsize) == 0 for b in blocks)
     block = _block(cols)
     rowwise = [*blocks, labels if labels is not None else clean, kl_weights, ce_weights, kl, ce]
     for programs, part in _launched(rows, rowwise):
         _divergence_kernel[(programs,)](
-            *part, cols, *(b.stride(0) for b in blocks), _TYPES[clean.dtype], vector, labels is not None,
-            grad_clean is not None, grad_noised is not None, cols < _NARROW, HEAD=elements, BLOCK=block,
-            num_warps=16 if block >= 4096 else 4, enable_fp_fusion=False,
+            *part, cols, *(b.stride(0) for b in blocks), *(rule or (0.0, 0.0, 1.0)), _TYPES[dtype], vector,
+            labels is not None, grad_clean is not None, grad_noised is not None, cols < _NARROW, rule is not None,
+            HEAD=elements, BLOCK=block, num_warps=16 if block >= 4096 else 4, enable_fp_fusion=False,
         )  # fmt: skip
-    return kl, ce
 
 
 # Two blocks of 256 threads on a multiprocessor. Left to itself ptxas aims for more, and keeps a register in memory.

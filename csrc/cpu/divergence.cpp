@@ -23,6 +23,37 @@ void for_rows(int64_t rows, int64_t cols, int threads, const Body& body) {
   });
 }
 
+void* at(const LogitRows& block, int64_t row, int64_t size) {
+  return block.address == nullptr ? nullptr : static_cast<char*>(block.address) + row * block.stride * size;
+}
+
+// The logits of row i of a task that stops before `end`, with the thread's scratch: two rows, so kept, being small beside
+// the logits.
+DivergenceRow row_of(const LogitRows& clean, const LogitRows& noised, int64_t size, int64_t cols, int64_t i, int64_t end) {
+  thread_local std::vector<float> scratch;
+  if (scratch.size() < static_cast<size_t>(2 * cols)) scratch.resize(2 * cols);
+  DivergenceRow row = {};
+  row.clean_exp = scratch.data();
+  row.noised_exp = scratch.data() + cols;
+  row.clean = at(clean, i, size);
+  row.noised = at(noised, i, size);
+  row.next_clean = i + 1 < end ? at(clean, i + 1, size) : nullptr;
+  row.next_noised = i + 1 < end ? at(noised, i + 1, size) : nullptr;
+  row.cols = cols;
+  return row;
+}
+
+// Gives the row its weights and its label. Returns whether that is outside of the classes, and then has no weight.
+bool weigh(DivergenceRow& row, int64_t i, const int64_t* labels, int64_t ignore_index, const double* kl_weights,
+           const double* ce_weights) {
+  row.label = labels == nullptr ? ignore_index : labels[i];
+  row.kl_weight = row.noised == nullptr ? 0 : kl_weights == nullptr ? 1 : kl_weights[i];
+  row.ce_weight = labels == nullptr || row.label == ignore_index ? 0 : ce_weights == nullptr ? 1 : ce_weights[i];
+  const bool outside = row.ce_weight != 0 && (row.label < 0 || row.label >= row.cols);
+  if (outside) row.ce_weight = 0;
+  return outside;
+}
+
 }  // namespace
 
 void divergence_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean,
@@ -30,31 +61,69 @@ void divergence_rows(const LogitRows& clean, const LogitRows& noised, const Logi
                      int64_t ignore_index, const double* kl_weights, const double* ce_weights, double* kl, double* ce,
                      int threads) {
   const int64_t size = element_size(dtype);
-  const auto at = [&](const LogitRows& block, int64_t row) -> void* {
-    return block.address == nullptr ? nullptr : static_cast<char*>(block.address) + row * block.stride * size;
-  };
   for_rows(rows, cols, threads, [&](int64_t i, int64_t end) {
-    thread_local std::vector<float> scratch;  // two rows, so kept: it is small beside the logits
-    if (scratch.size() < static_cast<size_t>(2 * cols)) scratch.resize(2 * cols);
-    DivergenceRow row;
-    row.clean_exp = scratch.data();
-    row.noised_exp = scratch.data() + cols;
-    row.clean = at(clean, i);
-    row.noised = at(noised, i);
-    row.next_clean = i + 1 < end ? at(clean, i + 1) : nullptr;
-    row.next_noised = i + 1 < end ? at(noised, i + 1) : nullptr;
-    row.grad_clean = at(grad_clean, i);
-    row.grad_noised = at(grad_noised, i);
-    row.cols = cols;
-    row.label = labels == nullptr ? ignore_index : labels[i];
-    row.kl_weight = noised.address == nullptr ? 0 : kl_weights == nullptr ? 1 : kl_weights[i];
-    row.ce_weight = labels == nullptr || row.label == ignore_index ? 0 : ce_weights == nullptr ? 1 : ce_weights[i];
-    const bool outside = row.ce_weight != 0 && (row.label < 0 || row.label >= cols);
-    if (outside) row.ce_weight = 0;
+    DivergenceRow row = row_of(clean, noised, size, cols, i, end);
+    row.grad_clean = at(grad_clean, i, size);
+    row.grad_noised = at(grad_noised, i, size);
+    const bool outside = weigh(row, i, labels, ignore_index, kl_weights, ce_weights);
     double kl_value, ce_value;
     divergence_loops().row(dtype, row, &kl_value, &ce_value);
     if (kl != nullptr) kl[i] = kl_value;
     if (ce != nullptr) ce[i] = outside ? NAN : ce_value;
+  });
+}
+
+void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& first, const LogitRows& second,
+                  DType operand_dtype, int64_t rows, int64_t cols, const int64_t* labels, int64_t ignore_index,
+                  const double* kl_weights, const double* ce_weights, double smoothing, double cap, bool teaches, double* kl,
+                  double* ce, int threads) {
+  const int64_t size = element_size(DType::f32), operand_size = element_size(operand_dtype);
+  // Gradients may take the operands' place unless that is too narrow, or the logits are there and still wanted.
+  const bool direct = operand_dtype == DType::f32 && cap == 0;
+  for_rows(rows, cols, threads, [&](int64_t i, int64_t end) {
+    thread_local std::vector<float> gradients;
+    if (!direct && gradients.size() < static_cast<size_t>(2 * cols)) gradients.resize(2 * cols);
+    OperandRow operands = {};
+    operands.first = at(first, i, operand_size);
+    operands.second = at(second, i, operand_size);
+    DivergenceRow row = row_of(clean, noised, size, cols, i, end);
+    if (operands.first != nullptr) row.grad_clean = direct ? operands.first : gradients.data();
+    if (operands.second != nullptr) row.grad_noised = direct ? operands.second : gradients.data() + cols;
+    const bool outside = weigh(row, i, labels, ignore_index, kl_weights, ce_weights);
+    double kl_value, ce_value;
+    if (teaches || row.grad_clean == nullptr) {
+      divergence_loops().row(DType::f32, row, &kl_value, &ce_value);
+    } else {  // the clean stream's gradient is that of its cross-entropy, which is taken once the divergence is done
+      DivergenceRow alone = row;
+      row.grad_clean = nullptr;
+      row.ce_weight = 0;
+      double none;
+      divergence_loops().row(DType::f32, row, &kl_value, &none);
+      row.grad_clean = alone.grad_clean;
+      alone.kl_weight = 0;
+      alone.grad_noised = nullptr;
+      divergence_loops().row(DType::f32, alone, &none, &ce_value);
+      row.ce_weight = alone.ce_weight;
+    }
+    kl[i] = kl_value;
+    if (ce != nullptr) ce[i] = outside ? NAN : ce_value;
+
+    float* grad_clean = static_cast<float*>(row.grad_clean);
+    const bool smooth = smoothing != 0 && row.ce_weight != 0;
+    if (grad_clean != nullptr && smooth) grad_clean[row.label] += static_cast<float>(smoothing * row.ce_weight);
+    if (direct && !smooth && (operands.first == nullptr || operands.second == nullptr)) return;
+    const bool weighs = row.kl_weight != 0 || row.ce_weight != 0;
+    operands.clean = static_cast<const float*>(row.clean);
+    operands.noised = static_cast<const float*>(row.noised);
+    operands.grad_clean = grad_clean;
+    operands.grad_noised = static_cast<const float*>(row.grad_noised);
+    operands.cols = cols;
+    operands.flat = smooth ? static_cast<float>(smoothing * row.ce_weight / cols) : 0;
+    operands.slope = cap != 0 && weighs ? static_cast<float>(1 / cap) : 0;
+    // Logits that are gradients by now are not to be read as logits, and what has no weight may be anything.
+    if (operands.slope == 0) operands.clean = operands.grad_clean;
+    if (operands.slope == 0 || row.kl_weight == 0) operands.noised = operands.grad_noised;
+    divergence_loops().operands(operand_dtype, operands);
   });
 }
 

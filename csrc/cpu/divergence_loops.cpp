@@ -323,9 +323,44 @@ double jensen_shannon(DType dtype, const DivergenceRow& row, double* logs) {
   return value;
 }
 
+template <class T, bool both>
+void operands_of(const OperandRow& r) {
+  const float* x = r.clean;
+  const float* y = r.noised;
+  const float* dx = r.grad_clean;
+  const float* dy = r.grad_noised;
+  T* first = static_cast<T*>(r.first);
+  T* second = static_cast<T*>(r.second);
+  const float flat = r.flat, slope = r.slope;
+#pragma omp simd
+  for (int64_t i = 0; i < r.cols; ++i) {
+    const float u = x[i] * slope;
+    float clean = (dx[i] - flat) * (1.0f - u * u);
+    if constexpr (both) {
+      const float v = y[i] * slope;
+      const float noised = dy[i] * (1.0f - v * v);
+      clean += noised;
+      second[i] = from_float<T>(noised);
+    }
+    first[i] = from_float<T>(clean);
+  }
+}
+
+void operands(DType dtype, const OperandRow& row) {
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    if (row.grad_clean == nullptr)
+      operands_of<T, false>({row.noised, nullptr, row.grad_noised, nullptr, row.second, nullptr, row.cols, 0, row.slope});
+    else if (row.grad_noised == nullptr)
+      operands_of<T, false>(row);
+    else
+      operands_of<T, true>(row);
+  });
+}
+
 }  // namespace
 
 extern const DivergenceLoops FASTPOST_PASTE(divergence_loops_, FASTPOST_ISA);
-const DivergenceLoops FASTPOST_PASTE(divergence_loops_, FASTPOST_ISA) = {row, jensen_shannon};
+const DivergenceLoops FASTPOST_PASTE(divergence_loops_, FASTPOST_ISA) = {row, jensen_shannon, operands};
 
 }  // namespace fastpost::cpu

@@ -58,10 +58,21 @@ struct DivergenceRow {
   double kl_weight, ce_weight;
 };
 
+// What operand_rows makes of a row's gradients (csrc/api.h): first and second of grad_clean and grad_noised. Null gradients
+// are not wanted, nor are their operands. slope: 1 / cap, or 0.
+struct OperandRow {
+  const float *clean, *noised, *grad_clean, *grad_noised;
+  void *first, *second;
+  int64_t cols;
+  float flat, slope;  // flat: what is subtracted from every clean gradient
+};
+
 struct DivergenceLoops {
   void (*row)(DType, const DivergenceRow&, double* kl, double* ce);
   // The row's Jensen-Shannon divergence. kl_weight weighs it, labels play no part; logs: scratch, 2 * cols.
   double (*jensen_shannon)(DType, const DivergenceRow&, double* logs);
+  // The gradients of one row as operands; any of the four gradients may lie where a logit or another of its place does.
+  void (*operands)(DType, const OperandRow&);
 };
 
 // The tables of the instruction set in use.

@@ -1,5 +1,7 @@
 // Rows of logits on CUDA. Wide rows are read twice, by one block each: once for all sums (row_sums.cuh), once for the
 // gradients (row_gradients.cuh). Narrow rows are a warp's work.
+#include <stdexcept>
+
 #include "api.h"
 #include "cuda/launch.cuh"
 #include "cuda/narrow_rows.cuh"
@@ -52,7 +54,9 @@ __device__ __forceinline__ void set_up(Work& work, const Rows& r, int64_t row) {
   if (work.task.kl_weight != 0) work.noised_label = to_float(row_of<T>(r.noised, row)[work.task.label]);
 }
 
-__device__ __forceinline__ Whole whole_of(const RowPart& sums, const RowMeaning& row, const Work& work) {
+template <bool operand>
+__device__ __forceinline__ Whole whole_of(const RowPart& sums, const RowMeaning& row, const Work& work, int64_t cols,
+                                          const OperandRule& rule) {
   // Units in which probabilities that matter are near 1.
   const double unit = rint(log2(row.noised)), clean_unit = rint(log2(row.clean));
   const double kl_weight = work.task.kl_weight, ce_weight = work.task.ce_weight;
@@ -72,12 +76,22 @@ __device__ __forceinline__ Whole whole_of(const RowPart& sums, const RowMeaning&
   whole.label_shift = static_cast<float>(-share * row.clean_kl);
   whole.clean_origin = work.start.clean_origin;
   whole.noised_origin = work.start.noised_origin;
+  if constexpr (operand) {
+    const double clean_share = rule.teaches ? share : 0;
+    whole.clean_share = static_cast<float>(clean_share);
+    whole.clean_shift = static_cast<float>(ce_weight / weight - clean_share * row.clean_kl);
+    whole.label_shift = static_cast<float>(-clean_share * row.clean_kl);
+    whole.flat = static_cast<float>(rule.smoothing * ce_weight / cols);
+    whole.slope = static_cast<float>(rule.slope);
+    whole.sum = rule.both && kl_weight != 0 ? 1.0f : 0.0f;
+  }
   return whole;
 }
 
 // On one thread: what the sums come to. Once the work is undefined they are of the clean stream against itself.
-template <class T>
-__device__ __forceinline__ void judge(const RowPart& sums, const Room& room, Work& work) {
+template <class T, bool operand>
+__device__ __forceinline__ void judge(const RowPart& sums, const Room& room, Work& work, int64_t cols,
+                                      const OperandRule& rule) {
   const bool diverges = work.task.kl_weight != 0, classifies = work.task.ce_weight != 0, alone = work.undefined;
   work.next = Next::done;
   if (room.undefined || room.infinite) {
@@ -105,15 +119,16 @@ __device__ __forceinline__ void judge(const RowPart& sums, const Room& room, Wor
     }
     if (work.next != Next::done) return;
   }
-  work.whole = whole_of(sums, row, work);
+  work.whole = whole_of<operand>(sums, row, work, cols, rule);
   if (diverges && !alone) work.kl = row.divergence;
   if (classifies) work.ce = row.log_clean + work.start.clean_origin - work.clean_label;
 }
 
 // One block, one row, `first` being the first block's. Without a divergence the noised stream stands in for itself: a row
-// against itself costs a read that is in the cache, and saves a second set of loops.
-template <class T>
-__global__ void __launch_bounds__(kRowThreads, 3) wide_rows_kernel(const __grid_constant__ Rows r, int64_t first) {
+// against itself costs a read that is in the cache, and saves a second set of loops. Gradients are of type O; operand: as
+// the rule has them.
+template <class T, class O, bool operand>
+__device__ __forceinline__ void wide_row(const Rows& r, const OperandRule& rule, int64_t first) {
   __shared__ Room room;
   __shared__ Work work;
   const int64_t row = first + blockIdx.x;
@@ -131,7 +146,7 @@ __global__ void __launch_bounds__(kRowThreads, 3) wide_rows_kernel(const __grid_
       __syncthreads();
       const T* b = alone ? a : row_of<T>(r.noised, row);
       const RowPart sums = gathered(part_of(a, b, r.cols, work.start, room), room);
-      if (threadIdx.x == 0) judge<T>(sums, room, work);
+      if (threadIdx.x == 0) judge<T, operand>(sums, room, work, r.cols, rule);
       __syncthreads();
       const Next next = uniform(work.next);
       if (next == Next::done) break;
@@ -145,10 +160,10 @@ __global__ void __launch_bounds__(kRowThreads, 3) wide_rows_kernel(const __grid_
         }
       }
     }
-    T* grad_a = row_of<T>(r.grad_clean, row);
-    T* grad_b = diverges() ? row_of<T>(r.grad_noised, row) : nullptr;
+    O* grad_a = row_of<O>(r.grad_clean, row);
+    O* grad_b = diverges() ? row_of<O>(r.grad_noised, row) : nullptr;
     if (!uniform(work.undefined) && (grad_a != nullptr || grad_b != nullptr)) {
-      write_gradients(a, diverges() ? row_of<T>(r.noised, row) : a, grad_a, grad_b, r.cols, work.whole);
+      write_gradients<T, O, operand>(a, diverges() ? row_of<T>(r.noised, row) : a, grad_a, grad_b, r.cols, work.whole);
       __syncthreads();
       if (threadIdx.x == 0 && grad_a != nullptr && work.task.ce_weight != 0) {
         // p - 1 at the label, from the logarithm so that a confident row keeps its digits.
@@ -156,21 +171,50 @@ __global__ void __launch_bounds__(kRowThreads, 3) wide_rows_kernel(const __grid_
         Whole whole = work.whole;
         whole.clean_shift = whole.label_shift;
         Gradient divergence = {0, 0};
+        float task = static_cast<float>(work.task.ce_weight * expm1(-work.ce));
         if (work.task.kl_weight != 0)
-          divergence = differentiate_carefully<T>(work.clean_label, work.noised_label, whole, furthest);
-        grad_a[work.task.label] =
-            from_float<T>(divergence.clean + static_cast<float>(work.task.ce_weight * expm1(-work.ce)));
+          divergence = differentiate_carefully<T, operand>(work.clean_label, work.noised_label, whole, furthest);
+        if constexpr (operand) {
+          task += static_cast<float>(rule.smoothing * work.task.ce_weight);
+          const float noised = work.task.kl_weight != 0 ? work.noised_label : 0.0f;
+          divergence = finished({divergence.clean + task, divergence.noised}, work.clean_label, noised, whole);
+          grad_a[work.task.label] = from_float<O>(divergence.clean);
+        } else {
+          grad_a[work.task.label] = from_float<O>(divergence.clean + task);
+        }
       }
     }
   }
   // What has no weight has no gradient, and what has no value has none that means anything.
   const bool undefined = uniform(work.undefined);
-  if (undefined || (!diverges() && !classifies())) fill(row_of<T>(r.grad_clean, row), r.cols, undefined ? NAN : 0.0f);
-  if (undefined || !diverges()) fill(row_of<T>(r.grad_noised, row), r.cols, diverges() ? NAN : 0.0f);
+  if (undefined || (!diverges() && !classifies())) fill(row_of<O>(r.grad_clean, row), r.cols, undefined ? NAN : 0.0f);
+  if (undefined || !diverges()) fill(row_of<O>(r.grad_noised, row), r.cols, diverges() ? NAN : 0.0f);
   if (threadIdx.x == 0) {
     r.kl[row] = work.kl;
-    r.ce[row] = work.task.bad_label ? NAN : work.ce;
+    if (r.ce != nullptr) r.ce[row] = work.task.bad_label ? NAN : work.ce;
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 3) wide_rows_kernel(const __grid_constant__ Rows r, int64_t first) {
+  wide_row<T, T, false>(r, {}, first);
+}
+
+template <class O>
+__global__ void __launch_bounds__(kRowThreads, 3)
+    wide_operands_kernel(const __grid_constant__ Rows r, const __grid_constant__ OperandRule rule, int64_t first) {
+  wide_row<float, O, true>(r, rule, first);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kNarrowThreads, 2) narrow_rows_kernel(const __grid_constant__ Rows r) {
+  narrow_rows<T, T, false>(r, {});
+}
+
+template <class O>
+__global__ void __launch_bounds__(kNarrowThreads, 2)
+    narrow_operands_kernel(const __grid_constant__ Rows r, const __grid_constant__ OperandRule rule) {
+  narrow_rows<float, O, true>(r, rule);
 }
 
 // Rounded once from double, as on every backend; a factor of 1 leaves its row alone.
@@ -200,6 +244,11 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 
 constexpr int64_t kMostBlocks = int64_t{1} << 30;
 
+int64_t narrow_blocks(int64_t rows) {
+  constexpr int64_t per_block = kNarrowThreads / kWarp;
+  return std::min((rows + per_block - 1) / per_block, kMostBlocks);
+}
+
 }  // namespace
 
 void divergence_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean,
@@ -211,13 +260,36 @@ void divergence_rows(const LogitRows& clean, const LogitRows& noised, const Logi
   const Rows work{clean, noised, grad_clean, grad_noised, rows, cols, labels, ignore_index, kl_weights, ce_weights, kl, ce};
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    constexpr int64_t per_block = kNarrowThreads / kWarp;
     if (cols < kNarrow)
-      call.launch(narrow_rows_kernel<T>, std::min((rows + per_block - 1) / per_block, kMostBlocks), kNarrowThreads, work);
+      call.launch(narrow_rows_kernel<T>, narrow_blocks(rows), kNarrowThreads, work);
     else
-      for (int64_t first = 0; first < rows; first += kMostBlocks)
-        call.launch(wide_rows_kernel<T>, std::min(rows - first, kMostBlocks), kRowThreads, work, first);
+      for (int64_t at = 0; at < rows; at += kMostBlocks)
+        call.launch(wide_rows_kernel<T>, std::min(rows - at, kMostBlocks), kRowThreads, work, at);
   });
+}
+
+void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& first, const LogitRows& second,
+                  DType operand_dtype, int64_t rows, int64_t cols, const int64_t* labels, int64_t ignore_index,
+                  const double* kl_weights, const double* ce_weights, double smoothing, double cap, bool teaches, double* kl,
+                  double* ce, int device, void* stream) {
+  const Call call("operand_rows", device, stream);
+  if (rows == 0) return;
+  const Rows work{clean, noised, first, second, rows, cols, labels, ignore_index, kl_weights, ce_weights, kl, ce};
+  const OperandRule rule{smoothing, cap != 0 ? 1 / cap : 0, teaches, first.address != nullptr && second.address != nullptr};
+  const auto launch = [&](auto t) {
+    using O = decltype(t);
+    if (cols < kNarrow)
+      call.launch(narrow_operands_kernel<O>, narrow_blocks(rows), kNarrowThreads, work, rule);
+    else
+      for (int64_t at = 0; at < rows; at += kMostBlocks)
+        call.launch(wide_operands_kernel<O>, std::min(rows - at, kMostBlocks), kRowThreads, work, rule, at);
+  };
+  if (operand_dtype == DType::f32)
+    launch(float{});
+  else if (operand_dtype == DType::bf16)
+    launch(bf16{});
+  else
+    throw std::invalid_argument("operand_rows: operands are float32 or bfloat16");
 }
 
 void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols, const double* factors,

@@ -11,8 +11,9 @@ namespace fastpost::cuda {
 constexpr int64_t kNarrow = 1024;  // columns from which on a row is wide
 constexpr int kNarrowThreads = 256;
 
-template <class T>
-__global__ void __launch_bounds__(kNarrowThreads, 2) narrow_rows_kernel(const __grid_constant__ Rows r) {
+// Gradients are of type O; operand: as the rule has them.
+template <class T, class O, bool operand>
+__device__ __forceinline__ void narrow_rows(const Rows& r, const OperandRule& rule) {
   const int lane = threadIdx.x % kWarp;
   constexpr int warps = kNarrowThreads / kWarp;
 #pragma unroll 1
@@ -21,8 +22,8 @@ __global__ void __launch_bounds__(kNarrowThreads, 2) narrow_rows_kernel(const __
     const bool diverges = task.kl_weight != 0, any = diverges || task.ce_weight != 0;
     const T* a = row_of<T>(r.clean, row);
     const T* b = diverges ? row_of<T>(r.noised, row) : a;
-    T* grad_a = row_of<T>(r.grad_clean, row);
-    T* grad_b = row_of<T>(r.grad_noised, row);
+    O* grad_a = row_of<O>(r.grad_clean, row);
+    O* grad_b = row_of<O>(r.grad_noised, row);
     float clean_max = -INFINITY, noised_max = -INFINITY;
     bool bad = false, infinite = false;
     if (any) {
@@ -80,18 +81,25 @@ __global__ void __launch_bounds__(kNarrowThreads, 2) narrow_rows_kernel(const __
           const double rest = delta_of(x, y) - log_ratio, q = exp(y - noised_max) / sums.noised;
           const double more = excess_of(rest, p, q);
           kl += more * rest;
-          dx = task.kl_weight * (p * (rest - clean_kl) + more);
+          if (!operand || rule.teaches) dx = task.kl_weight * (p * (rest - clean_kl) + more);
           dy = -task.kl_weight * (q * (rest + noised_kl) + more);
         }
         if (task.ce_weight != 0) dx += task.ce_weight * (i == task.label ? expm1(-ce) : p);
+        if constexpr (operand) {
+          const double u = rule.slope == 0 ? 0 : x * rule.slope, v = rule.slope == 0 ? 0 : y * rule.slope;
+          dx += rule.smoothing * task.ce_weight * ((i == task.label ? 1.0 : 0.0) - 1.0 / r.cols);
+          dx *= 1 - u * u;
+          dy *= 1 - v * v;
+          if (rule.both) dx += dy;
+        }
       }
-      if (grad_a != nullptr) grad_a[i] = from_float<T>(static_cast<float>(dx));
-      if (grad_b != nullptr) grad_b[i] = from_float<T>(static_cast<float>(dy));
+      if (grad_a != nullptr) grad_a[i] = from_float<O>(static_cast<float>(dx));
+      if (grad_b != nullptr) grad_b[i] = from_float<O>(static_cast<float>(dy));
     }
     kl = warp_sum(kl);
     if (lane == 0) {
       r.kl[row] = undefined ? (bad ? NAN : INFINITY) : kl < 0 ? 0 : kl;
-      r.ce[row] = ce;
+      if (r.ce != nullptr) r.ce[row] = ce;
     }
   }
 }

@@ -26,28 +26,73 @@ struct Whole {
   float share, clean_shift, noised_shift;
   float label_shift;  // clean_shift without cross-entropy
   float clean_origin, noised_origin;
+  // Of operands only. The divergence's share in the clean stream's gradient; and `Finish`.
+  float clean_share, flat, slope, sum;
 };
 
 // Of these, what the near way keeps in registers.
 struct NearWhole {
   float unit, centre, log_ratio, scale, clean_shift, noised_shift;
+  float clean_share, flat, slope, sum;
 };
 
 struct Gradient {
   float clean, noised;
 };
 
+// What operands are, given a pair and its gradients: smoothed, those of the logits before their cap, summed up.
+template <class Row>
+__device__ __forceinline__ Gradient finished(Gradient d, float a, float b, const Row& w) {
+  // At least -1, as a cap has it. The logit of a class that does not exist is -inf: without a cap NaN becomes -1 as well.
+  const float u = fmaxf(a * w.slope, -1.0f), v = fmaxf(b * w.slope, -1.0f);
+  const float noised = fmaf(-v * v, d.noised, d.noised), clean = d.clean - w.flat;
+  return {fmaf(w.sum, noised, fmaf(-u * u, clean, clean)), noised};
+}
+
+// A pack of gradients as it is stored: as it is, or rounded to 16 bits.
+template <Cache cache = Cache::keep>
+__device__ __forceinline__ void store_as(float* to, const Pack<float>& pack, bool wide) {
+  store_pack<cache>(to, pack, wide);
+}
+template <Cache cache = Cache::keep>
+__device__ __forceinline__ void store_as(bf16* to, const Pack<bf16>& pack, bool wide) {
+  store_pack<cache>(to, pack, wide);
+}
+template <Cache cache = Cache::keep>
+__device__ __forceinline__ void store_as(f16* to, const Pack<f16>& pack, bool wide) {
+  store_pack<cache>(to, pack, wide);
+}
+template <Cache cache = Cache::keep>
+__device__ __forceinline__ void store_as(bf16* to, const Pack<float>& pack, bool wide) {
+  bf16 rounded[4];
+  round_pair(pack.value[0], pack.value[1], rounded);
+  round_pair(pack.value[2], pack.value[3], rounded + 2);
+  if (wide) {
+    float2 raw;
+    memcpy(&raw, rounded, sizeof raw);
+    __stcs(reinterpret_cast<float2*>(to), raw);
+  } else {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) to[k] = rounded[k];
+  }
+}
+
 // furthest: the largest |r| so far, or NaN.
-template <bool exact>
+template <bool exact, bool operand>
 __device__ __forceinline__ Gradient differentiate_near(float a, float b, const NearWhole& w, float& furthest) {
   const float r = delta_of<exact>(a, b, w.centre) - w.log_ratio;
   furthest = max_or_nan(furthest, fabsf(r));
   const float q = w.scale * exp2_fast(fmaf(b, kLog2e, -w.unit));
   const float excess = q * r * expm1_ratio(r);
-  return {fmaf(q + excess, r + w.clean_shift, excess), fmaf(-q, r + w.noised_shift, -excess)};
+  const float noised = fmaf(-q, r + w.noised_shift, -excess);
+  if constexpr (operand) {
+    const float clean = fmaf(q + excess, fmaf(w.clean_share, r, w.clean_shift), w.clean_share * excess);
+    return finished({clean, noised}, a, b, w);
+  }
+  return {fmaf(q + excess, r + w.clean_shift, excess), noised};
 }
 
-template <class T>
+template <class T, bool operand>
 __device__ __forceinline__ Gradient differentiate_carefully(float a, float b, const Whole& w, float& furthest) {
   a -= w.clean_origin;
   b -= w.noised_origin;
@@ -58,8 +103,9 @@ __device__ __forceinline__ Gradient differentiate_carefully(float a, float b, co
   const float q = w.scale * exp2_fast(fmaf(b, kLog2e, -w.unit));
   const float near_excess = far ? 0.0f : q * r * expm1_ratio(r);
   const float p = far ? w.clean_scale * exp2_fast(fmaf(a, kLog2e, -w.clean_unit)) : q + near_excess;
-  const float excess = w.share * (far ? p - q : near_excess);
-  return {fmaf(p, fmaf(w.share, r, w.clean_shift), excess), fmaf(-q, fmaf(w.share, r, w.noised_shift), -excess)};
+  const float excess = far ? p - q : near_excess, clean_share = operand ? w.clean_share : w.share;
+  return {fmaf(p, fmaf(clean_share, r, w.clean_shift), clean_share * excess),
+          fmaf(-q, fmaf(w.share, r, w.noised_shift), -w.share * excess)};
 }
 
 // The gradients of a pack take its place.
@@ -75,8 +121,8 @@ __device__ __forceinline__ void for_pairs(Pack<T>& a, Pack<T>& b, Pair&& pair) {
 }
 
 // A tile with care, wherever it is, a pack at a time. Returns the largest |r|.
-template <class T>
-__device__ __forceinline__ float differentiate_carefully(const T* a, const T* b, T* grad_a, T* grad_b, const Cut<T>& cut,
+template <class T, class O, bool operand>
+__device__ __forceinline__ float differentiate_carefully(const T* a, const T* b, O* grad_a, O* grad_b, const Cut<T>& cut,
                                                          int round, const Whole& w) {
   float furthest = 0;
 #pragma unroll 1
@@ -84,18 +130,22 @@ __device__ __forceinline__ float differentiate_carefully(const T* a, const T* b,
     if (!cut.has(round, u)) continue;
     const int64_t i = cut.column(round, u);
     Pack<T> x = load_pack(a + i, true), y = load_pack(b + i, aligned(b + i));
-    for_pairs(x, y, [&](float xi, float yi) { return differentiate_carefully<T>(xi, yi, w, furthest); });
-    if (grad_a != nullptr) store_pack(grad_a + i, x, aligned(grad_a + i));
-    if (grad_b != nullptr) store_pack(grad_b + i, y, aligned(grad_b + i));
+    for_pairs(x, y, [&](float xi, float yi) {
+      const Gradient d = differentiate_carefully<T, operand>(xi, yi, w, furthest);
+      return operand ? finished(d, xi, yi, w) : d;
+    });
+    if (grad_a != nullptr) store_as(grad_a + i, x, aligned(grad_a + i));
+    if (grad_b != nullptr) store_as(grad_b + i, y, aligned(grad_b + i));
   }
   return furthest;
 }
 
 // Whole rounds the near way, from `round` down. Returns the first that was not done, with the way it asks for.
-template <class T, bool exact>
-__device__ __forceinline__ int differentiate_near(const T* a, const T* b, T* grad_a, T* grad_b, const Cut<T>& cut, int round,
+template <class T, class O, bool operand, bool exact>
+__device__ __forceinline__ int differentiate_near(const T* a, const T* b, O* grad_a, O* grad_b, const Cut<T>& cut, int round,
                                                   const Whole& whole, Way& way) {
-  const NearWhole w = {whole.unit, whole.centre, whole.log_ratio, whole.scale, whole.clean_shift, whole.noised_shift};
+  const NearWhole w = {whole.unit,         whole.centre,      whole.log_ratio, whole.scale, whole.clean_shift,
+                       whole.noised_shift, whole.clean_share, whole.flat,      whole.slope, whole.sum};
   const float least = sizeof(T) == 4 && !exact ? kCoarse * fabsf(w.centre) : -1.0f;
   int64_t at = cut.column(round, 0);
 #pragma unroll 1
@@ -109,7 +159,7 @@ __device__ __forceinline__ int differentiate_near(const T* a, const T* b, T* gra
     float furthest = 0;
 #pragma unroll
     for (int u = 0; u < kTilePacks; ++u)
-      for_pairs(x[u], y[u], [&](float xi, float yi) { return differentiate_near<exact>(xi, yi, w, furthest); });
+      for_pairs(x[u], y[u], [&](float xi, float yi) { return differentiate_near<exact, operand>(xi, yi, w, furthest); });
     const bool coarse = furthest < least;
     if (__any_sync(0xffffffffu, !(furthest <= kNear) || coarse)) {
       way = __any_sync(0xffffffffu, coarse) ? Way::exact : Way::near;
@@ -117,10 +167,10 @@ __device__ __forceinline__ int differentiate_near(const T* a, const T* b, T* gra
     }
     if (grad_a != nullptr)
 #pragma unroll
-      for (int u = 0; u < kTilePacks; ++u) store_pack<Cache::stream>(grad_a + at + u * kRowThreads * cut.size, x[u], true);
+      for (int u = 0; u < kTilePacks; ++u) store_as<Cache::stream>(grad_a + at + u * kRowThreads * cut.size, x[u], true);
     if (grad_b != nullptr)
 #pragma unroll
-      for (int u = 0; u < kTilePacks; ++u) store_pack<Cache::stream>(grad_b + at + u * kRowThreads * cut.size, y[u], true);
+      for (int u = 0; u < kTilePacks; ++u) store_as<Cache::stream>(grad_b + at + u * kRowThreads * cut.size, y[u], true);
     at -= cut.round_packs * cut.size;
   }
   return round;
@@ -128,8 +178,8 @@ __device__ __forceinline__ int differentiate_near(const T* a, const T* b, T* gra
 
 // From the end to the beginning: what was read last may still be in a cache. Each thread writes only what it has read, so
 // the gradients may take the logits' place. A null gradient is not wanted.
-template <class T>
-__device__ __forceinline__ void write_gradients(const T* a, const T* b, T* grad_a, T* grad_b, int64_t cols,
+template <class T, class O, bool operand>
+__device__ __forceinline__ void write_gradients(const T* a, const T* b, O* grad_a, O* grad_b, int64_t cols,
                                                 const Whole& whole) {
   constexpr bool can_be_exact = sizeof(T) == 4;
   const Cut<T> cut(a, cols);
@@ -139,20 +189,21 @@ __device__ __forceinline__ void write_gradients(const T* a, const T* b, T* grad_
   const int64_t i = threadIdx.x < kWarp ? cut.single() : -1;
   if (i >= 0) {
     float furthest = 0;
-    const Gradient d = differentiate_carefully<T>(widened(a[i]), widened(b[i]), whole, furthest);
-    if (grad_a != nullptr) grad_a[i] = from_float<T>(d.clean);
-    if (grad_b != nullptr) grad_b[i] = from_float<T>(d.noised);
+    Gradient d = differentiate_carefully<T, operand>(widened(a[i]), widened(b[i]), whole, furthest);
+    if constexpr (operand) d = finished(d, widened(a[i]), widened(b[i]), whole);
+    if (grad_a != nullptr) grad_a[i] = from_float<O>(d.clean);
+    if (grad_b != nullptr) grad_b[i] = from_float<O>(d.noised);
   }
   Way way = uniform(whole.careful) ? Way::careful : Way::near;
 #pragma unroll 1
   for (int round = cut.rounds() - 1;; --round) {
     if (round < whole_rounds) {
-      if (way == Way::near) round = differentiate_near<T, false>(a, b, grad_a, grad_b, cut, round, whole, way);
+      if (way == Way::near) round = differentiate_near<T, O, operand, false>(a, b, grad_a, grad_b, cut, round, whole, way);
       if (can_be_exact && way == Way::exact)
-        round = differentiate_near<T, can_be_exact>(a, b, grad_a, grad_b, cut, round, whole, way);
+        round = differentiate_near<T, O, operand, can_be_exact>(a, b, grad_a, grad_b, cut, round, whole, way);
     }
     if (round < 0) break;
-    const float furthest = differentiate_carefully(a, b, grad_a, grad_b, cut, round, whole);
+    const float furthest = differentiate_carefully<T, O, operand>(a, b, grad_a, grad_b, cut, round, whole);
     if (whole.careful || __any_sync(0xffffffffu, furthest > kNear))
       way = Way::careful;
     else if (way == Way::careful)

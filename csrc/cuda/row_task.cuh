@@ -15,6 +15,12 @@ struct Rows {
   double *kl, *ce;
 };
 
+// What becomes of a row's gradients where they are operands of products (operand_rows in api.h).
+struct OperandRule {
+  double smoothing, slope;  // slope: 1 / cap, or 0
+  bool teaches, both;       // both: the first operand has the noised stream's gradient added
+};
+
 template <class T>
 __device__ __forceinline__ T* row_of(const LogitRows& block, int64_t row) {
   return block.address == nullptr ? nullptr : static_cast<T*>(block.address) + row * block.stride;

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from fastpost.backends import native
-from fastpost.backends.serving import DTYPES, address, address_and_stride, contiguous, contiguous_floats, refusal
+from fastpost.backends.serving import (
+    DTYPES,
+    address,
+    address_and_stride,
+    contiguous,
+    contiguous_floats,
+    operand_dtype,
+    refusal,
+)
 from fastpost.plan import Bucket
 
 _HUGE = 4 << 20  # bytes from which a buffer holds at least one aligned huge page
@@ -180,6 +188,28 @@ def divergence_rows(
         address(ce_weights), kl.data_ptr(), ce.data_ptr(), _threads(),
     )  # fmt: skip
     return kl, ce
+
+
+def operand_rows(
+    clean: Tensor,
+    noised: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    kl_weights: Tensor,
+    ce_weights: Tensor | None,
+    smoothing: float,
+    cap: float,
+    teaches: bool,
+    first: Tensor | None,
+    second: Tensor | None,
+    kl_out: Tensor,
+    ce_out: Tensor | None,
+) -> None:
+    blocks = [part for block in (clean, noised, first, second) for part in address_and_stride(block)]
+    native.core().cpu.operand_rows(
+        *blocks, _dtype(operand_dtype(clean, first, second)), *clean.shape, address(labels), ignore_index,
+        address(kl_weights), address(ce_weights), smoothing, cap, teaches, address(kl_out), address(ce_out), _threads(),
+    )  # fmt: skip
 
 
 def js_rows(

@@ -380,6 +380,57 @@ def divergence_rows(
     return kl, ce
 
 
+@torch.no_grad()
+def operand_rows(
+    clean: Tensor,
+    noised: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    kl_weights: Tensor,
+    ce_weights: Tensor | None,
+    smoothing: float,
+    cap: float,
+    teaches: bool,
+    first: Tensor | None,
+    second: Tensor | None,
+    kl_out: Tensor,
+    ce_out: Tensor | None,
+) -> None:
+    """`divergence_of_rows` whose gradients are operands of the output head's products.
+
+    Args:
+        clean, noised: (rows, classes) logits, float32 or float64.
+        labels: int64 (rows,), or None: no cross-entropy.
+        kl_weights, ce_weights: float64 (rows,), as there.
+        smoothing: label smoothing in torch's convention, of the cross-entropy's gradient. `ce_out` gets the plain one's value.
+        cap: logits are cap * tanh(z / cap), and the gradients are those of z; 0: logits as they are.
+        teaches: whether the divergence sends a gradient to the clean stream.
+        first, second: where gradients go, of the logits' or of a narrower dtype; may be the logits themselves, None: not
+            wanted. `first` gets the clean stream's, and the noised one's added where `second` gets that.
+        kl_out, ce_out: float64 (rows,), where the values go.
+    """
+    kl, ce, grad_a, grad_b = divergence_of_rows(clean, noised, labels, ignore_index, kl_weights, ce_weights)
+    if not teaches:
+        off = torch.zeros_like(kl_weights)
+        grad_a = divergence_of_rows(clean, clean, labels, ignore_index, off, ce_weights)[2]
+    if smoothing and labels is not None and ce_weights is not None:
+        counts = (labels != ignore_index) & (ce_weights != 0)
+        weights = torch.where(counts, smoothing * ce_weights, torch.zeros_like(ce_weights)).unsqueeze(-1)
+        grad_a = grad_a - weights / clean.shape[-1]
+        grad_a.scatter_add_(-1, torch.where(counts, labels, torch.zeros_like(labels)).unsqueeze(-1), weights)
+    if cap:
+        grad_a, grad_b = (
+            torch.where(g == 0, g, g * (1 - (z.double() / cap).square())) for g, z in ((grad_a, clean), (grad_b, noised))
+        )
+    if first is not None:
+        first.copy_(grad_a if second is None else grad_a + grad_b)
+    if second is not None:
+        second.copy_(grad_b)
+    kl_out.copy_(kl)
+    if ce_out is not None:
+        ce_out.copy_(ce)
+
+
 _JS_ELEMENTS = {"cpu": 1 << 18}  # at a time, small beside the logits
 _JS_ELEMENTS_ELSEWHERE = 1 << 24  # where every operation is a launch
 # |t| below which (1 + t) ln(1 + t) + (1 - t) ln(1 - t) is a series, because its terms cancel. Of t^2 / 2, the series' first

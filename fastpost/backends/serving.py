@@ -51,3 +51,8 @@ def address(tensor: Tensor | None) -> int:
 def address_and_stride(block: Tensor | None) -> tuple[int, int]:
     """Of a matrix: where it begins, and from row to row how many elements."""
     return (0, 0) if block is None else (block.data_ptr(), block.stride(0))
+
+
+def operand_dtype(logits: Tensor, *operands: Tensor | None) -> torch.dtype:
+    """Of the operands that are wanted, the logits' where none is."""
+    return next((operand.dtype for operand in operands if operand is not None), logits.dtype)

@@ -177,6 +177,31 @@ def divergence_rows(
     return kl, ce
 
 
+def operand_rows(
+    clean: Tensor,
+    noised: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    kl_weights: Tensor,
+    ce_weights: Tensor | None,
+    smoothing: float,
+    cap: float,
+    teaches: bool,
+    first: Tensor | None,
+    second: Tensor | None,
+    kl_out: Tensor,
+    ce_out: Tensor | None,
+) -> None:
+    if labels is None or ce_weights is None:
+        ce_weights = torch.zeros_like(kl_weights)
+    else:
+        ce_weights = torch.where(labels == ignore_index, 0.0, ce_weights)
+    ce_out = torch.empty_like(kl_out) if ce_out is None else ce_out
+    _kernels("divergence").operand_rows(
+        clean, noised, labels, kl_weights, ce_weights, smoothing, cap, teaches, first, second, kl_out, ce_out
+    )
+
+
 def js_rows(
     clean: Tensor, noised: Tensor, weights: Tensor | None, grad_clean: Tensor | None, grad_noised: Tensor | None
 ) -> Tensor:

@@ -6,10 +6,28 @@ and the loss, and gradients are summed over chunks before they are rounded.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 _SLICE_BYTES = 1 << 25  # of what is held beside the operands: the weight in float32 on CPUs, parts of dW on GPUs
+
+
+def _multiplies_16_bits(device: torch.device) -> bool:
+    """Whether operands of 16 bits give float32 products here."""
+    return device.type == "cuda"
+
+
+@functools.cache
+def _adds_up(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds products of 16-bit operands to a float32 matrix. Some versions want that in 16 bits as well."""
+    a, total = torch.zeros(8, 8, dtype=dtype, device=device), torch.zeros(8, 8, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Head:
@@ -26,57 +44,65 @@ class Head:
         self.dtype = dtype
         self.work = torch.float64 if dtype == torch.float64 else torch.float32
         self.bias = None if bias is None else bias.to(self.work)
-        self._native = weight.is_cuda and dtype.itemsize == 2
+        self._native = dtype.itemsize == 2 and _multiplies_16_bits(weight.device)
         self.weight = weight.to(dtype) if self._native else weight
         vocab, width = weight.shape
-        whole = not self._native and weight.dtype == dtype == self.work
-        step = vocab if whole else _SLICE_BYTES // (4 * max(width, 1))
-        self._slices = [slice(at, min(at + step, vocab)) for at in range(0, vocab, max(step, 1))]
+        step = max(_SLICE_BYTES // (4 * max(width, 1)), 1)
+        self._slices = [slice(at, min(at + step, vocab)) for at in range(0, vocab, step)]
+        # Multiplied as they are, in one product. Else the weight is converted, a slice at a time.
+        self._whole = self._native or weight.dtype == dtype == self.work
 
     def _part(self, part: slice) -> Tensor:
         return self.weight[part].to(self.dtype).to(self.work)
 
+    def _product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        if self._native:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out=out)
+
     def products(self, x: Tensor, out: Tensor) -> None:
         """out = x W^T, without the bias; x (rows, width) of the operands' dtype, out (rows, vocab)."""
-        if self._native:
-            torch.mm(x, self.weight.t(), out_dtype=torch.float32, out=out)
+        if self._whole:
+            self._product(x, self.weight.t(), out)
             return
         x = x.to(self.work)
         for part in self._slices:
             torch.mm(x, self._part(part).t(), out=out[:, part])
 
-    def hidden_gradient(self, grad: Tensor, factor: Tensor | None) -> Tensor:
-        """grad W / factor; grad (rows, vocab) and factor as `operand` gives them."""
-        if self._native:
-            total = torch.mm(grad, self.weight, out_dtype=torch.float32)
-        else:
-            total = torch.zeros(grad.shape[0], self.weight.shape[1], dtype=self.work, device=grad.device)
-            for part in self._slices:
-                total.addmm_(grad[:, part].to(self.work), self._part(part))
-        return total if factor is None else total.div_(factor)
-
-    def add_weight_gradient_(self, total: Tensor, grad: Tensor, factor: Tensor | None, x: Tensor) -> None:
-        """total += grad^T x / factor; total (vocab, width)."""
-        x = x if self._native else x.to(self.work)
+    def hidden_gradient(self, grad: Tensor, out: Tensor) -> None:
+        """out = grad W; grad (rows, vocab) of the operands' dtype, out (rows, width)."""
+        if self._whole:
+            self._product(grad, self.weight, out)
+            return
+        out.zero_()
         for part in self._slices:
-            if self._native:
-                product = torch.mm(grad[:, part].t(), x, out_dtype=torch.float32)
-            elif factor is None:
-                total[part].addmm_(grad[:, part].to(self.work).t(), x)
-                continue
-            else:
-                product = grad[:, part].to(self.work).t() @ x
-            total[part] += product if factor is None else product.div_(factor)
+            out.addmm_(grad[:, part].to(self.work), self._part(part))
 
-    def operand(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The logits' gradient as an operand, and the power of two it was multiplied by (None: 1).
+    def weight_gradient(self, grad: Tensor, x: Tensor, total: Tensor, *, add: bool, factor: Tensor | None = None) -> None:
+        """total = grad^T x / factor, or with `add` total += that; total (vocab, width), both operands of the operands' dtype.
 
-        Float16 ends at 6e-8, where the gradients of a mean over tokens lie, so they are brought near 1.
+        A factor costs two passes more over every slice of the total.
         """
-        if self.dtype != torch.float16:
-            return grad.to(self.dtype), None
-        factor = power_of_two(grad)
-        return grad.mul_(factor).to(self.dtype), factor
+        if factor is None and self._whole and not add:
+            self._product(grad.t(), x, total)
+        elif factor is None and self._native and _adds_up(x.device, x.dtype):
+            torch.addmm(total, grad.t(), x, out_dtype=torch.float32, out=total)
+        elif factor is None and not self._native:
+            total = total if add else total.zero_()
+            total.addmm_(grad.to(self.work).t(), x.to(self.work))
+        else:
+            for part in self._slices:
+                if self._native:
+                    product = torch.mm(grad[:, part].t(), x, out_dtype=torch.float32)
+                else:
+                    product = grad[:, part].to(self.work).t() @ x.to(self.work)
+                if factor is not None:
+                    product.div_(factor)
+                if add:
+                    total[part] += product
+                else:
+                    total[part] = product
 
 
 def power_of_two(x: Tensor) -> Tensor:

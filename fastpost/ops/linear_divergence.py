@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from fastpost.errors import unknown
 from fastpost.ops import linear_rows
 from fastpost.ops.autograd import Function, by_operation, one_by_one, transformed, unmapped_batch
+from fastpost.ops.chunks import chunk_rows
 from fastpost.ops.divergence import check_bounded, check_finite
 from fastpost.ops.linear_rows import Settings
 from fastpost.ops.reductions import (
@@ -24,15 +26,14 @@ from fastpost.ops.reductions import (
 from fastpost.ops.rows import scale_
 
 GRADS = ("both", "noised", "clean")
-_ROWS = 1024  # of a chunk: enough that the products run at full speed
-_LEAST_ROWS = 64
 
 
 # -- autograd -------------------------------------------------------------------------------------------------------------
 
 
 class _LinearDivergence(Function):
-    """Weighted sum of the rows' values (per_row: each of them), kl and ce for show, and gradients made in the forward pass.
+    """The weighted sum of the rows' values (per_row: each row's), the sums of both kinds and the rows' values for show, and
+    gradients made in the forward pass.
 
     What is asked per row gets its gradients in the backward pass, from logits made again: only then are their weights known.
     """
@@ -44,20 +45,16 @@ class _LinearDivergence(Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor | None,
-        kl_weights: Tensor,
-        ce_weights: Tensor | None,
+        weights: Tensor,
         how: Settings,
         want: list[bool],
         per_row: bool,
     ) -> tuple[Tensor, ...]:
         now = [False] * len(want) if per_row else want
-        kl, ce, *grads = linear_rows.linear_divergence(
-            hidden, noised, weight, bias, labels, kl_weights, ce_weights, *how, now
-        )
-        value = kl * kl_weights
-        if ce_weights is not None:
-            value = value + ce * ce_weights
-        return value if per_row else value.sum(), kl, ce, *grads
+        values, *grads = linear_rows.linear_divergence(hidden, noised, weight, bias, labels, weights, *how, now)
+        weighted = values * weights
+        sums = weighted.sum(-1)
+        return weighted.sum(0) if per_row else sums.sum(), sums, values, *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -70,18 +67,20 @@ class _LinearDivergence(Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 10
-        wanted = ctx.needs_input_grad[:4]
+            return (None,) * 9
+        wanted = list(ctx.needs_input_grad[:4])
         tensors = ctx.saved_tensors
+        dtypes = [None if t is None else t.dtype for t in tensors[:4]]
         grads, ctx.grads = ctx.grads, None
         if by_operation() or unmapped_batch(upstream):  # which calls operations that it does not know one by one
-            grads = _LinearGradients.apply(ctx.how, list(wanted), upstream, *tensors)
+            grads = _of_each(_LinearGradients.apply(ctx.how, wanted, upstream, *tensors), wanted)
+            given = [None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
         elif grads is None:
-            grads = _LinearGradients.forward(ctx.how, list(wanted), upstream, *tensors)
+            grads = _of_each(_LinearGradients.forward(ctx.how, wanted, upstream, *tensors), wanted)
+            given = [None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
         else:  # of a sum
-            scale_([g.view(1, -1) if g.ndim == 1 else g for g in grads], upstream.reshape(1))
-        given = [g.to(t.dtype) if w else None for g, t, w in zip(grads, tensors[:4], wanted, strict=True)]
-        return *given, None, None, None, None, None, None
+            given = _scaled(grads, wanted, upstream, dtypes)
+        return *given, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -89,13 +88,14 @@ class _LinearDivergence(Function):
 
 
 class _LinearGradients(Function):
-    """The gradients of hidden, noised, weight and bias, empty where not wanted; `tensors` are those of _LinearDivergence."""
+    """The gradients of the hidden states that are wanted (stacked), of weight and bias, empty where not wanted; `tensors`
+    are those of _LinearDivergence."""
 
     @staticmethod
     def forward(how: Settings, want: list[bool], upstream: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        *rest, kl_weights, ce_weights = tensors
-        kl_weights, ce_weights = (None if w is None else w * upstream for w in (kl_weights, ce_weights))
-        _, _, *grads = linear_rows.linear_divergence(*rest, kl_weights, ce_weights, *how, want)
+        *rest, weights = tensors
+        assert weights is not None
+        _, *grads = linear_rows.linear_divergence(*rest, weights * upstream, *how, want)
         return tuple(grads)
 
     @staticmethod
@@ -113,6 +113,37 @@ class _LinearGradients(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         return one_by_one(_LinearGradients, info.batch_size, in_dims, args)
+
+
+def _of_each(grads: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Those of hidden, noised, weight and bias, None where not wanted; the first two come as one tensor."""
+    streams = iter(grads[0].unbind())
+    return [
+        *(next(streams) if w else None for w in wanted[:2]),
+        *(g if w else None for g, w in zip(grads[1:], wanted[2:], strict=True)),
+    ]
+
+
+def _scaled(
+    grads: Sequence[Tensor], wanted: Sequence[bool], upstream: Tensor, dtypes: Sequence[torch.dtype | None]
+) -> list[Tensor | None]:
+    """The gradients times a number, as `_of_each` and in these dtypes: one pass over each, none over what has its dtype where
+    the number is known to be 1."""
+    hidden, *others = grads
+    if all(dtype == hidden.dtype for dtype, w in zip(dtypes[:2], wanted[:2], strict=True) if w):
+        scale_([hidden.view(-1, hidden.shape[-1])], upstream.reshape(1))
+        done = {0, 1}
+    else:
+        done = set()
+    for k, grad in enumerate(others, 2):
+        if grad.dtype == dtypes[k]:
+            scale_([grad.view(1, -1) if grad.ndim == 1 else grad], upstream.reshape(1))
+            done.add(k)
+    given = _of_each(grads, wanted)
+    for k, grad in enumerate(given):
+        if grad is not None and k not in done:
+            given[k] = torch.mul(grad, upstream, out=torch.empty(grad.shape, dtype=dtypes[k], device=grad.device))
+    return given
 
 
 # -- public ---------------------------------------------------------------------------------------------------------------
@@ -168,30 +199,15 @@ def _operand_dtype(hidden: Tensor, noised: Tensor, weight: Tensor) -> torch.dtyp
     return weight.dtype
 
 
-def _chunk_rows(op: str, rows: int, weight: Tensor, dtype: torch.dtype, softcap: float | None, budget: int) -> int:
-    """Rows of a chunk under a budget in bytes."""
-    vocab, width = weight.shape
-    work = 8 if dtype == torch.float64 else 4
-    blocks = work * (1 if softcap is None else 2) + (dtype.itemsize if dtype.itemsize < work else 0)
-    per_row = 2 * vocab * blocks + 2 * width * (dtype.itemsize + 2 * work)
-    least = max(min(_LEAST_ROWS, rows), 1)
-    fitting = int(budget) // per_row
-    if fitting < least:
-        raise ValueError(
-            f"{op}: memory_budget of {int(budget):,} bytes holds {fitting} rows of two streams of {vocab:,} logits; "
-            f"{least} rows need {least * per_row:,}"
-        )
-    return min(_ROWS, fitting)
-
-
 def _run(
-    op: str, hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, kl_weights: Tensor,
-    ce_weights: Tensor | None, ignore_index: int, smoothing: float, softcap: float | None, temperature: float, grad: str,
-    memory_budget: int, group: dist.ProcessGroup | None, per_row: bool,
+    op: str, hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, weights: list[Tensor],
+    ignore_index: int, smoothing: float, softcap: float | None, temperature: float, grad: str, memory_budget: int,
+    group: dist.ProcessGroup | None, per_row: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The weighted sum with its graph (per_row: every row's value), the sums of both kinds, the rows' values; float64."""
     dtype = _operand_dtype(hidden, noised, weight)
     flat = [t.reshape(-1, t.shape[-1]) for t in (hidden, noised)]
-    chunk = _chunk_rows(op, flat[0].shape[0], weight, dtype, softcap, memory_budget)
+    chunk = chunk_rows(op, len(flat[0]), *weight.shape, dtype, hidden.device, memory_budget)
     how = Settings(
         ignore_index, smoothing, softcap or 0.0, temperature, chunk, grad, dtype, "" if group is None else group.group_name
     )
@@ -199,9 +215,9 @@ def _run(
     # Under torch.func, which backward passes there will be is not known here.
     ahead = torch.is_grad_enabled() and not transformed()
     want = [t is not None and ahead and t.requires_grad for t in tensors]
-    value, kl, ce, *_ = _LinearDivergence.apply(*tensors, labels, kl_weights, ce_weights, how, want, per_row)
-    check_finite(op, kl)
-    return value, kl, ce
+    value, sums, values, *_ = _LinearDivergence.apply(*tensors, labels, torch.stack(weights), how, want, per_row)
+    check_finite(op, values[0])
+    return value, sums, values
 
 
 def linear_symmetric_kl(
@@ -229,9 +245,9 @@ def linear_symmetric_kl(
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2; None: as they are.
         temperature: then divides the logits; a model's logit scale is 1 / temperature.
         grad: which stream gradients are sent into: "both", "noised" (hidden is a fixed teacher) or "clean".
-        memory_budget: bytes for what is held of the logits, > 0. Chunks have 1,024 rows at most; the budget wins down to 64.
-            Gradients of the size of weight and hidden are extra (a 16-bit weight's is summed in float32), as are 64 MB at
-            most.
+        memory_budget: bytes for what is held of the logits, > 0. Where it holds all rows there is one chunk of them (on
+            CPUs of 1,024 at most), else chunks of a multiple of 256 or 128 rows; it wins down to 64. Gradients of the size
+            of weight and hidden are extra (a 16-bit weight's is summed in float32), as are 64 MB at most.
         vocab_group: process group whose ranks hold one slice of the vocabulary each, in the order of their ranks, as weight
             and bias; hidden is the same on all of them. Gradients of hidden are summed over the group.
 
@@ -250,7 +266,7 @@ def linear_symmetric_kl(
     if weights is None:
         weights = torch.ones(math.prod(rows), dtype=torch.float64, device=hidden.device)
     value, _, _ = _run(
-        op, hidden, noised_hidden, weight, bias, None, weights, None, -100, 0.0, softcap, temperature, grad, memory_budget,
+        op, hidden, noised_hidden, weight, bias, None, [weights], -100, 0.0, softcap, temperature, grad, memory_budget,
         vocab_group, reduction == "none",
     )  # fmt: skip
     dtype = out_dtype(_operand_dtype(hidden, noised_hidden, weight))
@@ -314,9 +330,13 @@ def linear_r3f_loss(
     )
     if r3f_lambda == 0:
         noised_hidden, grad = hidden.detach(), "none"
-    value, kl, ce = _run(
-        op, hidden, noised_hidden, weight, bias, weights.labels, weights.kl, weights.ce, ignore_index, weights.smoothing,
+    value, sums, values = _run(
+        op, hidden, noised_hidden, weight, bias, weights.labels, [weights.kl, weights.ce], ignore_index, weights.smoothing,
         softcap, temperature, grad, memory_budget, vocab_group, False,
     )  # fmt: skip
-    check_bounded(op, kl)
-    return weights.loss(value, kl, ce, out_dtype(_operand_dtype(hidden, noised_hidden, weight)))
+    check_bounded(op, values[0])
+    dtype = out_dtype(_operand_dtype(hidden, noised_hidden, weight))
+    if r3f_lambda not in (0, 1):  # which the divergence's weights hold
+        sums = torch.stack((sums[0] / r3f_lambda, sums[1]))
+    symm_kl, task_loss = sums.detach().to(dtype).unbind()
+    return R3FLoss(value.to(dtype), task_loss, symm_kl)

@@ -1,7 +1,14 @@
 """The output head and the divergence of its rows, as torch.library sees them: one walk over chunks of rows.
 
-Both streams are stacked, so the head's weight is read once for both: per chunk of rows one product makes the logits, the
-row kernels turn them into their own gradients in place, and two products carry those to the hidden states and the weight.
+Both streams are stacked, so the head's weight is read once for both. A chunk of rows costs three products: one makes the
+logits, one carries their gradients to the hidden states, one to the weight. Between them the row kernel turns logits into
+the operands of the other two.
+
+The KL lives on what the streams differ by, and its two gradients G1 and G2 all but cancel. So what is multiplied is
+
+    [G1 + G2; G2]    with [X1; X2 - X1] for the weight's gradient,    with the weight for [dX1 + dX2; dX2],
+
+where neither the rounding of operands nor that of sums drowns the difference.
 """
 
 from __future__ import annotations
@@ -13,17 +20,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpost.dispatch import select
+from fastpost.ops.chunks import even_chunk, padded
 from fastpost.ops.head import Head, power_of_two
-from fastpost.ops.reductions import add_smoothing_gradient_, smoothing_gap
+from fastpost.ops.reductions import out_dtype, smoothing_gap
 from fastpost.ops.registry import define
-from fastpost.ops.vocab_parallel import group_named, sharded_divergence_rows_
+from fastpost.ops.vocab_parallel import group_named, sharded_operand_rows
 
 
 class Settings(NamedTuple):
     """A call but for its tensors, as the operation takes it.
 
-    softcap 0: none. grad "none": the divergence has no weight, and only the clean stream is looked at. group "": the
-    vocabulary is whole.
+    softcap 0: none. chunk: the most rows of a chunk. grad "none": the divergence has no weight, and only the clean stream is
+    looked at. group "": the vocabulary is whole.
     """
 
     ignore_index: int
@@ -42,8 +50,7 @@ def _linear_divergence(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor | None,
-    kl_weights: Tensor,
-    ce_weights: Tensor | None,
+    weights: Tensor,
     ignore_index: int,
     smoothing: float,
     softcap: float,
@@ -53,20 +60,39 @@ def _linear_divergence(
     dtype: torch.dtype,
     group: str,
     want: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     how = Settings(ignore_index, smoothing, softcap, temperature, chunk, grad, dtype, group)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _Run(hidden, noised, weight, bias, labels, kl_weights, ce_weights, how, want).over_all_rows()
+        return _Run(hidden, noised, weight, bias, labels, weights, how, want).over_all_rows()
 
 
-def _grad_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a gradient is kept in until the upstream gradient is known: float16 might lose it before a loss scale arrives."""
+def _grad_dtype(hidden: Tensor, noised: Tensor) -> torch.dtype:
+    """What the hidden states' gradients are kept in until the upstream gradient is known: float16 might lose them before a
+    loss scale arrives."""
+    dtype = torch.promote_types(hidden.dtype, noised.dtype)
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _skips_rows(device: torch.device) -> bool:
     """Whether rows without a weight are left out of the walk: where asking for them waits for nothing."""
     return device.type == "cpu"
+
+
+class _Chunk(NamedTuple):
+    """Memory for one chunk after another, as blocks of so many rows per stream.
+
+    hidden: operands of the products, see `_Run._operands`.
+    logits: of both streams, in the order of their operands.
+    grads: the logits' gradients as operands, where those are not of the logits' dtype; else None, and they take the logits'
+        place.
+    carried: what goes back to the hidden states, and behind it a block of zeros; None where they want nothing.
+    """
+
+    rows: int
+    hidden: Tensor
+    logits: Tensor
+    grads: Tensor | None
+    carried: Tensor | None
 
 
 class _Run:
@@ -79,187 +105,256 @@ class _Run:
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor | None,
-        kl_weights: Tensor,
-        ce_weights: Tensor | None,
+        weights: Tensor,
         how: Settings,
         want: list[bool],
     ) -> None:
         self.hidden, self.noised, self.labels, self.how = hidden, noised, labels, how
-        self.kl_weights, self.ce_weights = kl_weights, ce_weights
         self.head = Head(weight, bias, how.dtype)
         self.group = group_named(how.group) if how.group else None
-        n, (vocab, width) = hidden.shape[0], weight.shape
-        self.want_clean, self.want_noised, self.want_weight, self.want_bias = want
-        self.kl, self.ce = (torch.zeros(n, dtype=torch.float64, device=hidden.device) for _ in range(2))
-
-        def room(shape: tuple[int, ...], wanted: bool, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape if wanted else 0, dtype=dtype, device=hidden.device)
-
-        self.grad_clean = room((n, width), self.want_clean, _grad_dtype(hidden.dtype))
-        self.grad_noised = room((n, width), self.want_noised, _grad_dtype(noised.dtype))
-        self.grad_weight = room((vocab, width), self.want_weight, self.head.work)
-        self.grad_bias = room((vocab,), self.want_bias, self.head.work)
-        self.one_stream = how.grad == "none"
-        # Which logits get a gradient.
+        self.weights = weights if how.temperature == 1 else weights / how.temperature
+        self.both = how.grad != "none"
+        self.want_hidden, (self.want_weight, self.want_bias) = (want[0], want[1]), want[2:]
         shared = self.want_weight or self.want_bias
-        self.want = (self.want_clean or shared, (self.want_noised or shared) and how.grad in ("both", "noised"))
+        # Which logits get a gradient: their operands are (G1 + G2, G2), or one of them alone.
+        self.want = (want[0] or shared, (want[1] or shared) and how.grad in ("both", "noised"))
+        # Streams that came in 16 bits are multiplied as they are. Where rounding to operands would drown their difference, or
+        # that of logits summed up in float32, the difference is multiplied instead.
+        self.as_they_are = self.both and how.dtype.itemsize == 2 and min(hidden.dtype.itemsize, noised.dtype.itemsize) == 2
+        self.skips = _skips_rows(hidden.device)
+        # Rows that do not count may hold NaN, and 0 times NaN is not 0.
+        self.live = None if self.skips else weights.any(0).unsqueeze(-1)
+        self.zero = hidden.new_zeros(())
 
-    def over_all_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def over_all_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        head, device = self.head, self.hidden.device
+        n, (vocab, width) = len(self.hidden), head.weight.shape
         used = self._used()
-        total = len(self.hidden) if used is None else len(used)
+        total = n if used is None else len(used)
+
+        def room(shape: tuple[int, ...], dtype: torch.dtype, written: bool) -> Tensor:
+            return (torch.empty if written else torch.zeros)(shape, dtype=dtype, device=device)
+
+        all_rows = used is None and total > 0
+        self.values = room(tuple(self.weights.shape), torch.float64, all_rows)
+        reached = [wanted and live for wanted, live in zip(self.want_hidden, self.want, strict=True)]
+        self.grad_hidden = room(
+            (sum(self.want_hidden), n, width), _grad_dtype(self.hidden, self.noised),
+            all_rows and reached == list(self.want_hidden),
+        )  # fmt: skip
+        # Which of the blocks that are carried back are handed out, and to which of the hidden states.
+        first, count = int(not reached[0]), sum(reached)
+        source, target = first - int(not self.want[0]), first - int(not self.want_hidden[0])
+        self.source, self.target = slice(source, source + count), slice(target, target + count)
+        self.grad_weight = room((vocab, width) if self.want_weight else (0,), head.work, self.want_weight and total > 0)
+        self.grad_bias = room((vocab,) if self.want_bias else (0,), head.work, False)
         if total:
-            chunk = -(-total // -(-total // self.how.chunk))  # of equal size
-            shape = ((1 if self.one_stream else 2) * chunk, len(self.head.weight))
-            logits = torch.empty(shape, dtype=self.head.work, device=self.hidden.device)
-            apart = torch.empty_like(logits) if self.how.softcap and any(self.want) else None
-            for at in range(0, total, chunk):
-                rows = slice(at, min(at + chunk, total))
-                self._over(rows if used is None else used[rows], logits, apart)
-        if self.group is not None:  # each rank's columns have given their part of dX
-            for grad in (self.grad_clean, self.grad_noised):
-                if grad.numel():
-                    dist.all_reduce(grad, group=self.group)
-        return self.kl, self.ce, self.grad_clean, self.grad_noised, self.grad_weight, self.grad_bias
+            size = even_chunk(total, self.how.chunk)
+            chunk = self._chunk(size, any(reached))
+            for at in range(0, total, size):
+                rows = slice(at, min(at + size, total))
+                if rows.stop - at < chunk.rows and chunk.carried is not None:
+                    chunk = chunk._replace(carried=self._carried(rows.stop - at))
+                self._over(rows if used is None else used[rows], rows.stop - at, chunk, add=at > 0)
+        if self.group is not None and self.grad_hidden.numel():  # each rank's columns have given their part of dX
+            dist.all_reduce(self.grad_hidden, group=self.group)
+        return self.values, self.grad_hidden, self.grad_weight, self.grad_bias
 
     def _used(self) -> Tensor | None:
         """The rows that have a weight, where asking is free; None for all. Padding and prompts then cost nothing."""
-        if not _skips_rows(self.hidden.device):
+        if not self.skips:
             return None
-        used = self._weighted(slice(None))
+        used = self.weights.any(0)
         return None if bool(used.all()) else used.nonzero().squeeze(-1)
 
-    def _weighted(self, rows: slice | Tensor) -> Tensor:
-        used = self.kl_weights[rows] != 0
-        return used if self.ce_weights is None else used | (self.ce_weights[rows] != 0)
+    def _chunk(self, rows: int, carries: bool) -> _Chunk:
+        head, device = self.head, self.hidden.device
+        vocab, width = head.weight.shape
+        blocks = 3 if self.as_they_are else 2 if self.both else 1
 
-    def _without_unused(self, rows: slice | Tensor, hidden: Tensor) -> Tensor:
-        return torch.where(self._weighted(rows).unsqueeze(-1), hidden, torch.zeros_like(hidden))
+        def matrix(blocks: int, columns: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty((blocks * rows, columns), dtype=dtype, device=device)
 
-    def _over(self, rows: slice | Tensor, logits: Tensor, apart: Tensor | None) -> None:
-        """One chunk. `logits` and `apart` are room for the streams' logits, and for gradients where those need their own."""
-        head, how = self.head, self.how
-        clean, noised = self.hidden[rows], self.noised[rows]
-        if not _skips_rows(self.hidden.device):  # where 0 times NaN would be NaN
-            clean, noised = self._without_unused(rows, clean), self._without_unused(rows, noised)
-        n, both = len(clean), not self.one_stream
-        x = torch.cat((clean.to(head.dtype), noised.to(head.dtype))) if both else clean.to(head.dtype)
-        logits = logits[: len(x)]
-        # The KL lives on what the streams differ by, and the rounding of two logits drowns a small difference. So it is the
-        # difference that is multiplied: operands of 16 bits in a range of its own, unless the streams came in 16 bits.
-        difference = factor = None
-        if both and head.dtype != torch.float64:
-            difference = noised.to(head.work) - clean.to(head.work)
-            if head.dtype.itemsize == 2:
-                factor = power_of_two(difference)
-                difference = (difference * factor).to(head.dtype)
-        if difference is not None and (
-            factor is None or head.dtype.itemsize < min(clean.dtype.itemsize, noised.dtype.itemsize)
-        ):
-            head.products(torch.cat((x[:n], difference)), logits)
-            if factor is not None:
-                logits[n:].div_(factor)
-            logits[n:].add_(logits[:n])
+        return _Chunk(
+            rows,
+            matrix(blocks, width, head.dtype),
+            matrix(2 if self.both else 1, padded(vocab), head.work)[:, :vocab],
+            matrix(sum(self.want), padded(vocab), head.dtype)[:, :vocab] if head.dtype != head.work else None,
+            self._carried(rows) if carries else None,
+        )
+
+    def _carried(self, rows: int) -> Tensor:
+        shape = (sum(self.want) + 1, rows, self.head.weight.shape[1])
+        carried = torch.empty(shape, dtype=self.head.work, device=self.hidden.device)
+        carried[-1].zero_()
+        return carried
+
+    # -- a chunk ----------------------------------------------------------------------------------------------------------
+
+    def _over(self, rows: slice | Tensor, n: int, chunk: _Chunk, add: bool) -> None:
+        """One chunk of n rows; `add`: there were others before."""
+        head = self.head
+        x, factor = self._operands(rows, n, chunk.hidden)
+        clean, noised = self._logits(x, factor, n, chunk.logits)
+        # float16 has to know its largest before it can hold gradients: so they are float32 first.
+        scaled = head.dtype == torch.float16
+        if chunk.grads is None or scaled:
+            places = [clean, noised]
         else:
-            head.products(x, logits)
+            places = [*chunk.grads[: n * sum(self.want)].split(n)] * (1 if all(self.want) else 2)
+        first, second = (place if wanted else None for place, wanted in zip(places, self.want, strict=True))
+        self._divergence(rows, n, (clean, noised), first, second)
+        grads = [g for g in (first, second) if g is not None]
+        if not grads:
+            return
+        if self.want_bias:
+            self.grad_bias += grads[0].sum(0, dtype=head.work)
+        carried = chunk.carried
+        if scaled:
+            assert chunk.grads is not None
+            self._carry_scaled(grads, chunk.grads, x, factor, carried, add)
+        else:
+            stacked = grads[0] if len(grads) == 1 else (chunk.logits if chunk.grads is None else chunk.grads)[: 2 * n]
+            if carried is not None:
+                head.hidden_gradient(stacked, carried[:-1].view(len(stacked), -1))
+            if self.want_weight:
+                at = n if self.as_they_are else 0
+                head.weight_gradient(stacked, x[at : at + len(stacked)], self.grad_weight, add=add)
+        if carried is not None:
+            self._hand_out(rows, carried)
+
+    def _operands(self, rows: slice | Tensor, n: int, room: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The hidden states as the products take them, and the power of two that float16 differences were multiplied by.
+
+        Blocks of n rows: the noised stream where it is multiplied as it is, the clean one, the difference. Logits are made
+        of the first two, the weight's gradient of the last two.
+        """
+        room = room[: n * (3 if self.as_they_are else 2 if self.both else 1)]
+        blocks = list(room.split(n))
+        clean_block = blocks[1 if self.as_they_are else 0]
+        clean = self._counting(self.hidden, rows, clean_block)
+        if not self.both:
+            return room, None
+        if self.as_they_are:
+            noised = self._counting(self.noised, rows, blocks[0])
+            clean, noised = clean_block, blocks[0]
+        else:
+            noised = self._counting(self.noised, rows, None)
+            if noised.dtype.itemsize < clean_block.dtype.itemsize:
+                noised = noised.to(clean_block.dtype)
+            if clean.dtype.itemsize < noised.dtype.itemsize:
+                clean = clean_block
+        if self.head.dtype != torch.float16:
+            torch.sub(noised, clean, out=blocks[-1])
+            return room, None
+        difference = noised.float() - clean.float()
+        factor = power_of_two(difference)
+        torch.mul(difference, factor, out=blocks[-1])
+        return room, factor
+
+    def _counting(self, stream: Tensor, rows: slice | Tensor, out: Tensor | None) -> Tensor:
+        """These rows of a stream, zeros in place of those that do not count; copied to `out`, where there is one."""
+        part = stream[rows]
+        if self.live is not None:
+            live = self.live[rows]
+            if out is not None and out.dtype == part.dtype:
+                return torch.where(live, part, self.zero, out=out)
+            part = torch.where(live, part, self.zero)
+        if out is not None:
+            out.copy_(part)
+        return part
+
+    def _logits(self, x: Tensor, factor: Tensor | None, n: int, room: Tensor) -> tuple[Tensor, Tensor]:
+        """Both streams' logits, made in `room`; with one stream that stands in for the other."""
+        head, how = self.head, self.how
+        logits = room[: (2 if self.both else 1) * n]
+        head.products(x[: len(logits)], logits)
+        clean, noised = (logits[n:], logits[:n]) if self.as_they_are else (logits[:n], logits[-n:])
+        apart = self.both and not self.as_they_are  # the noised ones are the difference as yet
         if head.bias is not None:
-            logits.add_(head.bias)
+            (clean if apart else logits).add_(head.bias)
+        if apart:
+            if factor is not None:
+                noised.div_(factor)
+            noised.add_(clean)
         if how.softcap:
             logits.div_(how.softcap).tanh_().mul_(how.softcap)
         if how.temperature != 1:
             logits.div_(how.temperature)
+        return clean, noised
 
-        grads = logits if apart is None else apart[: len(x)]
-        self._divergence(rows, (logits[:n], logits[n:] if both else logits), (grads[:n], grads[n:]))
-        if apart is not None:  # d cap(y) / dy = 1 - (cap(y) / softcap)^2
-            grads.mul_(logits.mul_(how.temperature / how.softcap).square_().neg_().add_(1))
-        if not any(self.want):
-            return
-        if self.want_bias:
-            self.grad_bias += grads[0 if self.want[0] else n : 2 * n if self.want[1] else n].sum(0)
-        if difference is not None and factor is not None and all(self.want):
-            # G1' X1 + G2' X2 = (G1 + G2)' X1 + G2' (X2 - X1): the KL's two gradients all but cancel, and rounded would not.
-            grads[:n] += grads[n:]
-            total, rest = self._carry(grads[:n], x[:n], None), self._carry(grads[n:], difference, factor)
-            if total is not None and rest is not None:
-                self._hand_out(rows, total - rest, rest)
-        else:
-            live = slice(0 if self.want[0] else n, 2 * n if self.want[1] else n)
-            gradient = self._carry(grads[live], x[live], None)
-            if gradient is not None:
-                self._hand_out(rows, gradient[:n] if self.want[0] else None, gradient[-n:] if self.want[1] else None)
-
-    def _divergence(self, rows: slice | Tensor, logits: tuple[Tensor, Tensor], room: tuple[Tensor, Tensor]) -> None:
-        """Values of these rows, and the logits' gradients, already divided by the temperature, in `room`."""
-        how = self.how
-        weights = self.kl_weights[rows] / how.temperature
-        labels = ce_weights = gap = None
-        if self.labels is not None:
-            assert self.ce_weights is not None
-            labels, ce_weights = self.labels[rows], self.ce_weights[rows] / how.temperature
-        grads = (room[0] if self.want[0] else None, room[1] if self.want[1] else None)
-        if self.group is not None:
-            self.kl[rows], self.ce[rows] = sharded_divergence_rows_(
-                logits, labels, how.ignore_index, weights, ce_weights, how.smoothing, grads, how.grad != "noised", self.group
-            )
-            return
-        function = select("divergence_rows", logits[0].device, logits[0].dtype)
-        if how.smoothing and labels is not None:
+    def _divergence(
+        self, rows: slice | Tensor, n: int, logits: tuple[Tensor, Tensor], first: Tensor | None, second: Tensor | None
+    ) -> None:
+        """Values of these rows, and the logits' gradients in `first` and `second`."""
+        how, group = self.how, self.group
+        weights = self.weights[:, rows]
+        labels = None if self.labels is None else self.labels[rows]
+        gap = None
+        if how.smoothing and labels is not None and group is None:
             gap = smoothing_gap(logits[0], labels, labels != how.ignore_index)
-        if how.grad == "noised":
-            # The teacher's logits send back the cross-entropy only, which overwrites them when the divergence is done.
-            kl, ce = function(*logits, None, how.ignore_index, weights, None, None, grads[1])
-            if labels is not None:
-                off = torch.zeros_like(weights)
-                _, ce = function(logits[0], logits[0], labels, how.ignore_index, off, ce_weights, grads[0], None)
-            elif grads[0] is not None:
-                grads[0].zero_()
+        values = self.values[:, rows] if isinstance(rows, slice) else torch.empty_like(weights)
+        arguments = (
+            *logits, labels, how.ignore_index, weights[0], None if labels is None else weights[1], how.smoothing,
+            how.softcap / how.temperature, how.grad != "noised", first, second, values[0], None if labels is None else values[1],
+        )  # fmt: skip
+        if group is None:
+            select("operand_rows", logits[0].device, logits[0].dtype)(*arguments)
         else:
-            kl, ce = function(*logits, labels, how.ignore_index, weights, ce_weights, *grads)
+            sharded_operand_rows(*arguments, group)
         if gap is not None:
-            assert labels is not None
-            assert ce_weights is not None
-            ce = ce + how.smoothing * gap
-            if grads[0] is not None:
-                add_smoothing_gradient_(grads[0], labels, how.smoothing * ce_weights)
-        self.kl[rows], self.ce[rows] = kl, ce
+            values[1].add_(gap, alpha=how.smoothing)
+        if not isinstance(rows, slice):
+            self.values[:, rows] = values
 
-    def _carry(self, grads: Tensor, x: Tensor, x_factor: Tensor | None) -> Tensor | None:
-        """From logits' gradients to the weight's, and to those of the hidden states, where wanted.
+    def _carry_scaled(
+        self,
+        grads: list[Tensor],
+        room: Tensor,
+        x: Tensor,
+        difference_factor: Tensor | None,
+        carried: Tensor | None,
+        add: bool,
+    ) -> None:
+        """Both products of float16 operands, each stream's gradient multiplied by a power of two of its own: float16 ends at
+        6e-8, where the gradients of a mean over tokens lie."""
+        n = len(grads[0])
+        against = x[n if self.as_they_are else 0 :]
+        for k, grad in enumerate(grads):
+            block = slice(k * n, (k + 1) * n)
+            factor = power_of_two(grad)
+            operand = torch.mul(grad, factor, out=room[block])
+            if carried is not None:
+                self.head.hidden_gradient(operand, carried[k])
+                carried[k].div_(factor)
+            if self.want_weight:
+                both = factor if k == 0 or difference_factor is None else factor * difference_factor
+                self.head.weight_gradient(operand, against[block], self.grad_weight, add=add or k > 0, factor=both)
 
-        Args:
-            grads: (rows, vocab).
-            x: (rows, width), what they are multiplied by for the weight's gradient, times x_factor.
-        """
-        operand, factor = self.head.operand(grads)
-        if self.want_weight:
-            both = factor if x_factor is None else x_factor if factor is None else factor * x_factor
-            self.head.add_weight_gradient_(self.grad_weight, operand, both, x)
-        return self.head.hidden_gradient(operand, factor) if self.want_clean or self.want_noised else None
-
-    def _hand_out(self, rows: slice | Tensor, clean: Tensor | None, noised: Tensor | None) -> None:
-        if self.want_clean and clean is not None:
-            self.grad_clean[rows] = clean.to(self.grad_clean.dtype)
-        if self.want_noised and noised is not None:
-            self.grad_noised[rows] = noised.to(self.grad_noised.dtype)
+    def _hand_out(self, rows: slice | Tensor, carried: Tensor) -> None:
+        """[dX1 + dX2, dX2, 0] less what comes next are the hidden states' gradients."""
+        blocks = carried[:-1][self.source], carried[1:][self.source]
+        if isinstance(rows, slice):
+            torch.sub(*blocks, out=self.grad_hidden[self.target, rows])
+        else:
+            self.grad_hidden[self.target, rows] = torch.sub(*blocks).to(self.grad_hidden.dtype)
 
 
 def _fake(hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    dtype, want = rest[-3], rest[-1]
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+    weights, dtype, want = rest[1], rest[-3], rest[-1]
+    work = out_dtype(dtype)
     return (
-        hidden.new_empty(hidden.shape[0], dtype=torch.float64),
-        hidden.new_empty(hidden.shape[0], dtype=torch.float64),
-        hidden.new_empty(hidden.shape, dtype=_grad_dtype(hidden.dtype)) if want[0] else hidden.new_empty(0),
-        noised.new_empty(noised.shape, dtype=_grad_dtype(noised.dtype)) if want[1] else noised.new_empty(0),
+        hidden.new_empty(weights.shape, dtype=torch.float64),
+        hidden.new_empty((sum(want[:2]), *hidden.shape), dtype=_grad_dtype(hidden, noised)),
         hidden.new_empty(weight.shape if want[2] else 0, dtype=work),
         hidden.new_empty(weight.shape[0] if want[3] else 0, dtype=work),
     )
 
 
 linear_divergence = define(
-    "linear_divergence(Tensor hidden, Tensor noised, Tensor weight, Tensor? bias, Tensor? labels, Tensor kl_weights, "
-    "Tensor? ce_weights, int ignore_index, float smoothing, float softcap, float temperature, int chunk, str grad, "
-    "ScalarType dtype, str group, bool[] want) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_divergence(Tensor hidden, Tensor noised, Tensor weight, Tensor? bias, Tensor? labels, Tensor weights, "
+    "int ignore_index, float smoothing, float softcap, float temperature, int chunk, str grad, ScalarType dtype, str group, "
+    "bool[] want) -> (Tensor, Tensor, Tensor, Tensor)",
     _linear_divergence,
     _fake,
 )

@@ -81,7 +81,8 @@ class R3FWeights:
 
     @property
     def kl(self) -> Tensor:
-        return _placed(self.kl_rows * self.kl_scale * self.r3f_lambda, self.labels.device)
+        weights = self.kl_rows * self.kl_scale
+        return _placed(weights if self.r3f_lambda == 1 else weights * self.r3f_lambda, self.labels.device)
 
     def loss(self, value: Tensor, kl: Tensor, ce: Tensor, dtype: torch.dtype) -> R3FLoss:
         """The loss from its weighted sum (with the graph) and from the rows' own values."""
@@ -164,7 +165,7 @@ def r3f_weights(
     elif reduction == "sum":
         ce_scale = 1.0
     else:
-        ce_scale = 1.0 / counted.sum().clamp(min=1)
+        ce_scale = counted.sum().clamp(min=1).reciprocal()
     fairseq = reduction == "fairseq"
     if fairseq and classes is not None and classes > 1:  # there the smoothed mass goes to the other classes, not to all
         label_smoothing *= classes / (classes - 1)

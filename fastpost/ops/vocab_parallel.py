@@ -34,42 +34,39 @@ class _Sums(NamedTuple):
     logits: Tensor
 
 
-def sharded_divergence_rows_(
-    logits: tuple[Tensor, Tensor],
+def sharded_operand_rows(
+    clean: Tensor,
+    noised: Tensor,
     labels: Tensor | None,
     ignore_index: int,
     kl_weights: Tensor,
     ce_weights: Tensor | None,
     smoothing: float,
-    grads: tuple[Tensor | None, Tensor | None],
-    teach_clean: bool,
+    cap: float,
+    teaches: bool,
+    first: Tensor | None,
+    second: Tensor | None,
+    kl_out: Tensor,
+    ce_out: Tensor | None,
     group: dist.ProcessGroup,
-) -> tuple[Tensor, Tensor]:
-    """Values of every row, the same on all ranks, and the gradients of this rank's logits.
+) -> None:
+    """`operand_rows` (fastpost/backends/reference.py) of this rank's columns: the same values on all ranks.
 
     Args:
-        logits: clean and noised, (rows, columns of this rank), float32 or float64.
+        clean, noised: logits, (rows, columns of this rank), float32 or float64.
         labels: int64 (rows,), of the whole vocabulary; None: no cross-entropy.
-        ignore_index: label that does not count.
-        kl_weights, ce_weights: float64 (rows,); rows of weight 0 get value and gradient 0.
-        smoothing: label smoothing in torch's convention.
-        grads: where gradients go, which may be the logits' own memory; None: not wanted.
-        teach_clean: whether the divergence sends a gradient to the clean stream.
+        smoothing: as there, but in the cross-entropy's values as well.
         group: the ranks that share the vocabulary, in the order of their ranks.
-
-    Returns:
-        kl, ce: float64 (rows,).
 
     Raises:
         ValueError: a label outside the vocabulary (on the CPU; elsewhere it gives NaN).
     """
-    clean, noised = logits
-    top, first, vocab = _agreed(clean, noised, group)
+    top, start, vocab = _agreed(clean, noised, group)
     if labels is not None and clean.device.type == "cpu":
         outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
         if bool(outside.any()):
             raise ValueError(f"label {int(labels[outside][0])} is outside a vocabulary of {int(vocab)}")
-    own = _own(labels, first, clean.shape[1])
+    own = _own(labels, start, clean.shape[1])
     sums = _summed(clean, noised, top, own, bool(smoothing), group)
 
     shift = torch.log1p(sums.gap / sums.noised)  # log of the ratio of the normalisers, the maxima taken off
@@ -86,8 +83,12 @@ def sharded_divergence_rows_(
         ce = torch.where((labels < 0) | (labels >= vocab), torch.full_like(ce, torch.nan), ce)
         ce = torch.where(ce_weights == 0, torch.zeros_like(ce), ce)
 
+    kl_out.copy_(kl)
+    if ce_out is not None:
+        ce_out.copy_(ce)
+
     forward = (sums.gap_moment + sums.noised_moment) / sums.clean - shift  # KL(p || q)
-    for block in _blocks(clean) if any(g is not None for g in grads) else ():
+    for block in _blocks(clean) if first is not None or second is not None else ():
         a, b = clean[block], noised[block]
         d, w1, w2, _ = _parts(a, b, top[:, block])
         dtype = a.dtype
@@ -95,12 +96,15 @@ def sharded_divergence_rows_(
         r = d - _column(shift, block, dtype)
         difference = torch.where(r.abs() < 0.5, q * torch.expm1(r.clamp(max=1)), p - q)
         weight = _column(kl_weights, block, dtype)
-        if grads[1] is not None:
-            grad = weight * (q * (_column(mean - shift, block, dtype) - r) - difference)
-            grads[1][block] = torch.where(weight == 0, torch.zeros_like(grad), grad)
-        if grads[0] is not None:
+        noised_grad = None
+        if second is not None:
+            noised_grad = weight * (q * (_column(mean - shift, block, dtype) - r) - difference)
+            noised_grad = torch.where(weight == 0, torch.zeros_like(noised_grad), noised_grad)
+            if cap:
+                noised_grad *= 1 - (b / cap).square_()
+        if first is not None:
             grad = torch.zeros_like(a)
-            if teach_clean:
+            if teaches:
                 grad = weight * (p * (r - _column(forward, block, dtype)) + difference)
                 grad = torch.where(weight == 0, torch.zeros_like(grad), grad)
             if ce_weights is not None and own is not None:
@@ -109,8 +113,11 @@ def sharded_divergence_rows_(
                 here, place = own[0][block].unsqueeze(-1), own[1][block]
                 task.scatter_add_(-1, place, torch.where(here, (smoothing - 1) * weight, 0))
                 grad = grad + torch.where(weight == 0, torch.zeros_like(task), task)
-            grads[0][block] = grad
-    return kl, ce
+            if cap:
+                grad *= 1 - (a / cap).square_()
+            first[block] = grad if noised_grad is None else grad + noised_grad
+        if second is not None and noised_grad is not None:
+            second[block] = noised_grad
 
 
 def _agreed(clean: Tensor, noised: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
