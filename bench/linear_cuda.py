@@ -56,12 +56,14 @@ class Head:
 
     @torch.no_grad()
     def products(self) -> None:
-        """The three products of every chunk of both streams, and nothing else."""
+        """The three products of every chunk of both streams, and nothing else; rows of logits start at wide boundaries."""
         hidden, noised, weight = (t.detach() for t in self.leaves)
         total = torch.zeros_like(weight)
+        vocab = len(weight)
+        room = torch.empty(2 * CHUNK, -(-vocab // 64) * 64, dtype=weight.dtype, device=weight.device)[:, :vocab]
         for at in range(0, len(hidden), CHUNK):
             x = torch.cat((hidden[at : at + CHUNK], noised[at : at + CHUNK]))
-            logits = x @ weight.T
+            logits = torch.mm(x, weight.T, out=room[: len(x)])
             logits @ weight
             total.addmm_(logits.T, x)
 

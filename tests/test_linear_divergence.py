@@ -355,7 +355,7 @@ def test_the_backward_pass_makes_no_second_gradients() -> None:
     assert cpu_peak_bytes(loss.backward) <= sum(t.numel() * t.element_size() for t in leaves) / 4
 
 
-# A row of the small problem: two streams of 512 logits, of the hidden states 3 blocks of operands and 5 of results, in float32.
+# A row of the small problem in float32: two streams of 512 logits; of hidden states 3 blocks of operands, 5 of results.
 PER_ROW = 2 * 512 * 4 + WIDTH * (3 * 4 + 5 * 4)
 
 

@@ -1,4 +1,4 @@
-"""The fused head as a GPU runs it, on the CPU: products of 16-bit operands with float32 results, and how much is launched."""
+"""The fused head as a GPU runs it, on the CPU: products of 16-bit operands with float32 results; how much is launched."""
 
 from __future__ import annotations
 

@@ -402,7 +402,7 @@ def operand_rows(
         clean, noised: (rows, classes) logits, float32 or float64.
         labels: int64 (rows,), or None: no cross-entropy.
         kl_weights, ce_weights: float64 (rows,), as there.
-        smoothing: label smoothing in torch's convention, of the cross-entropy's gradient. `ce_out` gets the plain one's value.
+        smoothing: label smoothing in torch's convention, of the gradient alone: `ce_out` gets the plain cross-entropy.
         cap: logits are cap * tanh(z / cap), and the gradients are those of z; 0: logits as they are.
         teaches: whether the divergence sends a gradient to the clean stream.
         first, second: where gradients go, of the logits' or of a narrower dtype; may be the logits themselves, None: not

@@ -50,7 +50,7 @@ def chunk_rows(op: str, rows: int, vocab: int, width: int, dtype: torch.dtype, d
 
 
 def even_chunk(rows: int, most: int) -> int:
-    """Rows of each chunk but the last: as few chunks as `most` rows allow, of a multiple of 256 or 128 rows where that fits."""
+    """Rows of each chunk but the last: as few chunks as `most` rows allow, of a multiple of 256 rows, or of 128."""
     chunks = -(-rows // most)
     even = -(-rows // chunks)
     if chunks == 1:

@@ -80,7 +80,7 @@ class Head:
             out.addmm_(grad[:, part].to(self.work), self._part(part))
 
     def weight_gradient(self, grad: Tensor, x: Tensor, total: Tensor, *, add: bool, factor: Tensor | None = None) -> None:
-        """total = grad^T x / factor, or with `add` total += that; total (vocab, width), both operands of the operands' dtype.
+        """total = grad^T x / factor, or with `add` total += that; total (vocab, width), grad and x of the operands' dtype.
 
         A factor costs two passes more over every slice of the total.
         """

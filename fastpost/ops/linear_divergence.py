@@ -127,8 +127,8 @@ def _of_each(grads: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | N
 def _scaled(
     grads: Sequence[Tensor], wanted: Sequence[bool], upstream: Tensor, dtypes: Sequence[torch.dtype | None]
 ) -> list[Tensor | None]:
-    """The gradients times a number, as `_of_each` and in these dtypes: one pass over each, none over what has its dtype where
-    the number is known to be 1."""
+    """The gradients times a number, as `_of_each` has them and in these dtypes: one pass over each; none where the number is
+    known to be 1 and the dtype is right."""
     hidden, *others = grads
     if all(dtype == hidden.dtype for dtype, w in zip(dtypes[:2], wanted[:2], strict=True) if w):
         scale_([hidden.view(-1, hidden.shape[-1])], upstream.reshape(1))
@@ -140,9 +140,9 @@ def _scaled(
             scale_([grad.view(1, -1) if grad.ndim == 1 else grad], upstream.reshape(1))
             done.add(k)
     given = _of_each(grads, wanted)
-    for k, grad in enumerate(given):
-        if grad is not None and k not in done:
-            given[k] = torch.mul(grad, upstream, out=torch.empty(grad.shape, dtype=dtypes[k], device=grad.device))
+    for k, part in enumerate(given):
+        if part is not None and k not in done:
+            given[k] = torch.mul(part, upstream, out=torch.empty(part.shape, dtype=dtypes[k], device=part.device))
     return given
 
 
@@ -200,14 +200,15 @@ def _operand_dtype(hidden: Tensor, noised: Tensor, weight: Tensor) -> torch.dtyp
 
 
 def _run(
-    op: str, hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, weights: list[Tensor],
-    ignore_index: int, smoothing: float, softcap: float | None, temperature: float, grad: str, memory_budget: int,
-    group: dist.ProcessGroup | None, per_row: bool,
+    op: str, hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None,
+    weights: list[Tensor], ignore_index: int, smoothing: float, softcap: float | None, temperature: float, grad: str,
+    memory_budget: int, group: dist.ProcessGroup | None, per_row: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The weighted sum with its graph (per_row: every row's value), the sums of both kinds, the rows' values; float64."""
     dtype = _operand_dtype(hidden, noised, weight)
     flat = [t.reshape(-1, t.shape[-1]) for t in (hidden, noised)]
-    chunk = chunk_rows(op, len(flat[0]), *weight.shape, dtype, hidden.device, memory_budget)
+    vocab, width = weight.shape
+    chunk = chunk_rows(op, len(flat[0]), vocab, width, dtype, hidden.device, memory_budget)
     how = Settings(
         ignore_index, smoothing, softcap or 0.0, temperature, chunk, grad, dtype, "" if group is None else group.group_name
     )

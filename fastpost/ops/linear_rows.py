@@ -118,8 +118,8 @@ class _Run:
         shared = self.want_weight or self.want_bias
         # Which logits get a gradient: their operands are (G1 + G2, G2), or one of them alone.
         self.want = (want[0] or shared, (want[1] or shared) and how.grad in ("both", "noised"))
-        # Streams that came in 16 bits are multiplied as they are. Where rounding to operands would drown their difference, or
-        # that of logits summed up in float32, the difference is multiplied instead.
+        # Streams that came in 16 bits are multiplied as they are. Elsewhere rounding, of operands or of float32 logits, may
+        # drown what they differ by, so it is the difference that is multiplied.
         self.as_they_are = self.both and how.dtype.itemsize == 2 and min(hidden.dtype.itemsize, noised.dtype.itemsize) == 2
         self.skips = _skips_rows(hidden.device)
         # Rows that do not count may hold NaN, and 0 times NaN is not 0.
@@ -201,7 +201,7 @@ class _Run:
         if chunk.grads is None or scaled:
             places = [clean, noised]
         else:
-            places = [*chunk.grads[: n * sum(self.want)].split(n)] * (1 if all(self.want) else 2)
+            places = [*torch.split(chunk.grads[: n * sum(self.want)], n)] * (1 if all(self.want) else 2)
         first, second = (place if wanted else None for place, wanted in zip(places, self.want, strict=True))
         self._divergence(rows, n, (clean, noised), first, second)
         grads = [g for g in (first, second) if g is not None]
@@ -230,7 +230,7 @@ class _Run:
         of the first two, the weight's gradient of the last two.
         """
         room = room[: n * (3 if self.as_they_are else 2 if self.both else 1)]
-        blocks = list(room.split(n))
+        blocks = list(torch.split(room, n))
         clean_block = blocks[1 if self.as_they_are else 0]
         clean = self._counting(self.hidden, rows, clean_block)
         if not self.both:
@@ -296,7 +296,8 @@ class _Run:
         values = self.values[:, rows] if isinstance(rows, slice) else torch.empty_like(weights)
         arguments = (
             *logits, labels, how.ignore_index, weights[0], None if labels is None else weights[1], how.smoothing,
-            how.softcap / how.temperature, how.grad != "noised", first, second, values[0], None if labels is None else values[1],
+            how.softcap / how.temperature, how.grad != "noised", first, second, values[0],
+            None if labels is None else values[1],
         )  # fmt: skip
         if group is None:
             select("operand_rows", logits[0].device, logits[0].dtype)(*arguments)
