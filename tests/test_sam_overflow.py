@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpost import SAM
-from fastpost.sam import overflow
+from fastpost.sam import hooks
 
 from .conftest import bits
 from .small import BASES, X, Y, all_bits, closure_of, loss_of, network, same_state, unchanged
@@ -111,7 +111,7 @@ def test_the_gradscaler_recipe(overflowing: str | None) -> None:
 @pytest.fixture
 def far_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors treated as those of a device whose values cannot be read without waiting."""
-    monkeypatch.setattr(overflow, "at_hand", lambda norm: False)
+    monkeypatch.setattr(hooks, "at_hand", lambda norm: False)
 
 
 def two_branches() -> tuple[nn.Module, SAM, torch.amp.GradScaler]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastpost import SAM
 from fastpost.sam import GSAM, SAMWindow
 from fastpost.sam import optimizer as module
-from fastpost.sam.reduction import Reduction
+from fastpost.sam.buckets import Reduction
 
 from .small import X, Y, all_bits, closure_of, loss_of, network, unchanged
 

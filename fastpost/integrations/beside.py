@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from fastpost.sam import SAM
-from fastpost.sam.overflow import at_hand
+from fastpost.sam.hooks import at_hand
 
 # What the forward pass computes in, by the name that Accelerate gives to a mixed precision.
 SEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}

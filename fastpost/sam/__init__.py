@@ -3,8 +3,8 @@
 from fastpost.sam.logits import FunctionalSAM, logits_sam
 from fastpost.sam.norm_stats import frozen_norm_stats
 from fastpost.sam.optimizer import SAM
+from fastpost.sam.options import norm_layers
 from fastpost.sam.report import PerturbationReport
-from fastpost.sam.scope import norm_layers
 from fastpost.sam.variants import GSAM, TRAM, FriendlySAM, LookSAM, MomentumSAM, StableSAM, Variant
 from fastpost.sam.window import SAMWindow
 

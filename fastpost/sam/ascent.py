@@ -9,19 +9,15 @@ import torch
 from torch import Tensor
 
 from fastpost.rng import accelerators
-from fastpost.sam.buckets import BucketCache, ParameterBucket, total_squared_norm
-from fastpost.sam.face import Wrapper, check_group
+from fastpost.sam.buckets import BucketCache, ParameterBucket, Reduction, WeightsChanged, total_squared_norm
 from fastpost.sam.fused import FusedRestore
-from fastpost.sam.layout import WeightsChanged
+from fastpost.sam.hooks import EarlyRewriting, OverflowGuard
 from fastpost.sam.masters import Masters
-from fastpost.sam.memory import Gradients, Memory
 from fastpost.sam.norm_stats import NormStats
-from fastpost.sam.overflow import OverflowGuard
+from fastpost.sam.options import ScopeCache
 from fastpost.sam.perturbation import Perturbation, Term
-from fastpost.sam.reduction import Reduction
-from fastpost.sam.rewriting import EarlyRewriting
-from fastpost.sam.scope import ScopeCache
-from fastpost.sam.variants import Variant
+from fastpost.sam.variants import Gradients, Memory, Variant
+from fastpost.sam.wrapper import Wrapper, check_group
 
 
 class Ascent(Wrapper):

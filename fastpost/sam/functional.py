@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpost.ops.perturbed import plus_small, product
-from fastpost.sam.buckets import ParameterBucket
+from fastpost.sam.buckets import ParameterBucket, Reduction
 from fastpost.sam.perturbation import Perturbation, Term
-from fastpost.sam.reduction import Reduction
 
 # A layer's directions and the factor that they are multiplied with: e = factor * direction.
 Directions = dict[str, Tensor]

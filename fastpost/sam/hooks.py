@@ -1,12 +1,18 @@
-"""Hooks on parameters that leave with their owner."""
+"""Hooks on gradients as they arrive: they show a non-finite ascent, and let a variant rewrite before the caller clips."""
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from fastpost import distributed
+from fastpost.sam.buckets import ParameterBucket, Reduction, total_squared_norm
+from fastpost.sam.variants import Gradients
 
 Register = Callable[[Tensor], Iterable[Any]]
 
@@ -35,3 +41,251 @@ class ParameterHooks:
 def _remove(handles: list[Any]) -> None:
     while handles:
         handles.pop().remove()
+
+
+def at_hand(norm: Tensor) -> bool:
+    """Whether reading this value waits for nobody."""
+    return norm.device.type == "cpu"
+
+
+class OverflowGuard:
+    """Carries a non-finite ascent norm into the second pass.
+
+    GradScaler, fused base optimizers and our own test all look for NaN in gradients. So the first gradient that the second
+    backward pass brings forth gets NaN * (norm is not finite), that is NaN or nothing, added to one element: on the device,
+    inside backward, hence before any `unscale_`. Parameters without a second gradient stay without one. A gradient that is
+    assigned by hand (`torch.autograd.grad`) passes no hook; it is found when somebody who looks at gradients asks for the
+    parameter groups, as GradScaler does.
+    """
+
+    def __init__(self, reduction: Reduction) -> None:
+        self._reduction = reduction
+        self._norm: Tensor | None = None
+        self._seed: Tensor | None = None
+        self._hooks = ParameterHooks()
+
+    def saw(self, squared: Tensor, params: Callable[[], list[Tensor]]) -> None:
+        """Remembers the squared norm of an ascent; `params` returns those that may get a second gradient."""
+        # Sums of squares stay NaN or inf once they are: windows that ascend several times add up.
+        self._norm = squared if self._norm is None else self._norm + squared.to(self._norm.device)
+        self.rearm(params)
+
+    def rearm(self, params: Callable[[], list[Tensor]]) -> None:
+        """Seeds (again) the next gradient to appear, as after the gradients were dropped."""
+        norm = self._norm
+        if norm is None or (at_hand(norm) and bool(torch.isfinite(norm))):
+            self._seed = None
+            return
+        self._seed = torch.where(torch.isfinite(norm), torch.zeros_like(norm), torch.full_like(norm, math.nan))
+        self._hook(params())
+
+    def forget(self) -> None:
+        """The step is given up."""
+        self._norm = self._seed = None
+
+    @property
+    def armed(self) -> bool:
+        """Whether there was an ascent since the last step."""
+        return self._norm is not None
+
+    def take(self) -> Tensor | None:
+        """The squared norm seen since the last step, None without one; the guard starts afresh."""
+        norm = self._norm
+        self.forget()
+        return norm
+
+    @property
+    def waits(self) -> bool:
+        """Whether no second gradient has been seen to carry the seed."""
+        return self._seed is not None
+
+    def plant_in(self, params: Callable[[], list[Tensor]]) -> None:
+        """Seeds a gradient that is there; again when asked again, because it may be dropped before the second pass."""
+        seed, self._seed = self._seed, None
+        assert seed is not None
+        for p in params():
+            # Not `reduction.gradient`, which may talk to other ranks: they need not be asking.
+            if p.grad is not None and _plant(distributed.local(p.grad), seed):
+                break
+        self._seed = seed
+
+    def _hook(self, params: list[Tensor]) -> None:
+        myself = weakref.ref(self)
+
+        def plant(p: Tensor) -> None:
+            guard = myself()
+            if guard is not None and guard._seed is not None:
+                grad = guard._reduction.gradient(p)
+                if grad is not None and _plant(grad, guard._seed):
+                    guard._seed = None
+
+        def register(p: Tensor) -> Iterable[Any]:
+            return [p.register_post_accumulate_grad_hook(plant)]  # type: ignore[no-untyped-call]
+
+        self._hooks.put(params, register)
+
+
+@torch.no_grad()
+def _plant(grad: Tensor, seed: Tensor) -> bool:
+    """Adds the seed to one element; returns whether there was any."""
+    values = values_of(grad)
+    if values is None or not values.numel():
+        return False
+    values[(0,) * values.ndim].add_(seed.to(values.device, values.dtype))
+    return True
+
+
+def values_of(gradient: Tensor) -> Tensor | None:
+    """The values that a gradient stores, as memory that can be read and written; None where it has none."""
+    if gradient.device.type == "meta":
+        return None
+    if gradient.layout == torch.strided:
+        return gradient
+    return gradient._values() if gradient.layout == torch.sparse_coo else gradient.values()
+
+
+def is_finite(gradient: Tensor) -> Tensor:
+    """Whether all of a gradient is, whatever its layout and dtype: a bool scalar on its device."""
+    values = values_of(gradient)
+    if values is None:
+        return torch.ones((), dtype=torch.bool)
+    wide = values if values.is_complex() or values.dtype.itemsize > 1 else values.float()
+    return torch.isfinite(wide).all()
+
+
+@torch.no_grad()
+def overflowed(
+    ascent: Tensor,
+    found_inf: Tensor | None,
+    buckets: Sequence[ParameterBucket],
+    reduction: Reduction,
+    others: Iterable[Tensor] = (),
+) -> Tensor:
+    """1.0 where a gradient of either pass is not finite on any rank, else 0.0; a float32 scalar as GradScaler's found_inf.
+
+    Args:
+        ascent: squared norm of the ascent gradient.
+        found_inf: what GradScaler found in the second gradient; None where nobody has looked.
+        buckets: the second gradients, to be looked at where nobody has.
+        others: second gradients that fit into no bucket.
+        reduction: how ranks agree.
+    """
+    bad = (~torch.isfinite(ascent)).float()
+    if found_inf is not None:
+        bad = torch.maximum(found_inf.float(), bad.to(found_inf.device))
+    elif buckets:
+        norm = total_squared_norm(buckets, [None] * len(buckets), reduction)
+        bad = torch.maximum(bad.to(norm.device), (~torch.isfinite(norm)).float())
+    if found_inf is None:
+        for gradient in others:
+            bad = torch.maximum(bad, (~is_finite(gradient)).float().to(bad.device))
+    return reduction.agree(bad)
+
+
+class Change(NamedTuple):
+    """What the rewriting did to one gradient.
+
+    Attributes:
+        gradient: `p.grad`, to tell whether it is still the same.
+        part: this rank's part of it.
+        added: the difference that the rewriting made, like `part`.
+    """
+
+    gradient: Tensor
+    part: Tensor
+    added: Tensor
+
+
+class EarlyRewriting:
+    """Rewrites the gradients at the end of every backward pass that brings some.
+
+    Nobody says which backward pass is a step's last one. So all gradients that there are so far are rewritten. If a further
+    pass adds to them, the change is undone before the new gradients are added, and then made for the sum. Between the passes
+    that costs a copy of the gradients.
+
+    Args:
+        wanted: whether gradients that arrive now are to be rewritten.
+        gradients: returns this rank's part of every gradient present.
+        rewrite: rewrites them in place.
+
+    Attributes:
+        done: whether the gradients present are rewritten.
+    """
+
+    def __init__(self, wanted: Callable[[], bool], gradients: Callable[[], Gradients], rewrite: Callable[[], None]) -> None:
+        self._wanted, self._gradients, self._rewrite = map(weakref.WeakMethod, (wanted, gradients, rewrite))
+        self._hooks = ParameterHooks()
+        self._changes: dict[Tensor, Change] = {}
+        self._pass = -1
+        self.done = False
+
+    def watch(self, params: list[Tensor]) -> None:
+        """Looks at the gradients of these parameters."""
+        mine = weakref.ref(self)
+
+        def register(p: Tensor) -> Iterable[Any]:
+            parameter = weakref.ref(p)
+
+            def before(gradient: Tensor) -> None:
+                this, p = mine(), parameter()
+                if this is not None and p is not None:
+                    this._take_back(p)
+
+            def after(p: Tensor) -> None:
+                this = mine()
+                if this is not None:
+                    this._arrived()
+
+            return p.register_hook(before), p.register_post_accumulate_grad_hook(after)  # type: ignore[no-untyped-call]
+
+        self._hooks.put(params, register)
+
+    def forget(self) -> None:
+        """The gradients have been used or dropped."""
+        self._changes.clear()
+        self.done = False
+
+    def _arrived(self) -> None:
+        if not _call(self._wanted):
+            return
+        self.done = False
+        number = torch._C._current_graph_task_id()
+        if number != self._pass:  # reentrant checkpointing runs passes inside of a pass; each has its own end
+            self._pass = number
+            _at_the_end(self._settle)
+
+    def _settle(self) -> None:
+        # DDP and FSDP2 put the last gradients in place in callbacks of their own, made during the pass or by each other.
+        _at_the_end(lambda: _at_the_end(self._finish))
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        self._pass = -1
+        if self.done or not _call(self._wanted):
+            return
+        for p in list(self._changes):
+            self._take_back(p)
+        found = _call(self._gradients)
+        plain = {p: g.clone() for p, g in found.items()}
+        _call(self._rewrite)
+        for p, g in found.items():
+            self._changes[p] = Change(p.grad, g, g - plain.pop(p))
+        self.done = True
+
+    @torch.no_grad()
+    def _take_back(self, p: Tensor) -> None:
+        change = self._changes.pop(p, None)
+        if change is not None and p.grad is change.gradient:
+            # Where the caller has set it to zero in place, nothing of the change is left. (Versions do not tell: gradients
+            # that are views of one buffer share theirs.)
+            there = change.part.count_nonzero() > 0
+            change.part.sub_(torch.where(there, change.added, torch.zeros_like(change.added)))
+
+
+def _at_the_end(function: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def _call(method: Any) -> Any:
+    alive = method()
+    return None if alive is None else alive()

@@ -11,10 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastpost.distributed import is_sharded
-from fastpost.ops import params as ops
-from fastpost.sam.buckets import ParameterBucket
-from fastpost.sam.perturbation import Perturbation, Term
-from fastpost.sam.reduction import Reduction
 
 SERVED = (torch.bfloat16, torch.float16)  # dtypes of parameters that have masters
 
@@ -153,50 +149,3 @@ class Masters:
                 w.grad = None
             elif w.grad is not None:
                 w.grad.zero_()
-
-
-class MasterPerturbation(Perturbation):
-    """w = cast(m + e), and back to cast(m): nothing is stashed.
-
-    Like every rounding to 16 bits it keeps little of e where e is small beside the weights' last place; m + e is formed in
-    float32, so that what is kept is right on average.
-    """
-
-    stash = False
-
-    def __init__(self, masters: Masters) -> None:
-        super().__init__()
-        self._masters = masters
-
-    def apply(
-        self, buckets: Sequence[ParameterBucket], terms: Sequence[Term], squared: Tensor, reduction: Reduction
-    ) -> Tensor:
-        for p in (p for b in buckets for p in b.params):
-            self._masters.refuse_misfit(p)
-        return super().apply(buckets, terms, squared, reduction)
-
-    def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
-        self._point(b)
-        sums = ops.run("sam_perturb_masters_", b.bucket, squared, term.rho, term.eta, term.seen)
-        ops.wrote(b.bucket.weights)
-        return sums
-
-    def writes(self, b: ParameterBucket) -> bool:
-        return True  # a cast of the masters is w, whether or not w + e has been written
-
-    def origin(self, b: ParameterBucket, row: int) -> Tensor:
-        return self._masters.master_of[id(b.params[row])].detach().to(b.layout.dtype)
-
-    def put_back(self, b: ParameterBucket) -> None:
-        if any(self._masters.misfit(p) for p in b.params):
-            self._masters.cast()
-            return
-        self._point(b)
-        ops.run("sam_cast_", b.bucket)
-        ops.wrote(b.bucket.weights)
-
-    def _point(self, b: ParameterBucket) -> None:
-        """The column of origins: here they lie in float32, and are never written. Masters may have been moved."""
-        b.bucket.stash = [self._masters.master_of[id(p)].detach() for p in b.params]
-        pairs = zip(b.bucket.weights, b.bucket.stash, strict=True)
-        b.bucket.walkable = b.walkable and all(w.stride() == m.stride() for w, m in pairs)

@@ -14,20 +14,16 @@ from torch.optim import Optimizer
 from fastpost.ops import params as ops
 from fastpost.rng import RandomState
 from fastpost.sam.ascent import Ascent
-from fastpost.sam.bases import build_bases, step_bases
+from fastpost.sam.buckets import Reduction, WeightsChanged, check_sharding
 from fastpost.sam.fused import FusedRestore, check_fused_restore
-from fastpost.sam.kinds import build_perturbation
-from fastpost.sam.layout import WeightsChanged
+from fastpost.sam.hooks import overflowed
 from fastpost.sam.masters import Masters
-from fastpost.sam.memory import Gradients
 from fastpost.sam.norm_stats import NormStats, check_norm_stats
-from fastpost.sam.options import check_options
-from fastpost.sam.overflow import overflowed
-from fastpost.sam.reduction import Reduction, check_sharding
+from fastpost.sam.options import Scope, ScopeCache, build_perturbation, check_options
 from fastpost.sam.report import PerturbationReport
-from fastpost.sam.scope import Scope, ScopeCache
-from fastpost.sam.variants import Variant
+from fastpost.sam.variants import Gradients, Variant
 from fastpost.sam.wrapped import refuse_accumulating_closure
+from fastpost.sam.wrapper import build_bases, step_bases
 
 Closure = Callable[[], Any]
 PLAIN_STEPS = 10  # in a row, without an ascent where one was due

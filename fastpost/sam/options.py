@@ -1,11 +1,19 @@
-"""Options of SAM that can be judged before anything is built."""
+"""Options of SAM: which values are valid, which tensors a scope means, which perturbation they ask for."""
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from fastpost.errors import unknown
+from fastpost.sam.functional import FunctionalPerturbation
+from fastpost.sam.masters import Masters
+from fastpost.sam.perturbation import MasterPerturbation, Perturbation, StochasticPerturbation
 
 
 def check_fraction(who: str, fraction: float) -> None:
@@ -35,3 +43,99 @@ def check_options(
             f"SAM: sync_ascent={sync_ascent} says how ranks share the ascent, but no process group is initialised; call "
             "torch.distributed.init_process_group() first, or leave it None in a single process"
         )
+
+
+Scope = Callable[[str | None, Tensor], bool] | Iterable[str] | None
+
+
+def resolve_scope(scope: Scope, groups: list[dict[str, Any]]) -> set[int] | None:
+    """Ids of the tensors in scope; None for all.
+
+    Args:
+        scope: a predicate of (name, tensor), where the name is None unless parameters are named; patterns as in fnmatch; or
+            None.
+        groups: an optimizer's parameter groups.
+
+    Raises:
+        ValueError: patterns without named parameters; nothing is in scope.
+    """
+    if scope is None:
+        return None
+    patterns: list[str] | None = None
+    if not callable(scope):
+        patterns = [scope] if isinstance(scope, str) else list(scope)
+        if not all("param_names" in group for group in groups):
+            raise ValueError("SAM: scope by name needs named parameters: pass model.named_parameters()")
+    chosen = set()
+    for group in groups:
+        names = group.get("param_names") or [None] * len(group["params"])
+        for name, p in zip(names, group["params"], strict=True):
+            if patterns is None:
+                inside = scope(name, p)  # type: ignore[operator]
+            else:
+                inside = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+            if inside:
+                chosen.add(id(p))
+    if not chosen:
+        raise ValueError(f"SAM: no parameter is in scope {patterns if patterns is not None else scope!r}")
+    return chosen
+
+
+def norm_layers(model: nn.Module) -> Callable[[str | None, Tensor], bool]:
+    """A scope of the gains and offsets of norm layers only (SAM-ON, 2306.04226): 0.1 % of a model, best kept in float32.
+
+    Use it where a copy of all weights is too much, or where they are in 16 bits and would not hold the perturbation.
+
+    Raises:
+        ValueError: the model has no module whose class name ends in "Norm" (or "Norm" and a dimension).
+    """
+    norms = [m for m in model.modules() if type(m).__name__.rstrip("123d").endswith("Norm")]
+    inside = {id(p) for m in norms for p in m.parameters(recurse=False)}
+    if not inside:
+        raise ValueError(f"norm_layers: {type(model).__name__} has no norm layer with parameters")
+    return lambda name, p: id(p) in inside
+
+
+class ScopeCache:
+    """A scope resolved anew whenever the optimizer's tensors are others: groups are added, trainers swap parameters."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._key: tuple[int, ...] = ()
+        self._ids: set[int] | None = None
+
+    def ids(self, groups: list[dict[str, Any]]) -> set[int] | None:
+        """Ids of the tensors in scope; None for all."""
+        if self._scope is None:
+            return None
+        key = tuple(id(p) for group in groups for p in group["params"])
+        if key != self._key:
+            self._ids = resolve_scope(self._scope, groups)
+            self._key = key
+        return self._ids
+
+
+def build_perturbation(
+    perturb: str, model: nn.Module | None, rounding: str, rounding_seed: int, masters: Masters | None
+) -> Perturbation:
+    """Raises ValueError or TypeError where the options do not go together."""
+    if perturb not in ("stored", "functional"):
+        raise unknown("perturb", perturb, ("stored", "functional"))
+    if rounding not in ("nearest", "stochastic"):
+        raise unknown("rounding", rounding, ("nearest", "stochastic"))
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"SAM: model must be a torch.nn.Module, not {type(model).__name__}")
+    if rounding == "stochastic" and (masters is not None or perturb == "functional"):
+        other = "perturb='functional' rounds no weight" if masters is None else "master_params round m + e to nearest"
+        raise ValueError(f"SAM: rounding='stochastic' has nothing to round here: {other}; leave one of the two out")
+    if perturb == "functional":
+        if masters is not None:
+            raise ValueError(
+                "SAM: perturb='functional' writes no weight, so it restores none from master_params; leave master_params out"
+            )
+        if model is None:
+            raise TypeError("SAM: perturb='functional' works inside the model's layers: pass model=")
+        return FunctionalPerturbation(model)
+    if masters is not None:
+        return MasterPerturbation(masters)
+    return StochasticPerturbation(rounding_seed) if rounding == "stochastic" else Perturbation()

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpost.distributed import part_number
 from fastpost.ops import params as ops
-from fastpost.sam.buckets import ParameterBucket
-from fastpost.sam.layout import changes, put, refuse_changes
-from fastpost.sam.reduction import Reduction, add_part
+from fastpost.sam.buckets import ParameterBucket, Reduction, add_part, changes, put, refuse_changes
+from fastpost.sam.masters import Masters
 
 
 class Term(NamedTuple):
@@ -139,3 +139,76 @@ class Perturbation:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_noted": []}  # copies and pickles are refused while perturbed
+
+
+class StochasticPerturbation(Perturbation):
+    """w + e rounded at random to one of its neighbours, so that the mean over steps is w + e; w is kept aside.
+
+    It keeps the mean of the step, not its direction: most of what is stored is rounding noise.
+
+    Args:
+        seed: with the number of the ascent, the key of the random numbers.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._seed = seed
+
+    def check(self, params: Sequence[Tensor]) -> None:
+        if not any(p.dtype.itemsize == 2 for p in params):
+            raise ValueError("SAM: rounding='stochastic' is for 16-bit weights, and none is perturbed here")
+
+    def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
+        # Replicas draw the same numbers, or they would part; the shards of a tensor draw numbers of their own.
+        key = self._seed + self.number * 0x9E3779B97F4A7C15 + part_number(b.params[0]) * 0xD1B54A32D192ED03
+        seed = ops.seed_tensor(key % 2**64, b.bucket.device)
+        sums = ops.run("sam_perturb_", b.bucket, squared, term.rho, term.eta, term.seen, seed)
+        ops.wrote(b.bucket.weights)
+        return sums
+
+
+class MasterPerturbation(Perturbation):
+    """w = cast(m + e), and back to cast(m): nothing is stashed.
+
+    Like every rounding to 16 bits it keeps little of e where e is small beside the weights' last place; m + e is formed in
+    float32, so that what is kept is right on average.
+    """
+
+    stash = False
+
+    def __init__(self, masters: Masters) -> None:
+        super().__init__()
+        self._masters = masters
+
+    def apply(
+        self, buckets: Sequence[ParameterBucket], terms: Sequence[Term], squared: Tensor, reduction: Reduction
+    ) -> Tensor:
+        for p in (p for b in buckets for p in b.params):
+            self._masters.refuse_misfit(p)
+        return super().apply(buckets, terms, squared, reduction)
+
+    def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
+        self._point(b)
+        sums = ops.run("sam_perturb_masters_", b.bucket, squared, term.rho, term.eta, term.seen)
+        ops.wrote(b.bucket.weights)
+        return sums
+
+    def writes(self, b: ParameterBucket) -> bool:
+        return True  # a cast of the masters is w, whether or not w + e has been written
+
+    def origin(self, b: ParameterBucket, row: int) -> Tensor:
+        return self._masters.master_of[id(b.params[row])].detach().to(b.layout.dtype)
+
+    def put_back(self, b: ParameterBucket) -> None:
+        if any(self._masters.misfit(p) for p in b.params):
+            self._masters.cast()
+            return
+        self._point(b)
+        ops.run("sam_cast_", b.bucket)
+        ops.wrote(b.bucket.weights)
+
+    def _point(self, b: ParameterBucket) -> None:
+        """The column of origins: here they lie in float32, and are never written. Masters may have been moved."""
+        b.bucket.stash = [self._masters.master_of[id(p)].detach() for p in b.params]
+        pairs = zip(b.bucket.weights, b.bucket.stash, strict=True)
+        b.bucket.walkable = b.walkable and all(w.stride() == m.stride() for w, m in pairs)

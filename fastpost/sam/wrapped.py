@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from fastpost.distributed import local
-from fastpost.sam.overflow import values_of
+from fastpost.sam.hooks import values_of
 
 
 def find_sam(optimizer: Any) -> Any:
