@@ -68,3 +68,59 @@ def test_kernels_know_neither_fastpost_nor_torch() -> None:
         assert "torch/" not in text, path
         assert "ATen" not in text, path
         assert ("pybind11" in text) <= (path == "csrc/bindings.cpp"), path
+
+
+def private_names(path: Path) -> set[str]:
+    """The functions, methods, classes and attributes that a file keeps to itself."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+
+
+def touched(source: str, method: str, hidden: set[str]) -> set[str]:
+    """Private names of a method that a file outside of it uses: by import, of other objects, or of its own subclasses."""
+    tree = ast.parse(source)
+    imported = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"fastpost.{method}")
+        for alias in node.names
+    }
+    inherits: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and any(isinstance(b, ast.Name) and b.id in imported for b in node.bases):
+            inherits |= {id(inner) for inner in ast.walk(node)}
+    found = imported & hidden
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in hidden:
+            itself = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            if not itself or id(node) in inherits:
+                found.add(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("method", ["sam", "r3f"])
+def test_private_names_of_a_method_stay_private(method: str) -> None:
+    """Integrations, commands and benches use what a method offers to everybody who writes a trainer."""
+    hidden = set().union(*(private_names(path) for path in (ROOT / "fastpost" / method).rglob("*.py")))
+    for folder in ("fastpost/integrations", "fastpost/cli", "fastpost/testing", "bench", "examples"):
+        for path, source in sources(folder, ".py").items():
+            assert not touched(source, method, hidden), path
+
+
+def test_the_rule_about_private_names_sees_each_way_of_touching_one() -> None:
+    source = """
+from fastpost.sam import SAMWindow, _hidden
+class Window(SAMWindow):
+    def run_pass(self): return self._hidden_too
+class Other:
+    def mine(self): return self._hidden_too
+def f(opt): return opt._hidden_three
+"""
+    names = {"_hidden", "_hidden_too", "_hidden_three"}
+    assert touched(source, "sam", names) == {"_hidden", "self._hidden_too", "opt._hidden_three"}
+    assert touched(source, "r3f", names) == {"opt._hidden_three"}

@@ -345,11 +345,11 @@ def test_between_steps_nothing_is_kept() -> None:
     opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, variant=GSAM())
     opt.step(closure_of(model))
     assert not opt._early._changes
-    assert not opt._clean
+    assert not opt._step.clean
     closure_of(model)()
     opt.first_step()
     opt.abandon()
-    assert not opt._clean
+    assert not opt._step.clean
 
 
 @pytest.mark.parametrize("how", ["copied", "added", "thawed"])

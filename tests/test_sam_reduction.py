@@ -87,7 +87,7 @@ def test_variants_sum_over_all_ranks_too(other_rank: type[OtherRank]) -> None:
     opt.step(closure_of(one))
     plain = SAM(two.parameters(), torch.optim.SGD, rho=0.2 / 2**0.5, lr=0.1, variant=GSAM(0.4))
     plain._reduction = Reduction()
-    plain._empty_caches()
+    plain._build_caches()
     SAMWindow(plain, lambda x: nn.functional.cross_entropy(two(x), Y).backward()).run([X])
     plain.step()
     for p, q in zip(one.parameters(), two.parameters(), strict=True):

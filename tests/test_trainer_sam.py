@@ -15,10 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import IterableDataset
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
 
-from fastpost.integrations import beside
 from fastpost.integrations.options import PostTrainingOptions
 from fastpost.integrations.transformers import SAMTrainer, SAMTrainerMixin, Seq2SeqPostTrainingArguments
-from fastpost.sam import hooks
+from fastpost.sam import external, hooks
 
 from . import tiny
 from .conftest import same_bits
@@ -273,7 +272,7 @@ class Reads(TorchDispatchMode):
 
 def test_nothing_is_read_that_the_trainer_does_not_read(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With weights and flags taken for an accelerator's, and a fused optimizer, which is told of an overflow there."""
-    for module in (beside, hooks):
+    for module in (external, hooks):
         monkeypatch.setattr(module, "at_hand", lambda norm: False)
     options = {"optim": "adamw_torch_fused", "gradient_accumulation_steps": 3, "logging_steps": 100}
     found = []

@@ -23,6 +23,7 @@ from fastpost.cli.models import quietly
 from fastpost.integrations.mixin import innermost
 from fastpost.integrations.options import PostTrainingOptions, part_of
 from fastpost.integrations.transformers import PostTrainer
+from fastpost.sam.wrapper import STEPS_KEY
 
 STATE, R4F_NAME = "trainer_state.json", "r4f.safetensors"
 # What a checkpoint cannot do without, by beginnings of names: of one process or several, of FSDP and of DeepSpeed.
@@ -192,11 +193,8 @@ class RunTrainer(PostTrainer):
         if not {"optim", "optim_args", "optim_target_modules"} & set(self.changed):
             optimizer.load_state_dict(torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True))
             for group, mine in zip(optimizer.param_groups, asked, strict=True):
-                group.update({key: value for key, value in mine.items() if key not in _COUNTERS or key not in group})
+                group.update({key: value for key, value in mine.items() if key != STEPS_KEY or key not in group})
         advance(schedule, optimizer, step)
-
-
-_COUNTERS = ("sam_steps",)
 
 
 def advance(schedule: Any, optimizer: torch.optim.Optimizer, step: int) -> None:

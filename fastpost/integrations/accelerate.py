@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpost.distributed import gradient_sync
-from fastpost.integrations.beside import SEEN
-from fastpost.sam import SAMWindow
+from fastpost.integrations import SEEN
+from fastpost.sam import PassInfo, SAMWindow
 
 try:
     from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -93,7 +93,7 @@ class AcceleratedWindow(SAMWindow):
             self.open(self.accelerator.gradient_accumulation_steps)
         if self.accelerator.sync_gradients:  # the last one, maybe because the data ends
             self.shorten()
-        elif self._fed + 1 == self.size:
+        elif self.fed + 1 == self.size:
             self.abort()
             raise RuntimeError(
                 "AcceleratedWindow: the window is full but Accelerate goes on accumulating; call it once in each `with "
@@ -107,6 +107,7 @@ class AcceleratedWindow(SAMWindow):
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _pass(self, micro_batch: Any, sync: bool) -> Any:
-        with gradient_sync(self.model, sync):
-            return self._forward_backward(micro_batch)
+    def run_pass(self, micro_batch: Any, info: PassInfo) -> Any:
+        """As SAMWindow's; whether the model synchronises is said for each pass."""
+        with gradient_sync(self.model, info.sync):
+            return self.forward_backward(micro_batch)

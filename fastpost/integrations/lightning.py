@@ -12,11 +12,8 @@ import torch
 import torch.distributed as dist
 
 from fastpost.errors import unknown
-from fastpost.integrations.beside import SAMBeside
 from fastpost.rng import RandomState
-from fastpost.sam import SAMWindow
-from fastpost.sam.optimizer import SAM
-from fastpost.sam.wrapped import find_sam
+from fastpost.sam import SAM, PassInfo, SAMBeside, SAMWindow, find_sam
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -126,7 +123,7 @@ class SAMCallback(Callback):
         self._current = None
         if not trainer.fit_loop._should_accumulate():  # the last one, maybe because the epoch ends
             window.shorten()
-        window.feed(micro_batch)
+        window.feed(micro_batch, micro_batch.before)
         if window.is_open:
             return
         self.sam.hand_over(scaled=getattr(trainer.precision_plugin, "scaler", None) is not None)
@@ -139,7 +136,7 @@ class SAMCallback(Callback):
             return
         intended = report.intended_norm
         share = torch.where(intended > 0, report.seen_norm / intended, torch.zeros_like(intended))
-        skipped = torch.as_tensor(self.sam._skipped, dtype=torch.float32)
+        skipped = self.sam.skipped
         values = {"seen_over_intended": share, "seen_cosine": report.seen_cosine, "skipped_steps": skipped}
         for name, value in values.items():
             pl_module.log(f"sam/{name}", value.float(), on_step=True, on_epoch=False)
@@ -193,28 +190,15 @@ class _Window(SAMWindow):
     def __init__(self, optimizer: SAMBeside, trainer: Trainer, module: LightningModule) -> None:
         super().__init__(optimizer, self._again)
         self.trainer, self.module = trainer, module
-        self._replaying = False
 
-    def _ascend(self, micro_batch: Any) -> None:
-        self._kept.append((micro_batch, micro_batch.before))
-        if self._fed == self._ascending:
-            if self._fed < self.size:
-                self._share_gradients()  # Lightning synchronises after the window's last micro-batch only
-            self._turn()
-
-    def _turn(self) -> None:
-        self._replaying = True
-        try:
-            super()._turn()
-        finally:
-            self._replaying = False
-
-    def _pass(self, micro_batch: Any, sync: bool) -> Any:
-        if not self._replaying:
-            return None  # Lightning has run it
+    def run_pass(self, micro_batch: Any, info: PassInfo) -> Any:
         strategy: Any = self.trainer.strategy
-        with nullcontext() if sync or not isinstance(strategy, DDPStrategy) else strategy.block_backward_sync():
-            return self._forward_backward(micro_batch)
+        if info.is_replay:
+            with nullcontext() if info.sync or not isinstance(strategy, DDPStrategy) else strategy.block_backward_sync():
+                return self.forward_backward(micro_batch)
+        if info.sync and not info.is_last:  # Lightning synchronises after the window's last micro-batch only
+            self._share_gradients()
+        return None
 
     def _again(self, micro_batch: MicroBatch) -> torch.Tensor:
         trainer, module = self.trainer, self.module

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,21 +13,9 @@ from transformers.trainer_callback import ExportableState
 
 from fastpost.distributed import gradient_sync
 from fastpost.integrations.options import METHODS, PostTrainingOptions
+from fastpost.sam import PassInfo
 
 Base: Any = object
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which pass over which micro-batch of the accumulation window is being made.
-
-    Attributes:
-        index: of the micro-batch, from 0.
-        again: it ran before in this window, and this is its second pass.
-    """
-
-    index: int
-    again: bool
 
 
 class PostTrainingMixin(Base):  # type: ignore[misc]
@@ -43,7 +30,7 @@ class PostTrainingMixin(Base):  # type: ignore[misc]
     """
 
     _brings = ""
-    _place: Place | None = None  # None where no SAM window is open
+    _pass_info: PassInfo | None = None  # None where no SAM window is open
 
     def __init__(self, *args: Any, post_training: PostTrainingOptions | None = None, **kwargs: Any) -> None:
         refuse_stateful(type(self))

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from fastpost.integrations.mixin import Place, PostTrainingMixin
+from fastpost.integrations.mixin import PostTrainingMixin
 from fastpost.r3f import R3F
-from fastpost.r3f.conventions import class_labels, give_decoder_inputs, logits_of
-from fastpost.r3f.noise import unwrap
-from fastpost.r3f.passes import Passes, Step
+from fastpost.r3f.conventions import logits_of
+from fastpost.r3f.passes import Step
+from fastpost.sam import PassInfo
 
 RANK = 1 << 32  # tokens of one step and one rank; noise depends on the token's number
 
@@ -100,17 +100,14 @@ class R3FTrainerMixin(PostTrainingMixin):
         """One pass over one micro-batch, with the noise of its tokens."""
         if "r3f" not in self._methods:
             return super().training_step(model, inputs, *further, **named)
-        place = self._place
-        if place is None:
-            place = Place(self._r3f_fed, False)
-        self._r3f_begin(place)
-        self.r3f._window = self._r3f_step
+        info = PassInfo(self._r3f_fed) if self._pass_info is None else self._pass_info
+        self._r3f_begin(info)
         try:
-            return super().training_step(model, inputs, *further, **named)
+            with self.r3f.window(step=self._r3f_step):
+                return super().training_step(model, inputs, *further, **named)
         finally:
-            self.r3f._window = None
-            if not place.again:
-                self._r3f_fed = (place.index + 1) % self.current_gradient_accumulation_steps
+            if not info.is_replay:
+                self._r3f_fed = (info.index + 1) % self.current_gradient_accumulation_steps
 
     def _hp_search_setup(self, trial: Any) -> None:
         """As the trainer's own; what a trial says of R3F's options holds for its run."""
@@ -118,16 +115,16 @@ class R3FTrainerMixin(PostTrainingMixin):
         if "r3f" in self._methods and trial is not None:
             self._build_r3f()
 
-    def _r3f_begin(self, place: Place) -> None:
-        if self._r3f_step is None or (place.index == 0 and not place.again):
+    def _r3f_begin(self, info: PassInfo) -> None:
+        if self._r3f_step is None or (info.index == 0 and not info.is_replay):
             self._r3f_step = Step(self.args.process_index * RANK)
             self._r3f_counted = []
         step = self._r3f_step
-        if place.index == 0:  # the seed is drawn anew: a second pass that draws the first one's dropout draws its seed too
+        if info.index == 0:  # the seed is drawn anew: a second pass that draws the first one's dropout draws its seed too
             step.seeds = {}
             self.r3f.step = self.state.global_step
-        if place.again:
-            step.counted = dict(self._r3f_counted[place.index])
+        if info.is_replay:
+            step.counted = dict(self._r3f_counted[info.index])
         else:
             self._r3f_counted.append(dict(step.counted))
 
@@ -161,7 +158,7 @@ class R3FTrainerMixin(PostTrainingMixin):
         )
         # Divided as the trainer divides its own: what is no sum over the whole window will be divided by its length.
         scaled = items is not None if self.loss_is_scaled_for_ga is None else self.loss_is_scaled_for_ga
-        kl = noised_divergence(self.r3f, model, logits_of(outputs), dict(inputs), items if scaled else None)
+        kl = self.r3f.noised_divergence(model, logits_of(outputs), dict(inputs), items if scaled else None)
         kl = kl * self._factor(items if scaled else None)
         steps = self.current_gradient_accumulation_steps
         if scaled and items is None:
@@ -178,7 +175,7 @@ class R3FTrainerMixin(PostTrainingMixin):
         return int(self.accelerator.num_processes // self.get_tp_size())
 
     def _note(self, share: torch.Tensor) -> None:
-        if self._place is None or not self._place.again:
+        if self._pass_info is None or not self._pass_info.is_replay:
             self._r3f_sums = share if self._r3f_sums is None else self._r3f_sums + share
 
     # -- the trainer around it ----------------------------------------------------------------------------------------------
@@ -200,27 +197,3 @@ class R3FTrainerMixin(PostTrainingMixin):
     def _on_step_begin(self) -> None:
         self._r3f_fed = 0
         super()._on_step_begin()
-
-
-def noised_divergence(r3f: R3F, model: Any, clean: torch.Tensor, batch: dict[str, Any], num_items: Any) -> torch.Tensor:
-    """The divergence of a noised pass from logits that somebody else's clean pass gave, before r3f_lambda.
-
-    Args:
-        r3f: options, and the step that the noise belongs to.
-        model: called as `model(**batch)` without the labels.
-        clean: (batch, classes) or (batch, time, classes), with their graph.
-        batch: the model's inputs and `labels`.
-        num_items: divisor; None: the labels of this batch that count.
-
-    Raises:
-        ValueError, TypeError: as R3F's call.
-    """
-    root = unwrap(model)
-    labels = class_labels(root, batch, r3f.ignore_index)
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
-    give_decoder_inputs(root, inputs, labels)
-    passes = Passes(r3f, model, root, inputs, {}, labels, None, r3f._window or Step())
-    targets = passes.targets(clean)
-    with torch.no_grad() if r3f.grad == "clean" else contextlib.nullcontext():
-        noised = passes._noised(inputs, passes._places(), None)
-    return r3f._divergence(clean.detach() if r3f.grad == "noised" else clean, noised, targets, num_items)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from fastpost.integrations.beside import SEEN, SAMBeside
-from fastpost.integrations.mixin import Place, PostTrainingMixin, accelerated_sync, innermost
-from fastpost.sam import PerturbationReport, SAMWindow
+from fastpost.integrations import SEEN
+from fastpost.integrations.mixin import PostTrainingMixin, accelerated_sync, innermost
+from fastpost.sam import PassInfo, PerturbationReport, SAMBeside, SAMWindow
+from fastpost.sam.options import scope_in
+from fastpost.sam.wrapper import fill_groups
 
 STEPS_IN_BACKWARD = ("lomo", "adalomo")
 
@@ -33,21 +34,19 @@ class TrainerWindow(SAMWindow):
         self.further: tuple[Any, ...] = ()  # arguments of training_step after the inputs, the same for the whole window
         self.named: dict[str, Any] = {}
 
-    def _pass(self, micro_batch: Any, sync: bool) -> Any:
+    def run_pass(self, micro_batch: Any, info: PassInfo) -> Any:
+        """As SAMWindow's, in the trainer's own way; the trainer is told which pass it is."""
         trainer = self.trainer
-        at_w_plus_e = self.optimizer.is_perturbed
-        index = len(self.perturbed_losses) if at_w_plus_e else self._fed - 1
-        again = at_w_plus_e and index < self._ascending
         each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        trainer._place = Place(index, again)
+        trainer._pass_info = info
         try:
             with (
-                accelerated_sync(self.model, trainer.accelerator, sync or each),
-                unlogged(trainer) if again else contextlib.nullcontext(),
+                accelerated_sync(self.model, trainer.accelerator, info.sync or each),
+                unlogged(trainer) if info.is_replay else contextlib.nullcontext(),
             ):
-                return self._forward_backward(micro_batch)
+                return self.forward_backward(micro_batch)
         finally:
-            trainer._place = None
+            trainer._pass_info = None
 
 
 class SAMTrainerMixin(PostTrainingMixin):
@@ -79,6 +78,7 @@ class SAMTrainerMixin(PostTrainingMixin):
     _window: TrainerWindow | None = None
     _given_up = False
     _sam_sums: Any = None
+    _sam_elements = 0
     _concerned = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -128,11 +128,11 @@ class SAMTrainerMixin(PostTrainingMixin):
 
     def _hand_over(self) -> None:
         assert self.sam is not None
-        if self.sam._guard.armed and self.sam._sums is not None:
-            sums = self.sam._sums
+        step = self.sam.hand_over(scaled=self.accelerator.scaler is not None)
+        if step.sums is not None:
+            sums, self._sam_elements = step.sums
             sums = torch.where(sums.isfinite().all(), sums, torch.zeros_like(sums))
             self._sam_sums = sums if self._sam_sums is None else self._sam_sums + sums
-        self.sam.hand_over(scaled=self.accelerator.scaler is not None)
 
     def _sam_of_this_run(self) -> SAMBeside:
         options, accelerator = self.post_training, self.accelerator
@@ -141,14 +141,9 @@ class SAMTrainerMixin(PostTrainingMixin):
         scope = None
         patterns = options.patterns()
         if patterns is not None:
-            named = self.model.named_parameters()
-            inside = {id(p) for name, p in named if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
-            if not inside:
+            scope = scope_in(self.model, patterns)
+            if scope is None:
                 raise ValueError(f"sam_scope: no parameter's name fits {options.sam_scope!r}")
-
-            def scope(name: str | None, p: torch.Tensor) -> bool:
-                return id(p) in inside
-
         self.sam = SAMBeside(
             base,
             rho=options.sam_rho,
@@ -179,10 +174,8 @@ class SAMTrainerMixin(PostTrainingMixin):
         optimizer = super().create_optimizer(*args, **kwargs)
         if "sam" in self._methods:
             options = self.post_training
-            keys = {"rho": options.sam_rho, "adaptive": options.sam_adaptive, "eta": options.sam_eta, "sam_steps": 0}
-            for group in innermost(self.optimizer).param_groups:
-                for key, value in keys.items():
-                    group.setdefault(key, value)
+            groups = innermost(self.optimizer).param_groups
+            fill_groups(groups, options.sam_rho, options.sam_adaptive, options.sam_eta)
         return optimizer
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -220,7 +213,7 @@ class SAMTrainerMixin(PostTrainingMixin):
 
     def _sam_logs(self) -> dict[str, float]:
         assert self.sam is not None
-        report = PerturbationReport(self._sam_sums, self.sam._elements)
+        report = PerturbationReport(self._sam_sums, self._sam_elements)
         self._sam_sums = None
         v = report.as_dict()
         if not self._concerned and (concern := report.concern()) is not None:

@@ -241,6 +241,30 @@ class R3F(Windowed):
         loss, task, kl = self._loss(clean, noised, passes.targets(clean), num_items, head)
         return R3FOutput(loss, task.detach(), kl.detach(), None if self.inplace or head is not None else clean)
 
+    def noised_divergence(self, model: Any, clean: Tensor, batch: dict[str, Any], num_items: Any = None) -> Tensor:
+        """The divergence of a noised pass from logits that somebody else's clean pass gave, before r3f_lambda.
+
+        Args:
+            model: called as `model(**batch)` without the labels.
+            clean: (batch, classes) or (batch, time, classes), with their graph.
+            batch: the model's inputs and `labels`.
+            num_items: divisor; None: the labels of this batch that count.
+
+        Returns:
+            A scalar with its graph.
+
+        Raises:
+            ValueError, TypeError: as R3F's call.
+        """
+        root = unwrap(model)
+        labels = class_labels(root, batch, self.ignore_index)
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
+        give_decoder_inputs(root, inputs, labels)
+        passes = Passes(self, model, root, inputs, {}, labels, None, self._window or Step())
+        targets = passes.targets(clean)
+        noised = passes.noised()
+        return self._divergence(clean.detach() if self.grad == "noised" else clean, noised, targets, num_items)
+
     # -- losses ---------------------------------------------------------------------------------------------------------
 
     def _reduction(self, logits: Tensor) -> str:

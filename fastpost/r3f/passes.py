@@ -52,7 +52,7 @@ class Windowed:
     _window: Step | None = None
 
     @contextlib.contextmanager
-    def window(self, token_offset: int | Tensor = 0) -> Iterator[None]:
+    def window(self, token_offset: int | Tensor = 0, *, step: Step | None = None) -> Iterator[None]:
         """The calls inside are micro-batches of one step: they share its seed, and their tokens are counted on.
 
             with r3f.window():
@@ -64,13 +64,14 @@ class Windowed:
 
         Args:
             token_offset: number of the first token.
+            step: the step that the calls belong to, where its calls cannot stand in one block; None: a new one.
 
         Raises:
             RuntimeError: a window is open already.
         """
         if self._window is not None:
             raise RuntimeError(f"{type(self).__name__}: a window is open already")
-        self._window = Step(token_offset)
+        self._window = Step(token_offset) if step is None else step
         try:
             yield
         finally:
@@ -138,6 +139,12 @@ class Passes:
         with torch.no_grad() if how.grad == "clean" else contextlib.nullcontext():
             noised = self._noised(inputs, places, None)
         return clean, noised
+
+    def noised(self) -> Tensor:
+        """The noised stream alone, where somebody else makes the clean one."""
+        places = self._places()
+        with torch.no_grad() if self.how.grad == "clean" else contextlib.nullcontext():
+            return self._noised(self.inputs, places, None)
 
     def _places(self) -> list[Place]:
         how, root, inputs = self.how, self.root, self.inputs

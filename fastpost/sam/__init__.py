@@ -1,12 +1,14 @@
 """Sharpness-aware minimization."""
 
+from fastpost.sam.external import SAMBeside
 from fastpost.sam.logits import FunctionalSAM, logits_sam
 from fastpost.sam.norm_stats import frozen_norm_stats
 from fastpost.sam.optimizer import SAM
 from fastpost.sam.options import norm_layers
-from fastpost.sam.report import PerturbationReport
+from fastpost.sam.step import PerturbationReport, PerturbationSums, Phase, SAMStep
 from fastpost.sam.variants import GSAM, TRAM, FriendlySAM, LookSAM, MomentumSAM, StableSAM, Variant
-from fastpost.sam.window import SAMWindow
+from fastpost.sam.window import PassInfo, SAMWindow
+from fastpost.sam.wrapped import find_sam
 
 __all__ = [
     "GSAM",
@@ -16,10 +18,16 @@ __all__ = [
     "FunctionalSAM",
     "LookSAM",
     "MomentumSAM",
+    "PassInfo",
     "PerturbationReport",
+    "PerturbationSums",
+    "Phase",
+    "SAMBeside",
+    "SAMStep",
     "SAMWindow",
     "StableSAM",
     "Variant",
+    "find_sam",
     "frozen_norm_stats",
     "logits_sam",
     "norm_layers",

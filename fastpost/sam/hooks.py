@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastpost import distributed
-from fastpost.sam.buckets import ParameterBucket, Reduction, total_squared_norm
-from fastpost.sam.variants import Gradients
+from fastpost.sam.buckets import BucketCache, Reduction, total_squared_norm
+from fastpost.sam.step import Gradients
 
 Register = Callable[[Tensor], Iterable[Any]]
 
@@ -60,39 +60,26 @@ class OverflowGuard:
 
     def __init__(self, reduction: Reduction) -> None:
         self._reduction = reduction
-        self._norm: Tensor | None = None
+        self._buckets = BucketCache(False, reduction, reads_only=True)
         self._seed: Tensor | None = None
         self._hooks = ParameterHooks()
 
-    def saw(self, squared: Tensor, params: Callable[[], list[Tensor]]) -> None:
-        """Remembers the squared norm of an ascent; `params` returns those that may get a second gradient."""
-        # Sums of squares stay NaN or inf once they are: windows that ascend several times add up.
-        self._norm = squared if self._norm is None else self._norm + squared.to(self._norm.device)
-        self.rearm(params)
+    def arm(self, norm: Tensor | None, params: Callable[[], list[Tensor]]) -> None:
+        """Seeds the next gradient to appear; also again, after the gradients were dropped.
 
-    def rearm(self, params: Callable[[], list[Tensor]]) -> None:
-        """Seeds (again) the next gradient to appear, as after the gradients were dropped."""
-        norm = self._norm
+        Args:
+            norm: squared norm of the ascent gradients; None where there was no ascent.
+            params: returns those that may get a second gradient.
+        """
         if norm is None or (at_hand(norm) and bool(torch.isfinite(norm))):
             self._seed = None
             return
         self._seed = torch.where(torch.isfinite(norm), torch.zeros_like(norm), torch.full_like(norm, math.nan))
         self._hook(params())
 
-    def forget(self) -> None:
-        """The step is given up."""
-        self._norm = self._seed = None
-
-    @property
-    def armed(self) -> bool:
-        """Whether there was an ascent since the last step."""
-        return self._norm is not None
-
-    def take(self) -> Tensor | None:
-        """The squared norm seen since the last step, None without one; the guard starts afresh."""
-        norm = self._norm
-        self.forget()
-        return norm
+    def disarm(self) -> None:
+        """The second gradients are here, or will not be."""
+        self._seed = None
 
     @property
     def waits(self) -> bool:
@@ -124,6 +111,28 @@ class OverflowGuard:
 
         self._hooks.put(params, register)
 
+    @torch.no_grad()
+    def check(self, norm: Tensor | None, found_inf: Tensor | None, groups: list[dict[str, Any]]) -> Tensor:
+        """1.0 where a gradient of either pass is not finite on any rank, else 0.0; float32, as GradScaler's found_inf.
+
+        Args:
+            norm: squared norm of the ascent gradients; None where there was no ascent.
+            found_inf: what GradScaler found in the second gradients; None where nobody has looked: then they are looked at.
+            groups: of the optimizer.
+        """
+        bad = torch.zeros(()) if norm is None else (~torch.isfinite(norm)).float()
+        if found_inf is not None:
+            return self._reduction.agree(torch.maximum(found_inf.float(), bad.to(found_inf.device)))
+        with self._buckets.of(groups, None) as buckets:
+            if buckets:
+                second = total_squared_norm(buckets, [None] * len(buckets), self._reduction)
+                bad = torch.maximum(bad.to(second.device), (~torch.isfinite(second)).float())
+            for p in self._buckets.others:
+                gradient = self._reduction.gradient(p)
+                if gradient is not None:
+                    bad = torch.maximum(bad, (~is_finite(gradient)).float().to(bad.device))
+        return self._reduction.agree(bad)
+
 
 @torch.no_grad()
 def _plant(grad: Tensor, seed: Tensor) -> bool:
@@ -151,35 +160,6 @@ def is_finite(gradient: Tensor) -> Tensor:
         return torch.ones((), dtype=torch.bool)
     wide = values if values.is_complex() or values.dtype.itemsize > 1 else values.float()
     return torch.isfinite(wide).all()
-
-
-@torch.no_grad()
-def overflowed(
-    ascent: Tensor,
-    found_inf: Tensor | None,
-    buckets: Sequence[ParameterBucket],
-    reduction: Reduction,
-    others: Iterable[Tensor] = (),
-) -> Tensor:
-    """1.0 where a gradient of either pass is not finite on any rank, else 0.0; a float32 scalar as GradScaler's found_inf.
-
-    Args:
-        ascent: squared norm of the ascent gradient.
-        found_inf: what GradScaler found in the second gradient; None where nobody has looked.
-        buckets: the second gradients, to be looked at where nobody has.
-        others: second gradients that fit into no bucket.
-        reduction: how ranks agree.
-    """
-    bad = (~torch.isfinite(ascent)).float()
-    if found_inf is not None:
-        bad = torch.maximum(found_inf.float(), bad.to(found_inf.device))
-    elif buckets:
-        norm = total_squared_norm(buckets, [None] * len(buckets), reduction)
-        bad = torch.maximum(bad.to(norm.device), (~torch.isfinite(norm)).float())
-    if found_inf is None:
-        for gradient in others:
-            bad = torch.maximum(bad, (~is_finite(gradient)).float().to(bad.device))
-    return reduction.agree(bad)
 
 
 class Change(NamedTuple):

@@ -53,6 +53,7 @@ class Masters:
         self._weight_of = {id(m): w for w, m in zip(self.weights, self._masters, strict=True)}
         self.master_of = {id(w): m for w, m in zip(self.weights, self._masters, strict=True)}
         self.behind = False  # whether masters may have been stepped and their weights not
+        self.known_to_fit = False  # whether the weights are known to be the casts of their masters
         self.check()
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -110,7 +111,9 @@ class Masters:
             raise ValueError(f"SAM: {why}. Build SAM anew for a model of another dtype or shape")
 
     def check(self) -> None:
-        """Raises ValueError where a weight is not, bit for bit, the cast of its master."""
+        """Raises ValueError where a weight is not, bit for bit, the cast of its master. Looks once, until told to doubt."""
+        if self.known_to_fit:
+            return
         for i, (w, m) in enumerate(zip(self.weights, self._masters, strict=True)):
             self.refuse_misfit(w)
             if not torch.equal(w.detach().view(torch.int16), m.detach().to(w.dtype).view(torch.int16)):
@@ -118,6 +121,7 @@ class Masters:
                     f"SAM: parameter {i} is not the cast of master_params[{i}]; restoring would change it. Copy one into "
                     "the other before building SAM and after loading a checkpoint"
                 )
+        self.known_to_fit = True
 
     def take_gradients(self) -> None:
         """The masters get the weights' gradients, in float32."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,24 +13,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpost.ops import params as ops
-from fastpost.rng import RandomState
-from fastpost.sam.ascent import Ascent
-from fastpost.sam.buckets import Reduction, WeightsChanged, check_sharding
+from fastpost.rng import RandomState, accelerators
+from fastpost.sam.buckets import BucketCache, ParameterBucket, Reduction, WeightsChanged, check_sharding, total_squared_norm
 from fastpost.sam.fused import FusedRestore, check_fused_restore
-from fastpost.sam.hooks import overflowed
+from fastpost.sam.hooks import EarlyRewriting, OverflowGuard
 from fastpost.sam.masters import Masters
 from fastpost.sam.norm_stats import NormStats, check_norm_stats
 from fastpost.sam.options import Scope, ScopeCache, build_perturbation, check_options
-from fastpost.sam.report import PerturbationReport
-from fastpost.sam.variants import Gradients, Variant
+from fastpost.sam.perturbation import Term
+from fastpost.sam.step import Gradients, PerturbationReport, PerturbationSums, Phase, SAMStep
+from fastpost.sam.variants import Memory, Variant
 from fastpost.sam.wrapped import refuse_accumulating_closure
-from fastpost.sam.wrapper import build_bases, step_bases
+from fastpost.sam.wrapper import Wrapper, build_bases, check_group, step_bases
 
 Closure = Callable[[], Any]
 PLAIN_STEPS = 10  # in a row, without an ascent where one was due
 
 
-class SAM(Ascent):
+class SAM(Wrapper):
     """Sharpness-aware minimization: the gradient is taken at w + e, the step from w.
 
     e = rho * g / |g| over all perturbed tensors together (2010.01412, eq. 2), or with `adaptive` ASAM's
@@ -146,25 +147,26 @@ class SAM(Ascent):
                 )
             check_fused_restore(self._bases)
             self._fused = FusedRestore()
-        self.norm_stats = norm_stats
         self._norm_stats: NormStats | None = None
+        self.norm_stats = norm_stats
         if model is not None:
             self.set_model(model)
-        self._clean: Gradients = {}
-        self._combined = False
-        self._tensors_at_ascent = 0
         self.in_window = False  # micro-batches of a window are coming, and the window says when the second pass is over
-        self._by_others = self._stepped = False
-        self._ascents = 0  # in this step; m-SAM has several
-        self._masters_fit = True
         self.cycle = 0  # goes up with every fresh start, so that what was kept from a first pass can be told stale
-        self._awaits_second = False
-        self._sums: Tensor | None = None
-        self._elements = 0
+        self._step = SAMStep()
+        self._last_sums: PerturbationSums | None = None
         self._skipped: int | Tensor = 0
-        self._warned = False
         self._plain_steps = 0
-        self._empty_caches()
+        self._by_others = self._stepped = self._warned = False
+        self._build_caches()
+
+    def _build_caches(self) -> None:
+        """What neither copies nor pickles take along."""
+        self._ascent_buckets = BucketCache(self._perturbation.stash, self._reduction)
+        self._guard = OverflowGuard(self._reduction)
+        self._memory = Memory(self._reduction, self._groups, lambda: self.state, self.variant.state_names)
+        self._early = EarlyRewriting(self._rewrites_arrivals, self._gradients, self._combine)
+        self._watch()
 
     @classmethod
     def lm(cls, params: Any, base_optimizer: Any, **kwargs: Any) -> SAM:
@@ -185,19 +187,18 @@ class SAM(Ascent):
         """
         self._refuse_a_second_ascent()
         try:
-            self._combined = False
+            self._step.combined = False
             self._early.forget()
             self._watch()
             if self.ascends:
                 self._perturb()
-            self._awaits_second = True
+            self._step.phase = Phase.PERTURBED
             if self._norm_stats is not None and self.variant.ascent_pass:
                 self._norm_stats.keep()
             if zero_grad:
                 self.zero_grad()
         except BaseException:
-            self._guard.forget()
-            self._memory.forget()
+            self._restart_step()
             self.restore_()
             raise
 
@@ -304,12 +305,71 @@ class SAM(Ascent):
             if self.is_perturbed:  # unless a step was made inside
                 self.end_ascent()
         except BaseException as error:
-            self._guard.forget()  # the step will not be made
-            self._memory.forget()
-            self._close_step()
-            if self.is_perturbed and not isinstance(error, WeightsChanged):
+            waits = self.is_perturbed
+            self._give_up_step()
+            if waits and not isinstance(error, WeightsChanged):
                 self.restore_()
             raise
+
+    @torch.no_grad()
+    def end_ascent(self) -> None:
+        """Ends the second pass: lets the variant rewrite its gradients, where the end of the backward pass has not, and
+        restores w. Then a step may follow.
+
+        `perturbed()` and windows call it; so does a step, where it has not been called. Gradients that were assigned by hand
+        (`torch.autograd.grad`) are rewritten here only: with a variant, call it before you clip those.
+
+        Raises:
+            RuntimeError: weights are of another dtype, shape or device than those that were perturbed. Nothing was done;
+                `abandon()` gives the step up.
+        """
+        if self._perturbation.active:
+            self._check_perturbed()
+        try:
+            if not self._step.combined and not self._early.done:
+                self._combine()
+            self._step.combined = True
+            self._step.clean = {}
+        finally:
+            if self.is_perturbed:
+                self.restore_()
+
+    def restore_(self) -> None:
+        """Puts w back, bit for bit, into the same storage, and makes no step. Without a perturbation it does nothing.
+
+        Weights that were moved in between are followed, also into another memory format.
+
+        Raises:
+            RuntimeError: as `end_ascent`.
+        """
+        self._put_back(convert=False)
+
+    def abandon(self) -> None:
+        """Gives the step up: w is back and the gradients are dropped. After any error or interrupt training may go on.
+
+        Weights that have changed their dtype or device since they were perturbed get w converted; where they have changed
+        their shape, w in its own.
+        """
+        self._give_up_step()
+        self._put_back(convert=True)
+        self.zero_grad()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients; between the two passes too, an ascent that overflowed stays known."""
+        super().zero_grad(set_to_none)
+        if self._masters is not None:
+            self._masters.zero_grad(set_to_none)
+        if self.is_perturbed:
+            self._early.forget()
+            self._guard.arm(self._step.squared_norm, self.tensors)
+        else:
+            self._restart_step()
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether a first step waits for its second, or a step that was interrupted for `abandon()` or `restore_()`."""
+        behind = self._masters is not None and self._masters.behind
+        return self._step.phase is Phase.PERTURBED or self._perturbation.active or behind
 
     @contextlib.contextmanager
     def stepped_by_others(self) -> Iterator[None]:
@@ -330,6 +390,16 @@ class SAM(Ascent):
         if self._norm_stats is None and self.norm_stats == "first":
             self._norm_stats = NormStats(model)
 
+    def settle_norm_stats(self) -> None:
+        """Second passes are over for now: running statistics are those of the first passes again, and may move on."""
+        if self._norm_stats is not None:
+            self._norm_stats.put_back()
+
+    @property
+    def ascends(self) -> bool:
+        """Whether the coming step perturbs; with `interval` only some do."""
+        return bool(self._groups()[0]["sam_steps"] % self.interval == 0)
+
     # -- what was done ------------------------------------------------------------------------------------------------
 
     @property
@@ -339,10 +409,10 @@ class SAM(Ascent):
         On the CPU reading it warns, once per optimizer, when the forward pass sees much less or much more of e than was
         meant; on other devices that would have to wait for them, so there `report.concern()` asks.
         """
-        if self._sums is None:
+        if self._last_sums is None:
             return None
-        report = PerturbationReport(self._sums, self._elements)
-        if self._sums.device.type == "cpu" and not self._warned:
+        report = PerturbationReport(*self._last_sums)
+        if self._last_sums.sums.device.type == "cpu" and not self._warned:
             concern = report.concern()
             if concern is not None:
                 self._warned = True
@@ -354,7 +424,223 @@ class SAM(Ascent):
         """How many steps were skipped because a gradient was not finite; waits for the device."""
         return int(self._skipped)
 
-    # -- inside ----------------------------------------------------------------------------------------------------
+    @property
+    def skipped(self) -> Tensor:
+        """`skipped_steps` as a float32 scalar on the device that counts; does not wait for it."""
+        return torch.as_tensor(self._skipped, dtype=torch.float32)
+
+    # -- as any optimizer ---------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the (last) base optimizer; rho, adaptive and eta default to the constructor's.
+
+        Raises:
+            ValueError, TypeError: rho or eta is no finite number >= 0, adaptive no truth value; with `master_params`, or
+                where the parameters cannot be perturbed as this optimizer does it. The group is not added.
+        """
+        if self._masters is not None:
+            raise ValueError("SAM: add_param_group() knows no masters; build SAM anew with the masters of all parameters")
+        super().add_param_group(param_group)
+        try:
+            self._perturbation.check(self._in_scope())
+        except BaseException:
+            del self._bases[-1].param_groups[-1]
+            raise
+        self._watch()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of SAM or of the plain base optimizer; keys that are missing keep their values."""
+        super().load_state_dict(state_dict)
+        if self._masters is not None:
+            self._masters.known_to_fit = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_while_perturbed("copying or pickling")
+        # A scheduler or Accelerate may have put a `step` around ours, by which a copy would step this optimizer. The flag is
+        # for GradScaler, and there where a wrapper steps it.
+        wrapped = ("step", "_step_supports_amp_scaling")
+        left_out = ("_ascent_buckets", "_guard", "_memory", "_early", *wrapped)
+        fused = None if self._fused is None else FusedRestore()  # its buckets point at these parameters
+        kept = {key: value for key, value in self.__dict__.items() if key not in left_out}
+        return {**kept, "_fused": fused, "_step": replace(self._step, squared_norm=None)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_perturbation" in state:
+            self._build_caches()
+
+    def accelerators(self) -> list[torch.device]:
+        """The devices, other than the CPU, whose generators the passes draw from."""
+        return accelerators(self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All parameters that the model computes with, in or out of scope."""
+        return [p for group in self._model_groups() for p in group["params"]]
+
+    def _model_groups(self) -> list[dict[str, Any]]:
+        """The groups with the tensors that the model computes with, which masters are not."""
+        groups = self._groups()
+        return groups if self._masters is None else self._masters.groups_of_weights(groups)
+
+    def _in_scope(self) -> list[Tensor]:
+        ids = self._scope.ids(self._model_groups())
+        return [p for p in self.tensors() if ids is None or id(p) in ids]
+
+    # -- the step's state ---------------------------------------------------------------------------------------------
+
+    def _close_step(self) -> None:
+        """The step is over, made or given up; what is known of it does not concern the next one."""
+        self._begin_step(SAMStep())
+        self.variant.forget()
+        self._watch()
+
+    def _give_up_step(self) -> None:
+        """The step will not be made, so that the variant keeps nothing of it."""
+        self._memory.forget()
+        self._close_step()
+
+    def _restart_step(self) -> None:
+        """The gradients were dropped at w. Ascents go on counting: another one draws random numbers of its own."""
+        self._memory.forget()
+        self._begin_step(SAMStep(ascents=self._step.ascents))
+
+    def _begin_step(self, step: SAMStep) -> None:
+        self._step = step
+        self._early.forget()
+        self._guard.disarm()
+        self.cycle += 1
+
+    @torch.no_grad()
+    def _put_back(self, convert: bool) -> None:
+        try:
+            self._perturbation.undo(self._reduction, convert)
+            if self._masters is not None and self._masters.behind:
+                self._masters.cast()
+        finally:
+            self._is_restored()
+
+    def _is_restored(self) -> None:
+        if self._step.phase is Phase.PERTURBED and not self._perturbation.active:
+            self._step.phase = Phase.RESTORED
+        self.settle_norm_stats()
+
+    def _refuse_a_second_ascent(self) -> None:
+        if self.is_perturbed:
+            raise RuntimeError(
+                "SAM: first_step() was called twice; second_step() or step() comes in between, or abandon() after an "
+                "interrupt. (Accelerate lets step() through only once while it accumulates: there use AcceleratedWindow, or "
+                "SAMWindow)"
+            )
+
+    def _check_perturbed(self) -> bool:
+        """Whether the perturbed weights are laid out as they were.
+
+        Raises:
+            WeightsChanged: w does not fit into them exactly, or the groups hold others. Nothing was written.
+        """
+        tensors = self.tensors()
+        here = set(map(id, tensors))
+        if len(tensors) >= self._step.tensors and any(id(p) not in here for p in self._perturbation.params):
+            raise WeightsChanged(
+                "SAM: parameters in the optimizer's groups were exchanged between the two passes, and copies of them hold "
+                "w + e. opt.abandon() puts w back into those that were perturbed and gives this step up; "
+                "exchange parameters between steps, not between the two passes"
+            )
+        return self._perturbation.check_weights(self._reduction)
+
+    # -- the ascent ---------------------------------------------------------------------------------------------------
+
+    def _perturb(self) -> None:
+        for group in self._groups():  # schedules and loaded states write there
+            check_group(group)
+        variant, step, groups = self.variant, self._step, self._model_groups()
+        step.tensors = len(self.tensors())
+        gradient = self._direction() if variant.overrides("direction") else None
+        with self._ascent_buckets.of(groups, self._scope.ids(groups), gradient) as buckets:
+            if not buckets:
+                if variant.ascent_pass:
+                    raise RuntimeError("SAM: no parameter (in scope) has a gradient; call backward() before the ascent")
+                return
+            terms = []
+            for b in buckets:
+                group = groups[b.group]
+                rho = float(group["rho"])
+                if group.get("maximize", False):  # the base optimizer minimises -L
+                    rho = -rho
+                terms.append(Term(rho, float(group["eta"]) if group["adaptive"] else None, self._seen(b)))
+            squared = norm = total_squared_norm(buckets, [term.eta for term in terms], self._reduction)
+            radius = variant.radius()
+            if radius is not None:  # rho d / |g| is rho / sqrt(|g|^2 / d^2); where d is 0 nothing moves
+                radius = radius.to(squared.device, torch.float64)
+                norm, squared = squared + 0 * radius, squared / radius.square()
+            if variant.keeps_gradient:
+                step.clean = {p: g.clone() for p, g in self._gradients().items()}
+            if self._masters is not None:
+                self._masters.check()
+            self._perturbation.number = self._groups()[0]["sam_steps"] * 2**20 + step.ascents
+            step.ascents += 1
+            sums = self._perturbation.apply(buckets, terms, squared, self._reduction)
+            step.sums = self._last_sums = PerturbationSums(sums, sum(b.elements_everywhere for b in buckets))
+            step.add_norm(norm)
+            self._guard.arm(step.squared_norm, self.tensors)
+
+    def _direction(self) -> Callable[[Tensor], Tensor | None]:
+        """What the variant follows for each tensor. Gradients that it does not see stand for themselves, to be refused."""
+        seen = self._gradients()
+        direction = self.variant.direction(self._memory, seen)
+        return lambda p: direction.get(p) if p in direction or p in seen else self._reduction.gradient(p)
+
+    def _seen(self, b: ParameterBucket) -> torch.dtype:
+        device = b.bucket.device.type
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self._reduction.computes_in(b.params) or b.bucket.dtype
+
+    def _combine(self) -> None:
+        """Lets the variant rewrite the gradients of this step."""
+        variant = self.variant
+        if self._step.ascended and variant.overrides("descend"):
+            if variant.scales_must_agree and hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None:
+                raise RuntimeError(
+                    f"SAM: {type(variant).__name__} combines the gradients of both passes, of which unscale_() has rescaled "
+                    "one; call opt.end_ascent() after the second pass, and unscale after it"
+                )
+            variant.descend(self._memory, self._step.clean, self._gradients())
+        elif not self.ascends and variant.overrides("between"):
+            variant.between(self._memory, self._gradients())
+
+    # -- the variant, and gradients as they arrive --------------------------------------------------------------------
+
+    def _groups_are_read(self) -> None:
+        # GradScaler asks for the groups and then looks at the gradients. Where the second gradient was assigned by hand no
+        # hook of ours has run, so this is the last moment at which it can be marked; and the only one, because the scaler
+        # decides by what it sees in gradients alone. Nothing happens unless an ascent awaits its second gradient and may
+        # have overflowed.
+        guard = self.__dict__.get("_guard")
+        if guard is not None and guard.waits:
+            guard.plant_in(self.tensors)
+
+    def _watch(self) -> None:
+        """Has the variant rewrite gradients as they come."""
+        if self.variant.rewrites and self.variant.overrides("descend", "between"):
+            self._early.watch(self.tensors())
+
+    def _rewrites_arrivals(self) -> bool:
+        """Whether gradients that arrive now are this step's last and not a window's, which knows its end itself."""
+        if self.in_window:
+            return False
+        if self.is_perturbed:
+            return self._step.ascended and self.variant.overrides("descend")
+        return not self.ascends and self.variant.overrides("between")
+
+    def _gradients(self) -> Gradients:
+        """This rank's part of every gradient present that is dense and real; others a variant leaves as they are."""
+        found = ((p, self._reduction.gradient(p)) for p in self.tensors())
+        return {p: g for p, g in found if g is not None and g.layout == torch.strided and g.is_floating_point()}
+
+    # -- the base optimizers' step ------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
         """Restores if need be, then steps with every base optimizer unless a gradient is not finite."""
@@ -364,21 +650,16 @@ class SAM(Ascent):
                 fused = None
             if fused is None:
                 self.end_ascent()
-            elif not self._combined and not self._early.done:
+            elif not self._step.combined and not self._early.done:
                 self._combine()
             if self._masters is not None:
                 if hasattr(self, "found_inf"):
                     raise RuntimeError("SAM: GradScaler finds no gradients on master_params; bfloat16 needs no loss scaling")
                 self._masters.take_gradients()
-            ascent = self._guard.take()
             scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             if not isinstance(found_inf, Tensor):  # the scaler says 0 where no gradient was there to look at
                 found_inf = None
-            if ascent is not None:
-                found_inf = self._overflowed(ascent, found_inf)
-            self._notice_plain_step(ascended=ascent is not None)
-            self._count_step(ascended=ascent is not None)
-            skipped = self._step(fused, scale, found_inf)
+            skipped = self._step_bases(fused, scale, self._judge_step(found_inf))
         except WeightsChanged:  # nothing was done
             _leave_scaler(self)
             raise
@@ -391,13 +672,12 @@ class SAM(Ascent):
         if self.variant.state_names and not (isinstance(skipped, int) and skipped):
             self._memory.store(self._gradients())
 
-    def _step(self, fused: FusedRestore | None, scale: Tensor | None, found_inf: Tensor | None) -> int | Tensor:
+    def _step_bases(self, fused: FusedRestore | None, scale: Tensor | None, found_inf: Tensor | None) -> int | Tensor:
         """The base optimizers' step, in one with the restore where `fused` is given; returns how many were skipped."""
         if fused is not None:
             with self._perturbation.settled(self._reduction) as buckets:
                 skipped = fused.step(self._bases, buckets, scale, found_inf)
-            self._awaits_second = False
-            self.settle_norm_stats()
+            self._is_restored()
             return skipped
         if self._masters is None:
             return step_bases(self._bases, scale, found_inf)
@@ -420,21 +700,29 @@ class SAM(Ascent):
 
     def _skip(self) -> None:
         """Somebody else has looked at the gradients and left the step out."""
-        ascent = self._guard.take()
         if self._gradients():
-            found_inf = self._overflowed(torch.zeros(()) if ascent is None else ascent, None)
-            self._notice_plain_step(ascended=ascent is not None)
-            self._count_step(ascended=ascent is not None)
+            found_inf = self._judge_step(None, always=True)
+            assert found_inf is not None
             self._count_skipped(found_inf.sum())
         self._close_step()
 
-    def _overflowed(self, ascent: Tensor, found_inf: Tensor | None) -> Tensor:
-        """`overflowed` of the ascent and the second gradients, which are looked at where no GradScaler has."""
-        if found_inf is not None:
-            return overflowed(ascent, found_inf, [], self._reduction)
-        with self._finite_buckets.of(self._groups(), None) as buckets:
-            others = [g for p in self._finite_buckets.others if (g := self._reduction.gradient(p)) is not None]
-            return overflowed(ascent, None, buckets, self._reduction, others)
+    def _judge_step(self, found_inf: Tensor | None, always: bool = False) -> Tensor | None:
+        """Counts the step that is about to be made, and says whether it should be.
+
+        Args:
+            found_inf: what GradScaler has found in the second gradients.
+            always: look at the gradients of a step without an ascent too.
+
+        Returns:
+            1.0 where a gradient of either pass is not finite, else 0.0; `found_inf` where nobody has to look.
+        """
+        ascended, norm = self._step.ascended, self._step.squared_norm
+        self._guard.disarm()
+        if ascended or always:
+            found_inf = self._guard.check(norm, found_inf, self._groups())
+        self._notice_plain_step(ascended)
+        self._count_step(ascended)
+        return found_inf
 
     def _count_skipped(self, skipped: int | Tensor) -> None:
         if isinstance(skipped, Tensor) and isinstance(self._skipped, Tensor):

@@ -61,24 +61,30 @@ def resolve_scope(scope: Scope, groups: list[dict[str, Any]]) -> set[int] | None
     """
     if scope is None:
         return None
-    patterns: list[str] | None = None
-    if not callable(scope):
-        patterns = [scope] if isinstance(scope, str) else list(scope)
-        if not all("param_names" in group for group in groups):
-            raise ValueError("SAM: scope by name needs named parameters: pass model.named_parameters()")
+    patterns = [scope] if isinstance(scope, str) else [] if callable(scope) else list(scope)
+    if not callable(scope) and not all("param_names" in group for group in groups):
+        raise ValueError("SAM: scope by name needs named parameters: pass model.named_parameters()")
     chosen = set()
     for group in groups:
         names = group.get("param_names") or [None] * len(group["params"])
         for name, p in zip(names, group["params"], strict=True):
-            if patterns is None:
-                inside = scope(name, p)  # type: ignore[operator]
-            else:
-                inside = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-            if inside:
+            if scope(name, p) if callable(scope) else fits(name, patterns):
                 chosen.add(id(p))
     if not chosen:
-        raise ValueError(f"SAM: no parameter is in scope {patterns if patterns is not None else scope!r}")
+        raise ValueError(f"SAM: no parameter is in scope {scope if callable(scope) else patterns!r}")
     return chosen
+
+
+def fits(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a parameter's name fits one of the patterns, as in fnmatch."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def scope_in(model: nn.Module, patterns: Iterable[str]) -> Callable[[str | None, Tensor], bool] | None:
+    """A scope by the names that a model has for its parameters, where the optimizer has none; None where no name fits."""
+    patterns = list(patterns)
+    inside = {id(p) for name, p in model.named_parameters() if fits(name, patterns)}
+    return (lambda name, p: id(p) in inside) if inside else None
 
 
 def norm_layers(model: nn.Module) -> Callable[[str | None, Tensor], bool]:

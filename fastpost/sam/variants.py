@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from fastpost.sam.buckets import Reduction, add_part
-
-Gradients = dict[Tensor, Tensor]
+from fastpost.sam.step import Gradients, ratio
 
 
 class Memory:
@@ -24,26 +23,31 @@ class Memory:
 
     Args:
         reduction: how ranks add up.
+        groups: returns the optimizer's parameter groups.
         state: returns the base optimizer's state, where kept tensors live.
-        tensors: returns all parameters.
-        maximized: returns the ids of those whose loss the base optimizer maximises.
         names: what a variant keeps per parameter.
     """
 
     def __init__(
         self,
         reduction: Reduction,
+        groups: Callable[[], list[dict[str, Any]]],
         state: Callable[[], MutableMapping[Tensor, Any]],
-        tensors: Callable[[], list[Tensor]],
-        maximized: Callable[[], set[int]],
         names: tuple[str, ...],
     ) -> None:
         self._reduction = reduction
+        self._groups = groups
         self._state = state
-        self.tensors = tensors
-        self.maximized = maximized
         self._names = names
         self._pending: dict[Tensor, dict[str, Tensor]] = {}
+
+    def tensors(self) -> list[Tensor]:
+        """All parameters."""
+        return [p for group in self._groups() for p in group["params"]]
+
+    def maximized(self) -> set[int]:
+        """Ids of the parameters whose loss the base optimizer maximises."""
+        return {id(p) for group in self._groups() if group.get("maximize", False) for p in group["params"]}
 
     @property
     def state(self) -> MutableMapping[Tensor, Any]:
@@ -125,6 +129,10 @@ class Variant:
     def forget(self) -> None:
         """The step is over, made or given up: drops what belonged to it alone."""
 
+    def overrides(self, *hooks: str) -> bool:
+        """Whether it changes one of these hooks."""
+        return any(getattr(type(self), hook) is not getattr(Variant, hook) for hook in hooks)
+
 
 class StableSAM(Variant):
     """Stable SAM (2401.07250): the second gradient, rescaled to the norm of the gradient at w.
@@ -143,7 +151,7 @@ class StableSAM(Variant):
 
     def descend(self, memory: Memory, clean: Gradients, second: Gradients) -> None:
         assert self._clean is not None
-        _scale_(second, _ratio(self._clean, memory.dot(second, second)).sqrt())
+        _scale_(second, ratio(self._clean, memory.dot(second, second)).sqrt())
 
 
 class GSAM(Variant):
@@ -163,7 +171,7 @@ class GSAM(Variant):
         self.alpha = _not_negative("GSAM", "alpha", alpha)
 
     def descend(self, memory: Memory, clean: Gradients, second: Gradients) -> None:
-        along = _ratio(memory.dot(clean, second), memory.dot(second, second))
+        along = ratio(memory.dot(clean, second), memory.dot(second, second))
         _scale_(second, 1 + self.alpha * along)
         _add_(second, clean, -self.alpha)
 
@@ -185,7 +193,7 @@ class LookSAM(Variant):
         self.alpha = _not_negative("LookSAM", "alpha", alpha)
 
     def descend(self, memory: Memory, clean: Gradients, second: Gradients) -> None:
-        along = _ratio(memory.dot(clean, second), memory.dot(clean, clean))
+        along = ratio(memory.dot(clean, second), memory.dot(clean, clean))
         ok = torch.isfinite(along)
         for p, g in second.items():
             new = g - along.to(g) * clean[p] if p in clean else g
@@ -194,7 +202,7 @@ class LookSAM(Variant):
 
     def between(self, memory: Memory, gradients: Gradients) -> None:
         look = {p: memory.kept(p, "sam_look") for p in gradients}
-        factor = _ratio(memory.dot(gradients, gradients), memory.dot(look, look)).sqrt()
+        factor = ratio(memory.dot(gradients, gradients), memory.dot(look, look)).sqrt()
         _add_(gradients, look, self.alpha * factor)
 
 
@@ -301,11 +309,6 @@ def _not_negative(who: str, name: str, value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{who}: {name} must be finite and >= 0, not {value}")
     return value
-
-
-def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is 0."""
-    return torch.where(b == 0, torch.zeros_like(a), a / b)
 
 
 def _scale_(tensors: Gradients, factor: Tensor) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +16,27 @@ from torch.optim import Optimizer
 from fastpost.rng import RandomState
 from fastpost.sam.optimizer import SAM
 from fastpost.sam.options import check_dropout_rng, check_fraction
-from fastpost.sam.variants import Variant
 from fastpost.sam.wrapped import find_sam
 
 ForwardBackward = Callable[[Any], Any]
 NoSync = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class PassInfo:
+    """Which forward and backward pass of a window is being made.
+
+    Attributes:
+        index: of its micro-batch in the window, from 0.
+        is_replay: the micro-batch ran before in this window, and this is its second pass, at w + e.
+        sync: whether ranks share gradients in this pass.
+        is_last: the micro-batch is the window's last one.
+    """
+
+    index: int
+    is_replay: bool = False
+    sync: bool = True
+    is_last: bool = False
 
 
 class SAMWindow:
@@ -54,8 +71,11 @@ class SAMWindow:
         model: the model, where the optimizer was not given it: so that each micro-batch moves the running statistics of norm
             layers once, in its first pass, as the optimizer's `norm_stats` says.
 
+    A trainer that makes its passes in its own way derives a class and overrides `run_pass`.
+
     Attributes:
         size: micro-batches announced for the open window.
+        fed: how many of them have been fed.
         perturbed_losses: what `forward_backward` returned at w + e, in the order of the micro-batches.
 
     Raises:
@@ -88,9 +108,10 @@ class SAMWindow:
                 f"SAMWindow: per_micro_batch perturbs by every micro-batch, which leaves no ascent_fraction of "
                 f"{self.ascent_fraction}; pass ascent_fraction=1.0"
             )
-        if per_micro_batch and (found.variant.keeps_gradient or _rewrites(found.variant)):
+        variant = found.variant
+        if per_micro_batch and (variant.keeps_gradient or (variant.rewrites and variant.overrides("descend"))):
             raise ValueError(
-                f"SAMWindow: {type(found.variant).__name__} combines the gradients of two whole passes; use it without "
+                f"SAMWindow: {type(variant).__name__} combines the gradients of two whole passes; use it without "
                 "per_micro_batch"
             )
         if found.sync_ascent is False and no_sync is None:
@@ -100,11 +121,11 @@ class SAMWindow:
             )
         if model is not None:
             found.set_model(model)
-        self._forward_backward = forward_backward
+        self.forward_backward = forward_backward
         self._no_sync = no_sync
         self.size = 0
         self.perturbed_losses: list[Any] = []
-        self._fed = self._ascending = 0
+        self.fed = self._ascending = 0
         self._kept: list[tuple[Any, RandomState]] = []
 
     def run(self, micro_batches: Iterable[Any]) -> list[Any]:
@@ -123,12 +144,12 @@ class SAMWindow:
         if size < 1:
             raise ValueError(f"SAMWindow: a window has at least one micro-batch, not {size}")
         if self.is_open:
-            raise RuntimeError(f"SAMWindow: a window is open with {self._fed} of {self.size} micro-batches; close() it")
+            raise RuntimeError(f"SAMWindow: a window is open with {self.fed} of {self.size} micro-batches; close() it")
         if self.optimizer.is_perturbed:
             raise RuntimeError("SAMWindow: the optimizer is perturbed; finish its step first")
         self.optimizer.zero_grad()
         self.optimizer.in_window = True
-        self.size, self._fed = size, 0
+        self.size, self.fed = size, 0
         self.perturbed_losses = []
         ascends = self.optimizer.ascends and self.optimizer.variant.ascent_pass
         # 0.07 * 100 is 7.000000000000001
@@ -139,12 +160,27 @@ class SAMWindow:
         """Whether micro-batches are still expected."""
         return self.size > 0
 
-    def feed(self, micro_batch: Any) -> Any:
+    def run_pass(self, micro_batch: Any, info: PassInfo) -> Any:
+        """Makes one forward and backward pass; a window calls it for each of them.
+
+        Args:
+            micro_batch: as it was fed.
+            info: which pass it is. An override sees to it that ranks share gradients where `info.sync` says so.
+
+        Returns:
+            What `feed` returns for a first pass, and `perturbed_losses` holds for a pass at w + e.
+        """
+        with contextlib.nullcontext() if info.sync or self._no_sync is None else self._no_sync():
+            return self.forward_backward(micro_batch)
+
+    def feed(self, micro_batch: Any, before: RandomState | None = None) -> Any:
         """Runs one micro-batch; the last one closes the window.
 
         Args:
             micro_batch: passed to `forward_backward`, a second time where it takes part in the ascent: lists and mappings
                 as a shallow copy, so that a pass may take entries out.
+            before: the generators as they stood before its first pass, for a trainer that has made that pass already;
+                None: as they are now.
 
         Returns:
             What `forward_backward` returned the first time it ran: at w for a micro-batch of the ascent, else at w + e.
@@ -154,19 +190,19 @@ class SAMWindow:
         """
         if not self.is_open:
             raise RuntimeError("SAMWindow: no window is open; open() one with the number of micro-batches to come")
-        self._fed += 1
-        last = self._fed == self.size
+        self.fed += 1
+        last = self.fed == self.size
         try:
-            if self._fed > self._ascending:
-                if self._fed == 1 and self.optimizer.ascends:  # a variant that needs no ascent pass
+            if self.fed > self._ascending:
+                if self.fed == 1 and self.optimizer.ascends:  # a variant that needs no ascent pass
                     self.optimizer.first_step(zero_grad=True)
-                result = self._pass(micro_batch, sync=last)
+                result = self.run_pass(micro_batch, PassInfo(self.fed - 1, sync=last, is_last=last))
                 if self.optimizer.is_perturbed:
                     self.perturbed_losses.append(result)
-            elif self.per_micro_batch:
-                result = self._ascend_alone(micro_batch, last)
             else:
-                result = self._ascend(micro_batch)
+                before = RandomState(self.optimizer.accelerators()) if before is None else before
+                ascend = self._ascend_alone if self.per_micro_batch else self._ascend
+                result = ascend(micro_batch, before)
             if last:
                 self.close()
         except BaseException:
@@ -176,7 +212,7 @@ class SAMWindow:
 
     def shorten(self) -> None:
         """Makes the micro-batch that is fed next the last one, as where the data end."""
-        self.size = self._fed + 1
+        self.size = self.fed + 1
         self._ascending = min(self._ascending, self.size)
 
     def close(self) -> None:
@@ -190,8 +226,8 @@ class SAMWindow:
         """
         if not self.is_open:
             return
-        if self._no_sync is not None and 0 < self._fed < self.size:
-            fed, size = self._fed, self.size
+        if self._no_sync is not None and 0 < self.fed < self.size:
+            fed, size = self.fed, self.size
             self.abort()
             raise RuntimeError(
                 f"SAMWindow: closed after {fed} of {size} micro-batches, before the one that synchronises gradients; open() "
@@ -216,11 +252,11 @@ class SAMWindow:
         self.size = 0
         self.optimizer.in_window = False
 
-    def _ascend(self, micro_batch: Any) -> Any:
-        kept = _copied(micro_batch)
-        self._kept.append((kept, RandomState(self.optimizer.accelerators())))
-        last = self._fed == self._ascending
-        result = self._pass(micro_batch, sync=last and self.optimizer.sync_ascent is not False)
+    def _ascend(self, micro_batch: Any, before: RandomState) -> Any:
+        self._kept.append((_copied(micro_batch), before))
+        last = self.fed == self._ascending
+        sync = last and self.optimizer.sync_ascent is not False
+        result = self.run_pass(micro_batch, PassInfo(self.fed - 1, sync=sync, is_last=self.fed == self.size))
         if last:
             self._turn()
         return result
@@ -230,43 +266,36 @@ class SAMWindow:
         self.optimizer.first_step(zero_grad=True)
         replayed, self._kept = self._kept, []
         after = RandomState(self.optimizer.accelerators())
-        for i, (micro_batch, before) in enumerate(replayed, start=1):
-            if self.dropout_rng == "same":
-                before.put()
-            sync = i == len(replayed) and self._fed == self.size
-            self.perturbed_losses.append(self._pass(micro_batch, sync=sync))
+        for i, (micro_batch, before) in enumerate(replayed):
+            self._run_again(i, micro_batch, before, is_last=i + 1 == self.size)
         if self.dropout_rng == "same":
             after.put()
         self.optimizer.settle_norm_stats()  # later micro-batches have one pass only, which counts
 
-    def _ascend_alone(self, micro_batch: Any, last: bool) -> Any:
+    def _run_again(self, index: int, micro_batch: Any, before: RandomState, is_last: bool) -> None:
+        if self.dropout_rng == "same":
+            before.put()
+        info = PassInfo(index, is_replay=True, sync=is_last, is_last=is_last)
+        self.perturbed_losses.append(self.run_pass(micro_batch, info))
+
+    def _ascend_alone(self, micro_batch: Any, before: RandomState) -> Any:
         """One micro-batch up and down (m-SAM); what the earlier ones left as gradients is set aside and added to."""
-        kept = _copied(micro_batch)
-        before = RandomState(self.optimizer.accelerators())
+        kept, last = _copied(micro_batch), self.fed == self.size
         aside = [(p, *_set_aside(p)) for p in self.optimizer.tensors()]
-        result = self._pass(micro_batch, sync=self.optimizer.sync_ascent is True)
+        info = PassInfo(self.fed - 1, sync=self.optimizer.sync_ascent is True, is_last=last)
+        result = self.run_pass(micro_batch, info)
         self.optimizer.first_step(zero_grad=True)
         for p, gradient, values in aside:
             if gradient is not None and values is not None:
                 gradient.copy_(values)
             p.grad = gradient
-        if self.dropout_rng == "same":
-            before.put()
-        self.perturbed_losses.append(self._pass(kept, sync=last))
+        self._run_again(self.fed - 1, kept, before, last)
         self.optimizer.end_ascent()
         return result
-
-    def _pass(self, micro_batch: Any, sync: bool) -> Any:
-        with contextlib.nullcontext() if sync or self._no_sync is None else self._no_sync():
-            return self._forward_backward(micro_batch)
 
 
 def _copied(micro_batch: Any) -> Any:
     return copy.copy(micro_batch) if isinstance(micro_batch, (Mapping, list)) else micro_batch
-
-
-def _rewrites(variant: Variant) -> bool:
-    return variant.rewrites and type(variant).descend is not Variant.descend
 
 
 def _set_aside(p: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,17 @@ from fastpost.ops import params as ops
 from fastpost.sam.masters import Masters
 from fastpost.sam.wrapped import imitate, wrapper_among
 
-RADIUS_KEYS = ("rho", "adaptive", "eta")  # what SAM keeps in each group
+# What SAM keeps in each group: the radius, and the number of steps, so that `interval` and random rounding resume.
+RADIUS_KEYS = ("rho", "adaptive", "eta")
+STEPS_KEY = "sam_steps"
+GROUP_KEYS = (*RADIUS_KEYS, STEPS_KEY)
+
+
+def fill_groups(groups: Iterable[dict[str, Any]], rho: float | None, adaptive: bool, eta: float, sam_steps: int = 0) -> None:
+    """Gives groups the keys of SAM that they lack."""
+    for group in groups:
+        for key, value in zip(GROUP_KEYS, (rho, adaptive, eta, sam_steps), strict=True):
+            group.setdefault(key, value)
 
 
 def build_bases(params: Any, base_optimizer: Any, kwargs: dict[str, Any], masters: Masters | None = None) -> list[Optimizer]:
@@ -141,11 +151,6 @@ def step_bases(bases: Sequence[Optimizer], scale: Tensor | None, found_inf: Tens
     return 0
 
 
-# Beside the radius, each group counts the steps taken, so that `interval` and random rounding go on after a resume.
-GROUP_KEYS = (*RADIUS_KEYS, "sam_steps")
-_KEYS = frozenset(GROUP_KEYS)
-
-
 class Wrapper(Optimizer):
     """A torch optimizer whose `param_groups` and `state` are those of the optimizers in `_bases`."""
 
@@ -201,14 +206,10 @@ class Wrapper(Optimizer):
             groups = self.base_optimizer.param_groups
         else:
             groups = [group for base in self._bases for group in base.param_groups]
-        if not all(group.keys() >= _KEYS for group in groups):
-            self._fill(groups, steps=next((g["sam_steps"] for g in groups if "sam_steps" in g), 0))
+        if not all(group.keys() >= self._group_defaults.keys() for group in groups):
+            steps = next((group[STEPS_KEY] for group in groups if STEPS_KEY in group), 0)
+            fill_groups(groups, **{**self._group_defaults, STEPS_KEY: steps})
         return groups
-
-    def _fill(self, groups: Sequence[dict[str, Any]], steps: int) -> None:
-        for group in groups:
-            for key, value in {**self._group_defaults, "sam_steps": steps}.items():
-                group.setdefault(key, value)
 
     @property  # type: ignore[override]
     def state(self) -> MutableMapping[Tensor, Any]:
@@ -245,7 +246,7 @@ class Wrapper(Optimizer):
         """Checks groups that take the place of the present ones; they go on counting where these are."""
         for group in groups:
             check_group({**self._group_defaults, **group})
-        self._fill(groups, steps=self._groups()[0]["sam_steps"])
+        fill_groups(groups, **{**self._group_defaults, STEPS_KEY: self._groups()[0][STEPS_KEY]})
 
     def _shared_groups(self, groups: Sequence[dict[str, Any]]) -> list[Any]:
         """The groups, for each base optimizer its own."""
@@ -299,7 +300,7 @@ class Wrapper(Optimizer):
             return passed_on
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the (last) base optimizer; see `Ascent`."""
+        """Adds a group to the (last) base optimizer; see `SAM`."""
         self._refuse_while_perturbed("add_param_group()")
         steps = self._groups()[0]["sam_steps"]
         check_group({**self._group_defaults, **param_group})

@@ -5,14 +5,11 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
-from fastpost.sam import SAM
 from fastpost.sam.hooks import at_hand
-
-# What the forward pass computes in, by the name that Accelerate gives to a mixed precision.
-SEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from fastpost.sam.optimizer import SAM
+from fastpost.sam.step import SAMStep
 
 
 class SAMBeside(SAM):
@@ -38,26 +35,31 @@ class SAMBeside(SAM):
         base._told_by_sam = False
         base._sam_beside = weakref.ref(self)
 
-    def hand_over(self, scaled: bool) -> None:
+    def hand_over(self, scaled: bool) -> SAMStep:
         """Ends SAM's part in a step whose gradients are the second pass's; w is back.
 
         Args:
             scaled: a GradScaler will look at the gradients and skip the step itself.
+
+        Returns:
+            The step that is over: whether it `ascended`, and the `sums` of its perturbation.
         """
-        ascent = self._guard.take()
-        self._close_step()
-        self._count_step(ascended=ascent is not None)
-        if ascent is None:
-            return
-        found_inf = self._overflowed(ascent, None)
+        step = self._step
+        try:
+            found_inf = self._judge_step(None)
+        finally:
+            self._close_step()
+        if found_inf is None:
+            return step
         self._count_skipped(found_inf.sum())
         if scaled:
-            return
+            return step
         base: Any = self.base_optimizer
         if not at_hand(found_inf) and getattr(base, "_step_supports_amp_scaling", False):
             base.grad_scale, base.found_inf, base._told_by_sam = None, found_inf, True
         elif bool(found_inf):
             self.zero_grad()
+        return step
 
 
 def _after_step(optimizer: Any, *_: Any) -> None:

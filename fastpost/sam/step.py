@@ -1,9 +1,77 @@
-"""What a perturbation was meant to be, what was stored of it, and what the forward pass sees of it."""
+"""One step of SAM: where it stands, and what became of its perturbation."""
 
 from __future__ import annotations
 
+import enum
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+Gradients = dict[Tensor, Tensor]
+
+
+class Phase(enum.Enum):
+    """Where a step stands. These are all transitions, with the calls of SAM that make them:
+
+    | from | call | to |
+    | --- | --- | --- |
+    | CLEAN | `first_step` | PERTURBED |
+    | PERTURBED | `end_ascent`, `restore_` | RESTORED |
+    | RESTORED | `first_step` (m-SAM: a further ascent in the same step) | PERTURBED |
+    | CLEAN, RESTORED | `step`, `zero_grad` | CLEAN, in a new SAMStep |
+    | any | `abandon`, an error in `step` or `perturbed` | CLEAN, in a new SAMStep |
+
+    `step`, `passes` and `perturbed` are made of these calls. On steps without an ascent (`interval`) the phases are the same
+    and no weight is written. Whether weights are written is known to the perturbation, also after an interrupt.
+    """
+
+    CLEAN = "clean"  # the weights are w, the gradients those of a first pass
+    PERTURBED = "perturbed"  # the weights are w + e, and a second pass is to come
+    RESTORED = "restored"  # the weights are w again, the gradients those of the second pass
+
+
+class PerturbationSums(NamedTuple):
+    """What the pass that writes w + e has added up: the six sums of `ops.sam_perturb_`, and over how many elements."""
+
+    sums: Tensor
+    elements: int
+
+
+@dataclass
+class SAMStep:
+    """All that SAM knows of the present step; a new one takes its place when the step is over.
+
+    Attributes:
+        phase: where it stands.
+        ascents: how many there were; m-SAM has several.
+        squared_norm: of the ascent gradients, added up; None without an ascent.
+        sums: of the last perturbation; None without one.
+        tensors: how many the optimizer's groups held at the ascent.
+        clean: the gradients at w, where the variant keeps them until the second pass is over.
+        combined: whether the variant has rewritten the gradients for good.
+    """
+
+    phase: Phase = Phase.CLEAN
+    ascents: int = 0
+    squared_norm: Tensor | None = None
+    sums: PerturbationSums | None = None
+    tensors: int = 0
+    clean: Gradients = field(default_factory=dict)
+    combined: bool = False
+
+    @property
+    def ascended(self) -> bool:
+        """Whether there was an ascent."""
+        return self.squared_norm is not None
+
+    def add_norm(self, squared: Tensor) -> None:
+        """Notes the squared norm of an ascent. Sums of squares stay NaN or inf once they are."""
+        self.squared_norm = (
+            squared if self.squared_norm is None else self.squared_norm + squared.to(self.squared_norm.device)
+        )
+
 
 REMEDIES = (
     "rounding='stochastic' or master_params=, which keep e on average; perturb='functional', which keeps it exactly; "
@@ -33,11 +101,11 @@ class PerturbationReport:
         intended, stored, stored_dot, seen, seen_dot, changed = sums.unbind()
         self.intended_norm = intended.sqrt()
         self.stored_norm = stored.sqrt()
-        self.stored_cosine = _ratio(stored_dot, (intended * stored).sqrt())
-        self.stored_gain = _ratio(stored_dot, intended)
+        self.stored_cosine = ratio(stored_dot, (intended * stored).sqrt())
+        self.stored_gain = ratio(stored_dot, intended)
         self.seen_norm = seen.sqrt()
-        self.seen_cosine = _ratio(seen_dot, (intended * seen).sqrt())
-        self.seen_gain = _ratio(seen_dot, intended)
+        self.seen_cosine = ratio(seen_dot, (intended * seen).sqrt())
+        self.seen_gain = ratio(seen_dot, intended)
         self.changed_fraction = changed / max(elements, 1)
 
     def as_dict(self) -> dict[str, float]:
@@ -74,5 +142,6 @@ class PerturbationReport:
         return f"PerturbationReport({', '.join(f'{k}={v:.4g}' for k, v in self.as_dict().items())})"
 
 
-def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(b > 0, a / b, torch.zeros_like(a))
+def ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0."""
+    return torch.where(b == 0, torch.zeros_like(a), a / b)
