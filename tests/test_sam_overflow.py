@@ -111,7 +111,7 @@ def test_the_gradscaler_recipe(overflowing: str | None) -> None:
 @pytest.fixture
 def far_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors treated as those of a device whose values cannot be read without waiting."""
-    monkeypatch.setattr(hooks, "at_hand", lambda norm: False)
+    monkeypatch.setattr(hooks, "is_on_cpu", lambda norm: False)
 
 
 def two_branches() -> tuple[nn.Module, SAM, torch.amp.GradScaler]:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from fastpost import SAM
 from fastpost.sam import GSAM, SAMWindow
 from fastpost.sam import optimizer as module
-from fastpost.sam.buckets import Reduction
+from fastpost.sam.buckets import ShardReducer
 
 from .small import X, Y, all_bits, closure_of, loss_of, network, unchanged
 
 
-class OtherRank(Reduction):
+class OtherRank(ShardReducer):
     """As if another rank held as much again of every sum, and had a verdict of its own."""
 
     shards = True
@@ -34,14 +34,14 @@ class OtherRank(Reduction):
     def agree(self, flag: Tensor) -> Tensor:
         return torch.maximum(flag, torch.full_like(flag, self.verdict))
 
-    def wrote(self, params) -> None:
+    def mark_modified(self, params) -> None:
         self.written.append(len(list(params)))
 
 
 @pytest.fixture
 def other_rank(monkeypatch: pytest.MonkeyPatch) -> type[OtherRank]:
     monkeypatch.setattr(OtherRank, "verdict", 0.0)
-    monkeypatch.setattr(module, "Reduction", OtherRank)
+    monkeypatch.setattr(module, "ShardReducer", OtherRank)
     return OtherRank
 
 
@@ -58,7 +58,7 @@ def test_the_norm_is_that_of_all_ranks(other_rank: type[OtherRank], adaptive: bo
         assert (p.detach().double() - w - 0.3 * t[p] ** 2 * p.grad.double() / norm).abs().max() <= 1e-7
     assert opt.report.stored_gain.item() == pytest.approx(1.0, rel=1e-5)
     opt.restore_()
-    assert opt._reduction.written == [4, 4]  # after perturbing and after restoring: time to reshard
+    assert opt._reducer.written == [4, 4]  # after perturbing and after restoring: time to reshard
 
 
 def test_one_ranks_overflow_is_everyones(other_rank: type[OtherRank]) -> None:
@@ -86,7 +86,7 @@ def test_variants_sum_over_all_ranks_too(other_rank: type[OtherRank]) -> None:
     opt = SAM(one.parameters(), torch.optim.SGD, rho=0.2, lr=0.1, variant=GSAM(0.4))
     opt.step(closure_of(one))
     plain = SAM(two.parameters(), torch.optim.SGD, rho=0.2 / 2**0.5, lr=0.1, variant=GSAM(0.4))
-    plain._reduction = Reduction()
+    plain._reducer = ShardReducer()
     plain._build_caches()
     SAMWindow(plain, lambda x: nn.functional.cross_entropy(two(x), Y).backward()).run([X])
     plain.step()

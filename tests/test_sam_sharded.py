@@ -126,8 +126,8 @@ def offloaded() -> None:
 def hsdp() -> None:
     mesh = d.mesh_of(2, 2, names=("replicate", "shard"))
     opt = check(sharded(mesh), mesh)
-    assert len({len(key) for key in map(opt._reduction.key, opt.tensors())}) == 1
-    assert all(len(opt._reduction.key(p)[0]) == 2 for p in opt.tensors())
+    assert len({len(key) for key in map(opt._reducer.key, opt.tensors())}) == 1
+    assert all(len(opt._reducer.key(p)[0]) == 2 for p in opt.tensors())
 
 
 def several_meshes() -> None:
@@ -138,7 +138,7 @@ def several_meshes() -> None:
         fully_shard(block, mesh=flat)
     fully_shard(model, mesh=pairs)
     opt = check(model, flat)
-    assert len(set(map(opt._reduction.key, opt.tensors()))) == 2
+    assert len(set(map(opt._reducer.key, opt.tensors()))) == 2
 
 
 def parallel(mesh) -> d.Net:
@@ -174,7 +174,7 @@ def fsdp2_with_tensor_parallel() -> None:
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh["dp"])
     opt = check(model, mesh["dp"])
-    assert {len(opt._reduction.key(p)) for p in opt.tensors()} == {1, 2}
+    assert {len(opt._reducer.key(p)) for p in opt.tensors()} == {1, 2}
 
 
 def recipes() -> None:

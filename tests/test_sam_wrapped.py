@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastpost import SAM, SAMWindow
 from fastpost.sam import GSAM, LookSAM, MomentumSAM
-from fastpost.sam.wrapped import find_sam
+from fastpost.sam.frameworks import find_sam
 
 from .small import X, Y, all_bits, closure_of, loss_of, network, unchanged
 

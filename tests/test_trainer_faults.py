@@ -59,7 +59,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(
     """
     scaler = told == "scaler"
     if told == "found_inf":
-        monkeypatch.setattr(external, "at_hand", lambda norm: False)
+        monkeypatch.setattr(external, "is_on_cpu", lambda norm: False)
     args = arguments(tmp_path, 4, gradient_accumulation_steps=2, optim=optim)
     trainer = trainer_of(Spoiled, tiny.build("causal"), args)
     trainer.spoil = frozenset({spoil})

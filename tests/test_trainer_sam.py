@@ -273,7 +273,7 @@ class Reads(TorchDispatchMode):
 def test_nothing_is_read_that_the_trainer_does_not_read(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With weights and flags taken for an accelerator's, and a fused optimizer, which is told of an overflow there."""
     for module in (external, hooks):
-        monkeypatch.setattr(module, "at_hand", lambda norm: False)
+        monkeypatch.setattr(module, "is_on_cpu", lambda norm: False)
     options = {"optim": "adamw_torch_fused", "gradient_accumulation_steps": 3, "logging_steps": 100}
     found = []
     for cls in (Trainer, SAMTrainer):

@@ -6,4 +6,4 @@ Each module needs its own framework and imports nothing of the others; this pack
 import torch
 
 # What the forward pass computes in, by the name that Accelerate gives to a mixed precision.
-SEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

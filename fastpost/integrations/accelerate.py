@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpost.distributed import gradient_sync
-from fastpost.integrations import SEEN
+from fastpost.integrations import COMPUTE_DTYPES
 from fastpost.sam import PassInfo, SAMWindow
 
 try:
@@ -80,7 +80,7 @@ class AcceleratedWindow(SAMWindow):
             model=model,
         )
         if self.optimizer.compute_dtype is None and not accelerator.is_fsdp2:  # FSDP2 is asked for its own
-            self.optimizer.compute_dtype = SEEN.get(accelerator.mixed_precision)
+            self.optimizer.compute_dtype = COMPUTE_DTYPES.get(accelerator.mixed_precision)
         self.accelerator, self.model, self._loss_fn = accelerator, model, loss_fn
 
     def __call__(self, micro_batch: Any) -> Tensor:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from fastpost.errors import unknown
 from fastpost.rng import RandomState
-from fastpost.sam import SAM, PassInfo, SAMBeside, SAMWindow, find_sam
+from fastpost.sam import SAM, ExternalSAM, PassInfo, SAMWindow, find_sam
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError("fastpost.integrations.lightning needs lightning: pip install 'fastpost[lightning]'") from error
 
-SEEN = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+COMPUTE_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class MicroBatch(NamedTuple):
@@ -76,7 +76,7 @@ class SAMCallback(Callback):
             )
         SAM([torch.nn.Parameter(torch.zeros(1))], torch.optim.SGD, lr=0.0, **{**options, "scope": None})  # judges values now
         self.options = options
-        self.sam: SAMBeside | None = None
+        self.sam: ExternalSAM | None = None
         self._window: _Window | None = None
         self._current: MicroBatch | None = None
 
@@ -100,8 +100,8 @@ class SAMCallback(Callback):
                 "optimizer there, or leave the callback out"
             )
         options = dict(self.options)
-        options.setdefault("compute_dtype", SEEN.get(getattr(trainer.precision_plugin, "precision", "")))
-        self.sam = SAMBeside(trainer.optimizers[0], model=pl_module, **options)
+        options.setdefault("compute_dtype", COMPUTE_DTYPES.get(getattr(trainer.precision_plugin, "precision", "")))
+        self.sam = ExternalSAM(trainer.optimizers[0], model=pl_module, **options)
         self._window = _Window(self.sam, trainer, pl_module)
         self._current = None
 
@@ -126,7 +126,7 @@ class SAMCallback(Callback):
         window.feed(micro_batch, micro_batch.before)
         if window.is_open:
             return
-        self.sam.hand_over(scaled=getattr(trainer.precision_plugin, "scaler", None) is not None)
+        self.sam.finish_step(scaled=getattr(trainer.precision_plugin, "scaler", None) is not None)
         self._log(pl_module)
 
     def _log(self, pl_module: LightningModule) -> None:
@@ -185,9 +185,9 @@ class SAMCallback(Callback):
 class _Window(SAMWindow):
     """A window whose first passes Lightning makes; only the second ones are made here."""
 
-    optimizer: SAMBeside
+    optimizer: ExternalSAM
 
-    def __init__(self, optimizer: SAMBeside, trainer: Trainer, module: LightningModule) -> None:
+    def __init__(self, optimizer: ExternalSAM, trainer: Trainer, module: LightningModule) -> None:
         super().__init__(optimizer, self._again)
         self.trainer, self.module = trainer, module
 
@@ -203,9 +203,9 @@ class _Window(SAMWindow):
     def _again(self, micro_batch: MicroBatch) -> torch.Tensor:
         trainer, module = self.trainer, self.module
         takes_number = len(inspect.signature(module.training_step).parameters) > 1
-        further = (micro_batch.number,) if takes_number else ()
+        extra_args = (micro_batch.number,) if takes_number else ()
         with unlogged(module):
-            out: Any = trainer.strategy.training_step(micro_batch.batch, *further)
+            out: Any = trainer.strategy.training_step(micro_batch.batch, *extra_args)
             loss: torch.Tensor = (out["loss"] if isinstance(out, Mapping) else out) / trainer.accumulate_grad_batches
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             module.backward(loss if scaler is None else scaler.scale(loss))

@@ -29,7 +29,7 @@ class PostTrainingMixin(Base):  # type: ignore[misc]
         ValueError: a method that this class does not do, or options given twice.
     """
 
-    _brings = ""
+    _method = ""
     _pass_info: PassInfo | None = None  # None where no SAM window is open
 
     def __init__(self, *args: Any, post_training: PostTrainingOptions | None = None, **kwargs: Any) -> None:
@@ -40,7 +40,7 @@ class PostTrainingMixin(Base):  # type: ignore[misc]
         if post_training is None:
             post_training = given or PostTrainingOptions()
         self.post_training = post_training
-        brought: set[str] = {vars(c).get("_brings", "") for c in type(self).__mro__} - {""}
+        brought: set[str] = {vars(c).get("_method", "") for c in type(self).__mro__} - {""}
         wanted = brought if post_training.method is None else METHODS[post_training.method]
         if not wanted <= brought:
             raise ValueError(

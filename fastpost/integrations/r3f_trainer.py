@@ -44,7 +44,7 @@ class R3FTrainerMixin(PostTrainingMixin):
             part for its router.
     """
 
-    _brings = "r3f"
+    _method = "r3f"
     _fused_by_default = False
     _adds_to: type | None = None  # the class whose loss the divergence is added to
     _computes_plain_loss: tuple[type, ...] = (Trainer,)  # classes whose compute_loss is the cross-entropy that R3F has too
@@ -96,15 +96,15 @@ class R3FTrainerMixin(PostTrainingMixin):
 
     # -- a step, one micro-batch after another ------------------------------------------------------------------------------
 
-    def training_step(self, model: Any, inputs: Any, *further: Any, **named: Any) -> Any:
+    def training_step(self, model: Any, inputs: Any, *extra_args: Any, **named: Any) -> Any:
         """One pass over one micro-batch, with the noise of its tokens."""
         if "r3f" not in self._methods:
-            return super().training_step(model, inputs, *further, **named)
+            return super().training_step(model, inputs, *extra_args, **named)
         info = PassInfo(self._r3f_fed) if self._pass_info is None else self._pass_info
         self._r3f_begin(info)
         try:
             with self.r3f.window(step=self._r3f_step):
-                return super().training_step(model, inputs, *further, **named)
+                return super().training_step(model, inputs, *extra_args, **named)
         finally:
             if not info.is_replay:
                 self._r3f_fed = (info.index + 1) % self.current_gradient_accumulation_steps
@@ -129,16 +129,16 @@ class R3FTrainerMixin(PostTrainingMixin):
             self._r3f_counted.append(dict(step.counted))
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **further: Any
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **extra_args: Any
     ) -> Any:
         """R3F's loss in training, the trainer's own in evaluation."""
         if "r3f" not in self._methods or not model.training:
             return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **further
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **extra_args
             )
         items = num_items_in_batch if self.model_accepts_loss_kwargs else None
         if self._adds_to is not None:
-            return self._added(model, inputs, return_outputs, num_items_in_batch, items, **further)
+            return self._added(model, inputs, return_outputs, num_items_in_batch, items, **extra_args)
         # The trainer's autocast surrounds the model only; the fused head computes with its weight outside of that.
         autocast = self.accelerator.autocast() if self.r3f.fused_linear else contextlib.nullcontext()
         with autocast:
@@ -150,11 +150,11 @@ class R3FTrainerMixin(PostTrainingMixin):
         return (loss, {"loss": loss, "logits": out.logits}) if return_outputs else loss
 
     def _added(
-        self, model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any, items: Any, **further: Any
+        self, model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any, items: Any, **extra_args: Any
     ) -> Any:
         """The trainer's own loss, plus r3f_lambda times the divergence at the rows whose labels count."""
         loss, outputs = super().compute_loss(
-            model, copy.copy(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch, **further
+            model, copy.copy(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch, **extra_args
         )
         # Divided as the trainer divides its own: what is no sum over the whole window will be divided by its length.
         scaled = items is not None if self.loss_is_scaled_for_ga is None else self.loss_is_scaled_for_ga

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fastpost.integrations import SEEN
+from fastpost.integrations import COMPUTE_DTYPES
 from fastpost.integrations.mixin import PostTrainingMixin, accelerated_sync, innermost
-from fastpost.sam import PassInfo, PerturbationReport, SAMBeside, SAMWindow
+from fastpost.sam import ExternalSAM, PassInfo, PerturbationReport, SAMWindow
 from fastpost.sam.options import scope_in
 from fastpost.sam.wrapper import fill_groups
 
@@ -21,7 +21,7 @@ STEPS_IN_BACKWARD = ("lomo", "adalomo")
 class TrainerWindow(SAMWindow):
     """A window whose passes decide about gradient synchronisation themselves, and say which pass they are."""
 
-    def __init__(self, trainer: Any, optimizer: SAMBeside) -> None:
+    def __init__(self, trainer: Any, optimizer: ExternalSAM) -> None:
         options = trainer.post_training
         super().__init__(
             optimizer,
@@ -31,7 +31,7 @@ class TrainerWindow(SAMWindow):
         )
         self.trainer = trainer
         self.model: Any = None
-        self.further: tuple[Any, ...] = ()  # arguments of training_step after the inputs, the same for the whole window
+        self.extra_args: tuple[Any, ...] = ()  # arguments of training_step after the inputs, the same for the whole window
         self.named: dict[str, Any] = {}
 
     def run_pass(self, micro_batch: Any, info: PassInfo) -> Any:
@@ -61,20 +61,20 @@ class SAMTrainerMixin(PostTrainingMixin):
     The logged training loss is the one at w for micro-batches of the ascent (with the default fraction, all), else at w + e.
     At logging steps it logs `sam/seen_over_intended`, `sam/seen_cosine` and `sam/seen_gain`, pooled over the steps since the
     last time (see `PerturbationReport`), and `sam/skipped_steps`, so far. Nothing waits for the device at other steps,
-    except where the optimizer cannot be told on the device that a step is skipped (`SAMBeside`).
+    except where the optimizer cannot be told on the device that a step is skipped (`ExternalSAM`).
 
     Where a gradient is not finite no step is made: the GradScaler skips it, or without one the optimizer finds no gradients.
     Micro-batches that an iterable data set leaves over at its end, and on which the Trainer makes no step, are dropped.
 
     Attributes:
-        sam: the SAMBeside of this run; None before its first step.
+        sam: the ExternalSAM of this run; None before its first step.
 
     Raises:
         ValueError: DeepSpeed, FSDP1, or an optimizer that steps inside backward.
     """
 
-    _brings = "sam"
-    sam: SAMBeside | None = None
+    _method = "sam"
+    sam: ExternalSAM | None = None
     _window: TrainerWindow | None = None
     _given_up = False
     _sam_sums: Any = None
@@ -102,10 +102,10 @@ class SAMTrainerMixin(PostTrainingMixin):
 
     # -- a window, one training_step after another ------------------------------------------------------------------------
 
-    def training_step(self, model: Any, inputs: Any, *further: Any, **named: Any) -> Any:
+    def training_step(self, model: Any, inputs: Any, *extra_args: Any, **named: Any) -> Any:
         """One micro-batch; the window's last one leaves the gradients of SAM's second pass."""
         if "sam" not in self._methods:
-            return super().training_step(model, inputs, *further, **named)
+            return super().training_step(model, inputs, *extra_args, **named)
         if self._given_up:
             raise RuntimeError(
                 "SAM: the model was saved in the middle of an accumulation window, which gave the window up; stop training "
@@ -116,35 +116,35 @@ class SAMTrainerMixin(PostTrainingMixin):
             window = self._window = TrainerWindow(self, self._sam_of_this_run())
         if not window.is_open:
             window.open(self.current_gradient_accumulation_steps)
-        window.model, window.further, window.named = model, further, named
+        window.model, window.extra_args, window.named = model, extra_args, named
         loss = window.feed(inputs)
         if not window.is_open:
-            self._hand_over()
+            self._finish_step()
         return loss
 
     def _plain_step(self, inputs: Any) -> Any:
         assert self._window is not None
-        return super().training_step(self._window.model, inputs, *self._window.further, **self._window.named)
+        return super().training_step(self._window.model, inputs, *self._window.extra_args, **self._window.named)
 
-    def _hand_over(self) -> None:
+    def _finish_step(self) -> None:
         assert self.sam is not None
-        step = self.sam.hand_over(scaled=self.accelerator.scaler is not None)
+        step = self.sam.finish_step(scaled=self.accelerator.scaler is not None)
         if step.sums is not None:
             sums, self._sam_elements = step.sums
             sums = torch.where(sums.isfinite().all(), sums, torch.zeros_like(sums))
             self._sam_sums = sums if self._sam_sums is None else self._sam_sums + sums
 
-    def _sam_of_this_run(self) -> SAMBeside:
+    def _sam_of_this_run(self) -> ExternalSAM:
         options, accelerator = self.post_training, self.accelerator
         base = innermost(self.optimizer)
-        seen = SEEN.get(accelerator.mixed_precision)
+        seen = COMPUTE_DTYPES.get(accelerator.mixed_precision)
         scope = None
         patterns = options.patterns()
         if patterns is not None:
             scope = scope_in(self.model, patterns)
             if scope is None:
                 raise ValueError(f"sam_scope: no parameter's name fits {options.sam_scope!r}")
-        self.sam = SAMBeside(
+        self.sam = ExternalSAM(
             base,
             rho=options.sam_rho,
             adaptive=options.sam_adaptive,

@@ -1,6 +1,7 @@
 """Sharpness-aware minimization."""
 
-from fastpost.sam.external import SAMBeside
+from fastpost.sam.external import ExternalSAM
+from fastpost.sam.frameworks import find_sam
 from fastpost.sam.logits import FunctionalSAM, logits_sam
 from fastpost.sam.norm_stats import frozen_norm_stats
 from fastpost.sam.optimizer import SAM
@@ -8,12 +9,12 @@ from fastpost.sam.options import norm_layers
 from fastpost.sam.step import PerturbationReport, PerturbationSums, Phase, SAMStep
 from fastpost.sam.variants import GSAM, TRAM, FriendlySAM, LookSAM, MomentumSAM, StableSAM, Variant
 from fastpost.sam.window import PassInfo, SAMWindow
-from fastpost.sam.wrapped import find_sam
 
 __all__ = [
     "GSAM",
     "SAM",
     "TRAM",
+    "ExternalSAM",
     "FriendlySAM",
     "FunctionalSAM",
     "LookSAM",
@@ -22,7 +23,6 @@ __all__ = [
     "PerturbationReport",
     "PerturbationSums",
     "Phase",
-    "SAMBeside",
     "SAMStep",
     "SAMWindow",
     "StableSAM",

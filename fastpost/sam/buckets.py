@@ -15,7 +15,7 @@ from fastpost import distributed, plan
 from fastpost.ops import params as ops
 
 
-class Reduction:
+class ShardReducer:
     """Local parts of parameters and sums over the ranks that hold the others. A process without others reduces nothing.
 
     Plain parameters are taken to be the same on all ranks, gradients included (one process, DDP), and are not reduced over.
@@ -65,7 +65,7 @@ class Reduction:
         """The dtype that FSDP2's mixed precision casts these parameters to, or None."""
         return distributed.compute_dtype(params) if self.shards else None
 
-    def wrote(self, params: Iterable[Tensor]) -> None:
+    def mark_modified(self, params: Iterable[Tensor]) -> None:
         """Called after weights were written in place, by perturbing or restoring."""
         if self.shards:
             distributed.reshard(params)
@@ -160,12 +160,12 @@ class Layout:
         return None if w.stride() == self._strides[row] else Change(None, in_place=True)
 
 
-def changes(buckets: Sequence[ParameterBucket], reduction: Reduction) -> Changes:
+def changes(buckets: Sequence[ParameterBucket], reducer: ShardReducer) -> Changes:
     """What has become of the weights of these buckets since they took their gradients; nothing is written."""
     found: Changes = []
     moved = False
     for b in buckets:
-        weights, rows = b.follow(reduction), {}
+        weights, rows = b.follow(reducer), {}
         if not b.layout.shared_by(weights) or list(map(Tensor.data_ptr, weights)) != b.addresses:
             moved = True
             known = ((row, b.layout.change(row, w)) for row, w in enumerate(weights))
@@ -205,14 +205,14 @@ def refuse_changes(buckets: Sequence[ParameterBucket], found: Changes) -> None:
 
 
 @torch.no_grad()
-def put(p: Tensor, w: Tensor, values: Tensor, change: Change | None, reduction: Reduction) -> None:
+def put(p: Tensor, w: Tensor, values: Tensor, change: Change | None, reducer: ShardReducer) -> None:
     """Writes values into the parameter `p` whose part on this rank is `w`, converted; into memory of its own if need be."""
     if change is None or change.in_place:
         w.copy_(values)
         return
     device = values.device if w.device.type == "meta" else w.device
     dtype = w.dtype if w.dtype.is_floating_point else values.dtype
-    p.data = reduction.like(p, values.to(device, dtype, copy=True))
+    p.data = reducer.like(p, values.to(device, dtype, copy=True))
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -263,10 +263,10 @@ class ParameterBucket:
         if stash:
             self._stash_buffer, bucket.stash = plan.flat_like(bucket.weights)
 
-    def point(self, grads: list[Tensor], reduction: Reduction) -> bool:
+    def point(self, grads: list[Tensor], reducer: ShardReducer) -> bool:
         """Takes these gradients; False when the bucket has to be built anew."""
         # Weights can be given other storage between steps (model.to(), p.data = ...); a stale plan would walk off its end.
-        weights = self.follow(reduction)
+        weights = self.follow(reducer)
         if not self.layout.shared_by(weights) or not self.layout.fits(grads, self.walkable):
             return False
         self.moved = self._note_addresses()
@@ -277,10 +277,10 @@ class ParameterBucket:
         before, self.addresses = self.addresses, list(map(Tensor.data_ptr, self.bucket.weights))
         return before != self.addresses
 
-    def follow(self, reduction: Reduction) -> list[Tensor]:
+    def follow(self, reducer: ShardReducer) -> list[Tensor]:
         """The weights as they are now."""
-        if reduction.shards:
-            self.bucket.weights = [reduction.local(p) for p in self.params]
+        if reducer.shards:
+            self.bucket.weights = [reducer.local(p) for p in self.params]
         return self.bucket.weights
 
 
@@ -289,7 +289,7 @@ class BucketCache:
 
     Args:
         stash: whether each bucket keeps room for a copy of its weights.
-        reduction: where a parameter's part on this rank lies.
+        reducer: where a parameter's part on this rank lies.
         reads_only: nothing will be written, and parameters that operations do not serve are kept apart in `others`;
             otherwise they are refused.
 
@@ -297,9 +297,9 @@ class BucketCache:
         others: parameters in no bucket: complex, sparse, without data.
     """
 
-    def __init__(self, stash: bool, reduction: Reduction, reads_only: bool = False) -> None:
+    def __init__(self, stash: bool, reducer: ShardReducer, reads_only: bool = False) -> None:
         self._stash = stash
-        self._reduction = reduction
+        self._reducer = reducer
         self._reads_only = reads_only
         self._key: tuple[int, ...] = ()
         self._buckets: list[ParameterBucket] = []
@@ -323,8 +323,8 @@ class BucketCache:
         params = [p for group in groups for p in group["params"]]
         if scope is not None:
             params = [p for p in params if id(p) in scope]
-        if gradient is None and self._reduction.shards:
-            gradient = self._reduction.gradient
+        if gradient is None and self._reducer.shards:
+            gradient = self._reducer.gradient
         found = [p.grad for p in params] if gradient is None else list(map(gradient, params))
         if type(None) in set(map(type, found)):
             params = [p for p, g in zip(params, found, strict=True) if g is not None]
@@ -333,7 +333,7 @@ class BucketCache:
         key = tuple(map(id, params))
         try:
             if key != self._key or not all(
-                b.point(grads if len(b.rows) == len(grads) else [grads[i] for i in b.rows], self._reduction)
+                b.point(grads if len(b.rows) == len(grads) else [grads[i] for i in b.rows], self._reducer)
                 for b in self._buckets
             ):
                 self._key = ()
@@ -348,13 +348,13 @@ class BucketCache:
                 b.bucket.release_gradients()
 
     def _build(self, groups: list[dict[str, Any]], params: list[Tensor], grads: list[Tensor]) -> list[ParameterBucket]:
-        weights = [self._reduction.local(p) for p in params] if self._reduction.shards else params
+        weights = [self._reducer.local(p) for p in params] if self._reducer.shards else params
         served = self._served(weights, grads)
         self.others = [p for row, p in enumerate(params) if row not in served]
         group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
         members: dict[tuple[int, Hashable], list[int]] = {}
         for row in served:
-            members.setdefault((group_of[id(params[row])], self._reduction.key(params[row])), []).append(row)
+            members.setdefault((group_of[id(params[row])], self._reducer.key(params[row])), []).append(row)
         result = []
         for (group, key), rows in members.items():
             buckets = ops.make_buckets(weights=[weights[i] for i in rows], grads=[grads[i] for i in rows], streams=rows)
@@ -403,9 +403,9 @@ def _check_served(weights: list[Tensor], grads: list[Tensor]) -> None:
         raise type(error)(f"{error}. What is not to be perturbed is left out with scope=") from None
 
 
-def total_squared_norm(buckets: Sequence[ParameterBucket], etas: Sequence[float | None], reduction: Reduction) -> Tensor:
+def total_squared_norm(buckets: Sequence[ParameterBucket], etas: Sequence[float | None], reducer: ShardReducer) -> Tensor:
     """Squared norm of all gradients, scaled by abs(w) + eta where there is an eta, over all ranks: a float64 scalar."""
     parts: dict[Hashable, Tensor] = {}
     for b, eta in zip(buckets, etas, strict=True):
         add_part(parts, b.key, ops.run("squared_norm", b.bucket, eta))
-    return reduction.total(parts)
+    return reducer.total(parts)

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from fastpost.sam.hooks import at_hand
+from fastpost.sam.hooks import is_on_cpu
 from fastpost.sam.optimizer import SAM
 from fastpost.sam.step import SAMStep
 
 
-class SAMBeside(SAM):
+class ExternalSAM(SAM):
     """SAM over the groups of an optimizer that stays what it is and is stepped by its owner.
 
-    Both passes go through this object (a `SAMWindow` drives it); then `hand_over()`, and the owner clips and steps. rho,
+    Both passes go through this object (a `SAMWindow` drives it); then `finish_step()`, and the owner clips and steps. rho,
     adaptive, eta and the number of steps lie in the optimizer's own groups, so they are per group and are saved with it.
 
     A step in which a gradient was not finite is not made. A GradScaler finds NaN in the gradients and skips it. Without one
@@ -30,12 +30,12 @@ class SAMBeside(SAM):
     def __init__(self, base_optimizer: Optimizer, **options: Any) -> None:
         super().__init__(None, base_optimizer, **options)
         base: Any = self.base_optimizer
-        if not hasattr(base, "_told_by_sam"):
+        if not hasattr(base, "_skipped_by_sam"):
             base.register_step_post_hook(_after_step)
-        base._told_by_sam = False
-        base._sam_beside = weakref.ref(self)
+        base._skipped_by_sam = False
+        base._external_sam = weakref.ref(self)
 
-    def hand_over(self, scaled: bool) -> SAMStep:
+    def finish_step(self, scaled: bool) -> SAMStep:
         """Ends SAM's part in a step whose gradients are the second pass's; w is back.
 
         Args:
@@ -55,17 +55,17 @@ class SAMBeside(SAM):
         if scaled:
             return step
         base: Any = self.base_optimizer
-        if not at_hand(found_inf) and getattr(base, "_step_supports_amp_scaling", False):
-            base.grad_scale, base.found_inf, base._told_by_sam = None, found_inf, True
+        if not is_on_cpu(found_inf) and getattr(base, "_step_supports_amp_scaling", False):
+            base.grad_scale, base.found_inf, base._skipped_by_sam = None, found_inf, True
         elif bool(found_inf):
             self.zero_grad()
         return step
 
 
 def _after_step(optimizer: Any, *_: Any) -> None:
-    beside = optimizer._sam_beside()
-    if beside is not None and beside.variant.state_names:
-        beside._memory.store(beside._gradients())  # what a variant keeps is saved with the optimizer
-    if optimizer._told_by_sam:  # and not by a GradScaler, which clears its own
+    sam = optimizer._external_sam()
+    if sam is not None and sam.variant.state_names:
+        sam._context.store(sam._gradients())  # what a variant keeps is saved with the optimizer
+    if optimizer._skipped_by_sam:  # and not by a GradScaler, which clears its own
         del optimizer.grad_scale, optimizer.found_inf
-        optimizer._told_by_sam = False
+        optimizer._skipped_by_sam = False

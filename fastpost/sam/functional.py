@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpost.ops.perturbed import plus_small, product
-from fastpost.sam.buckets import ParameterBucket, Reduction
-from fastpost.sam.perturbation import Perturbation, Term
+from fastpost.sam.buckets import ParameterBucket, ShardReducer
+from fastpost.sam.perturbation import Perturbation, PerturbParams
 
 # A layer's directions and the factor that they are multiplied with: e = factor * direction.
 Directions = dict[str, Tensor]
@@ -225,7 +225,7 @@ class FunctionalPerturbation(Perturbation):
                 "perturb='stored'"
             )
 
-    def apply(self, buckets: Any, terms: Any, squared: Tensor, reduction: Reduction) -> Tensor:
+    def apply(self, buckets: Any, settings: Any, squared: Tensor, reducer: ShardReducer) -> Tensor:
         _refuse_shards([p for b in buckets for p in b.params])
         params = [p for b in buckets for p in b.params]
         if not self._checked.issuperset(map(id, params)):  # somebody has added a group to the base optimizer
@@ -234,7 +234,7 @@ class FunctionalPerturbation(Perturbation):
         self._refuse_unused(params)
         elements = sum(b.elements for b in buckets)
         self._unit = math.sqrt(max(elements, 1))
-        sums = super().apply(buckets, terms, squared, reduction)
+        sums = super().apply(buckets, settings, squared, reducer)
         for module, rule, _ in self._layers:
             mine = {name: self._directions.get(id(p)) for name, p in module.named_parameters(recurse=False)}
             found = {name: pair for name, pair in mine.items() if pair is not None}
@@ -258,21 +258,21 @@ class FunctionalPerturbation(Perturbation):
                 "perturb='stored'"
             )
 
-    def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
+    def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
         # float16 ends at 65,504, which a product with elements of about 1 may reach.
-        room_above = 5 if term.seen == torch.float16 else 0
-        factor = 2.0 ** (round(math.log2(abs(term.rho) / self._unit)) + room_above) if term.rho else 1.0
+        room_above = 5 if setting.compute_dtype == torch.float16 else 0
+        factor = 2.0 ** (round(math.log2(abs(setting.rho) / self._unit)) + room_above) if setting.rho else 1.0
         room: list[Tensor] = []
         for p, w in zip(b.params, b.bucket.weights, strict=True):
             u = self._room.get(id(p))
-            dtype = term.seen if w.ndim > 1 else w.dtype  # norms compute in the dtype of their weights
+            dtype = setting.compute_dtype if w.ndim > 1 else w.dtype  # norms compute in the dtype of their weights
             if u is None or u.dtype != dtype or u.shape != w.shape or u.device != w.device:
                 u = self._room[id(p)] = torch.empty_like(w, dtype=dtype, requires_grad=False)
             room.append(u)
             self._directions[id(p)] = (u, factor)
-        return direction_(b, room, squared, term, factor)
+        return direction_(b, room, squared, setting, factor)
 
-    def undo(self, reduction: Reduction, convert: bool = False) -> None:
+    def undo(self, reducer: ShardReducer, convert: bool = False) -> None:
         """The layers compute at w again. No weight was written, so whatever has become of the weights is right."""
         for module, cls in self._moved:
             if type(module).__bases__ == (cls,) and "_sam_original" in vars(type(module)):
@@ -285,7 +285,7 @@ class FunctionalPerturbation(Perturbation):
         self._directions.clear()
         self._noted = []
 
-    def check_weights(self, reduction: Reduction) -> bool:
+    def check_weights(self, reducer: ShardReducer) -> bool:
         return True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -296,19 +296,19 @@ class FunctionalPerturbation(Perturbation):
         self._install()
 
 
-def direction_(b: ParameterBucket, out: list[Tensor], squared: Tensor, term: Term, factor: float) -> Tensor:
+def direction_(b: ParameterBucket, out: list[Tensor], squared: Tensor, setting: PerturbParams, factor: float) -> Tensor:
     """out = e / factor, rounded to out's dtype, or 0 where nothing moves; returns the six sums of `ops.sam_perturb_`.
 
     "Stored" is factor * out, "seen" the same (out has the dtype that the forward computes in).
     """
     moves = torch.isfinite(squared) & (squared > 0)
-    scale = torch.where(moves, term.rho / squared.sqrt(), torch.zeros_like(squared))
+    scale = torch.where(moves, setting.rho / squared.sqrt(), torch.zeros_like(squared))
     sums = torch.zeros(6, dtype=torch.float64, device=squared.device)
     for w, g, u in zip(b.bucket.weights, b.bucket.grads, out, strict=True):
         work = torch.float64 if w.dtype == torch.float64 else torch.float32
         e = g.to(work)
-        if term.eta is not None:
-            e = e * (w.to(work).abs() + term.eta).square()
+        if setting.eta is not None:
+            e = e * (w.to(work).abs() + setting.eta).square()
         e = torch.where(moves, e * scale.to(work), torch.zeros_like(e))
         u.copy_(e / factor)
         e, stored = e.double(), u.double() * factor

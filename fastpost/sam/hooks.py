@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpost import distributed
-from fastpost.sam.buckets import BucketCache, Reduction, total_squared_norm
+from fastpost.sam.buckets import BucketCache, ShardReducer, total_squared_norm
 from fastpost.sam.step import Gradients
 
 Register = Callable[[Tensor], Iterable[Any]]
@@ -43,7 +43,7 @@ def _remove(handles: list[Any]) -> None:
         handles.pop().remove()
 
 
-def at_hand(norm: Tensor) -> bool:
+def is_on_cpu(norm: Tensor) -> bool:
     """Whether reading this value waits for nobody."""
     return norm.device.type == "cpu"
 
@@ -58,9 +58,9 @@ class OverflowGuard:
     parameter groups, as GradScaler does.
     """
 
-    def __init__(self, reduction: Reduction) -> None:
-        self._reduction = reduction
-        self._buckets = BucketCache(False, reduction, reads_only=True)
+    def __init__(self, reducer: ShardReducer) -> None:
+        self._reducer = reducer
+        self._buckets = BucketCache(False, reducer, reads_only=True)
         self._seed: Tensor | None = None
         self._hooks = ParameterHooks()
 
@@ -71,7 +71,7 @@ class OverflowGuard:
             norm: squared norm of the ascent gradients; None where there was no ascent.
             params: returns those that may get a second gradient.
         """
-        if norm is None or (at_hand(norm) and bool(torch.isfinite(norm))):
+        if norm is None or (is_on_cpu(norm) and bool(torch.isfinite(norm))):
             self._seed = None
             return
         self._seed = torch.where(torch.isfinite(norm), torch.zeros_like(norm), torch.full_like(norm, math.nan))
@@ -91,7 +91,7 @@ class OverflowGuard:
         seed, self._seed = self._seed, None
         assert seed is not None
         for p in params():
-            # Not `reduction.gradient`, which may talk to other ranks: they need not be asking.
+            # Not `reducer.gradient`, which may talk to other ranks: they need not be asking.
             if p.grad is not None and _plant(distributed.local(p.grad), seed):
                 break
         self._seed = seed
@@ -102,7 +102,7 @@ class OverflowGuard:
         def plant(p: Tensor) -> None:
             guard = myself()
             if guard is not None and guard._seed is not None:
-                grad = guard._reduction.gradient(p)
+                grad = guard._reducer.gradient(p)
                 if grad is not None and _plant(grad, guard._seed):
                     guard._seed = None
 
@@ -122,16 +122,16 @@ class OverflowGuard:
         """
         bad = torch.zeros(()) if norm is None else (~torch.isfinite(norm)).float()
         if found_inf is not None:
-            return self._reduction.agree(torch.maximum(found_inf.float(), bad.to(found_inf.device)))
+            return self._reducer.agree(torch.maximum(found_inf.float(), bad.to(found_inf.device)))
         with self._buckets.of(groups, None) as buckets:
             if buckets:
-                second = total_squared_norm(buckets, [None] * len(buckets), self._reduction)
+                second = total_squared_norm(buckets, [None] * len(buckets), self._reducer)
                 bad = torch.maximum(bad.to(second.device), (~torch.isfinite(second)).float())
             for p in self._buckets.others:
-                gradient = self._reduction.gradient(p)
+                gradient = self._reducer.gradient(p)
                 if gradient is not None:
                     bad = torch.maximum(bad, (~is_finite(gradient)).float().to(bad.device))
-        return self._reduction.agree(bad)
+        return self._reducer.agree(bad)
 
 
 @torch.no_grad()

@@ -14,16 +14,23 @@ from torch.optim import Optimizer
 
 from fastpost.ops import params as ops
 from fastpost.rng import RandomState, accelerators
-from fastpost.sam.buckets import BucketCache, ParameterBucket, Reduction, WeightsChanged, check_sharding, total_squared_norm
+from fastpost.sam.buckets import (
+    BucketCache,
+    ParameterBucket,
+    ShardReducer,
+    WeightsChanged,
+    check_sharding,
+    total_squared_norm,
+)
+from fastpost.sam.frameworks import refuse_accumulating_closure
 from fastpost.sam.fused import FusedRestore, check_fused_restore
 from fastpost.sam.hooks import EarlyRewriting, OverflowGuard
 from fastpost.sam.masters import Masters
 from fastpost.sam.norm_stats import NormStats, check_norm_stats
 from fastpost.sam.options import Scope, ScopeCache, build_perturbation, check_options
-from fastpost.sam.perturbation import Term
+from fastpost.sam.perturbation import PerturbParams
 from fastpost.sam.step import Gradients, PerturbationReport, PerturbationSums, Phase, SAMStep
-from fastpost.sam.variants import Memory, Variant
-from fastpost.sam.wrapped import refuse_accumulating_closure
+from fastpost.sam.variants import Variant, VariantContext
 from fastpost.sam.wrapper import Wrapper, build_bases, check_group, step_bases
 
 Closure = Callable[[], Any]
@@ -135,7 +142,7 @@ class SAM(Wrapper):
         self._group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "sam_steps": 0}
         self._adopt()
         self._scope = ScopeCache(scope)
-        self._reduction = Reduction()
+        self._reducer = ShardReducer()
         self._perturbation = build_perturbation(perturb, model, rounding, rounding_seed, self._masters)
         self._perturbation.check(self._in_scope())
         check_sharding(self.tensors(), sync_ascent)
@@ -162,9 +169,9 @@ class SAM(Wrapper):
 
     def _build_caches(self) -> None:
         """What neither copies nor pickles take along."""
-        self._ascent_buckets = BucketCache(self._perturbation.stash, self._reduction)
-        self._guard = OverflowGuard(self._reduction)
-        self._memory = Memory(self._reduction, self._groups, lambda: self.state, self.variant.state_names)
+        self._ascent_buckets = BucketCache(self._perturbation.stash, self._reducer)
+        self._guard = OverflowGuard(self._reducer)
+        self._context = VariantContext(self._reducer, self._groups, lambda: self.state, self.variant.state_names)
         self._early = EarlyRewriting(self._rewrites_arrivals, self._gradients, self._combine)
         self._watch()
 
@@ -459,7 +466,7 @@ class SAM(Wrapper):
         # A scheduler or Accelerate may have put a `step` around ours, by which a copy would step this optimizer. The flag is
         # for GradScaler, and there where a wrapper steps it.
         wrapped = ("step", "_step_supports_amp_scaling")
-        left_out = ("_ascent_buckets", "_guard", "_memory", "_early", *wrapped)
+        left_out = ("_ascent_buckets", "_guard", "_context", "_early", *wrapped)
         fused = None if self._fused is None else FusedRestore()  # its buckets point at these parameters
         kept = {key: value for key, value in self.__dict__.items() if key not in left_out}
         return {**kept, "_fused": fused, "_step": replace(self._step, squared_norm=None)}
@@ -496,12 +503,12 @@ class SAM(Wrapper):
 
     def _give_up_step(self) -> None:
         """The step will not be made, so that the variant keeps nothing of it."""
-        self._memory.forget()
+        self._context.forget()
         self._close_step()
 
     def _restart_step(self) -> None:
         """The gradients were dropped at w. Ascents go on counting: another one draws random numbers of its own."""
-        self._memory.forget()
+        self._context.forget()
         self._begin_step(SAMStep(ascents=self._step.ascents))
 
     def _begin_step(self, step: SAMStep) -> None:
@@ -513,7 +520,7 @@ class SAM(Wrapper):
     @torch.no_grad()
     def _put_back(self, convert: bool) -> None:
         try:
-            self._perturbation.undo(self._reduction, convert)
+            self._perturbation.undo(self._reducer, convert)
             if self._masters is not None and self._masters.behind:
                 self._masters.cast()
         finally:
@@ -546,7 +553,7 @@ class SAM(Wrapper):
                 "w + e. opt.abandon() puts w back into those that were perturbed and gives this step up; "
                 "exchange parameters between steps, not between the two passes"
             )
-        return self._perturbation.check_weights(self._reduction)
+        return self._perturbation.check_weights(self._reducer)
 
     # -- the ascent ---------------------------------------------------------------------------------------------------
 
@@ -561,14 +568,15 @@ class SAM(Wrapper):
                 if variant.ascent_pass:
                     raise RuntimeError("SAM: no parameter (in scope) has a gradient; call backward() before the ascent")
                 return
-            terms = []
+            settings = []
             for b in buckets:
                 group = groups[b.group]
                 rho = float(group["rho"])
                 if group.get("maximize", False):  # the base optimizer minimises -L
                     rho = -rho
-                terms.append(Term(rho, float(group["eta"]) if group["adaptive"] else None, self._seen(b)))
-            squared = norm = total_squared_norm(buckets, [term.eta for term in terms], self._reduction)
+                eta = float(group["eta"]) if group["adaptive"] else None
+                settings.append(PerturbParams(rho, eta, self._compute_dtype_of(b)))
+            squared = norm = total_squared_norm(buckets, [setting.eta for setting in settings], self._reducer)
             radius = variant.radius()
             if radius is not None:  # rho d / |g| is rho / sqrt(|g|^2 / d^2); where d is 0 nothing moves
                 radius = radius.to(squared.device, torch.float64)
@@ -579,7 +587,7 @@ class SAM(Wrapper):
                 self._masters.check()
             self._perturbation.number = self._groups()[0]["sam_steps"] * 2**20 + step.ascents
             step.ascents += 1
-            sums = self._perturbation.apply(buckets, terms, squared, self._reduction)
+            sums = self._perturbation.apply(buckets, settings, squared, self._reducer)
             step.sums = self._last_sums = PerturbationSums(sums, sum(b.elements_everywhere for b in buckets))
             step.add_norm(norm)
             self._guard.arm(step.squared_norm, self.tensors)
@@ -587,16 +595,16 @@ class SAM(Wrapper):
     def _direction(self) -> Callable[[Tensor], Tensor | None]:
         """What the variant follows for each tensor. Gradients that it does not see stand for themselves, to be refused."""
         seen = self._gradients()
-        direction = self.variant.direction(self._memory, seen)
-        return lambda p: direction.get(p) if p in direction or p in seen else self._reduction.gradient(p)
+        direction = self.variant.direction(self._context, seen)
+        return lambda p: direction.get(p) if p in direction or p in seen else self._reducer.gradient(p)
 
-    def _seen(self, b: ParameterBucket) -> torch.dtype:
+    def _compute_dtype_of(self, b: ParameterBucket) -> torch.dtype:
         device = b.bucket.device.type
         if self.compute_dtype is not None:
             return self.compute_dtype
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
-        return self._reduction.computes_in(b.params) or b.bucket.dtype
+        return self._reducer.computes_in(b.params) or b.bucket.dtype
 
     def _combine(self) -> None:
         """Lets the variant rewrite the gradients of this step."""
@@ -607,9 +615,9 @@ class SAM(Wrapper):
                     f"SAM: {type(variant).__name__} combines the gradients of both passes, of which unscale_() has rescaled "
                     "one; call opt.end_ascent() after the second pass, and unscale after it"
                 )
-            variant.descend(self._memory, self._step.clean, self._gradients())
+            variant.descend(self._context, self._step.clean, self._gradients())
         elif not self.ascends and variant.overrides("between"):
-            variant.between(self._memory, self._gradients())
+            variant.between(self._context, self._gradients())
 
     # -- the variant, and gradients as they arrive --------------------------------------------------------------------
 
@@ -637,7 +645,7 @@ class SAM(Wrapper):
 
     def _gradients(self) -> Gradients:
         """This rank's part of every gradient present that is dense and real; others a variant leaves as they are."""
-        found = ((p, self._reduction.gradient(p)) for p in self.tensors())
+        found = ((p, self._reducer.gradient(p)) for p in self.tensors())
         return {p: g for p, g in found if g is not None and g.layout == torch.strided and g.is_floating_point()}
 
     # -- the base optimizers' step ------------------------------------------------------------------------------------
@@ -670,12 +678,12 @@ class SAM(Wrapper):
         self._close_step()
         self._count_skipped(skipped)
         if self.variant.state_names and not (isinstance(skipped, int) and skipped):
-            self._memory.store(self._gradients())
+            self._context.store(self._gradients())
 
     def _step_bases(self, fused: FusedRestore | None, scale: Tensor | None, found_inf: Tensor | None) -> int | Tensor:
         """The base optimizers' step, in one with the restore where `fused` is given; returns how many were skipped."""
         if fused is not None:
-            with self._perturbation.settled(self._reduction) as buckets:
+            with self._perturbation.settled(self._reducer) as buckets:
                 skipped = fused.step(self._bases, buckets, scale, found_inf)
             self._is_restored()
             return skipped

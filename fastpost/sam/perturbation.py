@@ -11,22 +11,22 @@ from torch import Tensor
 
 from fastpost.distributed import part_number
 from fastpost.ops import params as ops
-from fastpost.sam.buckets import ParameterBucket, Reduction, add_part, changes, put, refuse_changes
+from fastpost.sam.buckets import ParameterBucket, ShardReducer, add_part, changes, put, refuse_changes
 from fastpost.sam.masters import Masters
 
 
-class Term(NamedTuple):
+class PerturbParams(NamedTuple):
     """What one bucket's perturbation is made with.
 
     Attributes:
         rho: radius; negative where the way uphill is against the gradient, as with an optimizer that maximises.
         eta: ASAM's constant; None for SAM.
-        seen: dtype that the forward pass computes in.
+        compute_dtype: dtype that the forward pass computes in.
     """
 
     rho: float
     eta: float | None
-    seen: torch.dtype
+    compute_dtype: torch.dtype
 
 
 class Perturbation:
@@ -57,24 +57,24 @@ class Perturbation:
         return [p for b in self._noted for p in b.params]
 
     def apply(
-        self, buckets: Sequence[ParameterBucket], terms: Sequence[Term], squared: Tensor, reduction: Reduction
+        self, buckets: Sequence[ParameterBucket], settings: Sequence[PerturbParams], squared: Tensor, reducer: ShardReducer
     ) -> Tensor:
         """Perturbs every bucket, or none when one fails; returns the six sums of `ops.sam_perturb_`, over all of them."""
         parts: dict[Hashable, Tensor] = {}
         try:
-            for b, term in zip(buckets, terms, strict=True):
+            for b, setting in zip(buckets, settings, strict=True):
                 b.bucket.stashed = False
                 self._noted.append(b)
-                part = self.write(b, term, squared.to(b.bucket.device))
+                part = self.write(b, setting, squared.to(b.bucket.device))
                 add_part(parts, b.key, part)
         except BaseException:  # a later bucket failed: the earlier ones must not stay perturbed
-            self.undo(reduction)
+            self.undo(reducer)
             raise
-        reduction.wrote([p for b in buckets for p in b.params])
+        reducer.mark_modified([p for b in buckets for p in b.params])
         torch.clear_autocast_cache()  # or an enclosing autocast region would go on with its casts of the old weights
-        return reduction.total(parts)
+        return reducer.total(parts)
 
-    def undo(self, reduction: Reduction, convert: bool = False) -> None:
+    def undo(self, reducer: ShardReducer, convert: bool = False) -> None:
         """Puts w back, bit for bit; without a perturbation nothing happens.
 
         Weights that have been moved are followed. Where only their strides are others the values go to where they belong.
@@ -90,7 +90,7 @@ class Perturbation:
         if not self._noted:
             return
         written = list(filter(self.writes, self._noted))
-        found = changes(written, reduction)
+        found = changes(written, reducer)
         if not convert:
             refuse_changes(written, found)
         for b, changed in zip(written, found, strict=True):
@@ -98,29 +98,29 @@ class Perturbation:
                 self.put_back(b)
                 continue
             for row, p in enumerate(b.params):
-                put(p, b.bucket.weights[row], self.origin(b, row), changed.get(row), reduction)
-        reduction.wrote(self.params)
+                put(p, b.bucket.weights[row], self.origin(b, row), changed.get(row), reducer)
+        reducer.mark_modified(self.params)
         torch.clear_autocast_cache()
         self._noted = []
 
-    def check_weights(self, reduction: Reduction) -> bool:
+    def check_weights(self, reducer: ShardReducer) -> bool:
         """Whether every perturbed weight is laid out as it was; raises as `undo` does, and writes nothing."""
         written = list(filter(self.writes, self._noted))
-        found = changes(written, reduction)
+        found = changes(written, reducer)
         refuse_changes(written, found)
         return not any(found)
 
     @contextlib.contextmanager
-    def settled(self, reduction: Reduction) -> Iterator[list[ParameterBucket]]:
+    def settled(self, reducer: ShardReducer) -> Iterator[list[ParameterBucket]]:
         """Hands the perturbed buckets to a block that writes all their weights itself. Until it has, w can be put back."""
         yield self._noted
-        reduction.wrote(self.params)
+        reducer.mark_modified(self.params)
         torch.clear_autocast_cache()
         self._noted = []
 
-    def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
+    def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
         """Perturbs one bucket and returns its six sums."""
-        sums = ops.run("sam_perturb_", b.bucket, squared, term.rho, term.eta, term.seen)
+        sums = ops.run("sam_perturb_", b.bucket, squared, setting.rho, setting.eta, setting.compute_dtype)
         ops.wrote(b.bucket.weights)
         return sums
 
@@ -158,11 +158,11 @@ class StochasticPerturbation(Perturbation):
         if not any(p.dtype.itemsize == 2 for p in params):
             raise ValueError("SAM: rounding='stochastic' is for 16-bit weights, and none is perturbed here")
 
-    def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
+    def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
         # Replicas draw the same numbers, or they would part; the shards of a tensor draw numbers of their own.
         key = self._seed + self.number * 0x9E3779B97F4A7C15 + part_number(b.params[0]) * 0xD1B54A32D192ED03
         seed = ops.seed_tensor(key % 2**64, b.bucket.device)
-        sums = ops.run("sam_perturb_", b.bucket, squared, term.rho, term.eta, term.seen, seed)
+        sums = ops.run("sam_perturb_", b.bucket, squared, setting.rho, setting.eta, setting.compute_dtype, seed)
         ops.wrote(b.bucket.weights)
         return sums
 
@@ -181,15 +181,15 @@ class MasterPerturbation(Perturbation):
         self._masters = masters
 
     def apply(
-        self, buckets: Sequence[ParameterBucket], terms: Sequence[Term], squared: Tensor, reduction: Reduction
+        self, buckets: Sequence[ParameterBucket], settings: Sequence[PerturbParams], squared: Tensor, reducer: ShardReducer
     ) -> Tensor:
         for p in (p for b in buckets for p in b.params):
             self._masters.refuse_misfit(p)
-        return super().apply(buckets, terms, squared, reduction)
+        return super().apply(buckets, settings, squared, reducer)
 
-    def write(self, b: ParameterBucket, term: Term, squared: Tensor) -> Tensor:
+    def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
         self._point(b)
-        sums = ops.run("sam_perturb_masters_", b.bucket, squared, term.rho, term.eta, term.seen)
+        sums = ops.run("sam_perturb_masters_", b.bucket, squared, setting.rho, setting.eta, setting.compute_dtype)
         ops.wrote(b.bucket.weights)
         return sums
 

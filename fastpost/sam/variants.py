@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.sam.buckets import Reduction, add_part
+from fastpost.sam.buckets import ShardReducer, add_part
 from fastpost.sam.step import Gradients, ratio
 
 
-class Memory:
+class VariantContext:
     """Given to the hooks of a variant.
 
     Args:
-        reduction: how ranks add up.
+        reducer: how ranks add up.
         groups: returns the optimizer's parameter groups.
         state: returns the base optimizer's state, where kept tensors live.
         names: what a variant keeps per parameter.
@@ -30,12 +30,12 @@ class Memory:
 
     def __init__(
         self,
-        reduction: Reduction,
+        reducer: ShardReducer,
         groups: Callable[[], list[dict[str, Any]]],
         state: Callable[[], MutableMapping[Tensor, Any]],
         names: tuple[str, ...],
     ) -> None:
-        self._reduction = reduction
+        self._reducer = reducer
         self._groups = groups
         self._state = state
         self._names = names
@@ -59,15 +59,15 @@ class Memory:
         parts: dict[Hashable, Tensor] = {}
         for p, x in a.items():
             if p in b:
-                add_part(parts, self._reduction.key(p), (x.double() * b[p].double()).sum())
-        return self._reduction.total(parts) if parts else torch.zeros((), dtype=torch.float64)
+                add_part(parts, self._reducer.key(p), (x.double() * b[p].double()).sum())
+        return self._reducer.total(parts) if parts else torch.zeros((), dtype=torch.float64)
 
     def kept(self, p: Tensor, name: str) -> Tensor:
         """What was kept for a parameter; zeros before."""
         value = self._pending.get(p, {}).get(name)
         if value is None and p in self.state:
             value = self.state[p].get(name)
-        return torch.zeros_like(self._reduction.local(p)) if value is None else self._reduction.local(value)
+        return torch.zeros_like(self._reducer.local(p)) if value is None else self._reducer.local(value)
 
     def keep(self, p: Tensor, name: str, value: Tensor) -> None:
         """Keeps a tensor for a parameter; it enters `state[p]` once the base optimizer has made its own entries there."""
@@ -85,9 +85,9 @@ class Memory:
             state = self.state.setdefault(p, {})
             for name, value in values.items():
                 if name in state:
-                    self._reduction.local(state[name]).copy_(value)
+                    self._reducer.local(state[name]).copy_(value)
                 else:
-                    state[name] = self._reduction.like(p, value.detach().clone())
+                    state[name] = self._reducer.like(p, value.detach().clone())
 
 
 class Variant:
@@ -112,7 +112,7 @@ class Variant:
     rewrites = True
     state_names: tuple[str, ...] = ()
 
-    def direction(self, memory: Memory, gradients: Gradients) -> Gradients:
+    def direction(self, context: VariantContext, gradients: Gradients) -> Gradients:
         """What is followed uphill in place of the gradients at w, normalised and scaled like them."""
         return gradients
 
@@ -120,10 +120,10 @@ class Variant:
         """A factor on rho for this step (scalar, any device); None for 1."""
         return None
 
-    def descend(self, memory: Memory, clean: Gradients, second: Gradients) -> None:
+    def descend(self, context: VariantContext, clean: Gradients, second: Gradients) -> None:
         """Rewrites the second gradients in place; `clean` is empty unless `keeps_gradient`."""
 
-    def between(self, memory: Memory, gradients: Gradients) -> None:
+    def between(self, context: VariantContext, gradients: Gradients) -> None:
         """Rewrites, in place, the gradients of a step without an ascent (`interval`)."""
 
     def forget(self) -> None:
@@ -145,13 +145,13 @@ class StableSAM(Variant):
     def __init__(self) -> None:
         self._clean: Tensor | None = None
 
-    def direction(self, memory: Memory, gradients: Gradients) -> Gradients:
-        self._clean = memory.dot(gradients, gradients)
+    def direction(self, context: VariantContext, gradients: Gradients) -> Gradients:
+        self._clean = context.dot(gradients, gradients)
         return gradients
 
-    def descend(self, memory: Memory, clean: Gradients, second: Gradients) -> None:
+    def descend(self, context: VariantContext, clean: Gradients, second: Gradients) -> None:
         assert self._clean is not None
-        _scale_(second, ratio(self._clean, memory.dot(second, second)).sqrt())
+        _scale_(second, ratio(self._clean, context.dot(second, second)).sqrt())
 
 
 class GSAM(Variant):
@@ -170,8 +170,8 @@ class GSAM(Variant):
     def __init__(self, alpha: float = 0.1) -> None:
         self.alpha = _not_negative("GSAM", "alpha", alpha)
 
-    def descend(self, memory: Memory, clean: Gradients, second: Gradients) -> None:
-        along = ratio(memory.dot(clean, second), memory.dot(second, second))
+    def descend(self, context: VariantContext, clean: Gradients, second: Gradients) -> None:
+        along = ratio(context.dot(clean, second), context.dot(second, second))
         _scale_(second, 1 + self.alpha * along)
         _add_(second, clean, -self.alpha)
 
@@ -192,17 +192,17 @@ class LookSAM(Variant):
     def __init__(self, alpha: float = 0.7) -> None:
         self.alpha = _not_negative("LookSAM", "alpha", alpha)
 
-    def descend(self, memory: Memory, clean: Gradients, second: Gradients) -> None:
-        along = ratio(memory.dot(clean, second), memory.dot(clean, clean))
+    def descend(self, context: VariantContext, clean: Gradients, second: Gradients) -> None:
+        along = ratio(context.dot(clean, second), context.dot(clean, clean))
         ok = torch.isfinite(along)
         for p, g in second.items():
             new = g - along.to(g) * clean[p] if p in clean else g
             # An overflow skips the step; what was kept before stays.
-            memory.keep(p, "sam_look", torch.where(ok.to(g.device), new, memory.kept(p, "sam_look")))
+            context.keep(p, "sam_look", torch.where(ok.to(g.device), new, context.kept(p, "sam_look")))
 
-    def between(self, memory: Memory, gradients: Gradients) -> None:
-        look = {p: memory.kept(p, "sam_look") for p in gradients}
-        factor = ratio(memory.dot(gradients, gradients), memory.dot(look, look)).sqrt()
+    def between(self, context: VariantContext, gradients: Gradients) -> None:
+        look = {p: context.kept(p, "sam_look") for p in gradients}
+        factor = ratio(context.dot(gradients, gradients), context.dot(look, look)).sqrt()
         _add_(gradients, look, self.alpha * factor)
 
 
@@ -229,14 +229,14 @@ class FriendlySAM(Variant):
         self.decay = decay
         self.loss_scale = loss_scale
 
-    def direction(self, memory: Memory, gradients: Gradients) -> Gradients:
+    def direction(self, context: VariantContext, gradients: Gradients) -> Gradients:
         scale = 1.0 if self.loss_scale is None else self.loss_scale()
-        ok = torch.isfinite(memory.dot(gradients, gradients))
+        ok = torch.isfinite(context.dot(gradients, gradients))
         result = {}
         for p, g in gradients.items():
-            before = memory.kept(p, "sam_mean")
+            before = context.kept(p, "sam_mean")
             mean = torch.where(ok.to(g.device), self.decay * before + (1 - self.decay) / scale * g, before)
-            memory.keep(p, "sam_mean", mean)
+            context.keep(p, "sam_mean", mean)
             result[p] = g - self.sigma * scale * mean
         return result
 
@@ -256,14 +256,14 @@ class MomentumSAM(Variant):
     def __init__(self, buffers: Sequence[str] = ("momentum_buffer", "exp_avg")) -> None:
         self.buffers = tuple(buffers)
 
-    def direction(self, memory: Memory, gradients: Gradients) -> Gradients:
+    def direction(self, context: VariantContext, gradients: Gradients) -> Gradients:
         result: Gradients = {}
-        maximized = memory.maximized()
-        for p in memory.tensors():
-            state: Mapping[str, Any] = memory.state.get(p, {})
+        maximized = context.maximized()
+        for p in context.tensors():
+            state: Mapping[str, Any] = context.state.get(p, {})
             found = next((state[name] for name in self.buffers if state.get(name) is not None), None)
             if found is not None:
-                # Momentum of an optimizer that maximises is that of -L already; a direction is in terms of L.
+                # Momentum of an optimizer that maximises is that of -L already; a direction is in settings of L.
                 result[p] = found.to(p.dtype) if id(p) in maximized else -found.to(p.dtype)
             elif state and p.requires_grad:
                 raise RuntimeError(
@@ -298,7 +298,7 @@ class TRAM(Variant):
             raise RuntimeError("SAM: TRAM has no radius: call observe(divergence) in the first pass of each step")
         return self._sum / self._count
 
-    def descend(self, memory: Memory, clean: Gradients, second: Gradients) -> None:
+    def descend(self, context: VariantContext, clean: Gradients, second: Gradients) -> None:
         self.forget()  # what the second pass observed does not count
 
     def forget(self) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpost.rng import RandomState
+from fastpost.sam.frameworks import find_sam
 from fastpost.sam.optimizer import SAM
 from fastpost.sam.options import check_dropout_rng, check_fraction
-from fastpost.sam.wrapped import find_sam
 
 ForwardBackward = Callable[[Any], Any]
 NoSync = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -235,7 +235,7 @@ class SAMWindow:
             )
         try:
             if self._kept:
-                self._turn()
+                self._replay()
             self.optimizer.end_ascent()
         except BaseException:
             self.abort()
@@ -258,10 +258,10 @@ class SAMWindow:
         sync = last and self.optimizer.sync_ascent is not False
         result = self.run_pass(micro_batch, PassInfo(self.fed - 1, sync=sync, is_last=self.fed == self.size))
         if last:
-            self._turn()
+            self._replay()
         return result
 
-    def _turn(self) -> None:
+    def _replay(self) -> None:
         """Perturbs, and runs the micro-batches of the ascent again."""
         self.optimizer.first_step(zero_grad=True)
         replayed, self._kept = self._kept, []

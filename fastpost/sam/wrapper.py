@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from fastpost.distributed import local
 from fastpost.ops import params as ops
+from fastpost.sam.frameworks import imitate, wrapper_among
 from fastpost.sam.masters import Masters
-from fastpost.sam.wrapped import imitate, wrapper_among
 
 # What SAM keeps in each group: the radius, and the number of steps, so that `interval` and random rounding resume.
 RADIUS_KEYS = ("rho", "adaptive", "eta")
