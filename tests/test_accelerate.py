@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 import fastpost
 from fastpost import SAM, SAMWindow
 from fastpost.integrations.accelerate import AcceleratedWindow
-from fastpost.sam import GSAM, LookSAM, StableSAM
+from fastpost.sam import GSAM, LookSAM, PassInfo, StableSAM
 from tests.by_hand import distance, language_loss, rows_of_text, sam_by_hand
 from tests.distributed import run, whole
 from tests.tiny import build
@@ -388,9 +388,9 @@ def _in_two(fraction: float, **options: Any) -> tuple[float, float, int]:
     shared = []
 
     class Counted(AcceleratedWindow):
-        def _pass(self, micro_batch: Any, sync: bool) -> Any:
-            shared.append(sync)
-            return super()._pass(micro_batch, sync)
+        def run_pass(self, micro_batch: Any, info: PassInfo) -> Any:
+            shared.append(info.sync)
+            return super().run_pass(micro_batch, info)
 
     model, _, losses = train(made, model, loader(20, 4), window=Counted, ascent_fraction=fraction)
     optimizer = torch.optim.AdamW(reference.parameters(), lr=LR)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable
 
 import pytest
 import torch
@@ -19,7 +19,6 @@ from .small import X, Y, all_bits, closure_of, loss_of, network, unchanged
 class OtherRank(ShardReducer):
     """As if another rank held as much again of every sum, and had a verdict of its own."""
 
-    shards = True
     verdict = 0.0
 
     def __init__(self) -> None:
@@ -28,7 +27,7 @@ class OtherRank(ShardReducer):
     def key(self, p: Tensor) -> Hashable:
         return p.ndim  # two kinds of sharding in one optimizer
 
-    def total(self, parts: Mapping[Hashable, Tensor]) -> Tensor:
+    def total(self, parts: Iterable[tuple[Hashable, Tensor]]) -> Tensor:
         return 2 * super().total(parts)
 
     def agree(self, flag: Tensor) -> Tensor:
@@ -86,7 +85,7 @@ def test_variants_sum_over_all_ranks_too(other_rank: type[OtherRank]) -> None:
     opt = SAM(one.parameters(), torch.optim.SGD, rho=0.2, lr=0.1, variant=GSAM(0.4))
     opt.step(closure_of(one))
     plain = SAM(two.parameters(), torch.optim.SGD, rho=0.2 / 2**0.5, lr=0.1, variant=GSAM(0.4))
-    plain._reducer = ShardReducer()
+    plain._reducer = plain._perturbation._reducer = ShardReducer()
     plain._build_caches()
     SAMWindow(plain, lambda x: nn.functional.cross_entropy(two(x), Y).backward()).run([X])
     plain.step()

@@ -54,7 +54,7 @@ class SAMCallback(Callback):
             compute_dtype, norm_stats, variant.
 
     Attributes:
-        sam: the SAM beside the module's optimizer; None before the first batch.
+        sam: the SAM over the module's optimizer; None before the first batch.
 
     Raises:
         ValueError: manual optimisation, a strategy that shards (use FSDP2 in a plain loop), options of SAM out of range.

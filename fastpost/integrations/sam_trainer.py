@@ -35,7 +35,7 @@ class TrainerWindow(SAMWindow):
         self.named: dict[str, Any] = {}
 
     def run_pass(self, micro_batch: Any, info: PassInfo) -> Any:
-        """As SAMWindow's, in the trainer's own way; the trainer is told which pass it is."""
+        """As SAMWindow's, in the trainer's own way; `trainer._pass_info` says which pass it is."""
         trainer = self.trainer
         each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         trainer._pass_info = info
@@ -61,7 +61,7 @@ class SAMTrainerMixin(PostTrainingMixin):
     The logged training loss is the one at w for micro-batches of the ascent (with the default fraction, all), else at w + e.
     At logging steps it logs `sam/seen_over_intended`, `sam/seen_cosine` and `sam/seen_gain`, pooled over the steps since the
     last time (see `PerturbationReport`), and `sam/skipped_steps`, so far. Nothing waits for the device at other steps,
-    except where the optimizer cannot be told on the device that a step is skipped (`ExternalSAM`).
+    except where the optimizer cannot learn on the device that a step is skipped (`ExternalSAM`).
 
     Where a gradient is not finite no step is made: the GradScaler skips it, or without one the optimizer finds no gradients.
     Micro-batches that an iterable data set leaves over at its end, and on which the Trainer makes no step, are dropped.

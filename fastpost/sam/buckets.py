@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +16,7 @@ from fastpost.ops import params as ops
 
 
 class ShardReducer:
-    """Local parts of parameters and sums over the ranks that hold the others. A process without others reduces nothing.
+    """Sums over the ranks that hold the other parts of sharded parameters. A process without others reduces nothing.
 
     Plain parameters are taken to be the same on all ranks, gradients included (one process, DDP), and are not reduced over.
     All sums are float64, scalars or vectors; nothing here waits for a device.
@@ -25,55 +25,30 @@ class ShardReducer:
     def __init__(self) -> None:
         self._ranks = distributed.Ranks()
 
-    @property
-    def shards(self) -> bool:
-        """Whether `local` and `gradient` may hand out anything but the tensors themselves."""
-        return distributed.active()
-
-    def local(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a parameter, as memory that can be read and written."""
-        return distributed.local(tensor)
-
-    def like(self, p: Tensor, part: Tensor) -> Tensor:
-        """A local part as a tensor placed as `p` is."""
-        return distributed.like(p, part)
-
-    def gradient(self, p: Tensor) -> Tensor | None:
-        """This rank's part of the gradient of `p`, cut as `p` is; None where there is none."""
-        return distributed.local_gradient(p)
-
     def key(self, p: Tensor) -> Hashable:
         """Parameters with the same key are summed together before one reduction over the ranks that share them."""
         return self._ranks.sharing(p)
 
-    def total(self, parts: Mapping[Hashable, Tensor]) -> Tensor:
-        """The sum over all keys, each reduced over the ranks that hold its other parts."""
-        if not distributed.active():
-            first, *others = parts.values()
-            total = first
-            for part in others:
-                total = total + part.to(total.device)
-            return total
-        known: Any = parts
-        return self._ranks.sum(known)
+    def total(self, parts: Iterable[tuple[Hashable, Tensor]]) -> Tensor:
+        """The sum of at least one part, each given with its key and reduced over the ranks that hold its other parts."""
+        sums: dict[Any, Tensor] = {}
+        for key, part in parts:
+            sums[key] = sums[key] + part.to(sums[key].device) if key in sums else part
+        if distributed.active():
+            return self._ranks.sum(sums)
+        total, *others = sums.values()
+        for part in others:
+            total = total + part.to(total.device)
+        return total
 
     def agree(self, flag: Tensor) -> Tensor:
         """1.0 where any rank's flag is, as a float32 scalar."""
         return self._ranks.any(flag)
 
-    def computes_in(self, params: Iterable[Tensor]) -> torch.dtype | None:
-        """The dtype that FSDP2's mixed precision casts these parameters to, or None."""
-        return distributed.compute_dtype(params) if self.shards else None
-
     def mark_modified(self, params: Iterable[Tensor]) -> None:
         """Called after weights were written in place, by perturbing or restoring."""
-        if self.shards:
+        if distributed.active():
             distributed.reshard(params)
-
-
-def add_part(parts: dict[Hashable, Tensor], key: Hashable, part: Tensor) -> None:
-    """Adds to the sum of this key, on the device where that began."""
-    parts[key] = parts[key] + part.to(parts[key].device) if key in parts else part
 
 
 def check_sharding(params: Iterable[Tensor], sync_ascent: bool | None) -> None:
@@ -160,12 +135,12 @@ class Layout:
         return None if w.stride() == self._strides[row] else Change(None, in_place=True)
 
 
-def changes(buckets: Sequence[ParameterBucket], reducer: ShardReducer) -> Changes:
+def changes(buckets: Sequence[ParameterBucket]) -> Changes:
     """What has become of the weights of these buckets since they took their gradients; nothing is written."""
     found: Changes = []
     moved = False
     for b in buckets:
-        weights, rows = b.follow(reducer), {}
+        weights, rows = b.follow(), {}
         if not b.layout.shared_by(weights) or list(map(Tensor.data_ptr, weights)) != b.addresses:
             moved = True
             known = ((row, b.layout.change(row, w)) for row, w in enumerate(weights))
@@ -205,14 +180,14 @@ def refuse_changes(buckets: Sequence[ParameterBucket], found: Changes) -> None:
 
 
 @torch.no_grad()
-def put(p: Tensor, w: Tensor, values: Tensor, change: Change | None, reducer: ShardReducer) -> None:
+def put(p: Tensor, w: Tensor, values: Tensor, change: Change | None) -> None:
     """Writes values into the parameter `p` whose part on this rank is `w`, converted; into memory of its own if need be."""
     if change is None or change.in_place:
         w.copy_(values)
         return
     device = values.device if w.device.type == "meta" else w.device
     dtype = w.dtype if w.dtype.is_floating_point else values.dtype
-    p.data = reducer.like(p, values.to(device, dtype, copy=True))
+    p.data = distributed.like(p, values.to(device, dtype, copy=True))
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -258,15 +233,15 @@ class ParameterBucket:
         self.moved = self._note_addresses()
         self.elements = sum(p.numel() for p in bucket.weights)
         self.elements_everywhere = sum(p.numel() for p in params)
-        # The buffer is held beside its views, so that spans know the stash's padding to be its own.
+        # The buffer is kept along with its views, so that spans know the stash's padding to be its own.
         self._stash_buffer: Tensor | None = None
         if stash:
             self._stash_buffer, bucket.stash = plan.flat_like(bucket.weights)
 
-    def point(self, grads: list[Tensor], reducer: ShardReducer) -> bool:
+    def point(self, grads: list[Tensor]) -> bool:
         """Takes these gradients; False when the bucket has to be built anew."""
         # Weights can be given other storage between steps (model.to(), p.data = ...); a stale plan would walk off its end.
-        weights = self.follow(reducer)
+        weights = self.follow()
         if not self.layout.shared_by(weights) or not self.layout.fits(grads, self.walkable):
             return False
         self.moved = self._note_addresses()
@@ -277,10 +252,10 @@ class ParameterBucket:
         before, self.addresses = self.addresses, list(map(Tensor.data_ptr, self.bucket.weights))
         return before != self.addresses
 
-    def follow(self, reducer: ShardReducer) -> list[Tensor]:
+    def follow(self) -> list[Tensor]:
         """The weights as they are now."""
-        if reducer.shards:
-            self.bucket.weights = [reducer.local(p) for p in self.params]
+        if distributed.active():
+            self.bucket.weights = [distributed.local(p) for p in self.params]
         return self.bucket.weights
 
 
@@ -289,7 +264,7 @@ class BucketCache:
 
     Args:
         stash: whether each bucket keeps room for a copy of its weights.
-        reducer: where a parameter's part on this rank lies.
+        reducer: tells which parameters are summed together.
         reads_only: nothing will be written, and parameters that operations do not serve are kept apart in `others`;
             otherwise they are refused.
 
@@ -323,8 +298,8 @@ class BucketCache:
         params = [p for group in groups for p in group["params"]]
         if scope is not None:
             params = [p for p in params if id(p) in scope]
-        if gradient is None and self._reducer.shards:
-            gradient = self._reducer.gradient
+        if gradient is None and distributed.active():
+            gradient = distributed.local_gradient
         found = [p.grad for p in params] if gradient is None else list(map(gradient, params))
         if type(None) in set(map(type, found)):
             params = [p for p, g in zip(params, found, strict=True) if g is not None]
@@ -333,8 +308,7 @@ class BucketCache:
         key = tuple(map(id, params))
         try:
             if key != self._key or not all(
-                b.point(grads if len(b.rows) == len(grads) else [grads[i] for i in b.rows], self._reducer)
-                for b in self._buckets
+                b.point(grads if len(b.rows) == len(grads) else [grads[i] for i in b.rows]) for b in self._buckets
             ):
                 self._key = ()
                 self._buckets = self._build(groups, params, grads) if params else []
@@ -348,7 +322,7 @@ class BucketCache:
                 b.bucket.release_gradients()
 
     def _build(self, groups: list[dict[str, Any]], params: list[Tensor], grads: list[Tensor]) -> list[ParameterBucket]:
-        weights = [self._reducer.local(p) for p in params] if self._reducer.shards else params
+        weights = [distributed.local(p) for p in params] if distributed.active() else params
         served = self._served(weights, grads)
         self.others = [p for row, p in enumerate(params) if row not in served]
         group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
@@ -405,7 +379,5 @@ def _check_served(weights: list[Tensor], grads: list[Tensor]) -> None:
 
 def total_squared_norm(buckets: Sequence[ParameterBucket], etas: Sequence[float | None], reducer: ShardReducer) -> Tensor:
     """Squared norm of all gradients, scaled by abs(w) + eta where there is an eta, over all ranks: a float64 scalar."""
-    parts: dict[Hashable, Tensor] = {}
-    for b, eta in zip(buckets, etas, strict=True):
-        add_part(parts, b.key, ops.run("squared_norm", b.bucket, eta))
-    return reducer.total(parts)
+    norms = [ops.run("squared_norm", b.bucket, eta) for b, eta in zip(buckets, etas, strict=True)]
+    return reducer.total(zip((b.key for b in buckets), norms, strict=True))

@@ -1,4 +1,4 @@
-"""SAM beside an optimizer that somebody else steps: a trainer, which clips, unscales, logs and saves it as its own."""
+"""SAM for an optimizer that somebody else steps: a trainer, which clips, unscales, logs and saves it as its own."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class ExternalSAM(SAM):
     Both passes go through this object (a `SAMWindow` drives it); then `finish_step()`, and the owner clips and steps. rho,
     adaptive, eta and the number of steps lie in the optimizer's own groups, so they are per group and are saved with it.
 
-    A step in which a gradient was not finite is not made. A GradScaler finds NaN in the gradients and skips it. Without one
-    the gradients are dropped, so that the owner's step has nothing to do: for that one flag is read per step. A fused
-    optimizer of weights on an accelerator is told by its `found_inf` instead, and nobody waits for the device.
+    Steps with a gradient that is not finite are skipped. A GradScaler finds NaN in the gradients and skips them. Without one
+    the gradients are dropped, so that the owner's step has nothing to do; for that, one flag is read per step. A fused
+    optimizer of weights on an accelerator gets `found_inf` instead, which avoids a device synchronization.
 
     Args:
         base_optimizer: an instance.

@@ -168,8 +168,8 @@ class FunctionalPerturbation(Perturbation):
 
     stash = False
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+    def __init__(self, reducer: ShardReducer, model: nn.Module) -> None:
+        super().__init__(reducer)
         self._model = model
         self._install()
 
@@ -225,7 +225,7 @@ class FunctionalPerturbation(Perturbation):
                 "perturb='stored'"
             )
 
-    def apply(self, buckets: Any, settings: Any, squared: Tensor, reducer: ShardReducer) -> Tensor:
+    def apply(self, buckets: Any, settings: Any, squared: Tensor) -> Tensor:
         _refuse_shards([p for b in buckets for p in b.params])
         params = [p for b in buckets for p in b.params]
         if not self._checked.issuperset(map(id, params)):  # somebody has added a group to the base optimizer
@@ -234,7 +234,7 @@ class FunctionalPerturbation(Perturbation):
         self._refuse_unused(params)
         elements = sum(b.elements for b in buckets)
         self._unit = math.sqrt(max(elements, 1))
-        sums = super().apply(buckets, settings, squared, reducer)
+        sums = super().apply(buckets, settings, squared)
         for module, rule, _ in self._layers:
             mine = {name: self._directions.get(id(p)) for name, p in module.named_parameters(recurse=False)}
             found = {name: pair for name, pair in mine.items() if pair is not None}
@@ -272,7 +272,7 @@ class FunctionalPerturbation(Perturbation):
             self._directions[id(p)] = (u, factor)
         return direction_(b, room, squared, setting, factor)
 
-    def undo(self, reducer: ShardReducer, convert: bool = False) -> None:
+    def undo(self, convert: bool = False) -> None:
         """The layers compute at w again. No weight was written, so whatever has become of the weights is right."""
         for module, cls in self._moved:
             if type(module).__bases__ == (cls,) and "_sam_original" in vars(type(module)):
@@ -285,11 +285,11 @@ class FunctionalPerturbation(Perturbation):
         self._directions.clear()
         self._noted = []
 
-    def check_weights(self, reducer: ShardReducer) -> bool:
+    def check_weights(self) -> bool:
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_model": self._model, "_noted": []}
+        return {"_model": self._model, "_reducer": self._reducer, "_noted": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

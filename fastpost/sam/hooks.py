@@ -44,16 +44,16 @@ def _remove(handles: list[Any]) -> None:
 
 
 def is_on_cpu(norm: Tensor) -> bool:
-    """Whether reading this value waits for nobody."""
+    """Whether reading this value avoids a device synchronization."""
     return norm.device.type == "cpu"
 
 
 class OverflowGuard:
     """Carries a non-finite ascent norm into the second pass.
 
-    GradScaler, fused base optimizers and our own test all look for NaN in gradients. So the first gradient that the second
-    backward pass brings forth gets NaN * (norm is not finite), that is NaN or nothing, added to one element: on the device,
-    inside backward, hence before any `unscale_`. Parameters without a second gradient stay without one. A gradient that is
+    GradScaler, fused base optimizers and our own test all look for NaN in gradients. So the first gradient of the second
+    backward pass gets NaN * (norm is not finite), that is NaN or nothing, added to one element: on the device, inside
+    backward, hence before any `unscale_`. Parameters without a second gradient stay without one. A gradient that is
     assigned by hand (`torch.autograd.grad`) passes no hook; it is found when somebody who looks at gradients asks for the
     parameter groups, as GradScaler does.
     """
@@ -91,7 +91,7 @@ class OverflowGuard:
         seed, self._seed = self._seed, None
         assert seed is not None
         for p in params():
-            # Not `reducer.gradient`, which may talk to other ranks: they need not be asking.
+            # Not `local_gradient`, which may talk to other ranks: they need not be asking.
             if p.grad is not None and _plant(distributed.local(p.grad), seed):
                 break
         self._seed = seed
@@ -102,7 +102,7 @@ class OverflowGuard:
         def plant(p: Tensor) -> None:
             guard = myself()
             if guard is not None and guard._seed is not None:
-                grad = guard._reducer.gradient(p)
+                grad = distributed.local_gradient(p)
                 if grad is not None and _plant(grad, guard._seed):
                     guard._seed = None
 
@@ -128,7 +128,7 @@ class OverflowGuard:
                 second = total_squared_norm(buckets, [None] * len(buckets), self._reducer)
                 bad = torch.maximum(bad.to(second.device), (~torch.isfinite(second)).float())
             for p in self._buckets.others:
-                gradient = self._reducer.gradient(p)
+                gradient = distributed.local_gradient(p)
                 if gradient is not None:
                     bad = torch.maximum(bad, (~is_finite(gradient)).float().to(bad.device))
         return self._reducer.agree(bad)

@@ -111,7 +111,10 @@ class Masters:
             raise ValueError(f"SAM: {why}. Build SAM anew for a model of another dtype or shape")
 
     def check(self) -> None:
-        """Raises ValueError where a weight is not, bit for bit, the cast of its master. Looks once, until told to doubt."""
+        """Raises ValueError where a weight is not, bit for bit, the cast of its master.
+
+        Looks once; again only after `known_to_fit` was set to False.
+        """
         if self.known_to_fit:
             return
         for i, (w, m) in enumerate(zip(self.weights, self._masters, strict=True)):

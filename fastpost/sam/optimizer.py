@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastpost import distributed
 from fastpost.ops import params as ops
 from fastpost.rng import RandomState, accelerators
 from fastpost.sam.buckets import (
@@ -62,7 +63,7 @@ class SAM(Wrapper):
         rho: radius of the perturbation, >= 0, in the units of the weights' global 2-norm (for ASAM of e / t). 0 is the base
             optimizer, bit for bit.
         adaptive: ASAM.
-        eta: ASAM's constant beside abs(w), >= 0; 0 is the popular PyTorch form, 0.01 the authors'.
+        eta: ASAM's constant, added to abs(w), >= 0; 0 is the popular PyTorch form, 0.01 the authors'.
         ascent_fraction: share of a window of micro-batches that the ascent uses, in (0, 1]; read by windows and trainers.
         scope: which tensors are perturbed: a predicate of (name, tensor), or patterns such as "*.lora_*"; None is all. Names
             are known when `params` are named (`model.named_parameters()`).
@@ -143,7 +144,7 @@ class SAM(Wrapper):
         self._adopt()
         self._scope = ScopeCache(scope)
         self._reducer = ShardReducer()
-        self._perturbation = build_perturbation(perturb, model, rounding, rounding_seed, self._masters)
+        self._perturbation = build_perturbation(perturb, model, rounding, rounding_seed, self._masters, self._reducer)
         self._perturbation.check(self._in_scope())
         check_sharding(self.tensors(), sync_ascent)
         self._fused: FusedRestore | None = None
@@ -159,7 +160,7 @@ class SAM(Wrapper):
         if model is not None:
             self.set_model(model)
         self.in_window = False  # micro-batches of a window are coming, and the window says when the second pass is over
-        self.cycle = 0  # goes up with every fresh start, so that what was kept from a first pass can be told stale
+        self.cycle = 0  # goes up with every fresh start, so that what was kept from an older first pass is known to be stale
         self._step = SAMStep()
         self._last_sums: PerturbationSums | None = None
         self._skipped: int | Tensor = 0
@@ -520,7 +521,7 @@ class SAM(Wrapper):
     @torch.no_grad()
     def _put_back(self, convert: bool) -> None:
         try:
-            self._perturbation.undo(self._reducer, convert)
+            self._perturbation.undo(convert)
             if self._masters is not None and self._masters.behind:
                 self._masters.cast()
         finally:
@@ -553,7 +554,7 @@ class SAM(Wrapper):
                 "w + e. opt.abandon() puts w back into those that were perturbed and gives this step up; "
                 "exchange parameters between steps, not between the two passes"
             )
-        return self._perturbation.check_weights(self._reducer)
+        return self._perturbation.check_weights()
 
     # -- the ascent ---------------------------------------------------------------------------------------------------
 
@@ -587,7 +588,7 @@ class SAM(Wrapper):
                 self._masters.check()
             self._perturbation.number = self._groups()[0]["sam_steps"] * 2**20 + step.ascents
             step.ascents += 1
-            sums = self._perturbation.apply(buckets, settings, squared, self._reducer)
+            sums = self._perturbation.apply(buckets, settings, squared)
             step.sums = self._last_sums = PerturbationSums(sums, sum(b.elements_everywhere for b in buckets))
             step.add_norm(norm)
             self._guard.arm(step.squared_norm, self.tensors)
@@ -596,7 +597,7 @@ class SAM(Wrapper):
         """What the variant follows for each tensor. Gradients that it does not see stand for themselves, to be refused."""
         seen = self._gradients()
         direction = self.variant.direction(self._context, seen)
-        return lambda p: direction.get(p) if p in direction or p in seen else self._reducer.gradient(p)
+        return lambda p: direction.get(p) if p in direction or p in seen else distributed.local_gradient(p)
 
     def _compute_dtype_of(self, b: ParameterBucket) -> torch.dtype:
         device = b.bucket.device.type
@@ -604,7 +605,8 @@ class SAM(Wrapper):
             return self.compute_dtype
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
-        return self._reducer.computes_in(b.params) or b.bucket.dtype
+        sharded = distributed.compute_dtype(b.params) if distributed.active() else None
+        return sharded or b.bucket.dtype
 
     def _combine(self) -> None:
         """Lets the variant rewrite the gradients of this step."""
@@ -645,7 +647,7 @@ class SAM(Wrapper):
 
     def _gradients(self) -> Gradients:
         """This rank's part of every gradient present that is dense and real; others a variant leaves as they are."""
-        found = ((p, self._reducer.gradient(p)) for p in self.tensors())
+        found = ((p, distributed.local_gradient(p)) for p in self.tensors())
         return {p: g for p, g in found if g is not None and g.layout == torch.strided and g.is_floating_point()}
 
     # -- the base optimizers' step ------------------------------------------------------------------------------------
@@ -683,7 +685,7 @@ class SAM(Wrapper):
     def _step_bases(self, fused: FusedRestore | None, scale: Tensor | None, found_inf: Tensor | None) -> int | Tensor:
         """The base optimizers' step, in one with the restore where `fused` is given; returns how many were skipped."""
         if fused is not None:
-            with self._perturbation.settled(self._reducer) as buckets:
+            with self._perturbation.settled() as buckets:
                 skipped = fused.step(self._bases, buckets, scale, found_inf)
             self._is_restored()
             return skipped

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastpost.errors import unknown
+from fastpost.sam.buckets import ShardReducer
 from fastpost.sam.functional import FunctionalPerturbation
 from fastpost.sam.masters import Masters
 from fastpost.sam.perturbation import MasterPerturbation, Perturbation, StochasticPerturbation
@@ -122,7 +123,7 @@ class ScopeCache:
 
 
 def build_perturbation(
-    perturb: str, model: nn.Module | None, rounding: str, rounding_seed: int, masters: Masters | None
+    perturb: str, model: nn.Module | None, rounding: str, rounding_seed: int, masters: Masters | None, reducer: ShardReducer
 ) -> Perturbation:
     """Raises ValueError or TypeError where the options do not go together."""
     if perturb not in ("stored", "functional"):
@@ -141,7 +142,7 @@ def build_perturbation(
             )
         if model is None:
             raise TypeError("SAM: perturb='functional' works inside the model's layers: pass model=")
-        return FunctionalPerturbation(model)
+        return FunctionalPerturbation(reducer, model)
     if masters is not None:
-        return MasterPerturbation(masters)
-    return StochasticPerturbation(rounding_seed) if rounding == "stochastic" else Perturbation()
+        return MasterPerturbation(reducer, masters)
+    return StochasticPerturbation(reducer, rounding_seed) if rounding == "stochastic" else Perturbation(reducer)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastpost.distributed import part_number
 from fastpost.ops import params as ops
-from fastpost.sam.buckets import ParameterBucket, ShardReducer, add_part, changes, put, refuse_changes
+from fastpost.sam.buckets import ParameterBucket, ShardReducer, changes, put, refuse_changes
 from fastpost.sam.masters import Masters
 
 
@@ -35,12 +35,16 @@ class Perturbation:
     A bucket is noted before it is written, so that an interrupt finds it whatever it interrupts. That its stash holds w is
     noted inside of the call that writes (`plan.Bucket.stashed`). Restoring is harmless where nothing was written, and may be
     repeated.
+
+    Args:
+        reducer: how ranks add up, and who learns that weights were written.
     """
 
     stash = True
     number = 0  # of the ascent, counted over steps: a key for random numbers
 
-    def __init__(self) -> None:
+    def __init__(self, reducer: ShardReducer) -> None:
+        self._reducer = reducer
         self._noted: list[ParameterBucket] = []
 
     def check(self, params: Sequence[Tensor]) -> None:
@@ -56,25 +60,22 @@ class Perturbation:
         """The parameters that are perturbed."""
         return [p for b in self._noted for p in b.params]
 
-    def apply(
-        self, buckets: Sequence[ParameterBucket], settings: Sequence[PerturbParams], squared: Tensor, reducer: ShardReducer
-    ) -> Tensor:
+    def apply(self, buckets: Sequence[ParameterBucket], settings: Sequence[PerturbParams], squared: Tensor) -> Tensor:
         """Perturbs every bucket, or none when one fails; returns the six sums of `ops.sam_perturb_`, over all of them."""
-        parts: dict[Hashable, Tensor] = {}
+        parts: list[tuple[Hashable, Tensor]] = []
         try:
             for b, setting in zip(buckets, settings, strict=True):
                 b.bucket.stashed = False
                 self._noted.append(b)
-                part = self.write(b, setting, squared.to(b.bucket.device))
-                add_part(parts, b.key, part)
+                parts.append((b.key, self.write(b, setting, squared.to(b.bucket.device))))
         except BaseException:  # a later bucket failed: the earlier ones must not stay perturbed
-            self.undo(reducer)
+            self.undo()
             raise
-        reducer.mark_modified([p for b in buckets for p in b.params])
+        self._reducer.mark_modified([p for b in buckets for p in b.params])
         torch.clear_autocast_cache()  # or an enclosing autocast region would go on with its casts of the old weights
-        return reducer.total(parts)
+        return self._reducer.total(parts)
 
-    def undo(self, reducer: ShardReducer, convert: bool = False) -> None:
+    def undo(self, convert: bool = False) -> None:
         """Puts w back, bit for bit; without a perturbation nothing happens.
 
         Weights that have been moved are followed. Where only their strides are others the values go to where they belong.
@@ -90,7 +91,7 @@ class Perturbation:
         if not self._noted:
             return
         written = list(filter(self.writes, self._noted))
-        found = changes(written, reducer)
+        found = changes(written)
         if not convert:
             refuse_changes(written, found)
         for b, changed in zip(written, found, strict=True):
@@ -98,29 +99,30 @@ class Perturbation:
                 self.put_back(b)
                 continue
             for row, p in enumerate(b.params):
-                put(p, b.bucket.weights[row], self.origin(b, row), changed.get(row), reducer)
-        reducer.mark_modified(self.params)
-        torch.clear_autocast_cache()
-        self._noted = []
+                put(p, b.bucket.weights[row], self.origin(b, row), changed.get(row))
+        self._close()
 
-    def check_weights(self, reducer: ShardReducer) -> bool:
+    def check_weights(self) -> bool:
         """Whether every perturbed weight is laid out as it was; raises as `undo` does, and writes nothing."""
         written = list(filter(self.writes, self._noted))
-        found = changes(written, reducer)
+        found = changes(written)
         refuse_changes(written, found)
         return not any(found)
 
     @contextlib.contextmanager
-    def settled(self, reducer: ShardReducer) -> Iterator[list[ParameterBucket]]:
+    def settled(self) -> Iterator[list[ParameterBucket]]:
         """Hands the perturbed buckets to a block that writes all their weights itself. Until it has, w can be put back."""
         yield self._noted
-        reducer.mark_modified(self.params)
+        self._close()
+
+    def _close(self) -> None:
+        self._reducer.mark_modified(self.params)
         torch.clear_autocast_cache()
         self._noted = []
 
     def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
         """Perturbs one bucket and returns its six sums."""
-        sums = ops.run("sam_perturb_", b.bucket, squared, setting.rho, setting.eta, setting.compute_dtype)
+        sums = ops.run("sam_perturb_", b.bucket, squared, *setting)
         ops.wrote(b.bucket.weights)
         return sums
 
@@ -150,8 +152,8 @@ class StochasticPerturbation(Perturbation):
         seed: with the number of the ascent, the key of the random numbers.
     """
 
-    def __init__(self, seed: int) -> None:
-        super().__init__()
+    def __init__(self, reducer: ShardReducer, seed: int) -> None:
+        super().__init__(reducer)
         self._seed = seed
 
     def check(self, params: Sequence[Tensor]) -> None:
@@ -162,7 +164,7 @@ class StochasticPerturbation(Perturbation):
         # Replicas draw the same numbers, or they would part; the shards of a tensor draw numbers of their own.
         key = self._seed + self.number * 0x9E3779B97F4A7C15 + part_number(b.params[0]) * 0xD1B54A32D192ED03
         seed = ops.seed_tensor(key % 2**64, b.bucket.device)
-        sums = ops.run("sam_perturb_", b.bucket, squared, setting.rho, setting.eta, setting.compute_dtype, seed)
+        sums = ops.run("sam_perturb_", b.bucket, squared, *setting, seed)
         ops.wrote(b.bucket.weights)
         return sums
 
@@ -170,26 +172,24 @@ class StochasticPerturbation(Perturbation):
 class MasterPerturbation(Perturbation):
     """w = cast(m + e), and back to cast(m): nothing is stashed.
 
-    Like every rounding to 16 bits it keeps little of e where e is small beside the weights' last place; m + e is formed in
+    Like every rounding to 16 bits it keeps little of e where e is small against the weights' last place; m + e is formed in
     float32, so that what is kept is right on average.
     """
 
     stash = False
 
-    def __init__(self, masters: Masters) -> None:
-        super().__init__()
+    def __init__(self, reducer: ShardReducer, masters: Masters) -> None:
+        super().__init__(reducer)
         self._masters = masters
 
-    def apply(
-        self, buckets: Sequence[ParameterBucket], settings: Sequence[PerturbParams], squared: Tensor, reducer: ShardReducer
-    ) -> Tensor:
+    def apply(self, buckets: Sequence[ParameterBucket], settings: Sequence[PerturbParams], squared: Tensor) -> Tensor:
         for p in (p for b in buckets for p in b.params):
             self._masters.refuse_misfit(p)
-        return super().apply(buckets, settings, squared, reducer)
+        return super().apply(buckets, settings, squared)
 
     def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
         self._point(b)
-        sums = ops.run("sam_perturb_masters_", b.bucket, squared, setting.rho, setting.eta, setting.compute_dtype)
+        sums = ops.run("sam_perturb_masters_", b.bucket, squared, *setting)
         ops.wrote(b.bucket.weights)
         return sums
 

@@ -8,13 +8,14 @@ live in `fastpost.sam.logits`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpost.sam.buckets import ShardReducer, add_part
+from fastpost import distributed
+from fastpost.sam.buckets import ShardReducer
 from fastpost.sam.step import Gradients, ratio
 
 
@@ -56,10 +57,7 @@ class VariantContext:
 
     def dot(self, a: Gradients, b: Gradients) -> Tensor:
         """Sum of a * b over all parameters that both hold, and over all ranks: a float64 scalar."""
-        parts: dict[Hashable, Tensor] = {}
-        for p, x in a.items():
-            if p in b:
-                add_part(parts, self._reducer.key(p), (x.double() * b[p].double()).sum())
+        parts = [(self._reducer.key(p), (x.double() * b[p].double()).sum()) for p, x in a.items() if p in b]
         return self._reducer.total(parts) if parts else torch.zeros((), dtype=torch.float64)
 
     def kept(self, p: Tensor, name: str) -> Tensor:
@@ -67,7 +65,7 @@ class VariantContext:
         value = self._pending.get(p, {}).get(name)
         if value is None and p in self.state:
             value = self.state[p].get(name)
-        return torch.zeros_like(self._reducer.local(p)) if value is None else self._reducer.local(value)
+        return torch.zeros_like(distributed.local(p)) if value is None else distributed.local(value)
 
     def keep(self, p: Tensor, name: str, value: Tensor) -> None:
         """Keeps a tensor for a parameter; it enters `state[p]` once the base optimizer has made its own entries there."""
@@ -85,9 +83,9 @@ class VariantContext:
             state = self.state.setdefault(p, {})
             for name, value in values.items():
                 if name in state:
-                    self._reducer.local(state[name]).copy_(value)
+                    distributed.local(state[name]).copy_(value)
                 else:
-                    state[name] = self._reducer.like(p, value.detach().clone())
+                    state[name] = distributed.like(p, value.detach().clone())
 
 
 class Variant:
@@ -137,7 +135,7 @@ class Variant:
 class StableSAM(Variant):
     """Stable SAM (2401.07250): the second gradient, rescaled to the norm of the gradient at w.
 
-    Use it when SAM diverges at a learning rate that the base optimizer bears.
+    Use it when SAM diverges at a learning rate that is stable for the base optimizer.
     """
 
     scales_must_agree = True
@@ -180,7 +178,7 @@ class LookSAM(Variant):
     """LookSAM (2203.02714): with `interval=k`, the steps in between reuse the part of the SAM gradient that was new.
 
     On a SAM step v = g' - <g', g> / |g|^2 g is kept; on the others the gradient g becomes g + alpha |g| / |v| v. Use it when
-    SAM's second pass is too dear on every step; `interval=5` is the authors'.
+    SAM's second pass is too expensive on every step; `interval=5` is the authors'.
 
     Args:
         alpha: weight of the kept part, >= 0.
