@@ -1,12 +1,12 @@
 // The only file that knows pybind11. Mirrors api.h: addresses and streams arrive as integers, the GIL is released while a
 // kernel runs.
-#include <pybind11/native_enum.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
 
 #include "api.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace fastpost;
@@ -21,44 +21,81 @@ T* as(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+constexpr int64_t kWorthReleasing = int64_t{1} << 13;  // elements; less is done before another thread has woken up
+
+// work() on a plan, without the GIL.
+template <class Work>
+auto released(const Plan& plan, Work&& work) {
+  std::optional<py::gil_scoped_release> release;
+  if (plan.elements() >= kWorthReleasing) release.emplace();
+  return work();
+}
+
+// The same, and what it returns as a tensor.
+template <class Work>
+py::object as_tensor(const Plan& plan, Work&& work) {
+  const auto result = released(plan, work);
+  PyObject* tensor = nullptr;
+  if constexpr (std::is_same_v<std::decay_t<decltype(result)>, PerturbSums>) {
+    const double sums[] = {result.intended_sq, result.stored_sq, result.stored_dot,
+                           result.seen_sq,     result.seen_dot,  result.changed};
+    tensor = doubles(sums, 6);
+  } else {
+    tensor = doubles(&result, 1);
+  }
+  if (tensor == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(tensor);
+}
+
+// A number, or a tensor of one.
+double value_of(py::handle object) {
+  double value = 0;
+  if (!number(object.ptr(), value)) throw py::error_already_set();
+  return value;
+}
+
 void bind_cpu(py::module_ cpu) {
   cpu.def("isa", &cpu::isa);
   cpu.def("isas", &cpu::isas);
-  cpu.def("squared_norm", &cpu::squared_norm, py::arg("plan"), py::arg("adaptive"), py::arg("eta"), py::arg("threads"),
-          Released());
-  cpu.def("squared_distance", &cpu::squared_distance, py::arg("plan"), py::arg("threads"), Released());
-  const auto as_tuple = [](const PerturbSums& s) {
-    return py::make_tuple(s.intended_sq, s.stored_sq, s.stored_dot, s.seen_sq, s.seen_dot, s.changed);
-  };
+  cpu.def(
+      "squared_norm",
+      [](const Plan& plan, bool adaptive, double eta, int threads) {
+        return as_tensor(plan, [&] { return cpu::squared_norm(plan, adaptive, eta, threads); });
+      },
+      py::arg("plan"), py::arg("adaptive"), py::arg("eta"), py::arg("threads"));
+  cpu.def(
+      "squared_distance",
+      [](const Plan& plan, int threads) { return as_tensor(plan, [&] { return cpu::squared_distance(plan, threads); }); },
+      py::arg("plan"), py::arg("threads"));
   cpu.def(
       "sam_perturb",
-      [as_tuple](Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, double squared_norm,
-                 std::optional<uint64_t> seed, int threads) {
-        PerturbSums sums;
-        {
-          py::gil_scoped_release released;
-          sums = cpu::sam_perturb(plan, {rho, adaptive, eta, seen_dtype}, squared_norm, seed ? &*seed : nullptr, threads);
-        }
-        plan.stashed = true;
-        return as_tuple(sums);
+      [](Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, py::handle squared_norm,
+         std::optional<uint64_t> seed, int threads) {
+        const Perturbation how{rho, adaptive, eta, seen_dtype};
+        const double squared = value_of(squared_norm);
+        return as_tensor(plan, [&] {
+          const PerturbSums sums = cpu::sam_perturb(plan, how, squared, seed ? &*seed : nullptr, threads);
+          plan.stashed = true;
+          return sums;
+        });
       },
       py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("seen_dtype"), py::arg("squared_norm"),
       py::arg("seed"), py::arg("threads"));
   cpu.def(
       "sam_perturb_masters",
-      [as_tuple](const Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, double squared_norm,
-                 int threads) {
-        PerturbSums sums;
-        {
-          py::gil_scoped_release released;
-          sums = cpu::sam_perturb_masters(plan, {rho, adaptive, eta, seen_dtype}, squared_norm, threads);
-        }
-        return as_tuple(sums);
+      [](const Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, py::handle squared_norm, int threads) {
+        const Perturbation how{rho, adaptive, eta, seen_dtype};
+        const double squared = value_of(squared_norm);
+        return as_tensor(plan, [&] { return cpu::sam_perturb_masters(plan, how, squared, threads); });
       },
       py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("seen_dtype"), py::arg("squared_norm"),
       py::arg("threads"));
-  cpu.def("sam_cast", &cpu::sam_cast, py::arg("plan"), py::arg("threads"), Released());
-  cpu.def("sam_restore", &cpu::sam_restore, py::arg("plan"), py::arg("threads"), Released());
+  cpu.def(
+      "sam_cast", [](const Plan& plan, int threads) { released(plan, [&] { cpu::sam_cast(plan, threads); }); },
+      py::arg("plan"), py::arg("threads"));
+  cpu.def(
+      "sam_restore", [](const Plan& plan, int threads) { released(plan, [&] { cpu::sam_restore(plan, threads); }); },
+      py::arg("plan"), py::arg("threads"));
   cpu.def(
       "sam_restore_adamw",
       [](const Plan& plan, double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
@@ -68,9 +105,14 @@ void bind_cpu(py::module_ cpu) {
       },
       py::arg("plan"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
       py::arg("maximize"), py::arg("steps"), py::arg("grad_scale"), py::arg("skip"), py::arg("threads"), Released());
-  cpu.def("negate", &cpu::negate, py::arg("plan"), py::arg("threads"), Released());
+  cpu.def(
+      "negate", [](const Plan& plan, int threads) { released(plan, [&] { cpu::negate(plan, threads); }); }, py::arg("plan"),
+      py::arg("threads"));
   cpu.def("flip_signs", &cpu::flip_signs, py::arg("plan"), py::arg("seed"), py::arg("threads"), Released());
-  cpu.def("negate_norm", &cpu::negate_norm, py::arg("plan"), py::arg("threads"), Released());
+  cpu.def(
+      "negate_norm",
+      [](const Plan& plan, int threads) { return as_tensor(plan, [&] { return cpu::negate_norm(plan, threads); }); },
+      py::arg("plan"), py::arg("threads"));
   cpu.def("negate_clip", &cpu::negate_clip, py::arg("plan"), py::arg("squared_norm"), py::arg("max_norm"),
           py::arg("threads"), Released());
   cpu.def(
@@ -145,6 +187,55 @@ void bind_cpu(py::module_ cpu) {
   cpu.def(
       "advise_huge_pages", [](Address address, int64_t bytes) { return cpu::advise_huge_pages(as(address), bytes); },
       py::arg("address"), py::arg("bytes"));
+}
+
+std::vector<PyObject*> kept(const py::tuple& objects) {
+  std::vector<PyObject*> list;
+  for (const py::handle object : objects) list.push_back(object.inc_ref().ptr());
+  return list;
+}
+
+void bind_tensors(py::module_ m) {
+  m.def(
+      "attach",
+      [](py::object exchange, py::tuple plain, py::tuple watches, py::object records, py::object wrote, py::object doubles,
+         py::object negated) {
+        attach({exchange.inc_ref().ptr(), kept(plain), kept(watches), records.inc_ref().ptr(), wrote.inc_ref().ptr(),
+                doubles.inc_ref().ptr(), negated.inc_ref().ptr()});
+      },
+      py::arg("exchange"), py::arg("plain"), py::arg("watches"), py::arg("records"), py::arg("wrote"), py::arg("doubles"),
+      py::arg("negated"));
+  py::class_<TensorLists>(m, "TensorLists")
+      .def(py::init([](py::tuple columns, unsigned fixed) { return new TensorLists(columns.ptr(), fixed); }),
+           py::arg("columns"), py::arg("fixed") = 0)
+      .def_property_readonly("readable", &TensorLists::readable)
+      .def("bind", &TensorLists::bind, py::arg("plan"), py::arg("rows"), py::arg("names"), py::keep_alive<1, 2>())
+      .def(
+          "require_alive", [](TensorLists& lists, py::handle weak) { lists.require_alive(weak.ptr()); }, py::arg("weak"))
+      .def(
+          "refresh", [](TensorLists& lists, py::handle columns) { return lists.refresh(columns.ptr(), false); },
+          py::arg("columns"))
+      .def(
+          "same", [](const TensorLists& lists, py::handle columns) { return lists.same(columns.ptr()); },
+          py::arg("columns"));
+  py::class_<ListPlans>(m, "ListPlans")
+      .def(py::init<unsigned, size_t>(), py::arg("written"), py::arg("capacity"))
+      .def_static(
+          "torch_sees", [](py::tuple columns) { return ListPlans::torch_sees(columns.ptr()); }, py::arg("columns"))
+      .def(
+          "call",
+          [](ListPlans& plans, py::tuple columns, py::tuple arguments, py::handle backend) {
+            PyObject* result = plans.call(columns.ptr(), arguments.ptr(), backend.ptr());
+            if (result == nullptr) throw py::error_already_set();
+            return py::reinterpret_steal<py::object>(result);
+          },
+          py::arg("columns"), py::arg("arguments"), py::arg("backend"))
+      .def(
+          "keep",
+          [](ListPlans& plans, py::object seen, py::handle serve, py::handle first, py::handle backend) {
+            plans.keep(seen.cast<TensorLists*>(), seen.ptr(), serve.ptr(), first.ptr(), backend.ptr());
+          },
+          py::arg("seen"), py::arg("serve"), py::arg("first"), py::arg("backend"));
 }
 
 #ifdef FASTPOST_WITH_CUDA
@@ -291,22 +382,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "fastpost's native core: raw addresses in, numbers out. Use fastpost.ops instead.";
   m.attr("version") = FASTPOST_VERSION;
 
-  py::native_enum<DType>(m, "DType", "enum.IntEnum")
-      .value("f32", DType::f32)
-      .value("bf16", DType::bf16)
-      .value("f16", DType::f16)
-      .finalize();
-  py::native_enum<NoiseType>(m, "NoiseType", "enum.IntEnum")
-      .value("uniform", NoiseType::uniform)
-      .value("normal", NoiseType::normal)
-      .finalize();
-  py::native_enum<Column>(m, "Column", "enum.IntEnum")
+  // Not native enums: of those pybind11 asks the value in Python at every call, which takes longer than a small kernel.
+  py::enum_<DType>(m, "DType").value("f32", DType::f32).value("bf16", DType::bf16).value("f16", DType::f16);
+  py::enum_<NoiseType>(m, "NoiseType").value("uniform", NoiseType::uniform).value("normal", NoiseType::normal);
+  py::enum_<Column>(m, "Column")
       .value("weight", kWeight)
       .value("grad", kGrad)
       .value("stash", kStash)
       .value("first", kFirst)
-      .value("second", kSecond)
-      .finalize();
+      .value("second", kSecond);
   py::class_<Plan>(m, "Plan")
       .def(py::init<DType, std::vector<int64_t>, std::vector<int64_t>>(), py::arg("dtype"), py::arg("numels"),
            py::arg("streams"))
@@ -346,6 +430,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           py::arg("column_mask"));
   m.attr("TENSOR_ALIGNMENT") = kTensorAlignment;
 
+  bind_tensors(m);
   bind_cpu(m.def_submodule("cpu"));
 #ifdef FASTPOST_WITH_CUDA
   bind_cuda(m.def_submodule("cuda"));

@@ -58,7 +58,7 @@ class use_backend:
         global _forced
         if name is not None:
             _require(name)
-        self._previous = _current()
+        self._previous = forced()
         _forced = name or ""
 
     def __enter__(self) -> use_backend:
@@ -78,7 +78,8 @@ def _require(name: str) -> None:
         raise BackendUnavailable(f"backend {name!r} is not available: {status.reason} Available: {usable}.")
 
 
-def _current() -> str | None:
+def forced() -> str | None:
+    """The backend that was chosen by hand, or None."""
     global _forced
     if _forced is None:  # not chosen in this process yet
         name = os.environ.get("FASTPOST_BACKEND", "")
@@ -106,7 +107,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype, *, walkable: bool 
     Raises:
         BackendUnavailable: a backend was forced that cannot serve the call.
     """
-    return _select(op, device.type, dtype, walkable, _current())
+    return _select(op, device.type, dtype, walkable, forced())
 
 
 @functools.cache

@@ -7,7 +7,7 @@ by address. The native side of a bucket (chunks, spans) is kept from call to cal
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ def flat_like(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return buffer, views
 
 
-_COLUMNS = ("weight", "grad", "stash", "first", "second")  # as in csrc/core/plan.h
+COLUMNS = ("weights", "grads", "stash", "first", "second")  # in the order of csrc/core/plan.h
 
 
 class Bucket:
@@ -111,10 +111,14 @@ class Bucket:
     Attributes:
         weights, grads, stash, first, second: the columns (the last two an optimizer's moments); empty where the operation
             does not use them.
+        columns: the names of those that it does use.
         streams: each tensor's index in the user's list, which keys its random numbers.
         walkable: False when only the reference backend can serve these tensors.
         stashed: whether the stash holds the weights as they were. Whoever is about to perturb clears it; what perturbs sets
             it, before a weight is written or in the same call.
+        native_plan: where the core knows the tensors to lie; None as long as no backend has asked.
+        pointed: the same, where somebody else keeps it pointed at them and the columns may be empty.
+        functions: the backends' functions by the operation's name, where they are kept.
     """
 
     def __init__(
@@ -134,47 +138,68 @@ class Bucket:
         self.stash = stash or []
         self.first = first or []
         self.second = second or []
+        self.columns = tuple(name for name in COLUMNS if getattr(self, name))
         sample = (self.weights or self.grads)[0]
         self.device = sample.device
         self.dtype = sample.dtype
         self.walkable = walkable
-        self._native: Any = None
+        self.native_plan: Any = None
+        self.pointed: Any = None
+        self.functions: dict[str, Callable[..., Any]] = {}
         self._stashed = False
         self._pointed: dict[str, tuple[list[Tensor], list[int]]] = {}
 
+    def take(self, columns: Sequence[str], lists: Sequence[list[Tensor] | None]) -> None:
+        """Fills columns from the user's lists, of which the bucket has the rows of its streams."""
+        for name, tensors in zip(columns, lists, strict=True):
+            setattr(self, name, [] if tensors is None else [tensors[i] for i in self.streams])
+
+    def drop(self) -> None:
+        """Forgets all tensors; where they lay is known to the core."""
+        for name in COLUMNS:
+            setattr(self, name, [])
+        self._pointed = {}
+
     @property
     def stashed(self) -> bool:
-        return self._stashed or (self._native is not None and self._native.stashed)
+        return self._stashed or (self.native_plan is not None and self.native_plan.stashed)
 
     @stashed.setter
     def stashed(self, value: bool) -> None:
         self._stashed = value
-        if self._native is not None:
-            self._native.stashed = value
+        if self.native_plan is not None:
+            self.native_plan.stashed = value
 
     def release_gradients(self) -> None:
         """Forgets the gradients, whose memory is then their owner's to free; where they lay is remembered, to compare."""
         self.grads = []
-        if "grad" in self._pointed:
-            self._pointed["grad"] = ([], self._pointed["grad"][1])
+        if "grads" in self._pointed:
+            self._pointed["grads"] = ([], self._pointed["grads"][1])
 
     def native(self, core: Any, dtype: Any) -> Any:
         """The bucket's native plan, its columns pointing at where the tensors lie now."""
-        if self._native is None:
-            self._native = core.Plan(dtype, [t.numel() for t in self.weights or self.grads], self.streams)
-        columns = (self.weights, self.grads, self.stash, self.first, self.second)
-        for name, tensors in zip(_COLUMNS, columns, strict=True):
+        if self.pointed is not None:
+            return self.pointed
+        if self.native_plan is None:
+            self.native_plan = core.Plan(dtype, [t.numel() for t in self.weights or self.grads], self.streams)
+        for number, name in enumerate(COLUMNS):
+            tensors = getattr(self, name)
             known, addresses = self._pointed.get(name, (None, None))
             # Reading a thousand addresses costs more than a small kernel. Gradients and stashes stay where they are as
             # long as their list does; a weight can be given new storage behind our back at any time.
-            if not tensors or (known is tensors and name != "weight"):
+            if not tensors or (known is tensors and name != "weights"):
                 continue
             now = list(map(Tensor.data_ptr, tensors))
             if now != addresses:
                 self._pointed.pop(name, None)  # an interrupt must not leave the old addresses noted as the plan's
-                self._native.point(getattr(core.Column, name), now, padded(tensors))
+                self.native_plan.point(core.Column(number), now, flat_buffer(tensors) is not None)
             self._pointed[name] = (tensors, now)
-        return self._native
+        return self.native_plan
+
+    def flat_buffers(self) -> list[Tensor]:
+        """The buffers of `flat_like` that the columns lie in, one each."""
+        found = (flat_buffer(getattr(self, name)) for name in COLUMNS)
+        return [buffer for buffer in found if buffer is not None]
 
 
 # Live buffers made by flat_like, by the address of their storage, so that a span crosses padding only where padding is all
@@ -182,7 +207,10 @@ class Bucket:
 _flat_buffers: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
-def padded(tensors: Sequence[Tensor]) -> bool:
-    """Whether all tensors lie in one buffer made by `flat_like`, whose padding may be written along with them."""
+def flat_buffer(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The buffer made by `flat_like` in which all these tensors lie, whose padding may be written along with them."""
+    if not tensors:
+        return None
     storage = tensors[0].untyped_storage().data_ptr()
-    return storage in _flat_buffers and all(t.untyped_storage().data_ptr() == storage for t in tensors)
+    alone = all(t.untyped_storage().data_ptr() == storage for t in tensors)
+    return _flat_buffers.get(storage) if alone else None

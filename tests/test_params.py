@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastpost
 from fastpost import plan
-from fastpost.backends import native
+from fastpost.backends import native, reference
 from fastpost.ops import params as ops
 
 from .conftest import CPU_BACKENDS, DTYPES, bits, same_bits
@@ -281,9 +281,15 @@ def test_random_flips_agree_between_backends_and_undo_themselves(dtype: torch.dt
 
 
 def test_each_device_gets_the_seed_of_random_flips_in_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(ops, "run", lambda name, bucket, seed: seen.append((bucket.device.type, seed.device.type)))
-    ops._flip_signs_([torch.ones(3), torch.ones(3, device="meta")], torch.tensor(5))
+    seen, plain = [], reference.philox
+
+    def philox(seed: Tensor, counter: Tensor, stream: int) -> Tensor:
+        seen.append((counter.device.type, seed.device.type))
+        return plain(seed, counter, stream)
+
+    monkeypatch.setattr(reference, "philox", philox)
+    with fastpost.use_backend("reference"):
+        ops._flip_signs_(ops.make_buckets(grads=[torch.ones(3), torch.ones(3, device="meta")]), torch.tensor(5))
     assert sorted(seen) == [("cpu", "cpu"), ("meta", "meta")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,20 +41,20 @@ def refuses(op: str, device: str, dtype: torch.dtype, walkable: bool) -> str | N
     return refusal(globals(), op, wrong, dtype, walkable)
 
 
+@functools.cache
 def _dtype(dtype: torch.dtype) -> Any:
     return getattr(native.core().DType, DTYPES[dtype])
 
 
 def _plan(bucket: Bucket) -> Any:
-    return bucket.native(native.core(), _dtype(bucket.dtype))
+    return bucket.pointed or bucket.native(native.core(), _dtype(bucket.dtype))
 
 
 def _seed(seed: Tensor | None) -> int | None:
     return None if seed is None else int(seed.item()) & (2**64 - 1)
 
 
-def _threads() -> int:
-    return torch.get_num_threads()
+_threads = torch.get_num_threads
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -66,28 +67,29 @@ def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
-    total = native.core().cpu.squared_norm(_plan(bucket), eta is not None, eta or 0.0, _threads())
-    return torch.tensor(total, dtype=torch.float64)
+    total: Tensor = native.core().cpu.squared_norm(_plan(bucket), eta is not None, eta or 0.0, _threads())
+    return total
 
 
 def squared_distance(bucket: Bucket) -> Tensor:
-    return torch.tensor(native.core().cpu.squared_distance(_plan(bucket), _threads()), dtype=torch.float64)
+    total: Tensor = native.core().cpu.squared_distance(_plan(bucket), _threads())
+    return total
 
 
 def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:
-    sums = native.core().cpu.sam_perturb(
-        _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared.item(), _seed(seed), _threads()
+    sums: Tensor = native.core().cpu.sam_perturb(
+        _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared, _seed(seed), _threads()
     )
-    return torch.tensor(sums, dtype=torch.float64)
+    return sums
 
 
 def sam_perturb_masters_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
-    sums = native.core().cpu.sam_perturb_masters(
-        _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared.item(), _threads()
+    sums: Tensor = native.core().cpu.sam_perturb_masters(
+        _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared, _threads()
     )
-    return torch.tensor(sums, dtype=torch.float64)
+    return sums
 
 
 def sam_cast_(bucket: Bucket) -> None:
@@ -118,7 +120,8 @@ def flip_signs_(bucket: Bucket, seed: Tensor) -> None:
 
 
 def negate_norm_(bucket: Bucket) -> Tensor:
-    return torch.tensor(native.core().cpu.negate_norm(_plan(bucket), _threads()), dtype=torch.float64)
+    total: Tensor = native.core().cpu.negate_norm(_plan(bucket), _threads())
+    return total
 
 
 def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from fastpost.backends.serving import (
     address_and_stride,
     contiguous,
     contiguous_floats,
+    number_on,
     operand_dtype,
     refusal,
+    seed_on,
 )
 from fastpost.plan import Bucket
 
@@ -52,12 +55,13 @@ def refuses(op: str, device: str, dtype: torch.dtype, walkable: bool) -> str | N
     return refusal(globals(), op, wrong, dtype, walkable)
 
 
+@functools.cache
 def _dtype(dtype: torch.dtype) -> Any:
     return getattr(native.core().DType, DTYPES[dtype])
 
 
 def _plan(bucket: Bucket) -> Any:
-    return bucket.native(native.core(), _dtype(bucket.dtype))
+    return bucket.pointed or bucket.native(native.core(), _dtype(bucket.dtype))
 
 
 def _where(device: torch.device) -> tuple[int, int]:
@@ -97,7 +101,7 @@ def squared_distance(bucket: Bucket) -> Tensor:
 def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:
-    plan = _plan(bucket)
+    plan, squared, seed = _plan(bucket), number_on(bucket.device, squared), seed_on(bucket.device, seed)
     sums, partial = _sums(bucket, plan, _SUMS)
     native.core().cuda.sam_perturb(
         plan, rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared.data_ptr(), address(seed), partial.data_ptr(),
@@ -107,7 +111,7 @@ def sam_perturb_(
 
 
 def sam_perturb_masters_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
-    plan = _plan(bucket)
+    plan, squared = _plan(bucket), number_on(bucket.device, squared)
     sums, partial = _sums(bucket, plan, _SUMS)
     native.core().cuda.sam_perturb_masters(
         plan, rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared.data_ptr(), partial.data_ptr(), sums.data_ptr(),
@@ -139,6 +143,7 @@ def negate_(bucket: Bucket) -> None:
 
 
 def flip_signs_(bucket: Bucket, seed: Tensor) -> None:
+    seed = seed.to(bucket.device)
     native.core().cuda.flip_signs(_plan(bucket), seed.data_ptr(), *_where(bucket.device))
 
 
@@ -150,6 +155,7 @@ def negate_norm_(bucket: Bucket) -> Tensor:
 
 
 def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
+    squared = number_on(bucket.device, squared)
     native.core().cuda.negate_clip(_plan(bucket), squared.data_ptr(), max_norm, *_where(bucket.device))
 
 

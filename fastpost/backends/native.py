@@ -9,13 +9,17 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastpost.errors import NativeUnavailable
 
 
 @functools.cache
 def _load() -> tuple[Any, str | None]:
     try:
-        return importlib.import_module("fastpost._C"), None
+        core = importlib.import_module("fastpost._C")
+        _attach(core)
+        return core, None
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "fastpost._C":
             loadable = {f"_C{suffix}" for suffix in EXTENSION_SUFFIXES}
@@ -40,6 +44,7 @@ def failure() -> str | None:
     return _load()[1]
 
 
+@functools.cache
 def core() -> Any:
     """The compiled module `fastpost._C`.
 
@@ -50,3 +55,23 @@ def core() -> Any:
     if why is not None:
         raise NativeUnavailable(f"{why} `fastpost doctor` shows more; the reference backend works without it.")
     return module
+
+
+def _attach(core: Any) -> None:
+    """Tells the core what it has to know of torch."""
+    # A profiler and the old tracer are told by the dispatcher alone what runs; modes may do something else instead.
+    watches = (
+        torch._C._len_torch_dispatch_stack,
+        torch._C._len_torch_function_stack,
+        torch._C._is_tracing,
+        torch._C._autograd._profiler_enabled,
+    )
+    core.attach(
+        exchange=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+        plain=(torch.Tensor, torch.nn.Parameter),
+        watches=watches,
+        records=torch.is_grad_enabled,
+        wrote=torch._C._increment_version,
+        doubles=functools.partial(torch.tensor, dtype=torch.float64),
+        negated=torch.Tensor.is_neg,
+    )

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastpost.backends.serving import number_on, seed_on
 from fastpost.plan import Bucket
 
 
@@ -85,6 +86,7 @@ def _perturb(
 ) -> Tensor:  # fmt: skip
     """w = origin + e, where w holds the origin rounded to its dtype; the six sums."""
     sums = torch.zeros(6, dtype=torch.float64, device=bucket.device)
+    squared, seed = number_on(bucket.device, squared), seed_on(bucket.device, seed)
     moves = torch.isfinite(squared) & (squared > 0)
     scale = torch.where(moves, rho / squared.sqrt(), torch.zeros_like(squared)) if rho else torch.zeros_like(squared)
     for w, g, origin, stream in zip(bucket.weights, bucket.grads, origins, bucket.streams, strict=True):
@@ -180,6 +182,7 @@ def negate_(bucket: Bucket) -> None:
 @torch.no_grad()
 def flip_signs_(bucket: Bucket, seed: Tensor) -> None:
     """Flips element e of tensor t where bit e % 32 of word (e % 128) // 32 of philox(seed, e // 128, t) is one."""
+    seed = seed.to(bucket.device)
     for g, stream in zip(bucket.grads, bucket.streams, strict=True):
         n = g.numel()
         words = philox(seed, torch.arange(-(-n // 128), device=g.device), stream)  # (calls, 4)
@@ -198,7 +201,7 @@ def negate_norm_(bucket: Bucket) -> Tensor:
 
 @torch.no_grad()
 def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
-    norm = squared.sqrt()
+    norm = number_on(bucket.device, squared).sqrt()
     factor = torch.where(torch.isfinite(norm) & (norm > max_norm), max_norm / norm, torch.ones_like(norm))
     for g in bucket.grads:
         g.copy_(torch.where(factor == 1, -g, (g.double() * -factor).to(g.dtype)))

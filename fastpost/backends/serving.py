@@ -43,6 +43,16 @@ def contiguous_floats(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
+def number_on(device: torch.device, squared: Tensor) -> Tensor:
+    """A squared norm as kernels read it: float64, on their device."""
+    return squared.to(device, torch.float64)
+
+
+def seed_on(device: torch.device, seed: Tensor | None) -> Tensor | None:
+    """A seed where kernels can read it."""
+    return None if seed is None else seed.to(device)
+
+
 def address(tensor: Tensor | None) -> int:
     """Where the tensor begins; 0, the native core's null, for None."""
     return 0 if tensor is None else tensor.data_ptr()

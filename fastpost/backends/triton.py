@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.backends.serving import contiguous, contiguous_floats, refusal
+from fastpost.backends.serving import contiguous, contiguous_floats, number_on, refusal, seed_on
 from fastpost.interrupts import held
 from fastpost.plan import Bucket
 
@@ -73,6 +73,7 @@ def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:
     table = _table(bucket, "weights", "grads", "stash")
+    squared, seed = number_on(bucket.device, squared), seed_on(bucket.device, seed)
     with held():  # the launch and the note of it are two lines of Python
         sums: Tensor = _kernels("params").sam_perturb_(table, bucket.dtype, squared, rho, eta, seen_dtype, seed)
         bucket.stashed = True
@@ -80,7 +81,7 @@ def sam_perturb_(
 
 
 def sam_perturb_masters_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
-    table = _table(bucket, "weights", "grads", "stash")
+    table, squared = _table(bucket, "weights", "grads", "stash"), number_on(bucket.device, squared)
     sums: Tensor = _kernels("params").sam_perturb_(table, bucket.dtype, squared, rho, eta, seen_dtype, masters=True)
     return sums
 
@@ -108,7 +109,7 @@ def negate_(bucket: Bucket) -> None:
 
 
 def flip_signs_(bucket: Bucket, seed: Tensor) -> None:
-    _kernels("params").flip_(_table(bucket, "grads"), bucket.dtype, seed)
+    _kernels("params").flip_(_table(bucket, "grads"), bucket.dtype, seed.to(bucket.device))
 
 
 def negate_norm_(bucket: Bucket) -> Tensor:
@@ -118,7 +119,7 @@ def negate_norm_(bucket: Bucket) -> Tensor:
 
 
 def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
-    norm = squared.sqrt()
+    norm = number_on(bucket.device, squared).sqrt()
     clips = torch.isfinite(norm) & (norm > max_norm)
     factor = torch.where(clips, -max_norm / norm, torch.full_like(norm, -1.0))
     _kernels("params").scale_(_table(bucket, "grads"), bucket.dtype, factor)

@@ -9,161 +9,63 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from fastpost import plan
-from fastpost.dispatch import select
-from fastpost.ops.registry import define
+from fastpost.ops.lists import ListOperation, plus, serving
+from fastpost.ops.lists import check_lists as check_lists
+from fastpost.ops.lists import check_memory as check_memory
+from fastpost.ops.lists import make_buckets as make_buckets
+from fastpost.ops.lists import run as run
+from fastpost.ops.lists import wrote as wrote
+from fastpost.plan import Bucket
 
 NAMES_OF_SUMS = ("intended_sq", "stored_sq", "stored_dot", "seen_sq", "seen_dot", "changed")
 
 
-def check_lists(op: str, columns: Mapping[str, Sequence[Tensor]], *, written: Sequence[str]) -> None:
-    """Raises one clear error when the lists cannot be worked on; touches no data.
-
-    Raises:
-        TypeError: an element is no tensor, or its dtype is not a real floating-point one.
-        ValueError: lengths, shapes, dtypes or devices do not match, the lists are empty, a layout cannot be walked, or a
-            tensor that is to be written appears twice.
-    """
-    (first_name, first), *others = columns.items()
-    for name, tensors in others:
-        if len(tensors) != len(first):
-            raise ValueError(f"{op}: {len(first)} {first_name} but {len(tensors)} {name}")
-    if not first:
-        raise ValueError(f"{op}: the list of {first_name} is empty")
-    for name, tensors in columns.items():
-        for i, t in enumerate(tensors):
-            where = f"{op}: {name}[{i}]"
-            if not isinstance(t, Tensor):
-                raise TypeError(f"{where} is a {type(t).__name__}, not a tensor")
-            if not t.dtype.is_floating_point or t.dtype.itemsize < 2:
-                raise TypeError(f"{where} has dtype {t.dtype}; only float16, bfloat16, float32 and float64 are served")
-            if t.layout != torch.strided or t.is_quantized:
-                raise ValueError(f"{where} has layout {t.layout}, which cannot be walked; use a dense (strided) tensor")
-            like = first[i]
-            if t.shape != like.shape:
-                raise ValueError(f"{where} has shape {tuple(t.shape)}, but {first_name}[{i}] has {tuple(like.shape)}")
-            if t.dtype != like.dtype:
-                raise ValueError(f"{where} has dtype {t.dtype}, but {first_name}[{i}] has {like.dtype}")
-            if t.device != like.device:
-                raise ValueError(f"{where} is on {t.device}, but {first_name}[{i}] is on {like.device}")
-        if name in written:
-            check_memory(op, name, tensors)
+# -- bodies: what an operation does with its buckets ----------------------------------------------------------------------
 
 
-def check_memory(op: str, name: str, tensors: Sequence[Tensor]) -> None:
-    """Raises ValueError where writing one element would change another, of the same tensor or of another."""
-    if torch.compiler.is_compiling():
-        return
-    rows = [i for i, t in enumerate(tensors) if t.device.type != "meta"]
-    for i in rows:
-        if not plan.distinct(tensors[i]):
-            raise ValueError(f"{op}: {name}[{i}] is expanded (elements share memory); it cannot be written in place")
-    shared = plan.overlap([tensors[i] for i in rows])
-    if shared is not None:
-        i, earlier = (rows[k] for k in shared)
-        raise ValueError(f"{op}: {name}[{i}] and {name}[{earlier}] are the same memory; pass tied tensors once")
-
-
-def make_buckets(
-    *,
-    weights: Sequence[Tensor] | None = None,
-    grads: Sequence[Tensor] | None = None,
-    stash: Sequence[Tensor] | None = None,
-    first: Sequence[Tensor] | None = None,
-    second: Sequence[Tensor] | None = None,
-    streams: Sequence[int] | None = None,
-) -> list[plan.Bucket]:
-    """Sorts checked lists into buckets that one kernel call can serve, in order of first appearance."""
-    given = {"weights": weights, "grads": grads, "stash": stash, "first": first, "second": second}
-    columns = {k: v for k, v in given.items() if v is not None}
-    lists = list(columns.values())
-    rows: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
-    for i, t in enumerate(lists[0]):
-        walkable = plan.dense(t) and all(other[i].stride() == t.stride() for other in lists[1:])
-        rows.setdefault((t.device, t.dtype, walkable), []).append(i)
-    return [
-        plan.Bucket(
-            [streams[i] if streams is not None else i for i in row],
-            walkable=walkable,
-            **{name: [tensors[i] for i in row] for name, tensors in columns.items()},
-        )
-        for (_, _, walkable), row in rows.items()
-    ]
-
-
-def run(op: str, bucket: plan.Bucket, *args: object) -> Tensor:
-    """Runs one operation on one bucket through the backend that serves it."""
-    function = select(op, bucket.device, bucket.dtype, walkable=bucket.walkable)
-    result: Tensor = function(bucket, *args)
-    return result
-
-
-def total_squared_norm(buckets: Sequence[plan.Bucket], etas: Sequence[float | None] | None = None) -> Tensor:
-    """Squared norm over all buckets, float64, on the first bucket's device."""
-    return _added([run("squared_norm", b, etas[i] if etas else None) for i, b in enumerate(buckets)])
-
-
-def _added(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part.to(total.device)
+def _squared_norm(buckets: Sequence[Bucket], eta: float) -> Tensor | None:
+    known = eta if "weights" in buckets[0].columns else None
+    total = None
+    for b in buckets:
+        total = plus(total, serving("squared_norm", b)(b, known))
     return total
 
 
-def wrote(tensors: Iterable[Tensor]) -> None:
-    """Tells autograd that these tensors were written behind its back."""
-    torch.autograd.graph.increment_version(list(tensors))
-
-
-# -- implementations behind torch.ops.fastpost ----------------------------------------------------------------------------
-
-
-def _squared_norm(grads: list[Tensor], weights: list[Tensor] | None, eta: float) -> Tensor:
-    buckets = make_buckets(grads=grads, weights=weights)
-    return total_squared_norm(buckets, None if weights is None else [eta] * len(buckets))
-
-
-def _squared_distance(weights: list[Tensor], stash: list[Tensor]) -> Tensor:
-    return _added([run("squared_distance", b) for b in make_buckets(weights=weights, stash=stash)])
+def _squared_distance(buckets: Sequence[Bucket]) -> Tensor | None:
+    total = None
+    for b in buckets:
+        total = plus(total, serving("squared_distance", b)(b))
+    return total
 
 
 def _sam_perturb_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    stash: list[Tensor],
+    buckets: Sequence[Bucket],
     squared: Tensor,
     rho: float,
     adaptive: bool,
     eta: float,
     seen_dtype: torch.dtype | None,
     seed: Tensor | None = None,
-) -> Tensor:
-    sums = None
-    for bucket in make_buckets(weights=weights, grads=grads, stash=stash):
-        seen = seen_dtype or bucket.dtype
-        key = None if seed is None else seed.to(bucket.device)
-        part = run("sam_perturb_", bucket, squared.to(bucket.device), rho, eta if adaptive else None, seen, key)
-        sums = part if sums is None else sums + part.to(sums.device)
-    assert sums is not None
-    return sums
+) -> Tensor | None:
+    known = eta if adaptive else None
+    total = None
+    for b in buckets:
+        total = plus(total, serving("sam_perturb_", b)(b, squared, rho, known, seen_dtype or b.dtype, seed))
+    return total
 
 
-def _sam_restore_(weights: list[Tensor], stash: list[Tensor]) -> None:
-    for bucket in make_buckets(weights=weights, stash=stash):
-        run("sam_restore_", bucket)
+def _sam_restore_(buckets: Sequence[Bucket]) -> None:
+    for b in buckets:
+        serving("sam_restore_", b)(b)
 
 
 def _sam_restore_adamw_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    stash: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
+    buckets: Sequence[Bucket],
     steps: list[Tensor],
     lr: float,
     beta1: float,
@@ -174,66 +76,92 @@ def _sam_restore_adamw_(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    for b in make_buckets(weights=weights, grads=grads, stash=stash, first=exp_avgs, second=exp_avg_sqs):
+    check_steps(buckets, steps)
+    for b in buckets:
         flags = [None if t is None else t.to(b.device) for t in (grad_scale, found_inf)]
         counts = [steps[i] for i in b.streams]
-        run("sam_restore_adamw_", b, counts, lr, (beta1, beta2), eps, weight_decay, maximize, *flags)
+        serving("sam_restore_adamw_", b)(b, counts, lr, (beta1, beta2), eps, weight_decay, maximize, *flags)
 
 
-def _negate_(tensors: list[Tensor]) -> None:
-    for bucket in make_buckets(grads=tensors):
-        run("negate_", bucket)
+def check_steps(buckets: Sequence[Bucket], steps: Sequence[Tensor]) -> None:
+    """Raises unless every tensor has a step count that its kernel can read."""
+    op, weights = "sam_restore_adamw_", sum(len(b.streams) for b in buckets)
+    if len(steps) != weights:
+        raise ValueError(f"{op}: {weights} weights but {len(steps)} steps")
+    for b in buckets:
+        for i in b.streams:
+            step = steps[i]
+            if step.numel() != 1 or step.dtype != torch.float32:
+                raise TypeError(f"{op}: steps[{i}] must be one float32, not {step.numel()} of {step.dtype}")
+            if b.device.type != "cpu" and step.device != b.device:
+                raise ValueError(
+                    f"{op}: steps[{i}] is on {step.device}, its weights on {b.device}; AdamW(fused=True) or "
+                    "capturable=True keeps them together"
+                )
 
 
-def _flip_signs_(tensors: list[Tensor], seed: Tensor) -> None:
-    for bucket in make_buckets(grads=tensors):
-        run("flip_signs_", bucket, seed.to(bucket.device))
+def _negate_(buckets: Sequence[Bucket]) -> None:
+    for b in buckets:
+        serving("negate_", b)(b)
 
 
-def _negate_clip_(tensors: list[Tensor], max_norm: float) -> Tensor:
-    buckets = make_buckets(grads=tensors)
-    if math.isinf(max_norm):
-        return _added([run("negate_norm_", bucket) for bucket in buckets])
-    squared = total_squared_norm(buckets)
-    for bucket in buckets:
-        run("negate_clip_", bucket, squared.to(bucket.device), max_norm)
+def _flip_signs_(buckets: Sequence[Bucket], seed: Tensor) -> None:
+    for b in buckets:
+        serving("flip_signs_", b)(b, seed)
+
+
+def _negate_clip_(buckets: Sequence[Bucket], max_norm: float) -> Tensor | None:
+    clips, squared = math.isfinite(max_norm), None
+    for b in buckets:
+        squared = plus(squared, serving("squared_norm", b)(b, None) if clips else serving("negate_norm_", b)(b))
+    for b in buckets if clips else ():
+        serving("negate_clip_", b)(b, squared, max_norm)
     return squared
 
 
-def _scalar(like: Sequence[Tensor]) -> Tensor:
-    return torch.empty((), dtype=torch.float64, device=like[0].device)
+def _scalar(lists: Sequence[Tensor], *_: object) -> Tensor:
+    return torch.empty((), dtype=torch.float64, device=lists[0].device)
 
 
-_op_squared_norm = define(
+_OP_SQUARED_NORM = ListOperation(
     "squared_norm(Tensor[] grads, Tensor[]? weights, float eta) -> Tensor",
     _squared_norm,
-    lambda grads, weights, eta: _scalar(grads),
+    _scalar,
+    {"grads": "grads", "weights": "weights"},
 )
-_op_squared_distance = define(
+_OP_SQUARED_DISTANCE = ListOperation(
     "squared_distance(Tensor[] weights, Tensor[] stash) -> Tensor",
     _squared_distance,
-    lambda weights, stash: _scalar(weights),
+    _scalar,
+    {"weights": "weights", "stash": "stash"},
 )
-_op_sam_perturb_ = define(
+_OP_SAM_PERTURB_ = ListOperation(
     "sam_perturb_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] stash, Tensor squared_norm, float rho, bool adaptive, "
     "float eta, ScalarType? seen_dtype, Tensor? seed=None) -> Tensor",
     _sam_perturb_,
     lambda weights, *_: torch.empty(6, dtype=torch.float64, device=weights[0].device),
+    {"weights": "weights", "grads": "grads", "stash": "stash"},
 )
-_op_sam_restore_ = define("sam_restore_(Tensor(a!)[] weights, Tensor[] stash) -> ()", _sam_restore_, None)
-_op_sam_restore_adamw_ = define(
+_OP_SAM_RESTORE_ = ListOperation(
+    "sam_restore_(Tensor(a!)[] weights, Tensor[] stash) -> ()",
+    _sam_restore_,
+    None,
+    {"weights": "weights", "stash": "stash"},
+)
+_OP_SAM_RESTORE_ADAMW_ = ListOperation(
     "sam_restore_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor[] stash, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, Tensor[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
     "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()",
     _sam_restore_adamw_,
     None,
+    {"weights": "weights", "grads": "grads", "stash": "stash", "exp_avgs": "first", "exp_avg_sqs": "second"},
 )
-_op_negate_ = define("negate_(Tensor(a!)[] tensors) -> ()", _negate_, None)
-_op_flip_signs_ = define("flip_signs_(Tensor(a!)[] tensors, Tensor seed) -> ()", _flip_signs_, None)
-_op_negate_clip_ = define(
-    "negate_clip_(Tensor(a!)[] tensors, float max_norm) -> Tensor",
-    _negate_clip_,
-    lambda tensors, max_norm: _scalar(tensors),
+_OP_NEGATE_ = ListOperation("negate_(Tensor(a!)[] tensors) -> ()", _negate_, None, {"tensors": "grads"})
+_OP_FLIP_SIGNS_ = ListOperation(
+    "flip_signs_(Tensor(a!)[] tensors, Tensor seed) -> ()", _flip_signs_, None, {"tensors": "grads"}
+)
+_OP_NEGATE_CLIP_ = ListOperation(
+    "negate_clip_(Tensor(a!)[] tensors, float max_norm) -> Tensor", _negate_clip_, _scalar, {"tensors": "grads"}
 )
 
 
@@ -242,6 +170,8 @@ _op_negate_clip_ = define(
 
 def check_radius(op: str, rho: float, eta: float) -> None:
     """Raises unless rho and eta are numbers (TypeError), finite and not negative (ValueError)."""
+    if type(rho) is type(eta) is float and 0 <= rho < math.inf and 0 <= eta < math.inf:
+        return  # as nearly always, and the rest takes as long as a small kernel
     for name, value in (("rho", rho), ("eta", eta)):
         check_number(op, name, value)
 
@@ -269,11 +199,8 @@ def squared_norm(grads: Sequence[Tensor], weights: Sequence[Tensor] | None = Non
         bits do not depend on threads, addresses or list layout. Not finite if and only if an element (of the scaled
         gradient) is not.
     """
-    grads = list(grads)
-    columns = {"grads": grads} if weights is None else {"grads": grads, "weights": list(weights)}
-    check_lists("squared_norm", columns, written=())
     check_radius("squared_norm", 0.0, eta)
-    total: Tensor = _op_squared_norm(grads, columns.get("weights"), eta)
+    total: Tensor = _OP_SQUARED_NORM.call((list(grads), None if weights is None else list(weights)), eta)
     return total
 
 
@@ -288,9 +215,7 @@ def squared_distance(weights: Sequence[Tensor], stash: Sequence[Tensor]) -> Tens
         float64 scalar on the first tensor's device; differences, squares and sums in float64, in the order of
         `squared_norm`. NaN where both lists hold the same infinity.
     """
-    columns = {"weights": list(weights), "stash": list(stash)}
-    check_lists("squared_distance", columns, written=())
-    total: Tensor = _op_squared_distance(columns["weights"], columns["stash"])
+    total: Tensor = _OP_SQUARED_DISTANCE.call((list(weights), list(stash)))
     return total
 
 
@@ -325,23 +250,18 @@ def sam_perturb_(
         `seen_dtype`. All zero, and the weights untouched bit for bit, where rho is 0 or the norm is zero or not finite;
         the stash is written in every case.
     """
-    columns = {"weights": list(weights), "grads": list(grads), "stash": list(stash)}
-    check_lists("sam_perturb_", columns, written=("weights", "stash"))
     check_radius("sam_perturb_", rho, eta)
     if seen_dtype is not None and not seen_dtype.is_floating_point:
         raise TypeError(f"sam_perturb_: seen_dtype must be a floating-point dtype, not {seen_dtype}")
-    key = None if seed is None else seed_tensor(seed, columns["weights"][0].device)
-    sums: Tensor = _op_sam_perturb_(*columns.values(), squared_norm.double(), rho, adaptive, eta, seen_dtype, key)
-    wrote(columns["weights"])
+    lists = (list(weights), list(grads), list(stash))
+    key = None if seed is None else seed_tensor(seed, squared_norm.device)
+    sums: Tensor = _OP_SAM_PERTURB_.call(lists, squared_norm, rho, adaptive, eta, seen_dtype, key)
     return sums
 
 
 def sam_restore_(weights: Sequence[Tensor], stash: Sequence[Tensor]) -> None:
     """w = stash, bit for bit (NaN payloads, signed zeros and subnormals included), into the same storage."""
-    columns = {"weights": list(weights), "stash": list(stash)}
-    check_lists("sam_restore_", columns, written=("weights",))
-    _op_sam_restore_(*columns.values())
-    wrote(columns["weights"])
+    _OP_SAM_RESTORE_.call((list(weights), list(stash)))
 
 
 def sam_restore_adamw_(
@@ -374,40 +294,13 @@ def sam_restore_adamw_(
         grad_scale: scalar that the gradients are divided by, as GradScaler's; None is 1.
         found_inf: scalar; where it is not 0 nothing but the restore is done. None is 0.
     """
-    columns = {
-        "weights": list(weights), "grads": list(grads), "stash": list(stash), "exp_avgs": list(exp_avgs),
-        "exp_avg_sqs": list(exp_avg_sqs),
-    }  # fmt: skip
-    op = "sam_restore_adamw_"
-    check_lists(op, columns, written=("weights", "exp_avgs", "exp_avg_sqs"))
-    check_steps(op, columns["weights"], steps)
-    _op_sam_restore_adamw_(
-        *columns.values(), list(steps), float(lr), *betas, eps, weight_decay, maximize, grad_scale, found_inf
-    )
-    for name in ("weights", "exp_avgs", "exp_avg_sqs"):
-        wrote(columns[name])
-
-
-def check_steps(op: str, weights: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
-    """Raises unless every tensor has a step count that its kernel can read."""
-    if len(steps) != len(weights):
-        raise ValueError(f"{op}: {len(weights)} weights but {len(steps)} steps")
-    for i, (w, step) in enumerate(zip(weights, steps, strict=True)):
-        if step.numel() != 1 or step.dtype != torch.float32:
-            raise TypeError(f"{op}: steps[{i}] must be one float32, not {step.numel()} of {step.dtype}")
-        if w.device.type != "cpu" and step.device != w.device:
-            raise ValueError(
-                f"{op}: steps[{i}] is on {step.device}, its weights on {w.device}; AdamW(fused=True) or capturable=True "
-                "keeps them together"
-            )
+    lists = (list(weights), list(grads), list(stash), list(exp_avgs), list(exp_avg_sqs))
+    _OP_SAM_RESTORE_ADAMW_.call(lists, list(steps), float(lr), *betas, eps, weight_decay, maximize, grad_scale, found_inf)
 
 
 def negate_(tensors: Sequence[Tensor]) -> None:
     """Negates every tensor in place by its sign bit: exact for zeros, infinities and NaNs."""
-    tensors = list(tensors)
-    check_lists("negate_", {"tensors": tensors}, written=("tensors",))
-    _op_negate_(tensors)
-    wrote(tensors)
+    _OP_NEGATE_.call((list(tensors),))
 
 
 def flip_signs_(tensors: Sequence[Tensor], seed: int | Tensor) -> None:
@@ -420,9 +313,9 @@ def flip_signs_(tensors: Sequence[Tensor], seed: int | Tensor) -> None:
         seed: integer in [-2^63, 2^64), or an int64 tensor with one element.
     """
     tensors = list(tensors)
-    check_lists("flip_signs_", {"tensors": tensors}, written=("tensors",))
-    _op_flip_signs_(tensors, seed_tensor(seed, tensors[0].device))
-    wrote(tensors)
+    # Where there is no first tensor the check that follows says so.
+    device = tensors[0].device if tensors and isinstance(tensors[0], Tensor) else torch.device("cpu")
+    _OP_FLIP_SIGNS_.call((tensors,), seed_tensor(seed, device))
 
 
 def negate_clip_(tensors: Sequence[Tensor], max_norm: float | None = None) -> Tensor:
@@ -436,12 +329,9 @@ def negate_clip_(tensors: Sequence[Tensor], max_norm: float | None = None) -> Te
         float64 scalar: the norm before clipping. Not finite if and only if a gradient is not; then nothing was clipped,
         the signs were flipped all the same, and the caller skips its step.
     """
-    tensors = list(tensors)
-    check_lists("negate_clip_", {"tensors": tensors}, written=("tensors",))
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"negate_clip_: max_norm must be > 0, not {max_norm}")
-    squared: Tensor = _op_negate_clip_(tensors, math.inf if max_norm is None else max_norm)
-    wrote(tensors)
+    squared: Tensor = _OP_NEGATE_CLIP_.call((list(tensors),), math.inf if max_norm is None else max_norm)
     return squared.sqrt()
 
 

@@ -1,0 +1,258 @@
+"""How an operation on lists of tensors finds its way to a kernel.
+
+A call works from a plan: lists checked, sorted into buckets of one kernel call each, addresses and backends known. A plan
+is kept after its call, without any tensor, and serves the next call with lists that look the same (csrc/tensors.h). The way
+down:
+
+    public function -> ListOperation.call -> ListPlans.call (in the core) -> body -> a backend's function -> the core
+
+A call that torch has to see (torch.compile, fake tensors, modes, subclasses, profilers) goes through its dispatcher instead:
+
+    public function -> ListOperation.call -> torch.ops.fastpost -> body -> ...
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastpost import plan
+from fastpost.backends import native
+from fastpost.dispatch import forced, select
+from fastpost.ops.registry import define
+
+Lists = tuple["list[Tensor] | None", ...]  # one per argument that is a list, in the schema's order
+
+_KEPT = 32  # plans per operation
+
+
+# -- what may be worked on ------------------------------------------------------------------------------------------------
+
+
+def check_lists(op: str, columns: Mapping[str, Sequence[Tensor]], *, written: Sequence[str]) -> None:
+    """Raises one clear error when the lists cannot be worked on; touches no data.
+
+    Raises:
+        TypeError: an element is no tensor, or its dtype is not a real floating-point one.
+        ValueError: lengths, shapes, dtypes or devices do not match, the lists are empty, a layout cannot be walked, or a
+            tensor that is to be written appears twice.
+    """
+    (first_name, first), *others = columns.items()
+    for name, tensors in others:
+        if len(tensors) != len(first):
+            raise ValueError(f"{op}: {len(first)} {first_name} but {len(tensors)} {name}")
+    if not first:
+        raise ValueError(f"{op}: the list of {first_name} is empty")
+    for name, tensors in columns.items():
+        for i, t in enumerate(tensors):
+            where = f"{op}: {name}[{i}]"
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{where} is a {type(t).__name__}, not a tensor")
+            if not t.dtype.is_floating_point or t.dtype.itemsize < 2:
+                raise TypeError(f"{where} has dtype {t.dtype}; only float16, bfloat16, float32 and float64 are served")
+            if t.layout != torch.strided or t.is_quantized:
+                raise ValueError(f"{where} has layout {t.layout}, which cannot be walked; use a dense (strided) tensor")
+            if t.is_meta != first[0].is_meta:
+                raise ValueError(
+                    f"{where} is on {t.device}, but {first_name}[0] is on {first[0].device}; meta tensors hold no data, so "
+                    "either all tensors are on meta or none"
+                )
+            like = first[i]
+            if t.shape != like.shape:
+                raise ValueError(f"{where} has shape {tuple(t.shape)}, but {first_name}[{i}] has {tuple(like.shape)}")
+            if t.dtype != like.dtype:
+                raise ValueError(f"{where} has dtype {t.dtype}, but {first_name}[{i}] has {like.dtype}")
+            if t.device != like.device:
+                raise ValueError(f"{where} is on {t.device}, but {first_name}[{i}] is on {like.device}")
+        if name in written:
+            check_memory(op, name, tensors)
+
+
+def check_memory(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    """Raises ValueError where writing one element would change another, of the same tensor or of another."""
+    if is_compiling():
+        return
+    rows = [i for i, t in enumerate(tensors) if t.device.type != "meta"]
+    for i in rows:
+        if not plan.distinct(tensors[i]):
+            raise ValueError(f"{op}: {name}[{i}] is expanded (elements share memory); it cannot be written in place")
+    shared = plan.overlap([tensors[i] for i in rows])
+    if shared is not None:
+        i, earlier = (rows[k] for k in shared)
+        raise ValueError(f"{op}: {name}[{i}] and {name}[{earlier}] are the same memory; pass tied tensors once")
+
+
+def wrote(tensors: Iterable[Tensor]) -> None:
+    """Tells autograd that these tensors were written behind its back."""
+    torch.autograd.graph.increment_version(list(tensors))
+
+
+# -- buckets --------------------------------------------------------------------------------------------------------------
+
+
+def make_buckets(*, streams: Sequence[int] | None = None, **columns: Sequence[Tensor] | None) -> list[plan.Bucket]:
+    """Sorts checked lists into buckets that one kernel call can serve, in order of first appearance.
+
+    Args:
+        streams: each tensor's number, which keys its random numbers; by default its place in the lists.
+        columns: by the names of `plan.COLUMNS`; None for those left out.
+    """
+    given = {name: tensors for name, tensors in columns.items() if tensors is not None}
+    lists = list(given.values())
+    rows: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+    for i, t in enumerate(lists[0]):
+        walkable = plan.dense(t) and all(other[i].stride() == t.stride() for other in lists[1:])
+        walkable = walkable and not any(tensors[i].is_neg() for tensors in lists)
+        rows.setdefault((t.device, t.dtype, walkable), []).append(i)
+    return [
+        plan.Bucket(
+            [streams[i] if streams is not None else i for i in row],
+            walkable=walkable,
+            **{name: [tensors[i] for i in row] for name, tensors in given.items()},
+        )
+        for (_, _, walkable), row in rows.items()
+    ]
+
+
+def serving(op: str, bucket: plan.Bucket) -> Callable[..., Any]:
+    """The backend's function that runs an operation on this bucket, as its first argument."""
+    function = bucket.functions.get(op)
+    if function is None:
+        function = select(op, bucket.device, bucket.dtype, walkable=bucket.walkable)
+        if bucket.pointed is not None:
+            bucket.functions[op] = function
+    return function
+
+
+def run(op: str, bucket: plan.Bucket, *args: object) -> Tensor:
+    """Runs one operation on one bucket through the backend that serves it."""
+    result: Tensor = serving(op, bucket)(bucket, *args)
+    return result
+
+
+def plus(total: Tensor | None, part: Tensor) -> Tensor:
+    """The sum over one bucket more; buckets may lie on any devices, their sum lies on the first one's."""
+    return part if total is None else total + part.to(total.device)
+
+
+# -- plans ----------------------------------------------------------------------------------------------------------------
+
+
+class ListPlan:
+    """What is known of the lists of a call, for calls to come; holds no tensor between them.
+
+    Args:
+        columns: which columns of a bucket the lists fill.
+    """
+
+    def __init__(self, body: Callable[..., Any], columns: Sequence[str], lists: Lists) -> None:
+        self._body = body
+        self._columns = columns
+        self.buckets = make_buckets(streams=None, **dict(zip(columns, lists, strict=True)))
+        self._hungry: list[plan.Bucket] = []  # served by backends that take tensors, not addresses
+
+    def settle(self, seen: Any) -> tuple[Callable[..., Any], list[plan.Bucket] | None]:
+        """After the first call, which has shown what backends work from: how to serve the next (see `ListPlans::keep`).
+
+        Args:
+            seen: the lists as the core saw them; from now on they keep the native plans pointed at where tensors lie.
+        """
+        numbers = [plan.COLUMNS.index(name) for name in self._columns]
+        for bucket in self.buckets:
+            if bucket.native_plan is None:
+                self._hungry.append(bucket)
+            else:
+                bucket.pointed = bucket.native_plan
+                seen.bind(bucket.pointed, bucket.streams, numbers)
+                for buffer in bucket.flat_buffers():
+                    seen.require_alive(weakref.ref(buffer))
+            bucket.drop()
+        return (self._with_tensors, None) if self._hungry else (self._body, self.buckets)
+
+    def _with_tensors(self, lists: Lists, args: tuple[Any, ...]) -> Any:
+        for bucket in self._hungry:
+            bucket.take(self._columns, lists)
+        try:
+            return self._body(self.buckets, *args)
+        finally:
+            for bucket in self._hungry:
+                bucket.drop()
+
+
+class ListOperation:
+    """An operation on lists of tensors. Called by its public function; `torch.ops.fastpost` holds the same body.
+
+    Args:
+        schema: as for `registry.define`; its first arguments are the lists.
+        body: takes the buckets and the schema's other arguments.
+        fake: as for `registry.define`.
+        columns: which column of a bucket each list fills, by the name of the argument.
+    """
+
+    def __init__(
+        self, schema: str, body: Callable[..., Any], fake: Callable[..., Any] | None, columns: Mapping[str, str]
+    ) -> None:
+        self.name = schema.split("(", 1)[0]
+        self._body = body
+        self._arguments, self._columns = tuple(columns), tuple(columns.values())
+        self._op = define(schema, self._by_torch, fake)
+        self._written = tuple(a.name for a in self._op._schema.arguments if a.is_write)
+
+    def call(self, lists: Lists, *args: Any) -> Any:
+        """Checks the lists, runs the operation and tells autograd what was written.
+
+        Raises:
+            TypeError, ValueError: as `check_lists`.
+        """
+        if is_dynamo_compiling() or self._plans is None:
+            return self._by_dispatcher(lists, args)
+        result = self._plans.call(lists, args, forced())
+        return self._first(lists, args) if result is NotImplemented else result
+
+    @functools.cached_property
+    def _plans(self) -> Any:
+        """The plans that are not in use (`ListPlans` in csrc/tensors.h); None without a core, which keeps them."""
+        return None if native.failure() is not None else native.core().ListPlans(self._fixed, _KEPT)
+
+    @functools.cached_property
+    def _fixed(self) -> int:
+        """The lists that are written, as bits: what was checked of them holds as long as they have not moved."""
+        return sum(1 << self._arguments.index(name) for name in self._written)
+
+    def _first(self, lists: Lists, args: tuple[Any, ...]) -> Any:
+        """A call that no plan fits: makes one."""
+        if self._plans.torch_sees(lists):
+            return self._by_dispatcher(lists, args)
+        self._check(lists)
+        backend, seen = forced(), native.core().TensorLists(lists, self._fixed)
+        made = ListPlan(self._body, self._columns, lists)
+        result = self._body(made.buckets, *args)
+        self._plans.keep(seen, *made.settle(seen), backend)
+        self._wrote(lists)
+        return result
+
+    def _by_dispatcher(self, lists: Lists, args: tuple[Any, ...]) -> Any:
+        self._check(lists)
+        result = self._op(*lists, *args)
+        self._wrote(lists)
+        return result
+
+    def _by_torch(self, *args: Any) -> Any:
+        """What the dispatcher comes to."""
+        lists = dict(zip(self._columns, args, strict=False))
+        return self._body(make_buckets(**lists), *args[len(lists) :])
+
+    def _check(self, lists: Lists) -> None:
+        given = {name: tensors for name, tensors in zip(self._arguments, lists, strict=True) if tensors is not None}
+        check_lists(self.name, given, written=self._written)
+
+    def _wrote(self, lists: Lists) -> None:
+        for name, tensors in zip(self._arguments, lists, strict=True):
+            if name in self._written and tensors is not None:
+                wrote(tensors)
