@@ -6,13 +6,18 @@ Nothing here knows a method; SAM and others go through it, so that no DTensor re
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 Members = tuple[int, ...]  # the global ranks of a process group
 Sharing = tuple[Members, ...]  # the groups over which a parameter is cut, outermost mesh dimension first
@@ -23,14 +28,24 @@ def active() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def _is_a(name: str, module: str, thing: object) -> bool:
+    """Whether this is an instance of a class of torch whose module takes a second to import; if nobody has, it is none."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(thing, kind)
+
+
+def is_sharded(tensor: object) -> TypeIs[DTensor]:
     """Whether a mesh of ranks holds this tensor (DTensor)."""
-    return isinstance(tensor, DTensor)
+    return _is_a("DTensor", "torch.distributed.tensor", tensor)
+
+
+def _is_fully_sharded(module: object) -> TypeIs[FSDPModule]:
+    return _is_a("FSDPModule", "torch.distributed.fsdp", module)
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, as memory that can be read and written; a plain tensor is its own part."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
         part: Tensor = tensor.to_local()
@@ -44,7 +59,7 @@ def local_gradient(p: Tensor) -> Tensor | None:
     (Partial). They are made here, once: `p.grad` is replaced by a gradient placed as `p`.
     """
     grad = p.grad
-    if not isinstance(p, DTensor) or not isinstance(grad, DTensor):
+    if not is_sharded(p) or not is_sharded(grad):
         return grad
     if tuple(grad.placements) != tuple(p.placements):
         with torch.no_grad():
@@ -54,7 +69,7 @@ def local_gradient(p: Tensor) -> Tensor | None:
 
 def part_number(p: Tensor) -> int:
     """Which of a parameter's parts this rank holds, counted from 0: the same on ranks that hold the same part."""
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return 0
     coordinate = p.device_mesh.get_coordinate()
     assert coordinate is not None, "this rank is not in the parameter's mesh"
@@ -67,8 +82,10 @@ def part_number(p: Tensor) -> int:
 
 def like(p: Tensor, part: Tensor) -> Tensor:
     """`part`, shaped like this rank's part of `p`, as a tensor placed as `p` is; checkpoints need to know the placement."""
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return part
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
@@ -87,7 +104,7 @@ class Ranks:
         Raises:
             ValueError: `p` is a DTensor with a Partial placement, which holds no weights.
         """
-        if not isinstance(p, DTensor):
+        if not is_sharded(p):
             return ()
         cut = []
         for dimension, placement in enumerate(p.placements):
@@ -155,12 +172,12 @@ def fully_sharded(params: Iterable[Tensor]) -> list[tuple[nn.Module, Any]]:
 
     `module.parameters()` cannot tell while a module is unsharded, so FSDP2's own records are asked.
     """
-    from torch.distributed._composable_state import _module_state_mapping
-
-    wanted = {id(p) for p in params if isinstance(p, DTensor)}
+    wanted = {id(p) for p in params if is_sharded(p)}
     found: list[tuple[nn.Module, Any]] = []
     if not wanted:
         return found
+    from torch.distributed._composable_state import _module_state_mapping
+
     for module, reference in list(_module_state_mapping.items()):
         state: Any = reference()
         groups = getattr(state, "_fsdp_param_groups", None)
@@ -212,9 +229,8 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: `model` is neither.
     """
-    from torch.distributed.fsdp import FSDPModule
-
-    if not isinstance(getattr(model, "_orig_mod", model), (nn.parallel.DistributedDataParallel, FSDPModule)):
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, nn.parallel.DistributedDataParallel) and not _is_fully_sharded(inner):
         raise TypeError(f"no_sync: {type(model).__name__} is neither DistributedDataParallel nor made by fully_shard")
     with gradient_sync(model, False):
         yield
@@ -227,8 +243,6 @@ def gradient_sync(model: nn.Module, sync: bool) -> Iterator[None]:
     DDP and FSDP2 modules have something to share; others are left alone. FSDP2 cannot be asked what was decided outside: it
     synchronises afterwards.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     inner: Any = getattr(model, "_orig_mod", model)  # torch.compile
     if isinstance(inner, nn.parallel.DistributedDataParallel):
         outside = inner.require_backward_grad_sync
@@ -237,7 +251,7 @@ def gradient_sync(model: nn.Module, sync: bool) -> Iterator[None]:
             yield
         finally:
             inner.require_backward_grad_sync = outside
-    elif isinstance(inner, FSDPModule):
+    elif _is_fully_sharded(inner):
         inner.set_requires_gradient_sync(sync)
         try:
             yield

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from fastpost.distributed import is_sharded
 
 
 def real(value: object) -> bool:
@@ -66,7 +67,7 @@ def movable_weights(model: nn.Module) -> list[nn.Parameter]:
     weights = [p for p in model.parameters() if p.requires_grad]
     if not weights:
         raise ValueError("GAP: the model has no weights with requires_grad; there is nothing to move")
-    if any(isinstance(p, DTensor) for p in weights):
+    if any(is_sharded(p) for p in weights):
         raise ValueError(
             "GAP: the model's weights are sharded (DTensor). One text is no work for many ranks: run it on the whole model, "
             "one text per rank; signs for micro-batches in a sharded loop are SignedWindow's"

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
+from fastpost.distributed import is_sharded
 from fastpost.ops.params import check_radius
 from fastpost.ops.perturbed import noised_linear
 
@@ -84,7 +84,7 @@ class BiLoRA:
             raise TypeError("BiLoRA: PEFT has no second adapter beside trainable_token_indices; leave these out")
         self.layers = [layer for _, layer in _lora_layers("BiLoRA", model, adapter)]
         for layer in self.layers:
-            if isinstance(layer.lora_A[adapter].weight, DTensor):
+            if is_sharded(layer.lora_A[adapter].weight):
                 raise TypeError(
                     "BiLoRA: the adapters are sharded; keep them out of fully_shard (ignored_params), or use SAM"
                 )
@@ -275,7 +275,7 @@ class FlatLoRA:
         if not base.training or eps == 0 or layer.disable_adapters or layer.merged or not active:
             plain: Tensor = type(base).forward(base, x)
             return plain
-        if isinstance(base.weight, DTensor):
+        if is_sharded(base.weight):
             raise TypeError("FlatLoRA: tensor-parallel weights are not served")
         transposed = isinstance(base, Conv1D)
         scale = self._scale(layer, base.weight.T if transposed else base.weight, number)
@@ -302,7 +302,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _refuse_sharded(weight: Tensor) -> None:
-    if isinstance(weight, DTensor):
+    if is_sharded(weight):
         raise TypeError(
             "BiLoRA: the adapters are sharded, and their norm is not taken over shards; shard the base model before "
             "get_peft_model, or use SAM"

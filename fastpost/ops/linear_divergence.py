@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from fastpost.distributed import is_sharded
 from fastpost.errors import unknown
 from fastpost.ops import linear_rows
 from fastpost.ops.autograd import Function, by_operation, one_by_one, transformed, unmapped_batch
@@ -158,7 +158,7 @@ def _check(
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} is a {type(t).__name__}, not a tensor")
-        if isinstance(t, DTensor):
+        if is_sharded(t):
             raise TypeError(
                 f"{op}: {name} is a DTensor. Under FSDP call this where the head's weight is gathered (or pass "
                 f"{name}.full_tensor()); under tensor parallelism pass {name}.to_local() and vocab_group="

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fastpost import plan
+from fastpost.distributed import is_sharded
 from fastpost.ops import params as ops
 from fastpost.sam.buckets import ParameterBucket
 
@@ -31,7 +31,7 @@ def check_fused_restore(bases: Sequence[Optimizer]) -> None:
             if why_not is not None:
                 raise ValueError(f"SAM: fused_restore=True cannot serve {why_not}")
             for p in group["params"]:
-                if isinstance(p, DTensor):
+                if is_sharded(p):
                     raise TypeError("SAM: fused_restore=True does not serve sharded parameters (DTensor); leave it off")
                 if p.device.type != "cpu" and not (group["fused"] or group["capturable"]):
                     raise ValueError(
