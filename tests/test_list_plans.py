@@ -557,8 +557,10 @@ def without_exchange(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_tensors_are_read_by_their_attributes_where_torch_lends_none(without_exchange: None, name: str) -> None:
-    test_eager_calls_are_those_of_the_dispatcher_bit_by_bit(name, (torch.float32, torch.bfloat16), pytest.MonkeyPatch())
+def test_tensors_are_read_by_their_attributes_where_torch_lends_none(
+    without_exchange: None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test_eager_calls_are_those_of_the_dispatcher_bit_by_bit(name, (torch.float32, torch.bfloat16), monkeypatch)
     for change in CHANGES:
         test_a_plan_is_never_used_for_lists_that_have_changed(name, change)
 
