@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fastpost.distributed import is_sharded
 from fastpost.errors import unknown
 
 LAYERS = ("last", "all")
@@ -143,7 +143,7 @@ def _with_plain_weight(layer: Any, state_dict: dict[str, Any], prefix: str, loca
     if not _normalised(layer) or name not in state_dict:
         return
     weight = state_dict[name].detach()
-    if isinstance(weight, DTensor):  # sharded: every rank is here, and none holds enough to find sigma
+    if is_sharded(weight):  # sharded: every rank is here, and none holds enough to find sigma
         weight = weight.full_tensor()
     state_dict[prefix + "weight"] = layer.parametrizations.weight[0](weight)
 
