@@ -39,9 +39,9 @@ py::object as_tensor(const Plan& plan, Work&& work) {
   if constexpr (std::is_same_v<std::decay_t<decltype(result)>, PerturbSums>) {
     const double sums[] = {result.intended_sq, result.stored_sq, result.stored_dot,
                            result.seen_sq,     result.seen_dot,  result.changed};
-    tensor = doubles(sums, 6);
+    tensor = float64_tensor(sums, 6);
   } else {
-    tensor = doubles(&result, 1);
+    tensor = float64_tensor(&result, 1);
   }
   if (tensor == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(tensor);
@@ -198,30 +198,23 @@ std::vector<PyObject*> kept(const py::tuple& objects) {
 void bind_tensors(py::module_ m) {
   m.def(
       "attach",
-      [](py::object exchange, py::tuple plain, py::tuple watches, py::object records, py::object wrote, py::object doubles,
-         py::object negated) {
-        attach({exchange.inc_ref().ptr(), kept(plain), kept(watches), records.inc_ref().ptr(), wrote.inc_ref().ptr(),
-                doubles.inc_ref().ptr(), negated.inc_ref().ptr()});
+      [](py::object exchange, py::tuple plain, py::tuple observers, py::object grad_enabled, py::object increment_version,
+         py::object float64_tensor, py::object is_neg) {
+        attach({exchange.release().ptr(), kept(plain), kept(observers), grad_enabled.release().ptr(),
+                increment_version.release().ptr(), float64_tensor.release().ptr(), is_neg.release().ptr()});
       },
-      py::arg("exchange"), py::arg("plain"), py::arg("watches"), py::arg("records"), py::arg("wrote"), py::arg("doubles"),
-      py::arg("negated"));
+      py::arg("exchange"), py::arg("plain"), py::arg("observers"), py::arg("grad_enabled"), py::arg("increment_version"),
+      py::arg("float64_tensor"), py::arg("is_neg"));
   py::class_<TensorLists>(m, "TensorLists")
-      .def(py::init([](py::tuple columns, unsigned fixed) { return new TensorLists(columns.ptr(), fixed); }),
-           py::arg("columns"), py::arg("fixed") = 0)
-      .def_property_readonly("readable", &TensorLists::readable)
+      .def(py::init([](py::tuple columns, unsigned written) { return new TensorLists(columns.ptr(), written); }),
+           py::arg("columns"), py::arg("written"))
       .def("bind", &TensorLists::bind, py::arg("plan"), py::arg("rows"), py::arg("names"), py::keep_alive<1, 2>())
-      .def(
-          "require_alive", [](TensorLists& lists, py::handle weak) { lists.require_alive(weak.ptr()); }, py::arg("weak"))
-      .def(
-          "refresh", [](TensorLists& lists, py::handle columns) { return lists.refresh(columns.ptr(), false); },
-          py::arg("columns"))
-      .def(
-          "same", [](const TensorLists& lists, py::handle columns) { return lists.same(columns.ptr()); },
-          py::arg("columns"));
+      .def("require_alive", [](TensorLists& lists, py::handle weak) { lists.require_alive(weak.ptr()); }, py::arg("weak"));
   py::class_<ListPlans>(m, "ListPlans")
       .def(py::init<unsigned, size_t>(), py::arg("written"), py::arg("capacity"))
       .def_static(
-          "torch_sees", [](py::tuple columns) { return ListPlans::torch_sees(columns.ptr()); }, py::arg("columns"))
+          "needs_dispatcher", [](py::tuple columns) { return ListPlans::needs_dispatcher(columns.ptr()); },
+          py::arg("columns"))
       .def(
           "call",
           [](ListPlans& plans, py::tuple columns, py::tuple arguments, py::handle backend) {
@@ -232,10 +225,10 @@ void bind_tensors(py::module_ m) {
           py::arg("columns"), py::arg("arguments"), py::arg("backend"))
       .def(
           "keep",
-          [](ListPlans& plans, py::object seen, py::handle serve, py::handle first, py::handle backend) {
-            plans.keep(seen.cast<TensorLists*>(), seen.ptr(), serve.ptr(), first.ptr(), backend.ptr());
+          [](ListPlans& plans, py::object lists, py::handle serve, py::handle buckets, py::handle backend) {
+            plans.keep(lists.cast<TensorLists*>(), lists.ptr(), serve.ptr(), buckets.ptr(), backend.ptr());
           },
-          py::arg("seen"), py::arg("serve"), py::arg("first"), py::arg("backend"));
+          py::arg("lists"), py::arg("serve"), py::arg("buckets"), py::arg("backend"));
 }
 
 #ifdef FASTPOST_WITH_CUDA

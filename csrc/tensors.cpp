@@ -61,38 +61,26 @@ constexpr int kMostDoubles = 6;  // the sums of a perturbation
 constexpr Py_ssize_t kMostArguments = 15;
 
 // An attribute, or what a method without arguments returns, as an integer; false with a cleared error where there is none.
-bool as_integer(PyObject* owned, int64_t& value) {
-  if (owned != nullptr) value = PyLong_AsLongLong(owned);
-  Py_XDECREF(owned);
-  if (PyErr_Occurred() == nullptr) return owned != nullptr;
+bool as_integer(const Ref& object, int64_t& value) {
+  if (object) value = PyLong_AsLongLong(object.get());
+  if (PyErr_Occurred() == nullptr) return static_cast<bool>(object);
   PyErr_Clear();
   return false;
 }
 
-bool is_true(PyObject* function) {
-  PyObject* result = PyObject_CallNoArgs(function);
-  const int truth = result == nullptr ? -1 : PyObject_IsTrue(result);
-  Py_XDECREF(result);
-  if (truth < 0) PyErr_Clear();
-  return truth != 0;
-}
-
-bool is_true(PyObject* object, PyObject* name) {
-  PyObject* result = PyObject_GetAttr(object, name);
-  const bool truth = result != Py_False;
-  Py_XDECREF(result);
-  if (result == nullptr) PyErr_Clear();
-  return truth;
+// Whether anything but False was returned; a failed call has not said no.
+bool is_true(const Ref& returned) {
+  if (!returned) PyErr_Clear();
+  return returned.get() != Py_False;
 }
 
 PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
 
 // Appends a tuple of integers.
-bool append(PyObject* owned, std::vector<int64_t>& sizes) {
-  const bool usable = owned != nullptr && PyTuple_Check(owned);
-  for (Py_ssize_t d = 0; usable && d < PyTuple_GET_SIZE(owned); ++d)
-    sizes.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(owned, d)));
-  Py_XDECREF(owned);
+bool append(const Ref& tuple, std::vector<int64_t>& sizes) {
+  const bool usable = tuple && PyTuple_Check(tuple.get());
+  for (Py_ssize_t d = 0; usable && d < PyTuple_GET_SIZE(tuple.get()); ++d)
+    sizes.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.get(), d)));
   if (PyErr_Occurred() == nullptr) return usable;
   PyErr_Clear();
   return false;
@@ -104,27 +92,32 @@ constexpr int64_t key(DLDevice device) { return int64_t{device.type} << 32 | sta
 
 // -- one tensor -----------------------------------------------------------------------------------------------------------
 
-bool watched() {
-  return std::any_of(torch.watches.begin(), torch.watches.end(), [](PyObject* watch) { return is_true(watch); });
+bool observed() {
+  return std::any_of(torch.observers.begin(), torch.observers.end(), [](PyObject* observer) {
+    const Ref returned(PyObject_CallNoArgs(observer));
+    if (!returned) PyErr_Clear();
+    return !returned || PyObject_IsTrue(returned.get()) != 0;
+  });
 }
+
+bool recording() { return is_true(Ref(PyObject_CallNoArgs(torch.grad_enabled))); }
 
 bool read_attributes(PyObject* tensor, TensorLayout& layout) {
   static PyObject *const data_ptr = name("data_ptr"), *const dtype = name("dtype"), *const device = name("device"),
-                         *const shape = name("shape"), *const stride = name("stride");
+                         *const itemsize = name("itemsize"), *const shape = name("shape"), *const stride = name("stride");
   int64_t address = 0;
-  if (!as_integer(PyObject_CallMethodNoArgs(tensor, data_ptr), address)) return false;
+  if (!as_integer(Ref(PyObject_CallMethodNoArgs(tensor, data_ptr)), address)) return false;
   layout.address = static_cast<uintptr_t>(address);
-  PyObject* kind = PyObject_GetAttr(tensor, dtype);  // there is one object per dtype
-  layout.dtype = reinterpret_cast<int64_t>(kind);
-  Py_XDECREF(kind);
-  PyObject* place = PyObject_GetAttr(tensor, device);  // whose hash is made of its type and index
-  layout.device = place == nullptr ? -1 : PyObject_Hash(place);
-  Py_XDECREF(place);
+  if (!as_integer(Ref(PyObject_GetAttr(tensor, itemsize)), layout.itemsize)) return false;
+  const Ref kind(PyObject_GetAttr(tensor, dtype));  // there is one object per dtype
+  layout.dtype = reinterpret_cast<int64_t>(kind.get());
+  const Ref place(PyObject_GetAttr(tensor, device));  // whose hash is made of its type and index
+  layout.device = place ? PyObject_Hash(place.get()) : -1;
   thread_local std::vector<int64_t> sizes;
   sizes.clear();
-  if (!append(PyObject_GetAttr(tensor, shape), sizes)) return false;
+  if (!append(Ref(PyObject_GetAttr(tensor, shape)), sizes)) return false;
   layout.dimensions = static_cast<int64_t>(sizes.size());
-  if (!append(PyObject_CallMethodNoArgs(tensor, stride), sizes)) return false;
+  if (!append(Ref(PyObject_CallMethodNoArgs(tensor, stride)), sizes)) return false;
   layout.shape = sizes.data();
   layout.strides = sizes.data() + layout.dimensions;
   return static_cast<int64_t>(sizes.size()) == 2 * layout.dimensions;
@@ -136,11 +129,8 @@ bool read(PyObject* tensor, bool recorded, TensorLayout& layout) {
   static PyObject* const requires_grad = name("requires_grad");
   const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
   if (std::find(torch.plain.begin(), torch.plain.end(), type) == torch.plain.end()) return false;
-  if (recorded && is_true(tensor, requires_grad)) return false;
-  PyObject* negated = PyObject_CallOneArg(torch.negated, tensor);
-  Py_XDECREF(negated);
-  if (negated == nullptr) PyErr_Clear();
-  if (negated != Py_False) return false;
+  if (recorded && is_true(Ref(PyObject_GetAttr(tensor, requires_grad)))) return false;
+  if (is_true(Ref(PyObject_CallOneArg(torch.is_neg, tensor)))) return false;
   if (table == nullptr) {
     if (!read_attributes(tensor, layout)) return false;
   } else {
@@ -152,12 +142,23 @@ bool read(PyObject* tensor, bool recorded, TensorLayout& layout) {
     layout.address = reinterpret_cast<uintptr_t>(seen.data) + seen.byte_offset;
     layout.dtype = key(seen.dtype);
     layout.device = key(seen.device);
+    layout.itemsize = (int64_t{seen.dtype.bits} * seen.dtype.lanes + 7) / 8;
     layout.dimensions = seen.ndim;
     layout.shape = seen.shape;
     layout.strides = seen.strides;
   }
   const int64_t* end = layout.shape + layout.dimensions;
   return layout.address != 0 || std::find(layout.shape, end, 0) != end;
+}
+
+// Bytes from the first element to the end of the last; 0 where there are none.
+uintptr_t extent(const TensorLayout& layout) {
+  int64_t elements = 1;
+  for (int64_t d = 0; d < layout.dimensions; ++d) {
+    if (layout.shape[d] == 0) return 0;
+    elements += (layout.shape[d] - 1) * layout.strides[d];
+  }
+  return static_cast<uintptr_t>(elements * layout.itemsize);
 }
 
 }  // namespace
@@ -181,14 +182,11 @@ bool number(PyObject* object, double& value) {
   return PyErr_Occurred() == nullptr;
 }
 
-PyObject* doubles(const double* values, int count) {
+PyObject* float64_tensor(const double* values, int count) {
   if (table == nullptr) {
-    PyObject* given = count == 1 ? PyFloat_FromDouble(*values) : PyTuple_New(count);
-    for (int i = 0; given != nullptr && count != 1 && i < count; ++i)
-      PyTuple_SET_ITEM(given, i, PyFloat_FromDouble(values[i]));
-    PyObject* made = given == nullptr ? nullptr : PyObject_CallOneArg(torch.doubles, given);
-    Py_XDECREF(given);
-    return made;
+    const Ref given(count == 1 ? PyFloat_FromDouble(*values) : PyTuple_New(count));
+    for (int i = 0; given && count != 1 && i < count; ++i) PyTuple_SET_ITEM(given.get(), i, PyFloat_FromDouble(values[i]));
+    return given ? PyObject_CallOneArg(torch.float64_tensor, given.get()) : nullptr;
   }
   struct Owned {
     DLManagedTensor managed;
@@ -226,20 +224,21 @@ bool TensorLists::visit(PyObject* columns, bool recorded, Visit&& each) const {
   return true;
 }
 
-bool TensorLists::alike(const Known& known, const TensorLayout& layout) const {
+bool TensorLists::same_layout(const Known& known, const TensorLayout& layout) const {
   const size_t bytes = static_cast<size_t>(layout.dimensions) * sizeof(int64_t);
   return known.dtype == layout.dtype && known.device == layout.device && known.dimensions == layout.dimensions &&
          std::memcmp(&sizes_[known.sizes], layout.shape, bytes) == 0 &&
          std::memcmp(&sizes_[known.sizes] + known.dimensions, layout.strides, bytes) == 0;
 }
 
-TensorLists::TensorLists(PyObject* columns, unsigned fixed) : fixed_(fixed) {
+TensorLists::TensorLists(PyObject* columns, unsigned written) : written_(written), begins_{0} {
   for (Py_ssize_t c = 0; c < PyTuple_Size(columns); ++c) {
     PyObject* list = PyTuple_GET_ITEM(columns, c);
     lengths_.push_back(list == Py_None ? -1 : PyList_GET_SIZE(list));
+    begins_.push_back(begins_.back() + static_cast<size_t>(std::max<int64_t>(lengths_.back(), 0)));
   }
   readable_ = visit(columns, false, [&](size_t, size_t, const TensorLayout& layout) {
-    known_.push_back({layout.dtype, layout.device, layout.dimensions, sizes_.size()});
+    known_.push_back({layout.dtype, layout.device, layout.dimensions, sizes_.size(), extent(layout)});
     sizes_.insert(sizes_.end(), layout.shape, layout.shape + layout.dimensions);
     sizes_.insert(sizes_.end(), layout.strides, layout.strides + layout.dimensions);
     addresses_.push_back(layout.address);
@@ -247,10 +246,6 @@ TensorLists::TensorLists(PyObject* columns, unsigned fixed) : fixed_(fixed) {
   });
   sizes_.push_back(0);  // so that there is a place to begin for scalars as well
   found_ = addresses_;
-}
-
-TensorLists::~TensorLists() {
-  for (PyObject* weak : weak_) Py_DECREF(weak);
 }
 
 void TensorLists::bind(Plan* plan, std::vector<int64_t> rows, std::vector<int> names) {
@@ -261,84 +256,74 @@ void TensorLists::bind(Plan* plan, std::vector<int64_t> rows, std::vector<int> n
   bound_.push_back({plan, std::move(rows), std::move(names)});
 }
 
-void TensorLists::require_alive(PyObject* weak) {
-  Py_INCREF(weak);
-  weak_.push_back(weak);
+void TensorLists::require_alive(PyObject* weak) { buffers_.push_back(Ref::to(weak)); }
+
+// Whether no two tensors of a column, where they were found, reach into the same memory. Those that interleave without a
+// shared element do, which is for the caller's checks to tell.
+bool TensorLists::apart(size_t column) const {
+  std::vector<std::pair<uintptr_t, uintptr_t>> reaches;
+  for (size_t i = begins_[column]; i < begins_[column + 1]; ++i)
+    if (known_[i].extent != 0) reaches.emplace_back(found_[i], found_[i] + known_[i].extent);
+  std::sort(reaches.begin(), reaches.end());
+  for (size_t i = 1; i < reaches.size(); ++i)
+    if (reaches[i].first < reaches[i - 1].second) return false;
+  return true;
 }
 
 bool TensorLists::refresh(PyObject* columns, bool recorded) {
   unsigned moved = 0;
-  const bool usable = readable_ && visit(columns, recorded, [&](size_t index, size_t c, const TensorLayout& layout) {
-                        found_[index] = layout.address;
-                        if (layout.address != addresses_[index]) moved |= 1u << c;
-                        return alike(known_[index], layout) && (moved & fixed_) == 0;
-                      });
-  if (!usable) return false;
-  for (PyObject* weak : weak_) {
-    PyObject* object = PyObject_CallNoArgs(weak);
-    Py_XDECREF(object);
-    if (object == nullptr) PyErr_Clear();
-    if (object == nullptr || object == Py_None) return false;
+  const auto follow = [&](size_t index, size_t column, const TensorLayout& layout) {
+    found_[index] = layout.address;
+    if (layout.address != addresses_[index]) moved |= 1u << column;
+    return same_layout(known_[index], layout);
+  };
+  if (!readable_ || !visit(columns, recorded, follow)) return false;
+  for (size_t c = 0; c < lengths_.size(); ++c)
+    if ((moved & written_ & 1u << c) != 0 && !apart(c)) return false;
+  for (const Ref& buffer : buffers_) {
+    const Ref alive(PyObject_CallNoArgs(buffer.get()));
+    if (!alive) PyErr_Clear();
+    if (!alive || alive.get() == Py_None) return false;
   }
   if (moved == 0) return true;
   addresses_.swap(found_);
-  size_t first = 0;
   for (size_t c = 0; c < lengths_.size(); ++c) {
-    if (moved & (1u << c))
-      for (const Bound& bound : bound_) {
-        std::vector<uintptr_t> addresses;
-        for (const int64_t row : bound.rows) addresses.push_back(addresses_[first + row]);
-        bound.plan->point(static_cast<Column>(bound.names[c]), addresses, false);
-      }
-    first += std::max<int64_t>(lengths_[c], 0);
+    if ((moved & 1u << c) == 0) continue;
+    for (const Bound& bound : bound_) {
+      std::vector<uintptr_t> addresses;
+      for (const int64_t row : bound.rows) addresses.push_back(addresses_[begins_[c] + static_cast<size_t>(row)]);
+      bound.plan->point(static_cast<Column>(bound.names[c]), addresses, false);
+    }
   }
   return true;
-}
-
-bool TensorLists::same(PyObject* columns) const {
-  return readable_ && visit(columns, false, [&](size_t index, size_t, const TensorLayout& layout) {
-           return layout.address == addresses_[index] && alike(known_[index], layout);
-         });
 }
 
 // -- the plans of an operation --------------------------------------------------------------------------------------------
 
-ListPlans::~ListPlans() {
-  for (const Kept& kept : idle_) release(kept);
-}
-
-void ListPlans::release(const Kept& kept) {
-  for (PyObject* object : {kept.seen, kept.serve, kept.first, kept.backend}) Py_DECREF(object);
-}
-
 bool ListPlans::take_last(Kept& kept) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (idle_.empty()) return false;
-  kept = idle_.back();
+  kept = std::move(idle_.back());
   idle_.pop_back();
   return true;
 }
 
-void ListPlans::put_back(const Kept& kept) {
-  Kept oldest;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    idle_.push_back(kept);
-    if (idle_.size() <= capacity_) return;
-    oldest = idle_.front();
-    idle_.pop_front();
-  }
-  release(oldest);
+void ListPlans::put_back(Kept kept) {
+  Kept oldest;  // ends after the lock
+  const std::lock_guard<std::mutex> lock(mutex_);
+  idle_.push_back(std::move(kept));
+  if (idle_.size() <= capacity_) return;
+  oldest = std::move(idle_.front());
+  idle_.pop_front();
 }
 
-void ListPlans::keep(TensorLists* lists, PyObject* seen, PyObject* serve, PyObject* first, PyObject* backend) {
-  for (PyObject* object : {seen, serve, first, backend}) Py_INCREF(object);
-  put_back({lists, seen, serve, first, backend});
+void ListPlans::keep(TensorLists* lists, PyObject* owner, PyObject* serve, PyObject* buckets, PyObject* backend) {
+  put_back({lists, Ref::to(owner), Ref::to(serve), Ref::to(buckets), Ref::to(backend)});
 }
 
-bool ListPlans::torch_sees(PyObject* columns) {
-  const bool recorded = is_true(torch.records);
-  if (watched()) return true;
+bool ListPlans::needs_dispatcher(PyObject* columns) {
+  if (observed()) return true;
+  const bool recorded = recording();
   TensorLayout layout;
   for (Py_ssize_t c = 0; c < PyTuple_Size(columns); ++c) {
     PyObject* list = PyTuple_GET_ITEM(columns, c);
@@ -352,55 +337,40 @@ PyObject* ListPlans::call(PyObject* columns, PyObject* arguments, PyObject* back
   Kept kept;
   std::vector<Kept> others;
   bool found = false;
-  if (!watched()) {
-    const bool recorded = is_true(torch.records);
+  if (!observed()) {
+    const bool recorded = recording();
     while (!found && take_last(kept)) {
-      found = kept.backend == backend && kept.lists->refresh(columns, recorded);
-      if (!found) others.push_back(kept);
+      found = kept.backend.get() == backend && kept.lists->refresh(columns, recorded);
+      if (!found) others.push_back(std::move(kept));
     }
-    for (auto other = others.rbegin(); other != others.rend(); ++other) put_back(*other);
+    for (auto other = others.rbegin(); other != others.rend(); ++other) put_back(std::move(*other));
   }
   if (!found) Py_RETURN_NOTIMPLEMENTED;
-  PyObject* result = nullptr;
-  if (kept.first == Py_None) {
-    result = PyObject_CallFunctionObjArgs(kept.serve, columns, arguments, nullptr);
+  Ref result;
+  if (kept.buckets.get() == Py_None) {
+    result = Ref(PyObject_CallFunctionObjArgs(kept.serve.get(), columns, arguments, nullptr));
   } else {
-    std::array<PyObject*, kMostArguments + 1> all{kept.first};
+    std::array<PyObject*, kMostArguments + 1> all{kept.buckets.get()};
     const Py_ssize_t count = PyTuple_GET_SIZE(arguments);
     if (count > kMostArguments) throw std::length_error("ListPlans: too many arguments");
     for (Py_ssize_t i = 0; i < count; ++i) all[i + 1] = PyTuple_GET_ITEM(arguments, i);
-    result = PyObject_Vectorcall(kept.serve, all.data(), count + 1, nullptr);
+    result = Ref(PyObject_Vectorcall(kept.serve.get(), all.data(), count + 1, nullptr));
   }
-  if (result == nullptr) {  // who knows how far it came
-    release(kept);
-    return nullptr;
-  }
-  put_back(kept);
-  if (tell(columns)) return result;
-  Py_DECREF(result);
-  return nullptr;
+  if (!result) return nullptr;  // who knows how far it came: its plan ends here
+  put_back(std::move(kept));
+  return increment_versions(columns) ? result.release() : nullptr;
 }
 
-// Raises the version counters of what is written, in one call.
-bool ListPlans::tell(PyObject* columns) const {
-  PyObject *written = nullptr, *joined = nullptr;
+// Of everything that is written, in one call.
+bool ListPlans::increment_versions(PyObject* columns) const {
+  Ref written;
   for (Py_ssize_t c = 0; c < PyTuple_GET_SIZE(columns); ++c) {
     PyObject* column = PyTuple_GET_ITEM(columns, c);
     if ((written_ & 1u << c) == 0 || column == Py_None) continue;
-    if (written == nullptr) {
-      written = column;
-      continue;
-    }
-    PyObject* longer = PySequence_Concat(joined == nullptr ? written : joined, column);
-    Py_XDECREF(joined);
-    if (longer == nullptr) return false;
-    joined = longer;
+    written = written ? Ref(PySequence_Concat(written.get(), column)) : Ref::to(column);
+    if (!written) return false;
   }
-  if (written == nullptr) return true;
-  PyObject* none = PyObject_CallOneArg(torch.wrote, joined == nullptr ? written : joined);
-  Py_XDECREF(joined);
-  Py_XDECREF(none);
-  return none != nullptr;
+  return !written || Ref(PyObject_CallOneArg(torch.increment_version, written.get()));
 }
 
 }  // namespace fastpost

@@ -7,29 +7,53 @@
 #include <cstdint>
 #include <deque>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "core/plan.h"
 
 namespace fastpost {
 
+// A reference to a Python object, given back when this ends. Null where a call of Python has failed.
+class Ref {
+ public:
+  Ref() = default;
+  explicit Ref(PyObject* owned) : object_(owned) {}
+  static Ref to(PyObject* borrowed) {
+    Py_INCREF(borrowed);
+    return Ref(borrowed);
+  }
+  Ref(Ref&& other) noexcept : object_(other.release()) {}
+  Ref& operator=(Ref&& other) noexcept {
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  ~Ref() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+  explicit operator bool() const { return object_ != nullptr; }
+
+ private:
+  PyObject* object_ = nullptr;
+};
+
 // What a kernel depends on of one tensor. dtype and device are only ever compared.
 struct TensorLayout {
   uintptr_t address;
-  int64_t dtype, device;
+  int64_t dtype, device, itemsize;
   int64_t dimensions;
   const int64_t *shape, *strides;  // valid until the next tensor is read
 };
 
 // What Python has to say about torch, once per process, before anything below is used. The references are borrowed for good.
 struct Torch {
-  PyObject* exchange;              // what the tensor class offers as __dlpack_c_exchange_api__; None: slower ways are taken
-  std::vector<PyObject*> plain;    // the classes whose instances are nothing but memory; their subclasses are not
-  std::vector<PyObject*> watches;  // functions without arguments; where one returns true, torch has to see each call
-  PyObject* records;               // a function without arguments: whether autograd records
-  PyObject* wrote;                 // a function of a list of tensors, whose version counters it raises
-  PyObject* doubles;               // a function that makes a float64 tensor on the CPU of a tuple of floats, or of one float
-  PyObject* negated;               // a function of a tensor: whether its values are those in memory with the sign turned
+  PyObject* exchange;            // what the tensor class offers as __dlpack_c_exchange_api__; None: slower ways are taken
+  std::vector<PyObject*> plain;  // the classes whose instances are nothing but memory; their subclasses are not
+  std::vector<PyObject*> observers;  // functions without arguments; where one returns true, torch has to see each call
+  PyObject* grad_enabled;            // a function without arguments: whether autograd records
+  PyObject* increment_version;       // a function of a list of tensors, whose version counters it raises
+  PyObject* float64_tensor;          // a function that makes a tensor on the CPU of a tuple of floats, or of one float
+  PyObject* is_neg;                  // a function of a tensor: whether its values are those in memory with the sign turned
 };
 void attach(Torch torch);
 
@@ -37,41 +61,39 @@ void attach(Torch torch);
 bool number(PyObject* object, double& value);
 
 // A float64 tensor on the CPU that holds these values; a scalar where there is one. A new reference, or null with an error.
-PyObject* doubles(const double* values, int count);
+PyObject* float64_tensor(const double* values, int count);
 
 // Lists of tensors as they were when last looked at, and the plans that point at them. Holds no tensor. One thread at a
 // time.
 class TensorLists {
  public:
   // columns: a tuple of lists of one length, or None for those left out.
-  // fixed: the columns (bit c) that may not move: what is checked of them depends on their addresses.
-  TensorLists(PyObject* columns, unsigned fixed);
-
-  // Whether all tensors could be read; where not, nothing is ever the same.
-  bool readable() const { return readable_; }
+  // written: the columns (bit c) in which no two tensors may share memory.
+  TensorLists(PyObject* columns, unsigned written);
 
   // `plan`, whose tensor t is rows[t] of the lists, has its columns where names[c] says, and is repointed when they move.
   void bind(Plan* plan, std::vector<int64_t> rows, std::vector<int> names);
 
-  // `weak` is a weak reference; the lists are not the same once it is dead.
+  // `weak` is a weak reference to a buffer whose padding the plans may write.
   void require_alive(PyObject* weak);
 
-  // Whether these lists can be worked on by the plans bound here: dtypes, devices, shapes and strides are what they were,
-  // and so are the addresses of fixed columns. Where others have moved, the plans follow.
-  // recorded: no tensor may require a gradient.
+  // Whether the plans bound here can serve these lists; where tensors have moved, the plans follow. This is the one rule
+  // by which a plan is used again:
+  // - every tensor is a plain one, has the dtype, device, shape and strides that it had, and requires no gradient that
+  //   autograd would record (`recorded`: it records);
+  // - where a written column has moved, no two of its tensors reach into the same memory;
+  // - the buffers whose padding may be written are alive.
+  // Otherwise the plan stays for lists that it fits, and the caller checks everything and makes another.
   bool refresh(PyObject* columns, bool recorded);
 
-  // Whether nothing has changed, addresses included. Changes nothing.
-  bool same(PyObject* columns) const;
-
-  ~TensorLists();
   TensorLists(const TensorLists&) = delete;
   TensorLists& operator=(const TensorLists&) = delete;
 
  private:
   struct Known {
     int64_t dtype, device, dimensions;
-    size_t sizes;  // where its shape begins in sizes_, followed by its strides
+    size_t sizes;      // where its shape begins in sizes_, followed by its strides
+    uintptr_t extent;  // bytes from its first element to the end of its last; 0: it has no elements
   };
   struct Bound {
     Plan* plan;
@@ -81,16 +103,18 @@ class TensorLists {
 
   template <class Visit>
   bool visit(PyObject* columns, bool recorded, Visit&& each) const;
-  bool alike(const Known& known, const TensorLayout& layout) const;
+  bool same_layout(const Known& known, const TensorLayout& layout) const;
+  bool apart(size_t column) const;
 
-  unsigned fixed_;
-  bool readable_ = false;
-  std::vector<int64_t> lengths_;  // of each column; -1: left out
-  std::vector<Known> known_;      // by column and row
-  std::vector<int64_t> sizes_;
+  unsigned written_;
+  bool readable_ = false;                     // whether all tensors could be read; where not, nothing is ever the same
+  std::vector<int64_t> lengths_;              // of each column; -1: left out
+  std::vector<size_t> begins_;                // of each column in the lists that follow, and the end of the last
+  std::vector<Known> known_;                  // by column and row
   std::vector<uintptr_t> addresses_, found_;  // found_: room for those of a look that may fail halfway
+  std::vector<int64_t> sizes_;
   std::vector<Bound> bound_;
-  std::vector<PyObject*> weak_;
+  std::vector<Ref> buffers_;
 };
 
 // The plans of one operation that are not in use. Calls from several threads, and calls within calls, never share one.
@@ -99,30 +123,29 @@ class ListPlans {
   // written: the columns (bit c) that the operation writes.
   // capacity: how many plans are kept; the one that has not been used for longest goes first.
   ListPlans(unsigned written, size_t capacity) : written_(written), capacity_(capacity) {}
-  ~ListPlans();
   ListPlans(const ListPlans&) = delete;
   ListPlans& operator=(const ListPlans&) = delete;
 
-  // Whether torch has to see a call with these lists: a mode is on, autograd would record it, or a tensor is no plain one.
-  static bool torch_sees(PyObject* columns);
+  // Whether torch has to see a call with these lists: a mode or a transformation is on, autograd would record it, or a
+  // tensor is no plain one.
+  static bool needs_dispatcher(PyObject* columns);
 
   // Serves a call by a plan that fits and tells autograd what was written. A new reference: the result; NotImplemented where
   // there is no such plan or torch has to see the call; null with an error.
   PyObject* call(PyObject* columns, PyObject* arguments, PyObject* backend);
 
-  // A plan: what the lists looked like, and the function to call with `first` (the buckets) and a call's arguments. Where
-  // `first` is None it takes the lists and the tuple of arguments. backend: compared by identity with that of a call.
-  void keep(TensorLists* lists, PyObject* seen, PyObject* serve, PyObject* first, PyObject* backend);
+  // A plan: what the lists looked like, and the function to call with the buckets and a call's arguments. Where `buckets` is
+  // None it takes the lists and the tuple of arguments. backend: compared by identity with that of a call.
+  void keep(TensorLists* lists, PyObject* owner, PyObject* serve, PyObject* buckets, PyObject* backend);
 
  private:
   struct Kept {
     TensorLists* lists;
-    PyObject *seen, *serve, *first, *backend;  // seen: the owner of lists
+    Ref owner, serve, buckets, backend;  // owner: of lists
   };
   bool take_last(Kept& kept);
-  void put_back(const Kept& kept);
-  static void release(const Kept& kept);
-  bool tell(PyObject* columns) const;
+  void put_back(Kept kept);
+  bool increment_versions(PyObject* columns) const;
 
   unsigned written_;
   size_t capacity_;

@@ -117,7 +117,8 @@ class Bucket:
         stashed: whether the stash holds the weights as they were. Whoever is about to perturb clears it; what perturbs sets
             it, before a weight is written or in the same call.
         native_plan: where the core knows the tensors to lie; None as long as no backend has asked.
-        pointed: the same, where somebody else keeps it pointed at them and the columns may be empty.
+        kept_plan: the same, where the core keeps it pointed at the tensors of each call (`TensorLists` in csrc/tensors.h)
+            and the columns are empty.
         functions: the backends' functions by the operation's name, where they are kept.
     """
 
@@ -144,7 +145,7 @@ class Bucket:
         self.dtype = sample.dtype
         self.walkable = walkable
         self.native_plan: Any = None
-        self.pointed: Any = None
+        self.kept_plan: Any = None
         self.functions: dict[str, Callable[..., Any]] = {}
         self._stashed = False
         self._pointed: dict[str, tuple[list[Tensor], list[int]]] = {}
@@ -178,8 +179,6 @@ class Bucket:
 
     def native(self, core: Any, dtype: Any) -> Any:
         """The bucket's native plan, its columns pointing at where the tensors lie now."""
-        if self.pointed is not None:
-            return self.pointed
         if self.native_plan is None:
             self.native_plan = core.Plan(dtype, [t.numel() for t in self.weights or self.grads], self.streams)
         for number, name in enumerate(COLUMNS):

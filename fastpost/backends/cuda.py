@@ -61,7 +61,7 @@ def _dtype(dtype: torch.dtype) -> Any:
 
 
 def _plan(bucket: Bucket) -> Any:
-    return bucket.pointed or bucket.native(native.core(), _dtype(bucket.dtype))
+    return bucket.kept_plan or bucket.native(native.core(), _dtype(bucket.dtype))
 
 
 def _where(device: torch.device) -> tuple[int, int]:

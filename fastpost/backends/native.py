@@ -59,19 +59,19 @@ def core() -> Any:
 
 def _attach(core: Any) -> None:
     """Tells the core what it has to know of torch."""
-    # A profiler and the old tracer are told by the dispatcher alone what runs; modes may do something else instead.
-    watches = (
+    observers = (  # what only hears of calls by the dispatcher, and may have them do something else
         torch._C._len_torch_dispatch_stack,
         torch._C._len_torch_function_stack,
+        torch._C._functorch.peek_interpreter_stack,
         torch._C._is_tracing,
         torch._C._autograd._profiler_enabled,
     )
     core.attach(
         exchange=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
         plain=(torch.Tensor, torch.nn.Parameter),
-        watches=watches,
-        records=torch.is_grad_enabled,
-        wrote=torch._C._increment_version,
-        doubles=functools.partial(torch.tensor, dtype=torch.float64),
-        negated=torch.Tensor.is_neg,
+        observers=observers,
+        grad_enabled=torch.is_grad_enabled,
+        increment_version=torch._C._increment_version,
+        float64_tensor=functools.partial(torch.tensor, dtype=torch.float64),
+        is_neg=torch.Tensor.is_neg,
     )

@@ -1,12 +1,13 @@
 """How an operation on lists of tensors finds its way to a kernel.
 
 A call works from a plan: lists checked, sorted into buckets of one kernel call each, addresses and backends known. A plan
-is kept after its call, without any tensor, and serves the next call with lists that look the same (csrc/tensors.h). The way
-down:
+is kept after its call, without any tensor, and serves later calls with lists that look the same; the rule is in
+csrc/tensors.h (`TensorLists::refresh`). The way down:
 
     public function -> ListOperation.call -> ListPlans.call (in the core) -> body -> a backend's function -> the core
 
-A call that torch has to see (torch.compile, fake tensors, modes, subclasses, profilers) goes through its dispatcher instead:
+A call that torch has to see (torch.compile, torch.func, fake tensors, modes, subclasses, profilers) goes through its
+dispatcher instead:
 
     public function -> ListOperation.call -> torch.ops.fastpost -> body -> ...
 """
@@ -120,20 +121,14 @@ def make_buckets(*, streams: Sequence[int] | None = None, **columns: Sequence[Te
     ]
 
 
-def serving(op: str, bucket: plan.Bucket) -> Callable[..., Any]:
-    """The backend's function that runs an operation on this bucket, as its first argument."""
+def run(op: str, bucket: plan.Bucket, *args: object) -> Any:
+    """Runs one operation on one bucket through the backend that serves it."""
     function = bucket.functions.get(op)
     if function is None:
         function = select(op, bucket.device, bucket.dtype, walkable=bucket.walkable)
-        if bucket.pointed is not None:
+        if bucket.kept_plan is not None:
             bucket.functions[op] = function
-    return function
-
-
-def run(op: str, bucket: plan.Bucket, *args: object) -> Tensor:
-    """Runs one operation on one bucket through the backend that serves it."""
-    result: Tensor = serving(op, bucket)(bucket, *args)
-    return result
+    return function(bucket, *args)
 
 
 def plus(total: Tensor | None, part: Tensor) -> Tensor:
@@ -145,7 +140,7 @@ def plus(total: Tensor | None, part: Tensor) -> Tensor:
 
 
 class ListPlan:
-    """What is known of the lists of a call, for calls to come; holds no tensor between them.
+    """The buckets of a call's lists, for calls to come; holds no tensor between them.
 
     Args:
         columns: which columns of a bucket the lists fill.
@@ -154,34 +149,34 @@ class ListPlan:
     def __init__(self, body: Callable[..., Any], columns: Sequence[str], lists: Lists) -> None:
         self._body = body
         self._columns = columns
-        self.buckets = make_buckets(streams=None, **dict(zip(columns, lists, strict=True)))
-        self._hungry: list[plan.Bucket] = []  # served by backends that take tensors, not addresses
+        self.buckets = make_buckets(**dict(zip(columns, lists, strict=True)))
+        self._by_tensor: list[plan.Bucket] = []  # those whose backends take tensors, not addresses
 
-    def settle(self, seen: Any) -> tuple[Callable[..., Any], list[plan.Bucket] | None]:
+    def settle(self, known: Any) -> tuple[Callable[..., Any], list[plan.Bucket] | None]:
         """After the first call, which has shown what backends work from: how to serve the next (see `ListPlans::keep`).
 
         Args:
-            seen: the lists as the core saw them; from now on they keep the native plans pointed at where tensors lie.
+            known: the lists as the core knows them; from now on it keeps the native plans pointed at where tensors lie.
         """
         numbers = [plan.COLUMNS.index(name) for name in self._columns]
         for bucket in self.buckets:
             if bucket.native_plan is None:
-                self._hungry.append(bucket)
+                self._by_tensor.append(bucket)
             else:
-                bucket.pointed = bucket.native_plan
-                seen.bind(bucket.pointed, bucket.streams, numbers)
+                bucket.kept_plan = bucket.native_plan
+                known.bind(bucket.kept_plan, bucket.streams, numbers)
                 for buffer in bucket.flat_buffers():
-                    seen.require_alive(weakref.ref(buffer))
+                    known.require_alive(weakref.ref(buffer))
             bucket.drop()
-        return (self._with_tensors, None) if self._hungry else (self._body, self.buckets)
+        return (self._with_tensors, None) if self._by_tensor else (self._body, self.buckets)
 
     def _with_tensors(self, lists: Lists, args: tuple[Any, ...]) -> Any:
-        for bucket in self._hungry:
+        for bucket in self._by_tensor:
             bucket.take(self._columns, lists)
         try:
             return self._body(self.buckets, *args)
         finally:
-            for bucket in self._hungry:
+            for bucket in self._by_tensor:
                 bucket.drop()
 
 
@@ -218,22 +213,21 @@ class ListOperation:
     @functools.cached_property
     def _plans(self) -> Any:
         """The plans that are not in use (`ListPlans` in csrc/tensors.h); None without a core, which keeps them."""
-        return None if native.failure() is not None else native.core().ListPlans(self._fixed, _KEPT)
+        return None if native.failure() is not None else native.core().ListPlans(self._written_bits, _KEPT)
 
     @functools.cached_property
-    def _fixed(self) -> int:
-        """The lists that are written, as bits: what was checked of them holds as long as they have not moved."""
+    def _written_bits(self) -> int:
         return sum(1 << self._arguments.index(name) for name in self._written)
 
     def _first(self, lists: Lists, args: tuple[Any, ...]) -> Any:
         """A call that no plan fits: makes one."""
-        if self._plans.torch_sees(lists):
+        if self._plans.needs_dispatcher(lists):
             return self._by_dispatcher(lists, args)
         self._check(lists)
-        backend, seen = forced(), native.core().TensorLists(lists, self._fixed)
+        backend, known = forced(), native.core().TensorLists(lists, self._written_bits)
         made = ListPlan(self._body, self._columns, lists)
         result = self._body(made.buckets, *args)
-        self._plans.keep(seen, *made.settle(seen), backend)
+        self._plans.keep(known, *made.settle(known), backend)
         self._wrote(lists)
         return result
 
@@ -244,7 +238,7 @@ class ListOperation:
         return result
 
     def _by_torch(self, *args: Any) -> Any:
-        """What the dispatcher comes to."""
+        """What `torch.ops.fastpost` runs."""
         lists = dict(zip(self._columns, args, strict=False))
         return self._body(make_buckets(**lists), *args[len(lists) :])
 

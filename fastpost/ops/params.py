@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastpost.ops.lists import ListOperation, plus, serving
+from fastpost.ops.lists import ListOperation, plus
 from fastpost.ops.lists import check_lists as check_lists
 from fastpost.ops.lists import check_memory as check_memory
 from fastpost.ops.lists import make_buckets as make_buckets
@@ -32,14 +32,14 @@ def _squared_norm(buckets: Sequence[Bucket], eta: float) -> Tensor | None:
     known = eta if "weights" in buckets[0].columns else None
     total = None
     for b in buckets:
-        total = plus(total, serving("squared_norm", b)(b, known))
+        total = plus(total, run("squared_norm", b, known))
     return total
 
 
 def _squared_distance(buckets: Sequence[Bucket]) -> Tensor | None:
     total = None
     for b in buckets:
-        total = plus(total, serving("squared_distance", b)(b))
+        total = plus(total, run("squared_distance", b))
     return total
 
 
@@ -55,13 +55,13 @@ def _sam_perturb_(
     known = eta if adaptive else None
     total = None
     for b in buckets:
-        total = plus(total, serving("sam_perturb_", b)(b, squared, rho, known, seen_dtype or b.dtype, seed))
+        total = plus(total, run("sam_perturb_", b, squared, rho, known, seen_dtype or b.dtype, seed))
     return total
 
 
 def _sam_restore_(buckets: Sequence[Bucket]) -> None:
     for b in buckets:
-        serving("sam_restore_", b)(b)
+        run("sam_restore_", b)
 
 
 def _sam_restore_adamw_(
@@ -80,7 +80,7 @@ def _sam_restore_adamw_(
     for b in buckets:
         flags = [None if t is None else t.to(b.device) for t in (grad_scale, found_inf)]
         counts = [steps[i] for i in b.streams]
-        serving("sam_restore_adamw_", b)(b, counts, lr, (beta1, beta2), eps, weight_decay, maximize, *flags)
+        run("sam_restore_adamw_", b, counts, lr, (beta1, beta2), eps, weight_decay, maximize, *flags)
 
 
 def check_steps(buckets: Sequence[Bucket], steps: Sequence[Tensor]) -> None:
@@ -102,20 +102,20 @@ def check_steps(buckets: Sequence[Bucket], steps: Sequence[Tensor]) -> None:
 
 def _negate_(buckets: Sequence[Bucket]) -> None:
     for b in buckets:
-        serving("negate_", b)(b)
+        run("negate_", b)
 
 
 def _flip_signs_(buckets: Sequence[Bucket], seed: Tensor) -> None:
     for b in buckets:
-        serving("flip_signs_", b)(b, seed)
+        run("flip_signs_", b, seed)
 
 
 def _negate_clip_(buckets: Sequence[Bucket], max_norm: float) -> Tensor | None:
     clips, squared = math.isfinite(max_norm), None
     for b in buckets:
-        squared = plus(squared, serving("squared_norm", b)(b, None) if clips else serving("negate_norm_", b)(b))
+        squared = plus(squared, run("squared_norm", b, None) if clips else run("negate_norm_", b))
     for b in buckets if clips else ():
-        serving("negate_clip_", b)(b, squared, max_norm)
+        run("negate_clip_", b, squared, max_norm)
     return squared
 
 
