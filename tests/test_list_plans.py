@@ -6,6 +6,8 @@ import contextlib
 import functools
 import gc
 import itertools
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastpost
 from fastpost import plan
 from fastpost.backends import cpu, native, reference
+from fastpost.ops import lists as lists_of
 from fastpost.ops import params as ops
 
 from .conftest import CPU_BACKENDS, DTYPES, bits, same_bits
@@ -107,6 +110,19 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(type(ops._OP_NEGATE_), "_by_dispatcher", spy)
     return asked
+
+
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The plans that are made from here on, by what their operations do."""
+    made: list[str] = []
+    plain = lists_of.ListPlan.__init__
+
+    def spy(self: Any, body: Any, *args: Any) -> None:
+        made.append(body.__name__)
+        plain(self, body, *args)
+
+    monkeypatch.setattr(lists_of.ListPlan, "__init__", spy)
+    return made
 
 
 class Seen(TorchDispatchMode):
@@ -315,14 +331,102 @@ def test_tensors_that_change_between_every_pair_of_calls(first: str, second: str
     assert_same([grads], [before[1]])
 
 
-def test_written_tensors_that_come_to_share_memory_are_refused() -> None:
-    a, b = torch.ones(6), torch.ones(6)
-    ops.negate_([a, b])
-    ops.negate_([a, b])
-    b.data = a.detach()
-    with pytest.raises(ValueError, match="same memory"):
+@pytest.mark.parametrize("name", COLUMNS)
+def test_new_gradients_at_every_step_take_the_plan_of_the_last_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after zero_grad(set_to_none=True): other tensors, laid out the same, elsewhere."""
+    steps = [make(name, (torch.float32, torch.bfloat16)) for _ in range(5)]  # all alive, so that none lies where another did
+    expected = [copied(lists) for lists in steps[1:]]
+    eager(name, steps[0])
+    asked, made = counted(monkeypatch), planned(monkeypatch)
+    for lists, other in zip(steps[1:], expected, strict=True):
+        ours, theirs = eager(name, lists), by_torch(name, other)
+        if ours is not None:
+            assert theirs is not None
+            assert same_bits(ours, theirs)
+        assert_same(lists, other)
+    assert (asked, made) == ([], [])
+
+
+def test_a_step_of_training_makes_no_plan_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kept = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 2)), []
+    made = planned(monkeypatch)
+    for step in range(4):
+        model.zero_grad(set_to_none=True)
+        model(torch.randn(8, 40)).square().mean().backward()
+        grads = [p.grad for p in model.parameters()]
+        kept.append(grads)  # their memory is not given out again
+        before = [g.clone() for g in grads]
+        ops.negate_grads_(model.parameters(), max_norm=1e9)
+        ops.squared_norm(grads)
+        assert all(torch.equal(g, -b) for g, b in zip(grads, before, strict=True))
+        if step == 0:
+            del made[:]
+    assert made == []
+
+
+@pytest.mark.parametrize("shared", ["the same", "the end", "the beginning", "all of a larger one"])
+def test_written_tensors_that_come_to_share_memory_are_refused(shared: str) -> None:
+    sizes = (6, 2) if shared == "all of a larger one" else (6, 6)
+    a, b = (torch.ones(n) for n in sizes)
+    for _ in range(2):
         ops.negate_([a, b])
-    assert a.tolist() == [1.0] * 6
+    whole = torch.ones(20)
+    a.data = whole[6:12]
+    b.data = whole[{"the same": 6, "the end": 11, "the beginning": 1, "all of a larger one": 8}[shared] :][: sizes[1]]
+    for tensors in ([a, b], [b, a]) if sizes[0] == sizes[1] else ([a, b],):
+        with pytest.raises(ValueError, match="same memory"):
+            ops.negate_(tensors)
+    assert whole.tolist() == [1.0] * 20
+    a.data, b.data = whole[:6], whole[6 : 6 + sizes[1]]  # side by side: nothing is shared
+    ops.negate_([a, b])
+    assert whole.tolist() == [-1.0] * (6 + sizes[1]) + [1.0] * (14 - sizes[1])
+
+
+def test_written_tensors_that_interleave_are_served_wherever_they_lie() -> None:
+    for _ in range(3):
+        whole = torch.ones(5, 2)
+        ops.negate_([whole[:, 0], whole[:, 1]])
+        assert whole.eq(-1).all()
+    whole = torch.ones(5, 2)
+    with pytest.raises(ValueError, match="same memory"):
+        ops.negate_([whole[:, 0], whole[:, 0]])
+
+
+def test_memory_that_comes_back_as_another_dtype_or_size_takes_no_old_plan() -> None:
+    """One piece of memory as an allocator hands it out again and again: the address says nothing about the tensor."""
+    memory = torch.zeros(4096, dtype=torch.uint8)
+    forms = [(d, n, stride) for d in (*DTYPES, torch.float64) for n in (1, 8, 100) for stride in (1, 2)]
+    for dtype, n, stride in [*forms, *reversed(forms), *forms[::3]]:
+        t = memory.view(dtype)[: n * stride : stride]
+        values = torch.rand(n).to(dtype) + 0.5
+        t.copy_(values)
+        before = memory.clone()
+        assert ops.squared_norm([t]).item() == pytest.approx(float(values.double().square().sum()), rel=1e-12)
+        ops.negate_([t])
+        assert same_bits(t, -values)
+        ops.negate_([t])
+        assert torch.equal(memory, before), (dtype, n, stride)
+
+
+def test_memory_that_two_tensors_share_until_one_is_written_is_parted() -> None:
+    """torch's lazy clones: reading their address for writing makes the copy."""
+    for _ in range(3):
+        first = torch.ones(9)
+        second = first._lazy_clone()
+        ops.negate_([second])
+        assert (first.tolist(), second.tolist()) == ([1.0] * 9, [-1.0] * 9)
+        third = second._lazy_clone()
+        ops.sam_restore_([second], [first])
+        assert (second.tolist(), third.tolist()) == ([1.0] * 9, [-1.0] * 9)
+
+
+def test_memory_that_was_given_away_is_refused() -> None:
+    t = torch.ones(50)
+    for _ in range(2):
+        ops.negate_([t])
+    t.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="no storage"):
+        ops.negate_([t])
 
 
 def test_a_view_with_its_sign_turned_is_not_taken_for_what_lies_in_memory() -> None:
@@ -380,6 +484,19 @@ def test_plans_keep_no_tensor(name: str, chosen: str) -> None:
     try:
         del lists
         assert all(ref() is None for ref in dead)
+    finally:
+        gc.enable()
+
+
+def test_plans_keep_no_flat_buffer() -> None:
+    buffer, views = plan.flat_like([torch.empty(3), torch.empty(64)])
+    for _ in range(2):
+        ops.negate_(views)
+    dead = weakref.ref(buffer)
+    gc.disable()
+    try:
+        del buffer, views
+        assert dead() is None
     finally:
         gc.enable()
 
@@ -474,6 +591,103 @@ def test_tensors_that_autograd_records_are_handed_to_torch(monkeypatch: pytest.M
     assert asked == ["squared_norm"]
 
 
+def test_requiring_a_gradient_or_no_longer_changes_who_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, made = counted(monkeypatch), planned(monkeypatch)
+    w, stash = torch.ones(21), torch.zeros(21)
+    for requires_grad in (False, True, False, True, True, False):
+        w.requires_grad_(requires_grad)
+        del asked[:]
+        ops.squared_distance([w], [stash])
+        assert asked == ["squared_distance"] * requires_grad
+        with torch.no_grad():
+            ops.squared_distance([w], [stash])
+        assert asked == ["squared_distance"] * requires_grad
+    assert made == ["_squared_distance"]
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_inference_mode_is_that_of_the_dispatcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    outside = make(name)
+    eager(name, outside)
+    asked = counted(monkeypatch)
+    with torch.inference_mode():
+        inside = copied(outside)
+        for lists in (outside, inside):
+            other = copied(lists)
+            for _ in range(2):
+                ours, theirs = eager(name, lists), by_torch(name, other)
+                assert_same(lists, other)
+                if ours is not None:
+                    assert theirs is not None
+                    assert same_bits(ours, theirs)
+                    assert ours.is_inference() == theirs.is_inference() is True
+    assert asked == []
+    other = copied(inside)
+    eager(name, inside)  # inference tensors can be read and written, unrecorded, when the mode is over
+    eager(name, other)
+    assert_same(inside, other)
+    ours = eager(name, outside)
+    assert ours is None or not ours.is_inference()
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "functionalize"])
+@pytest.mark.parametrize("given", ["wrapped", "captured"])
+@pytest.mark.parametrize("name", ["squared_norm", "negate_"])
+def test_transformations_see_calls_that_plans_could_serve(
+    name: str, given: str, transform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the dispatcher makes of them is its affair; it is asked, both times."""
+    captured, asked = torch.ones(3, 4), counted(monkeypatch)
+    eager(name, [[captured]])
+
+    def function(x: Tensor) -> Tensor:
+        eager(name, [[x if given == "wrapped" else captured]])
+        return x.square().sum()
+
+    x, f = torch.ones(3, 4), torch.func
+    run: dict[str, Callable[[], Any]] = {
+        "grad": lambda: f.grad(function)(x),
+        "vmap": lambda: f.vmap(function)(x),
+        "jvp": lambda: f.jvp(function, (x,), (x,)),
+        "functionalize": lambda: f.functionalize(function)(x),
+    }
+    assert asked == []
+    for n in (1, 2):
+        with contextlib.suppress(RuntimeError):  # most have no rule for these operations
+            run[transform]()
+        assert asked == [name] * n
+    asked.clear()
+    eager(name, [[captured]])
+    assert asked == []
+
+
+def test_sharded_tensors_are_handed_to_torch() -> None:
+    """In a process of its own, which makes itself a group of one."""
+    program = """
+import torch, torch.distributed as dist
+from fastpost.ops import params as ops
+weight = torch.ones(8)
+assert ops.squared_norm([weight]).item() == ops.squared_norm([weight]).item() == 8
+asked, plain = [], type(ops._OP_NEGATE_)._by_dispatcher
+type(ops._OP_NEGATE_)._by_dispatcher = lambda self, *a: (asked.append(self.name), plain(self, *a))[1]
+from torch.distributed.tensor import DTensor, init_device_mesh
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+sharded = DTensor.from_local(weight, init_device_mesh("cpu", (1,)))
+for n in (1, 2):
+    try:
+        ops.squared_norm([sharded])
+        raise AssertionError("a rule for shards: compare the result")
+    except NotImplementedError as error:  # torch's own words, which it has for operations that it asks
+        assert "squared_norm.default does not have a sharding strategy" in str(error), error
+    assert asked == ["squared_norm"] * n, asked
+assert ops.squared_norm([sharded.to_local()]).item() == 8
+assert len(asked) == 2
+dist.destroy_process_group()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_compiled_calls_are_eager_ones_bit_by_bit() -> None:
     def step(weights: list[Tensor], grads: list[Tensor], stash: list[Tensor]) -> tuple[Tensor, Tensor]:
         norm = ops.squared_norm(grads)
@@ -524,6 +738,27 @@ def test_threads_that_call_the_same_operation_at_once() -> None:
     for thread in threads:
         thread.join()
     assert not errors, errors
+
+
+class Normed(torch.utils.data.Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> Tensor:
+        x = [torch.full((9000,), float(i)), torch.full((7,), float(i))]
+        ops.negate_(x)
+        return torch.stack([ops.squared_norm(x), x[0][0].double()])
+
+
+def test_workers_of_a_loader_use_the_plans_they_inherit() -> None:
+    warmed = [torch.ones(9000), torch.ones(7)]
+    for _ in range(2):
+        ops.negate_(warmed)
+        ops.squared_norm(warmed)
+    loader = torch.utils.data.DataLoader(Normed(), batch_size=2, num_workers=2, multiprocessing_context="fork")
+    rows = torch.cat(list(loader))
+    assert rows.tolist() == [[9007.0 * i * i, -float(i)] for i in range(6)]
+    assert ops.squared_norm(warmed).item() == 9007.0
 
 
 def test_a_plan_in_use_is_not_lent_to_a_call_within_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
