@@ -121,14 +121,15 @@ def make_buckets(*, streams: Sequence[int] | None = None, **columns: Sequence[Te
     ]
 
 
-def run(op: str, bucket: plan.Bucket, *args: object) -> Any:
+def run(op: str, bucket: plan.Bucket, *args: object) -> Tensor:
     """Runs one operation on one bucket through the backend that serves it."""
     function = bucket.functions.get(op)
     if function is None:
         function = select(op, bucket.device, bucket.dtype, walkable=bucket.walkable)
         if bucket.kept_plan is not None:
             bucket.functions[op] = function
-    return function(bucket, *args)
+    result: Tensor = function(bucket, *args)
+    return result
 
 
 def plus(total: Tensor | None, part: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ class ListPlan:
     def __init__(self, body: Callable[..., Any], columns: Sequence[str], lists: Lists) -> None:
         self._body = body
         self._columns = columns
-        self.buckets = make_buckets(**dict(zip(columns, lists, strict=True)))
+        self.buckets = make_buckets(streams=None, **dict(zip(columns, lists, strict=True)))
         self._by_tensor: list[plan.Bucket] = []  # those whose backends take tensors, not addresses
 
     def settle(self, known: Any) -> tuple[Callable[..., Any], list[plan.Bucket] | None]:
