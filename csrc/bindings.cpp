@@ -205,6 +205,7 @@ void bind_tensors(py::module_ m) {
       },
       py::arg("exchange"), py::arg("plain"), py::arg("observers"), py::arg("grad_enabled"), py::arg("increment_version"),
       py::arg("float64_tensor"), py::arg("is_neg"));
+  m.def("needs_dispatcher", [](py::tuple arguments) { return needs_dispatcher(arguments.ptr()); }, py::arg("arguments"));
   py::class_<TensorLists>(m, "TensorLists")
       .def(py::init([](py::tuple columns, unsigned written) { return new TensorLists(columns.ptr(), written); }),
            py::arg("columns"), py::arg("written"))
@@ -212,9 +213,6 @@ void bind_tensors(py::module_ m) {
       .def("require_alive", [](TensorLists& lists, py::handle weak) { lists.require_alive(weak.ptr()); }, py::arg("weak"));
   py::class_<ListPlans>(m, "ListPlans")
       .def(py::init<unsigned, size_t>(), py::arg("written"), py::arg("capacity"))
-      .def_static(
-          "needs_dispatcher", [](py::tuple columns) { return ListPlans::needs_dispatcher(columns.ptr()); },
-          py::arg("columns"))
       .def(
           "call",
           [](ListPlans& plans, py::tuple columns, py::tuple arguments, py::handle backend) {

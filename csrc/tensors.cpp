@@ -102,6 +102,11 @@ bool observed() {
 
 bool recording() { return is_true(Ref(PyObject_CallNoArgs(torch.grad_enabled))); }
 
+// Of the first of the plain classes, from which all others come.
+bool is_tensor(PyObject* object) {
+  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(torch.plain.front())) != 0;
+}
+
 bool read_attributes(PyObject* tensor, TensorLayout& layout) {
   static PyObject *const data_ptr = name("data_ptr"), *const dtype = name("dtype"), *const device = name("device"),
                          *const itemsize = name("itemsize"), *const shape = name("shape"), *const stride = name("stride");
@@ -169,6 +174,20 @@ void attach(Torch given) {
   if (!PyCapsule_IsValid(torch.exchange, kCapsule)) return;
   table = static_cast<const DLPackTable*>(PyCapsule_GetPointer(torch.exchange, kCapsule));
   while (table != nullptr && table->major != kMajor) table = table->previous;
+}
+
+bool needs_dispatcher(PyObject* arguments) {
+  if (observed()) return true;
+  const bool recorded = recording();
+  TensorLayout layout;
+  const auto plain = [&](PyObject* argument) { return !is_tensor(argument) || read(argument, recorded, layout); };
+  for (Py_ssize_t i = 0; i < PyTuple_Size(arguments); ++i) {
+    PyObject* argument = PyTuple_GET_ITEM(arguments, i);
+    if (!plain(argument)) return true;
+    for (Py_ssize_t row = 0; PyList_Check(argument) && row < PyList_GET_SIZE(argument); ++row)
+      if (!plain(PyList_GET_ITEM(argument, row))) return true;
+  }
+  return false;
 }
 
 bool number(PyObject* object, double& value) {
@@ -319,18 +338,6 @@ void ListPlans::put_back(Kept kept) {
 
 void ListPlans::keep(TensorLists* lists, PyObject* owner, PyObject* serve, PyObject* buckets, PyObject* backend) {
   put_back({lists, Ref::to(owner), Ref::to(serve), Ref::to(buckets), Ref::to(backend)});
-}
-
-bool ListPlans::needs_dispatcher(PyObject* columns) {
-  if (observed()) return true;
-  const bool recorded = recording();
-  TensorLayout layout;
-  for (Py_ssize_t c = 0; c < PyTuple_Size(columns); ++c) {
-    PyObject* list = PyTuple_GET_ITEM(columns, c);
-    for (Py_ssize_t row = 0; list != Py_None && row < PyList_Size(list); ++row)
-      if (!read(PyList_GET_ITEM(list, row), recorded, layout)) return true;
-  }
-  return false;
 }
 
 PyObject* ListPlans::call(PyObject* columns, PyObject* arguments, PyObject* backend) {

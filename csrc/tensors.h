@@ -57,6 +57,10 @@ struct Torch {
 };
 void attach(Torch torch);
 
+// Whether torch has to see a call with these arguments (a tuple, in which lists may hold tensors): a mode or a
+// transformation is on, autograd would record it, or a tensor is no plain one.
+bool needs_dispatcher(PyObject* arguments);
+
 // The value of a number, or of a tensor of one element; false with a Python error.
 bool number(PyObject* object, double& value);
 
@@ -125,10 +129,6 @@ class ListPlans {
   ListPlans(unsigned written, size_t capacity) : written_(written), capacity_(capacity) {}
   ListPlans(const ListPlans&) = delete;
   ListPlans& operator=(const ListPlans&) = delete;
-
-  // Whether torch has to see a call with these lists: a mode or a transformation is on, autograd would record it, or a
-  // tensor is no plain one.
-  static bool needs_dispatcher(PyObject* columns);
 
   // Serves a call by a plan that fits and tells autograd what was written. A new reference: the result; NotImplemented where
   // there is no such plan or torch has to see the call; null with an error.

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastpost.dispatch import strict
+from fastpost.ops.registry import eager
 
 
 def transformed() -> bool:
@@ -62,7 +64,7 @@ class Function(torch.autograd.Function):
 
     Called eagerly, it is a subclass of itself that has a `jvp`: torch.compile refuses functions that do, and does not see
     that one. Arguments are positional and complete, so that torch need not look up the signature of `forward` in every call,
-    which takes several times as long as the rest.
+    which takes several times as long as the rest. Where nothing records, `apply` is `forward`.
     """
 
     _eager: type[Function]
@@ -73,6 +75,9 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
+        if forward_ad._current_level < 0 and eager(args):  # no derivative can be asked for
+            with torch.no_grad():
+                return cls.forward(*args)
         if transformed():
             return super(Function, cls._eager).apply(*args)  # type: ignore[no-untyped-call]
         return super(torch.autograd.Function, cls._eager).apply(*args)  # type: ignore[misc]

@@ -26,7 +26,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from fastpost import plan
 from fastpost.backends import native
 from fastpost.dispatch import forced, select
-from fastpost.ops.registry import define
+from fastpost.ops.registry import define, eager
 
 Lists = tuple["list[Tensor] | None", ...]  # one per argument that is a list, in the schema's order
 
@@ -197,7 +197,7 @@ class ListOperation:
         self.name = schema.split("(", 1)[0]
         self._body = body
         self._arguments, self._columns = tuple(columns), tuple(columns.values())
-        self._op = define(schema, self._by_torch, fake)
+        self._op = define(schema, self._by_torch, fake).overload
         self._written = tuple(a.name for a in self._op._schema.arguments if a.is_write)
 
     def call(self, lists: Lists, *args: Any) -> Any:
@@ -222,7 +222,7 @@ class ListOperation:
 
     def _first(self, lists: Lists, args: tuple[Any, ...]) -> Any:
         """A call that no plan fits: makes one."""
-        if self._plans.needs_dispatcher(lists):
+        if not eager(lists):
             return self._by_dispatcher(lists, args)
         self._check(lists)
         backend, known = forced(), native.core().TensorLists(lists, self._written_bits)

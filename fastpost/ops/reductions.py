@@ -45,12 +45,14 @@ def kl_weights(op: str, rows: torch.Size, device: torch.device, mask: Tensor | N
     n = math.prod(rows)
     weights = None if mask is None else mask.reshape(-1).double()
     if reduction in ("mean", "batchmean"):
-        if reduction == "batchmean":
-            scale: float | Tensor = 1.0 / max(rows[0] if rows else 1, 1)
+        batch = rows[0] if rows else 1
+        if weights is None:
+            scale = 1.0 / max(batch if reduction == "batchmean" else n, 1)
+            weights = torch.full((n,), scale, dtype=torch.float64, device=device)
+        elif reduction == "batchmean":
+            weights = weights * (1.0 / max(batch, 1))
         else:
-            scale = 1.0 / max(n, 1) if mask is None else 1.0 / mask.sum().clamp(min=1).double()
-        ones = torch.ones(n, dtype=torch.float64, device=device) if weights is None else weights
-        weights = ones * scale
+            weights = weights * (1.0 / weights.sum().clamp(min=1))
     return None if weights is None else _placed(weights, device)
 
 

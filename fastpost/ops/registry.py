@@ -10,12 +10,39 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
+
+from fastpost.backends import native
 
 _library = torch.library.Library("fastpost", "DEF")  # type: ignore[no-untyped-call]
 
 
-def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any] | None) -> Any:
-    """Registers `fastpost::schema` for all devices; returns the callable of torch.ops.
+def eager(args: tuple[Any, ...]) -> bool:
+    """Whether a call with these arguments can do without torch: nothing compiles, transforms, traces or records it, no mode
+    or profiler is on, and all tensors are plain ones.
+
+    Args:
+        args: tensors, lists of tensors and anything else.
+    """
+    return not is_dynamo_compiling() and native.failure() is None and not native.core().needs_dispatcher(args)
+
+
+class Operation:
+    """An operation of `torch.ops.fastpost`, whose eager calls go straight to the implementation.
+
+    torch's way there takes several times as long as a small kernel.
+    """
+
+    def __init__(self, overload: Any, implementation: Callable[..., Any]) -> None:
+        self.overload = overload
+        self._implementation = implementation
+
+    def __call__(self, *args: Any) -> Any:
+        return self._implementation(*args) if eager(args) else self.overload(*args)
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any] | None) -> Operation:
+    """Registers `fastpost::schema` for all devices.
 
     Args:
         schema: name and signature; `(a!)` marks what is written.
@@ -29,4 +56,4 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
         torch.library.register_fake(f"fastpost::{name}", lambda *args, **kwargs: None, lib=_library)
     else:
         torch.library.register_fake(f"fastpost::{name}", fake, lib=_library)
-    return getattr(torch.ops.fastpost, name).default
+    return Operation(getattr(torch.ops.fastpost, name).default, implementation)
