@@ -458,6 +458,9 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="manual optimisation"):
         trainer(tmp_path, SAMCallback()).fit(Manual(), loader(4))
 
+    with pytest.raises(ValueError, match="two of them would make every pass twice"):
+        trainer(tmp_path, SAMCallback(), callbacks=[SAMCallback()]).fit(Module(), loader(4))
+
     class Twice(Module):
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return fastpost.SAM(None, super().configure_optimizers())

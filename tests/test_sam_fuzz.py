@@ -134,7 +134,6 @@ class Steps(RuleBasedStateMachine):
         self.casts = [p.detach().clone() for p in known] if self.masters else []
         self.known = 3
         self.open = self.armed = self.bad = False
-        self.masters_fit = True
         self.perturbed: dict[int, torch.dtype] = {}  # with the dtype that each was perturbed in
         self.saved: tuple[Any, Any, int] | None = None
         if starts:  # most of what can go wrong begins here
@@ -292,15 +291,13 @@ class Steps(RuleBasedStateMachine):
             self.ascended(ascent)
 
     def cannot_ascend(self) -> bool:
-        """Whether masters no longer fit to their weights. All are looked at by the first ascent after a state is loaded."""
-        looked_at = self.grads() if self.masters_fit else range(self.known)
-        return bool(self.masters) and any(self.params[i].dtype != torch.bfloat16 for i in looked_at)
+        """Whether a weight and its master are no pair any more."""
+        return bool(self.masters) and any(p.dtype != torch.bfloat16 for p in self.params[: self.known])
 
     def ascended(self, ascent: dict[int, Tensor]) -> None:
         """The weights are w + e, within the rounding of their dtype."""
         squared = sum(float(g.square().sum()) for g in ascent.values())
         self.bad |= not (squared < float("inf"))
-        self.masters_fit = True
         self.open = self.armed = True
         if self.form == "functional":
             return
@@ -412,7 +409,6 @@ class Steps(RuleBasedStateMachine):
                 self.armed = True  # none of those had a gradient
                 self.step_twin()
             return
-        self.masters_fit |= fails != 1
         if fails:
             with pytest.raises(Boom):
                 self.opt.step(closure)
@@ -432,7 +428,6 @@ class Steps(RuleBasedStateMachine):
         if self.cannot_ascend():
             self.refused(ValueError, "a master has dtype", lambda: self.opt.perturbed().__enter__())
             return
-        self.masters_fit = True
         try:
             with self.opt.perturbed():
                 if ends == "raise before":
@@ -581,7 +576,6 @@ class Steps(RuleBasedStateMachine):
         else:
             self.opt.load_state_dict(copy.deepcopy(mine))
             self.plain.load_state_dict(copy.deepcopy(theirs))
-            self.masters_fit = False
 
 
 @pytest.mark.filterwarnings("ignore:SAM. fused_restore=True cannot serve")

@@ -307,6 +307,30 @@ def test_masters_are_checked_once_and_again_after_loading() -> None:
     assert unchanged(model, before)
 
 
+def test_weights_that_others_have_written_are_seen() -> None:
+    """What is loaded into the model and not into its masters would be lost at the next step."""
+    model, masters = pair()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, master_params=masters, lr=0.1, interval=2)
+    closure = closure_of(model, X.bfloat16())
+    for _ in range(2):
+        opt.step(closure)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))  # the same bits
+    opt.step(closure)
+    for plain in (True, False):
+        model.load_state_dict({name: torch.full_like(t, 3.0) for name, t in model.state_dict().items()})
+        before = all_bits(model)
+        with pytest.raises(ValueError, match=r"not the cast of master_params.*changing the model's weights"):
+            opt.step(closure)
+        assert unchanged(model, before)
+        with torch.no_grad():
+            for m, w in zip(masters, model.parameters(), strict=True):
+                m.copy_(w)
+        opt.step(closure)
+        if plain:
+            opt.step(closure)  # so that the next one ascends
+    assert all(same_bits(w, m.to(w.dtype)) for m, w in zip(masters, model.parameters(), strict=True))
+
+
 def test_options_that_contradict_each_other() -> None:
     model, masters = pair()
     params = list(model.parameters())

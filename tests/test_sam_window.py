@@ -301,6 +301,35 @@ def test_batches_may_be_taken_apart_by_a_pass() -> None:
         assert len(window.perturbed_losses) == N
 
 
+@pytest.mark.parametrize("per_micro_batch", [False, True])
+@pytest.mark.parametrize("pack", [lambda x: x, lambda x: {"a": [x]}, lambda x: (1, x)])
+def test_a_batch_that_its_first_pass_changes_in_place_is_refused(per_micro_batch: bool, pack) -> None:
+    model = double_network()
+    before = all_bits(model)
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR)
+    inputs = [x.clone() for x, _ in MICRO]
+    waiting = iter(inputs)
+
+    def forward_backward(batch: object) -> None:
+        model(next(waiting).mul_(0.5)).sum().backward()
+
+    window = SAMWindow(opt, forward_backward, per_micro_batch=per_micro_batch)
+    with pytest.raises(RuntimeError, match=r"micro-batch 0 was changed in place in its first pass.*change a copy"):
+        window.run([pack(x) for x in inputs])
+    assert not opt.is_perturbed
+    assert unchanged(model, before)
+
+
+def test_batches_of_inference_mode_are_served() -> None:
+    model = double_network()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR)
+    with torch.inference_mode():
+        batches = [x.clone() for x, _ in MICRO]
+    window = SAMWindow(opt, lambda x: model(x.clone()).sum().backward())
+    window.run(batches)
+    assert len(window.perturbed_losses) == N
+
+
 @pytest.mark.parametrize(
     ("sync_ascent", "per_micro_batch", "expected"),
     [

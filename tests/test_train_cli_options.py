@@ -18,7 +18,7 @@ import yaml
 from fastpost.cli import arguments, gap_sweep, main, methods, probe, session, train_limits, train_options, train_report
 from fastpost.cli.options import Range
 
-from .train_cli import COMMON, LENGTH, saved
+from .train_cli import COMMON, LENGTH, saved, words_of
 
 VALUES = ("-1", "0", "nan", "inf", "word", "0.5")
 SHORT = ["--timing_rounds", "0", "--eval_strategy", "no"]
@@ -160,6 +160,13 @@ def test_wrong_types_in_files_of_options(models, files, tmp_path, capsys, form) 
 def test_what_optimizer_and_schedule_refuse_is_one_line_too(models, files, tmp_path, capsys, words) -> None:
     assert main([*words_for("learning_rate", models, files, tmp_path / "out"), *words.split()]) == 2
     one_line(capsys, "train")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scope_that_fits_nothing_is_refused_before_anything_is_written(models, files, tmp_path, capsys) -> None:
+    words = words_of("sam", models, files, tmp_path / "out", "--sam_scope", "nothing*")
+    assert main(words) == 2
+    assert "sam_scope: no parameter's name fits 'nothing*'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

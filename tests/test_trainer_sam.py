@@ -185,7 +185,7 @@ def test_encoder_decoders_and_interval_and_scope(tmp_path: Any) -> None:
     assert [bool(moved) for moved in seen] == [False, True, False, False, True, False, False, True]
     assert all("norm" in name for moved in seen for name in moved)
     with pytest.raises(ValueError, match="no parameter's name fits"):
-        trainer_of(SAMTrainer, model(), arguments(tmp_path, 1, sam_scope="lora")).train()
+        trainer_of(SAMTrainer, model(), arguments(tmp_path, 1, sam_scope="lora"))
 
 
 def test_a_subclass_with_a_loss_of_its_own(tmp_path: Any) -> None:

@@ -99,6 +99,8 @@ class SAMCallback(Callback):
                 "SAMCallback: configure_optimizers gave a fastpost.SAM, whose passes this callback makes; return the plain "
                 "optimizer there, or leave the callback out"
             )
+        if any(isinstance(c, SAMCallback) and c is not self for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError("SAMCallback: two of them would make every pass twice; leave one out")
         options = dict(self.options)
         options.setdefault("compute_dtype", COMPUTE_DTYPES.get(getattr(trainer.precision_plugin, "precision", "")))
         self.sam = ExternalSAM(trainer.optimizers[0], model=pl_module, **options)

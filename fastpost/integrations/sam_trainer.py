@@ -12,7 +12,7 @@ import torch
 from fastpost.integrations import COMPUTE_DTYPES
 from fastpost.integrations.mixin import PostTrainingMixin, accelerated_sync, innermost
 from fastpost.sam import ExternalSAM, PassInfo, PerturbationReport, SAMWindow
-from fastpost.sam.options import scope_in
+from fastpost.sam.options import Scope, scope_in
 from fastpost.sam.wrapper import fill_groups
 
 STEPS_IN_BACKWARD = ("lomo", "adalomo")
@@ -99,6 +99,8 @@ class SAMTrainerMixin(PostTrainingMixin):
         optim = str(getattr(self.args.optim, "value", self.args.optim))
         if optim in STEPS_IN_BACKWARD or "layerwise" in optim:
             raise ValueError(f"{type(self).__name__}: optim={optim!r} steps inside backward, and leaves SAM no second pass")
+        if self.model is not None:  # model_init makes it later
+            self._scope()
 
     # -- a window, one training_step after another ------------------------------------------------------------------------
 
@@ -134,16 +136,19 @@ class SAMTrainerMixin(PostTrainingMixin):
             sums = torch.where(sums.isfinite().all(), sums, torch.zeros_like(sums))
             self._sam_sums = sums if self._sam_sums is None else self._sam_sums + sums
 
+    def _scope(self) -> Scope:
+        patterns = self.post_training.patterns()
+        if patterns is None:
+            return None
+        scope = scope_in(self.model, patterns)
+        if scope is None:
+            raise ValueError(f"sam_scope: no parameter's name fits {self.post_training.sam_scope!r}")
+        return scope
+
     def _sam_of_this_run(self) -> ExternalSAM:
         options, accelerator = self.post_training, self.accelerator
         base = innermost(self.optimizer)
         seen = COMPUTE_DTYPES.get(accelerator.mixed_precision)
-        scope = None
-        patterns = options.patterns()
-        if patterns is not None:
-            scope = scope_in(self.model, patterns)
-            if scope is None:
-                raise ValueError(f"sam_scope: no parameter's name fits {options.sam_scope!r}")
         self.sam = ExternalSAM(
             base,
             rho=options.sam_rho,
@@ -151,7 +156,7 @@ class SAMTrainerMixin(PostTrainingMixin):
             eta=options.sam_eta,
             ascent_fraction=options.sam_ascent_fraction,
             interval=options.sam_interval,
-            scope=scope,
+            scope=self._scope(),
             compute_dtype=seen if not accelerator.is_fsdp2 else None,  # FSDP2 is asked for its own
             dropout_rng=options.sam_dropout_rng,
             sync_ascent=options.sam_sync_ascent,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastpost.ops.perturbed import plus_small, product
 from fastpost.sam.buckets import ParameterBucket, ShardReducer
@@ -137,13 +138,24 @@ def _as_used(u: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Called:
-    """A forward hook that notes that its module was used. Copies and pickles of it note nothing of this one."""
+    """A forward hook that notes that its module was used. Copies and pickles of it note nothing of this one.
+
+    Once its optimizer is gone it takes itself off in the next forward pass. The garbage collector must not: it may run while
+    torch walks through the hooks.
+    """
 
     def __init__(self) -> None:
-        self.yes = False
+        self.yes = self.over = False
+        self.handle: RemovableHandle | None = None
+
+    def put_on(self, module: nn.Module) -> _Called:
+        self.handle = module.register_forward_hook(self)
+        return self
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.yes = True
+        if self.over and self.handle is not None:
+            self.handle.remove()
 
     def __deepcopy__(self, memo: Any) -> _Called:
         return _Called()
@@ -179,15 +191,12 @@ class FunctionalPerturbation(Perturbation):
         self._directions: dict[int, tuple[Tensor, float]] = {}
         self._room: dict[int, Tensor] = {}
         self._checked: set[int] = set()  # ids of parameters that are served
-        self._root = _Called()
-        handles: list[Any] = [self._model.register_forward_hook(self._root)]
+        self._root = _Called().put_on(self._model)
         for module in self._model.modules():
             rule = rule_for(module)
             if rule is not None and any(True for _ in module.parameters(recurse=False)):
-                called = _Called()
-                handles.append(module.register_forward_hook(called))
-                self._layers.append((module, rule, called))
-        weakref.finalize(self, _remove, handles)
+                self._layers.append((module, rule, _Called().put_on(module)))
+        weakref.finalize(self, _end, [self._root, *(called for _, _, called in self._layers)])
 
     def check(self, params: Sequence[Tensor]) -> None:
         """Raises ValueError when one of these parameters belongs to a layer that is not served, or is sharded."""
@@ -322,6 +331,6 @@ def _refuse_shards(params: Sequence[Tensor]) -> None:
         raise ValueError("SAM: functional perturbation needs whole parameters, not DTensors; use perturb='stored'")
 
 
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
+def _end(hooks: list[_Called]) -> None:
+    for hook in hooks:
+        hook.over = True

@@ -53,7 +53,7 @@ class Masters:
         self._weight_of = {id(m): w for w, m in zip(self.weights, self._masters, strict=True)}
         self.master_of = {id(w): m for w, m in zip(self.weights, self._masters, strict=True)}
         self.behind = False  # whether masters may have been stepped and their weights not
-        self.known_to_fit = False  # whether the weights are known to be the casts of their masters
+        self._written: list[tuple[int, int]] | None = None  # what `note` has noted of the weights
         self.check()
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -110,21 +110,38 @@ class Masters:
         if why is not None:
             raise ValueError(f"SAM: {why}. Build SAM anew for a model of another dtype or shape")
 
-    def check(self) -> None:
+    def check(self, misfits: bool = True) -> None:
         """Raises ValueError where a weight is not, bit for bit, the cast of its master.
 
-        Looks once; again only after `known_to_fit` was set to False.
+        Looks, which waits for the device, only if weights were written or moved by somebody else since `note`.
+
+        Args:
+            misfits: refuse weights that have become of another dtype or shape, too; False: pass over them.
         """
-        if self.known_to_fit:
+        if self._written == self._state_of_weights():
             return
         for i, (w, m) in enumerate(zip(self.weights, self._masters, strict=True)):
-            self.refuse_misfit(w)
+            if misfits:
+                self.refuse_misfit(w)
+            elif self.misfit(w):
+                continue
             if not torch.equal(w.detach().view(torch.int16), m.detach().to(w.dtype).view(torch.int16)):
                 raise ValueError(
                     f"SAM: parameter {i} is not the cast of master_params[{i}]; restoring would change it. Copy one into "
-                    "the other before building SAM and after loading a checkpoint"
+                    "the other before building SAM and after loading or changing the model's weights"
                 )
-        self.known_to_fit = True
+        self.note()
+
+    def _state_of_weights(self) -> list[tuple[int, int]]:
+        return [(w._version, w.data_ptr()) for w in self.weights]
+
+    def note(self) -> None:
+        """The weights are the casts of their masters now, by this optimizer's own writing, unless there are misfits."""
+        self._written = None if any(map(self.misfit, self.weights)) else self._state_of_weights()
+
+    def forget(self) -> None:
+        """The masters may have been loaded: the next `check` looks."""
+        self._written = None
 
     def take_gradients(self) -> None:
         """The masters get the weights' gradients, in float32."""
@@ -149,6 +166,7 @@ class Masters:
         for w, m in zip(self.weights, self._masters, strict=True):
             w.copy_(m)
         self.behind = False
+        self.note()
 
     def zero_grad(self, set_to_none: bool) -> None:
         for w in self.weights:

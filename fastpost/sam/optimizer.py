@@ -460,7 +460,7 @@ class SAM(Wrapper):
         """Loads a state of SAM or of the plain base optimizer; keys that are missing keep their values."""
         super().load_state_dict(state_dict)
         if self._masters is not None:
-            self._masters.known_to_fit = False
+            self._masters.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("copying or pickling")
@@ -665,6 +665,7 @@ class SAM(Wrapper):
             if self._masters is not None:
                 if hasattr(self, "found_inf"):
                     raise RuntimeError("SAM: GradScaler finds no gradients on master_params; bfloat16 needs no loss scaling")
+                self._masters.check(misfits=False)
                 self._masters.take_gradients()
             scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             if not isinstance(found_inf, Tensor):  # the scaler says 0 where no gradient was there to look at

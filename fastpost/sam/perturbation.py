@@ -207,6 +207,10 @@ class MasterPerturbation(Perturbation):
         ops.run("sam_cast_", b.bucket)
         ops.wrote(b.bucket.weights)
 
+    def _close(self) -> None:
+        super()._close()
+        self._masters.note()
+
     def _point(self, b: ParameterBucket) -> None:
         """The column of origins: here they lie in float32, and are never written. Masters may have been moved."""
         b.bucket.stash = [self._masters.master_of[id(p)].detach() for p in b.params]

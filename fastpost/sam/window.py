@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,7 @@ class SAMWindow:
         self.size = 0
         self.perturbed_losses: list[Any] = []
         self.fed = self._ascending = 0
-        self._kept: list[tuple[Any, RandomState]] = []
+        self._kept: list[tuple[Kept, RandomState]] = []
 
     def run(self, micro_batches: Iterable[Any]) -> list[Any]:
         """A whole window; returns what `forward_backward` returned for each micro-batch the first time it ran."""
@@ -186,7 +186,7 @@ class SAMWindow:
             What `forward_backward` returned the first time it ran: at w for a micro-batch of the ascent, else at w + e.
 
         Raises:
-            RuntimeError: no window is open.
+            RuntimeError: no window is open, or the first pass of a micro-batch has changed its tensors in place.
         """
         if not self.is_open:
             raise RuntimeError("SAMWindow: no window is open; open() one with the number of micro-batches to come")
@@ -253,7 +253,7 @@ class SAMWindow:
         self.optimizer.in_window = False
 
     def _ascend(self, micro_batch: Any, before: RandomState) -> Any:
-        self._kept.append((_copied(micro_batch), before))
+        self._kept.append((Kept(micro_batch), before))
         last = self.fed == self._ascending
         sync = last and self.optimizer.sync_ascent is not False
         result = self.run_pass(micro_batch, PassInfo(self.fed - 1, sync=sync, is_last=self.fed == self.size))
@@ -266,13 +266,14 @@ class SAMWindow:
         self.optimizer.first_step(zero_grad=True)
         replayed, self._kept = self._kept, []
         after = RandomState(self.optimizer.accelerators())
-        for i, (micro_batch, before) in enumerate(replayed):
-            self._run_again(i, micro_batch, before, is_last=i + 1 == self.size)
+        for i, (kept, before) in enumerate(replayed):
+            self._run_again(i, kept, before, is_last=i + 1 == self.size)
         if self.dropout_rng == "same":
             after.put()
         self.optimizer.settle_norm_stats()  # later micro-batches have one pass only, which counts
 
-    def _run_again(self, index: int, micro_batch: Any, before: RandomState, is_last: bool) -> None:
+    def _run_again(self, index: int, kept: Kept, before: RandomState, is_last: bool) -> None:
+        micro_batch = kept.again(index)
         if self.dropout_rng == "same":
             before.put()
         info = PassInfo(index, is_replay=True, sync=is_last, is_last=is_last)
@@ -280,7 +281,7 @@ class SAMWindow:
 
     def _ascend_alone(self, micro_batch: Any, before: RandomState) -> Any:
         """One micro-batch up and down (m-SAM); what the earlier ones left as gradients is set aside and added to."""
-        kept, last = _copied(micro_batch), self.fed == self.size
+        kept, last = Kept(micro_batch), self.fed == self.size
         aside = [(p, *_set_aside(p)) for p in self.optimizer.tensors()]
         info = PassInfo(self.fed - 1, sync=self.optimizer.sync_ascent is True, is_last=last)
         result = self.run_pass(micro_batch, info)
@@ -294,8 +295,38 @@ class SAMWindow:
         return result
 
 
-def _copied(micro_batch: Any) -> Any:
-    return copy.copy(micro_batch) if isinstance(micro_batch, (Mapping, list)) else micro_batch
+class Kept:
+    """A micro-batch for its second pass: lists and mappings as a shallow copy, tensors as they are."""
+
+    def __init__(self, micro_batch: Any) -> None:
+        self._micro_batch = copy.copy(micro_batch) if isinstance(micro_batch, (Mapping, list)) else micro_batch
+        self._versions = [(t, t._version) for t in _tensors(micro_batch)]
+
+    def again(self, index: int) -> Any:
+        """The micro-batch.
+
+        Raises:
+            RuntimeError: its first pass has written to one of its tensors, and the second would see other data.
+        """
+        if any(t._version != version for t, version in self._versions):
+            raise RuntimeError(
+                f"SAMWindow: micro-batch {index} was changed in place in its first pass (masking, mixup, scaling), and its "
+                "second pass would change it again; change a copy, or do it where batches are made"
+            )
+        return self._micro_batch
+
+
+def _tensors(micro_batch: Any) -> Iterator[Tensor]:
+    """The tensors of a micro-batch that count their changes, through lists, tuples and mappings."""
+    if isinstance(micro_batch, Tensor):
+        if not micro_batch.is_inference():
+            yield micro_batch
+    elif isinstance(micro_batch, Mapping):
+        for value in micro_batch.values():
+            yield from _tensors(value)
+    elif isinstance(micro_batch, (list, tuple)):
+        for value in micro_batch:
+            yield from _tensors(value)
 
 
 def _set_aside(p: Tensor) -> tuple[Tensor | None, Tensor | None]:
