@@ -127,7 +127,12 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[CMakeExtension("fastpost._C")],
     cmdclass={"build_ext": CMakeBuild},
-    packages=[*find_packages(include=["fastpost", "fastpost.*"]), "fastpost.bench", "fastpost.triton_kernels"],
+    packages=[
+        *find_packages(include=["fastpost", "fastpost.*"]),
+        "fastpost.bench",
+        "fastpost.bench.studies",
+        "fastpost.triton_kernels",
+    ],
     # The two top-level folders are installed inside the package: modules called "bench" and "triton_kernels" would
     # collide with packages in wide use.
     package_dir={"fastpost.bench": "bench", "fastpost.triton_kernels": "triton_kernels"},

@@ -1,0 +1,58 @@
+"""`python -m fastpost.bench.studies NAME`: runs a study, or what is missing of it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+NAMES = ("gap", "glue", "precision", "lm", "collapse", "forgetting")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the study named; 0, 2 for what cannot be started, 130 when interrupted. What was finished is in the CSV file."""
+    argv = sys.argv[1:] if argv is None else argv
+    name = argv[0] if argv else ""
+    if name not in NAMES:
+        valid = ", ".join(NAMES)
+        if name in ("-h", "--help"):
+            print(
+                f"usage: python -m fastpost.bench.studies NAME [options]\n\nNAME is one of {valid}; NAME --help shows its options."
+            )
+            return 0
+        print(
+            f"studies: error: {f'no study is called {name!r}' if name else 'a study has to be named'}; there are {valid}",
+            file=sys.stderr,
+        )
+        return 2
+    from transformers.utils import logging
+
+    from fastpost.bench.studies import study as shared
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    study = importlib.import_module(f"fastpost.bench.studies.{name}").STUDY
+    parser = argparse.ArgumentParser(prog=f"python -m fastpost.bench.studies {name}", description=study.about)
+    parser.add_argument("--data", help="folder with glue/ and gap/ in it; docs/studies.md says where their files come from")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument(
+        "--output", type=Path, default=Path(f"studies-{name}.csv"), help="the table; the same command goes on from it"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default 1, which others can repeat)")
+    study.options(parser)
+    options = parser.parse_args(argv[1:])
+    try:
+        made = shared.run(study, options)
+    except (ValueError, OSError) as error:
+        print(f"studies {name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on from {options.output}", file=sys.stderr)
+        return 130
+    print(f"{made} row(s) made; {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""What all studies share: options, surroundings of a row, and the rule that nothing is reported on data that was chosen on."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpost.bench.studies.records import Records
+
+PACKAGES = ("fastpost", "torch", "transformers", "numpy", "scipy", "scikit-learn")
+
+
+@dataclass
+class Block:
+    """A part of a study that runs as one.
+
+    Attributes:
+        name: of its rows' column `block`.
+        done: whether all of its rows are there.
+        run: makes the rows that are missing.
+    """
+
+    name: str
+    done: Callable[[], bool]
+    run: Callable[[], None]
+
+
+@dataclass
+class Study:
+    """A study as its module describes it.
+
+    Attributes:
+        name, about: for the command line.
+        options: adds the study's own options to a parser.
+        prepare: reads data and models, and refuses what cannot work, before anything is written: options -> (set-up, function from
+            the open records to blocks, in order. A block may look at what those before it have found).
+    """
+
+    name: str
+    about: str
+    options: Callable[[argparse.ArgumentParser], None]
+    prepare: Callable[[argparse.Namespace], tuple[dict[str, Any], Callable[[Records], Iterable[Block]]]]
+
+
+def run(study: Study, options: argparse.Namespace) -> int:
+    """Runs what is missing; the number of rows that were made."""
+    torch.set_num_threads(options.threads)
+    setup, blocks_of = study.prepare(options)
+    records = Records(options.output, study.name, setup, surroundings(options.device))
+    before = len(records.rows)
+    try:
+        for block in blocks_of(records):
+            if not block.done():
+                began, rows = time.perf_counter(), len(records.rows)
+                block.run()
+                made = len(records.rows) - rows
+                print(f"{study.name}: {block.name}: {made} row(s), {time.perf_counter() - began:.0f} s", flush=True)
+    finally:
+        records.close()
+    return len(records.rows) - before
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    """Where and with what a row is made."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "machine": _machine(device),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "versions": versions,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def _machine(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = next(
+        (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
+    )
+    return f"{name or platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _commit() -> str:
+    """The commit that the sources are of, with a mark where they differ from it; nothing outside a repository."""
+    here = Path(__file__).parent
+    try:
+        sha, changed = (
+            subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (
+                ["rev-parse", "--short=12", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.cpp", "*.h"],
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"{sha}{'+' if changed else ''}"
+
+
+def check_apart(chosen_on: Collection[str], reported_on: Collection[str], what: str) -> None:
+    """Refuses to report on data that settings were chosen on: such a score is too high by as much as there was to choose from.
+
+    Args:
+        chosen_on, reported_on: the examples of both, as text.
+        what: the data, for the message.
+
+    Raises:
+        ValueError: an example is in both.
+    """
+    both = set(chosen_on) & set(reported_on)
+    if both:
+        raise ValueError(
+            f"{what}: {len(both)} of the {len(set(reported_on))} examples to report on are among those that settings are chosen "
+            f"on, such as {next(iter(sorted(both)))[:60]!r}. Take data apart: choose on a split of the training data"
+        )
+
+
+def digest(parts: Iterable[str]) -> str:
+    """Of texts in their order, for the set-up: other data are another study."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part.encode() + b"\0")
+    return whole.hexdigest()[:16]
+
+
+@dataclass
+class Timer:
+    """Seconds of the clock and of this process's processors, over all passes through `running`."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    device: str = field(default="cpu", repr=False)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+        self.seconds += time.perf_counter() - wall
+        self.cpu_seconds += time.process_time() - cpu
+
+    def spent(self) -> Mapping[str, float]:
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+
+
+def data_folder(options: argparse.Namespace, part: str) -> Path:
+    """`--data`'s subfolder.
+
+    Raises:
+        ValueError: no --data. FileNotFoundError: no such folder.
+    """
+    if options.data is None:
+        raise ValueError(f"--data is needed: a folder that holds {part}/ (docs/studies.md says where its files come from)")
+    folder = Path(options.data) / part
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"--data {options.data}: there is no folder {part} in it (docs/studies.md says what belongs there)"
+        )
+    return folder
