@@ -1,0 +1,221 @@
+"""All methods on GLUE tasks: a pretrained encoder fine-tuned on few examples, beside AdamW at equal steps.
+
+For each task and share of its training data, the learning rate is chosen for AdamW and then a strength for every other method, by the
+score on a split of the training data. What is reported is GLUE's dev split, by other seeds, and decides nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from fastpost.bench.studies import methods
+from fastpost.bench.studies.records import Records
+from fastpost.bench.studies.study import Block, Study, Timer, check_apart, data_folder, digest
+from fastpost.cli.options import names_of, seeds_of
+from fastpost.cli.tasks import Example, Task, glue_task
+from fastpost.cli.tuning import Classifier
+
+TASKS = ("rte", "mrpc", "cola")
+SPLITS = ("validation", "dev")
+CHOOSING_SEED = 1000  # the first of the seeds that choose; none of them reports
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--shares", default="5,10,20,100", help="percent of the training data, comma-separated")
+    parser.add_argument("--methods", default=",".join(methods.STRENGTHS))
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="that report")
+    parser.add_argument("--choosing-seeds", type=int, default=1, help="runs per candidate")
+    parser.add_argument("--learning-rates", default="1e-4,2e-4,4e-4", help="candidates, chosen from for AdamW")
+    parser.add_argument("--strengths", type=int, default=3, help="candidates of every other method, its first so many")
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-length", type=int, default=96, help="tokens of an example")
+    parser.add_argument("--validation", type=int, default=256, help="examples cut from the training data to choose by")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of forward passes")
+    parser.add_argument("--model", help="folder or hub name of an encoder; default: all-MiniLM-L6-v2 from its package")
+    parser.add_argument("--choose-on", choices=SPLITS, default="validation")
+    parser.add_argument("--report-on", choices=SPLITS, default="dev", help="never the same")
+
+
+def score(task: str, labels: Sequence[int], predictions: Sequence[int]) -> dict[str, float]:
+    """GLUE's metrics; `score` is the task's own: Matthews' correlation for CoLA, accuracy for the others."""
+    found = {"accuracy": float(accuracy_score(labels, predictions))}
+    if task == "cola":
+        found["matthews"] = float(matthews_corrcoef(labels, predictions))
+    if task == "mrpc":
+        found["f1"] = float(f1_score(labels, predictions))
+    return {**found, "score": found.get("matthews", found["accuracy"])}
+
+
+@dataclass
+class Data:
+    """A task in token ids: all that may be trained on, what chooses, and what is reported."""
+
+    task: Task
+    classifier: Classifier
+    train: list[dict[str, Any]]
+    choose: list[dict[str, Any]]
+    report: list[dict[str, Any]]
+
+
+def text_of(example: Example) -> str:
+    return f"{example.text}\t{example.pair or ''}"
+
+
+def load(name: str, options: argparse.Namespace) -> Data:
+    """Reads a task; training examples whose text is also reported on are left out.
+
+    Raises:
+        ValueError: settings would be chosen on what is reported.
+    """
+    folder = data_folder(options, "glue")
+    task = glue_task(name, folder, (0, options.validation, 0))
+    splits = {"validation": task.validation, "dev": task.test}
+    choose, report = splits[options.choose_on], splits[options.report_on]
+    reported = {text_of(example) for example in report}
+    if choose is not report:  # GLUE's own splits share a few sentences
+        choose = [example for example in choose if text_of(example) not in reported]
+        if len(choose) < len(splits[options.choose_on]) / 2:
+            raise ValueError(f"{folder}, {name}: most of what is to choose settings is also in what is to be reported on")
+    check_apart([text_of(e) for e in choose], list(reported), f"{folder}, {name}")
+    train = [example for example in task.train if text_of(example) not in reported]
+    classifier = Classifier(options.model, len(task.labels))
+    encode = partial(classifier.encode, max_length=options.max_length)
+    return Data(task, classifier, encode(train), encode(choose), encode(report))
+
+
+class Run:
+    def __init__(self, options: argparse.Namespace, data: dict[str, Data]) -> None:
+        self.options, self.data = options, data
+        self.methods = names_of(options.methods, "methods", list(methods.STRENGTHS))
+        self.rates = [float(part) for part in options.learning_rates.split(",")]
+        self.shares = [float(part) for part in options.shares.split(",")]
+        self.seeds = seeds_of(options.seeds)
+        self.choosing = range(CHOOSING_SEED, CHOOSING_SEED + options.choosing_seeds)
+        self.precision = methods.autocast(options.device, options.dtype)
+        self.records: Any = None
+
+    def blocks(self, records: Records) -> Iterable[Block]:
+        self.records = records
+        places = [(name, share) for name in self.data for share in self.shares]
+        for name, share in places:
+            for method in dict.fromkeys((methods.PLAIN, *self.methods)):
+                for seed in self.choosing:
+                    yield self.block("choose", name, share, method, seed)
+        for seed in self.seeds:  # outermost, so that half a study compares all methods
+            for name, share in places:
+                for method in self.methods:
+                    yield self.block("report", name, share, method, seed)
+
+    def block(self, purpose: str, name: str, share: float, method: str, seed: int) -> Block:
+        where = f"{purpose}/{name}/{share:g}"
+
+        def wanted() -> list[dict[str, Any]]:
+            if purpose == "choose":
+                return self.candidates(name, share, method)
+            return [self.chosen(name, share, method)]
+
+        def missing() -> list[dict[str, Any]]:
+            return [hyper for hyper in wanted() if not self.records.has(where, method, seed, hyper)]
+
+        def run() -> None:
+            for hyper in missing():
+                self.train(where, name, share, method, seed, hyper, purpose)
+
+        return Block(f"{where}/{method}/{seed}", lambda: not missing(), run)
+
+    def candidates(self, name: str, share: float, method: str) -> list[dict[str, Any]]:
+        if method == methods.PLAIN:
+            return [{"lr": rate} for rate in self.rates]
+        rate = self.chosen(name, share, methods.PLAIN)["lr"]
+        return [{"lr": rate, **strength} for strength in methods.STRENGTHS[method][: self.options.strengths]]
+
+    def chosen(self, name: str, share: float, method: str) -> dict[str, Any]:
+        """The candidate with the best mean score on the data that chooses; the first of equals."""
+        rows = [row for row in self.records.of(f"choose/{name}/{share:g}") if row["method"] == method]
+
+        def mean(hyper: dict[str, Any]) -> float:
+            found = [row["scores"]["score"] for row in rows if row["hyper"] == hyper]
+            return sum(found) / len(found)
+
+        return max(self.candidates(name, share, method), key=mean)
+
+    def train(
+        self, where: str, name: str, share: float, method: str, seed: int, hyper: dict[str, Any], purpose: str
+    ) -> None:
+        o, data = self.options, self.data[name]
+        count = max(round(len(data.train) * share / 100), o.batch_size)
+        rows = data.train[:count]  # the same examples for all; seeds order them and draw head and dropout
+        steps = max(round(-(-len(rows) // o.batch_size) * o.epochs), 1)
+        model = data.classifier.fresh(seed).to(o.device)
+        strength = {key: value for key, value in hyper.items() if key != "lr"}
+        stepper = methods.build(method, model, hyper["lr"], strength, self.precision)
+        schedule = methods.linear_schedule(stepper.optimizer, steps)
+        timer, losses = Timer(device=o.device), []
+        batches = methods.moved_to(o.device, data.classifier.batches(rows, o.batch_size, steps, seed))
+        for batch in batches:
+            with timer.running():
+                losses.append(stepper.step(batch))
+                schedule.step()
+        asked = data.choose if purpose == "choose" else data.report
+        predictions = self.predict(data.classifier, model, asked)
+        labels = [row["labels"] for row in asked]
+        last = torch.stack(losses[-5:]).mean().item()
+        scores = {**score(name, labels, predictions), "train_loss": round(last, 4)}
+        if stepper.sam is not None:
+            scores["skipped"] = float(stepper.sam.skipped_steps)
+        examples = None
+        if purpose == "report":
+            examples = {"labels": "".join(map(str, labels)), "predictions": "".join(map(str, predictions))}
+        self.records.add(where, method, seed, hyper, scores, steps=steps, examples=examples, **timer.spent())
+
+    @torch.no_grad()
+    def predict(self, classifier: Classifier, model: Any, rows: list[dict[str, Any]], batch_size: int = 32) -> list[int]:
+        """The label of every row, in order."""
+        model.eval()
+        found = [0] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            batch = {k: v.to(model.device) for k, v in classifier.collate([rows[i] for i in part]).items()}
+            batch.pop("labels")
+            with self.precision():
+                named = model(**batch).logits.argmax(-1).tolist()
+            for i, label in zip(part, named, strict=True):
+                found[i] = label
+        return found
+
+
+def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    if options.choose_on == options.report_on:
+        raise ValueError(
+            f"--choose-on {options.choose_on} --report-on {options.report_on}: hyper-parameters that were chosen on some "
+            "examples cannot be reported on them; choose on validation, which is cut from the training data"
+        )
+    if not 1 <= options.strengths <= 3:
+        raise ValueError(f"--strengths must be 1, 2 or 3, not {options.strengths}")
+    data = {name: load(name, options) for name in names_of(options.tasks, "tasks", TASKS)}
+    run = Run(options, data)
+    if not all(0 < share <= 100 for share in run.shares):
+        raise ValueError(f"--shares {options.shares}: percents lie above 0 and up to 100")
+    if set(run.seeds) & set(run.choosing):
+        raise ValueError(f"--seeds {options.seeds}: {CHOOSING_SEED} and above choose, and seeds that choose do not report")
+    setup = {
+        "model": next(iter(data.values())).classifier.name, "epochs": options.epochs, "batch": options.batch_size,
+        "max_length": options.max_length, "dtype": options.dtype, "choose": f"{options.validation} of {options.choose_on}",
+        "report": options.report_on, "learning_rates": options.learning_rates, "strengths": options.strengths,
+        "choosing_seeds": options.choosing_seeds, "schedule": "linear, a tenth of warm-up",
+        "data": digest(text_of(e) for d in data.values() for e in (*d.task.train, *d.task.validation, *d.task.test)),
+    }  # fmt: skip
+    return setup, run.blocks
+
+
+STUDY = Study("glue", __doc__.splitlines()[0], options, prepare)

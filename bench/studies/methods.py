@@ -1,0 +1,167 @@
+"""Training steps of every method that the studies compare, for classifiers and for language models, all around the same AdamW."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpost import R3F, R4F, SAM, add_noise, symmetric_kl
+from fastpost.cli.tuning import Batch, find_head
+from fastpost.r3f.relatives import NEFTune, RDrop
+from fastpost.sam import TRAM, SAMWindow
+
+PLAIN = "adamw"
+WEIGHT_DECAY = 0.01
+# What distinguishes a method's runs besides the learning rate; first the value that its paper uses. R3F and R4F: (eps, lambda),
+# where 0.1 and 0.1 are those of 2310.03646; TRAM: the noise that its radius is measured with.
+STRENGTHS: dict[str, tuple[dict[str, float], ...]] = {
+    PLAIN: ({},),
+    "sam": ({"rho": 0.05}, {"rho": 0.15}, {"rho": 0.02}),
+    "asam": ({"rho": 0.5}, {"rho": 0.2}, {"rho": 1.0}),
+    "sam_lm": ({"rho": 0.15}, {"rho": 0.05}, {"rho": 0.3}),
+    "r3f": ({"eps": 1e-5, "lam": 1.0}, {"eps": 0.1, "lam": 0.1}, {"eps": 1e-5, "lam": 5.0}),
+    "r4f": ({"eps": 1e-5, "lam": 1.0}, {"eps": 0.1, "lam": 0.1}, {"eps": 1e-5, "lam": 5.0}),
+    "rdrop": ({"alpha": 1.0}, {"alpha": 5.0}, {"alpha": 0.3}),
+    "tram": ({"eps": 0.1}, {"eps": 0.01}, {"eps": 1.0}),
+}
+SAM_LM_PARTS = 4  # micro-batches of a SAM-LM step, of which the first is the ascent's
+
+Precision = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+@dataclass
+class Stepper:
+    """A model with what trains it; `step(batch)` makes one update and returns its first loss."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable[[Batch], Tensor]
+    sam: SAM | None = None
+
+
+def build(method: str, model: Any, lr: float, strength: dict[str, float], precision: Precision) -> Stepper:
+    """A method's training step.
+
+    Args:
+        method: one of STRENGTHS.
+        model: a transformers classifier, whose batches hold labels.
+        lr: AdamW's.
+        strength: the method's own constants, as in STRENGTHS.
+        precision: opens the context that forward passes run in.
+    """
+    adamw: Any = torch.optim.AdamW
+    keywords = {"lr": lr, "weight_decay": WEIGHT_DECAY, "fused": True}
+    if method == "r4f":
+        R4F(find_head(model), layers="last")
+    parameters = list(model.parameters())
+    if method in ("sam", "asam", "sam_lm", "tram"):
+        adaptive = method in ("asam", "tram")
+        more: dict[str, Any] = {"variant": TRAM(), "rho": 1.0} if method == "tram" else {"rho": strength["rho"]}
+        if method == "sam_lm":
+            more["ascent_fraction"] = 1 / SAM_LM_PARTS
+        sam = SAM(parameters, adamw, adaptive=adaptive, eta=0.01 if adaptive else 0.0, **more, **keywords)
+        return Stepper(model, sam, _sam_step(method, model, sam, strength, precision), sam)
+    optimizer = adamw(parameters, **keywords)
+    loss_of = _loss(method, strength)
+
+    def step(batch: Batch) -> Tensor:
+        with precision():
+            loss = loss_of(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return Stepper(model, optimizer, step)
+
+
+def _loss(method: str, strength: dict[str, float]) -> Callable[[Any, Batch], Tensor]:
+    if method == PLAIN:
+        return lambda model, batch: model(**batch).loss
+    if method in ("r3f", "r4f"):
+        regularised: Any = R3F(eps=strength["eps"], r3f_lambda=strength["lam"])
+    elif method == "rdrop":
+        regularised = RDrop(strength["alpha"])
+    elif method == "neftune":
+        regularised = NEFTune(strength["alpha"])
+    else:
+        raise ValueError(f"studies: no method is called {method!r}")
+    return lambda model, batch: regularised(model, **batch).loss
+
+
+def _sam_step(
+    method: str, model: Any, sam: SAM, strength: dict[str, float], precision: Precision
+) -> Callable[[Batch], Tensor]:
+    if method == "sam_lm":
+        window = SAMWindow(sam, lambda part: _of_part(model, part, precision))
+
+        def windowed(batch: Batch) -> Tensor:
+            losses = window.run(_split(batch))
+            sam.step()
+            return torch.stack(losses).sum()
+
+        return windowed
+
+    def step(batch: Batch) -> Tensor:
+        def closure() -> Tensor:
+            with precision():
+                out = model(**batch)
+            if method == "tram" and not sam.is_perturbed:
+                sam.variant.observe(_moved(model, batch, out.logits, strength["eps"], precision))
+            out.loss.backward()
+            return out.loss
+
+        loss: Tensor = sam.step(closure)
+        return loss.detach()
+
+    return step
+
+
+def _split(batch: Batch) -> list[tuple[Batch, float]]:
+    """Micro-batches with their shares of the batch."""
+    rows = len(batch["labels"])
+    pieces = [index for index in torch.arange(rows).tensor_split(min(SAM_LM_PARTS, rows)) if len(index)]
+    return [({name: value[index] for name, value in batch.items()}, len(index) / rows) for index in pieces]
+
+
+def _of_part(model: Any, part: tuple[Batch, float], precision: Precision) -> Tensor:
+    batch, share = part
+    with precision():
+        loss = model(**batch).loss * share
+    loss.backward()
+    return loss.detach()
+
+
+@torch.no_grad()
+def _moved(model: Any, batch: Batch, logits: Tensor, eps: float, precision: Precision) -> Tensor:
+    """TRAM's divergence: symmetric KL between the predictions on clean and on noised embeddings (2310.03646, d_x)."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "input_ids")}
+    embedded = model.get_input_embeddings()(batch["input_ids"])
+    with precision():
+        noised = model(inputs_embeds=add_noise(embedded, eps), **inputs).logits
+    return symmetric_kl(logits.detach().float(), noised.float(), reduction="mean")
+
+
+def autocast(device: str, dtype: str) -> Precision:
+    """A function that opens autocast to `dtype`, or nothing where that is "float32"; weights stay float32."""
+    if dtype == "float32":
+        return contextlib.nullcontext
+    kind = device.partition(":")[0]
+    return lambda: torch.autocast(kind, getattr(torch, dtype))
+
+
+def linear_schedule(optimizer: Any, steps: int) -> Any:
+    """Up over a tenth of the steps, then down to nothing."""
+    warmup = max(steps // 10, 1)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
+    )
+
+
+def moved_to(device: str, batches: Iterator[Batch]) -> Iterator[Batch]:
+    return ({name: value.to(device) for name, value in batch.items()} for batch in batches)
