@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/benchmarks.md from the CSV files of `bench/data`.
+"""Writes the tables of README.md, docs/benchmarks.md and docs/studies.md from the CSV files of `bench/data`; draws figures.
 
 Run `python -m fastpost.bench.pages` in the root of the repository. A page holds a table between the lines
 `<!-- table: NAME -->` and `<!-- end of table -->`; everything else in it is left alone.
@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastpost.bench.studies import figures, verdicts
+
 DATA = Path(__file__).parent / "data"
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/studies.md")
 TABLE = re.compile(r"(?P<head><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<tail><!-- end of table -->)", re.S)
 
 CPU, CPU_KEPT = "cpu-avx512.csv", "cpu-avx512-kept.csv"
@@ -229,6 +231,7 @@ TABLES: dict[str, Callable[[], list[tuple[str, ...]]]] = {
     "cpu": cpu,
     "h200": h200,
     "h200-steps": h200_steps,
+    **verdicts.TABLES,
 }
 
 
@@ -247,6 +250,7 @@ def main() -> None:
     for name in PAGES:
         page = Path(name)
         page.write_text(rebuilt(page.read_text(encoding="utf-8")), encoding="utf-8")
+    figures.draw(Path("docs"))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ def main(argv: list[str] | None = None) -> int:
         valid = ", ".join(NAMES)
         if name in ("-h", "--help"):
             print(
-                f"usage: python -m fastpost.bench.studies NAME [options]\n\nNAME is one of {valid}; NAME --help shows its options."
+                "usage: python -m fastpost.bench.studies NAME [options]\n\n"
+                f"NAME is one of {valid}; NAME --help shows its options."
             )
             return 0
         print(

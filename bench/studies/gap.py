@@ -1,7 +1,8 @@
-"""GAP on a pretrained model (2306.07052): do a few steps uphill on one text help, which text, and is it the ascent that does it?
+"""GAP on a pretrained model (2306.07052): do a few steps uphill on one text help, which text, and is it the ascent?
 
-Every text is climbed on by the paper's recipe. Each state is scored twice: on examples to choose a state by, and on others to report
-on. The controls ask what else would have done the same: steps downhill on the same text, and a random direction of equal length.
+Every text is climbed on by the paper's recipe. Each state is scored twice: on examples to choose a state by, and on
+others to report on. The controls ask what else would have done the same: steps downhill on the same text, and a random
+direction of equal length.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """All methods on GLUE tasks: a pretrained encoder fine-tuned on few examples, beside AdamW at equal steps.
 
-For each task and share of its training data, the learning rate is chosen for AdamW and then a strength for every other method, by the
-score on a split of the training data. What is reported is GLUE's dev split, by other seeds, and decides nothing.
+For each task and share of its training data, the learning rate is chosen for AdamW and then a strength for every other
+method, by the score on a split of the training data. What is reported is GLUE's dev split, by other seeds, and decides
+nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strengths", type=int, default=3, help="candidates of every other method, its first so many")
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--head-rate", type=float, default=10.0, help="the new head's learning rate over the encoder's")
     parser.add_argument("--max-length", type=int, default=96, help="tokens of an example")
     parser.add_argument("--validation", type=int, default=256, help="examples cut from the training data to choose by")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of forward passes")
@@ -105,6 +107,12 @@ class Run:
 
     def blocks(self, records: Records) -> Iterable[Block]:
         self.records = records
+        for name, data in self.data.items():
+            yield Block(
+                f"majority/{name}",
+                partial(records.has, f"majority/{name}", "majority", 0, {}),
+                partial(self.guess, name, data),
+            )
         places = [(name, share) for name in self.data for share in self.shares]
         for name, share in places:
             for method in dict.fromkeys((methods.PLAIN, *self.methods)):
@@ -114,6 +122,13 @@ class Run:
             for name, share in places:
                 for method in self.methods:
                     yield self.block("report", name, share, method, seed)
+
+    def guess(self, name: str, data: Data) -> None:
+        """The score of always naming the most frequent label of the training data."""
+        trained = [row["labels"] for row in data.train]
+        label = max(sorted(set(trained)), key=trained.count)
+        labels = [row["labels"] for row in data.report]
+        self.records.add(f"majority/{name}", "majority", 0, {}, score(name, labels, [label] * len(labels)))
 
     def block(self, purpose: str, name: str, share: float, method: str, seed: int) -> Block:
         where = f"{purpose}/{name}/{share:g}"
@@ -157,7 +172,7 @@ class Run:
         steps = max(round(-(-len(rows) // o.batch_size) * o.epochs), 1)
         model = data.classifier.fresh(seed).to(o.device)
         strength = {key: value for key, value in hyper.items() if key != "lr"}
-        stepper = methods.build(method, model, hyper["lr"], strength, self.precision)
+        stepper = methods.build(method, model, hyper["lr"], strength, self.precision, o.head_rate)
         schedule = methods.linear_schedule(stepper.optimizer, steps)
         timer, losses = Timer(device=o.device), []
         batches = methods.moved_to(o.device, data.classifier.batches(rows, o.batch_size, steps, seed))
@@ -210,7 +225,7 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         raise ValueError(f"--seeds {options.seeds}: {CHOOSING_SEED} and above choose, and seeds that choose do not report")
     setup = {
         "model": next(iter(data.values())).classifier.name, "epochs": options.epochs, "batch": options.batch_size,
-        "max_length": options.max_length, "dtype": options.dtype, "choose": f"{options.validation} of {options.choose_on}",
+        "head_rate": options.head_rate, "max_length": options.max_length, "dtype": options.dtype, "choose": f"{options.validation} of {options.choose_on}",
         "report": options.report_on, "learning_rates": options.learning_rates, "strengths": options.strengths,
         "choosing_seeds": options.choosing_seeds, "schedule": "linear, a tenth of warm-up",
         "data": digest(text_of(e) for d in data.values() for e in (*d.task.train, *d.task.validation, *d.task.test)),

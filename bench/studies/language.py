@@ -1,4 +1,4 @@
-"""Dialogues and questions as a language model is scored on them: likelihoods, which are cheap, and generated answers, which are not."""
+"""Dialogues and questions that a language model is scored on: likelihoods, which are cheap, and generated answers."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def load(options: argparse.Namespace) -> Loaded:
 
 
 def check_halves(choose_on: str, report_on: str) -> None:
-    """Raises ValueError where one half is to serve for both: the best of many states, scored on what it is the best on, is too good."""
+    """Raises ValueError where one half is to serve for both: the best of many states scores too high on what chose it."""
     if choose_on == report_on:
         raise ValueError(
-            f"--choose-on {choose_on} --report-on {report_on}: a state that was chosen on some examples cannot be reported on them; "
-            f"take the other half ({' or '.join(half for half in HALVES if half != choose_on)})"
+            f"--choose-on {choose_on} --report-on {report_on}: a state that was chosen on some examples cannot be reported "
+            f"on them; take the other half ({' or '.join(half for half in HALVES if half != choose_on)})"
         )
 
 
@@ -49,7 +49,7 @@ def tasks_of(folder: Path) -> tuple[dict[str, Task], Task]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is scored: dialogues of each set, questions, tokens read of each, dialogues of each set to answer in words."""
+    """How much is scored: dialogues of each set, questions, tokens read of each, dialogues to answer in words."""
 
     dialogues: int
     questions: int
@@ -78,8 +78,8 @@ class Part:
     def scores(self, model: Any, batch_size: int = 8) -> tuple[dict[str, float], dict[str, list[float]]]:
         """Means and their examples, higher is better each.
 
-        `dialogue`: nats per token of the turns after the first, with a minus. `pubmed_accuracy`: share of the questions whose right
-        answer is the likeliest. `pubmed`: log-probability of the right one among the three answers.
+        `dialogue`: nats per token of the turns after the first, with a minus. `pubmed_accuracy`: share of the questions
+        whose right answer is the likeliest. `pubmed`: log-probability of the right one among the three answers.
         """
         dialogue: list[float] = [0.0] * len(self.dialogues)
         accuracy, right = [], []

@@ -1,4 +1,4 @@
-"""Training steps of every method that the studies compare, for classifiers and for language models, all around the same AdamW."""
+"""Training steps of every method that the studies compare, all around the same AdamW."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fastpost.sam import TRAM, SAMWindow
 
 PLAIN = "adamw"
 WEIGHT_DECAY = 0.01
-# What distinguishes a method's runs besides the learning rate; first the value that its paper uses. R3F and R4F: (eps, lambda),
-# where 0.1 and 0.1 are those of 2310.03646; TRAM: the noise that its radius is measured with.
+# What distinguishes a method's runs besides the learning rate; first the value that its paper uses. R3F and R4F: noise and
+# weight of the KL, where 0.1 and 0.1 are those of 2310.03646; TRAM: the noise that its radius is measured with.
 STRENGTHS: dict[str, tuple[dict[str, float], ...]] = {
     PLAIN: ({},),
     "sam": ({"rho": 0.05}, {"rho": 0.15}, {"rho": 0.02}),
@@ -44,7 +44,15 @@ class Stepper:
     sam: SAM | None = None
 
 
-def build(method: str, model: Any, lr: float, strength: dict[str, float], precision: Precision) -> Stepper:
+def grouped(model: Any, lr: float, head_rate: float) -> list[dict[str, Any]]:
+    """Two parameter groups: what was pretrained, and the head with the pooler before it, which start from nothing."""
+    new = [find_head(model), getattr(model.base_model, "pooler", None)]
+    head = {id(p): p for module in new if module is not None for p in module.parameters()}
+    body = [p for p in model.parameters() if id(p) not in head]
+    return [{"params": body, "lr": lr}, {"params": list(head.values()), "lr": lr * head_rate}]
+
+
+def build(method: str, model: Any, lr: float, strength: dict[str, float], precision: Precision, head_rate: float) -> Stepper:
     """A method's training step.
 
     Args:
@@ -53,12 +61,13 @@ def build(method: str, model: Any, lr: float, strength: dict[str, float], precis
         lr: AdamW's.
         strength: the method's own constants, as in STRENGTHS.
         precision: opens the context that forward passes run in.
+        head_rate: the head's learning rate over `lr`.
     """
     adamw: Any = torch.optim.AdamW
     keywords = {"lr": lr, "weight_decay": WEIGHT_DECAY, "fused": True}
     if method == "r4f":
         R4F(find_head(model), layers="last")
-    parameters = list(model.parameters())
+    parameters = grouped(model, lr, head_rate)
     if method in ("sam", "asam", "sam_lm", "tram"):
         adaptive = method in ("asam", "tram")
         more: dict[str, Any] = {"variant": TRAM(), "rho": 1.0} if method == "tram" else {"rho": strength["rho"]}

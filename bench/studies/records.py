@@ -1,7 +1,7 @@
 """The CSV file of a study: rows that survive a kill at any moment, each of them once.
 
-A row is one line, handed to the system in one write and flushed to disk before the study goes on. A run that was killed while
-it wrote leaves at most half a line at the end; the next run drops it and makes that row again.
+A row is one line, handed to the system in one write and flushed to disk before the study goes on. A run that was killed
+while it wrote leaves at most half a line at the end; the next run drops it and makes that row again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# `setup` is what all rows of a file share, `hyper` what tells runs of one method apart, `scores` numbers, `examples` a score per
-# example where there is one; all four are JSON. `seconds` and `cpu_seconds` are of the run's training alone.
+# `setup` is what all rows of a file share, `hyper` what tells runs of one method apart, `scores` numbers, `examples` a score
+# per example where there is one; all four are JSON. `seconds` and `cpu_seconds` are of the run's training alone.
 COLUMNS = (
     "study", "block", "method", "seed", "hyper", "scores", "steps", "seconds", "cpu_seconds", "machine", "device", "threads",
     "commit", "versions", "date", "setup", "examples",
@@ -152,10 +152,19 @@ class Records:
     ) -> None:
         """Writes a finished run; nothing where it is there already, as after a kill in the middle of a block."""
         row: Row = {
-            "study": self.study, "block": block, "method": method, "seed": seed, "hyper": dict(hyper), "scores": dict(scores),
-            "steps": steps, "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2), **self.surroundings,
-            "setup": self.setup, "examples": examples,
-        }  # fmt: skip
+            "study": self.study,
+            "block": block,
+            "method": method,
+            "seed": seed,
+            "hyper": dict(hyper),
+            "scores": dict(scores),
+            "steps": steps,
+            "seconds": round(seconds, 2),
+            "cpu_seconds": round(cpu_seconds, 2),
+            **self.surroundings,
+            "setup": self.setup,
+            "examples": examples,
+        }
         if key_of(row) in self._keys:
             return
         self._write(_line(packed(row[name]) if name in _JSON else row[name] for name in COLUMNS))

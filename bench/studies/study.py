@@ -1,4 +1,4 @@
-"""What all studies share: options, surroundings of a row, and the rule that nothing is reported on data that was chosen on."""
+"""What all studies share: options, surroundings of a row, and the rule that nothing is reported on what was chosen on."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Study:
     Attributes:
         name, about: for the command line.
         options: adds the study's own options to a parser.
-        prepare: reads data and models, and refuses what cannot work, before anything is written: options -> (set-up, function from
-            the open records to blocks, in order. A block may look at what those before it have found).
+        prepare: reads data and models, and refuses what cannot work, before anything is written. From options to (set-up,
+            function from the open records to blocks in order; a block may look at what those before it have found).
     """
 
     name: str
@@ -124,7 +124,7 @@ def _commit() -> str:
 
 
 def check_apart(chosen_on: Collection[str], reported_on: Collection[str], what: str) -> None:
-    """Refuses to report on data that settings were chosen on: such a score is too high by as much as there was to choose from.
+    """Refuses to report on data that settings were chosen on: such a score is too high.
 
     Args:
         chosen_on, reported_on: the examples of both, as text.
@@ -136,8 +136,8 @@ def check_apart(chosen_on: Collection[str], reported_on: Collection[str], what: 
     both = set(chosen_on) & set(reported_on)
     if both:
         raise ValueError(
-            f"{what}: {len(both)} of the {len(set(reported_on))} examples to report on are among those that settings are chosen "
-            f"on, such as {next(iter(sorted(both)))[:60]!r}. Take data apart: choose on a split of the training data"
+            f"{what}: {len(both)} of the {len(set(reported_on))} examples to report on are among those that settings are "
+            f"chosen on, such as {next(iter(sorted(both)))[:60]!r}. Take data apart: choose on a split of the training data"
         )
 
 

@@ -1,0 +1,203 @@
+"""What the rows of the studies say: paired differences with their errors, and nothing that runs a model.
+
+A difference is taken within pairs: the same seed, the same text, the same examples. Two things could have come out
+otherwise: the runs (seeds, texts) and the examples. Its error is the larger of the two, and its interval spans both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from fastpost.bench.studies import methods, records
+from fastpost.bench.studies.records import Row
+
+DATA = Path(__file__).parent.parent / "data"
+CONFIRMED, NOT_SEEN, OPPOSITE, NOT_RUN = "confirmed", "not seen", "opposite", "not run"
+CHOOSING = "choose_"  # what scores that choose are called by; none of them is reported
+
+
+def rows_of(study: str, folder: Path = DATA) -> list[Row]:
+    """The rows of a study's CSV file; none where it was not run."""
+    path = folder / f"studies-{study}.csv"
+    return records.read(path) if path.is_file() else []
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean difference over pairs of runs.
+
+    Attributes:
+        mean, error: and its standard error.
+        low, high: a 95 % interval.
+        runs: pairs.
+        examples: that every run was scored on; 0 where a score is not a mean over examples.
+    """
+
+    mean: float
+    error: float
+    low: float
+    high: float
+    runs: int
+    examples: int = 0
+
+    def against(self, zero: float = 0.0) -> str:
+        """What it says of the claim that it is above `zero`."""
+        if self.low > zero:
+            return CONFIRMED
+        return OPPOSITE if self.high < zero else NOT_SEEN
+
+    @property
+    def n(self) -> str:
+        return f"{self.runs} x {self.examples}" if self.examples else str(self.runs)
+
+
+def estimate(differences: Sequence[Sequence[float]] | Sequence[float]) -> Estimate | None:
+    """Of differences per run and example (runs x examples), or per run; None for fewer than two runs.
+
+    Over runs: Student's interval of their means. Over examples: the bootstrap of each example's mean over runs.
+    """
+    table = np.asarray(differences, dtype=np.float64)
+    if len(table) < 2:
+        return None
+    per_run = table.mean(1) if table.ndim == 2 else table
+    mean = float(per_run.mean())
+    errors, bounds = [float(stats.sem(per_run))], []
+    if errors[0] > 0:
+        bounds.append(stats.ttest_1samp(per_run, 0.0).confidence_interval(0.95))
+    if table.ndim == 2:
+        per_example = table.mean(0)
+        if np.ptp(per_example) > 0:
+            drawn = stats.bootstrap((per_example,), np.mean, n_resamples=9999, method="percentile", rng=0)
+            errors.append(float(drawn.standard_error))
+            bounds.append(drawn.confidence_interval)
+    low, high = (min(b[0] for b in bounds), max(b[1] for b in bounds)) if bounds else (mean, mean)
+    return Estimate(mean, max(errors), float(low), float(high), len(table), table.shape[1] if table.ndim == 2 else 0)
+
+
+# -- glue -------------------------------------------------------------------------------------------------------------
+
+
+def places(rows: list[Row]) -> list[str]:
+    """Of a glue study: its tasks with their share of the training data, such as "rte/10"."""
+    return list(dict.fromkeys(row["block"].partition("/")[2] for row in rows if row["block"].startswith("report/")))
+
+
+def pairs(rows: list[Row], place: str, method: str, other: str = methods.PLAIN) -> list[tuple[Row, Row]]:
+    """A method's reported runs, each with the other's of the same seed."""
+    of = {m: {r["seed"]: r for r in rows if r["block"] == f"report/{place}" and r["method"] == m} for m in (method, other)}
+    return [(of[method][seed], of[other][seed]) for seed in sorted(of[method].keys() & of[other].keys())]
+
+
+def gain(rows: list[Row], place: str, method: str, other: str = methods.PLAIN) -> Estimate | None:
+    """By how much a method's score exceeds the other's, in points."""
+    found = pairs(rows, place, method, other)
+    if place.startswith("cola"):  # a correlation has no share in single examples
+        return estimate([100 * (a["scores"]["score"] - b["scores"]["score"]) for a, b in found])
+    return estimate([[100 * d for d in np.subtract(_right(a), _right(b))] for a, b in found])
+
+
+def _right(row: Row) -> list[int]:
+    labels, predictions = row["examples"]["labels"], row["examples"]["predictions"]
+    return [int(a == b) for a, b in zip(labels, predictions, strict=True)]
+
+
+def price(rows: list[Row], method: str) -> Estimate | None:
+    """A step's processor time over that of AdamW's, in the same place and by the same seed."""
+    ratios = [
+        a["cpu_seconds"] / a["steps"] / (b["cpu_seconds"] / b["steps"])
+        for place in places(rows)
+        for a, b in pairs(rows, place, method)
+        if b["cpu_seconds"] > 0
+    ]
+    return estimate(ratios)
+
+
+def mean_score(rows: list[Row], place: str, method: str) -> Estimate | None:
+    """A method's own score, in points."""
+    found = [r for r in rows if r["block"] == f"report/{place}" and r["method"] == method]
+    return estimate([100 * r["scores"]["score"] for r in found])
+
+
+# -- gap --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Climb:
+    """A text that was climbed on: its states' rows by number, those of the controls, and what became of the run.
+
+    State 0 is the untouched model.
+    """
+
+    text: str
+    states: dict[int, Row]
+    controls: dict[str, dict[int, Row]]
+    last: Row
+
+    @property
+    def corpus(self) -> str:
+        return self.text.partition("/")[0]
+
+    def kept(self, score: str) -> int:
+        """The first state that is best on the examples that choose."""
+        return max(self.states, key=lambda k: (self.states[k]["scores"][CHOOSING + score], -k))
+
+    def change(self, score: str, state: int | None = None, control: str | None = None) -> list[float]:
+        """Per example: a state's score less the untouched model's, or less a control's at the same state.
+
+        Args:
+            state: which; by default the one that is kept for this score.
+        """
+        state = self.kept(score) if state is None else state
+        other = self.states[0] if control is None else self.controls[control][state]
+        return np.subtract(self.states[state]["examples"][score], other["examples"][score]).tolist()
+
+
+def climbs(rows: list[Row]) -> list[Climb]:
+    """The texts whose ascent was finished."""
+    untouched = next((row for row in rows if row["block"] == "untouched"), None)
+    found = []
+    for last in (row for row in rows if row["method"] == "negative" and "last" in row["hyper"]):
+        of_text = [row for row in rows if row["block"] == last["block"] and "state" in row["hyper"]]
+        by_method: dict[str, dict[int, Row]] = {}
+        for row in of_text:
+            by_method.setdefault(row["method"], {})[row["hyper"]["state"]] = row
+        states = {0: untouched, **by_method.pop("negative")}
+        found.append(Climb(last["block"], states, by_method, last))
+    return found
+
+
+def changed(found: list[Climb], score: str, state: int | None = None, control: str | None = None) -> Estimate | None:
+    """Mean of `Climb.change` over texts; of those that have the control at that state."""
+    usable = [climb for climb in found if control is None or state in climb.controls.get(control, {})]
+    return estimate([climb.change(score, state, control) for climb in usable])
+
+
+def f1_change(found: list[Climb]) -> Estimate | None:
+    """F1 of generated answers in the state that the choosing dialogues kept, less the untouched model's."""
+    return estimate([np.subtract(c.last["examples"]["f1"], c.states[0]["examples"]["f1"]).tolist() for c in found])
+
+
+def between(found: list[Climb], one: str, other: str, score: str) -> Estimate | None:
+    """How much more texts of one corpus change a score than those of another do: the means of two independent samples."""
+    a, b = ([float(np.mean(c.change(score))) for c in found if c.corpus == corpus] for corpus in (one, other))
+    if min(len(a), len(b)) < 2:
+        return None
+    difference = float(np.mean(a) - np.mean(b))
+    if np.ptp(a) == 0 and np.ptp(b) == 0:
+        return Estimate(difference, 0.0, difference, difference, len(a) + len(b))
+    tested = stats.ttest_ind(a, b, equal_var=False)
+    low, high = tested.confidence_interval(0.95)
+    error = math.hypot(float(stats.sem(a)), float(stats.sem(b)))
+    return Estimate(difference, error, float(low), float(high), len(a) + len(b))
+
+
+def settings(rows: list[Row]) -> dict[str, Any]:
+    """What all rows of a study share."""
+    return dict(rows[0]["setup"]) if rows else {}

@@ -1,0 +1,87 @@
+"""The figures of docs/studies.md, from the same CSV files as its tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fastpost.bench.studies import analysis, methods
+from fastpost.bench.studies.verdicts import NAMES, place_name
+
+# Without what would differ from one drawing to the next.
+METADATA = {"Software": None, "Creation Time": None}
+
+
+def draw(target: Path, folder: Path = analysis.DATA) -> list[Path]:
+    """Writes the figures of the studies that were run into a folder; their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    return [path for path in (gap(target, folder), glue(target, folder)) if path is not None]
+
+
+def gap(target: Path, folder: Path) -> Path | None:
+    """Both scores against the state: every text's ascent, and the means of the controls."""
+    from matplotlib import pyplot
+
+    found = analysis.climbs(analysis.rows_of("gap", folder))
+    if not found:
+        return None
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    corpora = list(dict.fromkeys(climb.corpus for climb in found))
+    for axis, (score, title) in zip(
+        axes, (("dialogue", "dialogues, nats per token"), ("pubmed", "PubMedQA, nats")), strict=True
+    ):
+        for climb in found:
+            states = sorted(climb.states)
+            values = [float(np.mean(climb.change(score, state))) for state in states]
+            colour = f"C{corpora.index(climb.corpus)}"
+            label = climb.corpus if climb is next(c for c in found if c.corpus == climb.corpus) else None
+            axis.plot(states, values, color=colour, linewidth=1, label=label)
+        for control, marker in (("random", "x"), ("mle", "^")):
+            points: dict[int, list[float]] = {}
+            for climb in found:
+                for state, row in climb.controls.get(control, {}).items():
+                    change = np.subtract(row["examples"][score], climb.states[0]["examples"][score])
+                    points.setdefault(state, []).append(float(change.mean()))
+            if points:
+                label = {"random": "random direction", "mle": "downhill"}[control]
+                axis.plot(
+                    *zip(*((k, np.mean(v)) for k, v in sorted(points.items())), strict=True), f"k{marker}", label=label
+                )
+        axis.axhline(0, color="grey", linewidth=0.5)
+        axis.set_title(title)
+        axis.set_xlabel("steps")
+    axes[0].set_ylabel("change against the untouched model")
+    axes[1].legend(fontsize="small")
+    path = target / "studies-gap.png"
+    figure.savefig(path, dpi=110, metadata=METADATA)
+    pyplot.close(figure)
+    return path
+
+
+def glue(target: Path, folder: Path) -> Path | None:
+    """Every method's difference to AdamW, with its interval, per task."""
+    from matplotlib import pyplot
+
+    rows = analysis.rows_of("glue", folder)
+    places = analysis.places(rows)
+    others = [method for method in NAMES if method != methods.PLAIN]
+    found = {place: {m: e for m in others if (e := analysis.gain(rows, place, m)) is not None} for place in places}
+    found = {place: gains for place, gains in found.items() if gains}
+    if not found:
+        return None
+    figure, axes = pyplot.subplots(1, len(found), figsize=(3.2 * len(found), 3.2), layout="constrained", squeeze=False)
+    for axis, (place, gains) in zip(axes[0], found.items(), strict=True):
+        for y, e in enumerate(reversed(gains.values())):
+            axis.plot([e.low, e.high], [y, y], color="C0", linewidth=1)
+            axis.plot(e.mean, y, "o", color="C0")
+        axis.set_yticks(range(len(gains)), [NAMES[method] for method in reversed(gains)])
+        axis.axvline(0, color="grey", linewidth=0.5)
+        axis.set_title(place_name(place), fontsize="small")
+        axis.set_xlabel("points more than AdamW")
+    path = target / "studies-glue.png"
+    figure.savefig(path, dpi=110, metadata=METADATA)
+    pyplot.close(figure)
+    return path

