@@ -20,7 +20,19 @@ from scipy import stats
 from torch import nn
 
 from fastpost.bench.studies import __main__ as command
-from fastpost.bench.studies import analysis, figures, gap, glue, language, methods, records, smollm2, study, verdicts
+from fastpost.bench.studies import (
+    analysis,
+    figures,
+    gap,
+    glue,
+    language,
+    methods,
+    precision,
+    records,
+    smollm2,
+    study,
+    verdicts,
+)
 from fastpost.bench.studies.records import COLUMNS, Records
 
 AROUND = {"machine": "m", "device": "cpu", "threads": 1, "commit": "c", "versions": {"torch": "2"}, "date": "2026-01-01"}
@@ -401,6 +413,41 @@ def test_a_random_direction_is_as_long_as_the_ascent(
     assert len(ups) == 2
     for (name, _, state), value in ups.items():
         assert value == pytest.approx(lengths[name, "negative", state], rel=1e-5)
+
+
+# -- precision --------------------------------------------------------------------------------------------------------
+
+
+def test_precision_measures_what_was_stored_and_what_it_does(data: Path, causal: Path, tmp_path: Path) -> None:
+    """float32 loses nothing; bfloat16 to nearest does, and a functional perturbation does not."""
+    output = tmp_path / "studies-precision.csv"
+    sizes = ("--batches", 2, "--tokens", 12, "--rho", "0.001,0.1", "--eps", "1e-5,1e-1")
+    options = ("--data", data, "--model", causal, "--output", output, *sizes)
+    kinds = [kind for kind in precision.KINDS if not kind.startswith("float16")]
+    assert run("precision", *options, "--kinds", ";".join(kinds)) == 0
+    rows = records.read(output)
+    assert len(rows) == 2 * (2 * len(kinds) + 2 * 3)
+    for row in rows:
+        if row["block"] != "sam":
+            continue
+        scores = row["scores"]
+        assert scores["true_rise"] > 0
+        if row["method"] in ("float32", "bfloat16, functional"):
+            assert scores["gain"] == pytest.approx(1, abs=1e-3)
+            assert scores["cosine"] == pytest.approx(1, abs=1e-3)
+        if row["method"] == "float32":
+            assert scores["second_cosine"] == pytest.approx(1, abs=1e-6)
+            assert scores["rise"] == pytest.approx(scores["true_rise"], rel=1e-3)
+            assert all(found["gain"] == pytest.approx(1, abs=1e-2) for found in row["examples"].values())
+            assert set(row["examples"]) == {"embedding", "norm", "0", "1"}
+        if row["method"] == "bfloat16, nearest" and row["hyper"]["rho"] == 0.001:
+            assert scores["cosine"] < 0.9
+    noise = {(row["method"], row["hyper"]["eps"]): row["scores"] for row in rows if row["block"] == "noise"}
+    assert noise["bfloat16", 1e-5]["cosine"] < noise["float16", 1e-5]["cosine"] < 1
+    assert noise["float32", 1e-1]["cosine"] == pytest.approx(1, abs=1e-6)
+    table = verdicts.perturbations(tmp_path)
+    assert len(table) == 1 + 2 * len(kinds)
+    assert len(verdicts.noise(tmp_path)) == 1 + 2
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

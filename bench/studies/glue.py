@@ -224,12 +224,20 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     if set(run.seeds) & set(run.choosing):
         raise ValueError(f"--seeds {options.seeds}: {CHOOSING_SEED} and above choose, and seeds that choose do not report")
     setup = {
-        "model": next(iter(data.values())).classifier.name, "epochs": options.epochs, "batch": options.batch_size,
-        "head_rate": options.head_rate, "max_length": options.max_length, "dtype": options.dtype, "choose": f"{options.validation} of {options.choose_on}",
-        "report": options.report_on, "learning_rates": options.learning_rates, "strengths": options.strengths,
-        "choosing_seeds": options.choosing_seeds, "schedule": "linear, a tenth of warm-up",
+        "model": next(iter(data.values())).classifier.name,
+        "epochs": options.epochs,
+        "batch": options.batch_size,
+        "head_rate": options.head_rate,
+        "max_length": options.max_length,
+        "dtype": options.dtype,
+        "choose": f"{options.validation} of {options.choose_on}",
+        "report": options.report_on,
+        "learning_rates": options.learning_rates,
+        "strengths": options.strengths,
+        "choosing_seeds": options.choosing_seeds,
+        "schedule": "linear, a tenth of warm-up",
         "data": digest(text_of(e) for d in data.values() for e in (*d.task.train, *d.task.validation, *d.task.test)),
-    }  # fmt: skip
+    }
     return setup, run.blocks
 
 

@@ -153,6 +153,41 @@ def gap_states(folder: Path = analysis.DATA) -> Table:
     return [head, *(body or [("none", NOT_RUN, NOT_RUN)])]
 
 
+def perturbations(folder: Path = analysis.DATA) -> Table:
+    """What became of SAM's perturbation, by radius and way: means over batches."""
+    rows = [row for row in analysis.rows_of("precision", folder) if row["block"] == "sam"]
+    head = (
+        "rho", "weights, perturbation", "seen: norm / rho", "cosine with e", "gain", "gain by layer",
+        "loss rise / true", "cosine of g(w + e) with float32's", "of g(w + e) - g(w)", "batches",
+    )  # fmt: skip
+    body: Table = []
+    radii = sorted({row["hyper"]["rho"] for row in rows})
+    for rho, kind in ((rho, kind) for rho in radii for kind in dict.fromkeys(row["method"] for row in rows)):
+        of = [row for row in rows if row["method"] == kind and row["hyper"]["rho"] == rho]
+        if not of:
+            continue
+        scores = {name: _mean([row["scores"][name] for row in of]) for name in of[0]["scores"]}
+        ratio = _mean([row["scores"]["rise"] / row["scores"]["true_rise"] for row in of])
+        gains = [found["gain"] for row in of for part, found in row["examples"].items() if part not in ("norm", "embedding")]
+        spread = "" if "functional" in kind else f"{min(gains):.2f} to {max(gains):.2f}"
+        cells = [f"{scores[name]:.2f}" for name in ("norm", "cosine", "gain")]
+        cosines = [f"{scores[name]:.3f}" for name in ("second_cosine", "change_cosine")]
+        body.append((f"{rho:g}", kind, *cells, spread, f"{ratio:.2f}", *cosines, str(len(of))))
+    return [head, *(body or [("", "", NOT_RUN)])]
+
+
+def noise(folder: Path = analysis.DATA) -> Table:
+    """What is left of R3F's noise in the embeddings: its cosine with what was drawn, by dtype."""
+    rows = [row for row in analysis.rows_of("precision", folder) if row["block"] == "noise"]
+    kinds = list(dict.fromkeys(row["method"] for row in rows))
+    body: Table = []
+    for eps in sorted({row["hyper"]["eps"] for row in rows}):
+        of = {kind: [r["scores"] for r in rows if r["method"] == kind and r["hyper"]["eps"] == eps] for kind in kinds}
+        cells = [f"{_mean([s['cosine'] for s in of[k]]):.3f} ({_mean([s['norm'] for s in of[k]]):.2f})" for k in kinds]
+        body.append((f"{eps:g}", str(len(of[kinds[0]])), *cells))
+    return [("eps", "batches", *kinds), *body] if body else [("eps", "batches", "cosine"), ("", "", NOT_RUN)]
+
+
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -178,4 +213,6 @@ TABLES: dict[str, Callable[[], Table]] = {
     "studies-gap": gap,
     "studies-gap-texts": gap_states,
     "studies-glue": glue_scores,
+    "studies-precision": perturbations,
+    "studies-noise": noise,
 }
