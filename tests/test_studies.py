@@ -23,6 +23,7 @@ from fastpost.bench.studies import __main__ as command
 from fastpost.bench.studies import (
     analysis,
     figures,
+    forgetting,
     gap,
     glue,
     language,
@@ -331,7 +332,8 @@ def test_the_second_gradient_is_the_methods_own(method: str, encoder: Path) -> N
     model = model.double()
     strength = methods.STRENGTHS[method][0]
     torch.manual_seed(7)
-    stepper = methods.build(method, model, 1e-3, strength, methods.autocast("cpu", "float32"), head_rate=1.0)
+    groups = [{"params": list(model.parameters()), "lr": 1e-3}]
+    stepper = methods.build(method, model, groups, strength, methods.autocast("cpu", "float32"))
     quarter = {name: value[:2] for name, value in batch.items()}
     first = gradients(model, quarter if method == "sam_lm" else batch)
     scale = [p.detach().abs() + 0.01 if method in ("asam", "tram") else torch.ones_like(p) for p in model.parameters()]
@@ -448,6 +450,85 @@ def test_precision_measures_what_was_stored_and_what_it_does(data: Path, causal:
     table = verdicts.perturbations(tmp_path)
     assert len(table) == 1 + 2 * len(kinds)
     assert len(verdicts.noise(tmp_path)) == 1 + 2
+
+
+# -- fine-tuned language models, and what is left of encoders ---------------------------------------------------------
+
+
+def test_lm_fine_tunes_by_every_method(data: Path, causal: Path, tmp_path: Path) -> None:
+    output = tmp_path / "studies-lm.csv"
+    sizes = ("--steps", 2, "--batch-size", 2, "--tokens", 8, "--train-windows", 6, "--score-windows", 3)
+    options = ("--data", data, "--model", causal, "--output", output, *sizes, "--seeds", "0,1", "--strengths", 1)
+    assert run("lm", *options, "--learning-rates", "1e-3,1e-2") == 0
+    rows = records.read(output)
+    reported = [row for row in rows if row["block"] == "report/dialogues"]
+    assert len(rows) == 2 + 9 + 2 * 10
+    assert {row["method"] for row in reported} == set(methods.LANGUAGE)
+    of = {(row["method"], row["seed"]): row for row in reported}
+    for row in reported:
+        for split in ("dialogues", "web", "code"):
+            assert row["scores"][split] == pytest.approx(math.exp(np.mean(row["examples"][split])), rel=1e-4)
+        assert "choose" not in row["scores"]
+    fused, whole = of["r3f_fused", 0], of["r3f", 0]
+    assert fused["scores"]["dialogues"] == pytest.approx(whole["scores"]["dialogues"], rel=1e-3)
+    assert of["sam", 0]["scores"] != of["adamw", 0]["scores"]
+    gained = analysis.lower_loss(rows, "web", "sam")
+    assert gained is not None
+    parts = [np.subtract(of["adamw", s]["examples"]["web"], of["sam", s]["examples"]["web"]) for s in (0, 1)]
+    assert gained.mean == pytest.approx(float(np.mean(parts)))
+    measured = [cells for cells in verdicts.sam(tmp_path) if cells[0].startswith("Language models")]
+    assert len(measured) == 3
+    assert all(cells[-1] != analysis.NOT_RUN for cells in measured)
+
+
+def test_forgetting_scores_before_after_and_in_4_bits(data: Path, causal: Path, tmp_path: Path) -> None:
+    output = tmp_path / "studies-forgetting.csv"
+    sizes = ("--steps", 2, "--batch-size", 2, "--tokens", 8, "--train-windows", 5, "--report-dialogues", 2)
+    more = ("--report-questions", 3, "--seeds", "0,1", "--lr", "1e-2")
+    assert run("forgetting", "--data", data, "--model", causal, "--output", output, *sizes, *more) == 0
+    rows = records.read(output)
+    assert len(rows) == 2 + 2 * 2 * 2
+    assert {row["hyper"]["bits"] for row in rows} == {4, 32}
+    kept = analysis.retained(rows, "dialogue", 4)
+    assert kept is not None
+    assert kept.n == "2 x 8"
+    measured = [cells for cells in verdicts.sam(tmp_path) if cells[0].startswith("Less is forgotten")]
+    assert [cells[-1] == analysis.NOT_RUN for cells in measured] == [False] * 4
+
+
+def test_rounding_to_4_bits_keeps_extremes_and_16_levels() -> None:
+    torch.manual_seed(0)
+    layer, narrow = nn.Linear(64, 8), nn.Linear(7, 3)
+    before, untouched = layer.weight.detach().clone().view(-1, 32), narrow.weight.detach().clone()
+    forgetting.rounded_to_4_bits_(nn.ModuleList([layer, narrow]))
+    after = layer.weight.detach().view(-1, 32)
+    step = (before.amax(1) - before.amin(1)) / 15
+    assert all(len(group.unique()) <= 16 for group in after)
+    assert ((after - before).abs() <= step[:, None] * 0.5001).all()
+    torch.testing.assert_close(after.amax(1), before.amax(1))
+    torch.testing.assert_close(after.amin(1), before.amin(1))
+    assert torch.equal(narrow.weight, untouched)  # no whole group fits
+
+
+def test_collapse_is_the_chain_of_probes(data: Path, encoder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "studies-collapse.csv"
+    sizes = ("--train-size", 16, "--probe-size", 20, "--batch-size", 8, "--epochs", 1, "--max-length", 32)
+    options = ("--data", data, "--model", encoder, "--output", output, *sizes, "--tasks", "cola,rte", "--seeds", "0,1")
+    assert run("collapse", *options, "--methods", "adamw,r3f,r4f") == 0
+    rows = records.read(output)
+    # Before the chain both tasks are probed; after each stage too, and the stage's own head is scored.
+    assert len(rows) == 3 * 2 * (2 + 2 * (2 + 1))
+    last = {"stage": 2, "task": "cola", "kind": "probe"}
+    for method in ("r3f", "r4f"):
+        found = analysis.probed(rows, method)
+        assert found is not None
+        assert found.n == "2 x 24"
+        of = {m: {r["seed"]: r for r in rows if r["method"] == m and r["hyper"] == last} for m in (method, "adamw")}
+        gains = [of[method][s]["scores"]["accuracy"] - of["adamw"][s]["scores"]["accuracy"] for s in (0, 1)]
+        assert found.mean == pytest.approx(100 * np.mean(gains))
+    before = output.read_bytes()
+    assert run("collapse", *options, "--methods", "adamw,r3f,r4f") == 0
+    assert output.read_bytes() == before
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -198,6 +197,39 @@ def between(found: list[Climb], one: str, other: str, score: str) -> Estimate | 
     return Estimate(difference, error, float(low), float(high), len(a) + len(b))
 
 
-def settings(rows: list[Row]) -> dict[str, Any]:
-    """What all rows of a study share."""
-    return dict(rows[0]["setup"]) if rows else {}
+# -- the other studies ------------------------------------------------------------------------------------------------
+
+
+def lower_loss(rows: list[Row], split: str, method: str, other: str = methods.PLAIN) -> Estimate | None:
+    """Of an `lm` study: by how much a method's loss lies below the other's, nats per token over windows."""
+    found = [
+        np.subtract(b["examples"][split], a["examples"][split]).tolist()
+        for a, b in pairs(rows, "dialogues", method, other)
+        if split in a["examples"]
+    ]
+    return estimate(found)
+
+
+def retained(rows: list[Row], score: str, bits: int, method: str = "sam", other: str = methods.PLAIN) -> Estimate | None:
+    """Of a `forgetting` study: by how much a method's zero-shot score after fine-tuning exceeds the other's."""
+    of = {
+        m: {r["seed"]: r for r in rows if r["method"] == m and r["block"] == "tuned" and r["hyper"]["bits"] == bits}
+        for m in (method, other)
+    }
+    seeds = sorted(of[method].keys() & of[other].keys())
+    return estimate([np.subtract(of[method][s]["examples"][score], of[other][s]["examples"][score]).tolist() for s in seeds])
+
+
+def probed(rows: list[Row], method: str, other: str = methods.PLAIN) -> Estimate | None:
+    """Of a `collapse` study: by how many points a probe of the first task, after the whole chain, exceeds the other's."""
+    probes = [row for row in rows if row["hyper"]["kind"] == "probe" and row["examples"]]
+    if not probes:
+        return None
+    last = max(row["hyper"]["stage"] for row in probes)
+    first = probes[0]["setup"]["tasks"].split(",")[0]
+    wanted = {"stage": last, "task": first, "kind": "probe"}
+    of = {
+        m: {r["seed"]: r["examples"] for r in probes if r["method"] == m and r["hyper"] == wanted} for m in (method, other)
+    }
+    seeds = sorted(of[method].keys() & of[other].keys())
+    return estimate([[100.0 * (int(a) - int(b)) for a, b in zip(of[method][s], of[other][s], strict=True)] for s in seeds])

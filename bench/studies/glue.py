@@ -17,25 +17,21 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from fastpost.bench.studies import methods
+from fastpost.bench.studies.choosing import Comparison, add_options
 from fastpost.bench.studies.records import Records
 from fastpost.bench.studies.study import Block, Study, Timer, check_apart, data_folder, digest
-from fastpost.cli.options import names_of, seeds_of
+from fastpost.cli.options import names_of
 from fastpost.cli.tasks import Example, Task, glue_task
 from fastpost.cli.tuning import Classifier
 
 TASKS = ("rte", "mrpc", "cola")
 SPLITS = ("validation", "dev")
-CHOOSING_SEED = 1000  # the first of the seeds that choose; none of them reports
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--shares", default="5,10,20,100", help="percent of the training data, comma-separated")
-    parser.add_argument("--methods", default=",".join(methods.STRENGTHS))
-    parser.add_argument("--seeds", default="0,1,2,3,4", help="that report")
-    parser.add_argument("--choosing-seeds", type=int, default=1, help="runs per candidate")
-    parser.add_argument("--learning-rates", default="1e-4,2e-4,4e-4", help="candidates, chosen from for AdamW")
-    parser.add_argument("--strengths", type=int, default=3, help="candidates of every other method, its first so many")
+    add_options(parser, methods.STRENGTHS, rates="1e-4,2e-4,4e-4", seeds="0,1,2,3,4")
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--head-rate", type=float, default=10.0, help="the new head's learning rate over the encoder's")
@@ -94,85 +90,38 @@ def load(name: str, options: argparse.Namespace) -> Data:
     return Data(task, classifier, encode(train), encode(choose), encode(report))
 
 
-class Run:
+class Run(Comparison):
     def __init__(self, options: argparse.Namespace, data: dict[str, Data]) -> None:
-        self.options, self.data = options, data
-        self.methods = names_of(options.methods, "methods", list(methods.STRENGTHS))
-        self.rates = [float(part) for part in options.learning_rates.split(",")]
-        self.shares = [float(part) for part in options.shares.split(",")]
-        self.seeds = seeds_of(options.seeds)
-        self.choosing = range(CHOOSING_SEED, CHOOSING_SEED + options.choosing_seeds)
+        shares = [float(part) for part in options.shares.split(",")]
+        if not all(0 < share <= 100 for share in shares):
+            raise ValueError(f"--shares {options.shares}: percents lie above 0 and up to 100")
+        super().__init__(options, methods.STRENGTHS, [f"{name}/{share:g}" for name in data for share in shares])
+        self.data = data
         self.precision = methods.autocast(options.device, options.dtype)
-        self.records: Any = None
 
     def blocks(self, records: Records) -> Iterable[Block]:
-        self.records = records
         for name, data in self.data.items():
-            yield Block(
-                f"majority/{name}",
-                partial(records.has, f"majority/{name}", "majority", 0, {}),
-                partial(self.guess, name, data),
-            )
-        places = [(name, share) for name in self.data for share in self.shares]
-        for name, share in places:
-            for method in dict.fromkeys((methods.PLAIN, *self.methods)):
-                for seed in self.choosing:
-                    yield self.block("choose", name, share, method, seed)
-        for seed in self.seeds:  # outermost, so that half a study compares all methods
-            for name, share in places:
-                for method in self.methods:
-                    yield self.block("report", name, share, method, seed)
+            where = f"majority/{name}"
+            yield Block(where, partial(records.has, where, "majority", 0, {}), partial(self.guess, records, name, data))
+        yield from super().blocks(records)
 
-    def guess(self, name: str, data: Data) -> None:
+    def guess(self, records: Records, name: str, data: Data) -> None:
         """The score of always naming the most frequent label of the training data."""
         trained = [row["labels"] for row in data.train]
         label = max(sorted(set(trained)), key=trained.count)
         labels = [row["labels"] for row in data.report]
-        self.records.add(f"majority/{name}", "majority", 0, {}, score(name, labels, [label] * len(labels)))
+        records.add(f"majority/{name}", "majority", 0, {}, score(name, labels, [label] * len(labels)))
 
-    def block(self, purpose: str, name: str, share: float, method: str, seed: int) -> Block:
-        where = f"{purpose}/{name}/{share:g}"
-
-        def wanted() -> list[dict[str, Any]]:
-            if purpose == "choose":
-                return self.candidates(name, share, method)
-            return [self.chosen(name, share, method)]
-
-        def missing() -> list[dict[str, Any]]:
-            return [hyper for hyper in wanted() if not self.records.has(where, method, seed, hyper)]
-
-        def run() -> None:
-            for hyper in missing():
-                self.train(where, name, share, method, seed, hyper, purpose)
-
-        return Block(f"{where}/{method}/{seed}", lambda: not missing(), run)
-
-    def candidates(self, name: str, share: float, method: str) -> list[dict[str, Any]]:
-        if method == methods.PLAIN:
-            return [{"lr": rate} for rate in self.rates]
-        rate = self.chosen(name, share, methods.PLAIN)["lr"]
-        return [{"lr": rate, **strength} for strength in methods.STRENGTHS[method][: self.options.strengths]]
-
-    def chosen(self, name: str, share: float, method: str) -> dict[str, Any]:
-        """The candidate with the best mean score on the data that chooses; the first of equals."""
-        rows = [row for row in self.records.of(f"choose/{name}/{share:g}") if row["method"] == method]
-
-        def mean(hyper: dict[str, Any]) -> float:
-            found = [row["scores"]["score"] for row in rows if row["hyper"] == hyper]
-            return sum(found) / len(found)
-
-        return max(self.candidates(name, share, method), key=mean)
-
-    def train(
-        self, where: str, name: str, share: float, method: str, seed: int, hyper: dict[str, Any], purpose: str
-    ) -> None:
+    def train(self, where: str, place: str, method: str, seed: int, hyper: dict[str, Any], reports: bool) -> None:
+        name, _, share = place.partition("/")
         o, data = self.options, self.data[name]
-        count = max(round(len(data.train) * share / 100), o.batch_size)
+        count = max(round(len(data.train) * float(share) / 100), o.batch_size)
         rows = data.train[:count]  # the same examples for all; seeds order them and draw head and dropout
         steps = max(round(-(-len(rows) // o.batch_size) * o.epochs), 1)
         model = data.classifier.fresh(seed).to(o.device)
         strength = {key: value for key, value in hyper.items() if key != "lr"}
-        stepper = methods.build(method, model, hyper["lr"], strength, self.precision, o.head_rate)
+        groups = methods.grouped(model, hyper["lr"], o.head_rate)
+        stepper = methods.build(method, model, groups, strength, self.precision)
         schedule = methods.linear_schedule(stepper.optimizer, steps)
         timer, losses = Timer(device=o.device), []
         batches = methods.moved_to(o.device, data.classifier.batches(rows, o.batch_size, steps, seed))
@@ -180,7 +129,7 @@ class Run:
             with timer.running():
                 losses.append(stepper.step(batch))
                 schedule.step()
-        asked = data.choose if purpose == "choose" else data.report
+        asked = data.report if reports else data.choose
         predictions = self.predict(data.classifier, model, asked)
         labels = [row["labels"] for row in asked]
         last = torch.stack(losses[-5:]).mean().item()
@@ -188,7 +137,7 @@ class Run:
         if stepper.sam is not None:
             scores["skipped"] = float(stepper.sam.skipped_steps)
         examples = None
-        if purpose == "report":
+        if reports:
             examples = {"labels": "".join(map(str, labels)), "predictions": "".join(map(str, predictions))}
         self.records.add(where, method, seed, hyper, scores, steps=steps, examples=examples, **timer.spent())
 
@@ -215,14 +164,8 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
             f"--choose-on {options.choose_on} --report-on {options.report_on}: hyper-parameters that were chosen on some "
             "examples cannot be reported on them; choose on validation, which is cut from the training data"
         )
-    if not 1 <= options.strengths <= 3:
-        raise ValueError(f"--strengths must be 1, 2 or 3, not {options.strengths}")
     data = {name: load(name, options) for name in names_of(options.tasks, "tasks", TASKS)}
     run = Run(options, data)
-    if not all(0 < share <= 100 for share in run.shares):
-        raise ValueError(f"--shares {options.shares}: percents lie above 0 and up to 100")
-    if set(run.seeds) & set(run.choosing):
-        raise ValueError(f"--seeds {options.seeds}: {CHOOSING_SEED} and above choose, and seeds that choose do not report")
     setup = {
         "model": next(iter(data.values())).classifier.name,
         "epochs": options.epochs,
@@ -232,9 +175,7 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         "dtype": options.dtype,
         "choose": f"{options.validation} of {options.choose_on}",
         "report": options.report_on,
-        "learning_rates": options.learning_rates,
-        "strengths": options.strengths,
-        "choosing_seeds": options.choosing_seeds,
+        **run.setup(),
         "schedule": "linear, a tenth of warm-up",
         "data": digest(text_of(e) for d in data.values() for e in (*d.task.train, *d.task.validation, *d.task.test)),
     }

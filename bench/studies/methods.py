@@ -29,6 +29,19 @@ STRENGTHS: dict[str, tuple[dict[str, float], ...]] = {
     "rdrop": ({"alpha": 1.0}, {"alpha": 5.0}, {"alpha": 0.3}),
     "tram": ({"eps": 0.1}, {"eps": 0.01}, {"eps": 1.0}),
 }
+# For language models, whose weights may be 16-bit; "bf16" in a name says that they are.
+LANGUAGE: dict[str, tuple[dict[str, float], ...]] = {
+    PLAIN: ({},),
+    "sam": ({"rho": 0.05}, {"rho": 0.15}, {"rho": 0.02}),
+    "sam_bf16_nearest": ({"rho": 0.05}, {"rho": 0.15}, {"rho": 0.02}),
+    "sam_bf16_stochastic": ({"rho": 0.05}, {"rho": 0.15}, {"rho": 0.02}),
+    "sam_bf16_masters": ({"rho": 0.05}, {"rho": 0.15}, {"rho": 0.02}),
+    "sam_bf16_functional": ({"rho": 0.05}, {"rho": 0.15}, {"rho": 0.02}),
+    "adamw_bf16": ({},),
+    "r3f": ({"eps": 0.1, "lam": 0.1}, {"eps": 0.01, "lam": 1.0}, {"eps": 1e-5, "lam": 1.0}),
+    "r3f_fused": ({"eps": 0.1, "lam": 0.1}, {"eps": 0.01, "lam": 1.0}, {"eps": 1e-5, "lam": 1.0}),
+    "neftune": ({"alpha": 5.0}, {"alpha": 1.0}, {"alpha": 15.0}),
+}
 SAM_LM_PARTS = 4  # micro-batches of a SAM-LM step, of which the first is the ascent's
 
 Precision = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -52,30 +65,36 @@ def grouped(model: Any, lr: float, head_rate: float) -> list[dict[str, Any]]:
     return [{"params": body, "lr": lr}, {"params": list(head.values()), "lr": lr * head_rate}]
 
 
-def build(method: str, model: Any, lr: float, strength: dict[str, float], precision: Precision, head_rate: float) -> Stepper:
+def build(
+    method: str, model: Any, groups: list[dict[str, Any]], strength: dict[str, float], precision: Precision
+) -> Stepper:
     """A method's training step.
 
     Args:
-        method: one of STRENGTHS.
-        model: a transformers classifier, whose batches hold labels.
-        lr: AdamW's.
-        strength: the method's own constants, as in STRENGTHS.
+        method: one of STRENGTHS or LANGUAGE.
+        model: a transformers model whose batches hold labels; of the dtype that the method's name says.
+        groups: AdamW's parameter groups with their learning rates.
+        strength: the method's own constants.
         precision: opens the context that forward passes run in.
-        head_rate: the head's learning rate over `lr`.
     """
     adamw: Any = torch.optim.AdamW
-    keywords = {"lr": lr, "weight_decay": WEIGHT_DECAY, "fused": True}
+    keywords = {"weight_decay": WEIGHT_DECAY, "fused": True}
     if method == "r4f":
         R4F(find_head(model), layers="last")
-    parameters = grouped(model, lr, head_rate)
-    if method in ("sam", "asam", "sam_lm", "tram"):
+    if method.startswith(("sam", "asam", "tram")):
         adaptive = method in ("asam", "tram")
         more: dict[str, Any] = {"variant": TRAM(), "rho": 1.0} if method == "tram" else {"rho": strength["rho"]}
         if method == "sam_lm":
             more["ascent_fraction"] = 1 / SAM_LM_PARTS
-        sam = SAM(parameters, adamw, adaptive=adaptive, eta=0.01 if adaptive else 0.0, **more, **keywords)
+        elif method == "sam_bf16_stochastic":
+            more["rounding"] = "stochastic"
+        elif method == "sam_bf16_functional":
+            more.update(perturb="functional", model=model)
+        elif method == "sam_bf16_masters":
+            more["master_params"] = [p.detach().float() for group in groups for p in group["params"]]
+        sam = SAM(groups, adamw, adaptive=adaptive, eta=0.01 if adaptive else 0.0, **more, **keywords)
         return Stepper(model, sam, _sam_step(method, model, sam, strength, precision), sam)
-    optimizer = adamw(parameters, **keywords)
+    optimizer = adamw(groups, **keywords)
     loss_of = _loss(method, strength)
 
     def step(batch: Batch) -> Tensor:
@@ -90,10 +109,11 @@ def build(method: str, model: Any, lr: float, strength: dict[str, float], precis
 
 
 def _loss(method: str, strength: dict[str, float]) -> Callable[[Any, Batch], Tensor]:
-    if method == PLAIN:
+    if method in (PLAIN, "adamw_bf16"):
         return lambda model, batch: model(**batch).loss
-    if method in ("r3f", "r4f"):
-        regularised: Any = R3F(eps=strength["eps"], r3f_lambda=strength["lam"])
+    if method in ("r3f", "r4f", "r3f_fused"):
+        fused = method == "r3f_fused"
+        regularised: Any = R3F(eps=strength["eps"], r3f_lambda=strength["lam"], fused_linear=fused)
     elif method == "rdrop":
         regularised = RDrop(strength["alpha"])
     elif method == "neftune":

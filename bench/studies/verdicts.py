@@ -20,6 +20,7 @@ NAMES = {
 }  # fmt: skip
 TASKS = {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA"}
 VERDICTS = ("claim", "measured", "difference", "n", "verdict")
+FORGETTING = (("dialogue", "log-likelihood of dialogues", " nats per token"), ("pubmed", "PubMedQA, right answer", " nats"))
 STUDIES = ("gap", "glue", "precision", "lm", "collapse", "forgetting")
 
 
@@ -66,7 +67,7 @@ def _glue(folder: Path, claims: Iterable[tuple[str, str, str]]) -> Table:
 
 
 def sam(folder: Path = analysis.DATA) -> Table:
-    rows = analysis.rows_of("glue", folder)
+    rows, forgotten = analysis.rows_of("glue", folder), analysis.rows_of("forgetting", folder)
     beats = "Fine-tuning with SAM does better than without"
     return [
         VERDICTS,
@@ -74,13 +75,29 @@ def sam(folder: Path = analysis.DATA) -> Table:
         line("The ascent on a quarter costs some 25 %, not 100 %", "processor time of a step over AdamW's, less than 1.5",
              analysis.price(rows, "sam_lm"), " times", 1.5, -1),
         line("The gain is largest where data are few", "SAM's gain at 5 % less that at 100 % of the data", None),
-        line("Language models too gain from SAM", "perplexity of SmolLM2 fine-tuned with SAM", None),
-        line("Less is forgotten after SAM (2605.02105)", "zero-shot scores after fine-tuning and after 4 bits", None),
+        *_lm(folder, "Language models too gain from SAM (2310.03646)", "sam"),
+        *(
+            line("Less is forgotten after SAM (2605.02105)",
+                 f"{what} after fine-tuning on code{' and rounding to 4 bits' if bits == 4 else ''}: SAM less AdamW",
+                 analysis.retained(forgotten, score, bits), unit)
+            for bits in (32, 4) for score, what, unit in FORGETTING
+        ),
+    ]  # fmt: skip
+
+
+def _lm(folder: Path, claim: str, method: str) -> Table:
+    rows = analysis.rows_of("lm", folder)
+    where = {"dialogues": "in the domain (dialogues)", "web": "out of it (web pages)", "code": "out of it (code)"}
+    name = NAMES.get(method, method)
+    return [
+        line(claim, f"loss of SmolLM2 fine-tuned on dialogues, {place}: AdamW less {name}",
+             analysis.lower_loss(rows, split, method), " nats per token")
+        for split, place in where.items()
     ]  # fmt: skip
 
 
 def r3f(folder: Path = analysis.DATA) -> Table:
-    rows = analysis.rows_of("glue", folder)
+    rows, collapsed = analysis.rows_of("glue", folder), analysis.rows_of("collapse", folder)
     beats = "does better than standard fine-tuning"
     return [
         VERDICTS,
@@ -88,7 +105,12 @@ def r3f(folder: Path = analysis.DATA) -> Table:
         *_glue(folder, [("Noise on the embeddings adds to what dropout does", "r3f", "rdrop")]),
         line("A step costs 4/3 of a plain one", "processor time of a step over AdamW's, less than 1.5",
              analysis.price(rows, "r3f"), " times", 1.5, -1),
-        line("Representations collapse less", "linear probes after a chain of tasks", None),
+        *_lm(folder, "Noise regularises language models too (2310.03646)", "r3f"),
+        *(
+            line("Representations collapse less", f"probe of the first task after the chain: {NAMES[method]} less AdamW",
+                 analysis.probed(collapsed, method), " points")
+            for method in ("r3f", "r4f")
+        ),
     ]  # fmt: skip
 
 
