@@ -1,7 +1,8 @@
 """Writes the tables of README.md, docs/benchmarks.md and docs/studies.md from the CSV files of `bench/data`; draws figures.
 
 Run `python -m fastpost.bench.pages` in the root of the repository. A page holds a table between the lines
-`<!-- table: NAME -->` and `<!-- end of table -->`; everything else in it is left alone.
+`<!-- table: NAME -->` and `<!-- end of table -->`, and a figure between `<!-- figure: NAME: CAPTION -->` and
+`<!-- end of figure -->`; everything else in it is left alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from fastpost.bench.studies import figures, verdicts
 DATA = Path(__file__).parent / "data"
 PAGES = ("README.md", "docs/benchmarks.md", "docs/studies.md")
 TABLE = re.compile(r"(?P<head><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<tail><!-- end of table -->)", re.S)
+FIGURE = re.compile(
+    r"(?P<head><!-- figure: (?P<name>[\w-]+): (?P<caption>[^>]*) -->\n).*?(?P<tail><!-- end of figure -->)", re.S
+)
 
 CPU, CPU_KEPT = "cpu-avx512.csv", "cpu-avx512-kept.csv"
 H200, H200_STEPS = "h200-2026-11-27.csv", "h200-2026-11-27-steps.csv"
@@ -242,8 +246,15 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
 
 
 def rebuilt(text: str) -> str:
-    """A page's text with its tables made anew."""
-    return TABLE.sub(lambda match: match["head"] + markdown(TABLES[match["name"]]()) + match["tail"], text)
+    """A page's text with its tables made anew, and a link to each figure whose study was run."""
+
+    def figure(match: re.Match[str]) -> str:
+        is_drawn = figures.FIGURES[match["name"]][1]()
+        shown = f"![{match['caption']}]({match['name']}.png)" if is_drawn else "Not run: there is no figure yet."
+        return f"{match['head']}{shown}\n{match['tail']}"
+
+    text = TABLE.sub(lambda match: match["head"] + markdown(TABLES[match["name"]]()) + match["tail"], text)
+    return FIGURE.sub(figure, text)
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,16 +20,27 @@ def draw(target: Path, folder: Path = analysis.DATA) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    return [path for path in (gap(target, folder), glue(target, folder)) if path is not None]
+    from matplotlib import pyplot
+
+    paths = []
+    for name, (make, is_drawn) in FIGURES.items():
+        if is_drawn(folder):
+            figure = make(folder)
+            figure.savefig(target / f"{name}.png", dpi=110, metadata=METADATA)
+            pyplot.close(figure)
+            paths.append(target / f"{name}.png")
+    return paths
 
 
-def gap(target: Path, folder: Path) -> Path | None:
+def climbed(folder: Path = analysis.DATA) -> list[analysis.Climb]:
+    return analysis.climbs(analysis.rows_of("gap", folder))
+
+
+def gap(folder: Path) -> Any:
     """Both scores against the state: every text's ascent, and the means of the controls."""
     from matplotlib import pyplot
 
-    found = analysis.climbs(analysis.rows_of("gap", folder))
-    if not found:
-        return None
+    found = climbed(folder)
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     corpora = list(dict.fromkeys(climb.corpus for climb in found))
     for axis, (score, title) in zip(
@@ -55,33 +68,38 @@ def gap(target: Path, folder: Path) -> Path | None:
         axis.set_xlabel("steps")
     axes[0].set_ylabel("change against the untouched model")
     axes[1].legend(fontsize="small")
-    path = target / "studies-gap.png"
-    figure.savefig(path, dpi=110, metadata=METADATA)
-    pyplot.close(figure)
-    return path
+    return figure
 
 
-def glue(target: Path, folder: Path) -> Path | None:
+def gains(folder: Path = analysis.DATA) -> dict[str, dict[str, analysis.Estimate]]:
+    """Of each place, by method, the difference to AdamW where it is known."""
+    rows = analysis.rows_of("glue", folder)
+    others = [method for method in NAMES if method != methods.PLAIN]
+    found = {
+        place: {m: e for m in others if (e := analysis.gain(rows, place, m)) is not None} for place in analysis.places(rows)
+    }
+    return {place: by_method for place, by_method in found.items() if by_method}
+
+
+def glue(folder: Path) -> Any:
     """Every method's difference to AdamW, with its interval, per task."""
     from matplotlib import pyplot
 
-    rows = analysis.rows_of("glue", folder)
-    places = analysis.places(rows)
-    others = [method for method in NAMES if method != methods.PLAIN]
-    found = {place: {m: e for m in others if (e := analysis.gain(rows, place, m)) is not None} for place in places}
-    found = {place: gains for place, gains in found.items() if gains}
-    if not found:
-        return None
+    found = gains(folder)
     figure, axes = pyplot.subplots(1, len(found), figsize=(3.2 * len(found), 3.2), layout="constrained", squeeze=False)
-    for axis, (place, gains) in zip(axes[0], found.items(), strict=True):
-        for y, e in enumerate(reversed(gains.values())):
+    for axis, (place, of) in zip(axes[0], found.items(), strict=True):
+        for y, e in enumerate(reversed(of.values())):
             axis.plot([e.low, e.high], [y, y], color="C0", linewidth=1)
             axis.plot(e.mean, y, "o", color="C0")
-        axis.set_yticks(range(len(gains)), [NAMES[method] for method in reversed(gains)])
+        axis.set_yticks(range(len(of)), [NAMES[method] for method in reversed(of)])
         axis.axvline(0, color="grey", linewidth=0.5)
         axis.set_title(place_name(place), fontsize="small")
         axis.set_xlabel("points more than AdamW")
-    path = target / "studies-glue.png"
-    figure.savefig(path, dpi=110, metadata=METADATA)
-    pyplot.close(figure)
-    return path
+    return figure
+
+
+# How each figure is drawn, and whether there is anything to draw.
+FIGURES: dict[str, tuple[Callable[[Path], Any], Callable[..., Any]]] = {
+    "studies-gap": (gap, climbed),
+    "studies-glue": (glue, gains),
+}

@@ -143,7 +143,8 @@ def glue_scores(folder: Path = analysis.DATA) -> Table:
     """Every method's score, what was chosen for it, and what a step costs."""
     rows = analysis.rows_of("glue", folder)
     places = analysis.places(rows)
-    head = ("method", *(f"{place_name(place)}, score" for place in places), "processor time of a step, AdamW = 1")
+    scored = [f"{place_name(place)}, score" for place in places] or ["score"]
+    head = ("method", *scored, "processor time of a step, AdamW = 1")
     body: Table = []
     for method, name in NAMES.items():
         scores = [shown(analysis.mean_score(rows, place, method), signed=False) for place in places]
@@ -220,12 +221,13 @@ def runs(folder: Path = analysis.DATA) -> Table:
     for study in STUDIES:
         rows = analysis.rows_of(study, folder)
         if not rows:
-            body.append((study, "0", NOT_RUN, "", "", ""))
+            body.append((study, "0", NOT_RUN, "", "", "", ""))
             continue
         minutes = sum(row["cpu_seconds"] for row in rows) / 60
         each = [", ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in ("machine", "commit", "date")]
-        body.append((study, str(len(rows)), f"{minutes:.0f}", *each))
-    return [("study", "rows", "processor minutes", "machine", "commit", "date"), *body]
+        link = f"[CSV](../bench/data/studies-{study}.csv)"
+        body.append((study, str(len(rows)), f"{minutes:.0f}", *each, link))
+    return [("study", "rows", "processor minutes", "machine", "commit", "date", "file"), *body]
 
 
 TABLES: dict[str, Callable[[], Table]] = {
