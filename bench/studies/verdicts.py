@@ -127,6 +127,11 @@ def gap(folder: Path = analysis.DATA) -> Table:
         line("same", f"PubMedQA, log-probability of the right answer, {kept}", analysis.changed(found, "pubmed"), " nats"),
     ]  # fmt: skip
     for score, what in (("dialogue", "dialogues"), ("pubmed", "PubMedQA")):
+        lines += [
+            line("A fixed number of steps helps, nothing being chosen", f"{what}: state {state} less the untouched model",
+                 analysis.changed(found, score, state), " nats")
+            for state in ((1, last) if found else (0,))
+        ]  # fmt: skip
         lines.append(
             line("Text unlike the training data (code) helps more", f"{what}: GitHub's texts less Pile-CC's, {kept}",
                  analysis.between(found, "github", "pile-cc", score), " nats")
