@@ -545,6 +545,8 @@ def test_collapse_is_the_chain_of_probes(data: Path, encoder: Path, tmp_path: Pa
         ("glue", ("--seeds", "0,1000"), "seeds that choose do not report"),
         ("glue", ("--shares", "0"), "percents lie above 0"),
         ("glue", ("--strengths", "4"), "must be 1, 2 or 3"),
+        ("glue", ("--device", "tpu"), "must be cpu, cuda or cuda:N"),
+        ("gap", ("--threads", "0"), "must be at least 1"),
     ],
 )
 def test_what_cannot_be_believed_is_refused(
@@ -600,6 +602,25 @@ def test_a_missing_package_is_named_with_the_command(
     assert message in told
     assert smollm2.INSTALL in told
     assert not any(tmp_path.iterdir())
+
+
+def test_the_packaged_language_model_is_converted_once(tmp_path: Path) -> None:
+    try:
+        smollm2.packaged()
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+    assert smollm2.main(["--cache", str(tmp_path)]) == 0
+    folder = tmp_path / smollm2.NAME
+    assert [path.name for path in tmp_path.iterdir()] == [smollm2.NAME]  # nothing half-made is left
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert smollm2.folder(tmp_path) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    loaded = language.load_lm(str(folder))
+    assert sum(p.numel() for p in loaded.model.parameters()) == 134_515_008
+    ids = torch.tensor([loaded.encode("The capital of France is")])
+    with torch.no_grad():
+        assert loaded.decode([int(loaded.model(input_ids=ids).logits[0, -1].argmax())]) == " Paris"
 
 
 # -- analysis ---------------------------------------------------------------------------------------------------------

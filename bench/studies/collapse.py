@@ -40,6 +40,8 @@ class _Rows:
 
 
 def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    if options.device != "cpu":
+        raise ValueError(f"--device {options.device}: the chain of probes runs on the CPU")
     given = {name: getattr(options, name) for name in _FIELDS}
     arguments = probe.ProbeArguments(data_dir=str(data_folder(options, "glue")), model=options.model, **given)
     plan = probe.prepare(arguments)

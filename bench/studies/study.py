@@ -56,7 +56,17 @@ class Study:
 
 
 def run(study: Study, options: argparse.Namespace) -> int:
-    """Runs what is missing; the number of rows that were made."""
+    """Runs what is missing; the number of rows that were made.
+
+    Raises:
+        ValueError, FileNotFoundError: what cannot be run, before anything is written.
+    """
+    if options.device != "cpu" and not options.device.startswith("cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, not {options.device}")
+    if options.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {options.device}: torch sees no CUDA device")
+    if options.threads < 1:
+        raise ValueError(f"--threads must be at least 1, not {options.threads}")
     torch.set_num_threads(options.threads)
     setup, blocks_of = study.prepare(options)
     records = Records(options.output, study.name, setup, surroundings(options.device))
