@@ -686,7 +686,7 @@ def test_tables_are_rebuilt_from_rows(tmp_path: Path) -> None:
     assert beats[3:] == ("3 x 100", analysis.CONFIRMED)
     quarter = table["SAM-LM less AdamW, RTE, 10 % of the data"]
     assert quarter[2].startswith("-3.00 ± ")
-    cost = table["processor time of a step over AdamW's, less than 1.5"]
+    cost = table["time of a step over AdamW's, less than 1.5"]
     assert cost[2:] == ("+1.25 ± 0.00 times", "3", analysis.CONFIRMED)
     scores = {cells[0]: cells for cells in verdicts.glue_scores(tmp_path)}
     assert scores["SAM"] == ("SAM", "89.00 ± 0.58", "2.00 ± 0.00")

@@ -72,7 +72,7 @@ def sam(folder: Path = analysis.DATA) -> Table:
     return [
         VERDICTS,
         *_glue(folder, [(beats, "sam", methods.PLAIN), (f"{beats}; ascent on a quarter", "sam_lm", methods.PLAIN)]),
-        line("The ascent on a quarter costs some 25 %, not 100 %", "processor time of a step over AdamW's, less than 1.5",
+        line("The ascent on a quarter costs some 25 %, not 100 %", "time of a step over AdamW's, less than 1.5",
              analysis.price(rows, "sam_lm"), " times", 1.5, -1),
         line("The gain is largest where data are few", "SAM's gain at 5 % less that at 100 % of the data", None),
         *_lm(folder, "Language models too gain from SAM (2310.03646)", "sam"),
@@ -103,7 +103,7 @@ def r3f(folder: Path = analysis.DATA) -> Table:
         VERDICTS,
         *_glue(folder, [(f"R3F {beats}", "r3f", methods.PLAIN), (f"R4F {beats}", "r4f", methods.PLAIN)]),
         *_glue(folder, [("Noise on the embeddings adds to what dropout does", "r3f", "rdrop")]),
-        line("A step costs 4/3 of a plain one", "processor time of a step over AdamW's, less than 1.5",
+        line("A step costs 4/3 of a plain one", "time of a step over AdamW's, less than 1.5",
              analysis.price(rows, "r3f"), " times", 1.5, -1),
         *_lm(folder, "Noise regularises language models too (2310.03646)", "r3f"),
         *(
@@ -149,7 +149,7 @@ def glue_scores(folder: Path = analysis.DATA) -> Table:
     rows = analysis.rows_of("glue", folder)
     places = analysis.places(rows)
     scored = [f"{place_name(place)}, score" for place in places] or ["score"]
-    head = ("method", *scored, "processor time of a step, AdamW = 1")
+    head = ("method", *scored, "time of a step, AdamW = 1")
     body: Table = []
     for method, name in NAMES.items():
         scores = [shown(analysis.mean_score(rows, place, method), signed=False) for place in places]
