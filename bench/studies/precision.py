@@ -13,6 +13,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,16 +57,35 @@ def layer_of(name: str) -> str:
     return numbered[1] if numbered else "embedding"
 
 
-def kept(intended: Iterable[Tensor], stored: Iterable[Tensor]) -> dict[str, float]:
-    """Norm of what was stored over that of e, their cosine, and the gain <stored, e> / <e, e>."""
-    ee = ss = es = 0.0
-    for e, s in zip(intended, stored, strict=True):
-        ee += float(e.double().square().sum())
-        ss += float(s.double().square().sum())
-        es += float((e.double() * s.double()).sum())
-    if ee == 0:
-        return {"norm": math.nan, "cosine": math.nan, "gain": math.nan}
-    return {"norm": math.sqrt(ss / ee), "cosine": es / math.sqrt(ee * ss) if ss else 0.0, "gain": es / ee}
+@dataclass
+class Products:
+    """Of an intended and of a stored vector, summed up tensor by tensor in float64, so that neither is ever held whole."""
+
+    intended: float = 0.0
+    stored: float = 0.0
+    both: float = 0.0
+
+    def add(self, e: Tensor, s: Tensor) -> Products:
+        e, s = e.double(), s.double()
+        self.intended += float(e.square().sum())
+        self.stored += float(s.square().sum())
+        self.both += float((e * s).sum())
+        return self
+
+    def kept(self) -> dict[str, float]:
+        """Norm of what was stored over that of e, their cosine, and the gain <stored, e> / <e, e>."""
+        if self.intended == 0:
+            return {"norm": math.nan, "cosine": math.nan, "gain": math.nan}
+        cosine = self.both / math.sqrt(self.intended * self.stored) if self.stored else 0.0
+        return {"norm": math.sqrt(self.stored / self.intended), "cosine": cosine, "gain": self.both / self.intended}
+
+
+def cosine(one: Iterable[Tensor], other: Iterable[Tensor]) -> float:
+    """Of two vectors in pieces."""
+    products = Products()
+    for a, b in zip(one, other, strict=True):
+        products.add(a, b)
+    return products.kept()["cosine"]
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
@@ -103,7 +123,7 @@ class Run:
                 x = embedded.to(dtype)
                 intended = add_noise(torch.zeros_like(embedded), eps, seed=number)
                 stored = add_noise(x, eps, seed=number).double() - x.double()
-                self.records.add("noise", name, number, {"eps": eps}, kept([intended], [stored]))
+                self.records.add("noise", name, number, {"eps": eps}, Products().add(intended, stored).kept())
 
     # -- perturbations ----------------------------------------------------------------------------------------------
 
@@ -117,37 +137,37 @@ class Run:
         """Every way to perturb weights of a dtype, beside float32 from the same weights: the truth."""
         model = copy.deepcopy(self.model).to(dtype)
         exact = copy.deepcopy(model).float()
-        names = [name for name, _ in model.named_parameters()]
+        parts = [layer_of(name) for name, _ in model.named_parameters()]
         loss, first = self.gradient(model, number)
         true_loss, true_first = self.gradient(exact, number)
-        parts: dict[str, list[int]] = {}
-        for i, name in enumerate(names):
-            parts.setdefault(layer_of(name), []).append(i)
         for rho in self.radii:
-            true_rise, _, _, true_second = self.second(exact, "float32", true_first, rho, number)
-            length = math.sqrt(sum(float(g.double().square().sum()) for g in first))
-            intended = [g.double() * (rho / length) for g in first]
+            true_rise, _, _, true_second = self.second(exact, "float32", true_first, rho, number, parts)
             for kind in self.of(dtype):
                 timer = Timer(device=self.options.device)
                 with timer.running():
-                    rise, stored, seen, second = self.second(model, kind, first, rho, number)
+                    rise, layers, seen, second = self.second(model, kind, first, rho, number, parts)
+                changes = (map(_less, true_second, true_first), map(_less, second, first))
                 scores = {
-                    **seen, "loss": loss, "rise": rise - loss, "true_rise": true_rise - true_loss,
-                    "first_cosine": kept(true_first, first)["cosine"], "second_cosine": kept(true_second, second)["cosine"],
-                    "change_cosine": kept(_less(true_second, true_first), _less(second, first))["cosine"],
-                }  # fmt: skip
-                layers = {part: kept([intended[i] for i in of], [stored[i] for i in of]) for part, of in parts.items()}
+                    **seen,
+                    "loss": loss,
+                    "rise": rise - loss,
+                    "true_rise": true_rise - true_loss,
+                    "first_cosine": cosine(true_first, first),
+                    "second_cosine": cosine(true_second, second),
+                    "change_cosine": cosine(*changes),
+                }
                 examples = {part: {name: round(value, 4) for name, value in found.items()} for part, found in layers.items()}
                 self.records.add("sam", kind, number, {"rho": rho}, scores, examples=examples, **timer.spent())
+                del second
 
     def gradient(self, model: Any, number: int) -> tuple[float, list[Tensor]]:
         loss = loss_of(model, self.batches[number])
         return loss.item(), list(torch.autograd.grad(loss, list(model.parameters())))
 
     def second(
-        self, model: Any, kind: str, first: list[Tensor], rho: float, number: int
-    ) -> tuple[float, list[Tensor], dict[str, float], list[Tensor]]:
-        """SAM's second pass: its loss, what was stored of e, what the forward pass saw of it, and the second gradient.
+        self, model: Any, kind: str, first: list[Tensor], rho: float, number: int, parts: list[str]
+    ) -> tuple[float, dict[str, dict[str, float]], dict[str, float], list[Tensor]]:
+        """SAM's second pass: its loss, what was stored of e in each part, what the forward pass saw, the second gradient.
 
         The weights are afterwards as before.
         """
@@ -159,10 +179,14 @@ class Run:
         }.get(kind.partition(", ")[2], {})
         sam = SAM(parameters, torch.optim.SGD, rho=rho, lr=0.0, **way)
         before = [p.detach().clone() for p in parameters]
+        length = math.sqrt(sum(float(g.double().square().sum()) for g in first))
         for p, g in zip(parameters, first, strict=True):
             p.grad = g.clone()
         with sam.perturbed():
-            stored = [p.detach().double() - b.double() for p, b in zip(parameters, before, strict=True)]
+            stored: dict[str, Products] = {}
+            for part, p, b, g in zip(parts, parameters, before, first, strict=True):
+                change = p.detach().double() - b.double()
+                stored.setdefault(part, Products()).add(g.double() * (rho / length), change)
             loss, gradient = self.gradient(model, number)
         for p in parameters:
             p.grad = None
@@ -172,11 +196,11 @@ class Run:
         assert report is not None
         found = report.as_dict()
         seen = {"norm": found["seen_norm"] / rho, "cosine": found["seen_cosine"], "gain": found["seen_gain"]}
-        return loss, stored, seen, gradient
+        return loss, {part: products.kept() for part, products in stored.items()}, seen, gradient
 
 
-def _less(one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
-    return [a.double() - b.double() for a, b in zip(one, other, strict=True)]
+def _less(one: Tensor, other: Tensor) -> Tensor:
+    return one.double() - other.double()
 
 
 def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
