@@ -668,6 +668,25 @@ def test_a_state_is_kept_by_what_chooses_and_reported_by_what_does_not() -> None
     assert climb.change("dialogue") == [-1.0, 0.5]
 
 
+def test_corpora_are_compared_as_independent_samples() -> None:
+    """Welch's test, from its formula."""
+
+    def climb(corpus: str, value: float) -> analysis.Climb:
+        states = {k: {"scores": {"choose_dialogue": 0.0}, "examples": {"dialogue": [k * value, k * value]}} for k in (0, 1)}
+        return analysis.Climb(f"{corpus}/{value}", states, {}, {})
+
+    a, b = np.array([0.1, 0.2, 0.4]), np.array([-0.3, 0.1])
+    found = analysis.between([*(climb("x", v) for v in a), *(climb("y", v) for v in b)], "x", "y", "dialogue", 1)
+    assert found is not None
+    parts = np.array([a.var(ddof=1) / 3, b.var(ddof=1) / 2])
+    freedom = parts.sum() ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 1)
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(parts.sum())
+    assert found.mean == pytest.approx(a.mean() - b.mean())
+    assert found.error == pytest.approx(math.sqrt(parts.sum()))
+    assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half))
+    assert found.n == "5"
+
+
 def test_tables_are_rebuilt_from_rows(tmp_path: Path) -> None:
     """From a CSV file whose numbers are known: gains, verdicts, prices and their counts."""
     opened = Records(tmp_path / "studies-glue.csv", "glue", {"model": "m"}, AROUND)

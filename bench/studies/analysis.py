@@ -182,9 +182,13 @@ def f1_change(found: list[Climb]) -> Estimate | None:
     return estimate([np.subtract(c.last["examples"]["f1"], c.states[0]["examples"]["f1"]).tolist() for c in found])
 
 
-def between(found: list[Climb], one: str, other: str, score: str) -> Estimate | None:
-    """How much more texts of one corpus change a score than those of another do: the means of two independent samples."""
-    a, b = ([float(np.mean(c.change(score))) for c in found if c.corpus == corpus] for corpus in (one, other))
+def between(found: list[Climb], one: str, other: str, score: str, state: int | None = None) -> Estimate | None:
+    """How much more texts of one corpus change a score than those of another do: the means of two independent samples.
+
+    Args:
+        state: at which; by default each text's that is kept for this score.
+    """
+    a, b = ([float(np.mean(c.change(score, state))) for c in found if c.corpus == corpus] for corpus in (one, other))
     if min(len(a), len(b)) < 2:
         return None
     difference = float(np.mean(a) - np.mean(b))

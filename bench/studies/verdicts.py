@@ -136,6 +136,10 @@ def gap(folder: Path = analysis.DATA) -> Table:
             line("Text unlike the training data (code) helps more", f"{what}: GitHub's texts less Pile-CC's, {kept}",
                  analysis.between(found, "github", "pile-cc", score), " nats")
         )  # fmt: skip
+        lines.append(
+            line("same", f"{what}: GitHub's texts less Pile-CC's, {at_end}",
+                 analysis.between(found, "github", "pile-cc", score, last), " nats")
+        )  # fmt: skip
         for control, name in (("random", "a random direction of equal length"), ("mle", "as many steps downhill")):
             lines.append(
                 line("It is the ascent that helps", f"{what}: {at_end} less {name}",
