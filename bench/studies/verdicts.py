@@ -232,7 +232,8 @@ def runs(folder: Path = analysis.DATA) -> Table:
         if not rows:
             body.append((study, "0", NOT_RUN, "", "", "", ""))
             continue
-        minutes = sum(row["cpu_seconds"] for row in rows) / 60
+        # The last row of a climb holds the time of its states as well, which have rows of their own.
+        minutes = sum(row["cpu_seconds"] for row in rows if not row["hyper"].get("last")) / 60
         each = [", ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in ("machine", "commit", "date")]
         link = f"[CSV](../bench/data/studies-{study}.csv)"
         body.append((study, str(len(rows)), f"{minutes:.0f}", *each, link))
