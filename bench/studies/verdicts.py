@@ -133,7 +133,8 @@ def gap(folder: Path = analysis.DATA) -> Table:
             for state in ((1, last) if found else (0,))
         ]  # fmt: skip
         lines.append(
-            line("Text unlike the training data (code) helps more, or hurts less", f"{what}: GitHub's texts less Pile-CC's, {kept}",
+            line("Text unlike the training data (code) helps more, or hurts less",
+                 f"{what}: GitHub's texts less Pile-CC's, {kept}",
                  analysis.between(found, "github", "pile-cc", score), " nats")
         )  # fmt: skip
         lines.append(
