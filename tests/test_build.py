@@ -288,7 +288,7 @@ def test_backend_choice_by_name_context_and_environment() -> None:
     assert dispatch.select("negate_", x[0].device, torch.float64).__module__ == "fastpost.backends.reference"
     with fastpost.use_backend("cpu"), pytest.raises(BackendUnavailable, match=r"float64.*use_backend\('reference'\)"):
         ops.negate_([torch.ones(3).double()])
-    code = "import torch, fastpost; fastpost.flip_signs_([torch.ones(3)], 1); print(fastpost.dispatch._current())"
+    code = "import torch, fastpost; fastpost.flip_signs_([torch.ones(3)], 1); print(fastpost.dispatch.forced())"
     assert python(code, FASTPOST_BACKEND="reference").stdout == "reference\n"
     assert "Did you mean 'triton'" in python(code, FASTPOST_BACKEND="tritn").stderr
     assert "avx2" in python(code, FASTPOST_CPU_ISA="avx9", FASTPOST_BACKEND="cpu").stderr

@@ -74,13 +74,19 @@ def test_doctor_without_the_packages_of_the_other_commands():
 def test_doctor_names_a_backend_that_computes_nonsense(monkeypatch, capsys):
     from fastpost import dispatch
     from fastpost.backends import cpu
+    from fastpost.ops import params
+
+    def forget() -> None:
+        """No selection and no kept plan knows the function that there was."""
+        dispatch._select.cache_clear()
+        vars(params._OP_SQUARED_NORM).pop("_plans", None)
 
     monkeypatch.setattr(cpu, "squared_norm", lambda bucket, eta: torch.zeros((), dtype=torch.float64))
-    dispatch._select.cache_clear()
+    forget()
     try:
         assert main(["doctor", "--json"]) == 1
     finally:
-        dispatch._select.cache_clear()
+        forget()
     data = json.loads(capsys.readouterr().out)
     assert data["backends"]["cpu"]["self_test"].startswith("failed: norm")
     assert data["backends"]["reference"]["self_test"] == "passed"

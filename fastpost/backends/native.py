@@ -9,8 +9,6 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastpost.errors import NativeUnavailable
 
 
@@ -59,6 +57,8 @@ def core() -> Any:
 
 def _attach(core: Any) -> None:
     """Tells the core what it has to know of torch."""
+    import torch  # not above: why a core cannot be loaded has to be said without torch, too
+
     observers = (  # what only hears of calls by the dispatcher, and may have them do something else
         torch._C._len_torch_dispatch_stack,
         torch._C._len_torch_function_stack,
