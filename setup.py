@@ -106,6 +106,8 @@ class CMakeBuild(build_ext):
         arguments = [
             "-G",
             "Ninja",
+            # pip builds in a new environment each time, and CMake would go on with the Ninja of the last one.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DCMAKE_INSTALL_PREFIX={destination}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

@@ -207,6 +207,15 @@ def test_pip_shows_the_compilers_error_without_being_asked_for_more(tools: Path)
     assert "docs/cluster.md lists the compilers" in text
 
 
+def test_a_second_build_finds_the_tools_of_its_own_environment(tools: Path) -> None:
+    """pip removes the environment of a build, with its CMake and Ninja, and keeps the folder that was built in."""
+    tool(tools, "c++", f'case "$*" in *csrc*) exit 1; esac\n{real}')
+    assert "the compilation failed" in build(tools).stderr
+    (tools / "bin" / "ninja").rename(tools / "ninja")
+    again = build(tools, PATH=f"{tools / 'bin'}:{tools}")
+    assert "the compilation failed" in again.stderr, again.stderr
+
+
 # -- cores that do not load ------------------------------------------------------------------------------------------------
 
 
