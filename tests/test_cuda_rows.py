@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastpost.backends import cuda
 from fastpost.ops.divergence import r3f_loss, symmetric_kl
+from fastpost.row_tasks import DivergenceTask
 
 from . import emulation, oracles
 from .test_divergence import gradients, relative_l2
@@ -260,11 +261,11 @@ def test_cross_entropy_where_there_is_no_divergence(bad: float) -> None:
     label = torch.tensor([1])
     truth, _ = oracles.cross_entropy(a, label)
     gradient = torch.empty_like(a)
-    kl, ce = cuda.divergence_rows(a, b, label, -100, None, None, gradient, None)
+    kl, ce = cuda.divergence_rows(DivergenceTask(a, b, label, grad_clean=gradient))
     assert float(ce) == pytest.approx(truth[0], rel=1e-6)
     assert float(kl) == math.inf if bad == -math.inf else math.isnan(kl)
     assert bool(gradient.isnan().all())
     a[0, 8000] = math.nan
-    kl, ce = cuda.divergence_rows(a, b, label, -100, None, None, None, None)
+    kl, ce = cuda.divergence_rows(DivergenceTask(a, b, label))
     assert math.isnan(kl)
     assert math.isnan(ce)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpost.dispatch import select
+from fastpost.row_tasks import OperandTask
 
 from .conftest import same_bits
 
@@ -70,10 +71,9 @@ def run(
         first, second = room[:ROWS, : clean.shape[1]], room[ROWS:, : clean.shape[1]]
     operands = [t if w else None for t, w in zip((first, second), want, strict=True)]
     kl, ce = torch.full((2, ROWS), math.nan, dtype=torch.float64)
-    select("operand_rows", clean.device, clean.dtype)(
-        clean, noised, labels, -100, weights[0], None if labels is None else weights[1], rule.get("smoothing", 0.0),
-        rule.get("cap", 0.0), rule.get("teaches", True), *operands, kl, ce,
-    )  # fmt: skip
+    counts = None if labels is None else weights[1]
+    task = OperandTask(clean, noised, labels, -100, weights[0], counts, kl, ce, *operands, **rule)
+    select("operand_rows", clean.device, clean.dtype)(task)
     return kl, ce, *operands
 
 

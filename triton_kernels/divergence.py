@@ -498,7 +498,6 @@ def divergence_rows(
     clean: Tensor,
     noised: Tensor,
     labels: Tensor | None,
-    ignore_index: int,
     kl_weights: Tensor,
     ce_weights: Tensor,
     grad_clean: Tensor | None,
@@ -506,7 +505,7 @@ def divergence_rows(
 ) -> tuple[Tensor, Tensor]:
     """Per row (float64): symmetric KL and cross-entropy; gradients go to the tensors given, which may be the logits.
 
-    Labels must have ce_weights 0 where they equal ignore_index. Rows are strided, columns contiguous.
+    Rows whose label is not to count have ce_weights 0. Rows are strided, columns contiguous.
     """
     rows = clean.shape[0]
     kl, ce = (torch.empty(rows, dtype=torch.float64, device=clean.device) for _ in range(2))

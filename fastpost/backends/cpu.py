@@ -14,12 +14,14 @@ from fastpost.backends.serving import (
     DTYPES,
     address,
     address_and_stride,
+    addresses_and_strides,
     contiguous,
     contiguous_floats,
     operand_dtype,
     refusal,
 )
 from fastpost.plan import Bucket
+from fastpost.row_tasks import DivergenceTask, OperandTask
 
 _HUGE = 4 << 20  # bytes from which a buffer holds at least one aligned huge page
 
@@ -173,45 +175,24 @@ def embedding_noise(
     return clean, noised
 
 
-def divergence_rows(
-    clean: Tensor,
-    noised: Tensor,
-    labels: Tensor | None,
-    ignore_index: int,
-    kl_weights: Tensor | None,
-    ce_weights: Tensor | None,
-    grad_clean: Tensor | None,
-    grad_noised: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    rows, cols = clean.shape
+def divergence_rows(task: DivergenceTask) -> tuple[Tensor, Tensor]:
+    rows, cols = task.clean.shape
     kl, ce = (torch.empty(rows, dtype=torch.float64) for _ in range(2))
-    blocks = [part for block in (clean, noised, grad_clean, grad_noised) for part in address_and_stride(block)]
+    blocks = addresses_and_strides(task.clean, task.noised, task.grad_clean, task.grad_noised)
     native.core().cpu.divergence_rows(
-        *blocks, _dtype(clean.dtype), rows, cols, address(labels), ignore_index, address(kl_weights),
-        address(ce_weights), kl.data_ptr(), ce.data_ptr(), _threads(),
+        *blocks, _dtype(task.clean.dtype), rows, cols, address(task.labels), task.ignore_index, address(task.kl_weights),
+        address(task.ce_weights), kl.data_ptr(), ce.data_ptr(), _threads(),
     )  # fmt: skip
     return kl, ce
 
 
-def operand_rows(
-    clean: Tensor,
-    noised: Tensor,
-    labels: Tensor | None,
-    ignore_index: int,
-    kl_weights: Tensor,
-    ce_weights: Tensor | None,
-    smoothing: float,
-    cap: float,
-    teaches: bool,
-    first: Tensor | None,
-    second: Tensor | None,
-    kl_out: Tensor,
-    ce_out: Tensor | None,
-) -> None:
-    blocks = [part for block in (clean, noised, first, second) for part in address_and_stride(block)]
+def operand_rows(task: OperandTask) -> None:
+    clean = task.clean
     native.core().cpu.operand_rows(
-        *blocks, _dtype(operand_dtype(clean, first, second)), *clean.shape, address(labels), ignore_index,
-        address(kl_weights), address(ce_weights), smoothing, cap, teaches, address(kl_out), address(ce_out), _threads(),
+        *addresses_and_strides(clean, task.noised, task.first, task.second),
+        _dtype(operand_dtype(clean, task.first, task.second)), *clean.shape, address(task.labels), task.ignore_index,
+        address(task.kl_weights), address(task.ce_weights),
+        task.smoothing, task.cap, task.teaches, address(task.kl_out), address(task.ce_out), _threads(),
     )  # fmt: skip
 
 
@@ -221,7 +202,7 @@ def js_rows(
     rows, cols = clean.shape
     value = torch.empty(rows, dtype=torch.float64)
     weights = contiguous(weights)
-    blocks = [part for block in (clean, noised, grad_clean, grad_noised) for part in address_and_stride(block)]
+    blocks = addresses_and_strides(clean, noised, grad_clean, grad_noised)
     native.core().cpu.js_rows(
         *blocks, _dtype(clean.dtype), rows, cols, address(weights), value.data_ptr(), _threads()
     )  # fmt: skip

@@ -13,6 +13,7 @@ from fastpost.backends.serving import (
     DTYPES,
     address,
     address_and_stride,
+    addresses_and_strides,
     contiguous,
     contiguous_floats,
     number_on,
@@ -21,6 +22,7 @@ from fastpost.backends.serving import (
     seed_on,
 )
 from fastpost.plan import Bucket
+from fastpost.row_tasks import DivergenceTask, OperandTask
 
 _SUMS = 6  # of a perturbation, as in fastpost.ops.params.NAMES_OF_SUMS
 
@@ -208,46 +210,25 @@ def embedding_noise(
 # -- divergence -----------------------------------------------------------------------------------------------------------
 
 
-def divergence_rows(
-    clean: Tensor,
-    noised: Tensor,
-    labels: Tensor | None,
-    ignore_index: int,
-    kl_weights: Tensor | None,
-    ce_weights: Tensor | None,
-    grad_clean: Tensor | None,
-    grad_noised: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def divergence_rows(task: DivergenceTask) -> tuple[Tensor, Tensor]:
+    clean = task.clean
     rows, cols = clean.shape
     kl, ce = (_doubles(clean.device, rows) for _ in range(2))
-    blocks = [part for block in (clean, noised, grad_clean, grad_noised) for part in address_and_stride(block)]
+    blocks = addresses_and_strides(clean, task.noised, task.grad_clean, task.grad_noised)
     native.core().cuda.divergence_rows(
-        *blocks, _dtype(clean.dtype), rows, cols, address(labels), ignore_index, address(kl_weights), address(ce_weights),
-        kl.data_ptr(), ce.data_ptr(), *_where(clean.device),
+        *blocks, _dtype(clean.dtype), rows, cols, address(task.labels), task.ignore_index, address(task.kl_weights),
+        address(task.ce_weights), kl.data_ptr(), ce.data_ptr(), *_where(clean.device),
     )  # fmt: skip
     return kl, ce
 
 
-def operand_rows(
-    clean: Tensor,
-    noised: Tensor,
-    labels: Tensor | None,
-    ignore_index: int,
-    kl_weights: Tensor,
-    ce_weights: Tensor | None,
-    smoothing: float,
-    cap: float,
-    teaches: bool,
-    first: Tensor | None,
-    second: Tensor | None,
-    kl_out: Tensor,
-    ce_out: Tensor | None,
-) -> None:
-    blocks = [part for block in (clean, noised, first, second) for part in address_and_stride(block)]
+def operand_rows(task: OperandTask) -> None:
+    clean = task.clean
     native.core().cuda.operand_rows(
-        *blocks, _dtype(operand_dtype(clean, first, second)), *clean.shape, address(labels), ignore_index,
-        address(kl_weights), address(ce_weights), smoothing, cap, teaches, address(kl_out), address(ce_out),
-        *_where(clean.device),
+        *addresses_and_strides(clean, task.noised, task.first, task.second),
+        _dtype(operand_dtype(clean, task.first, task.second)), *clean.shape, address(task.labels), task.ignore_index,
+        address(task.kl_weights), address(task.ce_weights),
+        task.smoothing, task.cap, task.teaches, address(task.kl_out), address(task.ce_out), *_where(clean.device),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastpost.backends.serving import number_on, seed_on
 from fastpost.plan import Bucket
+from fastpost.row_tasks import DivergenceTask, OperandTask
 
 
 def status() -> tuple[bool, str]:
@@ -364,54 +365,20 @@ def divergence_of_rows(
 
 
 @torch.no_grad()
-def divergence_rows(
-    clean: Tensor,
-    noised: Tensor,
-    labels: Tensor | None,
-    ignore_index: int,
-    kl_weights: Tensor | None,
-    ce_weights: Tensor | None,
-    grad_clean: Tensor | None,
-    grad_noised: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`divergence_of_rows`, its gradients written to the tensors given, which may be the logits themselves."""
-    kl, ce, grad_a, grad_b = divergence_of_rows(clean, noised, labels, ignore_index, kl_weights, ce_weights)
-    if grad_clean is not None:
-        grad_clean.copy_(grad_a)
-    if grad_noised is not None:
-        grad_noised.copy_(grad_b)
+def divergence_rows(task: DivergenceTask) -> tuple[Tensor, Tensor]:
+    """`divergence_of_rows`, its gradients written where the task says."""
+    kl, ce, *grads = divergence_of_rows(*task[:6])
+    for out, grad in zip((task.grad_clean, task.grad_noised), grads, strict=True):
+        if out is not None:
+            out.copy_(grad)
     return kl, ce
 
 
 @torch.no_grad()
-def operand_rows(
-    clean: Tensor,
-    noised: Tensor,
-    labels: Tensor | None,
-    ignore_index: int,
-    kl_weights: Tensor,
-    ce_weights: Tensor | None,
-    smoothing: float,
-    cap: float,
-    teaches: bool,
-    first: Tensor | None,
-    second: Tensor | None,
-    kl_out: Tensor,
-    ce_out: Tensor | None,
-) -> None:
-    """`divergence_of_rows` whose gradients are operands of the output head's products.
-
-    Args:
-        clean, noised: (rows, classes) logits, float32 or float64.
-        labels: int64 (rows,), or None: no cross-entropy.
-        kl_weights, ce_weights: float64 (rows,), as there.
-        smoothing: label smoothing in torch's convention, of the gradient alone: `ce_out` gets the plain cross-entropy.
-        cap: logits are cap * tanh(z / cap), and the gradients are those of z; 0: logits as they are.
-        teaches: whether the divergence sends a gradient to the clean stream.
-        first, second: where gradients go, of the logits' or of a narrower dtype; may be the logits themselves, None: not
-            wanted. `first` gets the clean stream's, and the noised one's added where `second` gets that.
-        kl_out, ce_out: float64 (rows,), where the values go.
-    """
+def operand_rows(task: OperandTask) -> None:
+    """`divergence_of_rows` whose gradients are operands of the output head's products, as the task says."""
+    clean, noised, labels, ignore_index, kl_weights, ce_weights = task[:6]
+    kl_out, ce_out, first, second, smoothing, cap, teaches = task[6:]
     kl, ce, grad_a, grad_b = divergence_of_rows(clean, noised, labels, ignore_index, kl_weights, ce_weights)
     if not teaches:
         off = torch.zeros_like(kl_weights)

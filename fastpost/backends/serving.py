@@ -63,6 +63,11 @@ def address_and_stride(block: Tensor | None) -> tuple[int, int]:
     return (0, 0) if block is None else (block.data_ptr(), block.stride(0))
 
 
+def addresses_and_strides(*blocks: Tensor | None) -> list[int]:
+    """The same of several, one after another."""
+    return [part for block in blocks for part in address_and_stride(block)]
+
+
 def operand_dtype(logits: Tensor, *operands: Tensor | None) -> torch.dtype:
     """Of the operands that are wanted, the logits' where none is."""
     return next((operand.dtype for operand in operands if operand is not None), logits.dtype)

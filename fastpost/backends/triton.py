@@ -14,6 +14,7 @@ from torch import Tensor
 from fastpost.backends.serving import contiguous, contiguous_floats, number_on, refusal, seed_on
 from fastpost.interrupts import held
 from fastpost.plan import Bucket
+from fastpost.row_tasks import DivergenceTask, OperandTask
 
 
 def _interpreted() -> bool:
@@ -159,48 +160,28 @@ def embedding_noise(
     return clean, noised
 
 
-def divergence_rows(
-    clean: Tensor,
-    noised: Tensor,
-    labels: Tensor | None,
-    ignore_index: int,
-    kl_weights: Tensor | None,
-    ce_weights: Tensor | None,
-    grad_clean: Tensor | None,
-    grad_noised: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    ones = torch.ones(clean.shape[0], dtype=torch.float64, device=clean.device)
-    ce_weights = ones if ce_weights is None else ce_weights
-    ce_weights = torch.zeros_like(ones) if labels is None else torch.where(labels == ignore_index, 0.0, ce_weights)
+def divergence_rows(task: DivergenceTask) -> tuple[Tensor, Tensor]:
+    ones = torch.ones(len(task.clean), dtype=torch.float64, device=task.clean.device)
+    kl_weights = ones if task.kl_weights is None else task.kl_weights
+    ce_weights = _counting(ones if task.ce_weights is None else task.ce_weights, task.labels, task.ignore_index)
     kl, ce = _kernels("divergence").divergence_rows(
-        clean, noised, labels, ignore_index, ones if kl_weights is None else kl_weights, ce_weights, grad_clean, grad_noised
+        task.clean, task.noised, task.labels, kl_weights, ce_weights, task.grad_clean, task.grad_noised
     )
     return kl, ce
 
 
-def operand_rows(
-    clean: Tensor,
-    noised: Tensor,
-    labels: Tensor | None,
-    ignore_index: int,
-    kl_weights: Tensor,
-    ce_weights: Tensor | None,
-    smoothing: float,
-    cap: float,
-    teaches: bool,
-    first: Tensor | None,
-    second: Tensor | None,
-    kl_out: Tensor,
-    ce_out: Tensor | None,
-) -> None:
-    if labels is None or ce_weights is None:
-        ce_weights = torch.zeros_like(kl_weights)
-    else:
-        ce_weights = torch.where(labels == ignore_index, 0.0, ce_weights)
-    ce_out = torch.empty_like(kl_out) if ce_out is None else ce_out
+def operand_rows(task: OperandTask) -> None:
+    weights = torch.zeros_like(task.kl_weights) if task.ce_weights is None else task.ce_weights
     _kernels("divergence").operand_rows(
-        clean, noised, labels, kl_weights, ce_weights, smoothing, cap, teaches, first, second, kl_out, ce_out
-    )
+        task.clean, task.noised, task.labels, task.kl_weights, _counting(weights, task.labels, task.ignore_index),
+        task.smoothing, task.cap, task.teaches, task.first, task.second, task.kl_out,
+        torch.empty_like(task.kl_out) if task.ce_out is None else task.ce_out,
+    )  # fmt: skip
+
+
+def _counting(weights: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
+    """Weights of the cross-entropy, 0 where there is none."""
+    return torch.zeros_like(weights) if labels is None else torch.where(labels == ignore_index, 0.0, weights)
 
 
 def js_rows(

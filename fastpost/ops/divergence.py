@@ -23,6 +23,7 @@ from fastpost.ops.reductions import (
 )
 from fastpost.ops.registry import define
 from fastpost.ops.rows import RowValues, Streams, scale_
+from fastpost.row_tasks import DivergenceTask
 
 # -- implementations behind torch.ops.fastpost ----------------------------------------------------------------------------
 
@@ -42,7 +43,7 @@ def _divergence_rows(
     clean, noised = rows_of(clean), rows_of(noised)  # torch.func hands its slices straight to this
     labels, kl_weights, ce_weights = (contiguous(t) for t in (labels, kl_weights, ce_weights))
     grad_clean, grad_noised = like(clean) if want_clean else None, like(noised) if want_noised else None
-    kl, ce = function(clean, noised, labels, ignore_index, kl_weights, ce_weights, grad_clean, grad_noised)
+    kl, ce = function(DivergenceTask(clean, noised, labels, ignore_index, kl_weights, ce_weights, grad_clean, grad_noised))
     nothing = clean.new_empty(0)
     return (
         kl,
@@ -64,10 +65,8 @@ def _divergence_rows_(
 ) -> tuple[Tensor, Tensor]:
     function = select("divergence_rows", clean.device, clean.dtype)
     labels, kl_weights, ce_weights = (contiguous(t) for t in (labels, kl_weights, ce_weights))
-    kl, ce = function(
-        clean, noised, labels, ignore_index, kl_weights, ce_weights, clean if want_clean else None,
-        noised if want_noised else None,
-    )  # fmt: skip
+    grad_clean, grad_noised = clean if want_clean else None, noised if want_noised else None
+    kl, ce = function(DivergenceTask(clean, noised, labels, ignore_index, kl_weights, ce_weights, grad_clean, grad_noised))
     return kl, ce
 
 

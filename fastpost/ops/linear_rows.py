@@ -25,6 +25,7 @@ from fastpost.ops.head import Head, power_of_two
 from fastpost.ops.reductions import out_dtype, smoothing_gap
 from fastpost.ops.registry import define
 from fastpost.ops.vocab_parallel import group_named, sharded_operand_rows
+from fastpost.row_tasks import OperandTask
 
 
 class Settings(NamedTuple):
@@ -294,15 +295,24 @@ class _Run:
         if how.smoothing and labels is not None and group is None:
             gap = smoothing_gap(logits[0], labels, labels != how.ignore_index)
         values = self.values[:, rows] if isinstance(rows, slice) else torch.empty_like(weights)
-        arguments = (
-            *logits, labels, how.ignore_index, weights[0], None if labels is None else weights[1], how.smoothing,
-            how.softcap / how.temperature, how.grad != "noised", first, second, values[0],
-            None if labels is None else values[1],
-        )  # fmt: skip
+        task = OperandTask(
+            *logits,
+            labels,
+            how.ignore_index,
+            weights[0],
+            None if labels is None else weights[1],
+            kl_out=values[0],
+            ce_out=None if labels is None else values[1],
+            first=first,
+            second=second,
+            smoothing=how.smoothing,
+            cap=how.softcap / how.temperature,
+            teaches=how.grad != "noised",
+        )
         if group is None:
-            select("operand_rows", logits[0].device, logits[0].dtype)(*arguments)
+            select("operand_rows", task.clean.device, task.clean.dtype)(task)
         else:
-            sharded_operand_rows(*arguments, group)
+            sharded_operand_rows(task, group)
         if gap is not None:
             values[1].add_(gap, alpha=how.smoothing)
         if not isinstance(rows, slice):

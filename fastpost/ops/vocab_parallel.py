@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastpost.row_tasks import OperandTask
+
 _BLOCK = {"cpu": 1 << 18}  # elements at a time
 _BLOCK_ELSEWHERE = 1 << 23  # where every operation is a launch
 
@@ -34,33 +36,19 @@ class _Sums(NamedTuple):
     logits: Tensor
 
 
-def sharded_operand_rows(
-    clean: Tensor,
-    noised: Tensor,
-    labels: Tensor | None,
-    ignore_index: int,
-    kl_weights: Tensor,
-    ce_weights: Tensor | None,
-    smoothing: float,
-    cap: float,
-    teaches: bool,
-    first: Tensor | None,
-    second: Tensor | None,
-    kl_out: Tensor,
-    ce_out: Tensor | None,
-    group: dist.ProcessGroup,
-) -> None:
+def sharded_operand_rows(task: OperandTask, group: dist.ProcessGroup) -> None:
     """`operand_rows` (fastpost/backends/reference.py) of this rank's columns: the same values on all ranks.
 
     Args:
-        clean, noised: logits, (rows, columns of this rank), float32 or float64.
-        labels: int64 (rows,), of the whole vocabulary; None: no cross-entropy.
-        smoothing: as there, but in the cross-entropy's values as well.
+        task: with the logits of this rank's columns, labels of the whole vocabulary, and smoothing in the cross-entropy's
+            values as well.
         group: the ranks that share the vocabulary, in the order of their ranks.
 
     Raises:
         ValueError: a label outside the vocabulary (on the CPU; elsewhere it gives NaN).
     """
+    clean, noised, labels, ignore_index, kl_weights, ce_weights = task[:6]
+    kl_out, ce_out, first, second, smoothing, cap, teaches = task[6:]
     top, start, vocab = _agreed(clean, noised, group)
     if labels is not None and clean.device.type == "cpu":
         outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
@@ -109,10 +97,10 @@ def sharded_operand_rows(
                 grad = torch.where(weight == 0, torch.zeros_like(grad), grad)
             if ce_weights is not None and own is not None:
                 weight = _column(ce_weights, block, dtype)
-                task = weight * (p - (smoothing / vocab).to(dtype)) if smoothing else weight * p
+                labelled = weight * (p - (smoothing / vocab).to(dtype)) if smoothing else weight * p
                 here, place = own[0][block].unsqueeze(-1), own[1][block]
-                task.scatter_add_(-1, place, torch.where(here, (smoothing - 1) * weight, 0))
-                grad = grad + torch.where(weight == 0, torch.zeros_like(task), task)
+                labelled.scatter_add_(-1, place, torch.where(here, (smoothing - 1) * weight, 0))
+                grad = grad + torch.where(weight == 0, torch.zeros_like(labelled), labelled)
             if cap:
                 grad *= 1 - (a / cap).square_()
             first[block] = grad if noised_grad is None else grad + noised_grad

@@ -1,0 +1,58 @@
+"""What a backend is asked for rows of logits in two streams: one value for each argument list."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class DivergenceTask(NamedTuple):
+    """Symmetric KL and cross-entropy of rows, and the gradients of their weighted sum.
+
+    Attributes:
+        clean, noised: (rows, classes) logits; rows at one distance, classes contiguous.
+        labels: int64 (rows,); None: no cross-entropy.
+        ignore_index: the label of rows without a cross-entropy.
+        kl_weights, ce_weights: float64 (rows,); None: 1 for each row. Rows of weight 0 give exactly 0.
+        grad_clean, grad_noised: where gradients go, which may be the logits themselves; None: not wanted.
+    """
+
+    clean: Tensor
+    noised: Tensor
+    labels: Tensor | None = None
+    ignore_index: int = -100
+    kl_weights: Tensor | None = None
+    ce_weights: Tensor | None = None
+    grad_clean: Tensor | None = None
+    grad_noised: Tensor | None = None
+
+
+class OperandTask(NamedTuple):
+    """The same, the gradients being operands of an output head's products.
+
+    Attributes:
+        clean, noised: (rows, classes) logits, float32 or float64.
+        labels, ignore_index: as in `DivergenceTask`.
+        kl_weights, ce_weights: float64 (rows,); ce_weights None: no cross-entropy.
+        kl_out, ce_out: float64 (rows,), where the values go.
+        first, second: where gradients go, of the logits' or of a narrower dtype; may be the logits themselves, None: not
+            wanted. `first` gets the clean stream's, and the noised one's added where `second` gets that.
+        smoothing: label smoothing in torch's convention, of the gradient alone: `ce_out` gets the plain cross-entropy.
+        cap: logits are cap * tanh(z / cap), and the gradients are those of z; 0: logits as they are.
+        teaches: whether the divergence sends a gradient to the clean stream.
+    """
+
+    clean: Tensor
+    noised: Tensor
+    labels: Tensor | None
+    ignore_index: int
+    kl_weights: Tensor
+    ce_weights: Tensor | None
+    kl_out: Tensor
+    ce_out: Tensor | None
+    first: Tensor | None = None
+    second: Tensor | None = None
+    smoothing: float = 0.0
+    cap: float = 0.0
+    teaches: bool = True
