@@ -8,8 +8,6 @@ import importlib
 import importlib.util
 import multiprocessing
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +22,7 @@ from rich.progress import Progress
 import fastpost
 from fastpost import dispatch
 from fastpost.backends import native
+from fastpost.bench import machine
 from fastpost.bench.clocks import DeviceClock, HostClock, measure
 from fastpost.bench.registry import CASES, CUDA_CASES, Case, PeakMemory, Skipped, Target
 from fastpost.bench.table import HIT, MISS, NOT_MEASURED, bound_by_the_host, rows, show, summary, write
@@ -90,46 +89,28 @@ def default_backend(device: str) -> str:
     return os.environ.get("FASTPOST_BACKEND") or ("cuda" if torch.device(device).type == "cuda" else "cpu")
 
 
-def machine(device: torch.device, backend: str) -> dict[str, object]:
+def surroundings(device: torch.device, backend: str) -> dict[str, object]:
     """The columns that say what a run was about, and on what it was made."""
     found: dict[str, object] = {
         "backend": backend,
         # Goals are the compiled core's, by instruction set; another backend has none.
         "isa": native.core().cpu.isa() if backend == "cpu" else backend,
         "threads": torch.get_num_threads(),
-        "cpu": _cpu(),
+        "cpu": machine.cpu(),
         "torch": torch.__version__,
         "fastpost": fastpost.__version__,
         "date": datetime.date.today().isoformat(),
-        "commit": os.environ.get("FASTPOST_COMMIT")
-        or _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
-        or f"unknown, of {fastpost.__version__}",
+        "commit": machine.commit(),
     }
     if device.type == "cuda":
         import triton
 
         found["gpu"] = torch.cuda.get_device_name(device)
-        found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+        found["driver"] = machine.printed_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split(
+            "\n"
+        )[0]
         found["triton"] = triton.__version__
     return found
-
-
-def _cpu() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _output(*command: str) -> str:
-    """What a command prints, or nothing where there is no such command or it fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def run(
@@ -172,7 +153,7 @@ def _run(
 ) -> Outcome:  # fmt: skip
     if place.index is not None:
         torch.cuda.set_device(place)  # events and streams are the current device's
-    where = machine(place, backend) | ({} if heap is None else {"heap": heap})
+    where = surroundings(place, backend) | ({} if heap is None else {"heap": heap})
     outcome, written, begun = Outcome(), [], time.perf_counter()
     console.print(
         f"fastpost {fastpost.__version__} ({where['commit']}), backend {backend}, torch {torch.__version__}, "

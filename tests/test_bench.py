@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from fastpost import dispatch
-from fastpost.bench import clocks, goals, host_cost, registry, run, table
+from fastpost.bench import clocks, goals, host_cost, machine, registry, run, table
 from fastpost.bench.clocks import DeviceClock, HostClock, measure
 from fastpost.bench.registry import (
     Bandwidth,
@@ -201,7 +201,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Pretended")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**10))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(run, "_output", lambda *command: "580.1\n580.1" if command[0] == "nvidia-smi" else "abc1234-dirty")
+    monkeypatch.setattr(machine, "printed_by", lambda *command: "580.1\n580.1" if command[0] == "nvidia-smi" else "abc1234")
 
 
 def test_a_run_on_a_gpu_goes_on_after_a_failure(

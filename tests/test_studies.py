@@ -716,3 +716,20 @@ def test_tables_are_rebuilt_from_rows(tmp_path: Path) -> None:
     assert all(cells[-1] == analysis.NOT_RUN for cells in verdicts.gap(tmp_path)[1:])
     assert tuple(verdicts.sam(tmp_path)[0]) == verdicts.VERDICTS
     assert len(COLUMNS) == len(set(COLUMNS))
+
+
+def test_whether_the_gain_is_largest_where_data_are_few(tmp_path: Path) -> None:
+    opened = Records(tmp_path / "studies-glue.csv", "glue", {"model": "m"}, AROUND)
+    labels = "01" * 50
+    for share, gained in ((5, 12), (100, 2)):
+        for seed in range(3):
+            for method, wrong in (("adamw", 30 + seed), ("sam", 30 + seed - gained)):
+                predictions = "".join("10"[int(c)] if k < wrong else c for k, c in enumerate(labels))
+                examples = {"labels": labels, "predictions": predictions}
+                scores = {"accuracy": 1 - wrong / 100, "score": 1 - wrong / 100}
+                opened.add(f"report/rte/{share}", method, seed, {}, scores, steps=10, cpu_seconds=1.0, examples=examples)
+    opened.close()
+    table = {cells[1]: cells for cells in verdicts.sam(tmp_path)[1:]}
+    few = table["SAM's gain at 5 % less that at 100 % of the data, RTE"]
+    assert few[2].startswith("+10.00 ± ")
+    assert few[3:] == ("3 x 100", analysis.CONFIRMED)

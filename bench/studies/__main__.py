@@ -27,12 +27,9 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    from transformers.utils import logging
-
     from fastpost.bench.studies import study as shared
+    from fastpost.cli.models import quietly
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     study = importlib.import_module(f"fastpost.bench.studies.{name}").STUDY
     parser = argparse.ArgumentParser(prog=f"python -m fastpost.bench.studies {name}", description=study.about)
     parser.add_argument("--data", help="folder with glue/ and gap/ in it; docs/studies.md says where their files come from")
@@ -44,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     study.options(parser)
     options = parser.parse_args(argv[1:])
     try:
-        made = shared.run(study, options)
+        with quietly():
+            made = shared.run(study, options)
     except (ValueError, OSError) as error:
         print(f"studies {name}: error: {error}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -57,7 +58,7 @@ class Estimate:
         return f"{self.runs} x {self.examples}" if self.examples else str(self.runs)
 
 
-def estimate(differences: Sequence[Sequence[float]] | Sequence[float]) -> Estimate | None:
+def estimate(differences: Sequence[Any]) -> Estimate | None:
     """Of differences per run and example (runs x examples), or per run; None for fewer than two runs.
 
     Over runs: Student's interval of their means. Over examples: the bootstrap of each example's mean over runs.
@@ -96,10 +97,24 @@ def pairs(rows: list[Row], place: str, method: str, other: str = methods.PLAIN) 
 
 def gain(rows: list[Row], place: str, method: str, other: str = methods.PLAIN) -> Estimate | None:
     """By how much a method's score exceeds the other's, in points."""
-    found = pairs(rows, place, method, other)
-    if place.startswith("cola"):  # a correlation has no share in single examples
-        return estimate([100 * (a["scores"]["score"] - b["scores"]["score"]) for a, b in found])
-    return estimate([[100 * d for d in np.subtract(_right(a), _right(b))] for a, b in found])
+    return estimate([_points(place, a, b) for a, b in pairs(rows, place, method, other)])
+
+
+def gain_where_few(rows: list[Row], task: str, method: str, few: int = 5, most: int = 100) -> Estimate | None:
+    """By how much the gain with `few` percent of the training data exceeds that with `most`, in points, by the same seed."""
+    gains: list[dict[int, Any]] = []
+    for share in (few, most):
+        place = f"{task}/{share}"
+        gains.append({a["seed"]: _points(place, a, b) for a, b in pairs(rows, place, method)})
+    small, large = gains
+    return estimate([np.subtract(small[seed], large[seed]) for seed in sorted(small.keys() & large.keys())])
+
+
+def _points(place: str, a: Row, b: Row) -> Any:
+    """By how much a run exceeds another: of each example, or of all where a score has no share in single examples."""
+    if place.startswith("cola"):  # a correlation
+        return 100 * (a["scores"]["score"] - b["scores"]["score"])
+    return 100 * np.subtract(_right(a), _right(b))
 
 
 def _right(row: Row) -> list[int]:

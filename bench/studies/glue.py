@@ -22,7 +22,7 @@ from fastpost.bench.studies.records import Records
 from fastpost.bench.studies.study import Block, Study, Timer, check_apart, data_folder, digest
 from fastpost.cli.options import names_of
 from fastpost.cli.tasks import Example, Task, glue_task
-from fastpost.cli.tuning import Classifier
+from fastpost.cli.tuning import Classifier, linear_schedule
 
 TASKS = ("rte", "mrpc", "cola")
 SPLITS = ("validation", "dev")
@@ -122,7 +122,7 @@ class Run(Comparison):
         strength = {key: value for key, value in hyper.items() if key != "lr"}
         groups = methods.grouped(model, hyper["lr"], o.head_rate)
         stepper = methods.build(method, model, groups, strength, self.precision)
-        schedule = methods.linear_schedule(stepper.optimizer, steps)
+        schedule = linear_schedule(stepper.optimizer, steps)
         timer, losses = Timer(device=o.device), []
         batches = methods.moved_to(o.device, data.classifier.batches(rows, o.batch_size, steps, seed))
         for batch in batches:

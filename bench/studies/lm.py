@@ -21,7 +21,7 @@ from fastpost.bench.studies.choosing import Comparison, add_options
 from fastpost.bench.studies.study import Study, Timer, check_apart, data_folder, digest
 from fastpost.cli.gap_sweep import read
 from fastpost.cli.lm import Loaded, negative_log_likelihoods
-from fastpost.cli.tuning import Batch
+from fastpost.cli.tuning import Batch, linear_schedule
 from fastpost.gap.zero_shot import dialogue_prompt
 
 PLACE = "dialogues"
@@ -66,7 +66,7 @@ def trained(
     groups = [{"params": list(model.parameters()), "lr": lr}]
     torch.manual_seed(seed)
     stepper = methods.build(method, model, groups, strength, methods.autocast(options.device, "float32"))
-    schedule = methods.linear_schedule(stepper.optimizer, options.steps)
+    schedule = linear_schedule(stepper.optimizer, options.steps)
     generator, timer = torch.Generator().manual_seed(seed), Timer(device=options.device)
     order: list[int] = []
     loss = math.nan

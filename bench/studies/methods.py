@@ -184,13 +184,5 @@ def autocast(device: str, dtype: str) -> Precision:
     return lambda: torch.autocast(kind, getattr(torch, dtype))
 
 
-def linear_schedule(optimizer: Any, steps: int) -> Any:
-    """Up over a tenth of the steps, then down to nothing."""
-    warmup = max(steps // 10, 1)
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
-    )
-
-
 def moved_to(device: str, batches: Iterator[Batch]) -> Iterator[Batch]:
     return ({name: value.to(device) for name, value in batch.items()} for batch in batches)

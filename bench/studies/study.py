@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fastpost.bench import machine
 from fastpost.bench.studies.records import Records
 
 PACKAGES = ("fastpost", "torch", "transformers", "numpy", "scipy", "scikit-learn")
@@ -28,7 +28,7 @@ class Block:
     """A part of a study that runs as one.
 
     Attributes:
-        name: of its rows' column `block`.
+        name: what the line of progress says.
         done: whether all of its rows are there.
         run: makes the rows that are missing.
     """
@@ -95,7 +95,7 @@ def surroundings(device: str) -> dict[str, Any]:
         "machine": _machine(device),
         "device": device,
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": machine.commit(),
         "versions": versions,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
@@ -104,33 +104,7 @@ def surroundings(device: str) -> dict[str, Any]:
 def _machine(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    name = next(
-        (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
-    )
-    return f"{name or platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
-
-
-def _commit() -> str:
-    """The commit that the sources are of, with a mark where they differ from it; nothing outside a repository."""
-    here = Path(__file__).parent
-    try:
-        sha, changed = (
-            subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True, check=True).stdout.strip()
-            for command in (
-                ["rev-parse", "--short=12", "HEAD"],
-                ["status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.cpp", "*.h"],
-            )
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return f"{sha}{'+' if changed else ''}"
+    return f"{machine.cpu()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def check_apart(chosen_on: Collection[str], reported_on: Collection[str], what: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastpost.bench.studies import analysis, methods
 from fastpost.bench.studies.analysis import NOT_RUN, Estimate
+from fastpost.bench.studies.records import Row
 
 Table = list[tuple[str, ...]]
 NAMES = {
@@ -74,7 +75,7 @@ def sam(folder: Path = analysis.DATA) -> Table:
         *_glue(folder, [(beats, "sam", methods.PLAIN), (f"{beats}; ascent on a quarter", "sam_lm", methods.PLAIN)]),
         line("The ascent on a quarter costs some 25 %, not 100 %", "time of a step over AdamW's, less than 1.5",
              analysis.price(rows, "sam_lm"), " times", 1.5, -1),
-        line("The gain is largest where data are few", "SAM's gain at 5 % less that at 100 % of the data", None),
+        *_few(rows),
         *_lm(folder, "Language models too gain from SAM (2310.03646)", "sam"),
         *(
             line("Less is forgotten after SAM (2605.02105)",
@@ -83,6 +84,14 @@ def sam(folder: Path = analysis.DATA) -> Table:
             for bits in (32, 4) for score, what, unit in FORGETTING
         ),
     ]  # fmt: skip
+
+
+def _few(rows: list[Row]) -> Table:
+    claim, measured = "The gain is largest where data are few", "SAM's gain at 5 % less that at 100 % of the data"
+    tasks = dict.fromkeys(place.partition("/")[0] for place in analysis.places(rows))
+    found = [(task, analysis.gain_where_few(rows, task, "sam")) for task in tasks]
+    lines = [line(claim, f"{measured}, {TASKS.get(task, task)}", e, " points") for task, e in found if e is not None]
+    return lines or [line(claim, measured, None)]
 
 
 def _lm(folder: Path, claim: str, method: str) -> Table:

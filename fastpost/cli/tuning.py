@@ -239,6 +239,14 @@ class Outcome:
     perturbation: dict[str, float] | None
 
 
+def linear_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Up over a tenth of the steps, then down to nothing."""
+    warmup = max(steps // 10, 1)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
+    )
+
+
 def finetune(
     method: str,
     seed: int,
@@ -262,10 +270,7 @@ def finetune(
     validation = classifier.encode(task.validation, max_length)
     test = classifier.encode(task.test, max_length)
     trainee = build(method, "fastpost", classifier.fresh(seed), hyper)
-    warmup = max(steps // 10, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        trainee.optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
-    )
+    schedule = linear_schedule(trainee.optimizer, steps)
     ask = {steps * (i + 1) // evaluations for i in range(evaluations)}
     best, best_step = -1.0, 0
     held: list[Tensor] = []

@@ -44,7 +44,7 @@ def wrapper_among(bases: tuple[type, ...], own: type) -> type | None:
     return None
 
 
-def imitate(cls: type, wrapper: type) -> None:
+def imitate(cls: Any, wrapper: type) -> None:
     """Makes `cls`, derived from `wrapper` and SAM, pass on all that SAM has and the wrapper does not.
 
     `second_step` stays SAM's own: it asks, steps and clears by the methods that are passed on.
@@ -58,7 +58,7 @@ def imitate(cls: type, wrapper: type) -> None:
             setattr(cls, name, _passed_on_value(name, found))
         elif inspect.isfunction(found):
             setattr(cls, name, _passed_on_method(name, found))
-    cls.step = _step_of(wrapper)  # type: ignore[attr-defined]
+    cls.step = _step_of(wrapper)
 
 
 def _reached(self: Any) -> Any:

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -129,12 +129,12 @@ def step_bases(bases: Sequence[Optimizer], scale: Tensor | None, found_inf: Tens
         return 0
     takes_it = all(getattr(base, "_step_supports_amp_scaling", False) for base in bases)
     if found_inf.device.type != "cpu" and takes_it:
-        for base in bases:
-            base.grad_scale, base.found_inf = scale, found_inf  # type: ignore[attr-defined]
+        for base in cast("list[Any]", bases):
+            base.grad_scale, base.found_inf = scale, found_inf
             try:
                 base.step()
             finally:
-                del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
+                del base.grad_scale, base.found_inf
         return found_inf.sum()
     if found_inf.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
