@@ -68,6 +68,9 @@ def test_kernels_know_neither_fastpost_nor_torch() -> None:
         assert "torch/" not in text, path
         assert "ATen" not in text, path
         assert ("pybind11" in text) <= (path == "csrc/bindings.cpp"), path
+        assert ("Python.h" in text) <= (path in ("csrc/tensors.h", "csrc/tensors.cpp")), path
+    for path, text in sources("fastpost/ops", ".py").items():
+        assert ("native." in text) <= (path in ("fastpost/ops/lists.py", "fastpost/ops/registry.py")), path
 
 
 def private_names(path: Path) -> set[str]:

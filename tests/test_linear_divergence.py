@@ -194,6 +194,31 @@ def test_no_gradients_wanted() -> None:
     torch.testing.assert_close(out.loss, truth(leaves, problem.labels)[0].detach(), rtol=1e-11, atol=0)
 
 
+@pytest.mark.parametrize(
+    "options", [{"softcap": 2.0}, {"label_smoothing": 0.1}, {"softcap": 2.0, "label_smoothing": 0.1}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_gradients_wanted_of_capped_and_smoothed_logits(dtype: torch.dtype, options: dict[str, float]) -> None:
+    """Values alone, of logits whose gradients are the kernel's last work elsewhere."""
+    problem = Problem(dtype=dtype)
+    leaves = problem.leaves()
+    exact = [t.detach().double() for t in leaves]
+    with torch.no_grad():
+        out = fused(leaves, problem.labels, **options)
+    expected = truth(exact, problem.labels, **options)[0]
+    torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5 if dtype == torch.float32 else 4e-3, atol=0)
+    if "softcap" in options:
+        hidden, noised, weight, bias = leaves
+        softcap = options["softcap"]
+        rows = fastpost.linear_symmetric_kl(hidden, noised, weight, bias=bias, softcap=softcap, reduction="none")
+        z, zn = (softcap * torch.tanh((h @ exact[2].T + exact[3]) / softcap) for h in exact[:2])
+        p, q = z.log_softmax(-1), zn.log_softmax(-1)
+        kl = ((p.exp() - q.exp()) * (p - q)).sum(-1)
+        torch.testing.assert_close(rows.double(), kl, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-9)
+        rows.sum().backward()
+        assert all(bool(t.grad.isfinite().all()) for t in leaves if t.grad is not None)
+
+
 def test_a_second_backward_pass_is_the_first_again() -> None:
     problem = Problem()
     leaves = problem.leaves()

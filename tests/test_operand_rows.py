@@ -92,7 +92,13 @@ RULES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("apart", [1e-2, 1.0])
 def test_against_the_equations(backend: str, rule: dict[str, Any], cols: int, dtype: torch.dtype, apart: float) -> None:
     weights = torch.rand(2, ROWS, dtype=torch.float64) + 0.1
-    for want, labelled in (((True, True), True), ((True, True), False), ((True, False), True), ((False, True), True)):
+    for want, labelled in (
+        ((True, True), True),
+        ((True, True), False),
+        ((True, False), True),
+        ((False, True), True),
+        ((False, False), True),
+    ):
         clean, noised, labels = streams(cols, apart)
         chosen = labels if labelled else None
         kl, ce, *gradients = truth(clean, noised, chosen, *weights, rule.get("smoothing", 0.0), rule.get("cap", 0.0),

@@ -120,12 +120,25 @@ FASTPOST_HD RowMoments<Real> row_moments(const RowSums& sums) {
 }
 
 // The gradients of kl_weight * J + ce_weight * cross-entropy, short of the -ce_weight at the label.
-FASTPOST_HD float clean_gradient(float p, float r, float excess, float clean_kl, float kl_weight, float ce_weight) {
-  return kl_weight * (p * (r - clean_kl) + excess) + ce_weight * p;
+template <class Real>
+FASTPOST_HD Real clean_gradient(Real p, Real r, Real excess, Real clean_kl, Real kl_weight) {
+  return kl_weight * (p * (r - clean_kl) + excess);
 }
 
-FASTPOST_HD float noised_gradient(float q, float r, float excess, float noised_kl, float kl_weight) {
+template <class Real>
+FASTPOST_HD Real clean_gradient(Real p, Real r, Real excess, Real clean_kl, Real kl_weight, Real ce_weight) {
+  return clean_gradient(p, r, excess, clean_kl, kl_weight) + ce_weight * p;
+}
+
+template <class Real>
+FASTPOST_HD Real noised_gradient(Real q, Real r, Real excess, Real noised_kl, Real kl_weight) {
   return -kl_weight * (q * (r + noised_kl) + excess);
+}
+
+// The gradient of z from that of cap * tanh(z / cap), u being tanh(z / cap).
+template <class Real>
+FASTPOST_HD Real before_cap(Real gradient, Real u) {
+  return gradient * (1 - u * u);
 }
 
 // -- Jensen-Shannon: m = (p + q) / 2, t = (p - q) / (p + q) = tanh(r / 2), so p = m (1 + t) and q = m (1 - t)

@@ -1,5 +1,4 @@
-// exp and expm1 as polynomials. The same source serves the host, where libm calls would keep loops scalar, and CUDA, whose
-// fast exp is not exact enough.
+// exp and expm1 as polynomials, for loops of the host, which calls of libm would keep scalar.
 #pragma once
 
 #include "core/dtype.h"

@@ -24,6 +24,12 @@ struct SplitScale {
   float high, low;
 };
 
+// Whether a perturbation of radius rho along a gradient of this squared norm moves anything.
+FASTPOST_HD bool moves(double rho, double squared) { return rho != 0 && squared > 0 && squared < INFINITY; }
+
+// Whether a gradient of this norm is clipped.
+FASTPOST_HD bool clips(double norm, double most) { return norm > most && norm < INFINITY; }
+
 FASTPOST_HD SplitScale split_scale(double scale) {
   const int exponent = scale == 0 ? 0 : ilogb(scale);
   const int kept = exponent < -100 ? -100 : exponent > 100 ? 100 : exponent;

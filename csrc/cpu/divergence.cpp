@@ -107,6 +107,7 @@ void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRo
     }
     kl[i] = kl_value;
     if (ce != nullptr) ce[i] = outside ? NAN : ce_value;
+    if (operands.first == nullptr && operands.second == nullptr) return;
 
     float* grad_clean = static_cast<float*>(row.grad_clean);
     const bool smooth = smoothing != 0 && row.ce_weight != 0;
@@ -130,23 +131,12 @@ void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRo
 void js_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean, const LogitRows& grad_noised,
              DType dtype, int64_t rows, int64_t cols, const double* weights, double* value, int threads) {
   const int64_t size = element_size(dtype);
-  const auto at = [&](const LogitRows& block, int64_t row) -> void* {
-    return block.address == nullptr ? nullptr : static_cast<char*>(block.address) + row * block.stride * size;
-  };
   for_rows(rows, cols, threads, [&](int64_t i, int64_t end) {
-    thread_local std::vector<float> scratch;
     thread_local std::vector<double> logs;
-    if (scratch.size() < static_cast<size_t>(2 * cols)) scratch.resize(2 * cols);
     if (logs.size() < static_cast<size_t>(2 * cols)) logs.resize(2 * cols);
-    DivergenceRow row = {};
-    row.clean_exp = scratch.data();
-    row.noised_exp = scratch.data() + cols;
-    row.clean = at(clean, i);
-    row.noised = at(noised, i);
-    row.next_clean = i + 1 < end ? at(clean, i + 1) : nullptr;
-    row.grad_clean = at(grad_clean, i);
-    row.grad_noised = at(grad_noised, i);
-    row.cols = cols;
+    DivergenceRow row = row_of(clean, noised, size, cols, i, end);
+    row.grad_clean = at(grad_clean, i, size);
+    row.grad_noised = at(grad_noised, i, size);
     row.kl_weight = weights == nullptr ? 1 : weights[i];
     value[i] = divergence_loops().jensen_shannon(dtype, row, logs.data());
   });

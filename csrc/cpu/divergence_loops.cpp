@@ -334,11 +334,9 @@ void operands_of(const OperandRow& r) {
   const float flat = r.flat, slope = r.slope;
 #pragma omp simd
   for (int64_t i = 0; i < r.cols; ++i) {
-    const float u = x[i] * slope;
-    float clean = (dx[i] - flat) * (1.0f - u * u);
+    float clean = before_cap(dx[i] - flat, x[i] * slope);
     if constexpr (both) {
-      const float v = y[i] * slope;
-      const float noised = dy[i] * (1.0f - v * v);
+      const float noised = before_cap(dy[i], y[i] * slope);
       clean += noised;
       second[i] = from_float<T>(noised);
     }

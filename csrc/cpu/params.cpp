@@ -71,10 +71,6 @@ double squares(const Plan& plan, Squares what, Column x, Column y, double eta, i
   return fold(partial);
 }
 
-bool moves(const Perturbation& how, double squared_norm) {
-  return how.rho != 0 && squared_norm > 0 && std::isfinite(squared_norm);
-}
-
 // Where the masters of a chunk begin; their elements are wider than the plan's.
 float* masters_of(const Plan& plan, const Chunk& chunk) {
   return reinterpret_cast<float*>(plan.at(kStash, {chunk.tensor, 0, 0})) + chunk.begin;
@@ -115,7 +111,7 @@ double squared_distance(const Plan& plan, int threads) {
 }
 
 PerturbSums sam_perturb(const Plan& plan, const Perturbation& how, double squared_norm, const uint64_t* seed, int threads) {
-  if (moves(how, squared_norm)) return perturb(plan, how, squared_norm, false, seed, threads);
+  if (moves(how.rho, squared_norm)) return perturb(plan, how, squared_norm, false, seed, threads);
   const bool stream = plan.bytes() >= kStreamBytes;
   for_spans(plan, 1 << kWeight | 1 << kStash, threads, [&](const Span& span, int64_t offset, int64_t bytes) {
     params_loops().copy(span.base[kStash] + offset, span.base[kWeight] + offset, bytes, stream);
@@ -124,7 +120,7 @@ PerturbSums sam_perturb(const Plan& plan, const Perturbation& how, double square
 }
 
 PerturbSums sam_perturb_masters(const Plan& plan, const Perturbation& how, double squared_norm, int threads) {
-  if (moves(how, squared_norm)) return perturb(plan, how, squared_norm, true, nullptr, threads);
+  if (moves(how.rho, squared_norm)) return perturb(plan, how, squared_norm, true, nullptr, threads);
   sam_cast(plan, threads);
   return {};
 }
@@ -175,7 +171,7 @@ double negate_norm(const Plan& plan, int threads) {
 
 void negate_clip(const Plan& plan, double squared_norm, double max_norm, int threads) {
   const double norm = std::sqrt(squared_norm);
-  if (!(norm > max_norm) || std::isinf(norm)) return negate(plan, threads);
+  if (!clips(norm, max_norm)) return negate(plan, threads);
   for_chunks(plan, threads, [&](int64_t, const Chunk& chunk) {
     params_loops().scale(plan.dtype(), plan.at(kGrad, chunk), -max_norm / norm, chunk.length);
   });

@@ -81,15 +81,15 @@ __device__ __forceinline__ void narrow_rows(const Rows& r, const OperandRule& ru
           const double rest = delta_of(x, y) - log_ratio, q = exp(y - noised_max) / sums.noised;
           const double more = excess_of(rest, p, q);
           kl += more * rest;
-          if (!operand || rule.teaches) dx = task.kl_weight * (p * (rest - clean_kl) + more);
-          dy = -task.kl_weight * (q * (rest + noised_kl) + more);
+          if (!operand || rule.teaches) dx = clean_gradient(p, rest, more, clean_kl, task.kl_weight);
+          dy = noised_gradient(q, rest, more, noised_kl, task.kl_weight);
         }
         if (task.ce_weight != 0) dx += task.ce_weight * (i == task.label ? expm1(-ce) : p);
         if constexpr (operand) {
           const double u = rule.slope == 0 ? 0 : x * rule.slope, v = rule.slope == 0 ? 0 : y * rule.slope;
           dx += rule.smoothing * task.ce_weight * ((i == task.label ? 1.0 : 0.0) - 1.0 / r.cols);
-          dx *= 1 - u * u;
-          dy *= 1 - v * v;
+          dx = before_cap(dx, u);
+          dy = before_cap(dy, v);
           if (rule.both) dx += dy;
         }
       }

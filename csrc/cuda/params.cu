@@ -104,8 +104,8 @@ template <class T, class List>
 __global__ void __launch_bounds__(kThreads, kPair)
     negate_clip_kernel(const __grid_constant__ List table, double max_norm, const double* __restrict__ squared_norm) {
   const double norm = sqrt(*squared_norm);
-  const bool clips = norm > max_norm && isfinite(norm);
-  const double factor = clips ? -max_norm / norm : -1.0;
+  const bool clipped = clips(norm, max_norm);
+  const double factor = clipped ? -max_norm / norm : -1.0;
   const auto scaled = [&](T x) { return static_cast<float>(static_cast<double>(widened(x)) * factor); };
 #pragma unroll 1
   for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
@@ -114,13 +114,13 @@ __global__ void __launch_bounds__(kThreads, kPair)
     walk<T, 4>(
         place.length, aligned(g), [&](int i, bool wide) { return load_pack(g + i, wide); },
         [&](int i, const Pack<T>& held, bool wide) {
-          if (!clips) return store_pack(g + i, negated(held), wide);
+          if (!clipped) return store_pack(g + i, negated(held), wide);
           float value[Pack<T>::size];
 #pragma unroll
           for (int k = 0; k < Pack<T>::size; ++k) value[k] = scaled(held.value[k]);
           store_pack(g + i, rounded<T>(value), wide);
         },
-        [&](int i) { g[i] = clips ? from_float<T>(scaled(g[i])) : flipped(g[i], true); });
+        [&](int i) { g[i] = clipped ? from_float<T>(scaled(g[i])) : flipped(g[i], true); });
   }
 }
 

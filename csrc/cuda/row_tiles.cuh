@@ -52,12 +52,6 @@ struct Cut {
   }
 };
 
-template <class T>
-__device__ __forceinline__ void unpack(const Pack<T>& pack, float* to) {
-#pragma unroll
-  for (int k = 0; k < Pack<T>::size; ++k) to[k] = to_float(pack.value[k]);
-}
-
 // How a thread does its tiles, until one shows that it has to be done otherwise.
 enum class Way : int { near, exact, careful };
 

@@ -62,8 +62,8 @@ struct Step {
 };
 
 __device__ __forceinline__ Step step_of(double rho, double squared) {
-  const bool moves = rho != 0 && squared > 0 && isfinite(squared);
-  return {moves, split_scale(moves ? rho / sqrt(squared) : 0)};
+  const bool moved = moves(rho, squared);
+  return {moved, split_scale(moved ? rho / sqrt(squared) : 0)};
 }
 
 // A pack of weights and of what moves them.
