@@ -33,6 +33,21 @@ struct LogitRows {
 
 enum class NoiseType : int { uniform = 0, normal = 1 };
 
+// How the losses of rows are summed up. A row counts unless its label is ignore_index or the mask leaves it out.
+struct RowReduction {
+  double kl_scale, ce_scale;  // of both sums
+  bool averaged;              // both sums are divided by the number of rows that count, if there are any
+  bool kl_everywhere;         // the divergence counts in every row, and its sum is not divided
+  double kl_weight;           // of the divergence in the loss
+};
+
+// loss = task + kl_weight * divergence, of all rows. usable: whether every label is a class or ignore_index and every
+// divergence is finite.
+struct RowLosses {
+  double loss, task, divergence;
+  bool usable;
+};
+
 namespace cpu {
 
 // Name of the instruction set in use; FASTPOST_CPU_ISA (a name below or the best by default) is read once.
@@ -120,6 +135,12 @@ void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRo
 // gradients as above. At most ln 2: a class that is -inf in one stream only is finite, in both it does not exist.
 void js_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean, const LogitRows& grad_noised,
              DType dtype, int64_t rows, int64_t cols, const double* weights, double* value, int threads);
+
+// The losses of all rows and, where asked for, the gradients of the loss; everything as in the two above, of which
+// jensen_shannon takes the second, which has no labels. labels, mask: null where there are none.
+RowLosses row_losses(bool jensen_shannon, const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean,
+                     const LogitRows& grad_noised, DType dtype, int64_t rows, int64_t cols, const int64_t* labels,
+                     int64_t ignore_index, const bool* mask, const RowReduction& how, int threads);
 
 // block[row] *= factors[row * factor_stride] (stride 0: one factor for all); rows whose factor is 1 are not touched.
 void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols, const double* factors,

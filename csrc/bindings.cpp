@@ -177,6 +177,32 @@ void bind_cpu(py::module_ cpu) {
       py::arg("grad_clean_stride"), py::arg("grad_noised"), py::arg("grad_noised_stride"), py::arg("dtype"), py::arg("rows"),
       py::arg("cols"), py::arg("weights"), py::arg("value"), py::arg("threads"), Released());
   cpu.def(
+      "row_losses",
+      [](bool jensen_shannon, py::handle clean, py::handle noised, py::handle labels, py::handle mask, int64_t ignore_index,
+         double kl_scale, double ce_scale, bool averaged, bool kl_everywhere, double kl_weight, py::handle grad_clean,
+         py::handle grad_noised, int threads) -> py::object {
+        RowTensors t;
+        RowLosses losses = {0, 0, 0, false};
+        if (read_rows(clean.ptr(), noised.ptr(), labels.ptr(), mask.ptr(), grad_clean.ptr(), grad_noised.ptr(), t)) {
+          const RowReduction how{kl_scale, ce_scale, averaged, kl_everywhere, kl_weight};
+          std::optional<py::gil_scoped_release> release;
+          if (t.rows * t.cols >= kWorthReleasing) release.emplace();
+          losses = cpu::row_losses(jensen_shannon, t.clean, t.noised, t.grad_clean, t.grad_noised, t.dtype, t.rows, t.cols,
+                                   t.labels, ignore_index, t.mask, how, threads);
+        }
+        if (!losses.usable) return py::none();
+        const auto scalar = [](double value) {
+          PyObject* tensor = float32_scalar(value);
+          if (tensor == nullptr) throw py::error_already_set();
+          return py::reinterpret_steal<py::object>(tensor);
+        };
+        if (t.labels == nullptr) return py::make_tuple(scalar(losses.loss));
+        return py::make_tuple(scalar(losses.loss), scalar(losses.task), scalar(losses.divergence));
+      },
+      py::arg("jensen_shannon"), py::arg("clean"), py::arg("noised"), py::arg("labels"), py::arg("mask"),
+      py::arg("ignore_index"), py::arg("kl_scale"), py::arg("ce_scale"), py::arg("averaged"), py::arg("kl_everywhere"),
+      py::arg("kl_weight"), py::arg("grad_clean"), py::arg("grad_noised"), py::arg("threads"));
+  cpu.def(
       "scale_rows",
       [](Address block, int64_t stride, DType dtype, int64_t rows, int64_t cols, Address factors, int64_t factor_stride,
          int threads) {

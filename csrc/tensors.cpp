@@ -56,7 +56,8 @@ const DLPackTable* table = nullptr;
 constexpr const char* kCapsule = "dlpack_exchange_api";
 constexpr uint32_t kMajor = 1;
 constexpr DLDevice kCpu{1, 0};
-constexpr DLDataType kDouble{2, 64, 1};
+constexpr DLDataType kDouble{2, 64, 1}, kFloat{2, 32, 1}, kHalf{2, 16, 1}, kBFloat{4, 16, 1}, kLong{0, 64, 1},
+    kBool{6, 8, 1};
 constexpr int kMostDoubles = 6;  // the sums of a perturbation
 constexpr Py_ssize_t kMostArguments = 15;
 
@@ -201,27 +202,109 @@ bool number(PyObject* object, double& value) {
   return PyErr_Occurred() == nullptr;
 }
 
-PyObject* float64_tensor(const double* values, int count) {
-  if (table == nullptr) {
-    const Ref given(count == 1 ? PyFloat_FromDouble(*values) : PyTuple_New(count));
-    for (int i = 0; given && count != 1 && i < count; ++i) PyTuple_SET_ITEM(given.get(), i, PyFloat_FromDouble(values[i]));
-    return given ? PyObject_CallOneArg(torch.float64_tensor, given.get()) : nullptr;
-  }
+namespace {
+
+// A tensor on the CPU that owns its values; a scalar where there is one.
+template <class T>
+PyObject* owning_tensor(const T* values, int count, DLDataType dtype) {
   struct Owned {
     DLManagedTensor managed;
     int64_t shape, stride;
-    double values[kMostDoubles];
+    T values[kMostDoubles];
   };
   Owned* owned = new Owned{};
   owned->shape = count;
   owned->stride = 1;
   std::copy(values, values + count, owned->values);
   const auto destroy = [](DLManagedTensor* managed) { delete reinterpret_cast<Owned*>(managed); };
-  const DLTensor tensor{owned->values, kCpu, count == 1 ? 0 : 1, kDouble, &owned->shape, &owned->stride, 0};
+  const DLTensor tensor{owned->values, kCpu, count == 1 ? 0 : 1, dtype, &owned->shape, &owned->stride, 0};
   owned->managed = {kMajor, 0, nullptr, destroy, 0, tensor};
   void* made = nullptr;
   if (table->to_python(&owned->managed, &made) != 0) return nullptr;
   return static_cast<PyObject*>(made);
+}
+
+}  // namespace
+
+PyObject* float64_tensor(const double* values, int count) {
+  if (table == nullptr) {
+    const Ref given(count == 1 ? PyFloat_FromDouble(*values) : PyTuple_New(count));
+    for (int i = 0; given && count != 1 && i < count; ++i) PyTuple_SET_ITEM(given.get(), i, PyFloat_FromDouble(values[i]));
+    return given ? PyObject_CallOneArg(torch.float64_tensor, given.get()) : nullptr;
+  }
+  return owning_tensor(values, count, kDouble);
+}
+
+PyObject* float32_scalar(double value) {
+  const float rounded = static_cast<float>(value);
+  return owning_tensor(&rounded, 1, kFloat);
+}
+
+// -- rows of logits -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+bool dtype_of(const TensorLayout& layout, DType& dtype) {
+  dtype = layout.dtype == key(kBFloat) ? DType::bf16 : layout.dtype == key(kHalf) ? DType::f16 : DType::f32;
+  return dtype != DType::f32 || layout.dtype == key(kFloat);
+}
+
+// Of a tensor on the CPU with at least one dimension, the rows of its last one, if they lie at one distance.
+bool rows_of(PyObject* tensor, TensorLayout& layout, LogitRows& block) {
+  if (!read(tensor, false, layout) || layout.device != key(kCpu) || layout.dimensions == 0) return false;
+  const int64_t last = layout.dimensions - 1;
+  if (layout.shape[last] == 0 || (layout.strides[last] != 1 && layout.shape[last] != 1)) return false;
+  block = {reinterpret_cast<void*>(layout.address), layout.shape[last]};
+  int64_t distance = 0, length = 1;  // of the dimensions walked so far
+  for (int64_t d = last - 1; d >= 0; --d) {
+    if (layout.shape[d] == 1) continue;
+    if (length == 1)
+      block.stride = layout.strides[d];
+    else if (layout.strides[d] != distance * length)
+      return false;
+    if (length == 1) distance = layout.strides[d];
+    length *= layout.shape[d];
+  }
+  return length <= 1 || block.stride >= layout.shape[last];
+}
+
+// The values of a contiguous tensor on the CPU, one for each row of the logits.
+template <class T>
+bool column_of(PyObject* tensor, const TensorLayout& logits, DLDataType dtype, const T*& values) {
+  values = nullptr;
+  if (tensor == Py_None) return true;
+  TensorLayout layout;
+  if (!read(tensor, false, layout) || layout.device != key(kCpu) || layout.dtype != key(dtype)) return false;
+  if (layout.dimensions != logits.dimensions - 1) return false;
+  int64_t distance = 1;
+  for (int64_t d = layout.dimensions - 1; d >= 0; --d) {
+    if (layout.shape[d] != logits.shape[d] || (layout.shape[d] != 1 && layout.strides[d] != distance)) return false;
+    distance *= layout.shape[d];
+  }
+  values = reinterpret_cast<const T*>(layout.address);
+  return true;
+}
+
+}  // namespace
+
+bool read_rows(PyObject* clean, PyObject* noised, PyObject* labels, PyObject* mask, PyObject* grad_clean,
+               PyObject* grad_noised, RowTensors& tensors) {
+  if (table == nullptr || observed()) return false;
+  tensors = {};
+  TensorLayout like;
+  if (!rows_of(clean, like, tensors.clean) || !dtype_of(like, tensors.dtype)) return false;
+  const int64_t last = like.dimensions - 1;
+  const auto same = [&](PyObject* other, LogitRows& block) {
+    TensorLayout layout;
+    return rows_of(other, layout, block) && layout.dtype == like.dtype && layout.dimensions == like.dimensions &&
+           std::equal(like.shape, like.shape + like.dimensions, layout.shape);
+  };
+  tensors.cols = like.shape[last];
+  tensors.rows = 1;
+  for (int64_t d = 0; d < last; ++d) tensors.rows *= like.shape[d];
+  return same(noised, tensors.noised) && (grad_clean == Py_None || same(grad_clean, tensors.grad_clean)) &&
+         (grad_noised == Py_None || same(grad_noised, tensors.grad_noised)) &&
+         tensors.rows != 0 && column_of(labels, like, kLong, tensors.labels) && column_of(mask, like, kBool, tensors.mask);
 }
 
 // -- lists ----------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "api.h"
 #include "core/plan.h"
 
 namespace fastpost {
@@ -66,6 +67,24 @@ bool number(PyObject* object, double& value);
 
 // A float64 tensor on the CPU that holds these values; a scalar where there is one. A new reference, or null with an error.
 PyObject* float64_tensor(const double* values, int count);
+
+// A float32 scalar on the CPU, as above; only where `read_rows` has read something.
+PyObject* float32_scalar(double value);
+
+// Two streams of logits on the CPU and what belongs to their rows, as they lie in memory. Null: not given.
+struct RowTensors {
+  DType dtype;
+  int64_t rows, cols;
+  LogitRows clean, noised, grad_clean, grad_noised;
+  const int64_t* labels;
+  const bool* mask;
+};
+
+// Reads them from tensors, or from None where they may be left out: logits (..., classes) of one shape and dtype, rows at
+// one distance; gradients like them; labels (int64) and mask (bool), contiguous (...). False where anything differs from
+// that or torch has to see the call; that a tensor requires a gradient is no reason.
+bool read_rows(PyObject* clean, PyObject* noised, PyObject* labels, PyObject* mask, PyObject* grad_clean,
+               PyObject* grad_noised, RowTensors& tensors);
 
 // Lists of tensors as they were when last looked at, and the plans that point at them. Holds no tensor. One thread at a
 // time.

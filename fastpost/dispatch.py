@@ -132,3 +132,17 @@ def _select(op: str, device: str, dtype: torch.dtype, walkable: bool, forced: st
         f"{op} on {device} tensors of {str(dtype).removeprefix('torch.')} cannot be served: {'; '.join(refusals)}. "
         "use_backend(None) lets fastpost choose; use_backend('reference') serves everything."
     )
+
+
+def shortcut(op: str, device: torch.device) -> Callable[..., Any] | None:
+    """What the backend that comes first for this device offers under `op`, beside the operations that all of them have."""
+    return _shortcut(op, device.type, forced())
+
+
+@functools.cache
+def _shortcut(op: str, device: str, forced: str | None) -> Callable[..., Any] | None:
+    for name in (forced,) if forced else _DEFAULT_ORDER.get(device, ()):
+        if backends()[name].available:
+            function: Callable[..., Any] | None = getattr(_module(name), op, None)
+            return function
+    return None

@@ -56,3 +56,30 @@ class OperandTask(NamedTuple):
     smoothing: float = 0.0
     cap: float = 0.0
     teaches: bool = True
+
+
+class LossTask(NamedTuple):
+    """Losses of rows, summed up, of plain tensors on the CPU; a row counts unless labels or mask leave it out.
+
+    Attributes:
+        jensen_shannon: the divergence is that one, not the symmetric KL.
+        clean, noised: (..., classes) logits.
+        labels: int64 (...); None: no cross-entropy. mask: bool (...); None: every row counts.
+        ignore_index: the label of rows that do not count.
+        kl_scale, ce_scale: what the sums of both terms are multiplied by.
+        averaged: whether both sums are also divided by the number of rows that count (by 1 where none does).
+        kl_everywhere: whether the divergence counts in every row, and its sum is not divided.
+        kl_weight: of the divergence in the loss.
+    """
+
+    jensen_shannon: bool
+    clean: Tensor
+    noised: Tensor
+    labels: Tensor | None = None
+    mask: Tensor | None = None
+    ignore_index: int = -100
+    kl_scale: float = 1.0
+    ce_scale: float = 1.0
+    averaged: bool = False
+    kl_everywhere: bool = False
+    kl_weight: float = 1.0

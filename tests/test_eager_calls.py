@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpost
-from fastpost.ops import registry
+from fastpost.ops import registry, row_losses
 from fastpost.ops.autograd import Function
 
 from .conftest import CPU_BACKENDS, DTYPES, same_bits
@@ -84,18 +84,19 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append("dispatcher")
         return plain(args)
 
-    def spy(function: type[Function]) -> None:
-        setup = function.setup_context
+    def spy(function: type[torch.autograd.Function], method: str) -> None:
+        plain = getattr(function, method)
 
-        def recorded(*args: Any) -> None:
+        def recorded(*args: Any) -> Any:
             names.append(function.__name__)
-            setup(*args)
+            return plain(*args)
 
-        monkeypatch.setattr(function, "setup_context", staticmethod(recorded))
+        monkeypatch.setattr(function, method, staticmethod(recorded))
 
     monkeypatch.setattr(registry, "eager", eager)
     for function in Function.__subclasses__():
-        spy(function)
+        spy(function, "setup_context")
+    spy(row_losses.Loss, "forward")
     return names
 
 

@@ -142,6 +142,46 @@ void js_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& g
   });
 }
 
+RowLosses row_losses(bool jensen_shannon, const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean,
+                     const LogitRows& grad_noised, DType dtype, int64_t rows, int64_t cols, const int64_t* labels,
+                     int64_t ignore_index, const bool* mask, const RowReduction& how, int threads) {
+  std::vector<double> columns(static_cast<size_t>(4 * rows));
+  double *kl = columns.data(), *ce = kl + rows, *kl_weights = ce + rows, *ce_weights = kl_weights + rows;
+  int64_t counted = 0;
+  RowLosses sums = {0, 0, 0, true};
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool counts = labels != nullptr ? labels[i] != ignore_index : mask == nullptr || mask[i];
+    if (counts && labels != nullptr && (labels[i] < 0 || labels[i] >= cols)) sums.usable = false;
+    ce_weights[i] = counts ? 1 : 0;
+    kl_weights[i] = counts || how.kl_everywhere ? 1 : 0;
+    counted += counts ? 1 : 0;
+  }
+  if (!sums.usable) return sums;
+  const double share = how.averaged ? 1.0 / static_cast<double>(std::max<int64_t>(counted, 1)) : 1;
+  const double ce_scale = how.ce_scale * share, kl_scale = how.kl_everywhere ? how.kl_scale : how.kl_scale * share;
+  for (int64_t i = 0; i < rows; ++i) {
+    ce_weights[i] *= ce_scale;
+    kl_weights[i] *= kl_scale * how.kl_weight;
+  }
+  if (jensen_shannon)
+    js_rows(clean, noised, grad_clean, grad_noised, dtype, rows, cols, kl_weights, kl, threads);
+  else
+    divergence_rows(clean, noised, grad_clean, grad_noised, dtype, rows, cols, labels, ignore_index, kl_weights, ce_weights,
+                    kl, ce, threads);
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool counts = labels == nullptr || labels[i] != ignore_index;
+    sums.usable = sums.usable && std::isfinite(kl[i]);
+    sums.loss += kl[i] * kl_weights[i];
+    if (kl_weights[i] != 0) sums.divergence += kl[i];
+    if (labels == nullptr || !counts) continue;
+    sums.loss += ce[i] * ce_weights[i];
+    sums.task += ce[i];
+  }
+  sums.divergence *= kl_scale;
+  sums.task *= ce_scale;
+  return sums;
+}
+
 void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols, const double* factors,
                 int64_t factor_stride, int threads) {
   if (factor_stride == 0 && *factors == 1) return;

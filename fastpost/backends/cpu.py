@@ -21,7 +21,7 @@ from fastpost.backends.serving import (
     refusal,
 )
 from fastpost.plan import Bucket
-from fastpost.row_tasks import DivergenceTask, OperandTask
+from fastpost.row_tasks import DivergenceTask, LossTask, OperandTask
 
 _HUGE = 4 << 20  # bytes from which a buffer holds at least one aligned huge page
 
@@ -207,6 +207,16 @@ def js_rows(
         *blocks, _dtype(clean.dtype), rows, cols, address(weights), value.data_ptr(), _threads()
     )  # fmt: skip
     return value
+
+
+def row_losses(task: LossTask, grad_clean: Tensor | None, grad_noised: Tensor | None) -> tuple[Tensor, ...] | None:
+    """The loss and, with labels, the cross-entropy and the divergence, as float32 scalars; its gradients go where asked.
+
+    None where the core cannot say: a tensor is not plain or does not lie as it walks them, a label is no class, a divergence
+    is not finite, or torch has to see the call.
+    """
+    found: tuple[Tensor, ...] | None = native.core().cpu.row_losses(*task, grad_clean, grad_noised, _threads())
+    return found
 
 
 def scale_rows_(block: Tensor, factors: Tensor) -> None:

@@ -22,6 +22,7 @@ from fastpost.ops.reductions import (
     smoothing_gap,
 )
 from fastpost.ops.registry import define
+from fastpost.ops.row_losses import kl_losses, r3f_losses
 from fastpost.ops.rows import RowValues, Streams, scale_
 from fastpost.row_tasks import DivergenceTask
 
@@ -298,6 +299,13 @@ def symmetric_kl(
         ValueError: shapes, dtypes or devices differ; unknown reduction; wrong shape of the mask.
         TypeError: logits are not floating point, the mask not bool.
     """
+    found = None if inplace else kl_losses(False, logits, noised_logits, mask, reduction, _symmetric_kl)
+    return _symmetric_kl(logits, noised_logits, mask, reduction, inplace) if found is None else found[0]
+
+
+def _symmetric_kl(
+    logits: Tensor, noised_logits: Tensor, mask: Tensor | None, reduction: str, inplace: bool = False
+) -> Tensor:
     op = "symmetric_kl"
     check_logits(op, logits, noised_logits)
     rows = logits.shape[:-1]
@@ -348,6 +356,25 @@ def r3f_loss(
             finite; num_items negative, not finite or with another reduction.
         TypeError: logits not floating point, labels not integers.
     """
+    found = None
+    if not inplace and not label_smoothing and not isinstance(num_items, Tensor):
+        found = r3f_losses(logits, noised_logits, labels, r3f_lambda, reduction, ignore_index, num_items, _r3f_loss)
+    if found is not None:
+        return R3FLoss(*found)
+    return _r3f_loss(logits, noised_logits, labels, r3f_lambda, reduction, ignore_index, num_items, label_smoothing, inplace)
+
+
+def _r3f_loss(
+    logits: Tensor,
+    noised_logits: Tensor,
+    labels: Tensor,
+    r3f_lambda: float,
+    reduction: str,
+    ignore_index: int,
+    num_items: float | Tensor | None,
+    label_smoothing: float = 0.0,
+    inplace: bool = False,
+) -> R3FLoss:
     op = "r3f_loss"
     check_logits(op, logits, noised_logits)
     weights = r3f_weights(

@@ -10,6 +10,7 @@ from fastpost.dispatch import select
 from fastpost.ops.divergence import check_logits, rows_of
 from fastpost.ops.reductions import kl_weights, out_dtype
 from fastpost.ops.registry import define
+from fastpost.ops.row_losses import kl_losses
 from fastpost.ops.rows import RowValues, Streams
 
 
@@ -84,6 +85,11 @@ def js_divergence(
     Raises:
         ValueError, TypeError: as `symmetric_kl`.
     """
+    found = kl_losses(True, logits, noised_logits, mask, reduction, _js_divergence)
+    return _js_divergence(logits, noised_logits, mask, reduction) if found is None else found[0]
+
+
+def _js_divergence(logits: Tensor, noised_logits: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
     op = "js_divergence"
     check_logits(op, logits, noised_logits)
     rows = logits.shape[:-1]

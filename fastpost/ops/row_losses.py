@@ -1,0 +1,133 @@
+"""Losses of plain tensors on the CPU: weights, rows and sums in one call of the core, and one node of autograd.
+
+Everything else (other devices, torch.compile, torch.func, float64, label smoothing, in-place gradients, labels out of range)
+takes the way of `rows.py`, which gives the same values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
+
+from fastpost.dispatch import select, shortcut
+from fastpost.ops.autograd import by_operation, unmapped_batch
+from fastpost.ops.rows import scale_
+from fastpost.row_tasks import LossTask
+
+
+def kl_losses(
+    jensen_shannon: bool, clean: Tensor, noised: Tensor, mask: Tensor | None, reduction: str, whole: Callable[..., Tensor]
+) -> tuple[Tensor, ...] | None:
+    """`symmetric_kl` or `js_divergence` of arguments that are not checked yet; `whole` is the other way.
+
+    Returns:
+        The loss, a float32 scalar that carries a graph, or None, where the other way has to be taken.
+    """
+    if reduction not in ("sum", "mean", "batchmean") or not _tensors(clean, noised):
+        return None
+    scale = 1.0 / max(clean.shape[0], 1) if reduction == "batchmean" and clean.ndim > 1 else 1.0
+    task = LossTask(jensen_shannon, clean, noised, None, mask, kl_scale=scale, averaged=reduction == "mean")
+    return _losses(task, lambda clean, noised, _, mask: whole(clean, noised, mask, reduction))
+
+
+def r3f_losses(
+    clean: Tensor,
+    noised: Tensor,
+    labels: Tensor,
+    r3f_lambda: float,
+    reduction: str,
+    ignore_index: int,
+    num_items: float | None,
+    whole: Callable[..., Any],
+) -> tuple[Tensor, ...] | None:
+    """`r3f_loss` without label smoothing, as `kl_losses`: the loss, the cross-entropy and the divergence."""
+    if not _tensors(clean, noised, labels):
+        return None
+    if not (0 <= r3f_lambda < math.inf and (num_items is None or (reduction == "token" and 0 <= num_items < math.inf))):
+        return None
+    how = LossTask(False, clean, noised, labels, ignore_index=ignore_index, kl_weight=r3f_lambda)
+    if reduction == "fairseq":
+        task = how._replace(
+            kl_scale=1.0 / max(clean.shape[0] if clean.ndim > 1 else 1, 1), averaged=True, kl_everywhere=True
+        )
+    elif reduction == "token" and num_items is not None:
+        share = 1.0 / num_items if num_items else 0.0
+        task = how._replace(kl_scale=share, ce_scale=share)
+    elif reduction == "token" or (reduction == "sentence" and clean.ndim == 2):
+        task = how._replace(averaged=True)
+    elif reduction == "sum":
+        task = how
+    else:
+        return None
+    return _losses(
+        task,
+        lambda clean, noised, labels, _: whole(clean, noised, labels, r3f_lambda, reduction, ignore_index, num_items).loss,
+    )
+
+
+def _tensors(*given: object) -> bool:
+    return not is_dynamo_compiling() and all(isinstance(t, Tensor) for t in given)
+
+
+def _losses(task: LossTask, whole: Callable[..., Tensor]) -> tuple[Tensor, ...] | None:
+    """What the core makes of a task, or None.
+
+    Args:
+        whole: (clean, noised, labels, mask) -> the loss by the other way, for backward passes after the first and those that
+            are differentiated or mapped.
+    """
+    clean, noised = task.clean, task.noised
+    if forward_ad._current_level >= 0:
+        return None
+    function = shortcut("row_losses", clean.device)
+    if function is None:
+        return None
+    if not (torch.is_grad_enabled() and (clean.requires_grad or noised.requires_grad)):
+        return function(task, None, None)
+    if task.jensen_shannon:  # its gradients are made in the backward pass
+        return None
+    like = select("gradient_like", clean.device, clean.dtype)
+    grads = tuple(like(t) if t.requires_grad else None for t in (clean, noised))
+    found = function(task, *grads)
+    if found is None:
+        return None
+    return Loss.apply(clean, noised, task.labels, task.mask, found, grads, whole), *found[1:]
+
+
+class Loss(torch.autograd.Function):
+    """Gives a loss its place in the graph; its gradients are there already."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]  # no transform is active here
+
+    @staticmethod
+    def forward(
+        ctx: Any, clean: Tensor, noised: Tensor, labels: Tensor | None, mask: Tensor | None,
+        found: tuple[Tensor, ...], grads: tuple[Tensor | None, Tensor | None], whole: Callable[..., Tensor],
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(clean, noised, labels, mask)
+        ctx.grads, ctx.whole = grads, whole
+        return found[0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None
+        again = by_operation()
+        if grads is None or again or unmapped_batch(upstream):
+            clean, noised, *rest = ctx.saved_tensors
+            wanted = [t for t, need in zip((clean, noised), ctx.needs_input_grad, strict=False) if need]
+            with torch.enable_grad():
+                loss = ctx.whole(clean, noised, *rest)
+            made = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=again))
+            grads = [next(made) if need else None for need in ctx.needs_input_grad[:2]]
+        elif upstream.item() != 1:
+            blocks = [g.reshape(-1, g.shape[-1]) for g in grads if g is not None]
+            scale_(blocks, upstream.reshape(1))
+        return *grads, None, None, None, None, None

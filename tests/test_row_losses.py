@@ -1,0 +1,264 @@
+"""The losses of plain CPU tensors, which the core makes in one call, against the way by torch's operations."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastpost
+from fastpost.ops import row_losses
+
+from .conftest import CPU_BACKENDS, same_bits
+
+pytestmark = pytest.mark.skipif("cpu" not in CPU_BACKENDS, reason="needs the core")
+
+Call = Callable[[Tensor, Tensor], Any]
+
+
+@contextmanager
+def other_way() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_losses, "shortcut", lambda *_: None)
+        yield
+
+
+@contextmanager
+def served() -> Iterator[list[bool]]:
+    """Whether the core has served each call that asked it."""
+    answers: list[bool] = []
+    plain = row_losses.shortcut
+
+    def spied(op: str, device: torch.device) -> Any:
+        function = plain(op, device)
+
+        def call(*args: Any) -> Any:
+            found = function(*args)  # type: ignore[misc]
+            answers.append(found is not None)
+            return found
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_losses, "shortcut", spied)
+        yield answers
+
+
+def tensors(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def outcome(call: Call, clean: Tensor, noised: Tensor) -> Any:
+    """Results and gradients, or the error."""
+    leaves = [t.detach().requires_grad_() for t in (clean, noised)]
+    try:
+        found = tensors(call(*leaves))
+    except (ValueError, TypeError) as error:
+        return type(error), str(error)
+    if not found[0].requires_grad:
+        return found
+    return *found, *torch.autograd.grad(found[0] * 3, leaves, allow_unused=True)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert same_bits(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "two dimensions": lambda t: t[0],
+    "one dimension": lambda t: t[0, 0],
+    "rows apart": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+    "shifted, as in language models": lambda t: t[:, :-1],
+    "one class": lambda t: t[..., :1],
+    "classes apart": lambda t: torch.cat([t, t], -1)[..., ::2],
+    "transposed": lambda t: t.transpose(0, 1),
+    "one row for all": lambda t: t[:1, :1].expand(t.shape),
+    "no rows": lambda t: t[:0],
+}
+WALKABLE = ("contiguous", "two dimensions", "one dimension", "rows apart", "one class")
+
+
+def calls(shape: torch.Size, seed: int) -> dict[str, Call]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, shape[-1], shape[:-1], generator=generator)
+    labels[torch.rand(shape[:-1], generator=generator) < 0.3] = -100
+    mask = torch.rand(shape[:-1], generator=generator) < 0.6
+    made: dict[str, Call] = {}
+    for reduction in ("sum", "mean", "batchmean"):
+        made[f"kl {reduction}"] = functools.partial(fastpost.symmetric_kl, reduction=reduction)
+        made[f"kl {reduction}, mask"] = functools.partial(fastpost.symmetric_kl, reduction=reduction, mask=mask)
+        made[f"js {reduction}, mask"] = functools.partial(fastpost.js_divergence, reduction=reduction, mask=mask)
+    for reduction in ("token", "sentence", "fairseq", "sum"):
+        for weight in (1.0, 0.3, 0.0):
+            made[f"r3f {reduction} {weight}"] = functools.partial(
+                fastpost.r3f_loss, labels=labels, reduction=reduction, r3f_lambda=weight
+            )
+    for items in (7, 0):
+        made[f"r3f of {items}"] = functools.partial(fastpost.r3f_loss, labels=labels, num_items=items)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_ways_give_the_same_bits_and_the_same_errors(layout: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    whole = torch.randn(3, 5, 24, generator=generator)
+    moved = whole + 0.2 * torch.randn(whole.shape, generator=generator)
+    clean, noised = (LAYOUTS[layout](t.to(dtype)) for t in (whole, moved))
+    for name, call in calls(clean.shape, 2).items():
+        with served() as answers:
+            ours = [outcome(call, clean, noised)]
+            if isinstance(ours[0][0], Tensor):
+                ours.append(tensors(call(clean, noised)))
+        with other_way():
+            assert_same(ours[0], outcome(call, clean, noised))
+            if len(ours) > 1:
+                assert_same(ours[1], tensors(call(clean, noised)))
+        assert len(answers) <= 2
+        if len(ours) > 1 and answers:
+            assert all(answers) == (layout in WALKABLE), name
+
+
+def bad(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda t: t.index_fill(-1, torch.tensor([1]), value)
+
+
+@pytest.mark.parametrize("spoil", [bad(torch.nan), bad(torch.inf), bad(-torch.inf)], ids=["nan", "inf", "-inf"])
+def test_values_that_have_no_divergence(spoil: Callable[[Tensor], Tensor]) -> None:
+    clean = torch.randn(4, 9)
+    for streams in ((spoil(clean), clean), (clean, spoil(clean)), (spoil(clean), spoil(clean + 0.1))):
+        for call in calls(clean.shape, 3).values():
+            ours = outcome(call, *streams)
+            with other_way():
+                assert_same(ours, outcome(call, *streams))
+
+
+WRONG: dict[str, Call] = {
+    "label too large": lambda a, b: fastpost.r3f_loss(a, b, torch.tensor([0, 9, 1, 1])),
+    "label negative": lambda a, b: fastpost.r3f_loss(a, b, torch.tensor([0, -1, 1, 1])),
+    "labels of another shape": lambda a, b: fastpost.r3f_loss(a.view(2, 2, 9), b.view(2, 2, 9), torch.zeros(4).long()),
+    "transposed labels": lambda a, b: fastpost.r3f_loss(a[None], b[None], torch.zeros(4, 1).long()),
+    "labels float": lambda a, b: fastpost.r3f_loss(a, b, torch.zeros(4)),
+    "labels bool": lambda a, b: fastpost.r3f_loss(a, b, torch.zeros(4).bool()),
+    "labels a list": lambda a, b: fastpost.r3f_loss(a, b, [0, 1, 2, 3]),  # type: ignore[arg-type]
+    "mask of another shape": lambda a, b: fastpost.symmetric_kl(a, b, mask=torch.ones(3).bool()),
+    "mask of numbers": lambda a, b: fastpost.symmetric_kl(a, b, mask=torch.ones(4).long()),
+    "shapes differ": lambda a, b: fastpost.symmetric_kl(a, b[:, :8]),
+    "dtypes differ": lambda a, b: fastpost.symmetric_kl(a, b.bfloat16()),
+    "integers": lambda a, b: fastpost.symmetric_kl(a.long(), b.long()),
+    "a list": lambda a, b: fastpost.symmetric_kl(a, [1.0]),  # type: ignore[arg-type]
+    "no classes": lambda a, b: fastpost.symmetric_kl(a[:, :0], b[:, :0]),
+    "a scalar": lambda a, b: fastpost.symmetric_kl(a[0, 0], b[0, 0]),
+    "unknown reduction": lambda a, b: fastpost.symmetric_kl(a, b, reduction="token"),
+    "lambda negative": lambda a, b: fastpost.r3f_loss(a, b, torch.zeros(4).long(), r3f_lambda=-1.0),
+    "lambda nan": lambda a, b: fastpost.r3f_loss(a, b, torch.zeros(4).long(), r3f_lambda=float("nan")),
+    "num_items negative": lambda a, b: fastpost.r3f_loss(a, b, torch.zeros(4).long(), num_items=-1),
+    "num_items and sum": lambda a, b: fastpost.r3f_loss(a, b, torch.zeros(4).long(), num_items=1, reduction="sum"),
+    "sentences of tokens": lambda a, b: fastpost.r3f_loss(a[None], b[None], torch.zeros(1, 4).long(), reduction="sentence"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_is_refused_in_the_same_words(name: str) -> None:
+    clean = torch.randn(4, 9)
+    errors = []
+    for way in (served, other_way):
+        with way(), pytest.raises((ValueError, TypeError)) as caught:
+            WRONG[name](clean, clean + 1)
+        errors.append((caught.type, str(caught.value)))
+    assert errors[0] == errors[1]
+
+
+def test_a_divergence_that_has_no_value_is_refused_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = torch.randn(4, 9)
+    noised = clean.clone()
+    noised[2, 3] = torch.nan
+    assert fastpost.symmetric_kl(clean, noised).isnan()
+    monkeypatch.setenv("FASTPOST_CHECKS", "1")
+    with pytest.raises(ValueError, match="row 2 holds NaN"):
+        fastpost.symmetric_kl(clean, noised)
+
+
+def test_further_backward_passes() -> None:
+    leaves = [torch.randn(4, 9, requires_grad=True) for _ in range(2)]
+    labels = torch.tensor([1, 8, -100, 3])
+
+    def loss() -> Tensor:
+        return fastpost.r3f_loss(*leaves, labels, r3f_lambda=0.4).loss
+
+    with served() as answers:
+        first = torch.autograd.grad(kept := loss(), leaves, retain_graph=True)
+        assert answers == [True]
+    for scale in (1.0, -2.5):
+        again = torch.autograd.grad(kept, leaves, torch.tensor(scale), retain_graph=True)
+        for a, b in zip(again, first, strict=True):
+            torch.testing.assert_close(a, scale * b, rtol=1e-6, atol=1e-9)
+    kept.backward()
+    assert leaves[0].grad is not None
+    torch.testing.assert_close(leaves[0].grad, first[0], rtol=1e-6, atol=1e-9)
+
+    batch = torch.tensor([1.0, 3.0, 0.0])
+    (mapped,) = torch.autograd.grad(loss(), leaves[:1], batch, is_grads_batched=True)
+    torch.testing.assert_close(mapped, batch[:, None, None] * first[0], rtol=1e-6, atol=1e-9)
+
+    def penalty() -> Tensor:
+        return sum(g.square().sum() for g in torch.autograd.grad(loss(), leaves, create_graph=True))  # type: ignore[return-value]
+
+    ours = torch.autograd.grad(penalty(), leaves)
+    with other_way():
+        theirs = torch.autograd.grad(penalty(), leaves)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.abs().max() > 1e-4
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_one_stream_may_be_without_a_gradient_and_one_tensor_may_be_both() -> None:
+    a, b = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
+    for one, other in ((a, b), (b, a)):
+        ours = outcome_of_leaf(one, other, a)
+        with other_way():
+            assert same_bits(ours, outcome_of_leaf(one, other, a))
+    assert outcome_of_leaf(a, a, a).count_nonzero() == 0
+
+
+def outcome_of_leaf(one: Tensor, other: Tensor, leaf: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(fastpost.symmetric_kl(one, other), [leaf])
+    return gradient
+
+
+def test_logits_that_were_written_after_their_loss() -> None:
+    clean, noised = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9, requires_grad=True)
+    a, b = clean * 1, noised * 1
+    loss = fastpost.symmetric_kl(a, b)
+    loss.backward(retain_graph=True)
+    with torch.no_grad():
+        a.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.integers(1, 4), min_size=0, max_size=3),
+    classes=st.integers(1, 70),
+    seed=st.integers(0, 2**20),
+    scale=st.sampled_from([0.0, 1e-4, 0.1, 3.0]),
+)
+def test_both_ways_give_the_same_bits_whatever_the_shape(rows: list[int], classes: int, seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randn(*rows, classes, generator=generator)
+    noised = clean + scale * torch.randn(clean.shape, generator=generator)
+    for call in calls(clean.shape, seed).values():
+        ours = outcome(call, clean, noised)
+        with other_way():
+            assert_same(ours, outcome(call, clean, noised))
