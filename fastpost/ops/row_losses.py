@@ -89,7 +89,8 @@ def _losses(task: LossTask, whole: Callable[..., Tensor]) -> tuple[Tensor, ...] 
     if function is None:
         return None
     if not (torch.is_grad_enabled() and (clean.requires_grad or noised.requires_grad)):
-        return function(task, None, None)
+        unrecorded: tuple[Tensor, ...] | None = function(task, None, None)
+        return unrecorded
     if task.jensen_shannon:  # its gradients are made in the backward pass
         return None
     like = select("gradient_like", clean.device, clean.dtype)
