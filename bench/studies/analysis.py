@@ -61,7 +61,8 @@ class Estimate:
 def estimate(differences: Sequence[Any]) -> Estimate | None:
     """Of differences per run and example (runs x examples), or per run; None for fewer than two runs.
 
-    Over runs: Student's interval of their means. Over examples: the bootstrap of each example's mean over runs.
+    Over runs: Student's interval of their means. Over examples, of each one's mean over runs: the bootstrap's interval, and
+    Student's, since the bootstrap's is too narrow where examples are few.
     """
     table = np.asarray(differences, dtype=np.float64)
     if len(table) < 2:
@@ -76,7 +77,7 @@ def estimate(differences: Sequence[Any]) -> Estimate | None:
         if np.ptp(per_example) > 0:
             drawn = stats.bootstrap((per_example,), np.mean, n_resamples=9999, method="percentile", rng=0)
             errors.append(float(drawn.standard_error))
-            bounds.append(drawn.confidence_interval)
+            bounds += [drawn.confidence_interval, stats.ttest_1samp(per_example, 0.0).confidence_interval(0.95)]
     low, high = (min(b[0] for b in bounds), max(b[1] for b in bounds)) if bounds else (mean, mean)
     return Estimate(mean, max(errors), float(low), float(high), len(table), table.shape[1] if table.ndim == 2 else 0)
 
