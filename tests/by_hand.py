@@ -78,7 +78,11 @@ def sam_by_hand(
     return losses
 
 
+def largest_difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Over all elements of all pairs of tensors. NaN where there is one: Python's max() can drop it."""
+    return float(torch.stack([(p.detach() - q.detach()).abs().max().double() for p, q in pairs]).max())
+
+
 def distance(a: nn.Module, b: nn.Module) -> float:
     """The largest difference of two models' parameters."""
-    pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return max(float((p.detach() - q.detach()).abs().max()) for p, q in pairs)
+    return largest_difference(zip(a.parameters(), b.parameters(), strict=True))

@@ -17,6 +17,7 @@ from fastpost import SAM, SAMWindow
 from fastpost.sam import GSAM, LookSAM, MomentumSAM
 from fastpost.sam.frameworks import find_sam
 
+from .by_hand import distance as gap
 from .small import X, Y, all_bits, closure_of, loss_of, network, unchanged
 
 RHO, LR = 0.3, 0.1
@@ -86,10 +87,6 @@ def closure64(model: nn.Module) -> Any:
         return loss
 
     return closure
-
-
-def gap(a: nn.Module, b: nn.Module) -> float:
-    return max(float((p - q).detach().abs().max()) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 # -- methods of the base optimizer ----------------------------------------------------------------------------------------

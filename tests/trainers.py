@@ -148,12 +148,6 @@ def by_hand(
     return norms
 
 
-def distance(a: nn.Module, b: nn.Module) -> float:
-    """The largest difference of two weights."""
-    pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return max(float((p.detach() - q.detach()).abs().max()) for p, q in pairs)
-
-
 def weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
