@@ -501,9 +501,19 @@ def test_plans_keep_no_flat_buffer() -> None:
         gc.enable()
 
 
-def test_old_plans_make_room_for_new_ones() -> None:
-    for n in [*range(1, 100), *range(1, 100)]:
+def test_old_plans_make_room_for_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planned(monkeypatch)
+    for _ in range(2):
+        del made[:]
+        for n in range(1, 100):
+            assert ops.squared_norm([torch.ones(n)]).item() == n
+    assert len(made) == 99  # nothing of the first time, which may have found plans of other tests, is left
+    del made[:]
+    for n in range(99, 99 - lists_of._KEPT, -1):
         assert ops.squared_norm([torch.ones(n)]).item() == n
+    assert made == []  # the latest are kept
+    assert ops.squared_norm([torch.ones(99 - lists_of._KEPT)]).item() == 99 - lists_of._KEPT
+    assert len(made) == 1
 
 
 def test_a_backend_chosen_by_hand_serves_lists_that_another_has_served(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from fastpost import add_noise
 from fastpost.bench.studies import __main__ as command
 from fastpost.bench.studies import (
     analysis,
@@ -35,6 +36,8 @@ from fastpost.bench.studies import (
     verdicts,
 )
 from fastpost.bench.studies.records import COLUMNS, Records
+
+from . import oracles
 
 AROUND = {"machine": "m", "device": "cpu", "threads": 1, "commit": "c", "versions": {"torch": "2"}, "date": "2026-01-01"}
 
@@ -341,7 +344,9 @@ def test_the_second_gradient_is_the_methods_own(method: str, encoder: Path) -> N
     torch.manual_seed(7)
     if method == "tram":
         clean = model(**batch).logits.detach()
-        radius = methods._moved(model, batch, clean, strength["eps"], methods.autocast("cpu", "float32")).item()
+        embedded = model.get_input_embeddings()(batch["input_ids"])
+        noised = model(inputs_embeds=add_noise(embedded, strength["eps"]), attention_mask=batch["attention_mask"]).logits
+        radius = oracles.divergence(clean.float(), noised.float())[0].mean()
     else:
         radius = strength["rho"]
     steps = [radius * t * t * g / length for t, g in zip(scale, first, strict=True)]
