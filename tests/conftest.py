@@ -94,6 +94,22 @@ def gigabytes(request: pytest.FixtureRequest) -> Iterator[float]:
         torch.cuda.empty_cache()
 
 
+def reset_accelerate() -> None:
+    """Accelerate keeps what it knows of the machine and of accumulation in its classes; this makes it forget."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+@pytest.fixture
+def accelerate_alone() -> Iterator[None]:
+    """Nothing of Accelerate's state comes from an earlier test or goes to a later one."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folders of tiny models with a tokenizer; see train_cli."""

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -23,23 +22,13 @@ from fastpost import SAM, SAMWindow
 from fastpost.integrations.accelerate import AcceleratedWindow
 from fastpost.sam import GSAM, LookSAM, PassInfo, StableSAM
 from tests.by_hand import distance, language_loss, largest_difference, rows_of_text, sam_by_hand
+from tests.conftest import reset_accelerate
 from tests.distributed import run, whole
 from tests.tiny import build
 
 RHO, LR = 0.05, 1e-3
 
-
-@pytest.fixture(autouse=True)
-def _alone() -> Any:
-    """Accelerate keeps what it knows of the machine in the classes."""
-    _reset()
-    yield
-    _reset()
-
-
-def _reset() -> None:
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("accelerate_alone")
 
 
 def accelerator(accumulation: int = 1, fp16: bool = False, **options: Any) -> Accelerator:
@@ -166,7 +155,7 @@ def test_an_overflow_in_the_ascent_skips_the_step_and_shrinks_the_scale() -> Non
 
 def test_save_state_and_load_state(tmp_path: Path) -> None:
     def prepared() -> Any:
-        _reset()
+        reset_accelerate()
         made, model = accelerator(2), build("causal", dropout=0.2, dtype=torch.float64)
         model, opt = made.prepare(model, sam(model, interval=2))
         return made, model, opt, AcceleratedWindow(made, model, opt, language_loss)
@@ -381,7 +370,7 @@ def _in_two(fraction: float, **options: Any) -> tuple[float, float, int]:
         RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()),
         MASTER_ADDR="127.0.0.1", MASTER_PORT="0", ACCELERATE_USE_CPU="true",
     )  # fmt: skip
-    _reset()
+    reset_accelerate()
     made = accelerator(2, **options)
     model = build("causal", dtype=torch.float64)
     reference = copy.deepcopy(model)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from torch import Tensor, nn
@@ -419,12 +418,11 @@ def test_lightning(tmp_path: Path) -> None:
     assert int(both.bn.num_batches_tracked) == 2 * len(BATCHES)
 
 
+@pytest.mark.usefixtures("accelerate_alone")
 @pytest.mark.parametrize("per_micro_batch", [False, True])
 def test_accelerate(per_micro_batch: bool) -> None:
     found = []
     for ours in (False, True):
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
         made = Accelerator(cpu=True, gradient_accumulation_steps=2)
         model = net()
         base = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -440,8 +438,6 @@ def test_accelerate(per_micro_batch: bool) -> None:
                 opt.zero_grad()
         found.append(statistics(model))
     assert same(*found)
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------------
