@@ -19,11 +19,13 @@ if interpreter.enabled():
     interpreter.activate()
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpost
 
@@ -92,6 +94,18 @@ def gigabytes(request: pytest.FixtureRequest) -> Iterator[float]:
         yield request.param
         gc.collect()
         torch.cuda.empty_cache()
+
+
+class Seen(TorchDispatchMode):
+    """The operations that the dispatcher is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def reset_accelerate() -> None:

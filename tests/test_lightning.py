@@ -27,7 +27,17 @@ from torch.utils.data.distributed import DistributedSampler
 import fastpost
 from fastpost.integrations.lightning import SAMCallback
 from fastpost.sam import GSAM, FriendlySAM, LookSAM, MomentumSAM, StableSAM
-from tests.by_hand import distance, language_loss, largest_difference, rows_of_text, sam_by_hand
+from tests.by_hand import (
+    distance,
+    gsam,
+    language_loss,
+    largest_difference,
+    look_sam_between,
+    look_sam_kept,
+    rows_of_text,
+    sam_by_hand,
+    stable_sam,
+)
 from tests.tiny import build
 
 RHO, LR = 0.05, 1e-3
@@ -221,7 +231,7 @@ def vector(gradients: Any) -> Tensor:
 
 
 def variant_by_hand(net: torch.nn.Module, windows: list[Tensor], name: str, interval: int, clip: float) -> None:
-    """GSAM (2203.08065), LookSAM (2203.02714) and Stable SAM (2401.07250) with the clip at the end."""
+    """GSAM, LookSAM and Stable SAM with the clip at the end."""
     params = list(net.parameters())
     look = torch.zeros(())
     for number, x in enumerate(windows):
@@ -230,13 +240,13 @@ def variant_by_hand(net: torch.nn.Module, windows: list[Tensor], name: str, inte
         torch.nn.utils.vector_to_parameters(w + RHO * g / g.norm(), params)
         h = vector(torch.autograd.grad(net(x).square().mean(), params))
         if number % interval:
-            h = g + 0.7 * g.norm() / look.norm() * look
+            h = look_sam_between(g, look)
         elif name == "look":
-            look = h - (h @ g) / (g @ g) * g
+            look = look_sam_kept(g, h)
         elif name == "gsam":
-            h = h - 0.7 * (g - (g @ h) / (h @ h) * h)
+            h = gsam(g, h, 0.7)
         else:
-            h = h * g.norm() / h.norm()
+            h = stable_sam(g, h)
         torch.nn.utils.vector_to_parameters(w - LR * h * min(1.0, float(clip / (h.norm() + 1e-6))), params)
 
 

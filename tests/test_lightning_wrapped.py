@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from fastpost import SAM, SAMWindow
 from fastpost.sam import GSAM, LookSAM, MomentumSAM, Variant
 
+from .by_hand import ascended
 from .by_hand import distance as gap
 
 RHO, LR, ROWS = 0.3, 0.1, 4
@@ -44,16 +45,9 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
 def sam_gradients(model: nn.Module, x: Tensor, rho: float = RHO) -> tuple[list[Tensor], list[Tensor]]:
     """g at w and h at w + rho g / |g|."""
     params = list(model.parameters())
-    kept = [p.detach().clone() for p in params]
     g = torch.autograd.grad(loss_of(model, x), params)
-    norm = torch.stack([part.norm() for part in g]).norm()
-    with torch.no_grad():
-        for p, part in zip(params, g, strict=True):
-            p.add_(part, alpha=float(rho / norm))
-    h = torch.autograd.grad(loss_of(model, x), params)
-    with torch.no_grad():
-        for p, w in zip(params, kept, strict=True):
-            p.copy_(w)
+    with ascended(params, g, rho):
+        h = torch.autograd.grad(loss_of(model, x), params)
     return list(g), list(h)
 
 
@@ -389,16 +383,11 @@ def test_two_optimizers(tmp_path: Path, form: str) -> None:
     for x in BATCHES[:3]:
         for i, net in enumerate((reference.left, reference.right)):
             params = list(net.parameters())
-            kept = [p.detach().clone() for p in params]
-            g = torch.autograd.grad(reference.losses(x)[i], params)
-            norm = torch.stack([part.norm() for part in g]).norm()
+            with ascended(params, torch.autograd.grad(reference.losses(x)[i], params), RHO):
+                h = torch.autograd.grad(reference.losses(x)[i], params)
             with torch.no_grad():
-                for p, part in zip(params, g, strict=True):
-                    p.add_(part, alpha=float(RHO / norm))
-            h = torch.autograd.grad(reference.losses(x)[i], params)
-            with torch.no_grad():
-                for p, w, part in zip(params, kept, h, strict=True):
-                    p.copy_(w - LR * part)
+                for p, part in zip(params, h, strict=True):
+                    p.sub_(LR * part)
     assert gap(module.left, reference.left) <= 1e-12
     assert gap(module.right, reference.right) <= 1e-12
     assert fitted.global_step == 6

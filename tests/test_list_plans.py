@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpost
 from fastpost import plan
@@ -24,7 +23,7 @@ from fastpost.backends import cpu, native, reference
 from fastpost.ops import lists as lists_of
 from fastpost.ops import params as ops
 
-from .conftest import CPU_BACKENDS, DTYPES, bits, same_bits
+from .conftest import CPU_BACKENDS, DTYPES, Seen, bits, same_bits
 
 pytestmark = pytest.mark.skipif("cpu" not in CPU_BACKENDS, reason="about the CPU core, which is tested in a run of its own")
 
@@ -123,16 +122,6 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(lists_of.ListPlan, "__init__", spy)
     return made
-
-
-class Seen(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 # -- both ways ------------------------------------------------------------------------------------------------------------

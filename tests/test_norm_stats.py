@@ -24,6 +24,7 @@ from fastpost.integrations.lightning import SAMCallback
 from fastpost.integrations.transformers import PostTrainingArguments, SAMTrainer
 from fastpost.sam import MomentumSAM, frozen_norm_stats
 
+from .by_hand import ascended
 from .conftest import same_bits
 
 RHO, LR = 0.5, 0.1
@@ -218,15 +219,10 @@ def test_the_second_gradient_is_that_of_a_training_pass() -> None:
     twin = copy.deepcopy(model)
     opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, model=model)
     params = list(twin.parameters())
-    g = torch.autograd.grad(loss_of(twin, x), params)
-    norm = torch.stack([part.norm() for part in g]).norm()
-    kept = [p.detach().clone() for p in params]
-    with torch.no_grad():
-        for p, part in zip(params, g, strict=True):
-            p.add_(part, alpha=float(RHO / norm))
-    h = torch.autograd.grad(loss_of(twin, x), params)
+    with ascended(params, torch.autograd.grad(loss_of(twin, x), params), RHO):
+        h = torch.autograd.grad(loss_of(twin, x), params)
     two_calls(model, opt, x)
-    for p, w, part in zip(model.parameters(), kept, h, strict=True):
+    for p, w, part in zip(model.parameters(), params, h, strict=True):
         assert (p - (w - LR * part)).abs().max() <= 1e-12
 
 

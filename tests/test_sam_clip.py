@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fastpost import SAM, SAMWindow, flatten_parameters
 from fastpost.sam import GSAM, TRAM, FriendlySAM, LookSAM, MomentumSAM, StableSAM, Variant
 
-from .by_hand import largest_difference
+from .by_hand import gsam, largest_difference, look_sam_between, look_sam_kept, stable_sam
 from .distributed import run
 from .small import all_bits, closure_of, loss_of, network, unchanged
 from .test_sam_variants import BATCHES, LR, RHO, Problem, loss_on, weights
@@ -31,14 +31,13 @@ def rewritten(problem: Problem, name: str, clip: Callable[[Tensor], Tensor]) -> 
         g = problem.gradient(w, x)
         h = problem.gradient(w + RHO * g / g.norm(), x)
         if name == "stable":
-            h = h * g.norm() / h.norm()
+            h = stable_sam(g, h)
         elif name == "gsam":
-            unit = h / h.norm()
-            h = h - 0.4 * (g - (g @ unit) * unit)
+            h = gsam(g, h, 0.4)
         elif t % 2 == 0:
-            look = h - (h @ g) / (g @ g) * g
+            look = look_sam_kept(g, h)
         else:
-            h = g + 0.7 * g.norm() / look.norm() * look
+            h = look_sam_between(g, look)
         w = w - LR * clip(h)
         yield w, h
 

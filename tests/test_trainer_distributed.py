@@ -20,7 +20,7 @@ from fastpost.integrations.r3f_trainer import RANK
 from fastpost.integrations.transformers import DriftGuard, R3FTrainer, SAMTrainer
 
 from . import distributed, tiny
-from .by_hand import distance, largest_difference
+from .by_hand import ascended, distance, largest_difference
 from .trainers import (
     CLIP,
     RHO,
@@ -109,16 +109,8 @@ def own_ascents() -> float:
     for window in windows(rows(), 1, 4, ranks=2):
         items, second = items_of(window), []
         for (batch,) in window:
-            g = torch.autograd.grad(causal_loss(hand, batch, items), params)
-            norm = torch.stack([part.square().sum() for part in g]).sum().sqrt()
-            before = [p.detach().clone() for p in params]
-            with torch.no_grad():
-                for p, part in zip(params, g, strict=True):
-                    p += RHO * part / norm
-            second.append(torch.autograd.grad(causal_loss(hand, batch, items), params))
-            with torch.no_grad():
-                for p, w in zip(params, before, strict=True):
-                    p.copy_(w)
+            with ascended(params, torch.autograd.grad(causal_loss(hand, batch, items), params), RHO):
+                second.append(torch.autograd.grad(causal_loss(hand, batch, items), params))
         for p, *parts in zip(params, *second, strict=True):
             p.grad = torch.stack(parts).sum(0)
         nn.utils.clip_grad_norm_(params, CLIP)

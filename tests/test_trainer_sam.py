@@ -20,7 +20,7 @@ from fastpost.integrations.transformers import SAMTrainer, SAMTrainerMixin, Seq2
 from fastpost.sam import external, hooks
 
 from . import tiny
-from .by_hand import distance
+from .by_hand import ascended, distance
 from .conftest import same_bits
 from .trainers import (
     CLIP,
@@ -99,17 +99,10 @@ def test_m_sam_adds_the_second_gradients_of_micro_batches(tmp_path: Any) -> None
     for window in windows(rows(), 3, 6):
         items, total = items_of(window), [torch.zeros_like(p) for p in params]
         for batch in window[0]:
-            before = [p.detach().clone() for p in params]
-            g = torch.autograd.grad(causal_loss(hand, batch, items), params)
-            norm = torch.stack([part.square().sum() for part in g]).sum().sqrt()
-            with torch.no_grad():
-                for p, part in zip(params, g, strict=True):
-                    p += RHO * part / norm
-            second = torch.autograd.grad(causal_loss(hand, batch, items), params)
-            with torch.no_grad():
-                for p, w, part, sum_ in zip(params, before, second, total, strict=True):
-                    p.copy_(w)
-                    sum_ += part
+            with ascended(params, torch.autograd.grad(causal_loss(hand, batch, items), params), RHO):
+                second = torch.autograd.grad(causal_loss(hand, batch, items), params)
+            for part, sum_ in zip(second, total, strict=True):
+                sum_ += part
         for p, sum_ in zip(params, total, strict=True):
             p.grad = sum_
         torch.nn.utils.clip_grad_norm_(params, CLIP)
