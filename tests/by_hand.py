@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,21 @@ def rows_of_text(rows: int, length: int = LENGTH) -> Tensor:
 def language_loss(model: nn.Module, rows: Tensor) -> Tensor:
     loss: Tensor = model(input_ids=rows, labels=rows).loss
     return loss
+
+
+@contextmanager
+def ascended(params: Sequence[Tensor], gradients: Sequence[Tensor | None], rho: float) -> Iterator[None]:
+    """Inside, the parameters are w + rho g / |g| (2010.01412, eq. 2), |g| over those that have one; then w again."""
+    kept = [p.detach().clone() for p in params]
+    norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
+    with torch.no_grad():
+        for p, g in zip(params, gradients, strict=True):
+            if g is not None:
+                p.add_(rho * g / norm)
+    yield
+    with torch.no_grad():
+        for p, w in zip(params, kept, strict=True):
+            p.copy_(w)
 
 
 def sam_by_hand(
@@ -59,26 +75,44 @@ def sam_by_hand(
             value.backward()
             values.append(float(value.detach()) * parts)
         losses.append(sum(values) / len(values))
-        kept = [p.detach().clone() for p in params]
-        gradients = [None if p.grad is None else p.grad.clone() for p in params]
-        norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
-        with torch.no_grad():
-            for p, g in zip(params, gradients, strict=True):
-                if g is not None:
-                    p.add_(g, alpha=rho / float(norm))
-        optimizer.zero_grad()
-        for batch in window:
-            (loss(model, batch) / parts).backward()
-        with torch.no_grad():
-            for p, w in zip(params, kept, strict=True):
-                p.copy_(w)
+        with ascended(params, [p.grad for p in params], rho):
+            optimizer.zero_grad()
+            for batch in window:
+                (loss(model, batch) / parts).backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(params, clip)
         optimizer.step()
     return losses
 
 
+# What variants step with, from g at w and h at w + e, as vectors.
+
+
+def gsam(g: Tensor, h: Tensor, alpha: float) -> Tensor:
+    """2203.08065: without alpha times the part of g that is orthogonal to h."""
+    return h - alpha * (g - (g @ h) / (h @ h) * h)
+
+
+def stable_sam(g: Tensor, h: Tensor) -> Tensor:
+    """2401.07250: h as long as g."""
+    return h * g.norm() / h.norm()
+
+
+def look_sam_kept(g: Tensor, h: Tensor) -> Tensor:
+    """2203.02714: the part of h that is orthogonal to g, kept until the next ascent."""
+    return h - (h @ g) / (g @ g) * g
+
+
+def look_sam_between(g: Tensor, kept: Tensor, alpha: float = 0.7) -> Tensor:
+    """2203.02714: a step without an ascent."""
+    return g + alpha * g.norm() / kept.norm() * kept
+
+
+def largest_difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Over all elements of all pairs of tensors. NaN where there is one: Python's max() can drop it."""
+    return float(torch.stack([(p.detach() - q.detach()).abs().max().double() for p, q in pairs]).max())
+
+
 def distance(a: nn.Module, b: nn.Module) -> float:
     """The largest difference of two models' parameters."""
-    pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return max(float((p.detach() - q.detach()).abs().max()) for p, q in pairs)
+    return largest_difference(zip(a.parameters(), b.parameters(), strict=True))

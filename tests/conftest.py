@@ -19,11 +19,13 @@ if interpreter.enabled():
     interpreter.activate()
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpost
 
@@ -92,6 +94,34 @@ def gigabytes(request: pytest.FixtureRequest) -> Iterator[float]:
         yield request.param
         gc.collect()
         torch.cuda.empty_cache()
+
+
+class Seen(TorchDispatchMode):
+    """The operations that the dispatcher is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def reset_accelerate() -> None:
+    """Accelerate keeps what it knows of the machine and of accumulation in its classes; this makes it forget."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+@pytest.fixture
+def accelerate_alone() -> Iterator[None]:
+    """Nothing of Accelerate's state comes from an earlier test or goes to a later one."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
 
 
 @pytest.fixture(scope="session")

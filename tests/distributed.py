@@ -58,6 +58,10 @@ class Outcome:
         assert not failed, "\n".join(failed)
         return [what for _, what in outcomes]
 
+    def worst(self, name: str) -> float:
+        """The largest of the numbers that the ranks returned; NaN where one is."""
+        return float(torch.tensor(self.of(name), dtype=torch.float64).max())
+
 
 def run(size: int, cases: dict[str, Case]) -> Outcome:
     """Runs functions of a module, one after another, in `size` processes that share a gloo group."""

@@ -98,13 +98,20 @@ def test_what_the_host_bounds_has_no_bandwidth_and_makes_no_ratio() -> None:
 
 def test_a_run_interleaves_writes_a_csv_and_reports_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
+    now = [10.0]
+
+    def work(name: str, milliseconds: float) -> None:
+        order.append(name)
+        now[0] += milliseconds / 1e3
+
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
     case = Case(
         "case",
         "1",
         "float32",
         [
-            Contender("slow", lambda: [order.append("slow"), sum(range(200_000))], bytes=8),
-            peer("quick", lambda: order.append("quick"), before=lambda: order.append("before")),
+            Contender("slow", lambda: work("slow", 4), bytes=8),
+            peer("quick", lambda: work("quick", 1), before=lambda: work("before", 7)),
         ],
         [
             Goal("quick", "slow", dict.fromkeys(("avx512", "avx2", "sse", "portable"), 1.0)),
@@ -122,7 +129,8 @@ def test_a_run_interleaves_writes_a_csv_and_reports_a_miss(tmp_path: Path, monke
     assert all(row["isa"] and row["torch"] and row["date"] and row["commit"] and row["cpu"] for row in rows)
     assert [row["backend"] for row in rows] == ["cpu", "torch", "cpu", "cpu", "cpu"]
     assert {row["timing"] for row in rows if row["contender"]} == {"host clock"}
-    assert float(rows[0]["median_ms"]) > float(rows[1]["median_ms"])
+    assert [float(row["median_ms"]) for row in rows[:2]] == pytest.approx([4, 1])
+    assert [float(row["ratio"]) for row in rows[2:]] == pytest.approx([0.25, 4, 4])
     assert "1 goals hit, 1 missed" in (tmp_path / "out.txt").read_text()
 
 
@@ -350,7 +358,7 @@ def test_the_device_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.waits == [pytest.approx(max(2 * statistics.median(host), 5e-5), rel=1e-3)]
     assert clock.timing(work) == registry.KERNEL
     wall = device.clock(wall=True)
-    assert 0 < wall.once(work) < 1
+    assert wall.once(work) > 0
     assert order == ["before", "wait", "run", "wait"]
     assert wall.timing(work) == registry.WALL
     result = Result()
@@ -491,7 +499,7 @@ def test_host_costs_run_on_one_thread(name: str, tmp_path: Path) -> None:
 
 
 def test_a_first_use_is_timed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 0 < host_cost.first_use("first use of symmetric_kl") < 60
+    assert host_cost.first_use("first use of symmetric_kl") > 0
     monkeypatch.setitem(host_cost.FIRST_USES, "broken", ("", "raise ValueError('on purpose')"))
     with pytest.raises(RuntimeError, match="broken failed: ValueError: on purpose"):
         host_cost.first_use("broken")

@@ -39,7 +39,7 @@ def kl_of(model: torch.nn.Module, batch: torch.Tensor) -> float:
 
 def between(values: list[float]) -> float:
     """A bound that the fourth state is within and the fifth is not."""
-    assert values[4] > max(values[:4])
+    assert all(values[4] > value for value in values[:4])
     return (values[3] + values[4]) / 2
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpost
 from fastpost import plan
@@ -24,7 +23,7 @@ from fastpost.backends import cpu, native, reference
 from fastpost.ops import lists as lists_of
 from fastpost.ops import params as ops
 
-from .conftest import CPU_BACKENDS, DTYPES, bits, same_bits
+from .conftest import CPU_BACKENDS, DTYPES, Seen, bits, same_bits
 
 pytestmark = pytest.mark.skipif("cpu" not in CPU_BACKENDS, reason="about the CPU core, which is tested in a run of its own")
 
@@ -123,16 +122,6 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(lists_of.ListPlan, "__init__", spy)
     return made
-
-
-class Seen(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 # -- both ways ------------------------------------------------------------------------------------------------------------
@@ -501,9 +490,19 @@ def test_plans_keep_no_flat_buffer() -> None:
         gc.enable()
 
 
-def test_old_plans_make_room_for_new_ones() -> None:
-    for n in [*range(1, 100), *range(1, 100)]:
+def test_old_plans_make_room_for_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planned(monkeypatch)
+    for _ in range(2):
+        del made[:]
+        for n in range(1, 100):
+            assert ops.squared_norm([torch.ones(n)]).item() == n
+    assert len(made) == 99  # nothing of the first time, which may have found plans of other tests, is left
+    del made[:]
+    for n in range(99, 99 - lists_of._KEPT, -1):
         assert ops.squared_norm([torch.ones(n)]).item() == n
+    assert made == []  # the latest are kept
+    assert ops.squared_norm([torch.ones(99 - lists_of._KEPT)]).item() == 99 - lists_of._KEPT
+    assert len(made) == 1
 
 
 def test_a_backend_chosen_by_hand_serves_lists_that_another_has_served(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from fastpost.integrations.lightning import SAMCallback
 from fastpost.integrations.transformers import PostTrainingArguments, SAMTrainer
 from fastpost.sam import MomentumSAM, frozen_norm_stats
 
+from .by_hand import ascended
 from .conftest import same_bits
 
 RHO, LR = 0.5, 0.1
@@ -219,15 +219,10 @@ def test_the_second_gradient_is_that_of_a_training_pass() -> None:
     twin = copy.deepcopy(model)
     opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, model=model)
     params = list(twin.parameters())
-    g = torch.autograd.grad(loss_of(twin, x), params)
-    norm = torch.stack([part.norm() for part in g]).norm()
-    kept = [p.detach().clone() for p in params]
-    with torch.no_grad():
-        for p, part in zip(params, g, strict=True):
-            p.add_(part, alpha=float(RHO / norm))
-    h = torch.autograd.grad(loss_of(twin, x), params)
+    with ascended(params, torch.autograd.grad(loss_of(twin, x), params), RHO):
+        h = torch.autograd.grad(loss_of(twin, x), params)
     two_calls(model, opt, x)
-    for p, w, part in zip(model.parameters(), kept, h, strict=True):
+    for p, w, part in zip(model.parameters(), params, h, strict=True):
         assert (p - (w - LR * part)).abs().max() <= 1e-12
 
 
@@ -419,12 +414,11 @@ def test_lightning(tmp_path: Path) -> None:
     assert int(both.bn.num_batches_tracked) == 2 * len(BATCHES)
 
 
+@pytest.mark.usefixtures("accelerate_alone")
 @pytest.mark.parametrize("per_micro_batch", [False, True])
 def test_accelerate(per_micro_batch: bool) -> None:
     found = []
     for ours in (False, True):
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
         made = Accelerator(cpu=True, gradient_accumulation_steps=2)
         model = net()
         base = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -440,8 +434,6 @@ def test_accelerate(per_micro_batch: bool) -> None:
                 opt.zero_grad()
         found.append(statistics(model))
     assert same(*found)
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------------

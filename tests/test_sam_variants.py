@@ -14,6 +14,8 @@ from fastpost import SAM
 from fastpost.sam import GSAM, TRAM, FriendlySAM, LookSAM, MomentumSAM, SAMWindow, StableSAM, Variant, norm_layers
 
 from . import tiny
+from .by_hand import gsam as gsam_gradient
+from .by_hand import look_sam_between, look_sam_kept, stable_sam
 from .small import Y, all_bits, closure_of, network, same_state, unchanged
 
 LR, RHO, STEPS = 0.2, 0.3, 5
@@ -47,15 +49,14 @@ def sam_gradient(problem: Problem, w: Tensor, x: Tensor, rho: float = RHO) -> Te
 def stable(problem: Problem, w: Tensor):
     for x in BATCHES:
         g, h = problem.gradient(w, x), sam_gradient(problem, w, x)
-        w = w - LR * h * g.norm() / h.norm()
+        w = w - LR * stable_sam(g, h)
         yield w
 
 
 def gsam(problem: Problem, w: Tensor):
     for x in BATCHES:
         g, h = problem.gradient(w, x), sam_gradient(problem, w, x)
-        unit = h / h.norm()
-        w = w - LR * (h - 0.4 * (g - (g @ unit) * unit))
+        w = w - LR * gsam_gradient(g, h, 0.4)
         yield w
 
 
@@ -64,10 +65,9 @@ def look(problem: Problem, w: Tensor):
         g = problem.gradient(w, x)
         if t % 2 == 0:
             h = sam_gradient(problem, w, x)
-            cosine = g @ h / g.norm() / h.norm()
-            v = h - h.norm() * cosine * g / g.norm()
+            v = look_sam_kept(g, h)
         else:
-            h = g + 0.7 * g.norm() / v.norm() * v
+            h = look_sam_between(g, v)
         w = w - LR * h
         yield w
 

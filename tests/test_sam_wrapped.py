@@ -17,6 +17,8 @@ from fastpost import SAM, SAMWindow
 from fastpost.sam import GSAM, LookSAM, MomentumSAM
 from fastpost.sam.frameworks import find_sam
 
+from .by_hand import ascended
+from .by_hand import distance as gap
 from .small import X, Y, all_bits, closure_of, loss_of, network, unchanged
 
 RHO, LR = 0.3, 0.1
@@ -61,17 +63,10 @@ class ScheduleFreeSGD(torch.optim.SGD):
 
 def sam_step_by_hand(model: nn.Module, base: torch.optim.Optimizer, rho: float = RHO) -> None:
     params = list(model.parameters())
-    kept = [p.detach().clone() for p in params]
-    g = torch.autograd.grad(loss64(model), params)
-    norm = torch.stack([part.norm() for part in g]).norm()
-    with torch.no_grad():
-        for p, part in zip(params, g, strict=True):
-            p.add_(part, alpha=float(rho / norm))
-    h = torch.autograd.grad(loss64(model), params)
-    with torch.no_grad():
-        for p, w, part in zip(params, kept, h, strict=True):
-            p.copy_(w)
-            p.grad = part
+    with ascended(params, torch.autograd.grad(loss64(model), params), rho):
+        h = torch.autograd.grad(loss64(model), params)
+    for p, part in zip(params, h, strict=True):
+        p.grad = part
     base.step()
 
 
@@ -86,10 +81,6 @@ def closure64(model: nn.Module) -> Any:
         return loss
 
     return closure
-
-
-def gap(a: nn.Module, b: nn.Module) -> float:
-    return max(float((p - q).detach().abs().max()) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 # -- methods of the base optimizer ----------------------------------------------------------------------------------------

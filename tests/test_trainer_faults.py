@@ -13,8 +13,9 @@ from fastpost.integrations.transformers import R3FTrainer, SAMTrainer
 from fastpost.sam import external
 
 from . import tiny
+from .by_hand import distance
 from .conftest import same_bits
-from .trainers import arguments, distance, exact, rows, trainer_of, weights
+from .trainers import arguments, exact, rows, trainer_of, weights
 
 
 class Spoiled(SAMTrainer):

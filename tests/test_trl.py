@@ -29,7 +29,8 @@ from fastpost.integrations.trl import (
     SAMTrainerMixin,
 )
 
-from .trainers import CLIP, DECAY, LR, RHO, InOrder, distance, optimizer_of
+from .by_hand import ascended, distance
+from .trainers import CLIP, DECAY, LR, RHO, InOrder, optimizer_of
 
 WORDS = "the a cat dog bird sat ran sang on under over mat tree house old small red . yes no".split()  # noqa: SIM905
 ASKED = [f"the {w} cat sat on" for w in WORDS]
@@ -134,15 +135,10 @@ def by_hand(hand: Any, steps: Any, loss: Any, items: Any, fraction: float) -> No
     for window in steps:
         n = items(window)
         g = torch.autograd.grad(sum(loss(hand, batch, n) for batch in window[: math.ceil(fraction * len(window))]), params)
-        norm, before = torch.stack([part.square().sum() for part in g]).sum().sqrt(), [p.detach().clone() for p in params]
-        with torch.no_grad():
-            for p, part in zip(params, g, strict=True):
-                p += RHO * part / norm
-        second = torch.autograd.grad(sum(loss(hand, batch, n) for batch in window), params)
-        with torch.no_grad():
-            for p, w, part in zip(params, before, second, strict=True):
-                p.copy_(w)
-                p.grad = part.clone()
+        with ascended(params, g, RHO):
+            second = torch.autograd.grad(sum(loss(hand, batch, n) for batch in window), params)
+        for p, part in zip(params, second, strict=True):
+            p.grad = part.clone()
         nn.utils.clip_grad_norm_(params, CLIP)
         opt.step()
 
@@ -182,7 +178,7 @@ def test_sft_with_r3f_is_the_loop_by_hand(tmp_path: Any, fused: bool | None) -> 
         nn.utils.clip_grad_norm_(hand.parameters(), CLIP)
         opt.step()
     assert distance(mine, hand) <= 1e-9
-    assert min(line["r3f/symm_kl"] for line in trainer.state.log_history if "loss" in line) > 0.01
+    assert torch.tensor([line["r3f/symm_kl"] for line in trainer.state.log_history if "loss" in line]).min() > 0.01
 
 
 def test_dpo_with_sam_is_the_loop_from_the_equations(tmp_path: Any) -> None:

@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from fastpost.integrations.transformers import PostTrainingArguments
 
-from .by_hand import rows_of_text
+from .by_hand import ascended, rows_of_text
 
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch, float], Tensor]
@@ -133,25 +133,13 @@ def by_hand(
         n = len(window[0])
         ascent = [batch for mine in window for batch in mine[: math.ceil(fraction * n)]]
         g = torch.autograd.grad(sum(loss(model, batch, items) for batch in ascent), params)
-        before = [p.detach().clone() for p in params]
-        norm = torch.stack([part.square().sum() for part in g]).sum().sqrt()
-        with torch.no_grad():
-            for p, part in zip(params, g, strict=True):
-                p += rho * part / norm
-        second = torch.autograd.grad(sum(loss(model, batch, items) for mine in window for batch in mine), params)
-        with torch.no_grad():
-            for p, w, part in zip(params, before, second, strict=True):
-                p.copy_(w)
-                p.grad = part.clone()
+        with ascended(params, g, rho):
+            second = torch.autograd.grad(sum(loss(model, batch, items) for mine in window for batch in mine), params)
+        for p, part in zip(params, second, strict=True):
+            p.grad = part.clone()
         norms.append(float(nn.utils.clip_grad_norm_(params, clip)))
         opt.step()
     return norms
-
-
-def distance(a: nn.Module, b: nn.Module) -> float:
-    """The largest difference of two weights."""
-    pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return max(float((p.detach() - q.detach()).abs().max()) for p, q in pairs)
 
 
 def weights(model: nn.Module) -> list[Tensor]:
