@@ -20,6 +20,8 @@ from fastpost.ops.autograd import by_operation, unmapped_batch
 from fastpost.ops.rows import scale_
 from fastpost.row_tasks import LossTask
 
+_KL_REDUCTIONS = ("sum", "mean", "batchmean")
+
 
 def kl_losses(
     jensen_shannon: bool, clean: Tensor, noised: Tensor, mask: Tensor | None, reduction: str, whole: Callable[..., Tensor]
@@ -29,7 +31,7 @@ def kl_losses(
     Returns:
         The loss, a float32 scalar that carries a graph, or None, where the other way has to be taken.
     """
-    if reduction not in ("sum", "mean", "batchmean") or not _tensors(clean, noised):
+    if is_dynamo_compiling() or reduction not in _KL_REDUCTIONS or not isinstance(clean, Tensor):
         return None
     scale = 1.0 / max(clean.shape[0], 1) if reduction == "batchmean" and clean.ndim > 1 else 1.0
     task = LossTask(jensen_shannon, clean, noised, None, mask, kl_scale=scale, averaged=reduction == "mean")
@@ -47,7 +49,7 @@ def r3f_losses(
     whole: Callable[..., Any],
 ) -> tuple[Tensor, ...] | None:
     """`r3f_loss` without label smoothing, as `kl_losses`: the loss, the cross-entropy and the divergence."""
-    if not _tensors(clean, noised, labels):
+    if is_dynamo_compiling() or not isinstance(clean, Tensor) or not isinstance(labels, Tensor):
         return None
     if not (0 <= r3f_lambda < math.inf and (num_items is None or (reduction == "token" and 0 <= num_items < math.inf))):
         return None
@@ -71,10 +73,6 @@ def r3f_losses(
     )
 
 
-def _tensors(*given: object) -> bool:
-    return not is_dynamo_compiling() and all(isinstance(t, Tensor) for t in given)
-
-
 def _losses(task: LossTask, whole: Callable[..., Tensor]) -> tuple[Tensor, ...] | None:
     """What the core makes of a task, or None.
 
@@ -83,7 +81,7 @@ def _losses(task: LossTask, whole: Callable[..., Tensor]) -> tuple[Tensor, ...] 
             are differentiated or mapped.
     """
     clean, noised = task.clean, task.noised
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or not isinstance(noised, Tensor):
         return None
     function = shortcut("row_losses", clean.device)
     if function is None:
