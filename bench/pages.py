@@ -24,6 +24,7 @@ FIGURE = re.compile(
 )
 
 CPU, CPU_KEPT = "cpu-avx512.csv", "cpu-avx512-kept.csv"
+HOST = "cpu-avx512-host.csv"
 H200, H200_STEPS = "h200-2026-11-27.csv", "h200-2026-11-27-steps.csv"
 
 
@@ -149,6 +150,24 @@ CPU_ROWS = (
         "scaling a delta in place", DELTA),
 )  # fmt: skip
 
+COPY = "one small `copy_` of torch"
+BY_HAND = "time of a loop written by hand"
+SMALL_STEP = "host time of a step of SAM"
+HOST_ROWS = (
+    *(Row(f"`{name}`, one tensor of 256 bytes", COPY, "host time of list operations", (f"{name} over torch copy_",))
+      for name in ("squared_norm", "sam_perturb_", "sam_restore_")),
+    Row("`symmetric_kl`, 8 x 128, no gradient", COPY, "host time of symmetric_kl",
+        ("symmetric_kl, no gradient over torch copy_",)),
+    Row("same, forward + backward", "time of `F.kl_div` in one direction, forward + backward", "host time of symmetric_kl",
+        ("symmetric_kl, forward + backward over F.kl_div",)),
+    Row("SAM's first step and back, 150 tensors of 1 KB", "time of torch's `_foreach_` operations",
+        "host time of SAM's first step", ("SAM.first_step + restore_ over torch._foreach_ recipe",)),
+    Row("same, 1,000 tensors of 256 B to 4 KB", "time of the popular wrapper's loop", "host time of SAM on small tensors",
+        ("SAM.first_step + restore_ over popular wrapper's loop",)),
+    *(Row(f"a step of SAM, three layers of 64, batch 32: {way}", BY_HAND, SMALL_STEP, (f"{way} over loop written by hand",))
+      for way in ("two calls", "closure", "window")),
+)  # fmt: skip
+
 KL_H200, LINEAR_H200 = "symmetric_kl, forward + backward", "linear_r3f_loss, forward + backward"
 LLAMA = "norm + perturb + restore, Llama-like"
 KL_READ = ("bandwidth of symmetric_kl, share of read (torch.sum) or copy",)
@@ -208,6 +227,10 @@ def cpu() -> list[tuple[str, ...]]:
     return [head, *((r.work, r.against, r.limit(CPU), r.cell(CPU), r.cell(CPU_KEPT)) for r in CPU_ROWS)]
 
 
+def host() -> list[tuple[str, ...]]:
+    return [("work", "against", "goal", "measured"), *((r.work, r.against, r.limit(HOST), r.cell(HOST)) for r in HOST_ROWS)]
+
+
 def h200() -> list[tuple[str, ...]]:
     head = ("work", "against", "goal", "float32", "bfloat16")
     cells = (
@@ -233,6 +256,7 @@ def headlines() -> list[tuple[str, ...]]:
 TABLES: dict[str, Callable[[], list[tuple[str, ...]]]] = {
     "headlines": headlines,
     "cpu": cpu,
+    "host": host,
     "h200": h200,
     "h200-steps": h200_steps,
     **verdicts.TABLES,

@@ -249,9 +249,9 @@ bool dtype_of(const TensorLayout& layout, DType& dtype) {
   return dtype != DType::f32 || layout.dtype == key(kFloat);
 }
 
-// Of a tensor on the CPU with at least one dimension, the rows of its last one, if they lie at one distance.
+// Of a tensor with at least one dimension, the rows of its last one, if they lie at one distance.
 bool rows_of(PyObject* tensor, TensorLayout& layout, LogitRows& block) {
-  if (!read(tensor, false, layout) || layout.device != key(kCpu) || layout.dimensions == 0) return false;
+  if (!read(tensor, false, layout) || layout.dimensions == 0) return false;
   const int64_t last = layout.dimensions - 1;
   if (layout.shape[last] == 0 || (layout.strides[last] != 1 && layout.shape[last] != 1)) return false;
   block = {reinterpret_cast<void*>(layout.address), layout.shape[last]};
@@ -268,13 +268,13 @@ bool rows_of(PyObject* tensor, TensorLayout& layout, LogitRows& block) {
   return length <= 1 || block.stride >= layout.shape[last];
 }
 
-// The values of a contiguous tensor on the CPU, one for each row of the logits.
+// The values of a contiguous tensor beside the logits, one for each of their rows.
 template <class T>
 bool column_of(PyObject* tensor, const TensorLayout& logits, DLDataType dtype, const T*& values) {
   values = nullptr;
   if (tensor == Py_None) return true;
   TensorLayout layout;
-  if (!read(tensor, false, layout) || layout.device != key(kCpu) || layout.dtype != key(dtype)) return false;
+  if (!read(tensor, false, layout) || layout.device != logits.device || layout.dtype != key(dtype)) return false;
   if (layout.dimensions != logits.dimensions - 1) return false;
   int64_t distance = 1;
   for (int64_t d = layout.dimensions - 1; d >= 0; --d) {
@@ -296,15 +296,15 @@ bool read_rows(PyObject* clean, PyObject* noised, PyObject* labels, PyObject* ma
   const int64_t last = like.dimensions - 1;
   const auto same = [&](PyObject* other, LogitRows& block) {
     TensorLayout layout;
-    return rows_of(other, layout, block) && layout.dtype == like.dtype && layout.dimensions == like.dimensions &&
-           std::equal(like.shape, like.shape + like.dimensions, layout.shape);
+    return rows_of(other, layout, block) && layout.dtype == like.dtype && layout.device == like.device &&
+           layout.dimensions == like.dimensions && std::equal(like.shape, like.shape + like.dimensions, layout.shape);
   };
   tensors.cols = like.shape[last];
   tensors.rows = 1;
   for (int64_t d = 0; d < last; ++d) tensors.rows *= like.shape[d];
   return same(noised, tensors.noised) && (grad_clean == Py_None || same(grad_clean, tensors.grad_clean)) &&
-         (grad_noised == Py_None || same(grad_noised, tensors.grad_noised)) &&
-         tensors.rows != 0 && column_of(labels, like, kLong, tensors.labels) && column_of(mask, like, kBool, tensors.mask);
+         (grad_noised == Py_None || same(grad_noised, tensors.grad_noised)) && tensors.rows != 0 &&
+         column_of(labels, like, kLong, tensors.labels) && column_of(mask, like, kBool, tensors.mask);
 }
 
 // -- lists ----------------------------------------------------------------------------------------------------------------

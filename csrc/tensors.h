@@ -71,7 +71,7 @@ PyObject* float64_tensor(const double* values, int count);
 // A float32 scalar on the CPU, as above; only where `read_rows` has read something.
 PyObject* float32_scalar(double value);
 
-// Two streams of logits on the CPU and what belongs to their rows, as they lie in memory. Null: not given.
+// Two streams of logits and what belongs to their rows, as they lie in memory. Null: not given.
 struct RowTensors {
   DType dtype;
   int64_t rows, cols;
@@ -81,8 +81,8 @@ struct RowTensors {
 };
 
 // Reads them from tensors, or from None where they may be left out: logits (..., classes) of one shape and dtype, rows at
-// one distance; gradients like them; labels (int64) and mask (bool), contiguous (...). False where anything differs from
-// that or torch has to see the call; that a tensor requires a gradient is no reason.
+// one distance; gradients like them; labels (int64) and mask (bool), contiguous (...); all on one device. False where
+// anything differs from that or torch has to see the call; that a tensor requires a gradient is no reason.
 bool read_rows(PyObject* clean, PyObject* noised, PyObject* labels, PyObject* mask, PyObject* grad_clean,
                PyObject* grad_noised, RowTensors& tensors);
 

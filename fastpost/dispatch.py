@@ -134,15 +134,15 @@ def _select(op: str, device: str, dtype: torch.dtype, walkable: bool, forced: st
     )
 
 
-def shortcut(op: str, device: torch.device) -> Callable[..., Any] | None:
-    """What the backend that comes first for this device offers under `op`, beside the operations that all of them have."""
-    return _shortcut(op, device.type, forced())
+def shortcut(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """What the backend that comes first offers under `op`, beside the operations that all of them have; None: nothing."""
+    return _shortcut(op, device.type, dtype, forced())
 
 
 @functools.cache
-def _shortcut(op: str, device: str, forced: str | None) -> Callable[..., Any] | None:
+def _shortcut(op: str, device: str, dtype: torch.dtype, forced: str | None) -> Callable[..., Any] | None:
     for name in (forced,) if forced else _DEFAULT_ORDER.get(device, ()):
         if backends()[name].available:
             function: Callable[..., Any] | None = getattr(_module(name), op, None)
-            return function
+            return None if function is None or _module(name).refuses(op, device, dtype, True) else function
     return None

@@ -59,7 +59,7 @@ class OperandTask(NamedTuple):
 
 
 class LossTask(NamedTuple):
-    """Losses of rows, summed up, of plain tensors on the CPU; a row counts unless labels or mask leave it out.
+    """Losses of rows, summed up, of plain tensors; a row counts unless labels or mask leave it out.
 
     Attributes:
         jensen_shannon: the divergence is that one, not the symmetric KL.

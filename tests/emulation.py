@@ -10,8 +10,10 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,3 +63,19 @@ def activate() -> None:
         vars(cuda), op, None if device == "cpu" else f"serves no {device} here", dtype, walkable
     )
     dispatch._DEFAULT_ORDER["cpu"] = ("cuda", "reference")
+    cuda.row_losses = _as_on_the_cpu(cuda.row_losses)  # type: ignore[assignment]
+
+
+def _as_on_the_cpu(row_losses: Callable[..., Any]) -> Callable[..., Any]:
+    """Leaves to the other way what is refused of CPU tensors and shows in a device's values."""
+
+    def checked(task: Any, *grads: Any) -> Any:
+        labels = task.labels
+        if labels is not None and bool(
+            ((labels != task.ignore_index) & ((labels < 0) | (labels >= task.clean.shape[-1]))).any()
+        ):
+            return None
+        found = row_losses(task, *grads)
+        return found if found is None or all(bool(value.isfinite()) for value in found) else None
+
+    return checked

@@ -21,9 +21,11 @@ from fastpost.backends.serving import (
     refusal,
     seed_on,
 )
+from fastpost.dispatch import strict
 from fastpost.plan import Bucket
-from fastpost.row_tasks import DivergenceTask, OperandTask
+from fastpost.row_tasks import DivergenceTask, LossTask, OperandTask
 
+_FEW_ROWS = 1 << 16  # whose weights and sums one block makes in next to no time
 _SUMS = 6  # of a perturbation, as in fastpost.ops.params.NAMES_OF_SUMS
 
 
@@ -220,6 +222,22 @@ def divergence_rows(task: DivergenceTask) -> tuple[Tensor, Tensor]:
         address(task.ce_weights), kl.data_ptr(), ce.data_ptr(), *_where(clean.device),
     )  # fmt: skip
     return kl, ce
+
+
+def row_losses(task: LossTask, grad_clean: Tensor | None, grad_noised: Tensor | None) -> tuple[Tensor, ...] | None:
+    """As `cpu.row_losses`, in three launches; here labels that are no class and divergences that are not finite show in the
+    values, as they do by the other way."""
+    clean = task.clean
+    rows = clean.numel() // clean.shape[-1] if clean.ndim and clean.shape[-1] else 0
+    if task.jensen_shannon or strict() or not 0 < rows <= _FEW_ROWS:
+        return None
+    room = _doubles(clean.device, 4 * rows)
+    out = tuple(torch.empty((), dtype=torch.float32, device=clean.device) for _ in range(1 if task.labels is None else 3))
+    places = [t.data_ptr() for t in out] + [0] * (3 - len(out))
+    made = native.core().cuda.row_losses(
+        *task[1:], grad_clean, grad_noised, room.data_ptr(), *places, *_where(clean.device)
+    )  # fmt: skip
+    return out if made else None
 
 
 def operand_rows(task: OperandTask) -> None:

@@ -1,6 +1,6 @@
-"""Losses of plain tensors on the CPU: weights, rows and sums in one call of the core, and one node of autograd.
+"""Losses of plain tensors: weights, rows and sums in one call of the core, and one node of autograd.
 
-Everything else (other devices, torch.compile, torch.func, float64, label smoothing, in-place gradients, labels out of range)
+Everything else (Triton, torch.compile, torch.func, float64, label smoothing, in-place gradients, labels out of range)
 takes the way of `rows.py`, which gives the same values.
 """
 
@@ -83,7 +83,7 @@ def _losses(task: LossTask, whole: Callable[..., Tensor]) -> tuple[Tensor, ...] 
     clean, noised = task.clean, task.noised
     if forward_ad._current_level >= 0 or not isinstance(noised, Tensor):
         return None
-    function = shortcut("row_losses", clean.device)
+    function = shortcut("row_losses", clean.device, clean.dtype)
     if function is None:
         return None
     if not (torch.is_grad_enabled() and (clean.requires_grad or noised.requires_grad)):
