@@ -25,7 +25,10 @@ struct SplitScale {
 };
 
 // Whether a perturbation of radius rho along a gradient of this squared norm moves anything.
-FASTPOST_HD bool moves(double rho, double squared) { return rho != 0 && squared > 0 && squared < INFINITY; }
+FASTPOST_HD bool moves(double rho, double squared) {
+  using std::isfinite;
+  return rho != 0 && squared > 0 && isfinite(squared);
+}
 
 // Whether a gradient of this norm is clipped.
 FASTPOST_HD bool clips(double norm, double most) { return norm > most && norm < INFINITY; }
