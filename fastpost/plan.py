@@ -119,6 +119,7 @@ class Bucket:
         native_plan: where the core knows the tensors to lie; None as long as no backend has asked.
         kept_plan: the same, where the core keeps it pointed at the tensors of each call (`TensorLists` in csrc/tensors.h)
             and the columns are empty.
+        followed: columns, by name, at which the core keeps the native plan pointed, as `TensorLists`; see `follow`.
         functions: the backends' functions by the operation's name, where they are kept.
     """
 
@@ -146,6 +147,7 @@ class Bucket:
         self.walkable = walkable
         self.native_plan: Any = None
         self.kept_plan: Any = None
+        self.followed: dict[str, Any] = {}
         self.functions: dict[str, Callable[..., Any]] = {}
         self._stashed = False
         self._pointed: dict[str, tuple[list[Tensor], list[int]]] = {}
@@ -180,13 +182,16 @@ class Bucket:
     def native(self, core: Any, dtype: Any) -> Any:
         """The bucket's native plan, its columns pointing at where the tensors lie now."""
         if self.native_plan is None:
-            self.native_plan = core.Plan(dtype, [t.numel() for t in self.weights or self.grads], self.streams)
+            made = core.Plan(dtype, [t.numel() for t in self.weights or self.grads], self.streams)
+            for name, lists in self.followed.items():
+                lists.bind(made, range(len(self.streams)), [COLUMNS.index(name)])
+            self.native_plan = made  # an interrupt must not leave a plan that does not follow
         for number, name in enumerate(COLUMNS):
             tensors = getattr(self, name)
             known, addresses = self._pointed.get(name, (None, None))
             # Reading a thousand addresses costs more than a small kernel. Gradients and stashes stay where they are as
             # long as their list does; a weight can be given new storage behind our back at any time.
-            if not tensors or (known is tensors and name != "weights"):
+            if not tensors or (known is tensors and name != "weights") or (addresses and name in self.followed):
                 continue
             now = list(map(Tensor.data_ptr, tensors))
             if now != addresses:
@@ -194,6 +199,23 @@ class Bucket:
                 self.native_plan.point(core.Column(number), now, flat_buffer(tensors) is not None)
             self._pointed[name] = (tensors, now)
         return self.native_plan
+
+    def follow(self, **columns: list[Tensor]) -> bool:
+        """Whether these tensors may take the place of followed ones: laid out as they were, and plain. Where they lie
+        elsewhere the native plan follows."""
+        for name, tensors in columns.items():
+            lists = self.followed[name]
+            if not lists.refresh((tensors,)):
+                return False
+            if lists.moved:  # maybe into a flat buffer, whose padding may then be written: pointed at anew
+                self._pointed.pop(name, None)
+        return True
+
+    def unfollow(self) -> None:
+        """The core looks at the columns no more."""
+        for name in self.followed:
+            self._pointed.pop(name, None)
+        self.followed = {}
 
     def flat_buffers(self) -> list[Tensor]:
         """The buffers of `flat_like` that the columns lie in, one each."""

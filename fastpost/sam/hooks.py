@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpost import distributed
-from fastpost.sam.buckets import BucketCache, ShardReducer, total_squared_norm
+from fastpost.ops import params as ops
+from fastpost.sam.buckets import ShardReducer
 from fastpost.sam.step import Gradients
 
 Register = Callable[[Tensor], Iterable[Any]]
@@ -60,7 +64,6 @@ class OverflowGuard:
 
     def __init__(self, reducer: ShardReducer) -> None:
         self._reducer = reducer
-        self._buckets = BucketCache(False, reducer, reads_only=True)
         self._seed: Tensor | None = None
         self._hooks = ParameterHooks()
 
@@ -71,7 +74,7 @@ class OverflowGuard:
             norm: squared norm of the ascent gradients; None where there was no ascent.
             params: returns those that may get a second gradient.
         """
-        if norm is None or (is_on_cpu(norm) and bool(torch.isfinite(norm))):
+        if norm is None or (is_on_cpu(norm) and math.isfinite(norm)):
             self._seed = None
             return
         self._seed = torch.where(torch.isfinite(norm), torch.zeros_like(norm), torch.full_like(norm, math.nan))
@@ -112,26 +115,59 @@ class OverflowGuard:
         self._hooks.put(params, register)
 
     @torch.no_grad()
-    def check(self, norm: Tensor | None, found_inf: Tensor | None, groups: list[dict[str, Any]]) -> Tensor:
+    def check(self, norm: Tensor | None, found_inf: Tensor | None, params: Sequence[Tensor]) -> Tensor:
         """1.0 where a gradient of either pass is not finite on any rank, else 0.0; float32, as GradScaler's found_inf.
 
         Args:
             norm: squared norm of the ascent gradients; None where there was no ascent.
             found_inf: what GradScaler found in the second gradients; None where nobody has looked: then they are looked at.
-            groups: of the optimizer.
+            params: those of the optimizer.
         """
-        bad = torch.zeros(()) if norm is None else (~torch.isfinite(norm)).float()
+        bad = torch.zeros(()) if norm is None else _is_not_finite(norm)
         if found_inf is not None:
             return self._reducer.agree(torch.maximum(found_inf.float(), bad.to(found_inf.device)))
-        with self._buckets.of(groups, None) as buckets:
-            if buckets:
-                second = total_squared_norm(buckets, [None] * len(buckets), self._reducer)
-                bad = torch.maximum(bad.to(second.device), (~torch.isfinite(second)).float())
-            for p in self._buckets.others:
-                gradient = distributed.local_gradient(p)
-                if gradient is not None:
-                    bad = torch.maximum(bad, (~is_finite(gradient)).float().to(bad.device))
+        gradients = local_gradients(params)
+        if gradients:
+            second = _not_finite(gradients)
+            bad = torch.maximum(bad.to(second.device), second)
+        if distributed.active():
+            for p in params:  # ranks that share any of them have to agree
+                self._reducer.key(p)
         return self._reducer.agree(bad)
+
+
+def local_gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's part of every gradient that is there."""
+    of = distributed.local_gradient if distributed.active() else attrgetter("grad")
+    return [g for g in map(of, params) if g is not None]
+
+
+def _is_not_finite(value: Tensor) -> Tensor:
+    """1.0 where a real scalar is not finite, else 0.0: float32, on its device."""
+    if is_on_cpu(value):
+        return torch.tensor(0.0 if math.isfinite(value) else 1.0)
+    return (~torch.isfinite(value)).float()
+
+
+def _not_finite(gradients: list[Tensor]) -> Tensor:
+    """1.0 where an element of one of them is not finite, else 0.0: float32, on the first one's device."""
+    plain = set(map(type, gradients)) == {Tensor}
+    try:
+        if plain:
+            return _is_not_finite(ops.squared_norm(gradients))
+    except (TypeError, ValueError):  # some are sparse, complex or without data
+        pass
+    served = [g for g in gradients if _is_served(g)]
+    found = [_is_not_finite(ops.squared_norm(served))] if served else []
+    found += [(~is_finite(g)).float() for g in gradients if not _is_served(g)]
+    return functools.reduce(lambda a, b: torch.maximum(a, b.to(a.device)), found)
+
+
+def _is_served(gradient: Tensor) -> bool:
+    with contextlib.suppress(TypeError, ValueError):
+        ops.check_lists("SAM", {"gradients": [gradient]}, written=())
+        return type(gradient) is Tensor and gradient.device.type != "meta"
+    return False
 
 
 @torch.no_grad()

@@ -364,7 +364,12 @@ class SAM(Wrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients; between the two passes too, an ascent that overflowed stays known."""
-        super().zero_grad(set_to_none)
+        if set_to_none:
+            for group in self._groups():
+                for p in group["params"]:
+                    p.grad = None
+        else:
+            super().zero_grad(set_to_none)
         if self._masters is not None:
             self._masters.zero_grad(set_to_none)
         if self.is_perturbed:
@@ -730,7 +735,7 @@ class SAM(Wrapper):
         ascended, norm = self._step.ascended, self._step.squared_norm
         self._guard.disarm()
         if ascended or always:
-            found_inf = self._guard.check(norm, found_inf, self._groups())
+            found_inf = self._guard.check(norm, found_inf, [p for group in self._groups() for p in group["params"]])
         self._notice_plain_step(ascended)
         self._count_step(ascended)
         return found_inf
