@@ -64,6 +64,7 @@ class OverflowGuard:
 
     def __init__(self, reducer: ShardReducer) -> None:
         self._reducer = reducer
+        self._verdicts = torch.zeros((), device="cpu"), torch.ones((), device="cpu")  # never written
         self._seed: Tensor | None = None
         self._hooks = ParameterHooks()
 
@@ -123,44 +124,37 @@ class OverflowGuard:
             found_inf: what GradScaler found in the second gradients; None where nobody has looked: then they are looked at.
             params: those of the optimizer.
         """
-        bad = torch.zeros(()) if norm is None else _is_not_finite(norm)
+        bad = self._verdict(norm)
         if found_inf is not None:
             return self._reducer.agree(torch.maximum(found_inf.float(), bad.to(found_inf.device)))
-        gradients = local_gradients(params)
+        of = distributed.local_gradient if distributed.active() else attrgetter("grad")
+        gradients = [g for g in map(of, params) if g is not None]
         if gradients:
-            second = _not_finite(gradients)
-            bad = torch.maximum(bad.to(second.device), second)
+            second = self._look_at(gradients)
+            bad = second if norm is None else torch.maximum(bad.to(second.device), second)
         if distributed.active():
             for p in params:  # ranks that share any of them have to agree
                 self._reducer.key(p)
         return self._reducer.agree(bad)
 
+    def _verdict(self, value: Tensor | None) -> Tensor:
+        """1.0 where a real scalar is not finite, else 0.0: float32, on its device."""
+        if value is None or is_on_cpu(value):
+            return self._verdicts[value is not None and not math.isfinite(value)]
+        return (~torch.isfinite(value)).float()
 
-def local_gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's part of every gradient that is there."""
-    of = distributed.local_gradient if distributed.active() else attrgetter("grad")
-    return [g for g in map(of, params) if g is not None]
-
-
-def _is_not_finite(value: Tensor) -> Tensor:
-    """1.0 where a real scalar is not finite, else 0.0: float32, on its device."""
-    if is_on_cpu(value):
-        return torch.tensor(0.0 if math.isfinite(value) else 1.0)
-    return (~torch.isfinite(value)).float()
-
-
-def _not_finite(gradients: list[Tensor]) -> Tensor:
-    """1.0 where an element of one of them is not finite, else 0.0: float32, on the first one's device."""
-    plain = set(map(type, gradients)) == {Tensor}
-    try:
-        if plain:
-            return _is_not_finite(ops.squared_norm(gradients))
-    except (TypeError, ValueError):  # some are sparse, complex or without data
-        pass
-    served = [g for g in gradients if _is_served(g)]
-    found = [_is_not_finite(ops.squared_norm(served))] if served else []
-    found += [(~is_finite(g)).float() for g in gradients if not _is_served(g)]
-    return functools.reduce(lambda a, b: torch.maximum(a, b.to(a.device)), found)
+    def _look_at(self, gradients: list[Tensor]) -> Tensor:
+        """1.0 where an element of one of them is not finite, else 0.0: float32, on the first one's device."""
+        plain = set(map(type, gradients)) == {Tensor}
+        try:
+            if plain:
+                return self._verdict(ops.squared_norm(gradients))
+        except (TypeError, ValueError):  # some are sparse, complex or without data
+            pass
+        served = [g for g in gradients if _is_served(g)]
+        found = [self._verdict(ops.squared_norm(served))] if served else []
+        found += [(~is_finite(g)).float() for g in gradients if not _is_served(g)]
+        return functools.reduce(lambda a, b: torch.maximum(a, b.to(a.device)), found)
 
 
 def _is_served(gradient: Tensor) -> bool:

@@ -32,7 +32,7 @@ from fastpost.sam.options import Scope, ScopeCache, build_perturbation, check_op
 from fastpost.sam.perturbation import PerturbParams
 from fastpost.sam.step import Gradients, PerturbationReport, PerturbationSums, Phase, SAMStep
 from fastpost.sam.variants import Variant, VariantContext
-from fastpost.sam.wrapper import Wrapper, build_bases, check_group, step_bases
+from fastpost.sam.wrapper import Wrapper, build_bases, check_group, hooked, step_bases
 
 Closure = Callable[[], Any]
 PLAIN_STEPS = 10  # in a row, without an ascent where one was due
@@ -222,6 +222,7 @@ class SAM(Wrapper):
         if zero_grad:
             self.zero_grad()
 
+    @hooked
     def step(self, closure: Closure | None = None, *, reuse_grads: bool = False) -> Any:
         """One update.
 
@@ -242,7 +243,7 @@ class SAM(Wrapper):
         if closure is None:
             self._finish()
             return None
-        if hasattr(self, "found_inf"):
+        if "found_inf" in vars(self):
             # The scaler looked at older gradients than the closure makes, and whether that one scales its loss is unknown.
             _leave_scaler(self)
             raise RuntimeError(
@@ -617,7 +618,7 @@ class SAM(Wrapper):
         """Lets the variant rewrite the gradients of this step."""
         variant = self.variant
         if self._step.ascended and variant.overrides("descend"):
-            if variant.scales_must_agree and hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None:
+            if variant.scales_must_agree and "found_inf" in vars(self) and vars(self).get("grad_scale") is None:
                 raise RuntimeError(
                     f"SAM: {type(variant).__name__} combines the gradients of both passes, of which unscale_() has rescaled "
                     "one; call opt.end_ascent() after the second pass, and unscale after it"
@@ -668,11 +669,11 @@ class SAM(Wrapper):
             elif not self._step.combined and not self._early.done:
                 self._combine()
             if self._masters is not None:
-                if hasattr(self, "found_inf"):
+                if "found_inf" in vars(self):
                     raise RuntimeError("SAM: GradScaler finds no gradients on master_params; bfloat16 needs no loss scaling")
                 self._masters.check(misfits=False)
                 self._masters.take_gradients()
-            scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            scale, found_inf = vars(self).get("grad_scale"), vars(self).get("found_inf")
             if not isinstance(found_inf, Tensor):  # the scaler says 0 where no gradient was there to look at
                 found_inf = None
             skipped = self._step_bases(fused, scale, self._judge_step(found_inf))
@@ -752,5 +753,4 @@ class SAM(Wrapper):
 def _leave_scaler(opt: SAM) -> None:
     """Drops what GradScaler.step has set; it does so itself only where the step succeeds."""
     for name in ("grad_scale", "found_inf"):
-        if hasattr(opt, name):
-            delattr(opt, name)
+        vars(opt).pop(name, None)
