@@ -34,21 +34,11 @@ class ShardReducer:
         sums: dict[Any, Tensor] = {}
         for key, part in parts:
             sums[key] = sums[key] + part.to(sums[key].device) if key in sums else part
-        if distributed.active():
-            return self._ranks.sum(sums)
-        total, *others = sums.values()
-        for part in others:
-            total = total + part.to(total.device)
-        return total
+        return self._ranks.sum(sums)
 
     def agree(self, flag: Tensor) -> Tensor:
         """1.0 where any rank's flag is, as a float32 scalar."""
         return self._ranks.any(flag)
-
-    def mark_modified(self, params: Iterable[Tensor]) -> None:
-        """Called after weights were written in place, by perturbing or restoring."""
-        if distributed.active():
-            distributed.reshard(params)
 
 
 def check_sharding(params: Iterable[Tensor], sync_ascent: bool | None) -> None:
@@ -135,6 +125,14 @@ class Layout:
         return None if w.stride() == self._strides[row] else Change(None, in_place=True)
 
 
+def wrote(buckets: Sequence[ParameterBucket]) -> None:
+    """Called after weights were written in place, by perturbing or restoring."""
+    sharded = [p for b in buckets if b.sharded for p in b.params]
+    if sharded:
+        distributed.reshard(sharded)
+    torch.clear_autocast_cache()  # or an enclosing autocast region would go on with its casts of the old weights
+
+
 def changes(buckets: Sequence[ParameterBucket]) -> Changes:
     """What has become of the weights of these buckets since they took their gradients; nothing is written."""
     found: Changes = []
@@ -218,6 +216,7 @@ class ParameterBucket:
         elements, elements_everywhere: how many elements lie on this rank, and on all that share the parameters.
         rows: where its tensors stand among all that have a gradient.
         walkable: whether weights and gradients can be walked by address, in step.
+        sharded: whether any of them is cut over ranks.
         layout: of the weights that the bucket was built for. Those of another layout take another bucket.
         moved: whether the weights lie elsewhere than when the bucket took gradients before, or have moved since.
     """
@@ -231,6 +230,7 @@ class ParameterBucket:
         self.key = key
         self.rows = rows
         self.walkable = bucket.walkable
+        self.sharded = any(map(distributed.is_sharded, params))
         self.layout = Layout(bucket.weights)
         self.moved = False
         self._addresses = _addresses(bucket.weights)
@@ -273,7 +273,7 @@ class ParameterBucket:
 
     def follow(self) -> list[Tensor]:
         """The weights as they are now."""
-        if distributed.active():
+        if self.sharded:
             self.bucket.weights = [distributed.local(p) for p in self.params]
         return self.bucket.weights
 

@@ -7,7 +7,6 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -127,14 +126,14 @@ class OverflowGuard:
         bad = self._verdict(norm)
         if found_inf is not None:
             return self._reducer.agree(torch.maximum(found_inf.float(), bad.to(found_inf.device)))
-        of = distributed.local_gradient if distributed.active() else attrgetter("grad")
-        gradients = [g for g in map(of, params) if g is not None]
+        several = distributed.active()
+        found = [distributed.local_gradient(p) if several else p.grad for p in params]
+        gradients = [g for g in found if g is not None]
         if gradients:
             second = self._look_at(gradients)
             bad = second if norm is None else torch.maximum(bad.to(second.device), second)
-        if distributed.active():
-            for p in params:  # ranks that share any of them have to agree
-                self._reducer.key(p)
+        for p in params if several else ():  # ranks that share any of them have to agree
+            self._reducer.key(p)
         return self._reducer.agree(bad)
 
     def _verdict(self, value: Tensor | None) -> Tensor:

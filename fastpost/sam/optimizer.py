@@ -332,10 +332,13 @@ class SAM(Wrapper):
             RuntimeError: weights are of another dtype, shape or device than those that were perturbed. Nothing was done;
                 `abandon()` gives the step up.
         """
+        combines = not self._step.combined and not self._early.done
         if self._perturbation.active:
-            self._check_perturbed()
+            self._check_parameters()
+            if combines and self.variant.overrides("descend"):  # or nothing is written before restoring looks itself
+                self._perturbation.check_weights()
         try:
-            if not self._step.combined and not self._early.done:
+            if combines:
                 self._combine()
             self._step.combined = True
             self._step.clean = {}
@@ -546,21 +549,16 @@ class SAM(Wrapper):
                 "SAMWindow)"
             )
 
-    def _check_perturbed(self) -> bool:
-        """Whether the perturbed weights are laid out as they were.
-
-        Raises:
-            WeightsChanged: w does not fit into them exactly, or the groups hold others. Nothing was written.
-        """
+    def _check_parameters(self) -> None:
+        """Raises WeightsChanged where the groups hold other parameters than those that were perturbed."""
         tensors = self.tensors()
         here = set(map(id, tensors))
-        if len(tensors) >= self._step.tensors and any(id(p) not in here for p in self._perturbation.params):
+        if len(tensors) >= self._step.tensors and not here.issuperset(map(id, self._perturbation.params)):
             raise WeightsChanged(
                 "SAM: parameters in the optimizer's groups were exchanged between the two passes, and copies of them hold "
                 "w + e. opt.abandon() puts w back into those that were perturbed and gives this step up; "
                 "exchange parameters between steps, not between the two passes"
             )
-        return self._perturbation.check_weights()
 
     # -- the ascent ---------------------------------------------------------------------------------------------------
 
@@ -611,7 +609,7 @@ class SAM(Wrapper):
             return self.compute_dtype
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
-        sharded = distributed.compute_dtype(b.params) if distributed.active() else None
+        sharded = distributed.compute_dtype(b.params) if b.sharded else None
         return sharded or b.bucket.dtype
 
     def _combine(self) -> None:
@@ -662,8 +660,10 @@ class SAM(Wrapper):
         """Restores if need be, then steps with every base optimizer unless a gradient is not finite."""
         try:
             fused = self._fused if self._perturbation.active else None
-            if fused is not None and not (self._check_perturbed() and fused.serves(self._bases)):
-                fused = None
+            if fused is not None:
+                self._check_parameters()
+                if not (self._perturbation.check_weights() and fused.serves(self._bases)):
+                    fused = None
             if fused is None:
                 self.end_ascent()
             elif not self._step.combined and not self._early.done:

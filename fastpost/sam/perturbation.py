@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastpost.distributed import part_number
 from fastpost.ops import params as ops
-from fastpost.sam.buckets import ParameterBucket, ShardReducer, changes, put, refuse_changes
+from fastpost.sam.buckets import ParameterBucket, ShardReducer, changes, put, refuse_changes, wrote
 from fastpost.sam.masters import Masters
 
 
@@ -71,8 +71,7 @@ class Perturbation:
         except BaseException:  # a later bucket failed: the earlier ones must not stay perturbed
             self.undo()
             raise
-        self._reducer.mark_modified([p for b in buckets for p in b.params])
-        torch.clear_autocast_cache()  # or an enclosing autocast region would go on with its casts of the old weights
+        wrote(buckets)
         return self._reducer.total(parts)
 
     def undo(self, convert: bool = False) -> None:
@@ -116,8 +115,7 @@ class Perturbation:
         self._close()
 
     def _close(self) -> None:
-        self._reducer.mark_modified(self.params)
-        torch.clear_autocast_cache()
+        wrote(self._noted)
         self._noted = []
 
     def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:

@@ -223,7 +223,7 @@ class Wrapper(Optimizer):
     def _groups(self) -> list[dict[str, Any]]:
         """`param_groups` for our own use."""
         if len(self._bases) == 1:
-            groups = self.base_optimizer.param_groups
+            groups = self._bases[0].param_groups
         else:
             groups = [group for base in self._bases for group in base.param_groups]
         known = self._group_defaults.keys()
