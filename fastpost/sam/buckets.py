@@ -34,11 +34,21 @@ class ShardReducer:
         sums: dict[Any, Tensor] = {}
         for key, part in parts:
             sums[key] = sums[key] + part.to(sums[key].device) if key in sums else part
-        return self._ranks.sum(sums)
+        if distributed.active():
+            return self._ranks.sum(sums)
+        total, *others = sums.values()
+        for part in others:
+            total = total + part.to(total.device)
+        return total
 
     def agree(self, flag: Tensor) -> Tensor:
         """1.0 where any rank's flag is, as a float32 scalar."""
         return self._ranks.any(flag)
+
+    def mark_modified(self, params: Iterable[Tensor]) -> None:
+        """Called after weights were written in place, by perturbing or restoring."""
+        if distributed.active():
+            distributed.reshard(params)
 
 
 def check_sharding(params: Iterable[Tensor], sync_ascent: bool | None) -> None:
@@ -123,14 +133,6 @@ class Layout:
         if w.device != self.device:
             return Change(f"was on {self.device} and is on {w.device} now", in_place=True)
         return None if w.stride() == self._strides[row] else Change(None, in_place=True)
-
-
-def wrote(buckets: Sequence[ParameterBucket]) -> None:
-    """Called after weights were written in place, by perturbing or restoring."""
-    sharded = [p for b in buckets if b.sharded for p in b.params]
-    if sharded:
-        distributed.reshard(sharded)
-    torch.clear_autocast_cache()  # or an enclosing autocast region would go on with its casts of the old weights
 
 
 def changes(buckets: Sequence[ParameterBucket]) -> Changes:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastpost.distributed import part_number
 from fastpost.ops import params as ops
-from fastpost.sam.buckets import ParameterBucket, ShardReducer, changes, put, refuse_changes, wrote
+from fastpost.sam.buckets import ParameterBucket, ShardReducer, changes, put, refuse_changes
 from fastpost.sam.masters import Masters
 
 
@@ -71,7 +71,7 @@ class Perturbation:
         except BaseException:  # a later bucket failed: the earlier ones must not stay perturbed
             self.undo()
             raise
-        wrote(buckets)
+        self._wrote(buckets)
         return self._reducer.total(parts)
 
     def undo(self, convert: bool = False) -> None:
@@ -115,8 +115,12 @@ class Perturbation:
         self._close()
 
     def _close(self) -> None:
-        wrote(self._noted)
+        self._wrote(self._noted)
         self._noted = []
+
+    def _wrote(self, buckets: Sequence[ParameterBucket]) -> None:
+        self._reducer.mark_modified([p for b in buckets for p in b.params])
+        torch.clear_autocast_cache()  # or an enclosing autocast region would go on with its casts of the old weights
 
     def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
         """Perturbs one bucket and returns its six sums."""
