@@ -116,6 +116,8 @@ class Bucket:
         walkable: False when only the reference backend can serve these tensors.
         stashed: whether the stash holds the weights as they were. Whoever is about to perturb clears it; what perturbs sets
             it, before a weight is written or in the same call.
+        launched: sums of a perturbation, which hold NaN until its kernel has run: what tells, after an interrupt, whether it
+            was launched. None where nobody has to ask.
         native_plan: where the core knows the tensors to lie; None as long as no backend has asked.
         kept_plan: the same, where the core keeps it pointed at the tensors of each call (`TensorLists` in csrc/tensors.h)
             and the columns are empty.
@@ -150,6 +152,7 @@ class Bucket:
         self.followed: dict[str, Any] = {}
         self.functions: dict[str, Callable[..., Any]] = {}
         self._stashed = False
+        self.launched: Tensor | None = None
         self._pointed: dict[str, tuple[list[Tensor], list[int]]] = {}
 
     def take(self, columns: Sequence[str], lists: Sequence[list[Tensor] | None]) -> None:
@@ -165,11 +168,13 @@ class Bucket:
 
     @property
     def stashed(self) -> bool:
-        return self._stashed or (self.native_plan is not None and self.native_plan.stashed)
+        if self._stashed or (self.native_plan is not None and self.native_plan.stashed):
+            return True
+        return self.launched is not None and not bool(self.launched[:, -1].isnan().any())
 
     @stashed.setter
     def stashed(self, value: bool) -> None:
-        self._stashed = value
+        self._stashed, self.launched = value, None
         if self.native_plan is not None:
             self.native_plan.stashed = value
 
