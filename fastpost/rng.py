@@ -48,7 +48,7 @@ _WORDS = 4 * 624  # bytes of the Mersenne Twister's words; its position among th
 
 def _numpy_words() -> bytes | None:
     """The words and the position of NumPy's global generator; None where it is no Mersenne Twister."""
-    generator = np.random.get_bit_generator()
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is not np.random.MT19937:
         return None
     return ctypes.string_at(generator.ctypes.state_address, _WORDS + 4)
@@ -58,7 +58,7 @@ def _numpy_state() -> Any:
     global _last_read
     words, last = _numpy_words(), _last_read
     if words is None:
-        return np.random.get_state()
+        return np.random.get_state(legacy=False)
     if last is not None and last[0] == words:
         return last[1]
     state: Any = np.random.get_state()

@@ -346,7 +346,7 @@ def squared_distance(table: Table, dtype: torch.dtype) -> Tensor:
 
 
 def room_for_sums(table: Table) -> Tensor:
-    """NaN for every sum of every chunk. A perturbation writes over all of them, the last with a count, which is never NaN."""
+    """NaN for every sum of every chunk. A perturbation writes over all; the last is a count, which is never NaN."""
     return torch.full((table.chunks, SUMS), torch.nan, dtype=torch.float64, device=table.memory.device)
 
 

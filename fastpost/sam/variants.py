@@ -134,7 +134,7 @@ class Variant:
 
 
 @functools.cache
-def _overrides(cls: type[Variant], hooks: tuple[str, ...]) -> bool:
+def _overrides(cls: Any, hooks: tuple[str, ...]) -> bool:
     return any(getattr(cls, hook) is not getattr(Variant, hook) for hook in hooks)
 
 
