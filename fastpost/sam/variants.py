@@ -130,7 +130,7 @@ class Variant:
 
     def overrides(self, *hooks: str) -> bool:
         """Whether it changes one of these hooks."""
-        return _overrides(type(self), hooks)
+        return _overrides(type(self), hooks)  # type: ignore[arg-type]  # a class is hashable
 
 
 @functools.cache
