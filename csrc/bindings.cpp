@@ -236,6 +236,10 @@ void bind_tensors(py::module_ m) {
       .def(py::init([](py::tuple columns, unsigned written) { return new TensorLists(columns.ptr(), written); }),
            py::arg("columns"), py::arg("written"))
       .def("bind", &TensorLists::bind, py::arg("plan"), py::arg("rows"), py::arg("names"), py::keep_alive<1, 2>())
+      .def(
+          "refresh", [](TensorLists& lists, py::tuple columns) { return lists.refresh(columns.ptr(), false); },
+          py::arg("columns"))
+      .def_property_readonly("moved", &TensorLists::moved)
       .def("require_alive", [](TensorLists& lists, py::handle weak) { lists.require_alive(weak.ptr()); }, py::arg("weak"));
   py::class_<ListPlans>(m, "ListPlans")
       .def(py::init<unsigned, size_t>(), py::arg("written"), py::arg("capacity"))

@@ -380,6 +380,7 @@ bool TensorLists::refresh(PyObject* columns, bool recorded) {
     return same_layout(known_[index], layout);
   };
   if (!readable_ || !visit(columns, recorded, follow)) return false;
+  moved_ = (moved & written_) != 0;
   for (size_t c = 0; c < lengths_.size(); ++c)
     if ((moved & written_ & 1u << c) != 0 && !apart(c)) return false;
   for (const Ref& buffer : buffers_) {

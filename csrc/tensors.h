@@ -109,6 +109,9 @@ class TensorLists {
   // Otherwise the plan stays for lists that it fits, and the caller checks everything and makes another.
   bool refresh(PyObject* columns, bool recorded);
 
+  // Whether the last look found a written column elsewhere than the one before.
+  bool moved() const { return moved_; }
+
   TensorLists(const TensorLists&) = delete;
   TensorLists& operator=(const TensorLists&) = delete;
 
@@ -130,6 +133,7 @@ class TensorLists {
   bool apart(size_t column) const;
 
   unsigned written_;
+  bool moved_ = false;
   bool readable_ = false;                     // whether all tensors could be read; where not, nothing is ever the same
   std::vector<int64_t> lengths_;              // of each column; -1: left out
   std::vector<size_t> begins_;                // of each column in the lists that follow, and the end of the last

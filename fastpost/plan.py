@@ -116,9 +116,12 @@ class Bucket:
         walkable: False when only the reference backend can serve these tensors.
         stashed: whether the stash holds the weights as they were. Whoever is about to perturb clears it; what perturbs sets
             it, before a weight is written or in the same call.
+        launched: sums of a perturbation, which hold NaN until its kernel has run: what tells, after an interrupt, whether it
+            was launched. None where nobody has to ask.
         native_plan: where the core knows the tensors to lie; None as long as no backend has asked.
         kept_plan: the same, where the core keeps it pointed at the tensors of each call (`TensorLists` in csrc/tensors.h)
             and the columns are empty.
+        followed: columns, by name, at which the core keeps the native plan pointed, as `TensorLists`; see `follow`.
         functions: the backends' functions by the operation's name, where they are kept.
     """
 
@@ -146,8 +149,10 @@ class Bucket:
         self.walkable = walkable
         self.native_plan: Any = None
         self.kept_plan: Any = None
+        self.followed: dict[str, Any] = {}
         self.functions: dict[str, Callable[..., Any]] = {}
         self._stashed = False
+        self.launched: Tensor | None = None
         self._pointed: dict[str, tuple[list[Tensor], list[int]]] = {}
 
     def take(self, columns: Sequence[str], lists: Sequence[list[Tensor] | None]) -> None:
@@ -163,11 +168,13 @@ class Bucket:
 
     @property
     def stashed(self) -> bool:
-        return self._stashed or (self.native_plan is not None and self.native_plan.stashed)
+        if self._stashed or (self.native_plan is not None and self.native_plan.stashed):
+            return True
+        return self.launched is not None and not bool(self.launched[:, -1].isnan().any())
 
     @stashed.setter
     def stashed(self, value: bool) -> None:
-        self._stashed = value
+        self._stashed, self.launched = value, None
         if self.native_plan is not None:
             self.native_plan.stashed = value
 
@@ -180,13 +187,16 @@ class Bucket:
     def native(self, core: Any, dtype: Any) -> Any:
         """The bucket's native plan, its columns pointing at where the tensors lie now."""
         if self.native_plan is None:
-            self.native_plan = core.Plan(dtype, [t.numel() for t in self.weights or self.grads], self.streams)
+            made = core.Plan(dtype, [t.numel() for t in self.weights or self.grads], self.streams)
+            for name, lists in self.followed.items():
+                lists.bind(made, range(len(self.streams)), [COLUMNS.index(name)])
+            self.native_plan = made  # an interrupt must not leave a plan that does not follow
         for number, name in enumerate(COLUMNS):
             tensors = getattr(self, name)
             known, addresses = self._pointed.get(name, (None, None))
             # Reading a thousand addresses costs more than a small kernel. Gradients and stashes stay where they are as
             # long as their list does; a weight can be given new storage behind our back at any time.
-            if not tensors or (known is tensors and name != "weights"):
+            if not tensors or (known is tensors and name != "weights") or (addresses and name in self.followed):
                 continue
             now = list(map(Tensor.data_ptr, tensors))
             if now != addresses:
@@ -194,6 +204,23 @@ class Bucket:
                 self.native_plan.point(core.Column(number), now, flat_buffer(tensors) is not None)
             self._pointed[name] = (tensors, now)
         return self.native_plan
+
+    def follow(self, **columns: list[Tensor]) -> bool:
+        """Whether these tensors may take the place of followed ones: laid out as they were, and plain. Where they lie
+        elsewhere the native plan follows."""
+        for name, tensors in columns.items():
+            lists = self.followed[name]
+            if not lists.refresh((tensors,)):
+                return False
+            if lists.moved:  # maybe into a flat buffer, whose padding may then be written: pointed at anew
+                self._pointed.pop(name, None)
+        return True
+
+    def unfollow(self) -> None:
+        """The core looks at the columns no more."""
+        for name in self.followed:
+            self._pointed.pop(name, None)
+        self.followed = {}
 
     def flat_buffers(self) -> list[Tensor]:
         """The buffers of `flat_like` that the columns lie in, one each."""

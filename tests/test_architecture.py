@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = {"errors", "plan", "row_tasks", "distributed", "rng", "modes", "interrupts"}
+BASE = {"errors", "plan", "row_tasks", "distributed", "rng", "modes"}
 # What each floor may import, beside itself and what everybody may.
 BELOW = {
     "ops": {"backends", "dispatch"},

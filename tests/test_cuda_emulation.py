@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import fastpost
+from fastpost import SAM
 from fastpost.backends import native
 from fastpost.ops import params as ops
 
@@ -71,7 +74,7 @@ def short_table() -> int:
 @pytest.mark.parametrize("tensors", [short_table(), short_table() + 1, 2500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lists_that_fill_their_table(dtype: torch.dtype, tensors: int) -> None:
-    """The short table full; the long one with one more; the long one, of some 800, cut. Results must not show which."""
+    """The short table full; the long one with one more; the long one, of some 1,000, cut. Results must not show which."""
     numels = [(7 * i) % 53 + 1 for i in range(tensors)]
     numels[tensors // 2] = 70_001  # two chunks in the midst of it
     numels[tensors - 1] = 16_385  # two pieces at the end
@@ -101,6 +104,23 @@ def test_lists_that_fill_their_table(dtype: torch.dtype, tensors: int) -> None:
     tolerance = {torch.float32: 2e-7, torch.bfloat16: 8e-3}[dtype]  # one unit in the last place: CPU loops fuse
     for mine, theirs in zip(results["cuda"][2], results["cpu"][2], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=1e-8)
+
+
+@needs_emulation
+@pytest.mark.parametrize("tensors", [290, 1000])
+def test_launches_of_a_step_of_sam(tensors: int) -> None:
+    """One for each pass over the list, and one for each of the two sums over chunks; the addresses split none."""
+    count = ctypes.CDLL(native.core().__file__).emulated_launches
+    weights = [nn.Parameter(torch.randn(5)) for _ in range(tensors)]
+    opt = SAM(weights, torch.optim.SGD, rho=0.1, lr=0.1)
+    for w in weights:
+        w.grad = torch.randn_like(w)
+    launched = []
+    for work in (opt.first_step, opt.restore_, opt.first_step, opt.restore_):
+        before = count()
+        work()
+        launched.append(count() - before)
+    assert launched == [4, 1, 4, 1]
 
 
 @needs_emulation

@@ -91,6 +91,7 @@ def same_address_other_order(model: nn.Module) -> None:
 @pytest.mark.parametrize("change", [clone, channels_last, transposed, with_gaps, flattened, same_address_other_order])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("ends", ["second_step", "restore_", "abandon", "perturbed"])
+@pytest.mark.filterwarnings("ignore:SAM. fused_restore=True cannot serve .* of another memory format")
 def test_what_moves_or_lies_in_another_order_gets_its_values_back(
     form: str, change: Callable[[nn.Module], None], ends: str
 ) -> None:

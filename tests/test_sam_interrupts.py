@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +20,14 @@ from torch import Tensor, nn
 import fastpost
 from fastpost import SAM
 from fastpost.ops import params as ops
+from fastpost.plan import Bucket
 from fastpost.sam import GSAM, SAMWindow
 
+from .conftest import CPU_BACKENDS, same_bits
 from .interrupts import interrupted, lines
 from .small import all_bits, unchanged
 
+ROOT = Path(__file__).resolve().parents[1]
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
 
 
@@ -31,7 +39,7 @@ class Case:
         narrow = form in ("stochastic", "masters")
         self.model = nn.Sequential(nn.Linear(6, 2))
         self.model.to(torch.bfloat16 if narrow else torch.float32)
-        if form not in ("functional", "masters"):
+        if form not in ("functional", "masters") and "cpu" in CPU_BACKENDS:
             self.model.append(nn.Linear(2, 1, dtype=torch.float64))  # a second bucket, which the reference backend serves
         named = list(self.model.named_parameters())
         self.masters = [p.detach().float() for _, p in named] if form == "masters" else None
@@ -73,6 +81,13 @@ class Case:
         SAMWindow(self.opt, self.backward).run([X[:4], X[4:]])
         self.opt.step()
 
+    def there_and_back(self) -> None:
+        self.opt.zero_grad()
+        self.backward()
+        self.opt.first_step()
+        self.opt.restore_()
+        self.opt.step()
+
     def step(self, calls: str) -> None:
         work: Callable[[], None] = getattr(self, calls)
         work()
@@ -93,24 +108,30 @@ def recovered(case: Case, before: list[Tensor], after: list[Tensor]) -> bool:
 FORMS = ["stored", "stochastic", "masters", "functional", "fused_restore", "GSAM"]
 
 
+CALLS = ["closure", "context", "window", "there_and_back"]
+
+
 @pytest.mark.parametrize(
-    ("form", "calls", "served"),
+    ("form", "calls", "served", "every"),
     [
-        *((form, "two_calls", "cpu") for form in FORMS),
-        *(("stored", calls, "cpu") for calls in ("closure", "context", "window")),
-        ("stored", "two_calls", "reference"),
+        *((form, "two_calls", "cpu", 1) for form in FORMS),
+        *(("stored", calls, "cpu", 1) for calls in CALLS),
+        *((form, calls, "cpu", 7) for form in FORMS[1:] for calls in CALLS),  # what these two share was covered above
+        ("stored", "two_calls", "reference", 1),
+        *(("stored", "two_calls", served, 40) for served in CPU_BACKENDS if served == "triton"),  # in a run of its own
     ],
 )
-def test_an_interrupt_at_every_line_of_a_step(form: str, calls: str, served: str) -> None:
-    with fastpost.use_backend(served if served == "reference" else None):
-        Case(form).step(calls)  # what is asked once per process is asked here
+def test_an_interrupt_at_every_line_of_a_step(form: str, calls: str, served: str, every: int) -> None:
+    with fastpost.use_backend(None if served == "cpu" else served):
+        for _ in range(2):  # what is asked once per process, or of the first two calls of a plan, is asked here
+            Case(form).step(calls)
         whole = Case(form)
         before = all_bits(whole.model)
         classes = [type(module) for module in whole.model]
         places = lines(lambda: whole.step(calls))
         after = all_bits(whole.model)
         outcomes = set()
-        for at in places:
+        for at in places[FORMS.index(form) % every :: every]:
             case = Case(form)
             assert interrupted(lambda case=case: case.step(calls), at)  # type: ignore[misc]
             held = case.opt.is_perturbed
@@ -151,6 +172,86 @@ def handled_by(number: signal.Signals, handler: Any) -> Iterator[None]:
         yield
     finally:
         signal.signal(number, previous)
+
+
+def test_a_launch_that_nobody_has_noted_shows_in_its_sums() -> None:
+    """Between a launch from Python and the line that notes it: Triton's way, which the next test takes where it can run."""
+    bucket = Bucket([0], weights=[torch.ones(3)], grads=[torch.ones(3)], stash=[torch.zeros(3)])
+    bucket.launched = torch.full((2, 6), torch.nan, dtype=torch.float64)
+    assert not bucket.stashed
+    bucket.launched[:, -1] = 0
+    assert bucket.stashed  # the other sums may be NaN
+    bucket.stashed = False
+    assert not bucket.stashed
+
+
+@pytest.mark.skipif("triton" not in CPU_BACKENDS, reason="Triton's interpreter takes a run of its own")
+@pytest.mark.parametrize("launched", [False, True])
+def test_an_interrupt_around_a_launch_of_triton(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = importlib.import_module("fastpost.backends.triton")
+    kernels = importlib.import_module("fastpost.triton_kernels.params")
+    plain = kernels.sam_perturb_
+
+    def interrupted_launch(*args: Any, **kwargs: Any) -> None:
+        if launched:
+            plain(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with fastpost.use_backend("triton"):
+        model = nn.Linear(6, 2)
+        opt = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+        model(X).square().mean().backward()
+        before = all_bits(model)
+        with opt.perturbed(zero_grad=False):
+            pass  # what serves the operations is asked once
+        monkeypatch.setattr(backend, "_interpreted", lambda: False)  # as on a device: the stash is the kernel's to write
+        monkeypatch.setattr(kernels, "sam_perturb_", interrupted_launch)
+        with pytest.raises(KeyboardInterrupt):
+            opt.first_step()
+        assert unchanged(model, before)
+        assert not opt.is_perturbed
+
+
+TRAINING = """
+import signal, sys
+import torch
+from tests.test_sam_interrupts import Case
+
+def stop(*_):
+    raise SystemExit(0)
+
+case = Case(sys.argv[1])
+case.two_calls()
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+try:
+    while True:
+        case.two_calls()
+finally:
+    torch.set_grad_enabled(True)
+    case.opt.abandon()
+    torch.save((case.opt.param_groups[0]["sam_steps"], case.model.state_dict()), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("form", ["stored", "masters", "fused_restore"])
+def test_a_process_that_is_told_to_end_saves_w(form: str, tmp_path: Path) -> None:
+    """SIGTERM as a scheduler sends it, somewhere in a step; the handler raises, and the weights are saved on the way out."""
+    saved = tmp_path / "model.pt"
+    command = [sys.executable, "-c", TRAINING, form, str(saved)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    steps, weights = torch.load(saved)
+    case, possible = Case(form), []
+    for _ in range(steps):
+        possible = [{name: w.clone() for name, w in case.model.state_dict().items()}]  # a step is counted before it is made
+        case.two_calls()
+    possible.append(case.model.state_dict())
+    assert any(all(same_bits(w[k], weights[k]) for k in weights) for w in possible)
 
 
 def stop(*_: object) -> None:

@@ -345,15 +345,21 @@ def squared_distance(table: Table, dtype: torch.dtype) -> Tensor:
     return _sum_of_squares(table, dtype, "difference")
 
 
+def room_for_sums(table: Table) -> Tensor:
+    """NaN for every sum of every chunk. A perturbation writes over all; the last is a count, which is never NaN."""
+    return torch.full((table.chunks, SUMS), torch.nan, dtype=torch.float64, device=table.memory.device)
+
+
 def sam_perturb_(
     table: Table, dtype: torch.dtype, squared: Tensor, rho: float, eta: float | None, seen: torch.dtype,
-    seed: Tensor | None = None, masters: bool = False,
+    seed: Tensor | None = None, masters: bool = False, partial: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """stash = w, w = w + e; returns the six sums in float64. Columns: weights, gradients, stash.
 
     seed: round 16-bit weights at random. masters: the stash holds float32 masters m, which are only read, and w = m + e.
+    partial: room from `room_for_sums`.
     """
-    partial = torch.zeros((table.chunks, SUMS), dtype=torch.float64, device=table.memory.device)
+    partial = room_for_sums(table) if partial is None else partial
     if table.chunks:
         stochastic = seed is not None and dtype.itemsize == 2
         _sam_perturb_kernel[(table.chunks,)](

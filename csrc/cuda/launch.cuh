@@ -73,9 +73,10 @@ struct TypeOf {
 template <int columns>
 struct Entry {
   uint64_t word[columns];
-  int64_t elements;
-  int64_t first_chunk;
+  int64_t elements : 39;  // in one word, so that a thousand tensors of three columns fit into a launch
+  int64_t first_chunk : 25;
 };
+constexpr int64_t kMostChunks = int64_t{1} << 24;  // in a list; 2^38 elements, more than a device holds
 
 // Every launch copies a whole table, so short lists get a short one. The long one is what fits into a kernel's 32,764 bytes
 // of parameters together with its other arguments.
@@ -118,6 +119,7 @@ void launch_tables(const Call& call, const std::vector<Entry<List::columns>>& ro
     entry = row;
     entry.first_chunk = chunk;
     chunk += (row.elements + List::chunk_size - 1) / List::chunk_size;
+    if (chunk >= kMostChunks) throw std::length_error("fastpost: a list of more than 2^38 elements on one device");
   }
   flush();
 }

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastpost.backends.serving import contiguous, contiguous_floats, number_on, refusal, seed_on
-from fastpost.interrupts import held
 from fastpost.plan import Bucket
 from fastpost.row_tasks import DivergenceTask, OperandTask
 
@@ -75,9 +74,15 @@ def sam_perturb_(
 ) -> Tensor:
     table = _table(bucket, "weights", "grads", "stash")
     squared, seed = number_on(bucket.device, squared), seed_on(bucket.device, seed)
-    with held():  # the launch and the note of it are two lines of Python
-        sums: Tensor = _kernels("params").sam_perturb_(table, bucket.dtype, squared, rho, eta, seen_dtype, seed)
+    kernels = _kernels("params")
+    if _interpreted():  # which runs a kernel in pieces, and may be interrupted between them
+        for w, stash in zip(bucket.weights, bucket.stash, strict=True):
+            stash.copy_(w.detach())
         bucket.stashed = True
+    # A launch and the note of it are two lines of Python. An interrupt between them is found out from the sums.
+    bucket.launched = partial = kernels.room_for_sums(table)
+    sums: Tensor = kernels.sam_perturb_(table, bucket.dtype, squared, rho, eta, seen_dtype, seed, partial=partial)
+    bucket.stashed = True
     return sums
 
 

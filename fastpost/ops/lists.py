@@ -121,6 +121,21 @@ def make_buckets(*, streams: Sequence[int] | None = None, **columns: Sequence[Te
     ]
 
 
+def follow(bucket: plan.Bucket) -> None:
+    """Has the core look after the weights and gradients of a bucket that is kept from step to step: one call says whether
+    they are laid out as they were, and points the native plan at them (`plan.Bucket.follow`).
+
+    Nothing is done where there is no core, or where it cannot read these tensors.
+    """
+    if not bucket.walkable or native.failure() is not None:
+        return
+    lists = native.core().TensorLists
+    columns = {"weights": bucket.weights, "grads": bucket.grads}
+    bucket.followed = {name: lists((tensors,), int(name == "weights")) for name, tensors in columns.items()}
+    if not bucket.follow(**columns):
+        bucket.unfollow()
+
+
 def run(op: str, bucket: plan.Bucket, *args: object) -> Tensor:
     """Runs one operation on one bucket through the backend that serves it."""
     function = bucket.functions.get(op)

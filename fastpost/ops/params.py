@@ -17,6 +17,7 @@ from torch import Tensor
 from fastpost.ops.lists import ListOperation, plus
 from fastpost.ops.lists import check_lists as check_lists
 from fastpost.ops.lists import check_memory as check_memory
+from fastpost.ops.lists import follow as follow
 from fastpost.ops.lists import make_buckets as make_buckets
 from fastpost.ops.lists import run as run
 from fastpost.ops.lists import wrote as wrote

@@ -140,11 +140,11 @@ def changes(buckets: Sequence[ParameterBucket]) -> Changes:
     found: Changes = []
     moved = False
     for b in buckets:
-        weights, rows = b.follow(), {}
-        if not b.layout.shared_by(weights) or list(map(Tensor.data_ptr, weights)) != b.addresses:
-            moved = True
-            known = ((row, b.layout.change(row, w)) for row, w in enumerate(weights))
+        rows: dict[int, Change] = {}
+        if not b.unchanged() or b.moved:
+            known = ((row, b.layout.change(row, w)) for row, w in enumerate(b.bucket.weights))
             rows = {row: change for row, change in known if change is not None}
+        moved = moved or b.moved
         found.append(rows)
     if moved:
         _find_shared_memory(buckets, found)
@@ -200,6 +200,10 @@ def has_lost_memory(w: Tensor) -> bool:
     return w.numel() > 0 and (w.storage_offset() + last + 1) * w.element_size() > w.untyped_storage().nbytes()
 
 
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
 Gradient = Callable[[Tensor], Tensor | None]
 
 
@@ -214,9 +218,9 @@ class ParameterBucket:
         elements, elements_everywhere: how many elements lie on this rank, and on all that share the parameters.
         rows: where its tensors stand among all that have a gradient.
         walkable: whether weights and gradients can be walked by address, in step.
+        sharded: whether any of them is cut over ranks.
         layout: of the weights that the bucket was built for. Those of another layout take another bucket.
-        addresses: of the weights, when the bucket last took gradients.
-        moved: whether it found them elsewhere than the time before.
+        moved: whether the weights lie elsewhere than when the bucket took gradients before, or have moved since.
     """
 
     def __init__(
@@ -228,9 +232,11 @@ class ParameterBucket:
         self.key = key
         self.rows = rows
         self.walkable = bucket.walkable
+        self.sharded = any(map(distributed.is_sharded, params))
         self.layout = Layout(bucket.weights)
-        self.addresses: list[int] = []
-        self.moved = self._note_addresses()
+        self.moved = False
+        self._addresses = _addresses(bucket.weights)
+        ops.follow(bucket)
         self.elements = sum(p.numel() for p in bucket.weights)
         self.elements_everywhere = sum(p.numel() for p in params)
         # The buffer is kept along with its views, so that spans know the stash's padding to be its own.
@@ -240,21 +246,36 @@ class ParameterBucket:
 
     def point(self, grads: list[Tensor]) -> bool:
         """Takes these gradients; False when the bucket has to be built anew."""
-        # Weights can be given other storage between steps (model.to(), p.data = ...); a stale plan would walk off its end.
-        weights = self.follow()
-        if not self.layout.shared_by(weights) or not self.layout.fits(grads, self.walkable):
+        bucket, self.moved = self.bucket, False
+        if bucket.followed:
+            if not (self.unchanged() and bucket.followed and bucket.follow(grads=grads)):
+                return False
+        elif not (self.unchanged() and self.layout.fits(grads, self.walkable)):
             return False
-        self.moved = self._note_addresses()
-        self.bucket.grads = grads
+        bucket.grads = grads
         return True
 
-    def _note_addresses(self) -> bool:
-        before, self.addresses = self.addresses, list(map(Tensor.data_ptr, self.bucket.weights))
-        return before != self.addresses
+    def unchanged(self) -> bool:
+        """Whether the weights, as they are now, are laid out as the bucket knows them; notes whether they have moved.
+
+        Weights can be given other storage at any time (model.to(), p.data = ...); a stale plan would walk off its end.
+        """
+        weights, bucket = self.follow(), self.bucket
+        if bucket.followed:
+            if bucket.follow(weights=weights):
+                self.moved = self.moved or bucket.followed["weights"].moved
+                return True
+            bucket.unfollow()
+        if not self.layout.shared_by(weights):
+            self.moved = True
+            return False
+        before, self._addresses = self._addresses, _addresses(weights)
+        self.moved = self.moved or before != self._addresses
+        return True
 
     def follow(self) -> list[Tensor]:
         """The weights as they are now."""
-        if distributed.active():
+        if self.sharded:
             self.bucket.weights = [distributed.local(p) for p in self.params]
         return self.bucket.weights
 
@@ -265,20 +286,13 @@ class BucketCache:
     Args:
         stash: whether each bucket keeps room for a copy of its weights.
         reducer: tells which parameters are summed together.
-        reads_only: nothing will be written, and parameters that operations do not serve are kept apart in `others`;
-            otherwise they are refused.
-
-    Attributes:
-        others: parameters in no bucket: complex, sparse, without data.
     """
 
-    def __init__(self, stash: bool, reducer: ShardReducer, reads_only: bool = False) -> None:
+    def __init__(self, stash: bool, reducer: ShardReducer) -> None:
         self._stash = stash
         self._reducer = reducer
-        self._reads_only = reads_only
         self._key: tuple[int, ...] = ()
         self._buckets: list[ParameterBucket] = []
-        self.others: list[Tensor] = []
 
     @contextlib.contextmanager
     def of(
@@ -313,7 +327,7 @@ class BucketCache:
                 self._key = ()
                 self._buckets = self._build(groups, params, grads) if params else []
                 self._key = key
-            elif not self._reads_only and any(b.moved for b in self._buckets):
+            elif any(b.moved for b in self._buckets):
                 self._check_written([w for b in self._buckets for w in b.bucket.weights])
             del found, grads
             yield self._buckets
@@ -323,11 +337,11 @@ class BucketCache:
 
     def _build(self, groups: list[dict[str, Any]], params: list[Tensor], grads: list[Tensor]) -> list[ParameterBucket]:
         weights = [distributed.local(p) for p in params] if distributed.active() else params
-        served = self._served(weights, grads)
-        self.others = [p for row, p in enumerate(params) if row not in served]
+        _check_served(weights, grads)
+        self._check_written(weights)
         group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
         members: dict[tuple[int, Hashable], list[int]] = {}
-        for row in served:
+        for row in range(len(params)):
             members.setdefault((group_of[id(params[row])], self._reducer.key(params[row])), []).append(row)
         result = []
         for (group, key), rows in members.items():
@@ -336,19 +350,6 @@ class BucketCache:
                 mine = [params[i] for i in bucket.streams]
                 result.append(ParameterBucket(bucket, mine, group, key, bucket.streams, self._stash))
         return result
-
-    def _served(self, weights: list[Tensor], grads: list[Tensor]) -> dict[int, None]:
-        """The rows that go into buckets, in order."""
-        if not self._reads_only:
-            _check_served(weights, grads)
-            self._check_written(weights)
-            return dict.fromkeys(range(len(weights)))
-        rows: dict[int, None] = {}
-        for row in range(len(weights)):
-            with contextlib.suppress(TypeError, ValueError):
-                _check_served([weights[row]], [grads[row]])
-                rows[row] = None
-        return rows
 
     def _check_written(self, weights: list[Tensor]) -> None:
         for i, w in enumerate(weights):

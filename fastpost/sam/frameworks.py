@@ -170,7 +170,7 @@ def refuse_accumulating_closure() -> None:
     if accelerate is None or (steps := accelerate.GradientState().num_steps) <= 1:
         return
     frame = sys._getframe(2)  # of who called `step`
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("torch."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "fastpost.sam.")):
         frame = frame.f_back
     if frame.f_globals.get("__name__") == "accelerate.optimizer":
         raise RuntimeError(

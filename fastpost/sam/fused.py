@@ -105,7 +105,7 @@ class FusedRestore:
             warnings.warn(
                 f"SAM: fused_restore=True cannot serve {why_not}; w is restored first, and AdamW makes its own step: the "
                 "same, in more passes over memory",
-                stacklevel=4,  # where torch wraps step()
+                stacklevel=5,  # who calls step()
             )
         return why_not is None
 

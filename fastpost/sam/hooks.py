@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastpost import distributed
-from fastpost.sam.buckets import BucketCache, ShardReducer, total_squared_norm
+from fastpost.ops import params as ops
+from fastpost.sam.buckets import ShardReducer
 from fastpost.sam.step import Gradients
 
 Register = Callable[[Tensor], Iterable[Any]]
@@ -60,7 +63,7 @@ class OverflowGuard:
 
     def __init__(self, reducer: ShardReducer) -> None:
         self._reducer = reducer
-        self._buckets = BucketCache(False, reducer, reads_only=True)
+        self._verdicts = torch.zeros((), device="cpu"), torch.ones((), device="cpu")  # never written
         self._seed: Tensor | None = None
         self._hooks = ParameterHooks()
 
@@ -71,7 +74,7 @@ class OverflowGuard:
             norm: squared norm of the ascent gradients; None where there was no ascent.
             params: returns those that may get a second gradient.
         """
-        if norm is None or (is_on_cpu(norm) and bool(torch.isfinite(norm))):
+        if norm is None or (is_on_cpu(norm) and math.isfinite(norm)):
             self._seed = None
             return
         self._seed = torch.where(torch.isfinite(norm), torch.zeros_like(norm), torch.full_like(norm, math.nan))
@@ -112,26 +115,52 @@ class OverflowGuard:
         self._hooks.put(params, register)
 
     @torch.no_grad()
-    def check(self, norm: Tensor | None, found_inf: Tensor | None, groups: list[dict[str, Any]]) -> Tensor:
+    def check(self, norm: Tensor | None, found_inf: Tensor | None, params: Sequence[Tensor]) -> Tensor:
         """1.0 where a gradient of either pass is not finite on any rank, else 0.0; float32, as GradScaler's found_inf.
 
         Args:
             norm: squared norm of the ascent gradients; None where there was no ascent.
             found_inf: what GradScaler found in the second gradients; None where nobody has looked: then they are looked at.
-            groups: of the optimizer.
+            params: those of the optimizer.
         """
-        bad = torch.zeros(()) if norm is None else (~torch.isfinite(norm)).float()
+        bad = self._verdict(norm)
         if found_inf is not None:
             return self._reducer.agree(torch.maximum(found_inf.float(), bad.to(found_inf.device)))
-        with self._buckets.of(groups, None) as buckets:
-            if buckets:
-                second = total_squared_norm(buckets, [None] * len(buckets), self._reducer)
-                bad = torch.maximum(bad.to(second.device), (~torch.isfinite(second)).float())
-            for p in self._buckets.others:
-                gradient = distributed.local_gradient(p)
-                if gradient is not None:
-                    bad = torch.maximum(bad, (~is_finite(gradient)).float().to(bad.device))
+        several = distributed.active()
+        found = [distributed.local_gradient(p) if several else p.grad for p in params]
+        gradients = [g for g in found if g is not None]
+        if gradients:
+            second = self._look_at(gradients)
+            bad = second if norm is None else torch.maximum(bad.to(second.device), second)
+        for p in params if several else ():  # ranks that share any of them have to agree
+            self._reducer.key(p)
         return self._reducer.agree(bad)
+
+    def _verdict(self, value: Tensor | None) -> Tensor:
+        """1.0 where a real scalar is not finite, else 0.0: float32, on its device."""
+        if value is None or is_on_cpu(value):
+            return self._verdicts[value is not None and not math.isfinite(value)]
+        return (~torch.isfinite(value)).float()
+
+    def _look_at(self, gradients: list[Tensor]) -> Tensor:
+        """1.0 where an element of one of them is not finite, else 0.0: float32, on the first one's device."""
+        plain = set(map(type, gradients)) == {Tensor}
+        try:
+            if plain:
+                return self._verdict(ops.squared_norm(gradients))
+        except (TypeError, ValueError):  # some are sparse, complex or without data
+            pass
+        served = [g for g in gradients if _is_served(g)]
+        found = [self._verdict(ops.squared_norm(served))] if served else []
+        found += [(~is_finite(g)).float() for g in gradients if not _is_served(g)]
+        return functools.reduce(lambda a, b: torch.maximum(a, b.to(a.device)), found)
+
+
+def _is_served(gradient: Tensor) -> bool:
+    with contextlib.suppress(TypeError, ValueError):
+        ops.check_lists("SAM", {"gradients": [gradient]}, written=())
+        return type(gradient) is Tensor and gradient.device.type != "meta"
+    return False
 
 
 @torch.no_grad()

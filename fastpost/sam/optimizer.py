@@ -32,7 +32,7 @@ from fastpost.sam.options import Scope, ScopeCache, build_perturbation, check_op
 from fastpost.sam.perturbation import PerturbParams
 from fastpost.sam.step import Gradients, PerturbationReport, PerturbationSums, Phase, SAMStep
 from fastpost.sam.variants import Variant, VariantContext
-from fastpost.sam.wrapper import Wrapper, build_bases, check_group, step_bases
+from fastpost.sam.wrapper import Wrapper, build_bases, check_group, hooked, step_bases
 
 Closure = Callable[[], Any]
 PLAIN_STEPS = 10  # in a row, without an ascent where one was due
@@ -222,6 +222,7 @@ class SAM(Wrapper):
         if zero_grad:
             self.zero_grad()
 
+    @hooked
     def step(self, closure: Closure | None = None, *, reuse_grads: bool = False) -> Any:
         """One update.
 
@@ -242,7 +243,7 @@ class SAM(Wrapper):
         if closure is None:
             self._finish()
             return None
-        if hasattr(self, "found_inf"):
+        if "found_inf" in vars(self):
             # The scaler looked at older gradients than the closure makes, and whether that one scales its loss is unknown.
             _leave_scaler(self)
             raise RuntimeError(
@@ -331,10 +332,13 @@ class SAM(Wrapper):
             RuntimeError: weights are of another dtype, shape or device than those that were perturbed. Nothing was done;
                 `abandon()` gives the step up.
         """
+        combines = not self._step.combined and not self._early.done
         if self._perturbation.active:
-            self._check_perturbed()
+            self._check_parameters()
+            if combines and self.variant.overrides("descend"):  # or nothing is written before restoring looks itself
+                self._perturbation.check_weights()
         try:
-            if not self._step.combined and not self._early.done:
+            if combines:
                 self._combine()
             self._step.combined = True
             self._step.clean = {}
@@ -364,7 +368,12 @@ class SAM(Wrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients; between the two passes too, an ascent that overflowed stays known."""
-        super().zero_grad(set_to_none)
+        if set_to_none:
+            for group in self._groups():
+                for p in group["params"]:
+                    p.grad = None
+        else:
+            super().zero_grad(set_to_none)
         if self._masters is not None:
             self._masters.zero_grad(set_to_none)
         if self.is_perturbed:
@@ -540,21 +549,16 @@ class SAM(Wrapper):
                 "SAMWindow)"
             )
 
-    def _check_perturbed(self) -> bool:
-        """Whether the perturbed weights are laid out as they were.
-
-        Raises:
-            WeightsChanged: w does not fit into them exactly, or the groups hold others. Nothing was written.
-        """
+    def _check_parameters(self) -> None:
+        """Raises WeightsChanged where the groups hold other parameters than those that were perturbed."""
         tensors = self.tensors()
         here = set(map(id, tensors))
-        if len(tensors) >= self._step.tensors and any(id(p) not in here for p in self._perturbation.params):
+        if len(tensors) >= self._step.tensors and not here.issuperset(map(id, self._perturbation.params)):
             raise WeightsChanged(
                 "SAM: parameters in the optimizer's groups were exchanged between the two passes, and copies of them hold "
                 "w + e. opt.abandon() puts w back into those that were perturbed and gives this step up; "
                 "exchange parameters between steps, not between the two passes"
             )
-        return self._perturbation.check_weights()
 
     # -- the ascent ---------------------------------------------------------------------------------------------------
 
@@ -605,14 +609,14 @@ class SAM(Wrapper):
             return self.compute_dtype
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
-        sharded = distributed.compute_dtype(b.params) if distributed.active() else None
+        sharded = distributed.compute_dtype(b.params) if b.sharded else None
         return sharded or b.bucket.dtype
 
     def _combine(self) -> None:
         """Lets the variant rewrite the gradients of this step."""
         variant = self.variant
         if self._step.ascended and variant.overrides("descend"):
-            if variant.scales_must_agree and hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None:
+            if variant.scales_must_agree and "found_inf" in vars(self) and vars(self).get("grad_scale") is None:
                 raise RuntimeError(
                     f"SAM: {type(variant).__name__} combines the gradients of both passes, of which unscale_() has rescaled "
                     "one; call opt.end_ascent() after the second pass, and unscale after it"
@@ -656,18 +660,20 @@ class SAM(Wrapper):
         """Restores if need be, then steps with every base optimizer unless a gradient is not finite."""
         try:
             fused = self._fused if self._perturbation.active else None
-            if fused is not None and not (self._check_perturbed() and fused.serves(self._bases)):
-                fused = None
+            if fused is not None:
+                self._check_parameters()
+                if not (self._perturbation.check_weights() and fused.serves(self._bases)):
+                    fused = None
             if fused is None:
                 self.end_ascent()
             elif not self._step.combined and not self._early.done:
                 self._combine()
             if self._masters is not None:
-                if hasattr(self, "found_inf"):
+                if "found_inf" in vars(self):
                     raise RuntimeError("SAM: GradScaler finds no gradients on master_params; bfloat16 needs no loss scaling")
                 self._masters.check(misfits=False)
                 self._masters.take_gradients()
-            scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            scale, found_inf = vars(self).get("grad_scale"), vars(self).get("found_inf")
             if not isinstance(found_inf, Tensor):  # the scaler says 0 where no gradient was there to look at
                 found_inf = None
             skipped = self._step_bases(fused, scale, self._judge_step(found_inf))
@@ -730,7 +736,7 @@ class SAM(Wrapper):
         ascended, norm = self._step.ascended, self._step.squared_norm
         self._guard.disarm()
         if ascended or always:
-            found_inf = self._guard.check(norm, found_inf, self._groups())
+            found_inf = self._guard.check(norm, found_inf, [p for group in self._groups() for p in group["params"]])
         self._notice_plain_step(ascended)
         self._count_step(ascended)
         return found_inf
@@ -747,5 +753,4 @@ class SAM(Wrapper):
 def _leave_scaler(opt: SAM) -> None:
     """Drops what GradScaler.step has set; it does so itself only where the step succeeds."""
     for name in ("grad_scale", "found_inf"):
-        if hasattr(opt, name):
-            delattr(opt, name)
+        vars(opt).pop(name, None)

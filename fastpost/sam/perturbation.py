@@ -71,8 +71,7 @@ class Perturbation:
         except BaseException:  # a later bucket failed: the earlier ones must not stay perturbed
             self.undo()
             raise
-        self._reducer.mark_modified([p for b in buckets for p in b.params])
-        torch.clear_autocast_cache()  # or an enclosing autocast region would go on with its casts of the old weights
+        self._wrote(buckets)
         return self._reducer.total(parts)
 
     def undo(self, convert: bool = False) -> None:
@@ -116,9 +115,12 @@ class Perturbation:
         self._close()
 
     def _close(self) -> None:
-        self._reducer.mark_modified(self.params)
-        torch.clear_autocast_cache()
+        self._wrote(self._noted)
         self._noted = []
+
+    def _wrote(self, buckets: Sequence[ParameterBucket]) -> None:
+        self._reducer.mark_modified([p for b in buckets for p in b.params])
+        torch.clear_autocast_cache()  # or an enclosing autocast region would go on with its casts of the old weights
 
     def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
         """Perturbs one bucket and returns its six sums."""

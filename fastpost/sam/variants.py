@@ -7,6 +7,7 @@ live in `fastpost.sam.logits`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -129,7 +130,12 @@ class Variant:
 
     def overrides(self, *hooks: str) -> bool:
         """Whether it changes one of these hooks."""
-        return any(getattr(type(self), hook) is not getattr(Variant, hook) for hook in hooks)
+        return _overrides(type(self), hooks)  # type: ignore[arg-type]  # a class is hashable
+
+
+@functools.cache
+def _overrides(cls: Any, hooks: tuple[str, ...]) -> bool:
+    return any(getattr(cls, hook) is not getattr(Variant, hook) for hook in hooks)
 
 
 class StableSAM(Variant):

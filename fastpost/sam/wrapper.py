@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled as profiler_enabled
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fastpost.distributed import local
 from fastpost.ops import params as ops
@@ -151,6 +153,24 @@ def step_bases(bases: Sequence[Optimizer], scale: Tensor | None, found_inf: Tens
     return 0
 
 
+Step = TypeVar("Step", bound=Callable[..., Any])
+
+
+def hooked(step: Step) -> Step:
+    """`step` as torch wraps that of every optimizer, with hooks and a range for profilers; called at once where nobody
+    listens, since the range takes as long as several small kernels and the base optimizer's step has its own."""
+    through_torch = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        listened = own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or profiler_enabled()
+        return (through_torch if listened else step)(self, *args, **kwargs)
+
+    called.hooked = True  # type: ignore[attr-defined]  # torch wraps it no more
+    return cast("Step", called)
+
+
 class Wrapper(Optimizer):
     """A torch optimizer whose `param_groups` and `state` are those of the optimizers in `_bases`."""
 
@@ -203,12 +223,14 @@ class Wrapper(Optimizer):
     def _groups(self) -> list[dict[str, Any]]:
         """`param_groups` for our own use."""
         if len(self._bases) == 1:
-            groups = self.base_optimizer.param_groups
+            groups = self._bases[0].param_groups
         else:
             groups = [group for base in self._bases for group in base.param_groups]
-        if not all(group.keys() >= self._group_defaults.keys() for group in groups):
-            steps = next((group[STEPS_KEY] for group in groups if STEPS_KEY in group), 0)
-            fill_groups(groups, **{**self._group_defaults, STEPS_KEY: steps})
+        known = self._group_defaults.keys()
+        for group in groups:
+            if not group.keys() >= known:
+                steps = next((group[STEPS_KEY] for group in groups if STEPS_KEY in group), 0)
+                fill_groups(groups, **{**self._group_defaults, STEPS_KEY: steps})
         return groups
 
     @property  # type: ignore[override]
@@ -376,6 +398,8 @@ def check_group(group: dict[str, Any]) -> None:
     """Raises TypeError or ValueError where a group holds nonsense under one of SAM's keys."""
     ops.check_radius("SAM", group["rho"], group["eta"])
     adaptive, steps = group["adaptive"], group["sam_steps"]
+    if type(adaptive) is bool and type(steps) is int and steps >= 0:
+        return  # as nearly always
     try:
         known = adaptive in (True, False)
     except (RuntimeError, ValueError):  # a tensor or an array of several

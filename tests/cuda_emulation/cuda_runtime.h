@@ -129,10 +129,15 @@ inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSucce
 // Few, so that small inputs make a grid that stays walk several chunks.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 3, cudaSuccess; }
 
+// How many kernels this process has launched, for tests that count.
+inline int64_t launch_count = 0;
+extern "C" __attribute__((visibility("default"), used)) inline int64_t emulated_launches() { return launch_count; }
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= 32764, "kernel parameters");
   if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) return cudaErrorInvalidConfiguration;
+  ++launch_count;
   emulation::run(config->gridDim.x, config->blockDim.x, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

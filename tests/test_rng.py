@@ -1,0 +1,75 @@
+"""Random states that a second pass goes back to: NumPy's is read and written only where somebody has drawn."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fastpost.rng import RandomState
+
+
+def drawn(normals: int, uniforms: int) -> list[float]:
+    """NumPy makes normals two at a time: an odd number leaves one that lies outside of its words."""
+    own = [random.random(), torch.rand(()).item()]
+    return [*(np.random.normal() for _ in range(normals)), *(np.random.random() for _ in range(uniforms)), *own]
+
+
+@pytest.mark.parametrize("before", range(4))
+@pytest.mark.parametrize("normals", range(4))
+@pytest.mark.parametrize("uniforms", range(2))
+def test_the_second_pass_draws_what_the_first_drew(before: int, normals: int, uniforms: int) -> None:
+    np.random.seed(3)
+    drawn(before, 0)
+    for _ in range(3):  # states that were read before, and new ones
+        state = RandomState()
+        first = drawn(normals, uniforms)
+        after = RandomState()
+        state.put()
+        assert drawn(normals, uniforms) == first
+        after.put()
+        following = drawn(2, 1)
+        after.put()
+        assert drawn(2, 1) == following
+        after.put()
+
+
+def test_a_second_pass_that_draws_less_leaves_what_the_first_left() -> None:
+    np.random.seed(3)
+    np.random.normal()  # a second normal is kept
+    state = RandomState()
+    np.random.normal()
+    after = RandomState()
+    expected = drawn(3, 1)
+    state.put()
+    after.put()
+    assert drawn(3, 1) == expected
+
+
+def test_another_generator_of_numpys() -> None:
+    plain = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(5))
+    try:
+        state = RandomState()
+        first = drawn(1, 1)
+        state.put()
+        assert drawn(1, 1) == first
+    finally:
+        np.random.set_bit_generator(plain)
+
+
+def test_nothing_is_read_twice_where_nobody_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    np.random.seed(3)
+    reads, writes = [], []
+    plain = np.random.get_state, np.random.set_state
+    monkeypatch.setattr(np.random, "get_state", lambda: reads.append(1) or plain[0]())
+    monkeypatch.setattr(np.random, "set_state", lambda state: writes.append(1) or plain[1](state))
+    for _ in range(3):
+        RandomState().put()
+    assert (len(reads), len(writes)) == (1, 0)
+    state = RandomState()
+    np.random.random()
+    state.put()
+    assert (len(reads), len(writes)) == (1, 1)
