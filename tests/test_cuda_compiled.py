@@ -18,8 +18,8 @@ from .test_triton_compiled import complaints, tool
 
 MODULE = native.core().__file__
 # Kernel: its budget of registers, and the accesses that have to be wide. 64 lets two blocks of 512 threads share a
-# multiprocessor, 84 three of 256, 128 two of 256 or one of 512. Folding a few sums is not worth a wide load; narrow rows
-# wait for double arithmetic.
+# multiprocessor, 84 three of 256, 128 two of 256 or one of 512. Folding a few sums, and a number for each row, are not
+# worth a wide load; narrow rows wait for double arithmetic.
 HOT = {
     "sam_perturb_kernel": (64, "LDG STG"),
     "sam_perturb_masters_kernel": (64, "LDG STG"),
@@ -38,6 +38,8 @@ HOT = {
     "wide_operands_kernel": (84, "LDG"),
     "narrow_operands_kernel": (128, ""),
     "scale_rows_kernel": (128, "LDG STG"),
+    "weigh_rows_kernel": (64, ""),
+    "sum_rows_kernel": (64, ""),
 }
 
 needs_cuda = pytest.mark.skipif(not hasattr(native.core(), "cuda"), reason="this build holds no CUDA core (no nvcc)")
