@@ -70,12 +70,13 @@ def _as_on_the_cpu(row_losses: Callable[..., Any]) -> Callable[..., Any]:
     """Leaves to the other way what is refused of CPU tensors and shows in a device's values."""
 
     def checked(task: Any, *grads: Any) -> Any:
-        labels = task.labels
-        if labels is not None and bool(
-            ((labels != task.ignore_index) & ((labels < 0) | (labels >= task.clean.shape[-1]))).any()
-        ):
-            return None
         found = row_losses(task, *grads)
-        return found if found is None or all(bool(value.isfinite()) for value in found) else None
+        if found is None or not all(bool(value.isfinite()) for value in found):
+            return None
+        labels = task.labels
+        outside = (
+            None if labels is None else (labels != task.ignore_index) & ((labels < 0) | (labels >= task.clean.shape[-1]))
+        )
+        return found if outside is None or not bool(outside.any()) else None
 
     return checked

@@ -227,6 +227,8 @@ def divergence_rows(task: DivergenceTask) -> tuple[Tensor, Tensor]:
 def row_losses(task: LossTask, grad_clean: Tensor | None, grad_noised: Tensor | None) -> tuple[Tensor, ...] | None:
     """As `cpu.row_losses`, in three launches; here labels that are no class and divergences that are not finite show in the
     values, as they do by the other way."""
+    if native.core().needs_dispatcher(()):  # a mode or a transform is on: what is allocated here would have no address
+        return None
     clean = task.clean
     rows = clean.numel() // clean.shape[-1] if clean.ndim and clean.shape[-1] else 0
     if task.jensen_shannon or strict() or not 0 < rows <= _FEW_ROWS:
