@@ -31,6 +31,19 @@ struct LogitRows {
   int64_t stride;
 };
 
+// What is asked of operand_rows beside its rows.
+//   smoothing: label smoothing, of the cross-entropy's gradient; ce is the plain one.
+//   cap: logits are cap * tanh(z / cap), and the gradients are those of z; 0: logits as they are.
+//   teaches: whether the divergence sends a gradient to the clean stream. Where it does not and second is not wanted, a row
+//   without a divergence has the gradient of its cross-entropy.
+//   noised_classifies: in rows that have a divergence the noised stream has a cross-entropy as well, of the same label and
+//   weight, and ce is the sum of both.
+//   mixture: the divergence is Jensen-Shannon's. The CPU alone serves it.
+struct OperandOptions {
+  double smoothing, cap;
+  bool teaches, noised_classifies, mixture;
+};
+
 enum class NoiseType : int { uniform = 0, normal = 1 };
 
 // How the losses of rows are summed up. A row counts unless its label is ignore_index or the mask leaves it out.
@@ -122,14 +135,10 @@ void divergence_rows(const LogitRows& clean, const LogitRows& noised, const Logi
 // The rows of float logits as divergence_rows takes them, their gradients as operands of an output head's products: first
 // gets the clean stream's, with the noised one's added where second gets that; null: not wanted. Operands of the logits'
 // dtype may lie where the logits are.
-//   smoothing: label smoothing, of the cross-entropy's gradient; ce is the plain one.
-//   cap: logits are cap * tanh(z / cap), and the gradients are those of z; 0: logits as they are.
-//   teaches: whether the divergence sends a gradient to the clean stream. Where it does not, and the noised one's is not
-//   wanted either, a row whose kl is not finite may still have a gradient.
 void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& first, const LogitRows& second,
                   DType operand_dtype, int64_t rows, int64_t cols, const int64_t* labels, int64_t ignore_index,
-                  const double* kl_weights, const double* ce_weights, double smoothing, double cap, bool teaches, double* kl,
-                  double* ce, int threads);
+                  const double* kl_weights, const double* ce_weights, const OperandOptions& how, double* kl, double* ce,
+                  int threads);
 
 // Per row: value = KL(p|m) / 2 + KL(q|m) / 2 with m = (p + q) / 2, and the gradients of weights[row] * value; weights and
 // gradients as above. At most ln 2: a class that is -inf in one stream only is finite, in both it does not exist.
@@ -206,8 +215,8 @@ void divergence_rows(const LogitRows& clean, const LogitRows& noised, const Logi
 
 void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& first, const LogitRows& second,
                   DType operand_dtype, int64_t rows, int64_t cols, const int64_t* labels, int64_t ignore_index,
-                  const double* kl_weights, const double* ce_weights, double smoothing, double cap, bool teaches, double* kl,
-                  double* ce, int device, void* stream);
+                  const double* kl_weights, const double* ce_weights, const OperandOptions& how, double* kl, double* ce,
+                  int device, void* stream);
 
 // room: 4 * rows doubles. loss, task, divergence: a float each on the device; null: not wanted. Labels that are no class and
 // divergences that are not finite show in the values.

@@ -153,17 +153,17 @@ void bind_cpu(py::module_ cpu) {
       [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address first, int64_t first_stride,
          Address second, int64_t second_stride, DType operand_dtype, int64_t rows, int64_t cols, Address labels,
          int64_t ignore_index, Address kl_weights, Address ce_weights, double smoothing, double cap, bool teaches,
-         Address kl, Address ce, int threads) {
+         bool noised_classifies, bool mixture, Address kl, Address ce, int threads) {
         cpu::operand_rows({as(clean), clean_stride}, {as(noised), noised_stride}, {as(first), first_stride},
                           {as(second), second_stride}, operand_dtype, rows, cols, as<int64_t>(labels), ignore_index,
-                          as<double>(kl_weights), as<double>(ce_weights), smoothing, cap, teaches, as<double>(kl),
-                          as<double>(ce), threads);
+                          as<double>(kl_weights), as<double>(ce_weights),
+                          {smoothing, cap, teaches, noised_classifies, mixture}, as<double>(kl), as<double>(ce), threads);
       },
       py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("first"),
       py::arg("first_stride"), py::arg("second"), py::arg("second_stride"), py::arg("operand_dtype"), py::arg("rows"),
       py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("kl_weights"), py::arg("ce_weights"),
-      py::arg("smoothing"), py::arg("cap"), py::arg("teaches"), py::arg("kl"), py::arg("ce"), py::arg("threads"),
-      Released());
+      py::arg("smoothing"), py::arg("cap"), py::arg("teaches"), py::arg("noised_classifies"), py::arg("mixture"),
+      py::arg("kl"), py::arg("ce"), py::arg("threads"), Released());
   cpu.def(
       "js_rows",
       [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address grad_clean,
@@ -375,17 +375,17 @@ void bind_cuda(py::module_ cuda) {
       [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address first, int64_t first_stride,
          Address second, int64_t second_stride, DType operand_dtype, int64_t rows, int64_t cols, Address labels,
          int64_t ignore_index, Address kl_weights, Address ce_weights, double smoothing, double cap, bool teaches,
-         Address kl, Address ce, int device, Address stream) {
-        cuda::operand_rows({as(clean), clean_stride}, {as(noised), noised_stride}, {as(first), first_stride},
-                           {as(second), second_stride}, operand_dtype, rows, cols, as<int64_t>(labels), ignore_index,
-                           as<double>(kl_weights), as<double>(ce_weights), smoothing, cap, teaches, as<double>(kl),
-                           as<double>(ce), device, as(stream));
+         bool noised_classifies, Address kl, Address ce, int device, Address stream) {
+        cuda::operand_rows(
+            {as(clean), clean_stride}, {as(noised), noised_stride}, {as(first), first_stride}, {as(second), second_stride},
+            operand_dtype, rows, cols, as<int64_t>(labels), ignore_index, as<double>(kl_weights), as<double>(ce_weights),
+            {smoothing, cap, teaches, noised_classifies, false}, as<double>(kl), as<double>(ce), device, as(stream));
       },
       py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("first"),
       py::arg("first_stride"), py::arg("second"), py::arg("second_stride"), py::arg("operand_dtype"), py::arg("rows"),
       py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("kl_weights"), py::arg("ce_weights"),
-      py::arg("smoothing"), py::arg("cap"), py::arg("teaches"), py::arg("kl"), py::arg("ce"), py::arg("device"),
-      py::arg("stream"), Released());
+      py::arg("smoothing"), py::arg("cap"), py::arg("teaches"), py::arg("noised_classifies"), py::arg("kl"), py::arg("ce"),
+      py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "row_losses",
       [](py::handle clean, py::handle noised, py::handle labels, py::handle mask, int64_t ignore_index, double kl_scale,

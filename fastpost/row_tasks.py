@@ -41,6 +41,14 @@ class OperandTask(NamedTuple):
         smoothing: label smoothing in torch's convention, of the gradient alone: `ce_out` gets the plain cross-entropy.
         cap: logits are cap * tanh(z / cap), and the gradients are those of z; 0: logits as they are.
         teaches: whether the divergence sends a gradient to the clean stream.
+        noised_classifies: in rows that have a divergence the noised stream has a cross-entropy as well, of the same label
+            and weight; `ce_out` is then the sum of both.
+
+    A row whose divergence is infinite (a class that is -inf in one stream only) or meaningless (NaN, +inf, no class at all)
+    has no gradient of it: NaN goes where the divergence sends one, so to `second`, and to `first` where it teaches or
+    `second` is added. A `first` that gets nothing of the divergence is the cross-entropy's gradient, as if there were none.
+    `ce_out` never depends on the divergence: it is right wherever the stream's own logits have a cross-entropy. What has no
+    weight is not looked at.
     """
 
     clean: Tensor
@@ -56,6 +64,7 @@ class OperandTask(NamedTuple):
     smoothing: float = 0.0
     cap: float = 0.0
     teaches: bool = True
+    noised_classifies: bool = False
 
 
 class LossTask(NamedTuple):

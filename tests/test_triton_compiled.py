@@ -73,7 +73,8 @@ def divergence_kernel(
     blocks = ("clean", "noised", "grad_clean", "grad_noised")
     types = dict.fromkeys(blocks, pointer) | dict.fromkeys(blocks[:2], logits or pointer) | {"labels": "*i64", "cols": "i32"}
     types |= dict.fromkeys(("kl_weights", "ce_weights", "kl_out", "ce_out"), "*fp64")
-    types |= {f"{b}_stride": "i64" for b in blocks} | dict.fromkeys(("smoothing", "slope", "teaches"), "fp32")
+    types |= {f"{b}_stride": "i64" for b in blocks}
+    types |= dict.fromkeys(("smoothing", "slope", "teaches", "noised_classifies"), "fp32")
     constants = {
         "dtype": element, "vector": True, "has_labels": True, "want_clean": True, "want_noised": True, "wide": False,
         "operand": False, "HEAD": head, "BLOCK": 4096, **changed,

@@ -81,9 +81,9 @@ def _block_sums(a, b, inside, clean_max, noised_max, centre, centre_error, wide:
 
 
 @triton.jit
-def _slope_of_cap(z, slope, weight):
+def _slope_of_cap(z, slope, weighs):
     """d(cap * tanh(y / cap))/dy, given the value; 1 without a cap (slope 0) and without a weight, whatever the logit is."""
-    u = tl.where((slope != 0.0) & (weight != 0.0), z * slope, 0.0)
+    u = tl.where((slope != 0.0) & weighs, z * slope, 0.0)
     return 1.0 - u * u
 
 
@@ -91,8 +91,8 @@ def _slope_of_cap(z, slope, weight):
 def _block_finish(
     a, b, inside, grad_clean, grad_noised, at,
     clean_max, noised_max, centre, centre_error, log_ratio, clean_scale, noised_scale, clean_kl, noised_kl,
-    kl_weight, ce_weight, teaching, flat, slope, dtype: tl.constexpr, want_clean: tl.constexpr, want_noised: tl.constexpr,
-    wide: tl.constexpr, operand: tl.constexpr,
+    kl_weight, ce_weight, noised_ce_weight, teaching, flat, noised_flat, slope, dtype: tl.constexpr,
+    want_clean: tl.constexpr, want_noised: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr,
 ):  # fmt: skip
     r = (_centred(a, b, centre, centre_error, wide) - log_ratio).to(tl.float32)
     p = exp_nonpositive(a - clean_max) * clean_scale
@@ -101,12 +101,13 @@ def _block_finish(
     # A weight of 0 gives exactly 0, whatever the logits hold.
     noised_gradient = tl.where(kl_weight != 0.0, -kl_weight * tl.fma(q, r + noised_kl, excess), 0.0)
     if operand:
-        noised_gradient *= _slope_of_cap(b, slope, kl_weight)
+        noised_gradient += tl.where(noised_ce_weight != 0.0, noised_ce_weight * q, 0.0) - noised_flat
+        noised_gradient *= _slope_of_cap(b, slope, kl_weight != 0.0)
     if want_clean:
         gradient = tl.where(teaching != 0.0, teaching * tl.fma(p, r - clean_kl, excess), 0.0)
         gradient += tl.where(ce_weight != 0.0, ce_weight * p, 0.0)
         if operand:
-            gradient = (gradient - flat) * _slope_of_cap(a, slope, kl_weight + ce_weight)
+            gradient = (gradient - flat) * _slope_of_cap(a, slope, (teaching != 0.0) | (ce_weight != 0.0))
             if want_noised:
                 gradient += noised_gradient
         tl.store(grad_clean + at, round_to(gradient, dtype), mask=inside)
@@ -126,7 +127,7 @@ def _load(pointer, at, inside):
 @triton.jit
 def _divergence_kernel(
     clean, noised, grad_clean, grad_noised, labels, kl_weights, ce_weights, kl_out, ce_out,
-    cols, clean_stride, noised_stride, grad_clean_stride, grad_noised_stride, smoothing, slope, teaches,
+    cols, clean_stride, noised_stride, grad_clean_stride, grad_noised_stride, smoothing, slope, teaches, noised_classifies,
     dtype: tl.constexpr, vector: tl.constexpr, has_labels: tl.constexpr, want_clean: tl.constexpr,
     want_noised: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -243,10 +244,13 @@ def _divergence_kernel(
     kl_scale = tl.where((kl_weight != 0.0) & (infinite | (bad != 0)), float("nan"), kl_weight)
     teaching = kl_scale
     flat = ce_weight * 0.0
+    noised_ce_weight = flat
+    noised_flat = flat
     if operand:
-        teaching = kl_scale * teaches
+        teaching = tl.where(teaches != 0.0, kl_scale, 0.0)
     # What the label needs is read before gradients may overwrite the logits.
     ce = zero
+    noised_ce = zero
     label = zero.to(tl.int64)
     label_clean = zero.to(tl.float32)
     label_noised = zero.to(tl.float32)
@@ -260,7 +264,11 @@ def _divergence_kernel(
             label_noised += tl.load(b_row + label).to(tl.float32)
             ce += (clean_max.to(tl.float64) - label_clean.to(tl.float64)) + tl.log(sa)
         if operand:
+            noised_ce_weight = tl.where(kl_weight != 0.0, noised_classifies * ce_weight, 0.0)
+            if noised_ce_weight != 0.0:
+                noised_ce += (noised_max.to(tl.float64) - label_noised.to(tl.float64)) + tl.log(sb)
             flat = smoothing * ce_weight / cols
+            noised_flat = smoothing * noised_ce_weight / cols
     tl.debug_barrier()
 
     value = zero
@@ -269,7 +277,8 @@ def _divergence_kernel(
         value += _block_finish(
             _load(a_row, edge, on_edge), _load(b_row, edge, on_edge), on_edge, ga_row, gb_row, edge,
             clean_max, noised_max, centre, centre_error, log_ratio, clean_scale, noised_scale, clean_kl, noised_kl,
-            kl_scale, ce_weight, teaching, flat, slope, dtype, want_clean, want_noised, wide, operand,
+            kl_scale, ce_weight, noised_ce_weight, teaching, flat, noised_flat, slope, dtype, want_clean, want_noised, wide,
+            operand,
         )  # fmt: skip
         ga_body = tl.multiple_of(ga_row + head, 16)
         gb_body = tl.multiple_of(gb_row + head, 16)
@@ -278,7 +287,8 @@ def _divergence_kernel(
             value += _block_finish(
                 tl.load(a_body + at).to(tl.float32), tl.load(b_body + at).to(tl.float32), None, ga_body, gb_body, at,
                 clean_max, noised_max, centre, centre_error, log_ratio, clean_scale, noised_scale, clean_kl, noised_kl,
-                kl_scale, ce_weight, teaching, flat, slope, dtype, want_clean, want_noised, wide, operand,
+                kl_scale, ce_weight, noised_ce_weight, teaching, flat, noised_flat, slope, dtype, want_clean, want_noised,
+                wide, operand,
             )  # fmt: skip
     for begin in range(tail, cols, BLOCK):
         at = begin + full
@@ -286,28 +296,35 @@ def _divergence_kernel(
         value += _block_finish(
             _load(a_row, at, inside), _load(b_row, at, inside), inside, ga_row, gb_row, at,
             clean_max, noised_max, centre, centre_error, log_ratio, clean_scale, noised_scale, clean_kl, noised_kl,
-            kl_scale, ce_weight, teaching, flat, slope, dtype, want_clean, want_noised, wide, operand,
+            kl_scale, ce_weight, noised_ce_weight, teaching, flat, noised_flat, slope, dtype, want_clean, want_noised, wide,
+            operand,
         )  # fmt: skip
-    if has_labels and want_clean:
+    if has_labels and (want_clean or (operand and want_noised)):
         tl.debug_barrier()
         if ce_weight != 0.0:
             # p - 1 at the label, from the logarithm so that a confident row keeps its digits.
             r = (_centred(label_clean, label_noised, centre, centre_error, wide) - log_ratio).to(tl.float32)
             p = exp_nonpositive(label_clean - clean_max) * clean_scale
             q = exp_nonpositive(label_noised - noised_max) * noised_scale
-            gradient = tl.where(teaching != 0.0, teaching * tl.fma(p, r - clean_kl, _excess(r, p, q)), 0.0)
+            excess = _excess(r, p, q)
+            gradient = tl.where(teaching != 0.0, teaching * tl.fma(p, r - clean_kl, excess), 0.0)
             gradient += (ce_weight.to(tl.float64) * (tl.exp(-ce) - 1.0)).to(tl.float32)
             if operand:
-                gradient = (gradient + (smoothing * ce_weight - flat)) * _slope_of_cap(label_clean, slope, ce_weight)
+                gradient = (gradient + (smoothing * ce_weight - flat)) * _slope_of_cap(label_clean, slope, label >= 0)
                 if want_noised:
-                    noised_gradient = -kl_scale * tl.fma(q, r + noised_kl, _excess(r, p, q))
-                    noised_gradient *= _slope_of_cap(label_noised, slope, kl_weight)
-                    gradient += tl.where(kl_weight != 0.0, noised_gradient, 0.0)
-            tl.store(ga_row + label, round_to(gradient, dtype))
+                    noised_gradient = -kl_scale * tl.fma(q, r + noised_kl, excess)
+                    noised_gradient += (noised_ce_weight.to(tl.float64) * (tl.exp(-noised_ce) - 1.0)).to(tl.float32)
+                    noised_gradient += smoothing * noised_ce_weight - noised_flat
+                    noised_gradient *= _slope_of_cap(label_noised, slope, kl_weight != 0.0)
+                    noised_gradient = tl.where(kl_weight != 0.0, noised_gradient, 0.0)
+                    gradient += noised_gradient
+                    tl.store(gb_row + label, round_to(noised_gradient, dtype))
+            if want_clean:
+                tl.store(ga_row + label, round_to(gradient, dtype))
     value = tl.where(value < 0.0, 0.0, value)
     value = tl.where(bad != 0, float("nan"), tl.where(infinite, _INFINITY, value))
     tl.store(kl_out + row, tl.where(kl_weight != 0.0, value, 0.0))
-    tl.store(ce_out + row, ce)
+    tl.store(ce_out + row, ce + noised_ce)
 
 
 @triton.jit
@@ -522,6 +539,7 @@ def operand_rows(
     smoothing: float,
     cap: float,
     teaches: bool,
+    noised_classifies: bool,
     first: Tensor | None,
     second: Tensor | None,
     kl: Tensor,
@@ -529,7 +547,7 @@ def operand_rows(
 ) -> None:
     """`divergence_rows` into kl and ce, the gradients being operands of an output head's products: of their own dtype, label
     smoothing in them, before a cap, the noised stream's added to the clean one's."""
-    rule = (smoothing, 1 / cap if cap else 0.0, float(teaches))
+    rule = (smoothing, 1 / cap if cap else 0.0, float(teaches), float(noised_classifies))
     _launch_divergence(clean, noised, labels, kl_weights, ce_weights, first, second, kl, ce, rule)
 
 
@@ -543,7 +561,7 @@ def _launch_divergence(
     grad_noised: Tensor | None,
     kl: Tensor,
     ce: Tensor,
-    rule: tuple[float, float, float] | None,
+    rule: tuple[float, float, float, float] | None,
 ) -> None:
     rows, cols = clean.shape
     if not rows:
@@ -564,7 +582,7 @@ def _launch_divergence(
     rowwise = [*blocks, labels if labels is not None else clean, kl_weights, ce_weights, kl, ce]
     for programs, part in _launched(rows, rowwise):
         _divergence_kernel[(programs,)](
-            *part, cols, *(b.stride(0) for b in blocks), *(rule or (0.0, 0.0, 1.0)), _TYPES[dtype], vector,
+            *part, cols, *(b.stride(0) for b in blocks), *(rule or (0.0, 0.0, 1.0, 0.0)), _TYPES[dtype], vector,
             labels is not None, grad_clean is not None, grad_noised is not None, cols < _NARROW, rule is not None,
             HEAD=elements, BLOCK=block, num_warps=16 if block >= 4096 else 4, enable_fp_fusion=False,
         )  # fmt: skip

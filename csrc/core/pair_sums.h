@@ -101,13 +101,13 @@ FASTPOST_HD RowPart moved(RowPart part, float unit, float clean_unit, float cent
 
 // What the sums of a row say.
 struct RowMeaning {
-  double clean, noised;        // the sums of e^a in 2^clean_unit, of e^b in 2^unit
-  double noised_mean;          // of delta
-  double log_ratio;            // r = log p - log q = delta - log_ratio
-  double clean_kl, noised_kl;  // KL(p|q), KL(q|p)
-  double divergence;           // J
-  double log_clean;            // log of the sum of e^a
-  bool off_centre;             // the centre was none: J has lost digits
+  double clean, noised;          // the sums of e^a in 2^clean_unit, of e^b in 2^unit
+  double noised_mean;            // of delta
+  double log_ratio;              // r = log p - log q = delta - log_ratio
+  double clean_kl, noised_kl;    // KL(p|q), KL(q|p)
+  double divergence;             // J
+  double log_clean, log_noised;  // log of the sum of e^a, of e^b
+  bool off_centre;               // the centre was none: J has lost digits
 };
 
 FASTPOST_HD RowMeaning meaning_of(const RowPart& part) {
@@ -120,6 +120,7 @@ FASTPOST_HD RowMeaning meaning_of(const RowPart& part) {
   row.noised = near.noised + far.noised;
   row.noised_mean = (near.noised_delta + far.noised_delta) / row.noised;
   row.log_clean = (log(row.clean) + part.clean_unit * kLn2) / kStretch;
+  row.log_noised = (log(row.noised) + part.unit * kLn2) / kStretch;
   // Far pairs of the clean stream in the others' units: infinite where the streams have nothing in common.
   const double excess = near.excess + (far.clean / factor - far.noised);
   const double growth = excess / row.noised;  // e^log_ratio - 1

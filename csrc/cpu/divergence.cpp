@@ -43,6 +43,13 @@ DivergenceRow row_of(const LogitRows& clean, const LogitRows& noised, int64_t si
   return row;
 }
 
+// The thread's scratch for logarithms.
+double* logs_of(int64_t cols) {
+  thread_local std::vector<double> logs;
+  if (logs.size() < static_cast<size_t>(2 * cols)) logs.resize(2 * cols);
+  return logs.data();
+}
+
 // Gives the row its weights and its label. Returns whether that is outside of the classes, and then has no weight.
 bool weigh(DivergenceRow& row, int64_t i, const int64_t* labels, int64_t ignore_index, const double* kl_weights,
            const double* ce_weights) {
@@ -75,11 +82,11 @@ void divergence_rows(const LogitRows& clean, const LogitRows& noised, const Logi
 
 void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& first, const LogitRows& second,
                   DType operand_dtype, int64_t rows, int64_t cols, const int64_t* labels, int64_t ignore_index,
-                  const double* kl_weights, const double* ce_weights, double smoothing, double cap, bool teaches, double* kl,
-                  double* ce, int threads) {
+                  const double* kl_weights, const double* ce_weights, const OperandOptions& how, double* kl, double* ce,
+                  int threads) {
   const int64_t size = element_size(DType::f32), operand_size = element_size(operand_dtype);
   // Gradients may take the operands' place unless that is too narrow, or the logits are there and still wanted.
-  const bool direct = operand_dtype == DType::f32 && cap == 0;
+  const bool direct = operand_dtype == DType::f32 && how.cap == 0;
   for_rows(rows, cols, threads, [&](int64_t i, int64_t end) {
     thread_local std::vector<float> gradients;
     if (!direct && gradients.size() < static_cast<size_t>(2 * cols)) gradients.resize(2 * cols);
@@ -90,40 +97,49 @@ void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRo
     if (operands.first != nullptr) row.grad_clean = direct ? operands.first : gradients.data();
     if (operands.second != nullptr) row.grad_noised = direct ? operands.second : gradients.data() + cols;
     const bool outside = weigh(row, i, labels, ignore_index, kl_weights, ce_weights);
+    if (how.noised_classifies && row.kl_weight != 0) row.noised_ce_weight = row.ce_weight;
+    const auto evaluate = [&](const DivergenceRow& part, double* value, double* task) {
+      if (how.mixture)
+        divergence_loops().jensen_shannon(DType::f32, part, logs_of(cols), value, task);
+      else
+        divergence_loops().row(DType::f32, part, value, task);
+    };
     double kl_value, ce_value;
-    if (teaches || row.grad_clean == nullptr) {
-      divergence_loops().row(DType::f32, row, &kl_value, &ce_value);
+    if (how.teaches || row.grad_clean == nullptr) {
+      evaluate(row, &kl_value, &ce_value);
     } else {  // the clean stream's gradient is that of its cross-entropy, which is taken once the divergence is done
-      DivergenceRow alone = row;
-      row.grad_clean = nullptr;
-      row.ce_weight = 0;
-      double none;
-      divergence_loops().row(DType::f32, row, &kl_value, &none);
-      row.grad_clean = alone.grad_clean;
-      alone.kl_weight = 0;
+      DivergenceRow alone = row, other = row;
+      other.grad_clean = nullptr;
+      other.ce_weight = 0;
+      double none, noised_ce;
+      evaluate(other, &kl_value, &noised_ce);
+      alone.kl_weight = alone.noised_ce_weight = 0;
       alone.grad_noised = nullptr;
       divergence_loops().row(DType::f32, alone, &none, &ce_value);
-      row.ce_weight = alone.ce_weight;
+      ce_value += noised_ce;
     }
     kl[i] = kl_value;
     if (ce != nullptr) ce[i] = outside ? NAN : ce_value;
     if (operands.first == nullptr && operands.second == nullptr) return;
 
     float* grad_clean = static_cast<float*>(row.grad_clean);
-    const bool smooth = smoothing != 0 && row.ce_weight != 0;
-    if (grad_clean != nullptr && smooth) grad_clean[row.label] += static_cast<float>(smoothing * row.ce_weight);
-    if (direct && !smooth && (operands.first == nullptr || operands.second == nullptr)) return;
-    const bool weighs = row.kl_weight != 0 || row.ce_weight != 0;
+    float* grad_noised = static_cast<float*>(row.grad_noised);
+    const double smoothed = how.smoothing * row.ce_weight, noised_smoothed = how.smoothing * row.noised_ce_weight;
+    if (grad_clean != nullptr && smoothed != 0) grad_clean[row.label] += static_cast<float>(smoothed);
+    if (grad_noised != nullptr && noised_smoothed != 0) grad_noised[row.label] += static_cast<float>(noised_smoothed);
+    if (direct && smoothed == 0 && (grad_clean == nullptr || grad_noised == nullptr)) return;
     operands.clean = static_cast<const float*>(row.clean);
     operands.noised = static_cast<const float*>(row.noised);
     operands.grad_clean = grad_clean;
-    operands.grad_noised = static_cast<const float*>(row.grad_noised);
+    operands.grad_noised = grad_noised;
     operands.cols = cols;
-    operands.flat = smooth ? static_cast<float>(smoothing * row.ce_weight / cols) : 0;
-    operands.slope = cap != 0 && weighs ? static_cast<float>(1 / cap) : 0;
+    operands.flat = static_cast<float>(smoothed / cols);
+    operands.noised_flat = static_cast<float>(noised_smoothed / cols);
+    operands.slope = how.cap != 0 ? static_cast<float>(1 / how.cap) : 0;
     // Logits that are gradients by now are not to be read as logits, and what has no weight may be anything.
-    if (operands.slope == 0) operands.clean = operands.grad_clean;
-    if (operands.slope == 0 || row.kl_weight == 0) operands.noised = operands.grad_noised;
+    const bool taught = how.teaches && row.kl_weight != 0;
+    if (operands.slope == 0 || !(taught || row.ce_weight != 0)) operands.clean = grad_clean;
+    if (operands.slope == 0 || row.kl_weight == 0) operands.noised = grad_noised;
     divergence_loops().operands(operand_dtype, operands);
   });
 }
@@ -132,13 +148,12 @@ void js_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& g
              DType dtype, int64_t rows, int64_t cols, const double* weights, double* value, int threads) {
   const int64_t size = element_size(dtype);
   for_rows(rows, cols, threads, [&](int64_t i, int64_t end) {
-    thread_local std::vector<double> logs;
-    if (logs.size() < static_cast<size_t>(2 * cols)) logs.resize(2 * cols);
     DivergenceRow row = row_of(clean, noised, size, cols, i, end);
     row.grad_clean = at(grad_clean, i, size);
     row.grad_noised = at(grad_noised, i, size);
     row.kl_weight = weights == nullptr ? 1 : weights[i];
-    value[i] = divergence_loops().jensen_shannon(dtype, row, logs.data());
+    double none;
+    divergence_loops().jensen_shannon(dtype, row, logs_of(cols), &value[i], &none);
   });
 }
 

@@ -87,7 +87,7 @@ RowSums sums_of(const T* a, const T* b, const T* next, float* clean_exp, float* 
 template <class T, class Shift, bool close, bool write>
 double finish_row(const T* a, const T* b, const T* next, const float* clean_exp, const float* noised_exp, T* grad_clean,
                   T* grad_noised, int64_t n, const Shift shift, const RowMoments<typename Shift::Real> moments,
-                  float kl_weight, float ce_weight) {
+                  float kl_weight, float ce_weight, float noised_ce_weight) {
   using Real = typename Shift::Real;
   double value = 0;
   T unwanted[write ? kBlock : 1];  // where a gradient that nobody asked for goes
@@ -117,7 +117,7 @@ double finish_row(const T* a, const T* b, const T* next, const float* clean_exp,
       sum += excess * r;
       if constexpr (write) {
         dx[i] = from_float<T>(clean_gradient(p, r, excess, moments.clean_kl, kl_weight, ce_weight));
-        dy[i] = from_float<T>(noised_gradient(q, r, excess, moments.noised_kl, kl_weight));
+        dy[i] = from_float<T>(noised_gradient(q, r, excess, moments.noised_kl, kl_weight) + noised_ce_weight * q);
       }
     }
     value += sum;
@@ -167,6 +167,19 @@ bool undefined(const T* a, const T* b, int64_t n) {
   return false;
 }
 
+// A row without a gradient: one stream rules a class out that the other does not, or it is meaningless. Each stream's
+// cross-entropy has a value still.
+template <class T>
+void undefined_row(const DivergenceRow& row, double* ce) {
+  const auto add = [&](const void* logits, double weight) {
+    if (weight != 0) *ce += cross_entropy_row<T>(static_cast<const T*>(logits), nullptr, row.cols, row.label, 0.0f);
+  };
+  add(row.clean, row.ce_weight);
+  add(row.noised, row.noised_ce_weight);
+  fill(static_cast<T*>(row.grad_clean), row.cols, NAN);
+  fill(static_cast<T*>(row.grad_noised), row.cols, NAN);
+}
+
 template <class T, class Shift>
 void divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shift& shift, bool close, double* kl,
                     double* ce) {
@@ -178,27 +191,40 @@ void divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shi
   T* grad_clean = static_cast<T*>(row.grad_clean);
   T* grad_noised = static_cast<T*>(row.grad_noised);
   const float kl_weight = static_cast<float>(row.kl_weight), ce_weight = static_cast<float>(row.ce_weight);
+  const float noised_ce_weight = static_cast<float>(row.noised_ce_weight);
   const auto sum = close ? sums_of<T, Shift, true> : sums_of<T, Shift, false>;
   const RowSums sums = sum(a, b, next_clean, row.clean_exp, row.noised_exp, row.cols, shift);
   const RowMoments<Real> moments = row_moments<Real>(sums);
+  if (isnan(moments.clean_kl) || isnan(moments.noised_kl)) {
+    *kl = NAN;
+    return undefined_row<T>(row, ce);
+  }
 
-  const float clean_label = row.ce_weight != 0 ? to_float(a[row.label]) : 0.0f;  // gradients may overwrite them
-  const float noised_label = row.ce_weight != 0 ? to_float(b[row.label]) : 0.0f;
+  const bool labelled = row.ce_weight != 0 || row.noised_ce_weight != 0;
+  const float clean_label = labelled ? to_float(a[row.label]) : 0.0f;  // gradients may overwrite them
+  const float noised_label = labelled ? to_float(b[row.label]) : 0.0f;
   const bool write = grad_clean != nullptr || grad_noised != nullptr;
   const auto finish = close ? (write ? finish_row<T, Shift, true, true> : finish_row<T, Shift, true, false>)
                             : (write ? finish_row<T, Shift, false, true> : finish_row<T, Shift, false, false>);
   *kl = finish(a, b, next_noised, row.clean_exp, row.noised_exp, grad_clean, grad_noised, row.cols, shift, moments,
-               kl_weight, ce_weight);
+               kl_weight, ce_weight, noised_ce_weight);
   if (*kl < 0) *kl = 0;  // where a probability underflows in one stream a term may be -1e-38
-  if (row.ce_weight == 0) return;
-  *ce = (static_cast<double>(extent.clean_max) - clean_label) + log(sums.clean);
-  if (grad_clean == nullptr) return;
+  if (!labelled) return;
+  const double clean_ce = (static_cast<double>(extent.clean_max) - clean_label) + log(sums.clean);
+  const double noised_ce = (static_cast<double>(extent.noised_max) - noised_label) + log(sums.noised);
+  *ce = (row.ce_weight != 0 ? clean_ce : 0) + (row.noised_ce_weight != 0 ? noised_ce : 0);
+  if (!write) return;
   // p - 1 at the label, from the logarithm so that a confident row keeps its digits.
   const float r = static_cast<float>(centred(clean_label, noised_label, shift) - moments.log_ratio);
   const float p = exp_nonpositive(clean_label - shift.clean_max) * moments.clean_scale;
   const float q = exp_nonpositive(noised_label - shift.noised_max) * moments.noised_scale;
-  const float divergence = clean_gradient(p, r, far_excess(r, p, q), moments.clean_kl, kl_weight, 0.0f);
-  grad_clean[row.label] = from_float<T>(divergence + static_cast<float>(row.ce_weight * expm1(-*ce)));
+  const float excess = far_excess(r, p, q);
+  const auto put = [&](T* gradient, float divergence, double weight, double value) {
+    if (gradient != nullptr && weight != 0)
+      gradient[row.label] = from_float<T>(divergence + static_cast<float>(weight * expm1(-value)));
+  };
+  put(grad_clean, clean_gradient(p, r, excess, moments.clean_kl, kl_weight), row.ce_weight, clean_ce);
+  put(grad_noised, noised_gradient(q, r, excess, moments.noised_kl, kl_weight), row.noised_ce_weight, noised_ce);
 }
 
 template <class T>
@@ -207,12 +233,8 @@ void two_stream_row(const DivergenceRow& row, double* kl, double* ce) {
   const T* b = static_cast<const T*>(row.noised);
   const RowExtent extent = extent_of(a, b, row.cols);
   if (extent.difference_max == INFINITY || extent.difference_min == -INFINITY) {
-    // One stream rules a class out that the other does not: the divergence is infinite and has no gradient.
     *kl = undefined(a, b, row.cols) ? NAN : INFINITY;
-    if (row.ce_weight != 0) *ce = cross_entropy_row<T>(a, nullptr, row.cols, row.label, 0.0f);
-    fill(static_cast<T*>(row.grad_clean), row.cols, NAN);
-    fill(static_cast<T*>(row.grad_noised), row.cols, NAN);
-    return;
+    return undefined_row<T>(row, ce);
   }
   const float spread = row_spread(extent);
   const bool close = spread <= kCloseSpread;
@@ -283,44 +305,48 @@ double mixture_sums(const T* a, const T* b, float* clean, float* noised, double*
   return value;
 }
 
-// weight * dJSD/dz for one stream.
+// d(weight * JSD + ce_weight * cross-entropy)/dz for one stream.
 template <class T>
-void mixture_gradient(T* grad, const float* p, const double* logs, int64_t n, double kl, float weight) {
+void mixture_gradient(T* grad, const float* p, const double* logs, int64_t n, double kl, float weight, double ce_weight,
+                      int64_t label, double ce) {
   if (grad == nullptr) return;
+  const auto divergence = [&](int64_t i) { return 0.5f * weight * (p[i] * static_cast<float>(logs[i] - kl)); };
+  const float factor = static_cast<float>(ce_weight);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) grad[i] = from_float<T>(0.5f * weight * (p[i] * static_cast<float>(logs[i] - kl)));
+  for (int64_t i = 0; i < n; ++i)
+    grad[i] = from_float<T>(0.5f * weight * (p[i] * static_cast<float>(logs[i] - kl)) + factor * p[i]);
+  if (ce_weight != 0) grad[label] = from_float<T>(divergence(label) + static_cast<float>(ce_weight * expm1(-ce)));
 }
 
 template <class T>
-double jensen_shannon_row(const DivergenceRow& row, double* logs) {
+void jensen_shannon_row(const DivergenceRow& row, double* logs, double* value, double* ce) {
   const T* a = static_cast<const T*>(row.clean);
   const T* b = static_cast<const T*>(row.noised);
   const int64_t n = row.cols;
-  const MixtureShift shift = mixture_shift(extent_of(a, b, n));
+  const RowExtent extent = extent_of(a, b, n);
+  const MixtureShift shift = mixture_shift(extent);
   const T* next = static_cast<const T*>(row.next_clean);
   const RowSums sums = sums_of<T, MixtureShift, false>(a, b, next, row.clean_exp, row.noised_exp, n, shift);
   const RowMoments<double> moments = row_moments<double>(sums);
   double clean_kl, noised_kl;
-  const double value = mixture_sums(a, b, row.clean_exp, row.noised_exp, logs, n, shift, moments, &clean_kl, &noised_kl);
-  const float weight = static_cast<float>(row.kl_weight);
-  mixture_gradient(static_cast<T*>(row.grad_clean), row.clean_exp, logs, n, clean_kl, weight);
-  mixture_gradient(static_cast<T*>(row.grad_noised), row.noised_exp, logs + n, n, noised_kl, weight);
+  *value = mixture_sums(a, b, row.clean_exp, row.noised_exp, logs, n, shift, moments, &clean_kl, &noised_kl);
   const double most = 0x1.62e42fefa39efp-1;  // ln 2; rounding can go beyond
-  return value > most ? most : value;
+  if (*value > most) *value = most;
+  double clean_ce = 0, noised_ce = 0;  // before gradients may overwrite the logits
+  if (row.ce_weight != 0) clean_ce = (static_cast<double>(extent.clean_max) - to_float(a[row.label])) + log(sums.clean);
+  if (row.noised_ce_weight != 0)
+    noised_ce = (static_cast<double>(extent.noised_max) - to_float(b[row.label])) + log(sums.noised);
+  *ce = clean_ce + noised_ce;
+  const float weight = static_cast<float>(row.kl_weight);
+  mixture_gradient(static_cast<T*>(row.grad_clean), row.clean_exp, logs, n, clean_kl, weight, row.ce_weight, row.label,
+                   clean_ce);
+  mixture_gradient(static_cast<T*>(row.grad_noised), row.noised_exp, logs + n, n, noised_kl, weight, row.noised_ce_weight,
+                   row.label, noised_ce);
 }
 
-double jensen_shannon(DType dtype, const DivergenceRow& row, double* logs) {
-  double value = 0;
-  with_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
-    if (row.kl_weight != 0) {
-      value = jensen_shannon_row<T>(row, logs);
-      return;
-    }
-    fill(static_cast<T*>(row.grad_clean), row.cols, 0.0f);
-    fill(static_cast<T*>(row.grad_noised), row.cols, 0.0f);
-  });
-  return value;
+void jensen_shannon(DType dtype, const DivergenceRow& r, double* logs, double* value, double* ce) {
+  if (r.kl_weight == 0) return row(dtype, r, value, ce);
+  with_dtype(dtype, [&](auto t) { jensen_shannon_row<decltype(t)>(r, logs, value, ce); });
 }
 
 template <class T, bool both>
@@ -331,12 +357,12 @@ void operands_of(const OperandRow& r) {
   const float* dy = r.grad_noised;
   T* first = static_cast<T*>(r.first);
   T* second = static_cast<T*>(r.second);
-  const float flat = r.flat, slope = r.slope;
+  const float flat = r.flat, noised_flat = r.noised_flat, slope = r.slope;
 #pragma omp simd
   for (int64_t i = 0; i < r.cols; ++i) {
     float clean = before_cap(dx[i] - flat, x[i] * slope);
     if constexpr (both) {
-      const float noised = before_cap(dy[i], y[i] * slope);
+      const float noised = before_cap(dy[i] - noised_flat, y[i] * slope);
       clean += noised;
       second[i] = from_float<T>(noised);
     }
@@ -348,7 +374,8 @@ void operands(DType dtype, const OperandRow& row) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     if (row.grad_clean == nullptr)
-      operands_of<T, false>({row.noised, nullptr, row.grad_noised, nullptr, row.second, nullptr, row.cols, 0, row.slope});
+      operands_of<T, false>(
+          {row.noised, nullptr, row.grad_noised, nullptr, row.second, nullptr, row.cols, row.noised_flat, 0, row.slope});
     else if (row.grad_noised == nullptr)
       operands_of<T, false>(row);
     else

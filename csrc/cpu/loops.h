@@ -49,28 +49,30 @@ struct NoiseLoops {
 };
 
 // One row of divergence_rows. Without a noised stream, kl_weight is 0; without a label in range, ce_weight is.
+// noised_ce_weight: of the noised stream's cross-entropy, 0 where kl_weight is. ce is the sum of both.
 struct DivergenceRow {
   const void *clean, *noised;
   const void *next_clean, *next_noised;  // the row that the same thread will be given next, or null
   float *clean_exp, *noised_exp;         // scratch, cols each: exponentials of the second pass, for the third
   void *grad_clean, *grad_noised;        // null: not wanted; may be the logits themselves
   int64_t cols, label;
-  double kl_weight, ce_weight;
+  double kl_weight, ce_weight, noised_ce_weight;
 };
 
 // What operand_rows makes of a row's gradients (csrc/api.h): first and second of grad_clean and grad_noised. Null gradients
-// are not wanted, nor are their operands. slope: 1 / cap, or 0.
+// are not wanted, nor are their operands. slope: 1 / cap, or 0. flat, noised_flat: subtracted from all gradients of a
+// stream.
 struct OperandRow {
   const float *clean, *noised, *grad_clean, *grad_noised;
   void *first, *second;
   int64_t cols;
-  float flat, slope;  // flat: what is subtracted from every clean gradient
+  float flat, noised_flat, slope;
 };
 
 struct DivergenceLoops {
   void (*row)(DType, const DivergenceRow&, double* kl, double* ce);
-  // The row's Jensen-Shannon divergence. kl_weight weighs it, labels play no part; logs: scratch, 2 * cols.
-  double (*jensen_shannon)(DType, const DivergenceRow&, double* logs);
+  // The same with the Jensen-Shannon divergence in the place of kl; logs: scratch, 2 * cols.
+  void (*jensen_shannon)(DType, const DivergenceRow&, double* logs, double* value, double* ce);
   // The gradients of one row as operands; any of the four gradients may lie where a logit or another of its place does.
   void (*operands)(DType, const OperandRow&);
 };

@@ -26,10 +26,12 @@ __device__ __forceinline__ void fill(T* x, int64_t cols, float value) {
   if (i >= 0) x[i] = pack.value[0];
 }
 
+// What a row's sums are of: both streams, or one against itself, for its cross-entropy.
+enum class Streams : int { both, noised, clean };
+
 // Whether a row's sums have to be taken again, and how: about the middle of its differences, 16-bit logits with care; less
-// the largest logits, which are huge; of the clean stream against itself, for its cross-entropy, because its divergence is
-// infinite or undefined.
-enum class Next : int { done, recentred, huge, alone };
+// the largest logits, which are huge; of other streams, because the divergence is infinite or undefined.
+enum class Next : int { done, recentred, huge, streams };
 
 // Where 16-bit streams diverge by less, they are the same but for a few classes of next to no weight.
 constexpr double kFaint = 1e-9;
@@ -40,15 +42,18 @@ struct Work {
   float clean_label, noised_label;  // the label's logits, read before gradients may overwrite them
   Start start;
   Next next;
-  double kl, ce;
-  bool undefined;  // there is no gradient
+  Streams streams;
+  double kl, ce, noised_ce;
+  bool undefined;        // there is no divergence
+  bool clean_undefined;  // there is no gradient of the clean stream
   Whole whole;
 };
 
 template <class T>
-__device__ __forceinline__ void set_up(Work& work, const Rows& r, int64_t row) {
+__device__ __forceinline__ void set_up(Work& work, const Rows& r, const OperandRule& rule, int64_t row) {
   work = {};
-  work.task = task_of(r, row);
+  work.task = task_of(r, rule, row);
+  if (work.task.kl_weight == 0) work.streams = Streams::clean;
   if (work.task.ce_weight == 0) return;
   work.clean_label = to_float(row_of<T>(r.clean, row)[work.task.label]);
   if (work.task.kl_weight != 0) work.noised_label = to_float(row_of<T>(r.noised, row)[work.task.label]);
@@ -76,34 +81,48 @@ __device__ __forceinline__ Whole whole_of(const RowPart& sums, const RowMeaning&
   whole.label_shift = static_cast<float>(-share * row.clean_kl);
   whole.clean_origin = work.start.clean_origin;
   whole.noised_origin = work.start.noised_origin;
+  whole.noised_label_shift = whole.noised_shift;
   if constexpr (operand) {
-    const double clean_share = rule.teaches ? share : 0;
+    const double clean_share = rule.teaches ? share : 0, noised_ce_weight = work.task.noised_ce_weight;
     whole.clean_share = static_cast<float>(clean_share);
     whole.clean_shift = static_cast<float>(ce_weight / weight - clean_share * row.clean_kl);
     whole.label_shift = static_cast<float>(-clean_share * row.clean_kl);
+    whole.noised_shift = static_cast<float>(share * row.noised_kl - noised_ce_weight / weight);
     whole.flat = static_cast<float>(rule.smoothing * ce_weight / cols);
+    whole.noised_flat = static_cast<float>(rule.smoothing * noised_ce_weight / cols);
     whole.slope = static_cast<float>(rule.slope);
     whole.sum = rule.both && kl_weight != 0 ? 1.0f : 0.0f;
   }
   return whole;
 }
 
-// On one thread: what the sums come to. Once the work is undefined they are of the clean stream against itself.
+// On one thread, once these streams are done: the sums of the next, which begin anew, or the end. Without a divergence each
+// stream's cross-entropy is left, the clean one's last, because its gradient may be wanted.
+__device__ __forceinline__ void go_on(Work& work) {
+  const bool noised = work.streams == Streams::both && work.task.noised_ce_weight != 0;
+  const bool clean = work.streams != Streams::clean && work.task.ce_weight != 0;
+  work.next = noised || clean ? Next::streams : Next::done;
+  work.streams = noised ? Streams::noised : Streams::clean;
+  work.start = {};
+}
+
+// On one thread: what the sums come to.
 template <class T, bool operand>
 __device__ __forceinline__ void judge(const RowPart& sums, const Room& room, Work& work, int64_t cols,
                                       const OperandRule& rule) {
-  const bool diverges = work.task.kl_weight != 0, classifies = work.task.ce_weight != 0, alone = work.undefined;
   work.next = Next::done;
   if (room.undefined || room.infinite) {
-    work.undefined = true;
-    if (alone || !diverges) {
-      work.ce = NAN;
-    } else {
+    if (work.streams == Streams::both) {
       work.kl = room.undefined ? NAN : INFINITY;
-      if (classifies) work.next = Next::alone;
+      work.undefined = true;
+      work.clean_undefined = !operand || rule.teaches || rule.both;
+    } else if (work.streams == Streams::noised) {
+      work.noised_ce = NAN;
+    } else {
+      work.ce = NAN;
+      work.clean_undefined = true;
     }
-    work.start = {};
-    return;
+    return go_on(work);
   }
   const RowMeaning row = meaning_of(sums);
   if (!work.start.given) {
@@ -119,9 +138,16 @@ __device__ __forceinline__ void judge(const RowPart& sums, const Room& room, Wor
     }
     if (work.next != Next::done) return;
   }
+  const double log_noised = row.log_noised + work.start.noised_origin;
+  if (work.streams == Streams::noised) {
+    work.noised_ce = log_noised - work.noised_label;
+    return go_on(work);
+  }
   work.whole = whole_of<operand>(sums, row, work, cols, rule);
-  if (diverges && !alone) work.kl = row.divergence;
-  if (classifies) work.ce = row.log_clean + work.start.clean_origin - work.clean_label;
+  if (work.task.ce_weight != 0) work.ce = row.log_clean + work.start.clean_origin - work.clean_label;
+  if (work.streams == Streams::clean) return;
+  work.kl = row.divergence;
+  if (work.task.noised_ce_weight != 0) work.noised_ce = log_noised - work.noised_label;
 }
 
 // One block, one row, `first` being the first block's. Without a divergence the noised stream stands in for itself: a row
@@ -132,25 +158,24 @@ __device__ __forceinline__ void wide_row(const Rows& r, const OperandRule& rule,
   __shared__ Room room;
   __shared__ Work work;
   const int64_t row = first + blockIdx.x;
-  if (threadIdx.x == 0) set_up<T>(work, r, row);
+  if (threadIdx.x == 0) set_up<T>(work, r, rule, row);
   __syncthreads();
   // Looked up again wherever they are wanted, by whole warps.
   const auto diverges = [&] { return uniform(work.task.kl_weight != 0); };
   const auto classifies = [&] { return uniform(work.task.ce_weight != 0); };
   if (diverges() || classifies()) {
-    const T* a = row_of<T>(r.clean, row);
-    bool alone = !diverges();
 #pragma unroll 1
     for (;;) {
       if (threadIdx.x == 0) room.undefined = room.infinite = room.huge = false;
       __syncthreads();
-      const T* b = alone ? a : row_of<T>(r.noised, row);
+      const Streams streams = uniform(work.streams);
+      const T* a = row_of<T>(streams == Streams::noised ? r.noised : r.clean, row);
+      const T* b = row_of<T>(streams == Streams::clean ? r.clean : r.noised, row);
       const RowPart sums = gathered(part_of(a, b, r.cols, work.start, room), room);
       if (threadIdx.x == 0) judge<T, operand>(sums, room, work, r.cols, rule);
       __syncthreads();
       const Next next = uniform(work.next);
       if (next == Next::done) break;
-      if (next == Next::alone) alone = true;
       if (next == Next::huge) {
         const Seed top = tops_of(a, b, r.cols, room);
         if (threadIdx.x == 0) {
@@ -160,38 +185,41 @@ __device__ __forceinline__ void wide_row(const Rows& r, const OperandRule& rule,
         }
       }
     }
-    O* grad_a = row_of<O>(r.grad_clean, row);
-    O* grad_b = diverges() ? row_of<O>(r.grad_noised, row) : nullptr;
-    if (!uniform(work.undefined) && (grad_a != nullptr || grad_b != nullptr)) {
-      write_gradients<T, O, operand>(a, diverges() ? row_of<T>(r.noised, row) : a, grad_a, grad_b, r.cols, work.whole);
+    const bool together = uniform(work.streams == Streams::both) && !uniform(work.undefined);
+    O* grad_a = uniform(work.clean_undefined) || !(together || classifies()) ? nullptr : row_of<O>(r.grad_clean, row);
+    O* grad_b = together ? row_of<O>(r.grad_noised, row) : nullptr;
+    if (grad_a != nullptr || grad_b != nullptr) {
+      const T* a = row_of<T>(r.clean, row);
+      write_gradients<T, O, operand>(a, together ? row_of<T>(r.noised, row) : a, grad_a, grad_b, r.cols, work.whole);
       __syncthreads();
-      if (threadIdx.x == 0 && grad_a != nullptr && work.task.ce_weight != 0) {
+      if (threadIdx.x == 0 && work.task.ce_weight != 0) {
         // p - 1 at the label, from the logarithm so that a confident row keeps its digits.
         float furthest = 0;
         Whole whole = work.whole;
         whole.clean_shift = whole.label_shift;
-        Gradient divergence = {0, 0};
-        float task = static_cast<float>(work.task.ce_weight * expm1(-work.ce));
-        if (work.task.kl_weight != 0)
-          divergence = differentiate_carefully<T, operand>(work.clean_label, work.noised_label, whole, furthest);
+        whole.noised_shift = whole.noised_label_shift;
+        Gradient d = {0, 0};
+        if (together) d = differentiate_carefully<T, operand>(work.clean_label, work.noised_label, whole, furthest);
+        d.clean += static_cast<float>(work.task.ce_weight * expm1(-work.ce));
         if constexpr (operand) {
-          task += static_cast<float>(rule.smoothing * work.task.ce_weight);
-          const float noised = work.task.kl_weight != 0 ? work.noised_label : 0.0f;
-          divergence = finished({divergence.clean + task, divergence.noised}, work.clean_label, noised, whole);
-          grad_a[work.task.label] = from_float<O>(divergence.clean);
-        } else {
-          grad_a[work.task.label] = from_float<O>(divergence.clean + task);
+          d.clean += static_cast<float>(rule.smoothing * work.task.ce_weight);
+          if (together && work.task.noised_ce_weight != 0)
+            d.noised += static_cast<float>(work.task.noised_ce_weight * (expm1(-work.noised_ce) + rule.smoothing));
+          d = finished(d, work.clean_label, together ? work.noised_label : 0.0f, whole);
+          if (grad_b != nullptr && work.task.noised_ce_weight != 0) grad_b[work.task.label] = from_float<O>(d.noised);
         }
+        if (grad_a != nullptr) grad_a[work.task.label] = from_float<O>(d.clean);
       }
     }
   }
   // What has no weight has no gradient, and what has no value has none that means anything.
-  const bool undefined = uniform(work.undefined);
-  if (undefined || (!diverges() && !classifies())) fill(row_of<O>(r.grad_clean, row), r.cols, undefined ? NAN : 0.0f);
-  if (undefined || !diverges()) fill(row_of<O>(r.grad_noised, row), r.cols, diverges() ? NAN : 0.0f);
+  const bool clean_undefined = uniform(work.clean_undefined);
+  const bool reached = classifies() || (diverges() && !uniform(work.undefined));
+  if (clean_undefined || !reached) fill(row_of<O>(r.grad_clean, row), r.cols, clean_undefined ? NAN : 0.0f);
+  if (uniform(work.undefined) || !diverges()) fill(row_of<O>(r.grad_noised, row), r.cols, diverges() ? NAN : 0.0f);
   if (threadIdx.x == 0) {
     r.kl[row] = work.kl;
-    if (r.ce != nullptr) r.ce[row] = work.task.bad_label ? NAN : work.ce;
+    if (r.ce != nullptr) r.ce[row] = work.task.bad_label ? NAN : work.ce + work.noised_ce;
   }
 }
 
@@ -270,12 +298,14 @@ void divergence_rows(const LogitRows& clean, const LogitRows& noised, const Logi
 
 void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& first, const LogitRows& second,
                   DType operand_dtype, int64_t rows, int64_t cols, const int64_t* labels, int64_t ignore_index,
-                  const double* kl_weights, const double* ce_weights, double smoothing, double cap, bool teaches, double* kl,
-                  double* ce, int device, void* stream) {
+                  const double* kl_weights, const double* ce_weights, const OperandOptions& how, double* kl, double* ce,
+                  int device, void* stream) {
   const Call call("operand_rows", device, stream);
   if (rows == 0) return;
   const Rows work{clean, noised, first, second, rows, cols, labels, ignore_index, kl_weights, ce_weights, kl, ce};
-  const OperandRule rule{smoothing, cap != 0 ? 1 / cap : 0, teaches, first.address != nullptr && second.address != nullptr};
+  if (how.mixture) throw std::invalid_argument("operand_rows: CUDA has no Jensen-Shannon divergence");
+  const OperandRule rule{how.smoothing, how.cap != 0 ? 1 / how.cap : 0, how.teaches,
+                         first.address != nullptr && second.address != nullptr, how.noised_classifies};
   const auto launch = [&](auto t) {
     using O = decltype(t);
     if (cols < kNarrow)

@@ -5,6 +5,8 @@
 // with p - q = q (e^r - 1). As in row_sums.cuh a tile goes the near way first.
 #pragma once
 
+#include <float.h>
+
 #include "core/divergence.h"
 #include "core/pair_sums.h"
 #include "cuda/fast_math.cuh"
@@ -15,7 +17,7 @@ namespace fastpost::cuda {
 // What all threads have to know of a row. With p and q times a weight that the scales bring in,
 //
 //   d(kl_weight kl + ce_weight ce)/da = p (share r + clean_shift) + share (p - q)    short of the -ce_weight at the label
-//   d(kl_weight kl + ce_weight ce)/db = -q (share r + noised_shift) - share (p - q)
+//   d(kl_weight kl + ce_weight ce)/db = -q (share r + noised_shift) - share (p - q)    likewise
 //
 // The share is 1 where the weight is kl_weight. Where that is next to nothing beside ce_weight, or logits are huge, every
 // tile is done with care.
@@ -24,16 +26,16 @@ struct Whole {
   float unit, clean_unit, centre, log_ratio;  // r = a - b - centre - log_ratio
   float scale, clean_scale;                   // of q and p, counted in these units
   float share, clean_shift, noised_shift;
-  float label_shift;  // clean_shift without cross-entropy
+  float label_shift, noised_label_shift;  // clean_shift and noised_shift without cross-entropy
   float clean_origin, noised_origin;
   // Of operands only. The divergence's share in the clean stream's gradient; and `Finish`.
-  float clean_share, flat, slope, sum;
+  float clean_share, flat, noised_flat, slope, sum;
 };
 
 // Of these, what the near way keeps in registers.
 struct NearWhole {
   float unit, centre, log_ratio, scale, clean_shift, noised_shift;
-  float clean_share, flat, slope, sum;
+  float clean_share, flat, noised_flat, slope, sum;
 };
 
 struct Gradient {
@@ -43,9 +45,9 @@ struct Gradient {
 // What operands are, given a pair and its gradients: smoothed, those of the logits before their cap, summed up.
 template <class Row>
 __device__ __forceinline__ Gradient finished(Gradient d, float a, float b, const Row& w) {
-  // At least -1, as a cap has it. The logit of a class that does not exist is -inf: without a cap NaN becomes -1 as well.
-  const float u = fmaxf(a * w.slope, -1.0f), v = fmaxf(b * w.slope, -1.0f);
-  const float noised = fmaf(-v * v, d.noised, d.noised), clean = d.clean - w.flat;
+  // The logit of a class that does not exist is -inf, which only streams without a cap have: 0 times it has to be 0.
+  const float u = fmaxf(a, -FLT_MAX) * w.slope, v = fmaxf(b, -FLT_MAX) * w.slope;
+  const float clean = d.clean - w.flat, other = d.noised - w.noised_flat, noised = fmaf(-v * v, other, other);
   return {fmaf(w.sum, noised, fmaf(-u * u, clean, clean)), noised};
 }
 
@@ -144,8 +146,9 @@ __device__ __forceinline__ float differentiate_carefully(const T* a, const T* b,
 template <class T, class O, bool operand, bool exact>
 __device__ __forceinline__ int differentiate_near(const T* a, const T* b, O* grad_a, O* grad_b, const Cut<T>& cut, int round,
                                                   const Whole& whole, Way& way) {
-  const NearWhole w = {whole.unit,         whole.centre,      whole.log_ratio, whole.scale, whole.clean_shift,
-                       whole.noised_shift, whole.clean_share, whole.flat,      whole.slope, whole.sum};
+  const NearWhole w = {whole.unit,        whole.centre,       whole.log_ratio,   whole.scale,
+                       whole.clean_shift, whole.noised_shift, whole.clean_share, whole.flat,
+                       whole.noised_flat, whole.slope,        whole.sum};
   const float least = sizeof(T) == 4 && !exact ? kCoarse * fabsf(w.centre) : -1.0f;
   int64_t at = cut.column(round, 0);
 #pragma unroll 1

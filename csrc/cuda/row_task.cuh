@@ -19,6 +19,7 @@ struct Rows {
 struct OperandRule {
   double smoothing, slope;  // slope: 1 / cap, or 0
   bool teaches, both;       // both: the first operand has the noised stream's gradient added
+  bool noised_classifies;
 };
 
 template <class T>
@@ -28,19 +29,20 @@ __device__ __forceinline__ T* row_of(const LogitRows& block, int64_t row) {
 
 // What a row is asked for, as the API says it.
 struct Task {
-  double kl_weight, ce_weight;  // 0: not wanted
+  double kl_weight, ce_weight, noised_ce_weight;  // 0: not wanted
   int64_t label;
   bool bad_label;
 };
 
-__device__ __forceinline__ Task task_of(const Rows& r, int64_t row) {
-  Task task{0, 0, 0, false};
+__device__ __forceinline__ Task task_of(const Rows& r, const OperandRule& rule, int64_t row) {
+  Task task{0, 0, 0, 0, false};
   if (r.noised.address != nullptr) task.kl_weight = r.kl_weights == nullptr ? 1.0 : r.kl_weights[row];
   if (r.labels != nullptr && r.labels[row] != r.ignore_index) {
     task.label = r.labels[row];
     task.ce_weight = r.ce_weights == nullptr ? 1.0 : r.ce_weights[row];
     task.bad_label = task.ce_weight != 0 && (task.label < 0 || task.label >= r.cols);
     if (task.bad_label) task.ce_weight = 0;
+    if (rule.noised_classifies && task.kl_weight != 0) task.noised_ce_weight = task.ce_weight;
   }
   return task;
 }

@@ -187,12 +187,21 @@ def divergence_rows(task: DivergenceTask) -> tuple[Tensor, Tensor]:
 
 
 def operand_rows(task: OperandTask) -> None:
+    _operand_rows(task, mixture=False)
+
+
+def js_operand_rows(task: OperandTask) -> None:
+    _operand_rows(task, mixture=True)
+
+
+def _operand_rows(task: OperandTask, mixture: bool) -> None:
     clean = task.clean
     native.core().cpu.operand_rows(
         *addresses_and_strides(clean, task.noised, task.first, task.second),
         _dtype(operand_dtype(clean, task.first, task.second)), *clean.shape, address(task.labels), task.ignore_index,
         address(task.kl_weights), address(task.ce_weights),
-        task.smoothing, task.cap, task.teaches, address(task.kl_out), address(task.ce_out), _threads(),
+        task.smoothing, task.cap, task.teaches, task.noised_classifies, mixture, address(task.kl_out),
+        address(task.ce_out), _threads(),
     )  # fmt: skip
 
 

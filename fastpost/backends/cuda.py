@@ -248,7 +248,8 @@ def operand_rows(task: OperandTask) -> None:
         *addresses_and_strides(clean, task.noised, task.first, task.second),
         _dtype(operand_dtype(clean, task.first, task.second)), *clean.shape, address(task.labels), task.ignore_index,
         address(task.kl_weights), address(task.ce_weights),
-        task.smoothing, task.cap, task.teaches, address(task.kl_out), address(task.ce_out), *_where(clean.device),
+        task.smoothing, task.cap, task.teaches, task.noised_classifies, address(task.kl_out),
+        address(task.ce_out), *_where(clean.device),
     )  # fmt: skip
 
 

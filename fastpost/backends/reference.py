@@ -7,6 +7,8 @@ backends do; float64 stays float64. Autograd sees nothing of it, as nothing of a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -351,6 +353,9 @@ def divergence_of_rows(
     r = torch.where(absent, torch.zeros_like(a), log_p - log_q)
     kl_pq, kl_qp = (p * r).sum(-1, keepdim=True), -(q * r).sum(-1, keepdim=True)
     kl = ((p - q) * r).sum(-1).clamp(min=0)  # rounding can leave -1e-34
+    # A stream without any class has no probabilities, but the classes that the other has are missing in it.
+    meaningful = ((a < torch.inf) & (b < torch.inf)).all(-1)
+    kl = torch.where(meaningful & ((a == -torch.inf) != (b == -torch.inf)).any(-1), torch.full_like(kl, torch.inf), kl)
     grad_a = kl_weights.unsqueeze(-1) * (p * (r - kl_pq) + p - q)
     grad_b = kl_weights.unsqueeze(-1) * (q * (-r - kl_qp) + q - p)
     grad_a, grad_b = (torch.where(kl.isfinite().unsqueeze(-1), g, torch.full_like(g, torch.nan)) for g in (grad_a, grad_b))
@@ -374,31 +379,53 @@ def divergence_rows(task: DivergenceTask) -> tuple[Tensor, Tensor]:
     return kl, ce
 
 
+def _cross_entropy_of_rows(
+    z: Tensor, labels: Tensor | None, ignore_index: int, weights: Tensor | None, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Per row the plain cross-entropy, and the weighted gradient of the smoothed one; 0 where the label does not count."""
+    z = z.double()
+    if labels is None or weights is None:
+        return z.new_zeros(len(z)), torch.zeros_like(z)
+    counts = (labels != ignore_index) & (weights != 0)
+    targets = torch.where(counts, labels, torch.zeros_like(labels)).unsqueeze(-1)
+    log_p = torch.log_softmax(z, dim=-1)
+    one_hot = torch.zeros_like(z).scatter(-1, targets, 1.0)
+    grad = log_p.exp() - (1 - smoothing) * one_hot - smoothing / z.shape[-1]
+    ce = -log_p.gather(-1, targets).squeeze(-1)
+    return (
+        torch.where(counts, ce, torch.zeros_like(ce)),
+        torch.where(counts.unsqueeze(-1), weights.unsqueeze(-1) * grad, torch.zeros_like(grad)),
+    )
+
+
 @torch.no_grad()
 def operand_rows(task: OperandTask) -> None:
     """`divergence_of_rows` whose gradients are operands of the output head's products, as the task says."""
-    clean, noised, labels, ignore_index, kl_weights, ce_weights = task[:6]
-    kl_out, ce_out, first, second, smoothing, cap, teaches = task[6:]
-    kl, ce, grad_a, grad_b = divergence_of_rows(clean, noised, labels, ignore_index, kl_weights, ce_weights)
-    if not teaches:
-        off = torch.zeros_like(kl_weights)
-        grad_a = divergence_of_rows(clean, clean, labels, ignore_index, off, ce_weights)[2]
-    if smoothing and labels is not None and ce_weights is not None:
-        counts = (labels != ignore_index) & (ce_weights != 0)
-        weights = torch.where(counts, smoothing * ce_weights, torch.zeros_like(ce_weights)).unsqueeze(-1)
-        grad_a = grad_a - weights / clean.shape[-1]
-        grad_a.scatter_add_(-1, torch.where(counts, labels, torch.zeros_like(labels)).unsqueeze(-1), weights)
-    if cap:
+    kl, _, *grads = divergence_of_rows(task.clean, task.noised, None, task.ignore_index, task.kl_weights, None)
+    _put_operands(task, kl, *grads)
+
+
+def _put_operands(task: OperandTask, kl: Tensor, grad_a: Tensor, grad_b: Tensor) -> None:
+    """Writes what the task asks for, given the divergence of its rows and the weighted gradients of that."""
+    weights, classify = task.ce_weights, task.noised_classifies
+    ce, labelled = _cross_entropy_of_rows(task.clean, task.labels, task.ignore_index, weights, task.smoothing)
+    grad_a = grad_a + labelled if task.teaches else labelled
+    if classify and weights is not None:
+        weights = torch.where(task.kl_weights != 0, weights, torch.zeros_like(weights))
+        more, labelled = _cross_entropy_of_rows(task.noised, task.labels, task.ignore_index, weights, task.smoothing)
+        ce, grad_b = ce + more, grad_b + labelled
+    if task.cap:
         grad_a, grad_b = (
-            torch.where(g == 0, g, g * (1 - (z.double() / cap).square())) for g, z in ((grad_a, clean), (grad_b, noised))
+            torch.where(g == 0, g, g * (1 - (z.double() / task.cap).square()))
+            for g, z in ((grad_a, task.clean), (grad_b, task.noised))
         )
-    if first is not None:
-        first.copy_(grad_a if second is None else grad_a + grad_b)
-    if second is not None:
-        second.copy_(grad_b)
-    kl_out.copy_(kl)
-    if ce_out is not None:
-        ce_out.copy_(ce)
+    if task.first is not None:
+        task.first.copy_(grad_a if task.second is None else grad_a + grad_b)
+    if task.second is not None:
+        task.second.copy_(grad_b)
+    task.kl_out.copy_(kl)
+    if task.ce_out is not None:
+        task.ce_out.copy_(ce)
 
 
 _JS_ELEMENTS = {"cpu": 1 << 18}  # at a time, small beside the logits
@@ -438,6 +465,22 @@ def jensen_shannon_of_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor
     return value, (first - p * first.sum(-1, keepdim=True)) / 2, (second - q * second.sum(-1, keepdim=True)) / 2
 
 
+def _js_blocks(clean: Tensor) -> Iterator[slice]:
+    rows, cols = clean.shape
+    step = max(1, _JS_ELEMENTS.get(clean.device.type, _JS_ELEMENTS_ELSEWHERE) // cols)
+    return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
+
+
+def _weighted_jensen_shannon(a: Tensor, b: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """`jensen_shannon_of_rows` with gradients times weights; rows of weight 0 give exactly 0."""
+    found, *gradients = jensen_shannon_of_rows(a, b)
+    weighs, weights = weights != 0, weights.unsqueeze(-1)
+    return (
+        torch.where(weighs, found, torch.zeros_like(found)),
+        *(torch.where(weights != 0, weights * g, torch.zeros_like(g)) for g in gradients),
+    )
+
+
 @torch.no_grad()
 def js_rows(
     clean: Tensor, noised: Tensor, weights: Tensor | None, grad_clean: Tensor | None, grad_noised: Tensor | None
@@ -447,21 +490,23 @@ def js_rows(
     Gradients are written to the tensors given; rows of weight 0 give exactly 0. Classes that are -inf in both streams do not
     exist; in one stream only they are finite.
     """
-    rows, cols = clean.shape
-    value = torch.zeros(rows, dtype=torch.float64, device=clean.device)
+    value = torch.zeros(len(clean), dtype=torch.float64, device=clean.device)
     weights = torch.ones_like(value) if weights is None else weights
-    step = max(1, _JS_ELEMENTS.get(clean.device.type, _JS_ELEMENTS_ELSEWHERE) // cols)
-    for at in range(0, rows, step):
-        block = slice(at, min(at + step, rows))
-        found, *gradients = jensen_shannon_of_rows(clean[block], noised[block])
-        weight = weights[block]
-        value[block] = torch.where(weight != 0, found, torch.zeros_like(found))
+    for block in _js_blocks(clean):
+        value[block], *gradients = _weighted_jensen_shannon(clean[block], noised[block], weights[block])
         for grad, g in zip((grad_clean, grad_noised), gradients, strict=True):
             if grad is not None:
-                grad[block] = torch.where((weight != 0).unsqueeze(-1), weight.unsqueeze(-1) * g, torch.zeros_like(g)).to(
-                    grad.dtype
-                )
+                grad[block] = g.to(grad.dtype)
     return value
+
+
+@torch.no_grad()
+def js_operand_rows(task: OperandTask) -> None:
+    """`operand_rows` with the Jensen-Shannon divergence in the place of the symmetric KL, some rows at a time."""
+    for block in _js_blocks(task.clean):
+        rows: dict[str, Any] = {name: t[block] for name, t in task._asdict().items() if isinstance(t, Tensor)}
+        part = task._replace(**rows)
+        _put_operands(part, *_weighted_jensen_shannon(part.clean, part.noised, part.kl_weights))
 
 
 @torch.no_grad()

@@ -179,7 +179,7 @@ def operand_rows(task: OperandTask) -> None:
     weights = torch.zeros_like(task.kl_weights) if task.ce_weights is None else task.ce_weights
     _kernels("divergence").operand_rows(
         task.clean, task.noised, task.labels, task.kl_weights, _counting(weights, task.labels, task.ignore_index),
-        task.smoothing, task.cap, task.teaches, task.first, task.second, task.kl_out,
+        task.smoothing, task.cap, task.teaches, task.noised_classifies, task.first, task.second, task.kl_out,
         torch.empty_like(task.kl_out) if task.ce_out is None else task.ce_out,
     )  # fmt: skip
 

@@ -41,14 +41,16 @@ def sharded_operand_rows(task: OperandTask, group: dist.ProcessGroup) -> None:
 
     Args:
         task: with the logits of this rank's columns, labels of the whole vocabulary, and smoothing in the cross-entropy's
-            values as well.
+            values as well. A cross-entropy of the noised stream is not served.
         group: the ranks that share the vocabulary, in the order of their ranks.
 
     Raises:
-        ValueError: a label outside the vocabulary (on the CPU; elsewhere it gives NaN).
+        ValueError: a label outside the vocabulary (on the CPU; elsewhere it gives NaN); a task with `noised_classifies`.
     """
+    if task.noised_classifies:
+        raise ValueError("a head that is cut across ranks has no cross-entropy of the noised stream; gather its weight")
     clean, noised, labels, ignore_index, kl_weights, ce_weights = task[:6]
-    kl_out, ce_out, first, second, smoothing, cap, teaches = task[6:]
+    kl_out, ce_out, first, second, smoothing, cap, teaches = task[6:13]
     top, start, vocab = _agreed(clean, noised, group)
     if labels is not None and clean.device.type == "cpu":
         outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
