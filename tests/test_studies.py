@@ -7,9 +7,11 @@ import csv
 import json
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from fastpost.bench.studies import (
     forgetting,
     gap,
     glue,
+    jobs,
     language,
     methods,
     precision,
@@ -34,6 +37,7 @@ from fastpost.bench.studies import (
     study,
     verdicts,
 )
+from fastpost.bench.studies.choosing import Comparison, add_options
 from fastpost.bench.studies.records import COLUMNS, Records
 
 from . import oracles
@@ -57,7 +61,7 @@ def blocks(records):
         yield Block(f"b{b}", lambda b=b: all(records.has(f"b{b}", "m", k, {"k": k}) for k in range(4)), make)
 
 study = Study("counting", "", lambda parser: None, lambda options: ({"size": 1}, blocks))
-made = run(study, argparse.Namespace(output=Path(sys.argv[1]), device="cpu", threads=1))
+made = run(study, argparse.Namespace(output=Path(sys.argv[1]), device="cpu", threads=1, jobs=1))
 print("made", made, flush=True)
 """
 
@@ -130,9 +134,9 @@ def test_rows_come_back_as_they_went(tmp_path: Path) -> None:
 def test_files_that_are_not_this_studys_are_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     first = Records(path, "s", {"epochs": 1}, AROUND)
+    with pytest.raises(ValueError, match="written by another process with another set-up"):
+        Records(path, "s", {"epochs": 2}, AROUND)  # before there is a row that would say so
     first.add("b", "m", 0, {}, {})
-    with pytest.raises(ValueError, match="written by another process"):
-        Records(path, "s", {"epochs": 1}, AROUND)
     first.close()
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"another set-up \(epochs\)"):
@@ -147,6 +151,234 @@ def test_files_that_are_not_this_studys_are_refused_and_kept(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="not a study's table"):
         Records(path, "s", {}, AROUND)
     assert path.read_text() == "a,b\n1,2\n"
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+SHARED = """
+import argparse, sys
+from pathlib import Path
+from fastpost.bench.studies.study import Block, Study, run
+
+def hear(*words):
+    print(*words, flush=True)
+    return sys.stdin.readline()
+
+def blocks(records):
+    hear("open")
+    def block(name, needs):
+        def make():
+            for k in range(2):
+                if not records.has(name, "m", k, {}):
+                    hear("at", name, k)
+                    records.add(name, "m", k, {}, {"value": k}, examples="x" * 20_000)
+        def is_there(name):
+            return all(records.has(name, "m", k, {}) for k in range(2))
+        return Block(name, lambda: is_there(name), make, lambda: all(map(is_there, needs)))
+    chosen = [f"choose{k}" for k in range(4)]
+    return [*(block(name, []) for name in chosen), *(block(f"report{k}", chosen) for k in range(4))]
+
+study = Study("shared", "", lambda parser: None, lambda options: ({"size": 1}, blocks))
+made = run(study, argparse.Namespace(output=Path(sys.argv[1]), device="cpu", threads=1, jobs=1))
+print("made", made, flush=True)
+"""
+SHARED_ROWS = sorted((f"{kind}{b}", k) for kind in ("choose", "report") for b in range(4) for k in range(2))
+
+
+class Worker:
+    """A process of SHARED, which waits at every line it prints until it is told to go on."""
+
+    def __init__(self, path: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SHARED, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def heard(self) -> list[str]:
+        assert self.process.stdout is not None
+        while (line := self.process.stdout.readline()).startswith("shared:"):
+            pass
+        return line.split()
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def end(self) -> tuple[int, int]:
+        """Lets it run to its end; rows made and exit status."""
+        while (words := self.heard())[0] != "made":
+            self.go()
+        return int(words[1]), self.close()
+
+    def close(self) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+        return self.process.wait()
+
+
+def test_processes_share_a_study_and_finish_what_a_killed_one_had_claimed(tmp_path: Path) -> None:
+    path = tmp_path / "shared.csv"
+    workers = [Worker(path) for _ in range(3)]
+    for worker in workers:
+        assert worker.heard() == ["open"]
+    at = []
+    for worker in workers:
+        worker.go()
+        at.append(worker.heard())
+    assert at == [["at", f"choose{k}", "0"] for k in range(3)]  # a block each, the first that is free
+    killed, *others = workers
+    killed.go()
+    assert killed.heard() == ["at", "choose0", "1"]  # its first row is written
+    killed.process.kill()
+    assert killed.close() == -signal.SIGKILL
+    with path.open("ab") as file:
+        file.write(b'shared,choose0,m,1,"{""k"":')
+    for worker in others:
+        worker.go()
+        assert worker.heard()[2] == "1"
+        worker.go()
+    second, third = others
+    assert second.heard() == ["at", "choose0", "1"]  # the block of who was killed, and in it only what is missing
+    assert third.heard() == ["at", "choose3", "0"]
+    third.go()
+    assert third.heard() == ["at", "choose3", "1"]
+    third.go()
+    assert third.process.stdout is not None
+    assert third.process.stdout.readline().startswith("shared: choose3: 2 row(s)")
+    # Now it waits: what reports is not ready as long as the second process chooses.
+    assert select.select([third.process.stdout], [], [], 1.0)[0] == []
+    second.go()
+    with ThreadPoolExecutor(2) as pool:
+        made, statuses = zip(*pool.map(Worker.end, others), strict=True)
+    assert statuses == (0, 0)
+    rows = records.read(path)
+    assert sum(made) == len(rows) - 1
+    assert sorted((row["block"], row["seed"]) for row in rows) == SHARED_ROWS
+    assert all(row["block"].startswith("choose") for row in rows[:8])
+    assert path.read_bytes().endswith(b"\n")
+    assert {records.jobs_of(row) for row in rows[:6]} == {2}  # at the least: they were started by hand
+
+
+def test_rows_of_others_are_read_and_none_is_written_twice(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    alone = Records(path, "s", {}, AROUND)
+    alone.add("b", "m", 0, {}, {"x": 0.0})
+    one, other = alone, Records(path, "s", {}, AROUND)
+    with one.claimed("b") as by_one, other.claimed("b") as by_other, other.claimed("c") as free:
+        assert (by_one, by_other, free) == (True, False, True)
+    with other.claimed("b") as by_other:
+        assert by_other
+    one.add("b", "m", 1, {}, {"x": 1.0})
+    assert not other.has("b", "m", 1, {})
+    with path.open("ab") as file:
+        file.write(b"s,b,m,2,")  # somebody was killed
+    other.add("b", "m", 1, {}, {"x": 99.0})
+    assert (one.made, other.made) == (2, 0)
+    assert other.has("b", "m", 1, {})
+    other.add("b", "m", 3, {}, {"x": 3.0})
+    one.refresh()
+    assert one.has("b", "m", 3, {})
+    other.close()
+    one.add("b", "m", 4, {}, {"x": 4.0})  # it had company while it worked
+    with one.claimed("d"):
+        one.add("b", "m", 5, {}, {"x": 5.0})
+    one.close()
+    rows = records.read(path)
+    assert [(row["seed"], row["scores"]["x"]) for row in rows] == [(k, float(k)) for k in (0, 1, 3, 4, 5)]
+    assert [records.jobs_of(row) for row in rows] == [1, 2, 2, 2, 1]
+
+
+def test_a_study_whose_blocks_wait_for_nothing_does_not_wait_for_ever(tmp_path: Path) -> None:
+    def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+        return {}, lambda opened: [study.Block("stuck", lambda: False, lambda: None, lambda: False)]
+
+    options = argparse.Namespace(output=tmp_path / "rows.csv", device="cpu", threads=1, jobs=1)
+    with pytest.raises(RuntimeError, match="stuck waits for rows that no block makes"):
+        study.run(study.Study("s", "", lambda parser: None, prepare), options)
+
+
+class Chosen(Comparison):
+    """Scores by a formula; notes what ran."""
+
+    def __init__(self, more: tuple[str, ...] = ()) -> None:
+        parser = argparse.ArgumentParser()
+        add_options(parser, methods.STRENGTHS, rates="1e-4,2e-4,4e-4", seeds="0,1")
+        given = parser.parse_args(["--methods", "sam,r3f", "--choosing-seeds", "2", *more])
+        super().__init__(given, methods.STRENGTHS, ["p/5", "q/5"])
+
+    def train(self, where: str, place: str, method: str, seed: int, hyper: dict[str, Any], reports: bool) -> None:
+        score = -abs(hyper["lr"] - 2e-4) - abs(hyper.get("rho", 0.15) - 0.15)
+        self.records.add(where, method, seed, hyper, {"score": score})
+
+
+def test_blocks_are_ready_once_what_they_need_is_there(tmp_path: Path) -> None:
+    """Whatever is ready may run, in any order, and the choice is the same."""
+    orders = {}
+    for order in ("first", "last", "random"):
+        made, draw = Chosen(), np.random.default_rng(0)
+        opened = Records(tmp_path / f"{order}.csv", "s", {}, AROUND)
+        left = list(made.blocks(opened))
+        assert len({block.name for block in left}) == len(left) == 2 * 2 * (3 + 2 * 3) + 2 * 2 * 2
+        while left:
+            ready = [block for block in left if block.ready()]
+            plain = [row for row in opened.rows if row["method"] == "adamw"]
+            for place in ("p/5", "q/5"):
+                counts = {
+                    method: sum(r["block"] == f"choose/{place}" and r["method"] == method for r in opened.rows)
+                    for method in ("adamw", "sam", "r3f")
+                }
+                for block in ready:
+                    if place in block.name and "/adamw/" not in block.name:
+                        assert counts["adamw"] == 6, block.name
+                        if block.name.startswith("report/"):
+                            assert counts[block.name.split("/")[3]] == 6, block.name
+            if len(plain) < 12:
+                assert any("/adamw/" in block.name for block in ready)  # all candidates at once
+            block = ready[{"first": 0, "last": -1, "random": int(draw.integers(len(ready)))}[order]]
+            assert not block.done()
+            block.run()
+            assert block.done()
+            left.remove(block)
+        opened.close()
+        orders[order] = {records.key_of(row) for row in records.read(opened.path)}
+    assert orders["first"] == orders["last"] == orders["random"]
+    reported = [json.loads(key[4]) for key in orders["first"] if key[1].startswith("report/") and key[2] == "sam"]
+    assert reported == [{"lr": 2e-4, "rho": 0.15}] * 4
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_jobs_end_with_what_their_processes_say(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    once = f"import os, sys; fd = os.open({str(tmp_path / 'once')!r}, os.O_CREAT | os.O_EXCL)"
+    assert jobs.run(python("print('here')"), 3) == 0
+    assert capfd.readouterr().out == "here\n" * 3
+    assert jobs.run(python("raise SystemExit(3)"), 2) == 3
+    assert jobs.run(python(f"try:\n    {once}\nexcept FileExistsError:\n    sys.exit(7)"), 3) == 7
+    assert "2 of 3 processes failed" in capfd.readouterr().err
+    assert jobs.run(python("import os; os.kill(os.getpid(), 9)"), 2) == 128 + 9
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_to_who_waits_ends_all(number: signal.Signals) -> None:
+    child = (
+        "import os, time; from fastpost.bench.studies import jobs; jobs.end_with({}); os.write(1, b'up\\n'); time.sleep(99)"
+    )
+    parent = (
+        "import os, sys; from fastpost.bench.studies import jobs; "
+        f"sys.exit(jobs.run([sys.executable, '-c', {child!r}.format(os.getpid())], 2))"
+    )
+    process = subprocess.Popen(python(parent), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == [b"up\n"] * 2
+    process.send_signal(number)
+    assert process.stdout.read() == b""  # comes to its end once none of the three has it open
+    process.stdout.close()
+    ends = {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: -signal.SIGINT, signal.SIGKILL: -signal.SIGKILL}
+    assert process.wait() == ends[number]
 
 
 # -- tiny models and data ---------------------------------------------------------------------------------------------
@@ -291,6 +523,27 @@ def test_glue_runs_every_method_and_goes_on(
     assert [cells[0] for cells in table[1:-1]] == list(verdicts.NAMES.values())
     assert table[-1] == ("always the most frequent label", "50.00", "0.00", "")
     assert [path.name for path in figures.draw(tmp_path, tmp_path)] == ["studies-glue.png"]
+
+
+def test_glue_by_several_jobs_finds_the_same(data: Path, encoder: Path, tmp_path: Path) -> None:
+    alone, shared = tmp_path / "studies-glue.csv", tmp_path / "shared" / "studies-glue.csv"
+    more = ("--tasks", "rte", "--strengths", 2, "--seeds", "0,1", "--methods", "adamw,sam_lm")
+    assert run("glue", *glue_options(data, encoder, alone, *more)) == 0
+    assert run("glue", *glue_options(data, encoder, shared, *more), "--jobs", 2) == 0
+    one, other = ({records.key_of(row): row for row in records.read(path)} for path in (alone, shared))
+    assert one.keys() == other.keys()
+    assert len(one) == 1 + 3 + 2 + 2 * 2
+    for key, row in one.items():
+        assert (row["scores"], row["examples"]) == (other[key]["scores"], other[key]["examples"])
+    assert {records.jobs_of(row) for row in one.values()} == {1}
+    assert {records.jobs_of(row) for row in other.values()} == {2}
+    before = shared.read_bytes()
+    assert run("glue", *glue_options(data, encoder, shared, *more)) == 0  # jobs are no part of the set-up
+    assert shared.read_bytes() == before
+    # Times of a step are those of single processes alone.
+    prices = [{cells[0]: cells[-1] for cells in verdicts.glue_scores(path.parent)}["SAM-LM"] for path in (alone, shared)]
+    assert prices[0] != ""
+    assert prices[1] == ""
 
 
 def test_glue_scores_are_those_of_the_benchmark() -> None:
@@ -551,6 +804,7 @@ def test_collapse_is_the_chain_of_probes(data: Path, encoder: Path, tmp_path: Pa
         ("glue", ("--strengths", "4"), "must be 1, 2 or 3"),
         ("glue", ("--device", "tpu"), "must be cpu, cuda or cuda:N"),
         ("gap", ("--threads", "0"), "must be at least 1"),
+        ("gap", ("--jobs", "0"), "--jobs must be at least 1"),
     ],
 )
 def test_what_cannot_be_believed_is_refused(

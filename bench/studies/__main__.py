@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,10 @@ NAMES = ("gap", "glue", "precision", "lm", "collapse", "forgetting")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the study named; 0, 2 for what cannot be started, 130 when interrupted. What was finished is in the CSV file."""
+    """Runs the study named; 0, 2 for what cannot be started, 130 when interrupted. What was finished is in the CSV file.
+
+    With `--jobs` above 1 this process only starts others and waits: it reads no data and touches no GPU.
+    """
     argv = sys.argv[1:] if argv is None else argv
     name = argv[0] if argv else ""
     if name not in NAMES:
@@ -27,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    from fastpost.bench.studies import jobs
     from fastpost.bench.studies import study as shared
     from fastpost.cli.models import quietly
 
@@ -38,16 +43,28 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=Path, default=Path(f"studies-{name}.csv"), help="the table; the same command goes on from it"
     )
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default 1, which others can repeat)")
+    parser.add_argument(
+        "--jobs", type=int, default=1,
+        help="processes that share the work (default 1), each with --threads threads; the times that they record are no "
+        "measure of a step, and tables of times leave their rows out",
+    )  # fmt: skip
+    parser.add_argument("--started-by", type=int, help=argparse.SUPPRESS)  # the process that waits, in those it started
     study.options(parser)
     options = parser.parse_args(argv[1:])
     try:
+        if options.jobs > 1 and options.started_by is None:
+            again = [sys.executable, "-m", "fastpost.bench.studies", *argv, f"--started-by={os.getpid()}"]
+            return jobs.run(again, options.jobs)
+        if options.started_by is not None:
+            jobs.end_with(options.started_by)
         with quietly():
             made = shared.run(study, options)
     except (ValueError, OSError) as error:
         print(f"studies {name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on from {options.output}", file=sys.stderr)
+        if options.started_by is None:
+            print(f"interrupted; the same command goes on from {options.output}", file=sys.stderr)
         return 130
     print(f"{made} row(s) made; {options.output}")
     return 0

@@ -124,8 +124,9 @@ def _right(row: Row) -> list[int]:
 
 
 def price(rows: list[Row], method: str) -> Estimate | None:
-    """A step's time over that of AdamW's, in the same place and by the same seed."""
-    return estimate([_time(a) / _time(b) for place in places(rows) for a, b in pairs(rows, place, method)])
+    """A step's time over that of AdamW's, in the same place and by the same seed; of rows that one process made alone."""
+    alone = [row for row in rows if records.jobs_of(row) == 1]
+    return estimate([_time(a) / _time(b) for place in places(alone) for a, b in pairs(alone, place, method)])
 
 
 def _time(row: Row) -> float:

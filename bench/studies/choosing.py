@@ -8,7 +8,7 @@ it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastpost.bench.studies.methods import PLAIN
@@ -52,6 +52,7 @@ class Comparison:
         if set(self.seeds) & set(self.choosing):
             raise ValueError(f"--seeds {options.seeds}: {CHOOSING_SEED} and above choose; seeds that choose do not report")
         self.records: Any = None
+        self._chosen: dict[tuple[str, str], dict[str, Any]] = {}
 
     def setup(self) -> dict[str, Any]:
         """What the choice depends on, for the rows' set-up."""
@@ -67,37 +68,86 @@ class Comparison:
         for place in self.places:
             for method in dict.fromkeys((PLAIN, *self.methods)):
                 for seed in self.choosing:
-                    yield self.block("choose", place, method, seed)
+                    for number in range(self.count(method)):
+                        yield self.choose(place, method, seed, number)
         for seed in self.seeds:  # outermost, so that half a study compares all methods
             for place in self.places:
                 for method in self.methods:
-                    yield self.block("report", place, method, seed)
+                    yield self.report(place, method, seed)
 
-    def block(self, purpose: str, place: str, method: str, seed: int) -> Block:
-        where, reports = f"{purpose}/{place}", purpose == "report"
+    def choose(self, place: str, method: str, seed: int, number: int) -> Block:
+        """One run of a method's candidate `number`; it needs AdamW's choice of the learning rate."""
+        return self._block(
+            f"choose/{place}",
+            f"{method}/{seed}/{number}",
+            method,
+            seed,
+            lambda: self.candidates(place, method)[number],
+            lambda: method == PLAIN or self.is_chosen(place, PLAIN),
+        )
 
-        def missing() -> list[dict[str, Any]]:
-            wanted = [self.chosen(place, method)] if reports else self.candidates(place, method)
-            return [hyper for hyper in wanted if not self.records.has(where, method, seed, hyper)]
+    def report(self, place: str, method: str, seed: int) -> Block:
+        """One run of what was chosen for a method; it needs all runs that choose."""
+        return self._block(
+            f"report/{place}",
+            f"{method}/{seed}",
+            method,
+            seed,
+            lambda: self.chosen(place, method),
+            lambda: self.is_chosen(place, method),
+        )
 
-        def run() -> None:
-            for hyper in missing():
-                self.train(where, place, method, seed, hyper, reports)
+    def _block(
+        self, where: str, name: str, method: str, seed: int, hyper: Callable[[], dict[str, Any]], ready: Callable[[], bool]
+    ) -> Block:
+        _, _, place = where.partition("/")
+        reports = where.startswith("report/")
+        return Block(
+            f"{where}/{name}",
+            lambda: self.records.has(where, method, seed, hyper()),
+            lambda: self.train(where, place, method, seed, hyper(), reports),
+            ready,
+        )
 
-        return Block(f"{where}/{method}/{seed}", lambda: not missing(), run)
+    def count(self, method: str) -> int:
+        """How many candidates a method has."""
+        return len(self.rates) if method == PLAIN else len(self._strengths(method))
 
     def candidates(self, place: str, method: str) -> list[dict[str, Any]]:
+        """What a method's settings are chosen from; for others than AdamW once its learning rate is chosen."""
         if method == PLAIN:
             return [{"lr": rate} for rate in self.rates]
         rate = self.chosen(place, PLAIN)["lr"]
-        return [{"lr": rate, **strength} for strength in self.strengths[method][: self.options.strengths]]
+        return [{"lr": rate, **strength} for strength in self._strengths(method)]
+
+    def _strengths(self, method: str) -> Sequence[dict[str, float]]:
+        return self.strengths[method][: self.options.strengths]
+
+    def is_chosen(self, place: str, method: str) -> bool:
+        """Whether all runs are there that a method's settings are chosen by, and AdamW's before them."""
+        if (place, method) in self._chosen:
+            return True
+        if method != PLAIN and not self.is_chosen(place, PLAIN):
+            return False
+        return all(
+            self.records.has(f"choose/{place}", method, seed, hyper)
+            for hyper in self.candidates(place, method)
+            for seed in self.choosing
+        )
 
     def chosen(self, place: str, method: str) -> dict[str, Any]:
-        """The candidate with the best mean score on the data that chooses; the first of equals."""
-        rows = [row for row in self.records.of(f"choose/{place}") if row["method"] == method]
+        """The candidate with the best mean score on the data that chooses; the first of equals.
 
-        def mean(hyper: dict[str, Any]) -> float:
-            found = [row["scores"]["score"] for row in rows if row["hyper"] == hyper]
-            return sum(found) / len(found)
+        It is only asked once `is_chosen` holds, and remembered.
+        """
+        if (place, method) not in self._chosen:
+            rows = [row for row in self.records.of(f"choose/{place}") if row["method"] == method]
 
-        return max(self.candidates(place, method), key=mean)
+            def mean(hyper: dict[str, Any]) -> float:
+                # By seed, not in the file's order, which is that in which processes finished: sums must not depend on it.
+                of = {row["seed"]: row["scores"]["score"] for row in rows if row["hyper"] == hyper}
+                found = [of[seed] for seed in self.choosing]
+                return sum(found) / len(found)
+
+            self._chosen[place, method] = max(self.candidates(place, method), key=mean)
+        return self._chosen[place, method]

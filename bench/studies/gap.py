@@ -63,7 +63,8 @@ class Run:
 
     def blocks(self, records: Records) -> Iterable[Block]:
         self.records = records
-        yield Block("untouched", lambda: records.has("untouched", "untouched", 0, {}), self.untouched)
+        untouched = partial(records.has, "untouched", "untouched", 0, {})
+        yield Block("untouched", untouched, self.untouched)
         by_corpus: dict[str, list[str]] = {}
         for name in self.texts:
             by_corpus.setdefault(name.partition("/")[0], []).append(name)
@@ -71,9 +72,14 @@ class Run:
             for names in by_corpus.values():
                 if k < len(names):
                     name = names[k]
-                    for method, run in (("negative", self.climb), ("random", self.wander), ("mle", self.descend)):
+                    climbed = partial(records.has, name, "negative", 0, {"last": True})
+                    for method, run, ready in (
+                        ("negative", self.climb, untouched),
+                        ("random", self.wander, climbed),  # as far as the ascent went
+                        ("mle", self.descend, untouched),
+                    ):
                         done = partial(records.has, name, method, 0, {"last": True})
-                        yield Block(name, done, partial(run, name))
+                        yield Block(f"{name}/{method}", done, partial(run, name), ready)
 
     def untouched(self) -> None:
         timer = Timer(device=self.options.device)

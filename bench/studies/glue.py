@@ -22,7 +22,7 @@ from fastpost.bench.studies.records import Records
 from fastpost.bench.studies.study import Block, Study, Timer, check_apart, data_folder, digest
 from fastpost.cli.options import names_of
 from fastpost.cli.tasks import Example, Task, glue_task
-from fastpost.cli.tuning import Classifier, linear_schedule
+from fastpost.cli.tuning import Batch, Classifier, linear_schedule
 
 TASKS = ("rte", "mrpc", "cola")
 SPLITS = ("validation", "dev")
@@ -124,9 +124,9 @@ class Run(Comparison):
         stepper = methods.build(method, model, groups, strength, self.precision)
         schedule = linear_schedule(stepper.optimizer, steps)
         timer, losses = Timer(device=o.device), []
-        batches = methods.moved_to(o.device, data.classifier.batches(rows, o.batch_size, steps, seed))
-        for batch in batches:
-            with timer.running():
+        batches = [self.moved(batch) for batch in data.classifier.batches(rows, o.batch_size, steps, seed)]
+        with timer.running():  # and nothing in it that waits for a GPU
+            for batch in batches:
                 losses.append(stepper.step(batch))
                 schedule.step()
         asked = data.report if reports else data.choose
@@ -141,20 +141,23 @@ class Run(Comparison):
             examples = {"labels": "".join(map(str, labels)), "predictions": "".join(map(str, predictions))}
         self.records.add(where, method, seed, hyper, scores, steps=steps, examples=examples, **timer.spent())
 
+    def moved(self, batch: Batch) -> Batch:
+        return {name: value.to(self.options.device) for name, value in batch.items()}
+
     @torch.no_grad()
     def predict(self, classifier: Classifier, model: Any, rows: list[dict[str, Any]], batch_size: int = 32) -> list[int]:
         """The label of every row, in order."""
         model.eval()
-        found = [0] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        named = []
         for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            batch = {k: v.to(model.device) for k, v in classifier.collate([rows[i] for i in part]).items()}
+            batch = self.moved(classifier.collate([rows[i] for i in order[start : start + batch_size]]))
             batch.pop("labels")
             with self.precision():
-                named = model(**batch).logits.argmax(-1).tolist()
-            for i, label in zip(part, named, strict=True):
-                found[i] = label
+                named.append(model(**batch).logits.argmax(-1))
+        found = [0] * len(rows)
+        for i, label in zip(order, torch.cat(named).tolist(), strict=True):
+            found[i] = label
         return found
 
 

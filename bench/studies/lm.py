@@ -69,17 +69,19 @@ def trained(
     schedule = linear_schedule(stepper.optimizer, options.steps)
     generator, timer = torch.Generator().manual_seed(seed), Timer(device=options.device)
     order: list[int] = []
-    loss = math.nan
+    batches: list[Batch] = []
     for _ in range(options.steps):
         while len(order) < options.batch_size:
             order += torch.randperm(len(train), generator=generator).tolist()
         ids = train[order[: options.batch_size], :-1].to(options.device)
         order = order[options.batch_size :]
-        batch: Batch = {"input_ids": ids, "labels": ids}
-        with timer.running():
-            loss = stepper.step(batch).item()
+        batches.append({"input_ids": ids, "labels": ids})
+    loss = torch.tensor(math.nan)
+    with timer.running():  # and nothing in it that waits for a GPU
+        for batch in batches:
+            loss = stepper.step(batch)
             schedule.step()
-    return model.eval(), timer, loss
+    return model.eval(), timer, loss.item()
 
 
 class Run(Comparison):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,10 +152,11 @@ def _sam_step(
 
 
 def _split(batch: Batch) -> list[tuple[Batch, float]]:
-    """Micro-batches with their shares of the batch."""
+    """Micro-batches, which are views, with their shares of the batch."""
     rows = len(batch["labels"])
-    pieces = [index for index in torch.arange(rows).tensor_split(min(SAM_LM_PARTS, rows)) if len(index)]
-    return [({name: value[index] for name, value in batch.items()}, len(index) / rows) for index in pieces]
+    pieces = [value.tensor_split(min(SAM_LM_PARTS, rows)) for value in batch.values()]
+    parts = [dict(zip(batch, values, strict=True)) for values in zip(*pieces, strict=True)]
+    return [(part, len(part["labels"]) / rows) for part in parts]
 
 
 def _of_part(model: Any, part: tuple[Batch, float], precision: Precision) -> Tensor:
@@ -182,7 +183,3 @@ def autocast(device: str, dtype: str) -> Precision:
         return contextlib.nullcontext
     kind = device.partition(":")[0]
     return lambda: torch.autocast(kind, getattr(torch, dtype))
-
-
-def moved_to(device: str, batches: Iterator[Batch]) -> Iterator[Batch]:
-    return ({name: value.to(device) for name, value in batch.items()} for batch in batches)

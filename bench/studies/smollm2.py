@@ -10,6 +10,7 @@ safetensors and a tokenizer: 134.5 million weights in float32, as the file's 4-b
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.metadata
 import importlib.util
 import os
@@ -56,14 +57,22 @@ def packaged() -> Path:
 
 
 def folder(cache: Path | None = None) -> Path:
-    """The converted model's folder; converts it where that has not been done.
+    """The converted model's folder; converts it where that has not been done, in one process at a time.
 
     Raises:
         FileNotFoundError: it has to be converted, and a package for that is missing.
     """
     target = (cache or default_cache()) / NAME
     if not (target / COMPLETE).is_file():
-        convert(packaged(), target)
+        source = packaged()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        parent = os.open(target.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(parent, fcntl.LOCK_EX)
+            if not (target / COMPLETE).is_file():  # by who held the lock until now
+                convert(source, target)
+        finally:
+            os.close(parent)
     return target
 
 

@@ -20,22 +20,25 @@ import torch
 from fastpost.bench import machine
 from fastpost.bench.studies.records import Records
 
+WAIT_SECONDS = 0.2  # between two looks for a block, while other processes work on all that are ready
 PACKAGES = ("fastpost", "torch", "transformers", "numpy", "scipy", "scikit-learn")
 
 
 @dataclass
 class Block:
-    """A part of a study that runs as one.
+    """A part of a study that one process runs.
 
     Attributes:
-        name: what the line of progress says.
-        done: whether all of its rows are there.
+        name: what the line of progress says, and what a process claims it by: no other block's.
+        done: whether all of its rows are there; asked only once the block is ready.
         run: makes the rows that are missing.
+        ready: whether the rows that it needs from other blocks are there; once they are, they stay.
     """
 
     name: str
     done: Callable[[], bool]
     run: Callable[[], None]
+    ready: Callable[[], bool] = lambda: True
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Study:
         name, about: for the command line.
         options: adds the study's own options to a parser.
         prepare: reads data and models, and refuses what cannot work, before anything is written. From options to (set-up,
-            function from the open records to blocks in order; a block may look at what those before it have found).
+            function from the open records to blocks in order; a block may need what those before it have found).
     """
 
     name: str
@@ -67,33 +70,64 @@ def run(study: Study, options: argparse.Namespace) -> int:
         raise ValueError(f"--device {options.device}: torch sees no CUDA device")
     if options.threads < 1:
         raise ValueError(f"--threads must be at least 1, not {options.threads}")
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, not {options.jobs}")
     torch.set_num_threads(options.threads)
     setup, blocks_of = study.prepare(options)
-    records = Records(options.output, study.name, setup, surroundings(options.device))
-    before = len(records.rows)
+    records = Records(options.output, study.name, setup, surroundings(options))
     try:
-        for block in blocks_of(records):
-            if not block.done():
-                began, rows = time.perf_counter(), len(records.rows)
-                block.run()
-                made = len(records.rows) - rows
-                print(f"{study.name}: {block.name}: {made} row(s), {time.perf_counter() - began:.0f} s", flush=True)
+        _work(study.name, list(blocks_of(records)), records)
     finally:
         records.close()
-    return len(records.rows) - before
+    return records.made
 
 
-def surroundings(device: str) -> dict[str, Any]:
+def _work(name: str, left: list[Block], records: Records) -> None:
+    """Runs blocks until all are done, by this process or by others."""
+    while left:
+        records.refresh()
+        left = [block for block in left if not (block.ready() and block.done())]
+        done, is_waiting = None, False
+        for block in left:
+            if not block.ready():
+                continue
+            with records.claimed(block.name) as is_mine:
+                if is_mine:
+                    if not block.done():  # by who had it claimed until now
+                        _run(name, block, records)
+                    done = block
+                    break
+            is_waiting = True
+        if done is not None:
+            left = [block for block in left if block is not done]
+        elif is_waiting:
+            time.sleep(WAIT_SECONDS)
+        elif left:
+            raise RuntimeError(f"studies: {left[0].name} waits for rows that no block makes")
+
+
+def _run(name: str, block: Block, records: Records) -> None:
+    began, rows = time.perf_counter(), records.made
+    block.run()
+    if not block.done():
+        raise RuntimeError(f"studies: {block.name} has run, but not all of its rows are there")
+    made, seconds = records.made - rows, time.perf_counter() - began
+    print(f"{name}: {block.name}: {made} row(s), {seconds:.0f} s\n", end="", flush=True)  # one write, whole among others'
+
+
+def surroundings(options: argparse.Namespace) -> dict[str, Any]:
     """Where and with what a row is made."""
-    versions = {"python": platform.python_version()}
+    versions: dict[str, Any] = {"python": platform.python_version()}
+    if options.jobs > 1:
+        versions["jobs"] = options.jobs
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "machine": _machine(device),
-        "device": device,
+        "machine": _machine(options.device),
+        "device": options.device,
         "threads": torch.get_num_threads(),
         "commit": machine.commit(),
         "versions": versions,
@@ -143,12 +177,17 @@ class Timer:
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        """Takes the time of a whole pass: on a GPU it waits for the device, once before and once after."""
+        self._wait()
         wall, cpu = time.perf_counter(), time.process_time()
         yield
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
+        self._wait()
         self.seconds += time.perf_counter() - wall
         self.cpu_seconds += time.process_time() - cpu
+
+    def _wait(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
 
     def spent(self) -> Mapping[str, float]:
         return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
