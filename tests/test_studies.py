@@ -235,13 +235,15 @@ def test_processes_share_a_study_and_finish_what_a_killed_one_had_claimed(tmp_pa
     assert killed.close() == -signal.SIGKILL
     with path.open("ab") as file:
         file.write(b'shared,choose0,m,1,"{""k"":')
+    at = []
     for worker in others:
         worker.go()
         assert worker.heard()[2] == "1"
         worker.go()
+        at.append(worker.heard())
+    # The block of the killed one, and in it only what is missing; then the next.
+    assert at == [["at", "choose0", "1"], ["at", "choose3", "0"]]
     second, third = others
-    assert second.heard() == ["at", "choose0", "1"]  # the block of who was killed, and in it only what is missing
-    assert third.heard() == ["at", "choose3", "0"]
     third.go()
     assert third.heard() == ["at", "choose3", "1"]
     third.go()
@@ -518,10 +520,10 @@ def test_glue_runs_every_method_and_goes_on(
     again = records.read(output)
     assert [records.key_of(row) for row in again] == [records.key_of(row) for row in rows]
     assert [row["scores"] for row in again] == [row["scores"] for row in rows]  # a run is repeatable
-    assert analysis.places(rows) == ["rte/50", "cola/50"]
+    assert analysis.places(rows) == ["cola/50", "rte/50"]
     table = verdicts.glue_scores(tmp_path)
     assert [cells[0] for cells in table[1:-1]] == list(verdicts.NAMES.values())
-    assert table[-1] == ("always the most frequent label", "50.00", "0.00", "")
+    assert table[-1] == ("always the most frequent label", "0.00", "50.00", "")
     assert [path.name for path in figures.draw(tmp_path, tmp_path)] == ["studies-glue.png"]
 
 
@@ -553,6 +555,24 @@ def test_glue_scores_are_those_of_the_benchmark() -> None:
     tp, tn, fp, fn = 3, 1, 1, 1
     matthews = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     assert glue.score("cola", labels, predictions)["score"] == pytest.approx(matthews)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_padded_once_make_the_batches_that_the_tokenizer_makes(side: str, encoder: Path) -> None:
+    from fastpost.cli.tasks import Example
+    from fastpost.cli.tuning import Classifier, Padded, drawn
+
+    made, draw = Classifier(str(encoder), 2), np.random.default_rng(3)
+    made.tokenizer.padding_side = side
+    pairs = [(_text(draw, int(draw.integers(1, 9))), _text(draw, int(draw.integers(1, 9)))) for _ in range(11)]
+    rows = made.encode([Example(one, other, k % 2) for k, (one, other) in enumerate(pairs)], max_length=16)
+    padded = Padded(made, rows, "cpu")
+    for chosen in drawn(11, 4, 9, seed=5):
+        expected, found = made.collate([rows[i] for i in chosen]), padded.batch(chosen)
+        assert list(found) == list(expected)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value)
+            assert found[name].is_contiguous()
 
 
 def classifier(encoder: Path) -> tuple[Any, dict[str, torch.Tensor]]:

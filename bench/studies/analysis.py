@@ -86,8 +86,12 @@ def estimate(differences: Sequence[Any]) -> Estimate | None:
 
 
 def places(rows: list[Row]) -> list[str]:
-    """Of a glue study: its tasks with their share of the training data, such as "rte/10"."""
-    return list(dict.fromkeys(row["block"].partition("/")[2] for row in rows if row["block"].startswith("report/")))
+    """Of a glue study: its tasks with their share of the training data, such as "rte/10"; in an order of their own.
+
+    That of the rows is the order in which several processes finished.
+    """
+    found = {row["block"].partition("/")[2] for row in rows if row["block"].startswith("report/")}
+    return sorted(found, key=lambda place: (place.partition("/")[0], float(place.partition("/")[2] or 0)))
 
 
 def pairs(rows: list[Row], place: str, method: str, other: str = methods.PLAIN) -> list[tuple[Row, Row]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from fastpost.bench.studies.records import Records
 from fastpost.bench.studies.study import Block, Study, Timer, check_apart, data_folder, digest
 from fastpost.cli.options import names_of
 from fastpost.cli.tasks import Example, Task, glue_task
-from fastpost.cli.tuning import Batch, Classifier, linear_schedule
+from fastpost.cli.tuning import Classifier, Padded, drawn, linear_schedule
 
 TASKS = ("rte", "mrpc", "cola")
 SPLITS = ("validation", "dev")
@@ -62,6 +62,13 @@ class Data:
     train: list[dict[str, Any]]
     choose: list[dict[str, Any]]
     report: list[dict[str, Any]]
+    device: str
+
+    @cached_property
+    def padded(self) -> dict[str, Padded]:
+        """The three on the device."""
+        parts = {"train": self.train, "choose": self.choose, "report": self.report}
+        return {name: Padded(self.classifier, rows, self.device) for name, rows in parts.items()}
 
 
 def text_of(example: Example) -> str:
@@ -87,7 +94,7 @@ def load(name: str, options: argparse.Namespace) -> Data:
     train = [example for example in task.train if text_of(example) not in reported]
     classifier = Classifier(options.model, len(task.labels))
     encode = partial(classifier.encode, max_length=options.max_length)
-    return Data(task, classifier, encode(train), encode(choose), encode(report))
+    return Data(task, classifier, encode(train), encode(choose), encode(report), options.device)
 
 
 class Run(Comparison):
@@ -116,21 +123,21 @@ class Run(Comparison):
         name, _, share = place.partition("/")
         o, data = self.options, self.data[name]
         count = max(round(len(data.train) * float(share) / 100), o.batch_size)
-        rows = data.train[:count]  # the same examples for all; seeds order them and draw head and dropout
-        steps = max(round(-(-len(rows) // o.batch_size) * o.epochs), 1)
+        count = min(count, len(data.train))  # the same examples for all; seeds order them and draw head and dropout
+        steps = max(round(-(-count // o.batch_size) * o.epochs), 1)
         model = data.classifier.fresh(seed).to(o.device)
         strength = {key: value for key, value in hyper.items() if key != "lr"}
         groups = methods.grouped(model, hyper["lr"], o.head_rate)
         stepper = methods.build(method, model, groups, strength, self.precision)
         schedule = linear_schedule(stepper.optimizer, steps)
         timer, losses = Timer(device=o.device), []
-        batches = [self.moved(batch) for batch in data.classifier.batches(rows, o.batch_size, steps, seed)]
+        batches = [data.padded["train"].batch(chosen) for chosen in drawn(count, o.batch_size, steps, seed)]
         with timer.running():  # and nothing in it that waits for a GPU
             for batch in batches:
                 losses.append(stepper.step(batch))
                 schedule.step()
         asked = data.report if reports else data.choose
-        predictions = self.predict(data.classifier, model, asked)
+        predictions = self.predict(model, data.padded["report" if reports else "choose"])
         labels = [row["labels"] for row in asked]
         last = torch.stack(losses[-5:]).mean().item()
         scores = {**score(name, labels, predictions), "train_loss": round(last, 4)}
@@ -141,21 +148,18 @@ class Run(Comparison):
             examples = {"labels": "".join(map(str, labels)), "predictions": "".join(map(str, predictions))}
         self.records.add(where, method, seed, hyper, scores, steps=steps, examples=examples, **timer.spent())
 
-    def moved(self, batch: Batch) -> Batch:
-        return {name: value.to(self.options.device) for name, value in batch.items()}
-
     @torch.no_grad()
-    def predict(self, classifier: Classifier, model: Any, rows: list[dict[str, Any]], batch_size: int = 32) -> list[int]:
+    def predict(self, model: Any, rows: Padded, batch_size: int = 32) -> list[int]:
         """The label of every row, in order."""
         model.eval()
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        order = sorted(range(len(rows.lengths)), key=rows.lengths.__getitem__)
         named = []
         for start in range(0, len(order), batch_size):
-            batch = self.moved(classifier.collate([rows[i] for i in order[start : start + batch_size]]))
+            batch = rows.batch(order[start : start + batch_size])
             batch.pop("labels")
             with self.precision():
                 named.append(model(**batch).logits.argmax(-1))
-        found = [0] * len(rows)
+        found = [0] * len(order)
         for i, label in zip(order, torch.cat(named).tolist(), strict=True):
             found[i] = label
         return found

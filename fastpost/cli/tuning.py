@@ -112,13 +112,40 @@ class Classifier:
 
     def batches(self, rows: list[dict[str, Any]], batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
         """`steps` batches, epoch after epoch in an order that depends on the seed alone."""
-        generator = torch.Generator().manual_seed(seed)
-        queue: list[int] = []
-        for _ in range(steps):
-            while len(queue) < min(batch_size, len(rows)):
-                queue += torch.randperm(len(rows), generator=generator).tolist()
-            chosen, queue = queue[:batch_size], queue[batch_size:]
-            yield self.collate([rows[i] for i in chosen])
+        return (self.collate([rows[i] for i in chosen]) for chosen in drawn(len(rows), batch_size, steps, seed))
+
+
+def drawn(rows: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """The rows' numbers in each of `steps` batches, epoch after epoch in an order that depends on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    queue: list[int] = []
+    for _ in range(steps):
+        while len(queue) < min(batch_size, rows):
+            queue += torch.randperm(rows, generator=generator).tolist()
+        chosen, queue = queue[:batch_size], queue[batch_size:]
+        yield chosen
+
+
+class Padded:
+    """Rows that were padded once and lie on a device; their batches are those of `Classifier.collate`.
+
+    Args:
+        classifier: whose tokenizer pads.
+        rows: from `Classifier.encode`.
+        device: that they go to.
+    """
+
+    def __init__(self, classifier: Classifier, rows: list[dict[str, Any]], device: str) -> None:
+        self.lengths = [len(row["input_ids"]) for row in rows]
+        self.is_padded_left = classifier.tokenizer.padding_side == "left"
+        self._whole = {name: value.to(device) for name, value in classifier.collate(rows).items()}
+
+    def batch(self, chosen: list[int]) -> Batch:
+        """Rows by their numbers, cut to the longest of them."""
+        longest = max(self.lengths[i] for i in chosen)
+        cut = slice(-longest, None) if self.is_padded_left else slice(longest)
+        index = torch.tensor(chosen, device=self._whole["labels"].device)
+        return {name: value[index] if value.dim() == 1 else value[:, cut][index] for name, value in self._whole.items()}
 
 
 def find_head(model: Any) -> nn.Module:
