@@ -123,8 +123,10 @@ def test_a_last_line_cut_anywhere_is_dropped_and_made_again(tmp_path: Path) -> N
 def test_rows_come_back_as_they_went(tmp_path: Path) -> None:
     opened = Records(tmp_path / "new" / "rows.csv", "s", {"a": 1}, AROUND)
     opened.add("b", "m", 3, {"lr": 1e-4}, {"x": 1 / 3}, steps=7, seconds=1.234, cpu_seconds=2.0, examples={"y": [0.5]})
+    opened.add("b", "m", 4, {}, {}, examples="1" * 200_000)
     opened.close()
-    (row,) = records.read(tmp_path / "new" / "rows.csv")
+    row, large = records.read(tmp_path / "new" / "rows.csv")
+    assert large["examples"] == "1" * 200_000
     assert row == {
         "study": "s", "block": "b", "method": "m", "seed": 3, "hyper": {"lr": 1e-4}, "scores": {"x": 1 / 3}, "steps": 7,
         "seconds": 1.23, "cpu_seconds": 2.0, **AROUND, "setup": {"a": 1}, "examples": {"y": [0.5]},

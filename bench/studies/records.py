@@ -24,6 +24,7 @@ COLUMNS = (
     "commit", "versions", "date", "setup", "examples",
 )  # fmt: skip
 _JSON = ("hyper", "scores", "versions", "setup", "examples")
+csv.field_size_limit(1 << 30)  # what can be written has to be read again; Python's default is 128 KiB
 # What makes a row that row. Two runs with the same key are the same run.
 Key = tuple[str, str, str, int, str]
 Row = dict[str, Any]
