@@ -5,6 +5,7 @@
 #include <cfloat>
 
 #include "core/divergence.h"
+#include "cuda/fast_math.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/warp.cuh"
 
@@ -52,8 +53,41 @@ struct Cut {
   }
 };
 
+// Two tiles on their way from global memory. A thread reads what it has asked for itself, so nothing waits at a barrier.
+struct Ahead {
+  static constexpr int tiles = 2;
+  float4 pack[tiles][2 * kTilePacks][kRowThreads];
+
+  // Asks for the tile of a round whose packs of this thread begin at a and b; `there`: whether there is one.
+  template <class T>
+  __device__ __forceinline__ void ask(int round, const T* a, const T* b, bool there) {
+    float4(*slot)[kRowThreads] = pack[round & (tiles - 1)];
+    if (there) {
+#pragma unroll
+      for (int u = 0; u < kTilePacks; ++u) {
+        copy_ahead(&slot[u][threadIdx.x], a + u * kRowThreads * Pack<T>::size);
+        copy_ahead(&slot[kTilePacks + u][threadIdx.x], b + u * kRowThreads * Pack<T>::size);
+      }
+    }
+    end_group();
+  }
+  // The tile asked for before the last.
+  template <class T>
+  __device__ __forceinline__ void take(int round, Pack<T>* x, Pack<T>* y) const {
+    wait_for_groups<1>();
+    const float4(*slot)[kRowThreads] = pack[round & (tiles - 1)];
+#pragma unroll
+    for (int u = 0; u < kTilePacks; ++u) {
+      memcpy(&x[u], &slot[u][threadIdx.x], sizeof(float4));
+      memcpy(&y[u], &slot[kTilePacks + u][threadIdx.x], sizeof(float4));
+    }
+  }
+  // Nothing is on its way any more, and both slots are free.
+  __device__ __forceinline__ void stop() const { wait_for_groups<0>(); }
+};
+
 // How a thread does its tiles, until one shows that it has to be done otherwise.
-enum class Way : int { near, exact, careful };
+enum class Way : int { near, exact, far, careful };
 
 // Where the largest |delta| of a tile is below this share of the centre, the rounding errors of a - b count.
 constexpr float kCoarse = 0.25f;
