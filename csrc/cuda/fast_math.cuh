@@ -29,6 +29,9 @@ __device__ __forceinline__ void wait_for_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(later) : "memory");
 }
 
+// Will be read soon.
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L1 [%0];" ::"l"(global)); }
+
 // The larger one; NaN where one of them is.
 __device__ __forceinline__ float max_or_nan(float x, float y) {
   float z;
@@ -62,6 +65,7 @@ __device__ __forceinline__ void round_pair(float first, float second, f16* to) {
 inline float exp2_fast(float x) { return emulation::exp2_fast(x); }
 inline void copy_ahead(void* shared, const void* global) { memcpy(shared, global, 16); }
 inline void end_group() {}
+inline void prefetch(const void*) {}
 template <int later>
 void wait_for_groups() {}
 inline float max_or_nan(float x, float y) { return x != x || y != y ? NAN : fmaxf(x, y); }

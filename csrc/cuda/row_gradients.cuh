@@ -141,7 +141,7 @@ __device__ __forceinline__ void differentiate_carefully(const T* a, const T* b, 
   }
 }
 
-// Whole rounds in one way, from `round` down. Returns the first that was not done, with the way it asks for.
+// Rounds in one way, from `round` down. Returns the first that was not done, with the way it asks for.
 template <Way here, class T, class O, bool operand>
 __device__ __forceinline__ int differentiate_rounds(const T* a, const T* b, O* grad_a, O* grad_b, const Cut<T>& cut,
                                                     int round, const Whole& whole, Way& way, Ahead& ahead) {
@@ -151,8 +151,8 @@ __device__ __forceinline__ int differentiate_rounds(const T* a, const T* b, O* g
   const float least = sizeof(T) == 4 && here == Way::near ? kCoarse * fabsf(w.centre) : -1.0f;
   constexpr int step = cut.round_packs * cut.size;
   int64_t at = cut.column(round, 0);
-  ahead.ask(round, a + at, b + at, round >= 0);
-  ahead.ask(round - 1, a + at - step, b + at - step, round >= 1);
+  ahead.ask(cut, round, a + at, b + at);
+  ahead.ask(cut, round - 1, a + at - step, b + at - step);
 #pragma unroll 1
   while (way == here && round >= 0) {
     Pack<T> x[kTilePacks], y[kTilePacks];
@@ -168,21 +168,32 @@ __device__ __forceinline__ int differentiate_rounds(const T* a, const T* b, O* g
           return differentiate_near<here == Way::exact, operand>(xi, yi, w, furthest);
         }
       });
-    const bool coarse = furthest < least;
+    const bool coarse = furthest < least || (least > 0 && round == cut.whole);
     if (here != Way::far && __any_sync(0xffffffffu, !(furthest <= kNear) || coarse)) {
       way = __any_sync(0xffffffffu, coarse) ? Way::exact : Way::far;
       break;
     }
-    ahead.ask(round - 2, a + at - 2 * step, b + at - 2 * step, round >= 2);
-    if (grad_a != nullptr)
+    ahead.ask(cut, round - 2, a + at - 2 * step, b + at - 2 * step);
+    const bool whole_tile = round < cut.whole;
+    if (whole_tile) {
+      if (grad_a != nullptr)
 #pragma unroll
-      for (int u = 0; u < kTilePacks; ++u) store_as<Cache::stream>(grad_a + at + u * kRowThreads * cut.size, x[u], true);
-    if (grad_b != nullptr)
+        for (int u = 0; u < kTilePacks; ++u) store_as(grad_a + at + u * kRowThreads * cut.size, x[u], true);
+      if (grad_b != nullptr)
 #pragma unroll
-      for (int u = 0; u < kTilePacks; ++u) store_as<Cache::stream>(grad_b + at + u * kRowThreads * cut.size, y[u], true);
+        for (int u = 0; u < kTilePacks; ++u) store_as(grad_b + at + u * kRowThreads * cut.size, y[u], true);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kTilePacks; ++u) {
+        if (!cut.has(round, u)) continue;
+        if (grad_a != nullptr) store_as(grad_a + at + u * kRowThreads * cut.size, x[u], true);
+        if (grad_b != nullptr) store_as(grad_b + at + u * kRowThreads * cut.size, y[u], true);
+      }
+    }
     --round;
     at -= step;
-    if (here == Way::far && !__any_sync(0xffffffffu, furthest > kNear)) way = Way::near;
+    if ((here == Way::far && !__any_sync(0xffffffffu, furthest > kNear)) || (here == Way::exact && !whole_tile))
+      way = Way::near;
   }
   ahead.stop();
   return round;
@@ -197,7 +208,6 @@ __device__ __forceinline__ void write_gradients(const T* a, const T* b, O* grad_
   const Cut<T> cut(a, cols);
   const bool wide = aligned(b + cut.head) && (grad_a == nullptr || aligned(grad_a + cut.head)) &&
                     (grad_b == nullptr || aligned(grad_b + cut.head));
-  const int whole_rounds = wide ? cut.whole_rounds() : 0;
   const int64_t i = threadIdx.x < kWarp ? cut.single() : -1;
   if (i >= 0) {
     float furthest = 0;
@@ -211,7 +221,7 @@ __device__ __forceinline__ void write_gradients(const T* a, const T* b, O* grad_
   int round = cut.rounds() - 1;
 #pragma unroll 1
   while (round >= 0) {
-    if (careful || round >= whole_rounds) {
+    if (!wide || careful) {
       differentiate_carefully<T, O, operand>(a, b, grad_a, grad_b, cut, round--, whole);
       continue;
     }

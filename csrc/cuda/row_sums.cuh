@@ -252,21 +252,22 @@ __device__ __forceinline__ void survey(const Pack<T>* x, const Pack<T>* y, Walk&
   room.clean_unit[threadIdx.x] = rintf(best.clean * kLog2e);
 }
 
-// Whole rounds the near way, from `round` on. Returns the first that was not done, with the way it asks for. asked: its tile
-// and the next are on their way already.
+// Rounds of whole packs the near way, from `round` on. Returns the first that was not done, with the way it asks for. asked:
+// its tile and the next are on their way already.
 template <class T, bool exact>
-__device__ __forceinline__ int sum_near(const T* a, const T* b, const Cut<T>& cut, int round, int whole_rounds, Walk& walk,
+__device__ __forceinline__ int sum_near(const T* a, const T* b, const Cut<T>& cut, int round, int wide_rounds, Walk& walk,
                                         Way& way, Ahead& ahead, bool asked) {
+  if (round >= wide_rounds) return round;
   const float least = sizeof(T) == 4 && !exact ? kCoarse * fabsf(walk.centre) : -1.0f;
   constexpr int step = cut.round_packs * cut.size;
   a += cut.column(round, 0);
   b += cut.column(round, 0);
   if (!asked) {
-    ahead.ask(round, a, b, round < whole_rounds);
-    ahead.ask(round + 1, a + step, b + step, round + 1 < whole_rounds);
+    ahead.ask(cut, round, a, b);
+    ahead.ask(cut, round + 1, a + step, b + step);
   }
 #pragma unroll 1
-  for (; round < whole_rounds; ++round, a += step, b += step) {
+  for (; round < wide_rounds; ++round, a += step, b += step) {
     Pack<T> x[kTilePacks], y[kTilePacks];
     ahead.take(round, x, y);
     TileSums sums = {0, 0, 0, 0};
@@ -276,12 +277,12 @@ __device__ __forceinline__ int sum_near(const T* a, const T* b, const Cut<T>& cu
 #pragma unroll
       for (int k = 0; k < cut.size; ++k)
         add_near<exact>(widened(x[u].value[k]), widened(y[u].value[k]), walk.unit, walk.centre, sums, furthest);
-    const bool coarse = furthest < least;
+    const bool coarse = furthest < least || (least > 0 && round == cut.whole);
     if (__any_sync(0xffffffffu, sums.noised > walk.limit || !(furthest <= kNear) || coarse)) {
       way = __any_sync(0xffffffffu, coarse) ? Way::exact : Way::near;
       break;
     }
-    ahead.ask(round + 2, a + 2 * step, b + 2 * step, round + 2 < whole_rounds);
+    ahead.ask(cut, round + 2, a + 2 * step, b + 2 * step);
     walk.add(sums);
   }
   ahead.stop();
@@ -291,19 +292,20 @@ __device__ __forceinline__ int sum_near(const T* a, const T* b, const Cut<T>& cu
 // The clean weight that a far pair may have on average before its unit moves.
 constexpr float kMoreClean = 16;
 
-// Whole rounds whose pairs are near or far, from `round` on. Returns the first that was not done: because it wants care, or
-// because the near way's turn has come again.
+// Rounds of whole packs whose pairs are near or far, from `round` on. Returns the first that was not done: because it wants
+// care, or because the near way's turn has come again.
 template <class T>
-__device__ __forceinline__ int sum_far(const T* a, const T* b, const Cut<T>& cut, int round, int whole_rounds, Walk& walk,
+__device__ __forceinline__ int sum_far(const T* a, const T* b, const Cut<T>& cut, int round, int wide_rounds, Walk& walk,
                                        Way& way, Room& room) {
+  if (round >= wide_rounds) return round;
   constexpr int step = cut.round_packs * cut.size;
   const float clean_unit = room.clean_unit[threadIdx.x];
   a += cut.column(round, 0);
   b += cut.column(round, 0);
-  room.ahead.ask(round, a, b, round < whole_rounds);
-  room.ahead.ask(round + 1, a + step, b + step, round + 1 < whole_rounds);
+  room.ahead.ask(cut, round, a, b);
+  room.ahead.ask(cut, round + 1, a + step, b + step);
 #pragma unroll 1
-  while (way == Way::far && round < whole_rounds) {
+  while (way == Way::far && round < wide_rounds) {
     Pack<T> x[kTilePacks], y[kTilePacks];
     room.ahead.take(round, x, y);
     MixedSums sums;
@@ -321,7 +323,7 @@ __device__ __forceinline__ int sum_far(const T* a, const T* b, const Cut<T>& cut
     ++round;
     a += step;
     b += step;
-    room.ahead.ask(round + 1, a + step, b + step, round + 1 < whole_rounds);
+    room.ahead.ask(cut, round + 1, a + step, b + step);
     walk.add(sums, room);
     if (!__any_sync(0xffffffffu, sums.furthest > kNear)) way = Way::near;
   }
@@ -335,7 +337,11 @@ __device__ __forceinline__ RowPart part_of(const T* a, const T* b, int64_t cols,
   constexpr bool can_be_exact = sizeof(T) == 4;  // differences of 16-bit logits are
   const Cut<T> cut(a, cols);
   const bool wide = aligned(b + cut.head);
-  const int rounds = cut.rounds_with_singles(), whole_rounds = wide ? cut.whole_rounds() : 0;
+  const int rounds = cut.rounds_with_singles(), wide_rounds = wide ? cut.rounds() : 0;
+  if (rounds > cut.rounds() && cut.single() >= 0) {
+    prefetch(a + cut.single());
+    prefetch(b + cut.single());
+  }
   Walk walk{start.unit, start.centre, FLT_MAX, {0, 0, 0, 0}};
   for (int k = 0; k < 4; ++k) room.far[k][threadIdx.x] = 0;
   room.clean_unit[threadIdx.x] = start.clean_unit;
@@ -343,12 +349,12 @@ __device__ __forceinline__ RowPart part_of(const T* a, const T* b, int64_t cols,
   bool asked = false;
   if (uniform(!start.given)) {
     Pack<T> x[kTilePacks], y[kTilePacks];
-    asked = whole_rounds > 0;
+    asked = wide_rounds > 0;
     if (asked) {
       constexpr int step = cut.round_packs * cut.size;
       const T *first_a = a + cut.column(0, 0), *first_b = b + cut.column(0, 0);
-      room.ahead.ask(0, first_a, first_b, true);
-      room.ahead.ask(1, first_a + step, first_b + step, whole_rounds > 1);
+      room.ahead.ask(cut, 0, first_a, first_b);
+      room.ahead.ask(cut, 1, first_a + step, first_b + step);
       room.ahead.take(0, x, y);
     } else {
 #pragma unroll
@@ -362,12 +368,12 @@ __device__ __forceinline__ RowPart part_of(const T* a, const T* b, int64_t cols,
   int round = 0;
 #pragma unroll 1
   while (round < rounds) {
-    if (way == Way::near) round = sum_near<T, false>(a, b, cut, round, whole_rounds, walk, way, room.ahead, asked);
+    if (way == Way::near) round = sum_near<T, false>(a, b, cut, round, wide_rounds, walk, way, room.ahead, asked);
     asked = false;
     if (can_be_exact && way == Way::exact)
-      round = sum_near<T, can_be_exact>(a, b, cut, round, whole_rounds, walk, way, room.ahead, false);
+      round = sum_near<T, can_be_exact>(a, b, cut, round, wide_rounds, walk, way, room.ahead, false);
     if (way == Way::far) {
-      round = sum_far(a, b, cut, round, whole_rounds, walk, way, room);
+      round = sum_far(a, b, cut, round, wide_rounds, walk, way, room);
       if (way == Way::near) continue;
     }
     if (round >= rounds) break;
