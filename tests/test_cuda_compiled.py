@@ -100,7 +100,7 @@ def test_instructions_per_pair_of_logits(hopper: dict[str, Loops], dtype: str, f
     rounds = [
         (count(r, "MUFU", "EX2"), r)
         for r in kernel(hopper, "wide_rows_kernel", dtype).rounds("MUFU.EX2", 4)
-        if count(r, "LDG", "128") == 4
+        if count(r, "LDGSTS", "128") == 4 and count(r, "LDS", "128") == 4
     ]
     sums = [r.total() / pairs for pairs, r in rounds if count(r, "STG") == 0]
     gradients = [r.total() / pairs for pairs, r in rounds if count(r, "STG", "128") == 4]

@@ -63,6 +63,13 @@ FASTPOST_HD double power_of_two(double exponent) {
   return power;
 }
 
+// The whole number below log2(x), for x > 0 in the normal range.
+FASTPOST_HD double exponent_of(double x) {
+  int64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return static_cast<double>((bits >> 52) - 1023);
+}
+
 // What e^(a - centre) in 2^unit, times this, is in 2^clean_unit.
 FASTPOST_HD double clean_factor(float unit, float centre, float clean_unit) {
   return exp2(static_cast<double>(kLog2e) * centre + (static_cast<double>(unit) - clean_unit));
@@ -110,29 +117,39 @@ struct RowMeaning {
   bool off_centre;               // the centre was none: J has lost digits
 };
 
-FASTPOST_HD RowMeaning meaning_of(const RowPart& part) {
+struct Logs {
+  double clean, noised, ratio;
+};
+
+// logs_of(a, b, c) gives the three logarithms, in turn or side by side.
+template <class LogsOf>
+FASTPOST_HD RowMeaning meaning_of(const RowPart& part, const LogsOf& logs_of) {
   const NearSums& near = part.near;
   const FarSums& far = part.far;
   const double factor = clean_factor(part.unit, part.centre, part.clean_unit);  // may be 0 or infinite if all pairs are far
-  const bool any_near = near.noised > 0;
+  const bool any_near = near.noised > 0, any_far = far.clean > 0;
   RowMeaning row;
   row.clean = (any_near ? factor * (near.noised + near.excess) : 0) + far.clean;
   row.noised = near.noised + far.noised;
-  row.noised_mean = (near.noised_delta + far.noised_delta) / row.noised;
-  row.log_clean = (log(row.clean) + part.clean_unit * kLn2) / kStretch;
-  row.log_noised = (log(row.noised) + part.unit * kLn2) / kStretch;
+  const double per_noised = 1 / row.noised;
+  row.noised_mean = (near.noised_delta + far.noised_delta) * per_noised;
   // Far pairs of the clean stream in the others' units: infinite where the streams have nothing in common.
-  const double excess = near.excess + (far.clean / factor - far.noised);
-  const double growth = excess / row.noised;  // e^log_ratio - 1
+  const double excess = near.excess + ((any_far ? far.clean / factor : 0) - far.noised);
+  const double growth = excess * per_noised;  // e^log_ratio - 1
   const double clean_mean =
       ((any_near ? factor * (near.noised_delta + near.excess_delta) : 0) + far.clean_delta) / row.clean;  // E_p[delta]
-  if (fabs(growth) < 0.5) {
-    const double excess_delta = near.excess_delta + (far.clean_delta / factor - far.noised_delta);
-    row.log_ratio = log1p(growth);
+  const bool alike = fabs(growth) < 0.5;
+  const double grown = 1 + growth;
+  const Logs logs = logs_of(row.clean, row.noised, alike ? grown : row.clean * per_noised);
+  row.log_clean = (logs.clean + part.clean_unit * kLn2) / kStretch;
+  row.log_noised = (logs.noised + part.unit * kLn2) / kStretch;
+  if (alike) {
+    const double excess_delta = near.excess_delta + ((any_far ? far.clean_delta / factor : 0) - far.noised_delta);
+    const double kept = grown - 1;  // growth as far as `grown` holds it
+    row.log_ratio = kept == 0 ? growth : logs.ratio * (growth / kept);
     row.divergence = (excess_delta - row.noised_mean * excess) / (row.noised + excess);
   } else {
-    row.log_ratio =
-        (log(row.clean / row.noised) + (static_cast<double>(part.clean_unit) - part.unit) * kLn2) / kStretch - part.centre;
+    row.log_ratio = (logs.ratio + (static_cast<double>(part.clean_unit) - part.unit) * kLn2) / kStretch - part.centre;
     row.divergence = clean_mean - row.noised_mean;
   }
   if (row.divergence < 0) row.divergence = 0;

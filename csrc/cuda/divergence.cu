@@ -63,7 +63,7 @@ template <bool operand>
 __device__ __forceinline__ Whole whole_of(const RowPart& sums, const RowMeaning& row, const Work& work, int64_t cols,
                                           const OperandRule& rule) {
   // Units in which probabilities that matter are near 1.
-  const double unit = rint(log2(row.noised)), clean_unit = rint(log2(row.clean));
+  const double unit = exponent_of(row.noised), clean_unit = exponent_of(row.clean);
   const double kl_weight = work.task.kl_weight, ce_weight = work.task.ce_weight;
   const bool uneven = kl_weight != 0 && fabs(kl_weight) < 1e-6 * fabs(ce_weight);
   const double weight = kl_weight == 0 || uneven ? ce_weight : kl_weight, share = kl_weight / weight;
@@ -106,9 +106,18 @@ __device__ __forceinline__ void go_on(Work& work) {
   work.start = {};
 }
 
+// What a row's sums say, on all lanes of a warp that have them: three of them work out a logarithm each.
+__device__ __forceinline__ RowMeaning meaning_by_warp(const RowPart& sums) {
+  return meaning_of(sums, [](double clean, double noised, double ratio) -> Logs {
+    const int lane = threadIdx.x % kWarp;
+    const double found = log(lane == 0 ? clean : lane == 1 ? noised : ratio);
+    return {__shfl_sync(0xffffffffu, found, 0), __shfl_sync(0xffffffffu, found, 1), __shfl_sync(0xffffffffu, found, 2)};
+  });
+}
+
 // On one thread: what the sums come to.
 template <class T, bool operand>
-__device__ __forceinline__ void judge(const RowPart& sums, const Room& room, Work& work, int64_t cols,
+__device__ __forceinline__ void judge(const RowPart& sums, const RowMeaning& row, const Room& room, Work& work, int64_t cols,
                                       const OperandRule& rule) {
   work.next = Next::done;
   if (room.undefined || room.infinite) {
@@ -124,13 +133,12 @@ __device__ __forceinline__ void judge(const RowPart& sums, const Room& room, Wor
     }
     return go_on(work);
   }
-  const RowMeaning row = meaning_of(sums);
   if (!work.start.given) {
     work.start.given = true;
     if (room.huge || !(row.noised > 0) || !(row.clean > 0)) {
       work.next = Next::huge;
     } else if (row.off_centre || (sizeof(T) == 2 && row.divergence > 0 && row.divergence < kFaint)) {
-      work.start.careful = sizeof(T) == 2;
+      work.start.careful = !row.off_centre;
       work.start.unit = sums.unit;
       work.start.clean_unit = sums.clean_unit;
       work.start.centre = static_cast<float>(sums.centre + row.noised_mean);
@@ -172,7 +180,10 @@ __device__ __forceinline__ void wide_row(const Rows& r, const OperandRule& rule,
       const T* a = row_of<T>(streams == Streams::noised ? r.noised : r.clean, row);
       const T* b = row_of<T>(streams == Streams::clean ? r.clean : r.noised, row);
       const RowPart sums = gathered(part_of(a, b, r.cols, work.start, room), room);
-      if (threadIdx.x == 0) judge<T, operand>(sums, room, work, r.cols, rule);
+      if (threadIdx.x < kWarp) {
+        const RowMeaning meaning = meaning_by_warp(sums);
+        if (threadIdx.x == 0) judge<T, operand>(sums, meaning, room, work, r.cols, rule);
+      }
       __syncthreads();
       const Next next = uniform(work.next);
       if (next == Next::done) break;
@@ -190,7 +201,8 @@ __device__ __forceinline__ void wide_row(const Rows& r, const OperandRule& rule,
     O* grad_b = together ? row_of<O>(r.grad_noised, row) : nullptr;
     if (grad_a != nullptr || grad_b != nullptr) {
       const T* a = row_of<T>(r.clean, row);
-      write_gradients<T, O, operand>(a, together ? row_of<T>(r.noised, row) : a, grad_a, grad_b, r.cols, work.whole);
+      write_gradients<T, O, operand>(a, together ? row_of<T>(r.noised, row) : a, grad_a, grad_b, r.cols, work.whole,
+                                     room.ahead);
       __syncthreads();
       if (threadIdx.x == 0 && work.task.ce_weight != 0) {
         // p - 1 at the label, from the logarithm so that a confident row keeps its digits.
@@ -269,8 +281,6 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     if (i >= 0) x[i] = scaled(x[i]);
   }
 }
-
-constexpr int64_t kMostBlocks = int64_t{1} << 30;
 
 int64_t narrow_blocks(int64_t rows) {
   constexpr int64_t per_block = kNarrowThreads / kWarp;

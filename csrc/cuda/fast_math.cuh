@@ -16,6 +16,22 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// 16 bytes from global memory into shared memory, in this thread's order of requests; they are there once no more than so
+// many of its later groups are on their way. Other threads' copies need a barrier besides.
+__device__ __forceinline__ void copy_ahead(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int later>
+__device__ __forceinline__ void wait_for_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(later) : "memory");
+}
+
+// Will be read soon.
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L1 [%0];" ::"l"(global)); }
+
 // The larger one; NaN where one of them is.
 __device__ __forceinline__ float max_or_nan(float x, float y) {
   float z;
@@ -47,6 +63,11 @@ __device__ __forceinline__ void round_pair(float first, float second, f16* to) {
 #else
 
 inline float exp2_fast(float x) { return emulation::exp2_fast(x); }
+inline void copy_ahead(void* shared, const void* global) { memcpy(shared, global, 16); }
+inline void end_group() {}
+inline void prefetch(const void*) {}
+template <int later>
+void wait_for_groups() {}
 inline float max_or_nan(float x, float y) { return x != x || y != y ? NAN : fmaxf(x, y); }
 template <class T>
 float widened(T x) {

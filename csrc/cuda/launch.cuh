@@ -14,6 +14,7 @@
 namespace fastpost::cuda {
 
 constexpr int kThreads = 512;
+constexpr int64_t kMostBlocks = int64_t{1} << 30;  // of a launch
 
 inline void check(cudaError_t status, const char* op, int device) {
   if (status == cudaSuccess) return;
@@ -43,13 +44,6 @@ class Call {
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.stream = stream_;
     check(cudaLaunchKernelEx(&config, kernel, arguments...));
-  }
-
-  // Blocks that fill the device when two fit on a multiprocessor.
-  int64_t resident() const {
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
-    return int64_t{2} * count;
   }
 
  private:
@@ -98,17 +92,17 @@ struct Table {
 // Sums need the plan's chunks.
 constexpr int64_t kPieceElements = kChunkElements / 4;
 
-// Launches kernel(table, arguments...) for each table that the rows fill: a grid that stays and walks the chunks.
+// Launches kernel(table, arguments...) for each table that the rows fill, with a block per chunk. A grid that stays and
+// walks the chunks is slower by 2 to 4 % (docs/measured-facts.md).
 template <class List, class Kernel, class... Arguments>
 void launch_tables(const Call& call, const std::vector<Entry<List::columns>>& rows, Kernel kernel,
                    const Arguments&... arguments) {
   constexpr int columns = List::columns;
-  const int64_t resident = call.resident();
   List table{};
   int64_t chunk = 0;
   const auto flush = [&] {
     table.chunks = static_cast<int>(chunk - table.first_chunk);
-    if (table.chunks > 0) call.launch(kernel, std::min<int64_t>(resident, table.chunks), kThreads, table, arguments...);
+    if (table.chunks > 0) call.launch(kernel, table.chunks, kThreads, table, arguments...);
     table.first_chunk = chunk;
     table.entries = 0;
   };

@@ -225,7 +225,7 @@ struct Rows {
 void noise_rows(const Call& call, const void* table, void* clean, void* noised, DType in, DType out, const Rows& rows,
                 double eps, NoiseType type, const int64_t* seed) {
   if (rows.n_rows == 0 || rows.width == 0) return;
-  const int64_t blocks = std::min((rows.n_rows + kWarps - 1) / kWarps, 2 * call.resident());
+  const int64_t blocks = std::min((rows.n_rows + kWarps - 1) / kWarps, kMostBlocks);
   with_types(in, out, type, [&](auto from, auto to, auto normal) {
     using In = decltype(from);
     using Out = decltype(to);
@@ -246,7 +246,8 @@ void add_noise(const void* x, void* out, DType in_dtype, DType out_dtype, int64_
     return noise_rows(call, x, nullptr, out, in_dtype, out_dtype,
                       {nullptr, n_rows, row_length, n_rows, row_length, rows, scales}, eps, type, seed);
   }
-  const int64_t blocks = std::min((n + 8 * kThreads - 1) / (8 * kThreads), call.resident());
+  constexpr int64_t share = 32 * kThreads;  // elements of a block
+  const int64_t blocks = std::min((n + share - 1) / share, kMostBlocks);
   with_types(in_dtype, out_dtype, type, [&](auto from, auto to, auto normal) {
     using In = decltype(from);
     using Out = decltype(to);

@@ -26,51 +26,45 @@ __global__ void __launch_bounds__(kThreads, kPair)
   struct Held {
     Pack<T> xs, ys;
   };
-#pragma unroll 1
-  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const auto place = locate(table, c);
-    T* x = place.template at<T>(0);
-    const T* y = two ? place.template at<T>(1) : nullptr;
-    double sum[1] = {0};
-    const auto add = [&](T xi, T yi) {
-      double a = widened(xi);
-      if constexpr (what == Squares::scaled) a *= fabs(static_cast<double>(widened(yi))) + eta;
-      if constexpr (what == Squares::difference) a -= static_cast<double>(widened(yi));
-      sum[0] += a * a;
-    };
-    walk<T, two ? 2 : 4>(
-        place.length, aligned(x) && aligned(y),
-        [&](int i, bool wide) {
-          Held held;
-          held.xs = load_pack(x + i, wide);
-          if constexpr (two) held.ys = load_pack(y + i, wide);
-          return held;
-        },
-        [&](int i, const Held& held, bool wide) {
+  const auto place = locate(table, blockIdx.x);
+  T* x = place.template at<T>(0);
+  const T* y = two ? place.template at<T>(1) : nullptr;
+  double sum[1] = {0};
+  const auto add = [&](T xi, T yi) {
+    double a = widened(xi);
+    if constexpr (what == Squares::scaled) a *= fabs(static_cast<double>(widened(yi))) + eta;
+    if constexpr (what == Squares::difference) a -= static_cast<double>(widened(yi));
+    sum[0] += a * a;
+  };
+  walk<T, two ? 2 : 4>(
+      place.length, aligned(x) && aligned(y),
+      [&](int i, bool wide) {
+        Held held;
+        held.xs = load_pack(x + i, wide);
+        if constexpr (two) held.ys = load_pack(y + i, wide);
+        return held;
+      },
+      [&](int i, const Held& held, bool wide) {
 #pragma unroll
-          for (int k = 0; k < Pack<T>::size; ++k) add(held.xs.value[k], (two ? held.ys : held.xs).value[k]);
-          if constexpr (negate) store_pack(x + i, negated(held.xs), wide);
-        },
-        [&](int i) {
-          add(x[i], two ? y[i] : x[i]);
-          if constexpr (negate) x[i] = flipped(x[i], true);
-        });
-    block_sum(sum);
-    if (threadIdx.x == 0) partial[place.chunk] = sum[0];
-  }
+        for (int k = 0; k < Pack<T>::size; ++k) add(held.xs.value[k], (two ? held.ys : held.xs).value[k]);
+        if constexpr (negate) store_pack(x + i, negated(held.xs), wide);
+      },
+      [&](int i) {
+        add(x[i], two ? y[i] : x[i]);
+        if constexpr (negate) x[i] = flipped(x[i], true);
+      });
+  block_sum(sum);
+  if (threadIdx.x == 0) partial[place.chunk] = sum[0];
 }
 
 template <class T, class List>
 __global__ void __launch_bounds__(kThreads, kPair) negate_kernel(const __grid_constant__ List table) {
-#pragma unroll 1
-  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const auto place = locate(table, c);
-    T* g = place.template at<T>(0);
-    walk<T, 4>(
-        place.length, aligned(g), [&](int i, bool wide) { return load_pack(g + i, wide); },
-        [&](int i, const Pack<T>& held, bool wide) { store_pack(g + i, negated(held), wide); },
-        [&](int i) { g[i] = flipped(g[i], true); });
-  }
+  const auto place = locate(table, blockIdx.x);
+  T* g = place.template at<T>(0);
+  walk<T, 4>(
+      place.length, aligned(g), [&](int i, bool wide) { return load_pack(g + i, wide); },
+      [&](int i, const Pack<T>& held, bool wide) { store_pack(g + i, negated(held), wide); },
+      [&](int i) { g[i] = flipped(g[i], true); });
 }
 
 // Column 1 of the table is the tensor's number, which keys its bits.
@@ -78,25 +72,22 @@ template <class T, class List>
 __global__ void __launch_bounds__(kThreads, kPair)
     flip_signs_kernel(const __grid_constant__ List table, const int64_t* __restrict__ seed) {
   const uint64_t key = static_cast<uint64_t>(*seed);
-#pragma unroll 1
-  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const auto place = locate(table, c);
-    T* g = place.template at<T>(0);
-    const uint32_t stream = static_cast<uint32_t>(place.entry->word[1]);
-    // The 32 elements around i share a word. Indexing an array with it would put the array into local memory.
-    const auto bits_of = [&](int i) {
-      const uint64_t element = static_cast<uint64_t>(place.begin + i);
-      const PhiloxWords words = philox(key, element / 128, stream);
-      const unsigned which = element % 128 / 32;
-      const uint32_t word =
-          which < 2 ? (which == 0 ? words.word[0] : words.word[1]) : (which == 2 ? words.word[2] : words.word[3]);
-      return word >> (i % 32);
-    };
-    walk<T, 4>(
-        place.length, aligned(g), [&](int i, bool wide) { return load_pack(g + i, wide); },
-        [&](int i, const Pack<T>& held, bool wide) { store_pack(g + i, flipped(held, bits_of(i)), wide); },
-        [&](int i) { g[i] = flipped(g[i], (bits_of(i) & 1u) != 0); });
-  }
+  const auto place = locate(table, blockIdx.x);
+  T* g = place.template at<T>(0);
+  const uint32_t stream = static_cast<uint32_t>(place.entry->word[1]);
+  // The 32 elements around i share a word. Indexing an array with it would put the array into local memory.
+  const auto bits_of = [&](int i) {
+    const uint64_t element = static_cast<uint64_t>(place.begin + i);
+    const PhiloxWords words = philox(key, element / 128, stream);
+    const unsigned which = element % 128 / 32;
+    const uint32_t word =
+        which < 2 ? (which == 0 ? words.word[0] : words.word[1]) : (which == 2 ? words.word[2] : words.word[3]);
+    return word >> (i % 32);
+  };
+  walk<T, 4>(
+      place.length, aligned(g), [&](int i, bool wide) { return load_pack(g + i, wide); },
+      [&](int i, const Pack<T>& held, bool wide) { store_pack(g + i, flipped(held, bits_of(i)), wide); },
+      [&](int i) { g[i] = flipped(g[i], (bits_of(i) & 1u) != 0); });
 }
 
 // g = -g * min(1, max_norm / norm). Unless the norm is finite and above max_norm the sign bits flip and nothing is scaled.
@@ -107,21 +98,18 @@ __global__ void __launch_bounds__(kThreads, kPair)
   const bool clipped = clips(norm, max_norm);
   const double factor = clipped ? -max_norm / norm : -1.0;
   const auto scaled = [&](T x) { return static_cast<float>(static_cast<double>(widened(x)) * factor); };
-#pragma unroll 1
-  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const auto place = locate(table, c);
-    T* g = place.template at<T>(0);
-    walk<T, 4>(
-        place.length, aligned(g), [&](int i, bool wide) { return load_pack(g + i, wide); },
-        [&](int i, const Pack<T>& held, bool wide) {
-          if (!clipped) return store_pack(g + i, negated(held), wide);
-          float value[Pack<T>::size];
+  const auto place = locate(table, blockIdx.x);
+  T* g = place.template at<T>(0);
+  walk<T, 4>(
+      place.length, aligned(g), [&](int i, bool wide) { return load_pack(g + i, wide); },
+      [&](int i, const Pack<T>& held, bool wide) {
+        if (!clipped) return store_pack(g + i, negated(held), wide);
+        float value[Pack<T>::size];
 #pragma unroll
-          for (int k = 0; k < Pack<T>::size; ++k) value[k] = scaled(held.value[k]);
-          store_pack(g + i, rounded<T>(value), wide);
-        },
-        [&](int i) { g[i] = clipped ? from_float<T>(scaled(g[i])) : flipped(g[i], true); });
-  }
+        for (int k = 0; k < Pack<T>::size; ++k) value[k] = scaled(held.value[k]);
+        store_pack(g + i, rounded<T>(value), wide);
+      },
+      [&](int i) { g[i] = clipped ? from_float<T>(scaled(g[i])) : flipped(g[i], true); });
 }
 
 }  // namespace

@@ -122,10 +122,10 @@ __device__ __forceinline__ void for_pairs(Pack<T>& a, Pack<T>& b, Pair&& pair) {
   }
 }
 
-// A tile with care, wherever it is, a pack at a time. Returns the largest |r|.
+// A tile with care, wherever it is, a pack at a time.
 template <class T, class O, bool operand>
-__device__ __forceinline__ float differentiate_carefully(const T* a, const T* b, O* grad_a, O* grad_b, const Cut<T>& cut,
-                                                         int round, const Whole& w) {
+__device__ __forceinline__ void differentiate_carefully(const T* a, const T* b, O* grad_a, O* grad_b, const Cut<T>& cut,
+                                                        int round, const Whole& w) {
   float furthest = 0;
 #pragma unroll 1
   for (int u = 0; u < kTilePacks; ++u) {
@@ -139,43 +139,63 @@ __device__ __forceinline__ float differentiate_carefully(const T* a, const T* b,
     if (grad_a != nullptr) store_as(grad_a + i, x, aligned(grad_a + i));
     if (grad_b != nullptr) store_as(grad_b + i, y, aligned(grad_b + i));
   }
-  return furthest;
 }
 
-// Whole rounds the near way, from `round` down. Returns the first that was not done, with the way it asks for.
-template <class T, class O, bool operand, bool exact>
-__device__ __forceinline__ int differentiate_near(const T* a, const T* b, O* grad_a, O* grad_b, const Cut<T>& cut, int round,
-                                                  const Whole& whole, Way& way) {
+// Rounds in one way, from `round` down. Returns the first that was not done, with the way it asks for.
+template <Way here, class T, class O, bool operand>
+__device__ __forceinline__ int differentiate_rounds(const T* a, const T* b, O* grad_a, O* grad_b, const Cut<T>& cut,
+                                                    int round, const Whole& whole, Way& way, Ahead& ahead) {
   const NearWhole w = {whole.unit,        whole.centre,       whole.log_ratio,   whole.scale,
                        whole.clean_shift, whole.noised_shift, whole.clean_share, whole.flat,
                        whole.noised_flat, whole.slope,        whole.sum};
-  const float least = sizeof(T) == 4 && !exact ? kCoarse * fabsf(w.centre) : -1.0f;
+  const float least = sizeof(T) == 4 && here == Way::near ? kCoarse * fabsf(w.centre) : -1.0f;
+  constexpr int step = cut.round_packs * cut.size;
   int64_t at = cut.column(round, 0);
+  ahead.ask(cut, round, a + at, b + at);
+  ahead.ask(cut, round - 1, a + at - step, b + at - step);
 #pragma unroll 1
-  for (; round >= 0; --round) {
+  while (way == here && round >= 0) {
     Pack<T> x[kTilePacks], y[kTilePacks];
-#pragma unroll
-    for (int u = 0; u < kTilePacks; ++u) {
-      x[u] = load_pack<Cache::stream>(a + at + u * kRowThreads * cut.size, true);
-      y[u] = load_pack<Cache::stream>(b + at + u * kRowThreads * cut.size, true);
-    }
+    ahead.take(round, x, y);
     float furthest = 0;
 #pragma unroll
     for (int u = 0; u < kTilePacks; ++u)
-      for_pairs(x[u], y[u], [&](float xi, float yi) { return differentiate_near<exact, operand>(xi, yi, w, furthest); });
-    const bool coarse = furthest < least;
-    if (__any_sync(0xffffffffu, !(furthest <= kNear) || coarse)) {
-      way = __any_sync(0xffffffffu, coarse) ? Way::exact : Way::near;
+      for_pairs(x[u], y[u], [&](float xi, float yi) {
+        if constexpr (here == Way::far) {
+          const Gradient d = differentiate_carefully<T, operand>(xi, yi, whole, furthest);
+          return operand ? finished(d, xi, yi, whole) : d;
+        } else {
+          return differentiate_near<here == Way::exact, operand>(xi, yi, w, furthest);
+        }
+      });
+    const bool coarse = furthest < least || (least > 0 && round == cut.whole);
+    if (here != Way::far && __any_sync(0xffffffffu, !(furthest <= kNear) || coarse)) {
+      way = __any_sync(0xffffffffu, coarse) ? Way::exact : Way::far;
       break;
     }
-    if (grad_a != nullptr)
+    ahead.ask(cut, round - 2, a + at - 2 * step, b + at - 2 * step);
+    const bool whole_tile = round < cut.whole;
+    if (whole_tile) {
+      if (grad_a != nullptr)
 #pragma unroll
-      for (int u = 0; u < kTilePacks; ++u) store_as<Cache::stream>(grad_a + at + u * kRowThreads * cut.size, x[u], true);
-    if (grad_b != nullptr)
+        for (int u = 0; u < kTilePacks; ++u) store_as(grad_a + at + u * kRowThreads * cut.size, x[u], true);
+      if (grad_b != nullptr)
 #pragma unroll
-      for (int u = 0; u < kTilePacks; ++u) store_as<Cache::stream>(grad_b + at + u * kRowThreads * cut.size, y[u], true);
-    at -= cut.round_packs * cut.size;
+        for (int u = 0; u < kTilePacks; ++u) store_as(grad_b + at + u * kRowThreads * cut.size, y[u], true);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kTilePacks; ++u) {
+        if (!cut.has(round, u)) continue;
+        if (grad_a != nullptr) store_as(grad_a + at + u * kRowThreads * cut.size, x[u], true);
+        if (grad_b != nullptr) store_as(grad_b + at + u * kRowThreads * cut.size, y[u], true);
+      }
+    }
+    --round;
+    at -= step;
+    if ((here == Way::far && !__any_sync(0xffffffffu, furthest > kNear)) || (here == Way::exact && !whole_tile))
+      way = Way::near;
   }
+  ahead.stop();
   return round;
 }
 
@@ -183,12 +203,11 @@ __device__ __forceinline__ int differentiate_near(const T* a, const T* b, O* gra
 // the gradients may take the logits' place. A null gradient is not wanted.
 template <class T, class O, bool operand>
 __device__ __forceinline__ void write_gradients(const T* a, const T* b, O* grad_a, O* grad_b, int64_t cols,
-                                                const Whole& whole) {
+                                                const Whole& whole, Ahead& ahead) {
   constexpr bool can_be_exact = sizeof(T) == 4;
   const Cut<T> cut(a, cols);
   const bool wide = aligned(b + cut.head) && (grad_a == nullptr || aligned(grad_a + cut.head)) &&
                     (grad_b == nullptr || aligned(grad_b + cut.head));
-  const int whole_rounds = wide ? cut.whole_rounds() : 0;
   const int64_t i = threadIdx.x < kWarp ? cut.single() : -1;
   if (i >= 0) {
     float furthest = 0;
@@ -197,20 +216,22 @@ __device__ __forceinline__ void write_gradients(const T* a, const T* b, O* grad_
     if (grad_a != nullptr) grad_a[i] = from_float<O>(d.clean);
     if (grad_b != nullptr) grad_b[i] = from_float<O>(d.noised);
   }
-  Way way = uniform(whole.careful) ? Way::careful : Way::near;
+  const bool careful = uniform(whole.careful);
+  Way way = Way::near;
+  int round = cut.rounds() - 1;
 #pragma unroll 1
-  for (int round = cut.rounds() - 1;; --round) {
-    if (round < whole_rounds) {
-      if (way == Way::near) round = differentiate_near<T, O, operand, false>(a, b, grad_a, grad_b, cut, round, whole, way);
-      if (can_be_exact && way == Way::exact)
-        round = differentiate_near<T, O, operand, can_be_exact>(a, b, grad_a, grad_b, cut, round, whole, way);
+  while (round >= 0) {
+    if (!wide || careful) {
+      differentiate_carefully<T, O, operand>(a, b, grad_a, grad_b, cut, round--, whole);
+      continue;
     }
-    if (round < 0) break;
-    const float furthest = differentiate_carefully<T, O, operand>(a, b, grad_a, grad_b, cut, round, whole);
-    if (whole.careful || __any_sync(0xffffffffu, furthest > kNear))
-      way = Way::careful;
-    else if (way == Way::careful)
-      way = Way::near;
+    if (way == Way::near)
+      round = differentiate_rounds<Way::near, T, O, operand>(a, b, grad_a, grad_b, cut, round, whole, way, ahead);
+    if (can_be_exact && way == Way::exact)
+      round = differentiate_rounds<can_be_exact ? Way::exact : Way::near, T, O, operand>(a, b, grad_a, grad_b, cut, round,
+                                                                                         whole, way, ahead);
+    if (way == Way::far)
+      round = differentiate_rounds<Way::far, T, O, operand>(a, b, grad_a, grad_b, cut, round, whole, way, ahead);
   }
 }
 

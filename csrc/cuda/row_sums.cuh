@@ -28,12 +28,18 @@ struct Seed {
   float noised, clean;  // the largest noised logit, and the clean one of the same class
 };
 
+struct FirstTiles {
+  float weight, mean;  // in sums; of the differences
+};
+
 // What the threads of a block share.
 struct Room {
   Seed seed[kWarps];
+  FirstTiles first[kWarps];
   RowPart part[kWarps];
   double far[4][kRowThreads];  // rarely used, so not in registers
   float clean_unit[kRowThreads];
+  Ahead ahead;
   bool undefined, infinite, huge;  // a NaN or +inf; a class that one stream rules out and the other does not; see Start
 };
 
@@ -59,6 +65,30 @@ __device__ __forceinline__ void add_near(float a, float b, float unit, float cen
   sums.excess_delta = fmaf(excess, delta, sums.excess_delta);
 }
 
+// A tile's sums where pairs may be near or far.
+struct MixedSums {
+  TileSums near = {0, 0, 0, 0};
+  float clean = 0, noised = 0, clean_delta = 0, noised_delta = 0, furthest = 0;  // of far pairs; the largest |delta|, or NaN
+
+  // Adds a pair. e_a, e_b: its exponentials, of which the clean stream's counts for a far pair alone.
+  __device__ __forceinline__ void add(float delta, float e_a, float e_b) {
+    furthest = max_or_nan(furthest, fabsf(delta));
+    const bool far = fabsf(delta) > kNear;
+    const float weighted = far ? 0.0f : e_b * delta;
+    const float excess = weighted * expm1_ratio(far ? 0.0f : delta);
+    near.noised += far ? 0.0f : e_b;
+    near.noised_delta += weighted;
+    near.excess += excess;
+    near.excess_delta = fmaf(excess, delta, near.excess_delta);
+    e_a = far ? e_a : 0.0f;
+    e_b = far ? e_b : 0.0f;
+    clean += e_a;
+    noised += e_b;
+    clean_delta = fmaf(e_a, delta, clean_delta);
+    noised_delta = fmaf(e_b, delta, noised_delta);
+  }
+};
+
 // A thread's sums while it walks the row.
 struct Walk {
   float unit, centre;
@@ -70,6 +100,16 @@ struct Walk {
     near.excess += sums.excess;
     near.noised_delta += sums.noised_delta;
     near.excess_delta += sums.excess_delta;
+  }
+  __device__ __forceinline__ void add(const MixedSums& sums, Room& room) {
+    add(sums.near);
+    if (sums.furthest > kNear) {
+      const int t = threadIdx.x;
+      room.far[0][t] += sums.clean;
+      room.far[1][t] += sums.noised;
+      room.far[2][t] += sums.clean_delta;
+      room.far[3][t] += sums.noised_delta;
+    }
   }
   __device__ __forceinline__ RowPart part(const Room& room) const {
     const int t = threadIdx.x;
@@ -143,9 +183,7 @@ __device__ __forceinline__ void sum_carefully(const T* row_a, const T* row_b, co
   const bool moves = recentre<T>(top, walk, room, start);
 
   const float clean_unit = room.clean_unit[threadIdx.x];
-  TileSums near = {0, 0, 0, 0};
-  float clean = 0, noised = 0, clean_delta = 0, noised_delta = 0;
-  furthest = 0;
+  MixedSums sums;
   for_pairs(row_a, row_b, cut, round, wide, start, [&](float a, float b) {
     if (!(fabsf(a - b) < INFINITY)) {
       if (!(a < INFINITY) || !(b < INFINITY))
@@ -159,38 +197,25 @@ __device__ __forceinline__ void sum_carefully(const T* row_a, const T* row_b, co
       a = b = -FLT_MAX;
     }
     const float delta = delta_of<sizeof(T) == 4>(a, b, walk.centre);
-    furthest = fmaxf(furthest, fabsf(delta));
-    const bool far = fabsf(delta) > kNear;
-    const float e = exp_in_units(b, walk.unit);
-    const float ea = far ? exp_in_units(a, clean_unit) : 0.0f;
-    const float eb = far ? e : 0.0f, weighted = far ? 0.0f : e * delta;
-    const float excess = weighted * expm1_ratio(far ? 0.0f : delta);
-    near.noised += far ? 0.0f : e;
-    near.noised_delta += weighted;
-    near.excess += excess;
-    near.excess_delta = fmaf(excess, delta, near.excess_delta);
-    clean += ea;
-    noised += eb;
-    clean_delta = fmaf(ea, delta, clean_delta);
-    noised_delta = fmaf(eb, delta, noised_delta);
+    sums.add(delta, fabsf(delta) > kNear ? exp_in_units(a, clean_unit) : 0.0f, exp_in_units(b, walk.unit));
   });
-  walk.add(near);
-  if (furthest > kNear) {
-    room.far[0][threadIdx.x] += clean;
-    room.far[1][threadIdx.x] += noised;
-    room.far[2][threadIdx.x] += clean_delta;
-    room.far[3][threadIdx.x] += noised_delta;
-  }
-  if (moves) walk.limit = kMoreThanOwn * (near.noised + noised);
+  walk.add(sums, room);
+  if (moves) walk.limit = kMoreThanOwn * (sums.near.noised + sums.noised);
+  furthest = sums.furthest;
 }
 
 // Begins where the block's first tiles have their weight: in units of their heaviest pair, at the mean of their differences.
 template <class T>
-__device__ __forceinline__ void survey(const T* row_a, const T* row_b, const Cut<T>& cut, bool wide, Walk& walk, Room& room,
-                                       const Start& start) {
+__device__ __forceinline__ void survey(const Pack<T>* x, const Pack<T>* y, Walk& walk, Room& room) {
   const int warp = threadIdx.x / kWarp;
+  const auto for_pairs = [&](auto&& pair) {
+#pragma unroll
+    for (int u = 0; u < kTilePacks; ++u)
+#pragma unroll
+      for (int k = 0; k < Pack<T>::size; ++k) pair(widened(x[u].value[k]), widened(y[u].value[k]));
+  };
   Top top{-INFINITY, -INFINITY, -INFINITY};
-  for_pairs(row_a, row_b, cut, 0, wide, start, [&](float a, float b) { top.see(a, b); });
+  for_pairs([&](float a, float b) { top.see(a, b); });
   const float warp_top = warp_max(top.noised);
   const float clean_there = value_of_first(top.noised == warp_top, top.clean_there);
   if (threadIdx.x % kWarp == 0) room.seed[warp] = {warp_top, clean_there};
@@ -204,7 +229,7 @@ __device__ __forceinline__ void survey(const T* row_a, const T* row_b, const Cut
   if (!(fabsf(best.noised) < kHuge<T> && fabsf(difference) < kHuge<T>)) return;  // a later tile may know better
 
   float weight = 0, mean = 0;
-  for_pairs(row_a, row_b, cut, 0, wide, start, [&](float a, float b) {
+  for_pairs([&](float a, float b) {
     const float e = exp2_fast(fmaf(b, kLog2e, -unit)), delta = a - b - difference;
     if (fabsf(delta) < INFINITY) {
       weight += e;
@@ -213,14 +238,13 @@ __device__ __forceinline__ void survey(const T* row_a, const T* row_b, const Cut
   });
   weight = warp_sum(weight);
   mean = warp_sum(mean);
-  __syncthreads();  // the heaviest pairs have been read
-  if (threadIdx.x % kWarp == 0) room.seed[warp] = {weight, mean};
+  if (threadIdx.x % kWarp == 0) room.first[warp] = {weight, mean};
   __syncthreads();
   weight = mean = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
-    weight += room.seed[w].noised;
-    mean += room.seed[w].clean;
+    weight += room.first[w].weight;
+    mean += room.first[w].mean;
   }
   walk.unit = unit;
   walk.centre = difference + mean / weight;
@@ -228,21 +252,24 @@ __device__ __forceinline__ void survey(const T* row_a, const T* row_b, const Cut
   room.clean_unit[threadIdx.x] = rintf(best.clean * kLog2e);
 }
 
-// Whole rounds the near way, from `round` on. Returns the first that was not done, with the way it asks for.
+// Rounds of whole packs the near way, from `round` on. Returns the first that was not done, with the way it asks for. asked:
+// its tile and the next are on their way already.
 template <class T, bool exact>
-__device__ __forceinline__ int sum_near(const T* a, const T* b, const Cut<T>& cut, int round, int whole_rounds, Walk& walk,
-                                        Way& way) {
+__device__ __forceinline__ int sum_near(const T* a, const T* b, const Cut<T>& cut, int round, int wide_rounds, Walk& walk,
+                                        Way& way, Ahead& ahead, bool asked) {
+  if (round >= wide_rounds) return round;
   const float least = sizeof(T) == 4 && !exact ? kCoarse * fabsf(walk.centre) : -1.0f;
+  constexpr int step = cut.round_packs * cut.size;
   a += cut.column(round, 0);
   b += cut.column(round, 0);
+  if (!asked) {
+    ahead.ask(cut, round, a, b);
+    ahead.ask(cut, round + 1, a + step, b + step);
+  }
 #pragma unroll 1
-  for (; round < whole_rounds; ++round) {
+  for (; round < wide_rounds; ++round, a += step, b += step) {
     Pack<T> x[kTilePacks], y[kTilePacks];
-#pragma unroll
-    for (int u = 0; u < kTilePacks; ++u) {
-      x[u] = load_pack(a + u * kRowThreads * cut.size, true);
-      y[u] = load_pack(b + u * kRowThreads * cut.size, true);
-    }
+    ahead.take(round, x, y);
     TileSums sums = {0, 0, 0, 0};
     float furthest = 0;
 #pragma unroll
@@ -250,15 +277,57 @@ __device__ __forceinline__ int sum_near(const T* a, const T* b, const Cut<T>& cu
 #pragma unroll
       for (int k = 0; k < cut.size; ++k)
         add_near<exact>(widened(x[u].value[k]), widened(y[u].value[k]), walk.unit, walk.centre, sums, furthest);
-    const bool coarse = furthest < least;
+    const bool coarse = furthest < least || (least > 0 && round == cut.whole);
     if (__any_sync(0xffffffffu, sums.noised > walk.limit || !(furthest <= kNear) || coarse)) {
       way = __any_sync(0xffffffffu, coarse) ? Way::exact : Way::near;
       break;
     }
+    ahead.ask(cut, round + 2, a + 2 * step, b + 2 * step);
     walk.add(sums);
-    a += cut.round_packs * cut.size;
-    b += cut.round_packs * cut.size;
   }
+  ahead.stop();
+  return round;
+}
+
+// The clean weight that a far pair may have on average before its unit moves.
+constexpr float kMoreClean = 16;
+
+// Rounds of whole packs whose pairs are near or far, from `round` on. Returns the first that was not done: because it wants
+// care, or because the near way's turn has come again.
+template <class T>
+__device__ __forceinline__ int sum_far(const T* a, const T* b, const Cut<T>& cut, int round, int wide_rounds, Walk& walk,
+                                       Way& way, Room& room) {
+  if (round >= wide_rounds) return round;
+  constexpr int step = cut.round_packs * cut.size;
+  const float clean_unit = room.clean_unit[threadIdx.x];
+  a += cut.column(round, 0);
+  b += cut.column(round, 0);
+  room.ahead.ask(cut, round, a, b);
+  room.ahead.ask(cut, round + 1, a + step, b + step);
+#pragma unroll 1
+  while (way == Way::far && round < wide_rounds) {
+    Pack<T> x[kTilePacks], y[kTilePacks];
+    room.ahead.take(round, x, y);
+    MixedSums sums;
+#pragma unroll
+    for (int u = 0; u < kTilePacks; ++u)
+#pragma unroll
+      for (int k = 0; k < cut.size; ++k) {
+        const float ak = widened(x[u].value[k]), bk = widened(y[u].value[k]);
+        sums.add(delta_of<sizeof(T) == 4>(ak, bk, walk.centre), exp2_fast(fmaf(ak, kLog2e, -clean_unit)),
+                 exp2_fast(fmaf(bk, kLog2e, -walk.unit)));
+      }
+    if (__any_sync(0xffffffffu, sums.near.noised + sums.noised > walk.limit || !(sums.furthest < INFINITY) ||
+                                    sums.clean > kMoreClean * kTilePacks * cut.size))
+      break;
+    ++round;
+    a += step;
+    b += step;
+    room.ahead.ask(cut, round + 1, a + step, b + step);
+    walk.add(sums, room);
+    if (!__any_sync(0xffffffffu, sums.furthest > kNear)) way = Way::near;
+  }
+  room.ahead.stop();
   return round;
 }
 
@@ -268,23 +337,50 @@ __device__ __forceinline__ RowPart part_of(const T* a, const T* b, int64_t cols,
   constexpr bool can_be_exact = sizeof(T) == 4;  // differences of 16-bit logits are
   const Cut<T> cut(a, cols);
   const bool wide = aligned(b + cut.head);
-  const int rounds = cut.rounds_with_singles(), whole_rounds = wide ? cut.whole_rounds() : 0;
+  const int rounds = cut.rounds_with_singles(), wide_rounds = wide ? cut.rounds() : 0;
+  if (rounds > cut.rounds() && cut.single() >= 0) {
+    prefetch(a + cut.single());
+    prefetch(b + cut.single());
+  }
   Walk walk{start.unit, start.centre, FLT_MAX, {0, 0, 0, 0}};
   for (int k = 0; k < 4; ++k) room.far[k][threadIdx.x] = 0;
   room.clean_unit[threadIdx.x] = start.clean_unit;
-  if (uniform(!start.given)) survey(a, b, cut, wide, walk, room, start);
   Way way = uniform(start.careful) ? Way::careful : Way::near;
+  bool asked = false;
+  if (uniform(!start.given)) {
+    Pack<T> x[kTilePacks], y[kTilePacks];
+    asked = wide_rounds > 0;
+    if (asked) {
+      constexpr int step = cut.round_packs * cut.size;
+      const T *first_a = a + cut.column(0, 0), *first_b = b + cut.column(0, 0);
+      room.ahead.ask(cut, 0, first_a, first_b);
+      room.ahead.ask(cut, 1, first_a + step, first_b + step);
+      room.ahead.take(0, x, y);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kTilePacks; ++u) {
+        x[u] = load_some(a, cut, 0, u, true);
+        y[u] = load_some(b, cut, 0, u, wide);
+      }
+    }
+    survey(x, y, walk, room);
+  }
+  int round = 0;
 #pragma unroll 1
-  for (int round = 0;; ++round) {
-    if (way == Way::near) round = sum_near<T, false>(a, b, cut, round, whole_rounds, walk, way);
-    if (can_be_exact && way == Way::exact) round = sum_near<T, can_be_exact>(a, b, cut, round, whole_rounds, walk, way);
+  while (round < rounds) {
+    if (way == Way::near) round = sum_near<T, false>(a, b, cut, round, wide_rounds, walk, way, room.ahead, asked);
+    asked = false;
+    if (can_be_exact && way == Way::exact)
+      round = sum_near<T, can_be_exact>(a, b, cut, round, wide_rounds, walk, way, room.ahead, false);
+    if (way == Way::far) {
+      round = sum_far(a, b, cut, round, wide_rounds, walk, way, room);
+      if (way == Way::near) continue;
+    }
     if (round >= rounds) break;
     float furthest;
-    sum_carefully(a, b, cut, round, wide, walk, room, start, furthest);
-    if (start.careful || __any_sync(0xffffffffu, furthest > kNear))
-      way = Way::careful;
-    else if (way == Way::careful)
-      way = Way::near;
+    sum_carefully(a, b, cut, round++, wide, walk, room, start, furthest);
+    const bool far = __any_sync(0xffffffffu, furthest > kNear);
+    if (!start.careful && (far || way == Way::far)) way = far ? Way::far : Way::near;
   }
   return walk.part(room);
 }

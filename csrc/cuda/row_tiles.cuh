@@ -5,6 +5,7 @@
 #include <cfloat>
 
 #include "core/divergence.h"
+#include "cuda/fast_math.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/warp.cuh"
 
@@ -23,13 +24,14 @@ struct Cut {
   static constexpr int round_packs = kRowThreads * kTilePacks;
 
   int64_t cols, head, packs;
+  int whole;  // rounds in which no thread lacks a pack
 
   __device__ __forceinline__ Cut(const T* clean, int64_t cols) : cols(cols), head(head_of(cols, clean)) {
     packs = (cols - head) / size;
+    whole = static_cast<int>(packs / round_packs);
   }
 
   // Rounds of the block. In the last one some threads may have no packs.
-  __device__ __forceinline__ int whole_rounds() const { return static_cast<int>(packs / round_packs); }
   __device__ __forceinline__ int rounds() const { return static_cast<int>((packs + round_packs - 1) / round_packs); }
   // And one for the singles, at most 14, of the first warp alone.
   __device__ __forceinline__ int rounds_with_singles() const {
@@ -52,19 +54,6 @@ struct Cut {
   }
 };
 
-// How a thread does its tiles, until one shows that it has to be done otherwise.
-enum class Way : int { near, exact, careful };
-
-// Where the largest |delta| of a tile is below this share of the centre, the rounding errors of a - b count.
-constexpr float kCoarse = 0.25f;
-
-template <bool exact>
-__device__ __forceinline__ float delta_of(float a, float b, float centre) {
-  const float d = a - b;
-  const float delta = d - centre;
-  return exact ? delta + difference_error(a, b, d) : delta;
-}
-
 // The lowest number. Where a row has no column it stands in: it has no weight beside logits that are not huge.
 template <class T>
 __device__ __forceinline__ T lowest();
@@ -81,6 +70,71 @@ __device__ __forceinline__ f16 lowest<f16>() {
   return f16{0xfbff};
 }
 
+template <class T>
+__device__ __forceinline__ Pack<T> lowest_pack() {
+  Pack<T> pack;
+#pragma unroll
+  for (int k = 0; k < pack.size; ++k) pack.value[k] = lowest<T>();
+  return pack;
+}
+
+// Two tiles on their way from global memory. A thread reads what it has asked for itself, so nothing waits at a barrier.
+struct Ahead {
+  static constexpr int tiles = 2;
+  float4 pack[tiles][2 * kTilePacks][kRowThreads];
+
+  // Asks for the tile of a round, if there is such a round; this thread's packs begin at a and b. Where packs are missing
+  // the lowest numbers stand in; such a tile is read at once.
+  template <class T>
+  __device__ __forceinline__ void ask(const Cut<T>& cut, int round, const T* a, const T* b) {
+    float4(*slot)[kRowThreads] = pack[round & (tiles - 1)];
+    if (round >= 0 && round < cut.whole) {
+#pragma unroll
+      for (int u = 0; u < kTilePacks; ++u) {
+        copy_ahead(&slot[u][threadIdx.x], a + u * kRowThreads * cut.size);
+        copy_ahead(&slot[kTilePacks + u][threadIdx.x], b + u * kRowThreads * cut.size);
+      }
+    } else if (round == cut.whole) {
+#pragma unroll
+      for (int u = 0; u < kTilePacks; ++u) {
+        const bool there = cut.has(round, u);
+        const Pack<T> x = there ? load_pack(a + u * kRowThreads * cut.size, true) : lowest_pack<T>();
+        const Pack<T> y = there ? load_pack(b + u * kRowThreads * cut.size, true) : lowest_pack<T>();
+        memcpy(&slot[u][threadIdx.x], &x, sizeof x);
+        memcpy(&slot[kTilePacks + u][threadIdx.x], &y, sizeof y);
+      }
+    }
+    end_group();
+  }
+  // The tile asked for before the last.
+  template <class T>
+  __device__ __forceinline__ void take(int round, Pack<T>* x, Pack<T>* y) const {
+    wait_for_groups<1>();
+    const float4(*slot)[kRowThreads] = pack[round & (tiles - 1)];
+#pragma unroll
+    for (int u = 0; u < kTilePacks; ++u) {
+      memcpy(&x[u], &slot[u][threadIdx.x], sizeof(float4));
+      memcpy(&y[u], &slot[kTilePacks + u][threadIdx.x], sizeof(float4));
+    }
+  }
+  // Nothing is on its way any more, and both slots are free.
+  __device__ __forceinline__ void stop() const { wait_for_groups<0>(); }
+};
+
+// How a thread does its tiles, until one shows that it has to be done otherwise.
+enum class Way : int { near, exact, far, careful };
+
+// Where the largest |delta| of a tile is below this share of the centre, the rounding errors of a - b count. So they may
+// where a tile is not whole: the lowest numbers have a delta too.
+constexpr float kCoarse = 0.25f;
+
+template <bool exact>
+__device__ __forceinline__ float delta_of(float a, float b, float centre) {
+  const float d = a - b;
+  const float delta = d - centre;
+  return exact ? delta + difference_error(a, b, d) : delta;
+}
+
 // From here on logits are huge: units of powers of two are no use, or the lowest number has a weight.
 template <class T>
 constexpr float kHuge = 0x1p21f;
@@ -91,9 +145,7 @@ constexpr float kHuge<f16> = 0x1p15f;
 // stream lie on 16 bytes.
 template <class T>
 __device__ __forceinline__ Pack<T> load_some(const T* row, const Cut<T>& cut, int round, int u, bool wide) {
-  Pack<T> pack;
-#pragma unroll
-  for (int k = 0; k < pack.size; ++k) pack.value[k] = lowest<T>();
+  Pack<T> pack = lowest_pack<T>();
   if (round == cut.rounds()) {
     const int64_t i = u == 0 ? cut.single() : -1;
     if (i >= 0) pack.value[0] = row[i];

@@ -81,69 +81,65 @@ __global__ void __launch_bounds__(kThreads, kPair)
   constexpr int together = stochastic && std::is_same_v<T, f16> ? 1 : 2;  // as 64 registers allow
   const Step step = step_of(rho, *squared_norm);
   const uint64_t key = stochastic ? static_cast<uint64_t>(*seed) : 0;
-#pragma unroll 1
-  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const auto place = locate(table, c);
-    T* w = place.template at<T>(0);
-    const T* g = place.template at<T>(1);
-    T* stash = place.template at<T>(2);
-    Moved<T, Seen> moved;
-    const auto words_of = [&](int i) {
-      if constexpr (stochastic)
-        return philox(key, static_cast<uint64_t>(place.begin + i) / 8, static_cast<uint32_t>(place.entry->word[3]));
-      else
-        return PhiloxWords{};
-    };
-    const auto step_at = [&](float before, float gradient) {
-      return adaptive ? perturbation(gradient, step.scale, before, eta) : perturbation(gradient, step.scale);
-    };
-    if (!step.moves) {  // w keeps its bits, which are more than its value plus zero
-      walk<T, 4>(
-          place.length, aligned(w) && aligned(stash), [&](int i, bool wide) { return load_pack(w + i, wide); },
-          [&](int i, const Pack<T>& held, bool wide) { store_pack<Cache::stream>(stash + i, held, wide); },
-          [&](int i) { stash[i] = w[i]; });
-      moved.store(partial + place.chunk * kSums);
-      continue;
-    }
-    walk<T, together>(
-        place.length, aligned(w) && aligned(g) && aligned(stash),
-        [&](int i, bool wide) {
-          return Held<T>{load_pack(w + i, wide), load_pack<Cache::stream>(g + i, wide)};  // g for the last time
-        },
-        [&](int i, const Held<T>& held, bool wide) {
-          store_pack<Cache::stream>(stash + i, held.ws, wide);
-          const PhiloxWords words = words_of(i);
-          float before[size], e[size], after[size];
-          unpack(held.ws, before);
-          unpack(held.gs, e);
-          Pack<T> written;
-#pragma unroll
-          for (int k = 0; k < size; ++k) {
-            e[k] = step_at(before[k], e[k]);
-            after[k] = before[k] + e[k];
-            if constexpr (stochastic)
-              written.value[k] = round_randomly<T>(after[k], words.word[k / 2 % 4] >> (k % 2 * 16) & 0xffffu);
-          }
-          if constexpr (!stochastic) written = rounded<T>(after);
-          unpack(written, after);
-          moved.add(e, before, after);
-          store_pack(w + i, written, wide);
-        },
-        [&](int i) {
-          const T old = w[i];
-          stash[i] = old;
-          const PhiloxWords words = words_of(i);
-          const unsigned which = i % 8 / 2;  // indexing with it would put the words into local memory
-          const uint32_t word =
-              which < 2 ? (which == 0 ? words.word[0] : words.word[1]) : (which == 2 ? words.word[2] : words.word[3]);
-          const float before = widened(old), e = step_at(before, widened(g[i]));
-          const T written =
-              stochastic ? round_randomly<T>(before + e, word >> (i % 2 * 16) & 0xffffu) : from_float<T>(before + e);
-          moved.add({e, 0.0f}, {before, 0.0f}, {widened(written), 0.0f});
-          w[i] = written;
-        });
+  const auto place = locate(table, blockIdx.x);
+  T* w = place.template at<T>(0);
+  const T* g = place.template at<T>(1);
+  T* stash = place.template at<T>(2);
+  Moved<T, Seen> moved;
+  const auto words_of = [&](int i) {
+    if constexpr (stochastic)
+      return philox(key, static_cast<uint64_t>(place.begin + i) / 8, static_cast<uint32_t>(place.entry->word[3]));
+    else
+      return PhiloxWords{};
+  };
+  const auto step_at = [&](float before, float gradient) {
+    return adaptive ? perturbation(gradient, step.scale, before, eta) : perturbation(gradient, step.scale);
+  };
+  if (!step.moves) {  // w keeps its bits, which are more than its value plus zero
+    walk<T, 4>(
+        place.length, aligned(w) && aligned(stash), [&](int i, bool wide) { return load_pack(w + i, wide); },
+        [&](int i, const Pack<T>& held, bool wide) { store_pack(stash + i, held, wide); }, [&](int i) { stash[i] = w[i]; });
     moved.store(partial + place.chunk * kSums);
+    return;
   }
+  walk<T, together>(
+      place.length, aligned(w) && aligned(g) && aligned(stash),
+      [&](int i, bool wide) {
+        return Held<T>{load_pack(w + i, wide), load_pack(g + i, wide)};  // g for the last time
+      },
+      [&](int i, const Held<T>& held, bool wide) {
+        store_pack(stash + i, held.ws, wide);
+        const PhiloxWords words = words_of(i);
+        float before[size], e[size], after[size];
+        unpack(held.ws, before);
+        unpack(held.gs, e);
+        Pack<T> written;
+#pragma unroll
+        for (int k = 0; k < size; ++k) {
+          e[k] = step_at(before[k], e[k]);
+          after[k] = before[k] + e[k];
+          if constexpr (stochastic)
+            written.value[k] = round_randomly<T>(after[k], words.word[k / 2 % 4] >> (k % 2 * 16) & 0xffffu);
+        }
+        if constexpr (!stochastic) written = rounded<T>(after);
+        unpack(written, after);
+        moved.add(e, before, after);
+        store_pack(w + i, written, wide);
+      },
+      [&](int i) {
+        const T old = w[i];
+        stash[i] = old;
+        const PhiloxWords words = words_of(i);
+        const unsigned which = i % 8 / 2;  // indexing with it would put the words into local memory
+        const uint32_t word =
+            which < 2 ? (which == 0 ? words.word[0] : words.word[1]) : (which == 2 ? words.word[2] : words.word[3]);
+        const float before = widened(old), e = step_at(before, widened(g[i]));
+        const T written =
+            stochastic ? round_randomly<T>(before + e, word >> (i % 2 * 16) & 0xffffu) : from_float<T>(before + e);
+        moved.add({e, 0.0f}, {before, 0.0f}, {widened(written), 0.0f});
+        w[i] = written;
+      });
+  moved.store(partial + place.chunk * kSums);
 }
 
 // float32 masters, as many as 16 bytes of T hold elements.
@@ -172,104 +168,95 @@ __global__ void __launch_bounds__(kThreads, kPair)
   };
   constexpr int size = Pack<T>::size;
   const Step step = step_of(rho, *squared_norm);
-#pragma unroll 1
-  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const auto place = locate(table, c);
-    T* w = place.template at<T>(0);
-    const T* g = place.template at<T>(1);
-    const float* masters = place.template at<float>(2);
-    Moved<T, Seen> moved;
-    const auto step_at = [&](float exact, float gradient) {
-      return adaptive ? perturbation(gradient, step.scale, exact, eta) : perturbation(gradient, step.scale);
-    };
-    walk<T, 2>(
-        place.length, aligned(w) && aligned(g) && aligned(masters),
-        [&](int i, bool wide) {
-          HeldMasters held;
-          held.gs = load_pack<Cache::stream>(g + i, wide);
-          held.ms.load(masters + i, wide);
-          return held;
-        },
-        [&](int i, const HeldMasters& held, bool wide) {
-          float before[size], e[size], after[size];
+  const auto place = locate(table, blockIdx.x);
+  T* w = place.template at<T>(0);
+  const T* g = place.template at<T>(1);
+  const float* masters = place.template at<float>(2);
+  Moved<T, Seen> moved;
+  const auto step_at = [&](float exact, float gradient) {
+    return adaptive ? perturbation(gradient, step.scale, exact, eta) : perturbation(gradient, step.scale);
+  };
+  walk<T, 2>(
+      place.length, aligned(w) && aligned(g) && aligned(masters),
+      [&](int i, bool wide) {
+        HeldMasters held;
+        held.gs = load_pack(g + i, wide);
+        held.ms.load(masters + i, wide);
+        return held;
+      },
+      [&](int i, const HeldMasters& held, bool wide) {
+        float before[size], e[size], after[size];
 #pragma unroll
-          for (int k = 0; k < size; ++k) before[k] = held.ms[k];
-          const Pack<T> cast = converted<T>(before);
-          if (!step.moves) return store_pack(w + i, cast, wide);
-          unpack(held.gs, e);
+        for (int k = 0; k < size; ++k) before[k] = held.ms[k];
+        const Pack<T> cast = converted<T>(before);
+        if (!step.moves) return store_pack(w + i, cast, wide);
+        unpack(held.gs, e);
 #pragma unroll
-          for (int k = 0; k < size; ++k) {
-            e[k] = step_at(before[k], e[k]);
-            after[k] = before[k] + e[k];
-          }
-          const Pack<T> written = rounded<T>(after);
-          unpack(cast, before);
-          unpack(written, after);
-          moved.add(e, before, after);
-          store_pack(w + i, written, wide);
-        },
-        [&](int i) {
-          const float exact = masters[i];
-          const T cast = from_float<T>(exact);
-          if (!step.moves) {
-            w[i] = cast;
-            return;
-          }
-          const float e = step_at(exact, widened(g[i]));
-          const T written = from_float<T>(exact + e);
-          moved.add({e, 0.0f}, {widened(cast), 0.0f}, {widened(written), 0.0f});
-          w[i] = written;
-        });
-    moved.store(partial + place.chunk * kSums);
-  }
+        for (int k = 0; k < size; ++k) {
+          e[k] = step_at(before[k], e[k]);
+          after[k] = before[k] + e[k];
+        }
+        const Pack<T> written = rounded<T>(after);
+        unpack(cast, before);
+        unpack(written, after);
+        moved.add(e, before, after);
+        store_pack(w + i, written, wide);
+      },
+      [&](int i) {
+        const float exact = masters[i];
+        const T cast = from_float<T>(exact);
+        if (!step.moves) {
+          w[i] = cast;
+          return;
+        }
+        const float e = step_at(exact, widened(g[i]));
+        const T written = from_float<T>(exact + e);
+        moved.add({e, 0.0f}, {widened(cast), 0.0f}, {widened(written), 0.0f});
+        w[i] = written;
+      });
+  moved.store(partial + place.chunk * kSums);
 }
 
 // w = m, rounded; column 1 holds the float masters m.
 template <class T, class List>
 __global__ void __launch_bounds__(kThreads, kPair) cast_kernel(const __grid_constant__ List table) {
-#pragma unroll 1
-  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const auto place = locate(table, c);
-    T* w = place.template at<T>(0);
-    const float* masters = place.template at<float>(1);
-    walk<T, 2>(
-        place.length, aligned(w) && aligned(masters),
-        [&](int i, bool wide) {
-          Masters<T> ms;
-          ms.load(masters + i, wide);
-          return ms;
-        },
-        [&](int i, const Masters<T>& ms, bool wide) {
-          float exact[Pack<T>::size];
+  const auto place = locate(table, blockIdx.x);
+  T* w = place.template at<T>(0);
+  const float* masters = place.template at<float>(1);
+  walk<T, 2>(
+      place.length, aligned(w) && aligned(masters),
+      [&](int i, bool wide) {
+        Masters<T> ms;
+        ms.load(masters + i, wide);
+        return ms;
+      },
+      [&](int i, const Masters<T>& ms, bool wide) {
+        float exact[Pack<T>::size];
 #pragma unroll
-          for (int k = 0; k < Pack<T>::size; ++k) exact[k] = ms[k];
-          store_pack(w + i, converted<T>(exact), wide);
-        },
-        [&](int i) { w[i] = from_float<T>(masters[i]); });
-  }
+        for (int k = 0; k < Pack<T>::size; ++k) exact[k] = ms[k];
+        store_pack(w + i, converted<T>(exact), wide);
+      },
+      [&](int i) { w[i] = from_float<T>(masters[i]); });
 }
 
 // to = from; T is an integer of the element's width, since a copy knows no numbers.
 template <class T, class List>
 __global__ void __launch_bounds__(kThreads, kPair) restore_kernel(const __grid_constant__ List table) {
-#pragma unroll 1
-  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const auto place = locate(table, c);
-    T* to = place.template at<T>(0);
-    const T* from = place.template at<T>(1);
-    walk<T, 4>(
-        place.length, aligned(to) && aligned(from),
-        [&](int i, bool wide) { return wide ? __ldcs(reinterpret_cast<const float4*>(from + i)) : float4{}; },
-        [&](int i, const float4& held, bool wide) {
-          if (wide) {  // never apart: eight 16-bit values would be put together again one by one
-            __stwb(reinterpret_cast<float4*>(to + i), held);
-          } else {
+  const auto place = locate(table, blockIdx.x);
+  T* to = place.template at<T>(0);
+  const T* from = place.template at<T>(1);
+  walk<T, 4>(
+      place.length, aligned(to) && aligned(from),
+      [&](int i, bool wide) { return wide ? __ldcs(reinterpret_cast<const float4*>(from + i)) : float4{}; },
+      [&](int i, const float4& held, bool wide) {
+        if (wide) {  // never apart: eight 16-bit values would be put together again one by one
+          __stwb(reinterpret_cast<float4*>(to + i), held);
+        } else {
 #pragma unroll
-            for (int k = 0; k < Pack<T>::size; ++k) to[i + k] = from[i + k];
-          }
-        },
-        [&](int i) { to[i] = from[i]; });
-  }
+          for (int k = 0; k < Pack<T>::size; ++k) to[i + k] = from[i + k];
+        }
+      },
+      [&](int i) { to[i] = from[i]; });
 }
 
 // Column 5 is the address of the tensor's step count, a float.
@@ -284,55 +271,52 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool skips = found_inf != nullptr && *found_inf != 0.0f;
   const float unscale = grad_scale == nullptr ? 1.0f : 1.0f / *grad_scale;
   __shared__ AdamWStep shared;
-#pragma unroll 1
-  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const auto place = locate(table, c);
-    T* w = place.template at<T>(0);
-    const T* g = place.template at<T>(1);
-    const T* stash = place.template at<T>(2);
-    T* first = place.template at<T>(3);
-    T* second = place.template at<T>(4);
-    __syncthreads();  // the last chunk's constants have been read
-    if (threadIdx.x == 0) shared = adamw_step(how, *reinterpret_cast<const float*>(place.entry->word[5]));
-    __syncthreads();
-    const AdamWStep step = shared;
-    walk<T, 1>(
-        place.length, aligned(w) && aligned(g) && aligned(stash) && aligned(first) && aligned(second),
-        [&](int i, bool wide) {
-          State held{};
-          held.ws = load_pack<Cache::stream>(stash + i, wide);
-          if (!skips) {
-            held.gs = load_pack<Cache::stream>(g + i, wide);
-            held.ms = load_pack(first + i, wide);
-            held.vs = load_pack(second + i, wide);
-          }
-          return held;
-        },
-        [&](int i, const State& held, bool wide) {
-          if (skips) return store_pack(w + i, held.ws, wide);
-          float value[size], g[size], m[size], v[size];
-          unpack(held.ws, value);
-          unpack(held.gs, g);
-          unpack(held.ms, m);
-          unpack(held.vs, v);
+  const auto place = locate(table, blockIdx.x);
+  T* w = place.template at<T>(0);
+  const T* g = place.template at<T>(1);
+  const T* stash = place.template at<T>(2);
+  T* first = place.template at<T>(3);
+  T* second = place.template at<T>(4);
+  __syncthreads();  // the last chunk's constants have been read
+  if (threadIdx.x == 0) shared = adamw_step(how, *reinterpret_cast<const float*>(place.entry->word[5]));
+  __syncthreads();
+  const AdamWStep step = shared;
+  walk<T, 1>(
+      place.length, aligned(w) && aligned(g) && aligned(stash) && aligned(first) && aligned(second),
+      [&](int i, bool wide) {
+        State held{};
+        held.ws = load_pack(stash + i, wide);
+        if (!skips) {
+          held.gs = load_pack(g + i, wide);
+          held.ms = load_pack(first + i, wide);
+          held.vs = load_pack(second + i, wide);
+        }
+        return held;
+      },
+      [&](int i, const State& held, bool wide) {
+        if (skips) return store_pack(w + i, held.ws, wide);
+        float value[size], g[size], m[size], v[size];
+        unpack(held.ws, value);
+        unpack(held.gs, g);
+        unpack(held.ms, m);
+        unpack(held.vs, v);
 #pragma unroll
-          for (int k = 0; k < size; ++k) adamw_update(step, g[k] * unscale, value[k], m[k], v[k]);
-          store_pack<Cache::stream>(first + i, rounded<T>(m), wide);
-          store_pack<Cache::stream>(second + i, rounded<T>(v), wide);
-          store_pack(w + i, rounded<T>(value), wide);
-        },
-        [&](int i) {
-          T old = stash[i];
-          if (!skips) {
-            float value = widened(old), m = widened(first[i]), v = widened(second[i]);
-            adamw_update(step, widened(g[i]) * unscale, value, m, v);
-            first[i] = from_float<T>(m);
-            second[i] = from_float<T>(v);
-            old = from_float<T>(value);
-          }
-          w[i] = old;
-        });
-  }
+        for (int k = 0; k < size; ++k) adamw_update(step, g[k] * unscale, value[k], m[k], v[k]);
+        store_pack(first + i, rounded<T>(m), wide);
+        store_pack(second + i, rounded<T>(v), wide);
+        store_pack(w + i, rounded<T>(value), wide);
+      },
+      [&](int i) {
+        T old = stash[i];
+        if (!skips) {
+          float value = widened(old), m = widened(first[i]), v = widened(second[i]);
+          adamw_update(step, widened(g[i]) * unscale, value, m, v);
+          first[i] = from_float<T>(m);
+          second[i] = from_float<T>(v);
+          old = from_float<T>(value);
+        }
+        w[i] = old;
+      });
 }
 
 // The element's type, and the one that weights are read in: the same where the second holds all numbers of the first.

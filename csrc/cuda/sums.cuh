@@ -10,7 +10,6 @@ namespace fastpost::cuda {
 template <int count>
 __device__ void block_sum(double (&value)[count]) {
   __shared__ double shared[count][kThreads / 32];
-  __syncthreads();  // the last chunk's sums have been read
 #pragma unroll
   for (int k = 0; k < count; ++k) {
     for (int step = 16; step > 0; step /= 2) value[k] += __shfl_down_sync(0xffffffffu, value[k], step);
