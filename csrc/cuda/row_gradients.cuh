@@ -149,17 +149,17 @@ __device__ __forceinline__ int differentiate_rounds(const T* a, const T* b, O* g
                        whole.clean_shift, whole.noised_shift, whole.clean_share, whole.flat,
                        whole.noised_flat, whole.slope,        whole.sum};
   const float least = sizeof(T) == 4 && here == Way::near ? kCoarse * fabsf(w.centre) : -1.0f;
-  constexpr int step = cut.round_packs * cut.size;
-  int64_t at = cut.column(round, 0);
-  ahead.ask(cut, round, a + at, b + at);
-  ahead.ask(cut, round - 1, a + at - step, b + at - step);
+  ahead.ask(cut, round, a, b);
+  ahead.ask(cut, round - 1, a, b);
 #pragma unroll 1
   while (way == here && round >= 0) {
     Pack<T> x[kTilePacks], y[kTilePacks];
-    ahead.take(round, x, y);
+    ahead.wait();
     float furthest = 0;
 #pragma unroll
-    for (int u = 0; u < kTilePacks; ++u)
+    for (int u = 0; u < kTilePacks; ++u) {
+      x[u] = ahead.get<T>(round, u);
+      y[u] = ahead.get<T>(round, kTilePacks + u);
       for_pairs(x[u], y[u], [&](float xi, float yi) {
         if constexpr (here == Way::far) {
           const Gradient d = differentiate_carefully<T, operand>(xi, yi, whole, furthest);
@@ -168,13 +168,15 @@ __device__ __forceinline__ int differentiate_rounds(const T* a, const T* b, O* g
           return differentiate_near<here == Way::exact, operand>(xi, yi, w, furthest);
         }
       });
-    const bool coarse = furthest < least || (least > 0 && round == cut.whole);
+    }
+    const bool coarse = furthest < least || (least > 0 && round == cut.whole_rounds());
     if (here != Way::far && __any_sync(0xffffffffu, !(furthest <= kNear) || coarse)) {
       way = __any_sync(0xffffffffu, coarse) ? Way::exact : Way::far;
       break;
     }
-    ahead.ask(cut, round - 2, a + at - 2 * step, b + at - 2 * step);
-    const bool whole_tile = round < cut.whole;
+    ahead.ask(cut, round - 2, a, b);
+    const int64_t at = cut.column(round, 0);
+    const bool whole_tile = round < cut.whole_rounds();
     if (whole_tile) {
       if (grad_a != nullptr)
 #pragma unroll
@@ -191,7 +193,6 @@ __device__ __forceinline__ int differentiate_rounds(const T* a, const T* b, O* g
       }
     }
     --round;
-    at -= step;
     if ((here == Way::far && !__any_sync(0xffffffffu, furthest > kNear)) || (here == Way::exact && !whole_tile))
       way = Way::near;
   }

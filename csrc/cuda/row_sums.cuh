@@ -204,15 +204,18 @@ __device__ __forceinline__ void sum_carefully(const T* row_a, const T* row_b, co
   furthest = sums.furthest;
 }
 
-// Begins where the block's first tiles have their weight: in units of their heaviest pair, at the mean of their differences.
+// Begins where the block's first tiles, which are there, have their weight: in units of their heaviest pair, at the mean of
+// their differences.
 template <class T>
-__device__ __forceinline__ void survey(const Pack<T>* x, const Pack<T>* y, Walk& walk, Room& room) {
+__device__ __forceinline__ void survey(Walk& walk, Room& room) {
   const int warp = threadIdx.x / kWarp;
   const auto for_pairs = [&](auto&& pair) {
 #pragma unroll
-    for (int u = 0; u < kTilePacks; ++u)
+    for (int u = 0; u < kTilePacks; ++u) {
+      const Pack<T> x = room.ahead.get<T>(0, u), y = room.ahead.get<T>(0, kTilePacks + u);
 #pragma unroll
-      for (int k = 0; k < Pack<T>::size; ++k) pair(widened(x[u].value[k]), widened(y[u].value[k]));
+      for (int k = 0; k < x.size; ++k) pair(widened(x.value[k]), widened(y.value[k]));
+    }
   };
   Top top{-INFINITY, -INFINITY, -INFINITY};
   for_pairs([&](float a, float b) { top.see(a, b); });
@@ -259,30 +262,28 @@ __device__ __forceinline__ int sum_near(const T* a, const T* b, const Cut<T>& cu
                                         Way& way, Ahead& ahead, bool asked) {
   if (round >= wide_rounds) return round;
   const float least = sizeof(T) == 4 && !exact ? kCoarse * fabsf(walk.centre) : -1.0f;
-  constexpr int step = cut.round_packs * cut.size;
-  a += cut.column(round, 0);
-  b += cut.column(round, 0);
   if (!asked) {
     ahead.ask(cut, round, a, b);
-    ahead.ask(cut, round + 1, a + step, b + step);
+    ahead.ask(cut, round + 1, a, b);
   }
 #pragma unroll 1
-  for (; round < wide_rounds; ++round, a += step, b += step) {
-    Pack<T> x[kTilePacks], y[kTilePacks];
-    ahead.take(round, x, y);
+  for (; round < wide_rounds; ++round) {
+    ahead.wait();
     TileSums sums = {0, 0, 0, 0};
     float furthest = 0;
 #pragma unroll
-    for (int u = 0; u < kTilePacks; ++u)
+    for (int u = 0; u < kTilePacks; ++u) {
+      const Pack<T> x = ahead.get<T>(round, u), y = ahead.get<T>(round, kTilePacks + u);
 #pragma unroll
       for (int k = 0; k < cut.size; ++k)
-        add_near<exact>(widened(x[u].value[k]), widened(y[u].value[k]), walk.unit, walk.centre, sums, furthest);
-    const bool coarse = furthest < least || (least > 0 && round == cut.whole);
+        add_near<exact>(widened(x.value[k]), widened(y.value[k]), walk.unit, walk.centre, sums, furthest);
+    }
+    const bool coarse = furthest < least || (least > 0 && round == cut.whole_rounds());
     if (__any_sync(0xffffffffu, sums.noised > walk.limit || !(furthest <= kNear) || coarse)) {
       way = __any_sync(0xffffffffu, coarse) ? Way::exact : Way::near;
       break;
     }
-    ahead.ask(cut, round + 2, a + 2 * step, b + 2 * step);
+    ahead.ask(cut, round + 2, a, b);
     walk.add(sums);
   }
   ahead.stop();
@@ -298,32 +299,28 @@ template <class T>
 __device__ __forceinline__ int sum_far(const T* a, const T* b, const Cut<T>& cut, int round, int wide_rounds, Walk& walk,
                                        Way& way, Room& room) {
   if (round >= wide_rounds) return round;
-  constexpr int step = cut.round_packs * cut.size;
   const float clean_unit = room.clean_unit[threadIdx.x];
-  a += cut.column(round, 0);
-  b += cut.column(round, 0);
   room.ahead.ask(cut, round, a, b);
-  room.ahead.ask(cut, round + 1, a + step, b + step);
+  room.ahead.ask(cut, round + 1, a, b);
 #pragma unroll 1
   while (way == Way::far && round < wide_rounds) {
-    Pack<T> x[kTilePacks], y[kTilePacks];
-    room.ahead.take(round, x, y);
+    room.ahead.wait();
     MixedSums sums;
 #pragma unroll
-    for (int u = 0; u < kTilePacks; ++u)
+    for (int u = 0; u < kTilePacks; ++u) {
+      const Pack<T> x = room.ahead.get<T>(round, u), y = room.ahead.get<T>(round, kTilePacks + u);
 #pragma unroll
       for (int k = 0; k < cut.size; ++k) {
-        const float ak = widened(x[u].value[k]), bk = widened(y[u].value[k]);
+        const float ak = widened(x.value[k]), bk = widened(y.value[k]);
         sums.add(delta_of<sizeof(T) == 4>(ak, bk, walk.centre), exp2_fast(fmaf(ak, kLog2e, -clean_unit)),
                  exp2_fast(fmaf(bk, kLog2e, -walk.unit)));
       }
+    }
     if (__any_sync(0xffffffffu, sums.near.noised + sums.noised > walk.limit || !(sums.furthest < INFINITY) ||
                                     sums.clean > kMoreClean * kTilePacks * cut.size))
       break;
     ++round;
-    a += step;
-    b += step;
-    room.ahead.ask(cut, round + 1, a + step, b + step);
+    room.ahead.ask(cut, round + 1, a, b);
     walk.add(sums, room);
     if (!__any_sync(0xffffffffu, sums.furthest > kNear)) way = Way::near;
   }
@@ -348,22 +345,19 @@ __device__ __forceinline__ RowPart part_of(const T* a, const T* b, int64_t cols,
   Way way = uniform(start.careful) ? Way::careful : Way::near;
   bool asked = false;
   if (uniform(!start.given)) {
-    Pack<T> x[kTilePacks], y[kTilePacks];
     asked = wide_rounds > 0;
     if (asked) {
-      constexpr int step = cut.round_packs * cut.size;
-      const T *first_a = a + cut.column(0, 0), *first_b = b + cut.column(0, 0);
-      room.ahead.ask(cut, 0, first_a, first_b);
-      room.ahead.ask(cut, 1, first_a + step, first_b + step);
-      room.ahead.take(0, x, y);
+      room.ahead.ask(cut, 0, a, b);
+      room.ahead.ask(cut, 1, a, b);
     } else {
-#pragma unroll
+#pragma unroll 1
       for (int u = 0; u < kTilePacks; ++u) {
-        x[u] = load_some(a, cut, 0, u, true);
-        y[u] = load_some(b, cut, 0, u, wide);
+        room.ahead.put(0, u, load_some(a, cut, 0, u, true));
+        room.ahead.put(0, kTilePacks + u, load_some(b, cut, 0, u, wide));
       }
     }
-    survey(x, y, walk, room);
+    room.ahead.wait();
+    survey<T>(walk, room);
   }
   int round = 0;
 #pragma unroll 1

@@ -24,14 +24,13 @@ struct Cut {
   static constexpr int round_packs = kRowThreads * kTilePacks;
 
   int64_t cols, head, packs;
-  int whole;  // rounds in which no thread lacks a pack
 
   __device__ __forceinline__ Cut(const T* clean, int64_t cols) : cols(cols), head(head_of(cols, clean)) {
     packs = (cols - head) / size;
-    whole = static_cast<int>(packs / round_packs);
   }
 
-  // Rounds of the block. In the last one some threads may have no packs.
+  // Rounds of the block: those in which no thread lacks a pack, and all.
+  __device__ __forceinline__ int whole_rounds() const { return static_cast<int>(packs / round_packs); }
   __device__ __forceinline__ int rounds() const { return static_cast<int>((packs + round_packs - 1) / round_packs); }
   // And one for the singles, at most 14, of the first warp alone.
   __device__ __forceinline__ int rounds_with_singles() const {
@@ -83,39 +82,39 @@ struct Ahead {
   static constexpr int tiles = 2;
   float4 pack[tiles][2 * kTilePacks][kRowThreads];
 
-  // Asks for the tile of a round, if there is such a round; this thread's packs begin at a and b. Where packs are missing
-  // the lowest numbers stand in; such a tile is read at once.
+  // Asks for the rows' tile of a round, if there is such a round. Where packs are missing the lowest numbers stand in.
   template <class T>
-  __device__ __forceinline__ void ask(const Cut<T>& cut, int round, const T* a, const T* b) {
-    float4(*slot)[kRowThreads] = pack[round & (tiles - 1)];
-    if (round >= 0 && round < cut.whole) {
+  __device__ __forceinline__ void ask(const Cut<T>& cut, int round, const T* row_a, const T* row_b) {
+    const T *a = row_a + cut.column(round, 0), *b = row_b + cut.column(round, 0);
+    if (round >= 0 && round < cut.whole_rounds()) {
+      float4(*slot)[kRowThreads] = pack[round & (tiles - 1)];
 #pragma unroll
       for (int u = 0; u < kTilePacks; ++u) {
         copy_ahead(&slot[u][threadIdx.x], a + u * kRowThreads * cut.size);
         copy_ahead(&slot[kTilePacks + u][threadIdx.x], b + u * kRowThreads * cut.size);
       }
-    } else if (round == cut.whole) {
-#pragma unroll
+    } else if (round == cut.whole_rounds()) {
+#pragma unroll 1
       for (int u = 0; u < kTilePacks; ++u) {
         const bool there = cut.has(round, u);
-        const Pack<T> x = there ? load_pack(a + u * kRowThreads * cut.size, true) : lowest_pack<T>();
-        const Pack<T> y = there ? load_pack(b + u * kRowThreads * cut.size, true) : lowest_pack<T>();
-        memcpy(&slot[u][threadIdx.x], &x, sizeof x);
-        memcpy(&slot[kTilePacks + u][threadIdx.x], &y, sizeof y);
+        put(round, u, there ? load_pack(a + u * kRowThreads * cut.size, true) : lowest_pack<T>());
+        put(round, kTilePacks + u, there ? load_pack(b + u * kRowThreads * cut.size, true) : lowest_pack<T>());
       }
     }
     end_group();
   }
-  // The tile asked for before the last.
+  // A pack of a tile, as it is: the clean stream's, then the noised one's.
   template <class T>
-  __device__ __forceinline__ void take(int round, Pack<T>* x, Pack<T>* y) const {
-    wait_for_groups<1>();
-    const float4(*slot)[kRowThreads] = pack[round & (tiles - 1)];
-#pragma unroll
-    for (int u = 0; u < kTilePacks; ++u) {
-      memcpy(&x[u], &slot[u][threadIdx.x], sizeof(float4));
-      memcpy(&y[u], &slot[kTilePacks + u][threadIdx.x], sizeof(float4));
-    }
+  __device__ __forceinline__ void put(int round, int at, const Pack<T>& value) {
+    memcpy(&pack[round & (tiles - 1)][at][threadIdx.x], &value, sizeof value);
+  }
+  // The tile asked for before the last is there.
+  __device__ __forceinline__ void wait() const { wait_for_groups<1>(); }
+  template <class T>
+  __device__ __forceinline__ Pack<T> get(int round, int at) const {
+    Pack<T> value;
+    memcpy(&value, &pack[round & (tiles - 1)][at][threadIdx.x], sizeof value);
+    return value;
   }
   // Nothing is on its way any more, and both slots are free.
   __device__ __forceinline__ void stop() const { wait_for_groups<0>(); }
