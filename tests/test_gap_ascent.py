@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import itertools
+import math
 import warnings
 from types import SimpleNamespace
 
@@ -10,11 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpost
 from fastpost.gap import rows
+from fastpost.gap.later import Later
 
 from .test_gap import VOCABULARY, a_text, bits, same, tiny_model, torch_ascent
+from .test_gap_edges import Plain
 
 # -- the embedding's rows --------------------------------------------------------------------------------------------------
 
@@ -150,6 +156,73 @@ def test_a_stored_trajectory_is_reproduced() -> None:
     result = fastpost.GAP(n_steps=4, lr=1e-2)(by_formula(), ids)
     assert result.losses == pytest.approx(LOSSES, rel=1e-9)
     assert result.drift == pytest.approx(DRIFT, rel=1e-8)
+
+
+# -- what waits for the device ------------------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: reading a number, comparing, and looking what is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "equal", "_unique2", "nonzero", "is_nonzero"):
+            self.seen[name] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_no_step_waits_unless_something_has_to_be_known(max_norm: float | None) -> None:
+    def waits(n_steps: int, model: nn.Module, **how: object) -> int:
+        gap = fastpost.GAP(n_steps=n_steps, max_norm=max_norm, **how)
+        with Waits() as mode:
+            gap(model, a_text())
+        return mode.seen.total()
+
+    assert waits(6, Plain()) == waits(2, Plain()) > 0
+    # The counter counts: ids that a model makes anew in every step are looked at, and a guard asks for the norm.
+    assert waits(6, Plain(first_token=0)) > waits(2, Plain(first_token=0))
+    assert waits(6, Plain(), max_grad_norm=1e9) > waits(2, Plain(), max_grad_norm=1e9)
+
+
+def test_numbers_are_read_a_step_late_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the first step was made is asked when the second is queued, all else after the last."""
+    model, events, made = tiny_model(), [], []
+    values, init = Later.values, Later.__init__
+
+    def read(self: Later) -> list[float]:
+        events.append(made.index(self))
+        return values(self)
+
+    monkeypatch.setattr(Later, "values", read)
+    monkeypatch.setattr(Later, "__init__", lambda self, numbers: (made.append(self), init(self, numbers))[1])
+    model.register_forward_pre_hook(lambda *a: events.append("forward") and None)
+    fastpost.GAP(n_steps=4)(model, a_text())
+    # Of the first step: loss 0, skipped 1, what it moved 2, drift 3; of each later one loss, skipped, drift; the last loss.
+    forwards = ["forward"] * 2
+    at_the_end = [0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 2, 13]
+    assert events == [*forwards, 1, "forward", "forward", "forward", *at_the_end]
+
+
+@pytest.mark.parametrize("how", [{}, {"loss": "mle"}, {"max_norm": 0.5}, {"max_norm": 0.5, "loss": "mle"}])
+@pytest.mark.parametrize("poisoned", [(), (1, 3), (1, 2, 3, 4, 5)])
+def test_a_run_that_waits_and_one_that_does_not_are_the_same(how: dict, poisoned: tuple[int, ...]) -> None:
+    """Whether a step is skipped by the host or by Adam's kernel."""
+    found = []
+    for waits in ({"max_drift": 1e9}, {"max_grad_norm": 1e30}, {"fused": False, **how}, {}):
+        model, passes = tiny_model(), itertools.count(1)
+        weight = model.transformer.h[0].mlp.c_fc.weight
+        weight.register_hook(lambda g, passes=passes: g * math.inf if next(passes) in poisoned else g)
+        result = fastpost.GAP(n_steps=5, **waits, **{k: v for k, v in how.items() if k not in waits})(model, a_text())
+        found.append((result.losses, result.drift, result.skipped_steps, result.moved_fraction, result.best_step))
+        found[-1] += (b"".join(p.numpy().tobytes() for p in bits(model)),)
+    assert found[0] == found[1] == found[3]
+    assert found[2][2] == found[0][2] == len(poisoned)
+    assert found[2][0] == pytest.approx(found[0][0], rel=1e-6)
 
 
 # -- sixteen bits ------------------------------------------------------------------------------------------------------

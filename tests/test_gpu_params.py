@@ -130,24 +130,33 @@ def test_sign_flips_are_the_cpus_bits(backend: str, dtype: torch.dtype, offset: 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_and_sums_are_the_same_bits_wherever_the_tensors_lie(backend: str, dtype: torch.dtype) -> None:
-    """Again, elsewhere, out of step with 16 bytes, in one flat buffer, and split over two lists' tables."""
-    weights, grads, stash = lists_there(dtype)
+    """Again, out of step with 16 bytes, and in one flat buffer.
 
-    def outcome(w: list[Tensor], g: list[Tensor], s: list[Tensor]) -> tuple[Tensor, Tensor]:
+    A last bit of one tensor's norm mostly vanishes in that of the list, so each is looked at by itself as well.
+    """
+    names = ("squared norm", *ops.NAMES_OF_SUMS, *(f"squared norm of {n} elements" for n in bodies.LENGTHS))
+
+    def outcome(w: list[Tensor], g: list[Tensor], s: list[Tensor]) -> tuple[dict[str, str], Tensor]:
+        """Every number that is summed, in hexadecimal, and w + e."""
         squared = ops.squared_norm(g, w, eta=0.01)
         sums = ops.sam_perturb_(w, g, s, squared, rho=0.3, adaptive=True, eta=0.01)
+        written = torch.cat(w)
         ops.sam_restore_(w, s)
-        return squared, sums
+        each = (ops.squared_norm([b], [a], eta=0.01).item() for a, b in zip(w, g, strict=True))
+        return {n: x.hex() for n, x in zip(names, (squared.item(), *sums.tolist(), *each), strict=True)}, written
 
-    first = outcome(weights, grads, stash)
-    assert all(same_bits(a, b) for a, b in zip(outcome(weights, grads, stash), first, strict=True))
+    columns = lists_there(dtype)
+    expected, perturbed = outcome(*columns)
     shifted = [[torch.empty(t.numel() + k, dtype=dtype, device=DEVICE)[k:].copy_(t) for t in column]
-               for k, column in enumerate((weights, grads, stash), start=1)]  # fmt: skip
-    flat = [plan.flat_like(column)[1] for column in (weights, grads, stash)]
-    for new, old in zip(flat[0] + flat[1], weights + grads, strict=True):
+               for k, column in enumerate(columns, start=1)]  # fmt: skip
+    flat = [plan.flat_like(column)[1] for column in columns]
+    for new, old in zip(flat[0] + flat[1], columns[0] + columns[1], strict=True):
         new.copy_(old)
-    for columns in (shifted, flat):
-        assert all(same_bits(a, b) for a, b in zip(outcome(*columns), first, strict=True))
+    for where, elsewhere in (("again", columns), ("1, 2 and 3 elements off", shifted), ("flat", flat)):
+        got, written = outcome(*elsewhere)
+        other = {name: f"{got[name]}, not {expected[name]}" for name in names if got[name] != expected[name]}
+        assert not other, f"{where}: {other}"
+        assert same_bits(written, perturbed), f"{where}: w + e, {int((bits(written) != bits(perturbed)).sum())} elements"
 
 
 def test_restore_keeps_nan_payloads_signed_zeros_and_subnormals(backend: str) -> None:

@@ -6,6 +6,7 @@ would execute, read from its machine code.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -21,7 +22,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fastpost.triton_kernels import divergence, noise, params  # noqa: E402
+from fastpost.triton_kernels import divergence, noise, numerics, params  # noqa: E402
 
 ARCHS = (80, 90, 100)
 TYPES = {"float32": ("*fp32", tl.float32, 4), "bfloat16": ("*bf16", tl.bfloat16, 8)}
@@ -32,8 +33,10 @@ def tool(name: str) -> Path:
     return next(path for path in TOOLS.rglob(name) if path.is_file())
 
 
-def compiled(kernel, types: dict, constants: dict, aligned: tuple, warps: int, arch: int, tmp_path: Path, **options):
-    """(resource line, machine code) of a kernel for one architecture."""
+def compiled(
+    kernel, types: dict, constants: dict, aligned: tuple, warps: int, arch: int, tmp_path: Path, stage: str = "", **options
+):
+    """(resource line, machine code) of a kernel for one architecture; or what it is after a stage of the compiler."""
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
@@ -42,8 +45,11 @@ def compiled(kernel, types: dict, constants: dict, aligned: tuple, warps: int, a
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
     options = {"num_warps": warps, "enable_fp_fusion": True, **options}
+    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm
+    if stage:
+        return code[stage]
     binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"])
+    binary.write_bytes(code["cubin"])
     run = {"capture_output": True, "text": True, "check": True}
     usage = subprocess.run([tool("cuobjdump"), "-res-usage", binary], **run)
     (line,) = [x for x in (usage.stdout + usage.stderr).splitlines() if "REG:" in x]
@@ -87,13 +93,15 @@ def operand_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
     return divergence_kernel(dtype, arch, tmp_path, logits="*fp32", operand=True, HEAD=4)
 
 
-def perturb_kernel(dtype: str, arch: int, tmp_path: Path, **changed) -> tuple[str, str]:
+def perturb_kernel(dtype: str, arch: int, tmp_path: Path, stage: str = "", **changed):
     constants = {
         "dtype": TYPES[dtype][1], "seen": tl.bfloat16, "adaptive": False, "masters": False, "stochastic": False,
         "aligned": True, "BLOCK": 2048, **changed,
     }  # fmt: skip
     types = {"table": "*i64", "partial": "*fp64", "scale": "*fp32", "seed": "*i64", "eta": "fp32"}
-    return compiled(params._sam_perturb_kernel, types, constants, ("table",), 8, arch, tmp_path)
+    return compiled(
+        params._sam_perturb_kernel, types, constants, ("table",), 8, arch, tmp_path, stage, enable_fp_fusion=False
+    )
 
 
 def stochastic_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
@@ -117,10 +125,10 @@ def distance_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
     return squares_kernel("difference", dtype, arch, tmp_path)
 
 
-def squares_kernel(squares: str, dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
-    constants = {"dtype": TYPES[dtype][1], "squares": squares, "aligned": True, "BLOCK": 2048}
+def squares_kernel(squares: str, dtype: str, arch: int, tmp_path: Path, stage: str = "", aligned: bool = True):
+    constants = {"dtype": TYPES[dtype][1], "squares": squares, "aligned": aligned, "BLOCK": 2048}
     types = {"table": "*i64", "partial": "*fp64", "eta": "fp32", "eta_rest": "fp32"}
-    return compiled(params._squares_kernel, types, constants, ("table",), 8, arch, tmp_path)
+    return compiled(params._squares_kernel, types, constants, ("table",), 8, arch, tmp_path, stage, enable_fp_fusion=False)
 
 
 def restore_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
@@ -132,7 +140,7 @@ def restore_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
 def adamw_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
     constants = {"dtype": TYPES[dtype][1], "aligned": True, "BLOCK": params.copy_block(4 if dtype == "float32" else 2)}
     types = {"table": "*i64", "factors": "*fp32", "skip": "*fp32"}
-    return compiled(params._restore_adamw_kernel, types, constants, ("table",), 8, arch, tmp_path)
+    return compiled(params._restore_adamw_kernel, types, constants, ("table",), 8, arch, tmp_path, enable_fp_fusion=False)
 
 
 def scale_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
@@ -228,3 +236,71 @@ def test_the_checks_see_planted_defects(tmp_path: Path) -> None:
     unaligned = complaints(*perturb_kernel("bfloat16", 90, tmp_path, aligned=False), 128)
     assert [c for c in unaligned if "128-bit" in c]
     assert complaints(*perturb_kernel("bfloat16", 90, tmp_path), 20)
+
+
+# -- sums that do not depend on where the tensors lie ---------------------------------------------------------------------
+
+
+def sums_by_layout(code: str) -> list[str]:
+    """Sums of floats, in the compiler's form of a kernel, that add more than two numbers at a time: in what order follows
+    from which thread holds which element, and that from how wide memory is read."""
+    found = []
+    for axis, body, operands in re.findall(
+        r'"tt\.reduce"\([^)]*\) <\{axis = (\d+).*?\(\{(.*?)\}\) : \((.*?)\) ->', code, re.DOTALL
+    ):
+        shapes = [[int(n) for n in shape.split("x")] for shape in re.findall(r"tensor<([\dx]+)x[fi]\d+", operands)]
+        if "arith.addf" in body and any(shape[int(axis)] > 2 for shape in shapes):
+            found.append(operands)
+    return found
+
+
+def neighbours(code: str) -> set[str]:
+    """How many neighbouring elements a thread loads, in the compiler's layouts."""
+    layouts = dict(re.findall(r"(#blocked\d*) = #ttg\.blocked<\{sizePerThread = \[([\d, ]+)\]", code))
+    return {layouts[name] for name in re.findall(r"tt\.load .* : tensor<[\dx]+x!tt\.ptr<\w+>, (#blocked\d*)>", code)}
+
+
+SUMS = {
+    "norm": lambda *at, **how: squares_kernel("plain", *at, **how),
+    "norm, scaled": lambda *at, **how: squares_kernel("scaled", *at, **how),
+    "distance": lambda *at, **how: squares_kernel("difference", *at, **how),
+    "perturb": perturb_kernel,
+    "perturb, adaptive": lambda *at, **how: perturb_kernel(*at, adaptive=True, **how),
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", SUMS)
+def test_lists_are_summed_by_index_however_wide_they_are_read(name: str, dtype: str, tmp_path: Path) -> None:
+    wide, narrow = (SUMS[name](dtype, 90, tmp_path, stage="ttgir", aligned=aligned) for aligned in (True, False))
+    assert (neighbours(narrow), neighbours(wide)) == ({"1"}, {str(TYPES[dtype][2])})  # two layouts indeed
+    assert sums_by_layout(wide) == sums_by_layout(narrow) == []
+
+
+@triton.jit
+def _sum_kernel(x, out, plain: tl.constexpr, BLOCK: tl.constexpr):
+    block = tl.load(x + tl.arange(0, BLOCK))
+    tl.store(out, tl.sum(block, axis=0) if plain else numerics.ordered_sum(block))
+
+
+def test_a_sum_in_the_layouts_order_is_seen(tmp_path: Path) -> None:
+    for plain in (True, False):
+        constants = {"plain": plain, "BLOCK": 1024}
+        code = compiled(_sum_kernel, {"x": "*fp32", "out": "*fp32"}, constants, ("x",), 4, 90, tmp_path, "ttgir")
+        assert bool(sums_by_layout(code)) == plain
+
+
+# Kernels that add nothing, or one integer to another.
+ADD_NOTHING = {"_restore_kernel", "_cast_kernel", "_flip_kernel", "_scale_kernel", "_scale_rows_kernel"}
+
+
+def test_what_adds_is_launched_without_the_compilers_fusing() -> None:
+    seen = set()
+    for module in (divergence, noise, params):
+        for call in ast.walk(ast.parse(Path(module.__file__).read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript):
+                name = ast.unparse(call.func.value)
+                options = {k.arg: ast.unparse(k.value) for k in call.keywords}
+                assert name in ADD_NOTHING or options.get("enable_fp_fusion") == "False", name
+                seen.add(name)
+    assert seen > ADD_NOTHING

@@ -3,14 +3,29 @@
 Everything is computed in float32 from values that were cast after loading: Triton's interpreter would otherwise calculate
 on the raw bits of bfloat16. Stores round with integer operations, to nearest even, because the interpreter truncates.
 
-Rows of logits are compiled without the compiler's own fusing of products and sums, which depends on what else a kernel does;
-here it is written out. So a gradient has the same bits whether or not the other one is wanted.
+Two things in a compiled kernel depend on more than its equations, and both are taken from the compiler wherever numbers are
+summed. It fuses products and sums as the rest of the kernel allows: kernels are compiled without that, and what is fused is
+written as `tl.fma`. So a gradient has the same bits whether or not the other one is wanted. And `tl.sum` adds what one
+thread holds first: four neighbours where memory is read 16 bytes at a time, elements far apart where it is not.
+`ordered_sum` adds by index. So a sum does not depend on where the tensors lie.
 """
 
 import triton
 import triton.language as tl
 
 CHUNK = tl.constexpr(65536)  # elements; where reductions are cut, as in csrc/core/plan.h
+
+
+@triton.jit
+def ordered_sum(x):
+    """The sum of a block of 2^n elements, at most 2^16: of neighbours first, then of neighbouring pairs, and so on up.
+
+    Two numbers have one sum, whichever threads hold them, so the order is that of the indices.
+    """
+    for _ in tl.static_range(16):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), axis=1)
+    return tl.sum(x, axis=0)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import in_two_floats
-from .numerics import CHUNK, philox_words, round_randomly, round_to
+from .numerics import CHUNK, ordered_sum, philox_words, round_randomly, round_to
 
 SUMS = 6  # e.e, s.s, e.s, v.v, e.v, changed
 _BLOCK = 2048
@@ -76,7 +76,7 @@ def _pointer(row, begin, column: tl.constexpr, dtype: tl.constexpr, aligned: tl.
 
 
 @triton.jit
-def _term(x, y, at, inside, masked: tl.constexpr, eta, eta_rest, squares: tl.constexpr):
+def _root(x, y, at, inside, masked: tl.constexpr, eta, eta_rest, squares: tl.constexpr):
     a = (tl.load(x + at, mask=inside, other=0.0) if masked else tl.load(x + at)).to(tl.float32).to(tl.float64)
     if squares != "plain":
         b = (tl.load(y + at, mask=inside, other=0.0) if masked else tl.load(y + at)).to(tl.float32)
@@ -84,7 +84,7 @@ def _term(x, y, at, inside, masked: tl.constexpr, eta, eta_rest, squares: tl.con
             a *= (tl.abs(b).to(tl.float64) + eta) + eta_rest
         else:
             a -= b.to(tl.float64)
-    return a * a
+    return a
 
 
 @triton.jit
@@ -101,10 +101,11 @@ def _squares_kernel(
     body = length // BLOCK
     for block in range(body):  # whole blocks need no mask, which keeps their accesses wide
         i = block * BLOCK + tl.arange(0, BLOCK)
-        total += _term(x, y, i, True, False, eta, eta_rest, squares)
+        a = _root(x, y, i, True, False, eta, eta_rest, squares)
+        total = tl.fma(a, a, total)
     i = body * BLOCK + tl.arange(0, BLOCK)
-    total += _term(x, y, i, i < length, True, eta, eta_rest, squares)
-    tl.store(partial + tl.program_id(0), tl.sum(total, axis=0))
+    a = _root(x, y, i, i < length, True, eta, eta_rest, squares)
+    tl.store(partial + tl.program_id(0), ordered_sum(tl.fma(a, a, total)))
 
 
 @triton.jit
@@ -122,7 +123,8 @@ def _perturb_block(
     w, g, stash, row, begin, seed, i, inside, high, low, eta, dtype: tl.constexpr, seen: tl.constexpr,
     adaptive: tl.constexpr, masters: tl.constexpr, stochastic: tl.constexpr,
 ):  # fmt: skip
-    """Perturbs one block; returns the element-wise terms of the six sums. inside: None for a whole block."""
+    """Perturbs one block; returns e, and of the move its stored value s and what `seen` shows of it, v. inside: None for a
+    whole block."""
     if inside is None:
         slope = tl.load(g + i).to(tl.float32)
     else:
@@ -162,7 +164,14 @@ def _perturb_block(
     if high == 0.0:
         s = tl.zeros_like(s)  # NaN weights: NaN - NaN is not 0 either
         v = tl.zeros_like(v)
-    return e * e, s * s, e * s, v * v, e * v, tl.where(s != 0.0, 1.0, 0.0)
+    return e, s, v
+
+
+@triton.jit
+def _add_terms(e, s, v, ee, ss, es, vv, ev, changed):
+    """The six sums of every place in a block, with one more element each."""
+    ee, ss, es = tl.fma(e, e, ee), tl.fma(s, s, ss), tl.fma(e, s, es)
+    return ee, ss, es, tl.fma(v, v, vv), tl.fma(e, v, ev), changed + tl.where(s != 0.0, 1.0, 0.0)
 
 
 @triton.jit
@@ -199,26 +208,22 @@ def _sam_perturb_kernel(
     body = length // BLOCK
     for block in range(body):  # whole blocks need no mask, which keeps their accesses wide
         i = block * BLOCK + tl.arange(0, BLOCK)
-        t0, t1, t2, t3, t4, t5 = _perturb_block(
+        e, s, v = _perturb_block(
             w, g, stash, row, begin, seed, i, None, high, low, eta, dtype, seen, adaptive, masters, stochastic
         )
-        ee += t0
-        ss += t1
-        es += t2
-        vv += t3
-        ev += t4
-        changed += t5
+        ee, ss, es, vv, ev, changed = _add_terms(e, s, v, ee, ss, es, vv, ev, changed)
     i = body * BLOCK + tl.arange(0, BLOCK)
-    t0, t1, t2, t3, t4, t5 = _perturb_block(
+    e, s, v = _perturb_block(
         w, g, stash, row, begin, seed, i, i < length, high, low, eta, dtype, seen, adaptive, masters, stochastic
     )
+    ee, ss, es, vv, ev, changed = _add_terms(e, s, v, ee, ss, es, vv, ev, changed)
     at = partial + tl.program_id(0).to(tl.int64) * 6
-    tl.store(at, tl.sum((ee + t0).to(tl.float64), axis=0))
-    tl.store(at + 1, tl.sum((ss + t1).to(tl.float64), axis=0))
-    tl.store(at + 2, tl.sum((es + t2).to(tl.float64), axis=0))
-    tl.store(at + 3, tl.sum((vv + t3).to(tl.float64), axis=0))
-    tl.store(at + 4, tl.sum((ev + t4).to(tl.float64), axis=0))
-    tl.store(at + 5, tl.sum((changed + t5).to(tl.float64), axis=0))
+    tl.store(at, ordered_sum(ee.to(tl.float64)))
+    tl.store(at + 1, ordered_sum(ss.to(tl.float64)))
+    tl.store(at + 2, ordered_sum(es.to(tl.float64)))
+    tl.store(at + 3, ordered_sum(vv.to(tl.float64)))
+    tl.store(at + 4, ordered_sum(ev.to(tl.float64)))
+    tl.store(at + 5, ordered_sum(changed.to(tl.float64)))
 
 
 @triton.jit
@@ -330,7 +335,15 @@ def _sum_of_squares(table: Table, dtype: torch.dtype, squares: str, eta: float =
     partial = torch.zeros(table.chunks, dtype=torch.float64, device=table.memory.device)
     if table.chunks:
         _squares_kernel[(table.chunks,)](
-            table.memory, partial, *in_two_floats(eta), _TYPES[dtype], squares, table.aligned, BLOCK=_BLOCK, num_warps=8
+            table.memory,
+            partial,
+            *in_two_floats(eta),
+            _TYPES[dtype],
+            squares,
+            table.aligned,
+            BLOCK=_BLOCK,
+            num_warps=8,
+            enable_fp_fusion=False,
         )
     return partial.sum()
 
@@ -365,6 +378,7 @@ def sam_perturb_(
         _sam_perturb_kernel[(table.chunks,)](
             table.memory, partial, _split(squared, rho), table.memory if seed is None else seed, eta or 0.0, _TYPES[dtype],
             _TYPES[seen], eta is not None, masters, stochastic, table.aligned, BLOCK=_BLOCK, num_warps=8,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return partial.sum(dim=0)
 
@@ -428,7 +442,7 @@ def sam_restore_adamw_(
     ).float()
     skip = torch.zeros(1, device=device) if found_inf is None else found_inf.float().reshape(1)
     _restore_adamw_kernel[(table.chunks,)](
-        table.memory, factors, skip, _TYPES[dtype], table.aligned, BLOCK=1024, num_warps=8
+        table.memory, factors, skip, _TYPES[dtype], table.aligned, BLOCK=1024, num_warps=8, enable_fp_fusion=False
     )
 
 

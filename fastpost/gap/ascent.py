@@ -1,20 +1,18 @@
-"""Adam uphill on one text, step by step: gradients, sign, norm, and the update, in float32 whatever the weights are."""
+"""Adam uphill on one text, step by step: gradients, norm, sign and update, in float32 whatever the weights are."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastpost import plan
+from fastpost.gap.later import Later
 from fastpost.gap.rows import EmbeddedText, plain_embedding
 from fastpost.gap.text import CausalLoss
-from fastpost.ops.params import negate_, negate_clip_
-
-Verdict = Literal["made", "skipped", "max_grad_norm"]
+from fastpost.ops.params import negate_clip_, squared_norm
 
 
 class Ascent:
@@ -28,6 +26,8 @@ class Ascent:
         loss: "negative" goes uphill, "mle" downhill.
         master_weights: step 16-bit weights in float32 copies, of which they are the casts.
         max_norm: clip to this global norm. max_grad_norm: make no step above it. None: neither.
+        waits: whether to find out at once if a step has to be skipped. False leaves that to Adam's kernel where it can
+            (its one-kernel form, on one device), so that no step waits for the device.
     """
 
     def __init__(
@@ -44,13 +44,19 @@ class Ascent:
         master_weights: bool,
         max_norm: float | None,
         max_grad_norm: float | None,
+        waits: bool,
     ) -> None:
         self._loss_of = CausalLoss(model)
         self._weights = list(weights)
         self._ids = ids
         # torch's kernel walks memory from a weight's first element on: past a view with gaps, over its neighbours.
         self._fused = fused and all(p.device.type in ("cpu", "cuda") and plan.dense(p) for p in weights)
-        self._downhill = loss == "mle"
+        uphill = loss == "negative"
+        # Clipping flips signs in its own pass. Otherwise Adam does as it reads the gradients; its default form would copy
+        # them all for that.
+        self._flips = max_norm is not None or (uphill and not self._fused)
+        self._maximize = uphill != self._flips
+        self._waits = waits or not self._fused or len({p.device for p in weights}) > 1
         self._lr, self._betas, self._eps = lr, betas, eps
         self._master_weights = master_weights
         self._max_norm, self._max_grad_norm = max_norm, max_grad_norm
@@ -62,11 +68,11 @@ class Ascent:
         self._only_rows = False
 
     @torch.no_grad()
-    def loss(self) -> float:
+    def loss(self) -> Later:
         """The text's loss now, nats per token."""
-        return float(self._loss_of(self._ids))
+        return Later(self._loss_of(self._ids))
 
-    def differentiate(self) -> float:
+    def differentiate(self) -> Later:
         """Takes the gradients at the weights as they are; returns the loss, nats per token."""
         watching = self._text.watching() if self._text is not None else contextlib.nullcontext()
         with torch.enable_grad(), watching:
@@ -77,7 +83,7 @@ class Ascent:
         self._gradients = _own(gradients[:count], self._weights)
         if self._text is not None:
             self._add_rows(self._text, gradients[count:])
-        return float(loss.detach())
+        return Later(loss)
 
     def _add_rows(self, text: EmbeddedText, of_leaves: tuple[Tensor | None, ...]) -> None:
         rows = text.gradient(of_leaves)
@@ -93,21 +99,28 @@ class Ascent:
             # index_add_ of rows that are all different: one addition each, as autograd would make it.
             whole.index_add_(0, text.rows, rows)
 
-    def step(self) -> Verdict:
-        """Moves the weights along the gradients taken last; unless it is made, nothing is written."""
+    def step(self) -> Later | None:
+        """Moves the weights along the gradients taken last, unless one of them is not finite: then nothing changes.
+
+        Returns:
+            1 if the step was skipped, else 0. None: the gradients' norm is above `max_grad_norm`; nothing was written.
+        """
         present = [g for g in self._gradients if g is not None]
-        norm = negate_clip_(present, self._max_norm)
-        if self._downhill:
-            negate_(present)
-        if not bool(torch.isfinite(norm)):
-            return "skipped"
+        norm = negate_clip_(present, self._max_norm) if self._flips else squared_norm(present).sqrt()
+        skipped = (norm * 0).ne_(0).float()  # infinity times 0 is NaN, which is not 0
+        verdict = Later(skipped)
+        if self._waits and verdict.value():
+            return verdict
         if self._max_grad_norm is not None and float(norm) > self._max_grad_norm:
-            return "max_grad_norm"
+            return None
         if self._adam is None:
             self._stepped = [self._moved_by_adam(p) for p in self._weights]
             self._adam = torch.optim.Adam(
-                self._stepped, lr=self._lr, betas=self._betas, eps=self._eps, fused=self._fused or None
-            )
+                self._stepped, lr=self._lr, betas=self._betas, eps=self._eps, maximize=self._maximize,
+                fused=self._fused or None,
+            )  # fmt: skip
+        if not self._waits:
+            self._adam.found_inf = skipped  # type: ignore[attr-defined]  # as GradScaler tells it
         for stepped, g in zip(self._stepped, self._gradients, strict=True):
             stepped.grad = None if g is None else g.to(stepped.dtype)
         self._adam.step()
@@ -120,7 +133,7 @@ class Ascent:
                 elif stepped is not p:
                     p.copy_(stepped)
         torch.clear_autocast_cache()  # or an enclosing autocast region would go on with its casts of the old weights
-        return "made"
+        return verdict
 
     def gradients(self) -> dict[int, Tensor]:
         """The gradients taken last, each as large as its weight, by the weight's id."""

@@ -9,16 +9,20 @@ from typing import Any
 
 
 class Reporter:
-    """Called after every step with (step, text); shows it as `progress` asks. A context manager.
+    """Called after every step with (step, summary); shows it as `progress` asks. A context manager.
 
     Args:
         progress: False shows nothing; True a bar by `rich`, or a line per step on stderr where that is not installed; a
             function is called with (step, n_steps).
         n_steps: the number of steps that make a full bar.
+
+    Attributes:
+        shows: whether `summary()`, a few words about the state, is asked for.
     """
 
     def __init__(self, progress: bool | Callable[[int, int], object], n_steps: int) -> None:
         self._progress = progress
+        self.shows = bool(progress) and not callable(progress)
         self._n_steps = n_steps
         self._bar: Any = None
         self._task: Any = None
@@ -38,10 +42,10 @@ class Reporter:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, step: int, text: str) -> None:
+    def __call__(self, step: int, summary: Callable[[], str]) -> None:
         if callable(self._progress):
             self._progress(step, self._n_steps)
         elif self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
+            self._bar.update(self._task, completed=step, description=summary())
         elif self._progress:
-            print(f"GAP {step}/{self._n_steps} {text}", file=sys.stderr)
+            print(f"GAP {step}/{self._n_steps} {summary()}", file=sys.stderr)

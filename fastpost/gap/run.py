@@ -17,6 +17,7 @@ from fastpost.gap import checks
 from fastpost.gap.ascent import Ascent
 from fastpost.gap.delta import Delta
 from fastpost.gap.guards import Probe, layer_drifts
+from fastpost.gap.later import Later
 from fastpost.gap.progress import Reporter
 from fastpost.gap.text import prepare
 from fastpost.gap.weights import Snapshot
@@ -93,8 +94,11 @@ class GAP:
     """Gradient ascent post-training: Adam uphill on a single text, no decay, no schedule, dropout off.
 
     theta <- Adam(theta, -grad CE(text; theta)), at most `n_steps` times; the defaults are the authors' recipe. The sign is
-    flipped by one fused pass over all gradients, which also measures their norm; it equals torch's `maximize=True` bit
-    for bit. A gradient that is not finite skips its step: nothing is written, `skipped_steps` counts it.
+    flipped by Adam's one-kernel form, or by one fused pass over all gradients; both are torch's `maximize=True` bit for
+    bit. A gradient that is not finite skips its step: nothing is written, `skipped_steps` counts it.
+
+    No step waits for the device unless something has to be known before the next one: with `evaluate`, a guard or a bar.
+    Losses and drifts are otherwise read when the last step was queued.
 
     The weights are copied once, before the first step. If anything is raised on the way (by `evaluate`, by a step, by
     Ctrl-C), they are put back bit for bit. Gradients, `requires_grad`, training modes and dropout are afterwards what they
@@ -242,6 +246,9 @@ class GAP:
         probe: Probe | None,
         report: Reporter,
     ) -> GapResult:
+        guarded = any(b is not None for b in (self.max_drift, self.max_layer_drift, self.max_loss, self.max_kl))
+        # Whether a state has to be known before the next step; otherwise all of them are read at the end.
+        waits = evaluate is not None or guarded or self.max_grad_norm is not None or report.shows
         ascent = Ascent(
             model,
             weights,
@@ -254,24 +261,35 @@ class GAP:
             master_weights=self.master_weights,
             max_norm=self.max_norm,
             max_grad_norm=self.max_grad_norm,
+            waits=waits,
         )
         result = GapResult(0, [], [], [0.0], 0, 0.0, "n_steps", base)
+        unread: list[_Step] = []
+        first = _FirstMove(base)
         held: Snapshot | None = None  # a copy of state best_step, made where that may not be the last
         below = 0
-        guarded = any(b is not None for b in (self.max_drift, self.max_layer_drift, self.max_loss, self.max_kl))
         if probe is not None:
             result.kl.append(0.0)
         if evaluate is not None:
             result.scores.append(_score(evaluate, model))
+        model.eval()
         for step in range(1, self.n_steps + 1):
-            model.eval()  # evaluate() may have left another mode
-            result.losses.append(ascent.differentiate())
-            moved = self._step(ascent, weights, base, result)
-            ascent.let_go()
-            if result.stop_reason == "max_grad_norm":  # nothing was written
-                result.losses.pop()  # measured once more below
+            loss = ascent.differentiate()
+            skipped = ascent.step()
+            if skipped is None:  # nothing was written
+                result.stop_reason = "max_grad_norm"
                 break
-            drift = base.distance() if moved else result.drift[-1]
+            if not (waits and skipped.value()):
+                first.see(ascent, skipped)
+            ascent.let_go()
+            made = _Step(loss, skipped, Later(base.squared_distance()))
+            if not waits:
+                unread.append(made)
+                result.best_step = step
+                report(step, result.summary)
+                continue
+            moved, drift = made.read(result)
+            self._note(first, weights, result)
             fired = self._broken(model, ascent, base, probe, drift, result) if moved else None
             if fired is not None:
                 result.stop_reason = fired
@@ -287,20 +305,25 @@ class GAP:
                 result.scores.append(result.scores[-1])  # the same weights have the same score
             else:
                 score, highest = _score(evaluate, model), max(result.scores)
+                model.eval()  # evaluate() may have left another mode
                 result.scores.append(score)
                 if score > highest:
                     result.best_step = step
                     held = _keep(held, weights)
                 elif score < highest and step > self.min_steps:
                     below += 1
-            report(step, result.summary())
+            report(step, result.summary)
             if self.patience is not None and below >= self.patience:
                 result.stop_reason = "patience"
                 break
         taken_back = result.stop_reason in GUARDS
-        if not taken_back:  # the model is in the last state, whose loss no step has measured
-            model.eval()
-            result.losses.append(ascent.loss())
+        # Unless a state was taken back the model is in the last one, whose loss no step has measured.
+        last = None if taken_back else ascent.loss()
+        for made in unread:
+            result.drift.append(made.read(result)[1])
+        self._note(first, weights, result)
+        if last is not None:
+            result.losses.append(last.value())
         if taken_back or result.best_step != len(result.drift) - 1:
             (held or base).restore()
         return result
@@ -321,7 +344,7 @@ class GAP:
         if self.max_layer_drift is not None and not all(d <= self.max_layer_drift for d in layers.values()):
             return "max_layer_drift"
         model.eval()
-        if self.max_loss is not None and not ascent.loss() <= self.max_loss:
+        if self.max_loss is not None and not ascent.loss().value() <= self.max_loss:
             return "max_loss"
         if self.max_kl is not None and probe is not None:
             kl = probe.kl(model)
@@ -331,23 +354,64 @@ class GAP:
         result.layer_drift = layers
         return None
 
-    def _step(self, ascent: Ascent, weights: list[nn.Parameter], base: Snapshot, result: GapResult) -> bool:
-        """One step uphill; False, and nothing written, where a gradient is not finite."""
-        verdict = ascent.step()
-        if verdict == "skipped":
+    def _note(self, first: _FirstMove, weights: list[nn.Parameter], result: GapResult) -> None:
+        """What the first step that was made has moved, once that is known; says so where it is little."""
+        fraction = first.fraction()
+        if fraction is None:
+            return
+        result.moved_fraction = fraction
+        if fraction < 0.9 and not self.master_weights and any(p.dtype.itemsize == 2 for p in weights):
+            warnings.warn(
+                f"GAP: only {fraction:.0%} of the weights moved in the first step; for the other 16-bit "
+                f"weights lr={self.lr:g} is lost in rounding. master_weights=True steps them in float32.",
+                stacklevel=4,
+            )
+
+
+@dataclass
+class _Step:
+    """What a step measured: the loss before it, 1 if it was skipped, and the squared drift after it."""
+
+    loss: Later
+    skipped: Later
+    squared_drift: Later
+
+    def read(self, result: GapResult) -> tuple[bool, float]:
+        """Whether it moved the weights, and the drift after it; loss and skipped steps are noted in the result."""
+        result.losses.append(self.loss.value())
+        if self.skipped.value():
             result.skipped_steps += 1
-        elif verdict == "max_grad_norm":
-            result.stop_reason = verdict
-        elif len(result.drift) == 1 + result.skipped_steps:  # the first step that was made
-            result.moved_fraction = base.moved_fraction(ascent.gradients())
-            narrow = not self.master_weights and any(p.dtype.itemsize == 2 for p in weights)
-            if result.moved_fraction < 0.9 and narrow:
-                warnings.warn(
-                    f"GAP: only {result.moved_fraction:.0%} of the weights moved in the first step; for the other 16-bit "
-                    f"weights lr={self.lr:g} is lost in rounding. master_weights=True steps them in float32.",
-                    stacklevel=4,
-                )
-        return verdict == "made"
+            return False, result.drift[-1]
+        return True, math.sqrt(self.squared_drift.value())
+
+
+class _FirstMove:
+    """What share of the weights the first step that was made has moved. Every step is counted until one was made, and
+    whether it was is asked a step later, when nobody has to wait for the answer."""
+
+    def __init__(self, base: Snapshot) -> None:
+        self._base = base
+        self._skipped: Later | None = None  # of the step that was counted last
+        self._counts: Later | None = None
+        self._made = self._told = False
+
+    def see(self, ascent: Ascent, skipped: Later) -> None:
+        """After a step, which may have been skipped, and before its gradients go."""
+        if not self._was_made():
+            self._skipped, self._counts = skipped, Later(self._base.moved(ascent.gradients()))
+
+    def fraction(self) -> float | None:
+        """The share, once; None before a step was made, and after that."""
+        if self._told or self._counts is None or not self._was_made():
+            return None
+        self._told = True
+        moved, pushed = self._counts.values()
+        return moved / pushed if pushed else 0.0
+
+    def _was_made(self) -> bool:
+        if not self._made and self._skipped is not None:
+            self._made = not self._skipped.value()
+        return self._made
 
 
 def _keep(held: Snapshot | None, weights: list[nn.Parameter]) -> Snapshot:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +62,9 @@ class Snapshot:
         return {names[id(t)]: copy for t, copy in pairs if id(t) in names}
 
     @torch.no_grad()
-    def distance(self) -> float:
-        """2-norm of (now - saved) over all tensors, in float64."""
-        return float(ops.squared_distance(self._tensors, self._copies).sqrt())
+    def squared_distance(self) -> Tensor:
+        """Sum of (now - saved)^2 over all tensors: float64, on the first one's device."""
+        return ops.squared_distance(self._tensors, self._copies)
 
     @torch.no_grad()
     def distances(self, model: nn.Module, group_of: Callable[[str], str]) -> dict[str, float]:
@@ -80,33 +80,30 @@ class Snapshot:
         return {name: float(square.sqrt()) for name, square in zip(groups, squares, strict=True)}
 
     @torch.no_grad()
-    def moved_fraction(self, gradients: Mapping[int, Tensor]) -> float:
-        """Share of the elements with a nonzero gradient whose stored value is not the saved one.
+    def moved(self, gradients: Mapping[int, Tensor]) -> Tensor:
+        """Of the elements with a nonzero gradient, how many have a stored value that is not the saved one, and how many
+        there are: (2,), int64; on the tensors' device, or on the CPU where they have several.
 
         Elements without a gradient say nothing about rounding: Adam leaves them where they are in any precision.
 
         Args:
             gradients: by the ids of the tensors.
         """
-        moved: list[Tensor] = []
-        pushed: list[Tensor] = []
+        counts: list[tuple[Tensor, Tensor]] = []
         for now, then in zip(self._tensors, self._copies, strict=True):
             if (g := gradients.get(id(now))) is not None:
                 for a, b, c in zip(_pieces(now), _pieces(then), _pieces(g), strict=True):
-                    has_gradient = c != 0
-                    pushed.append(has_gradient.count_nonzero())
-                    moved.append(((a != b) & has_gradient).count_nonzero())
-        count = int(_sum(pushed))
-        return int(_sum(moved)) / count if count else 0.0
+                    pushed = c != 0
+                    counts.append((_count((a != b) & pushed), _count(pushed)))
+        if not counts:
+            return torch.zeros(2, dtype=torch.int64)
+        several = len({moved.device for moved, _ in counts}) > 1
+        return torch.stack([n.cpu() if several else n for pair in counts for n in pair]).view(-1, 2).sum(0)
 
 
-def _sum(scalars: Iterable[Tensor]) -> Tensor:
-    """Of scalars on any devices; each device is waited for once."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for scalar in scalars:
-        by_device.setdefault(scalar.device, []).append(scalar)
-    sums = [torch.stack(found).sum().cpu() for found in by_device.values()]
-    return torch.stack(sums).sum() if sums else torch.zeros(())
+def _count(mask: Tensor) -> Tensor:
+    """How many are True; elsewhere than on a CPU `count_nonzero` compares once more before it adds."""
+    return mask.count_nonzero() if mask.device.type == "cpu" else mask.sum()
 
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:

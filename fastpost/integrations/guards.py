@@ -46,7 +46,7 @@ class _Weights:
         distributed.reshard(self._params)
 
     def distance(self) -> float:
-        squares = {key: torch.tensor(copy.distance() ** 2, dtype=torch.float64) for key, copy in self.copies.items()}
+        squares = {key: copy.squared_distance().cpu() for key, copy in self.copies.items()}
         return math.sqrt(float(self._ranks.sum(squares)))
 
 
