@@ -211,6 +211,18 @@ void bind_cpu(py::module_ cpu) {
       py::arg("block"), py::arg("stride"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("factors"),
       py::arg("factor_stride"), py::arg("threads"), Released());
   cpu.def(
+      "scale_gradients",
+      [](py::handle first, py::handle second, py::handle factor, int threads) {
+        RowTensors t;
+        const float* by = nullptr;
+        if (!read_gradients(first.ptr(), second.ptr(), factor.ptr(), t, by)) return false;
+        std::optional<py::gil_scoped_release> release;
+        if (*by != 1 && t.rows * t.cols >= kWorthReleasing) release.emplace();
+        cpu::scale_gradients(t.grad_clean, t.grad_noised, t.dtype, t.rows, t.cols, by, threads);
+        return true;
+      },
+      py::arg("first"), py::arg("second"), py::arg("factor"), py::arg("threads"));
+  cpu.def(
       "advise_huge_pages", [](Address address, int64_t bytes) { return cpu::advise_huge_pages(as(address), bytes); },
       py::arg("address"), py::arg("bytes"));
 }
@@ -413,6 +425,17 @@ void bind_cuda(py::module_ cuda) {
       },
       py::arg("block"), py::arg("stride"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("factors"),
       py::arg("factor_stride"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "scale_gradients",
+      [](py::handle first, py::handle second, py::handle factor, int device, Address stream) {
+        RowTensors t;
+        const float* by = nullptr;
+        if (!read_gradients(first.ptr(), second.ptr(), factor.ptr(), t, by)) return false;
+        py::gil_scoped_release release;
+        cuda::scale_gradients(t.grad_clean, t.grad_noised, t.dtype, t.rows, t.cols, by, device, as(stream));
+        return true;
+      },
+      py::arg("first"), py::arg("second"), py::arg("factor"), py::arg("device"), py::arg("stream"));
 }
 #endif
 

@@ -307,6 +307,16 @@ bool read_rows(PyObject* clean, PyObject* noised, PyObject* labels, PyObject* ma
          column_of(labels, like, kLong, tensors.labels) && column_of(mask, like, kBool, tensors.mask);
 }
 
+bool read_gradients(PyObject* first, PyObject* second, PyObject* factor, RowTensors& tensors, const float*& by) {
+  if (!read_rows(first, first, Py_None, Py_None, first, second, tensors)) return false;
+  TensorLayout gradient, scalar;
+  if (!read(first, false, gradient)) return false;
+  const int64_t device = gradient.device;
+  if (!read(factor, false, scalar) || scalar.dimensions != 0) return false;
+  by = reinterpret_cast<const float*>(scalar.address);
+  return scalar.dtype == key(kFloat) && scalar.device == device;
+}
+
 // -- lists ----------------------------------------------------------------------------------------------------------------
 
 // each(index over all columns, column, layout) for every tensor, until it returns false. False as well where the columns

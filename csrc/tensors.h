@@ -86,6 +86,10 @@ struct RowTensors {
 bool read_rows(PyObject* clean, PyObject* noised, PyObject* labels, PyObject* mask, PyObject* grad_clean,
                PyObject* grad_noised, RowTensors& tensors);
 
+// Reads one or two gradients of rows, which lie as above, and the float32 scalar on their device that they are to be
+// multiplied by. second: None: one.
+bool read_gradients(PyObject* first, PyObject* second, PyObject* factor, RowTensors& tensors, const float*& by);
+
 // Lists of tensors as they were when last looked at, and the plans that point at them. Holds no tensor. One thread at a
 // time.
 class TensorLists {

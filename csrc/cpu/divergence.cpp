@@ -207,4 +207,11 @@ void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols,
   });
 }
 
+void scale_gradients(const LogitRows& first, const LogitRows& second, DType dtype, int64_t rows, int64_t cols,
+                     const float* factor, int threads) {
+  const double by = *factor;
+  scale_rows(first, dtype, rows, cols, &by, 0, threads);
+  if (second.address != nullptr) scale_rows(second, dtype, rows, cols, &by, 0, threads);
+}
+
 }  // namespace fastpost::cpu

@@ -228,6 +228,12 @@ def row_losses(task: LossTask, grad_clean: Tensor | None, grad_noised: Tensor | 
     return found
 
 
+def scale_gradients_(first: Tensor, second: Tensor | None, factor: Tensor) -> bool:
+    """Multiplies one or two gradients of rows by a float32 scalar; False where the core cannot: `row_losses` says when."""
+    served: bool = native.core().cpu.scale_gradients(first, second, factor, _threads())
+    return served
+
+
 def scale_rows_(block: Tensor, factors: Tensor) -> None:
     stride = 1 if factors.numel() > 1 else 0
     native.core().cpu.scale_rows(

@@ -253,6 +253,12 @@ def operand_rows(task: OperandTask) -> None:
     )  # fmt: skip
 
 
+def scale_gradients_(first: Tensor, second: Tensor | None, factor: Tensor) -> bool:
+    """As `cpu.scale_gradients_`, in one launch, which reads the factor on the device."""
+    served: bool = native.core().cuda.scale_gradients(first, second, factor, *_where(first.device))
+    return served
+
+
 def scale_rows_(block: Tensor, factors: Tensor) -> None:
     stride = 1 if factors.numel() > 1 else 0
     native.core().cuda.scale_rows(

@@ -126,7 +126,14 @@ class Loss(torch.autograd.Function):
                 loss = ctx.whole(clean, noised, *rest)
             made = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=again))
             grads = [next(made) if need else None for need in ctx.needs_input_grad[:2]]
-        elif upstream.item() != 1:
-            blocks = [g.reshape(-1, g.shape[-1]) for g in grads if g is not None]
-            scale_(blocks, upstream.reshape(1))
+        else:
+            _scale_([g for g in grads if g is not None], upstream)
         return *grads, None, None, None, None, None
+
+
+def _scale_(grads: list[Tensor], factor: Tensor) -> None:
+    """Multiplies gradients by a scalar, which is never read where that waits for a device."""
+    first, second = grads[0], grads[1] if len(grads) == 2 else None
+    function = shortcut("scale_gradients_", first.device, first.dtype)
+    if function is None or not function(first, second, factor):
+        scale_([g.reshape(-1, g.shape[-1]) for g in grads], factor.reshape(1))
