@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "core/params.h"
 #include "core/plan.h"
@@ -54,11 +55,11 @@ struct RowReduction {
   double kl_weight;           // of the divergence in the loss
 };
 
-// loss = task + kl_weight * divergence, of all rows. usable: whether every label is a class or ignore_index and every
-// divergence is finite.
+// loss = task + kl_weight * divergence, of all rows.
 struct RowLosses {
   double loss, task, divergence;
-  bool usable;
+  bool served;                      // whether every label is a class or ignore_index; if not, nothing was done
+  std::vector<double> divergences;  // of all rows, where one of them is not finite; else none
 };
 
 namespace cpu {

@@ -182,7 +182,7 @@ void bind_cpu(py::module_ cpu) {
          double kl_scale, double ce_scale, bool averaged, bool kl_everywhere, double kl_weight, py::handle grad_clean,
          py::handle grad_noised, int threads) -> py::object {
         RowTensors t;
-        RowLosses losses = {0, 0, 0, false};
+        RowLosses losses = {};
         if (read_rows(clean.ptr(), noised.ptr(), labels.ptr(), mask.ptr(), grad_clean.ptr(), grad_noised.ptr(), t)) {
           const RowReduction how{kl_scale, ce_scale, averaged, kl_everywhere, kl_weight};
           std::optional<py::gil_scoped_release> release;
@@ -190,14 +190,20 @@ void bind_cpu(py::module_ cpu) {
           losses = cpu::row_losses(jensen_shannon, t.clean, t.noised, t.grad_clean, t.grad_noised, t.dtype, t.rows, t.cols,
                                    t.labels, ignore_index, t.mask, how, threads);
         }
-        if (!losses.usable) return py::none();
+        if (!losses.served || !(losses.divergences.empty() || t.in_place())) return py::none();
         const auto scalar = [](double value) {
           PyObject* tensor = float32_scalar(value);
           if (tensor == nullptr) throw py::error_already_set();
           return py::reinterpret_steal<py::object>(tensor);
         };
-        if (t.labels == nullptr) return py::make_tuple(scalar(losses.loss));
-        return py::make_tuple(scalar(losses.loss), scalar(losses.task), scalar(losses.divergence));
+        py::list found;
+        found.append(scalar(losses.loss));
+        if (t.labels != nullptr) {
+          found.append(scalar(losses.task));
+          found.append(scalar(losses.divergence));
+        }
+        if (!losses.divergences.empty()) found.append(losses.divergences);
+        return py::tuple(found);
       },
       py::arg("jensen_shannon"), py::arg("clean"), py::arg("noised"), py::arg("labels"), py::arg("mask"),
       py::arg("ignore_index"), py::arg("kl_scale"), py::arg("ce_scale"), py::arg("averaged"), py::arg("kl_everywhere"),

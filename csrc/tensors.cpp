@@ -285,6 +285,16 @@ bool column_of(PyObject* tensor, const TensorLayout& logits, DLDataType dtype, c
   return true;
 }
 
+// Whether both streams share an element; rows of one stride may lie between each other.
+bool overlap(const RowTensors& t) {
+  const auto begin = [&](const LogitRows& block) {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(block.address)) / element_size(t.dtype);
+  };
+  const int64_t apart = std::abs(begin(t.clean) - begin(t.noised)), stride = t.clean.stride;
+  if (t.rows == 1 || stride != t.noised.stride) return apart < (t.rows - 1) * std::max(stride, t.noised.stride) + t.cols;
+  return apart < (t.rows - 1) * stride + t.cols && !(t.cols <= apart % stride && apart % stride <= stride - t.cols);
+}
+
 }  // namespace
 
 bool read_rows(PyObject* clean, PyObject* noised, PyObject* labels, PyObject* mask, PyObject* grad_clean,
@@ -302,13 +312,17 @@ bool read_rows(PyObject* clean, PyObject* noised, PyObject* labels, PyObject* ma
   tensors.cols = like.shape[last];
   tensors.rows = 1;
   for (int64_t d = 0; d < last; ++d) tensors.rows *= like.shape[d];
-  return same(noised, tensors.noised) && (grad_clean == Py_None || same(grad_clean, tensors.grad_clean)) &&
-         (grad_noised == Py_None || same(grad_noised, tensors.grad_noised)) && tensors.rows != 0 &&
-         column_of(labels, like, kLong, tensors.labels) && column_of(mask, like, kBool, tensors.mask);
+  const bool readable = same(noised, tensors.noised) && (grad_clean == Py_None || same(grad_clean, tensors.grad_clean)) &&
+                        (grad_noised == Py_None || same(grad_noised, tensors.grad_noised)) && tensors.rows != 0 &&
+                        column_of(labels, like, kLong, tensors.labels) && column_of(mask, like, kBool, tensors.mask);
+  return readable && !(tensors.in_place() && overlap(tensors));
 }
 
 bool read_gradients(PyObject* first, PyObject* second, PyObject* factor, RowTensors& tensors, const float*& by) {
-  if (!read_rows(first, first, Py_None, Py_None, first, second, tensors)) return false;
+  const bool two = second != Py_None;
+  if (!read_rows(first, two ? second : first, Py_None, Py_None, Py_None, Py_None, tensors)) return false;
+  std::swap(tensors.grad_clean, tensors.clean);
+  if (two) std::swap(tensors.grad_noised, tensors.noised);
   TensorLayout gradient, scalar;
   if (!read(first, false, gradient)) return false;
   const int64_t device = gradient.device;

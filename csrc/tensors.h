@@ -78,11 +78,18 @@ struct RowTensors {
   LogitRows clean, noised, grad_clean, grad_noised;
   const int64_t* labels;
   const bool* mask;
+
+  // Whether gradients take the place of logits.
+  bool in_place() const {
+    return (grad_clean.address != nullptr && grad_clean.address == clean.address) ||
+           (grad_noised.address != nullptr && grad_noised.address == noised.address);
+  }
 };
 
 // Reads them from tensors, or from None where they may be left out: logits (..., classes) of one shape and dtype, rows at
-// one distance; gradients like them; labels (int64) and mask (bool), contiguous (...); all on one device. False where
-// anything differs from that or torch has to see the call; that a tensor requires a gradient is no reason.
+// one distance; gradients like them, or the logits themselves where both streams lie apart; labels (int64) and mask (bool),
+// contiguous (...); all on one device. False where anything differs from that or torch has to see the call; that a tensor
+// requires a gradient is no reason.
 bool read_rows(PyObject* clean, PyObject* noised, PyObject* labels, PyObject* mask, PyObject* grad_clean,
                PyObject* grad_noised, RowTensors& tensors);
 

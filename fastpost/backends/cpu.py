@@ -221,8 +221,9 @@ def js_rows(
 def row_losses(task: LossTask, grad_clean: Tensor | None, grad_noised: Tensor | None) -> tuple[Tensor, ...] | None:
     """The loss and, with labels, the cross-entropy and the divergence, as float32 scalars; its gradients go where asked.
 
-    None where the core cannot say: a tensor is not plain or does not lie as it walks them, a label is no class, a divergence
-    is not finite, or torch has to see the call.
+    None, and nothing is written, where the core cannot say: a tensor is not plain or does not lie as it walks them, a label
+    is no class, or torch has to see the call. A divergence that is not finite gives None as well, unless gradients have
+    taken the logits' place: then the divergences of all rows, a list, come last.
     """
     found: tuple[Tensor, ...] | None = native.core().cpu.row_losses(*task, grad_clean, grad_noised, _threads())
     return found
