@@ -257,8 +257,20 @@ void bind_tensors(py::module_ m) {
       .def(
           "refresh", [](TensorLists& lists, py::tuple columns) { return lists.refresh(columns.ptr(), false); },
           py::arg("columns"))
+      .def(
+          "take_gradients",
+          [](TensorLists& lists, TensorLists& gradients, py::list weights) {
+            PyObject* found = lists.take_gradients(gradients, weights.ptr());
+            if (found == nullptr) throw py::error_already_set();
+            return py::reinterpret_steal<py::object>(found);
+          },
+          py::arg("gradients"), py::arg("weights"))
       .def_property_readonly("moved", &TensorLists::moved)
       .def("require_alive", [](TensorLists& lists, py::handle weak) { lists.require_alive(weak.ptr()); }, py::arg("weak"));
+  py::class_<Selection>(m, "Selection")
+      .def(py::init([](py::list tensors, bool gradient) { return new Selection(tensors.ptr(), gradient); }),
+           py::arg("tensors"), py::arg("gradient"))
+      .def("same", [](const Selection& selection, py::list lists) { return selection.same(lists.ptr()); }, py::arg("lists"));
   py::class_<ListPlans>(m, "ListPlans")
       .def(py::init<unsigned, size_t>(), py::arg("written"), py::arg("capacity"))
       .def(

@@ -77,6 +77,48 @@ bool is_true(const Ref& returned) {
 
 PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
 
+// An attribute of tensors that are plain ones. Looking it up takes as long as reading it, so it is looked up once.
+class Attribute {
+ public:
+  explicit Attribute(const char* text) : name_(name(text)), found_(PyObject_GetAttr(torch.plain.front(), name_)) {
+    if (!found_) PyErr_Clear();
+    if (found_ && Py_IS_TYPE(found_.get(), &PyGetSetDescr_Type))
+      descriptor_ = reinterpret_cast<PyGetSetDescrObject*>(found_.get())->d_getset;
+  }
+  Ref of(PyObject* tensor) const {
+    return Ref(descriptor_ != nullptr ? descriptor_->get(tensor, descriptor_->closure) : PyObject_GetAttr(tensor, name_));
+  }
+
+ private:
+  PyObject* name_;
+  Ref found_;
+  const PyGetSetDef* descriptor_ = nullptr;
+};
+
+// A method without arguments of tensors that are plain ones.
+Ref call_method(PyObject* method, PyObject* tensor) {
+  if (Py_IS_TYPE(method, &PyMethodDescr_Type)) {
+    const PyMethodDef* definition = reinterpret_cast<PyMethodDescrObject*>(method)->d_method;
+    if (definition->ml_flags == METH_NOARGS) return Ref(definition->ml_meth(tensor, nullptr));
+  }
+  return Ref(PyObject_CallOneArg(method, tensor));
+}
+
+bool is_plain(PyObject* tensor) {
+  const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  return std::find(torch.plain.begin(), torch.plain.end(), type) != torch.plain.end();
+}
+
+const Attribute& requires_grad() {
+  static const Attribute attribute("requires_grad");
+  return attribute;
+}
+
+const Attribute& gradient() {
+  static const Attribute attribute("grad");
+  return attribute;
+}
+
 // Appends a tuple of integers.
 bool append(const Ref& tuple, std::vector<int64_t>& sizes) {
   const bool usable = tuple && PyTuple_Check(tuple.get());
@@ -132,11 +174,9 @@ bool read_attributes(PyObject* tensor, TensorLayout& layout) {
 // False where the tensor is no plain one, is to be read with its sign turned, has elements but no memory of its own
 // (wrappers of torch's transformations), or, if `recorded`, requires a gradient.
 bool read(PyObject* tensor, bool recorded, TensorLayout& layout) {
-  static PyObject* const requires_grad = name("requires_grad");
-  const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-  if (std::find(torch.plain.begin(), torch.plain.end(), type) == torch.plain.end()) return false;
-  if (recorded && is_true(Ref(PyObject_GetAttr(tensor, requires_grad)))) return false;
-  if (is_true(Ref(PyObject_CallOneArg(torch.is_neg, tensor)))) return false;
+  if (!is_plain(tensor)) return false;
+  if (recorded && is_true(requires_grad().of(tensor))) return false;
+  if (is_true(call_method(torch.is_neg, tensor))) return false;
   if (table == nullptr) {
     if (!read_attributes(tensor, layout)) return false;
   } else {
@@ -396,14 +436,15 @@ bool TensorLists::apart(size_t column) const {
   return true;
 }
 
-bool TensorLists::refresh(PyObject* columns, bool recorded) {
-  unsigned moved = 0;
-  const auto follow = [&](size_t index, size_t column, const TensorLayout& layout) {
-    found_[index] = layout.address;
-    if (layout.address != addresses_[index]) moved |= 1u << column;
-    return same_layout(known_[index], layout);
-  };
-  if (!readable_ || !visit(columns, recorded, follow)) return false;
+// Whether the tensor at this place is laid out as it was; notes where it lies and whether its column has moved.
+bool TensorLists::follows(size_t index, size_t column, const TensorLayout& layout, unsigned& moved) {
+  found_[index] = layout.address;
+  if (layout.address != addresses_[index]) moved |= 1u << column;
+  return same_layout(known_[index], layout);
+}
+
+// The end of a look that has found every tensor laid out as it was: whether the plans may follow, which they do then.
+bool TensorLists::settle(unsigned moved) {
   moved_ = (moved & written_) != 0;
   for (size_t c = 0; c < lengths_.size(); ++c)
     if ((moved & written_ & 1u << c) != 0 && !apart(c)) return false;
@@ -423,6 +464,65 @@ bool TensorLists::refresh(PyObject* columns, bool recorded) {
     }
   }
   return true;
+}
+
+bool TensorLists::refresh(PyObject* columns, bool recorded) {
+  unsigned moved = 0;
+  const auto follow = [&](size_t index, size_t column, const TensorLayout& layout) {
+    return follows(index, column, layout, moved);
+  };
+  return readable_ && visit(columns, recorded, follow) && settle(moved);
+}
+
+PyObject* TensorLists::take_gradients(TensorLists& gradients, PyObject* weights) {
+  if (lengths_.size() != 1 || gradients.lengths_ != lengths_)
+    throw std::invalid_argument("TensorLists: two lists are needed");
+  const int64_t length = PyList_GET_SIZE(weights);
+  if (!readable_ || !gradients.readable_ || length != lengths_[0]) Py_RETURN_NONE;
+  Ref list(PyList_New(length));
+  if (!list) return nullptr;
+  unsigned moved = 0, gradients_moved = 0;
+  TensorLayout layout;
+  for (int64_t row = 0; row < length; ++row) {
+    PyObject* weight = PyList_GET_ITEM(weights, row);
+    if (!read(weight, false, layout) || !follows(row, 0, layout, moved)) Py_RETURN_NONE;
+    PyObject* found = gradient().of(weight).release();
+    if (found == nullptr) return nullptr;
+    PyList_SET_ITEM(list.get(), row, found);
+    if (!read(found, false, layout) || !gradients.follows(row, 0, layout, gradients_moved)) Py_RETURN_NONE;
+  }
+  if (!settle(moved) || !gradients.settle(gradients_moved)) Py_RETURN_NONE;
+  return list.release();
+}
+
+Selection::Selection(PyObject* tensors, bool gradient) : gradient_(gradient) {
+  for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i) {
+    PyObject* tensor = PyList_GET_ITEM(tensors, i);
+    tensors_.emplace_back(tensor, has(tensor));
+  }
+}
+
+bool Selection::has(PyObject* tensor) const {
+  static PyObject *const grad = name("grad"), *const required = name("requires_grad");
+  const Ref found = is_plain(tensor) ? (gradient_ ? gradient() : requires_grad()).of(tensor)
+                                     : Ref(PyObject_GetAttr(tensor, gradient_ ? grad : required));
+  if (!found) PyErr_Clear();
+  return found.get() != (gradient_ ? Py_None : Py_False);
+}
+
+bool Selection::same(PyObject* lists) const {
+  size_t index = 0;
+  for (Py_ssize_t l = 0; l < PyList_Size(lists); ++l) {
+    PyObject* list = PyList_GET_ITEM(lists, l);
+    if (!PyList_Check(list)) return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i, ++index) {
+      PyObject* tensor = PyList_GET_ITEM(list, i);
+      if (index == tensors_.size() || tensors_[index].first != tensor) return false;
+      const bool selected = tensors_[index].second;
+      if (!(gradient_ && selected) && has(tensor) != selected) return false;
+    }
+  }
+  return index == tensors_.size();
 }
 
 // -- the plans of an operation --------------------------------------------------------------------------------------------

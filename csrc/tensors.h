@@ -120,6 +120,10 @@ class TensorLists {
   // Otherwise the plan stays for lists that it fits, and the caller checks everything and makes another.
   bool refresh(PyObject* columns, bool recorded);
 
+  // The gradients of these weights, a new list in their order, where both may be used as in `refresh`: this knows the
+  // weights, `gradients` their gradients. None where they may not; null with an error.
+  PyObject* take_gradients(TensorLists& gradients, PyObject* weights);
+
   // Whether the last look found a written column elsewhere than the one before.
   bool moved() const { return moved_; }
 
@@ -141,6 +145,8 @@ class TensorLists {
   template <class Visit>
   bool visit(PyObject* columns, bool recorded, Visit&& each) const;
   bool same_layout(const Known& known, const TensorLayout& layout) const;
+  bool follows(size_t index, size_t column, const TensorLayout& layout, unsigned& moved);
+  bool settle(unsigned moved);
   bool apart(size_t column) const;
 
   unsigned written_;
@@ -153,6 +159,23 @@ class TensorLists {
   std::vector<int64_t> sizes_;
   std::vector<Bound> bound_;
   std::vector<Ref> buffers_;
+};
+
+// Which of a list of tensors have a gradient, or require one. Holds none of them: whoever relies on this holds those that
+// were selected.
+class Selection {
+ public:
+  Selection(PyObject* tensors, bool gradient);
+
+  // Whether these lists (a list of lists), one after another, hold the same tensors, and the same of them would be selected.
+  // Whether those with a gradient still have one is not looked at: `TensorLists::take_gradients` does.
+  bool same(PyObject* lists) const;
+
+ private:
+  bool has(PyObject* tensor) const;
+
+  bool gradient_;
+  std::vector<std::pair<PyObject*, bool>> tensors_;
 };
 
 // The plans of one operation that are not in use. Calls from several threads, and calls within calls, never share one.

@@ -91,7 +91,7 @@ def check_memory(op: str, name: str, tensors: Sequence[Tensor]) -> None:
 
 def wrote(tensors: Iterable[Tensor]) -> None:
     """Tells autograd that these tensors were written behind its back."""
-    torch.autograd.graph.increment_version(list(tensors))
+    torch.autograd.graph.increment_version(tensors if isinstance(tensors, list) else list(tensors))
 
 
 # -- buckets --------------------------------------------------------------------------------------------------------------
@@ -134,6 +134,28 @@ def follow(bucket: plan.Bucket) -> None:
     bucket.followed = {name: lists((tensors,), int(name == "weights")) for name, tensors in columns.items()}
     if not bucket.follow(**columns):
         bucket.unfollow()
+
+
+class Selection:
+    """Which of a list of tensors have a gradient, or require one, to be compared with later lists in one call of the core.
+
+    Holds none of them: whoever relies on it holds those that have it.
+
+    Args:
+        tensors: in their order.
+        attribute: "grad" or "requires_grad".
+    """
+
+    def __init__(self, tensors: list[Tensor], attribute: str) -> None:
+        known = native.failure() is None
+        self._known = native.core().Selection(tensors, attribute == "grad") if known else None
+
+    def same(self, lists: list[list[Tensor]]) -> bool:
+        """Whether these lists, one after another, hold the same tensors, and the same of them have it; False without a core.
+
+        Whether those with a gradient still have one is not looked at: `plan.Bucket.take_gradients` does.
+        """
+        return self._known is not None and self._known.same(lists)
 
 
 def run(op: str, bucket: plan.Bucket, *args: object) -> Tensor:

@@ -255,6 +255,14 @@ class ParameterBucket:
         bucket.grads = grads
         return True
 
+    def take_gradients(self) -> bool:
+        """As `point`, with the gradients that the parameters hold; False where the core cannot tell as well."""
+        bucket = self.bucket
+        if self.sharded or not bucket.followed or not bucket.take_gradients():
+            return False
+        self.moved = bucket.followed["weights"].moved
+        return True
+
     def unchanged(self) -> bool:
         """Whether the weights, as they are now, are laid out as the bucket knows them; notes whether they have moved.
 
@@ -293,6 +301,7 @@ class BucketCache:
         self._reducer = reducer
         self._key: tuple[int, ...] = ()
         self._buckets: list[ParameterBucket] = []
+        self._selection: ops.Selection | None = None  # where every gradient is a parameter's own
 
     @contextlib.contextmanager
     def of(
@@ -309,31 +318,42 @@ class BucketCache:
         Raises:
             TypeError, ValueError: a tensor cannot be perturbed. Nothing has been written.
         """
-        params = [p for group in groups for p in group["params"]]
-        if scope is not None:
-            params = [p for p in params if id(p) in scope]
+        try:
+            if gradient is not None or not self._taken(groups, scope):
+                self._take(groups, scope, gradient)
+            if any(b.moved for b in self._buckets):
+                self._check_written([w for b in self._buckets for w in b.bucket.weights])
+            yield self._buckets
+        finally:
+            for b in self._buckets:
+                b.bucket.release_gradients()
+
+    def _taken(self, groups: list[dict[str, Any]], scope: set[int] | None) -> bool:
+        """Whether the buckets are those of the step before and have taken the parameters' gradients, all in a few calls."""
+        if self._selection is None:
+            return False
+        return self._selection.same(_params(groups, scope)) and all(b.take_gradients() for b in self._buckets)
+
+    def _take(self, groups: list[dict[str, Any]], scope: set[int] | None, gradient: Gradient | None) -> None:
+        self._selection = None
+        params = [p for part in _params(groups, scope) for p in part]
+        own = gradient is None
         if gradient is None and distributed.active():
             gradient = distributed.local_gradient
         found = [p.grad for p in params] if gradient is None else list(map(gradient, params))
+        selection = ops.Selection(params, "grad") if own else None
         if type(None) in set(map(type, found)):
             params = [p for p, g in zip(params, found, strict=True) if g is not None]
             found = [g for g in found if g is not None]
         grads = cast("list[Tensor]", found)
         key = tuple(map(id, params))
-        try:
-            if key != self._key or not all(
-                b.point(grads if len(b.rows) == len(grads) else [grads[i] for i in b.rows]) for b in self._buckets
-            ):
-                self._key = ()
-                self._buckets = self._build(groups, params, grads) if params else []
-                self._key = key
-            elif any(b.moved for b in self._buckets):
-                self._check_written([w for b in self._buckets for w in b.bucket.weights])
-            del found, grads
-            yield self._buckets
-        finally:
-            for b in self._buckets:
-                b.bucket.release_gradients()
+        if key != self._key or not all(
+            b.point(grads if len(b.rows) == len(grads) else [grads[i] for i in b.rows]) for b in self._buckets
+        ):
+            self._key = ()
+            self._buckets = self._build(groups, params, grads) if params else []
+            self._key = key
+        self._selection = selection
 
     def _build(self, groups: list[dict[str, Any]], params: list[Tensor], grads: list[Tensor]) -> list[ParameterBucket]:
         weights = [distributed.local(p) for p in params] if distributed.active() else params
@@ -356,6 +376,13 @@ class BucketCache:
             if has_lost_memory(w):
                 raise ValueError(f"SAM: the memory of parameters[{i}] was given away; give it back before the ascent")
         ops.check_memory("SAM", "parameters", weights)
+
+
+def _params(groups: list[dict[str, Any]], scope: set[int] | None) -> list[list[Tensor]]:
+    """The groups' parameters in scope, a list for each group."""
+    if scope is None:
+        return [group["params"] for group in groups]
+    return [[p for p in group["params"] if id(p) in scope] for group in groups]
 
 
 def _check_served(weights: list[Tensor], grads: list[Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -492,7 +493,7 @@ class SAM(Wrapper):
 
     def tensors(self) -> list[Tensor]:
         """All parameters that the model computes with, in or out of scope."""
-        return [p for group in self._model_groups() for p in group["params"]]
+        return list(itertools.chain.from_iterable(group["params"] for group in self._model_groups()))
 
     def _model_groups(self) -> list[dict[str, Any]]:
         """The groups with the tensors that the model computes with, which masters are not."""
@@ -566,7 +567,7 @@ class SAM(Wrapper):
         for group in self._groups():  # schedules and loaded states write there
             check_group(group)
         variant, step, groups = self.variant, self._step, self._model_groups()
-        step.tensors = len(self.tensors())
+        step.tensors = sum(len(group["params"]) for group in groups)
         gradient = self._direction() if variant.overrides("direction") else None
         with self._ascent_buckets.of(groups, self._scope.ids(groups), gradient) as buckets:
             if not buckets:
