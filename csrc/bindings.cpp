@@ -251,8 +251,9 @@ void bind_tensors(py::module_ m) {
       py::arg("float64_tensor"), py::arg("is_neg"));
   m.def("needs_dispatcher", [](py::tuple arguments) { return needs_dispatcher(arguments.ptr()); }, py::arg("arguments"));
   py::class_<TensorLists>(m, "TensorLists")
-      .def(py::init([](py::tuple columns, unsigned written) { return new TensorLists(columns.ptr(), written); }),
-           py::arg("columns"), py::arg("written"))
+      .def(py::init(
+               [](py::tuple columns, unsigned written, bool held) { return new TensorLists(columns.ptr(), written, held); }),
+           py::arg("columns"), py::arg("written"), py::arg("held") = false)
       .def("bind", &TensorLists::bind, py::arg("plan"), py::arg("rows"), py::arg("names"), py::keep_alive<1, 2>())
       .def(
           "refresh", [](TensorLists& lists, py::tuple columns) { return lists.refresh(columns.ptr(), false); },
@@ -270,6 +271,9 @@ void bind_tensors(py::module_ m) {
   py::class_<Selection>(m, "Selection")
       .def(py::init([](py::list tensors, bool gradient) { return new Selection(tensors.ptr(), gradient); }),
            py::arg("tensors"), py::arg("gradient"))
+      .def(
+          "same_tensors", [](const Selection& selection, py::list lists) { return selection.same_tensors(lists.ptr()); },
+          py::arg("lists"))
       .def("same", [](const Selection& selection, py::list lists) { return selection.same(lists.ptr()); }, py::arg("lists"));
   py::class_<ListPlans>(m, "ListPlans")
       .def(py::init<unsigned, size_t>(), py::arg("written"), py::arg("capacity"))

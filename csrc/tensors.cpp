@@ -171,12 +171,13 @@ bool read_attributes(PyObject* tensor, TensorLayout& layout) {
   return static_cast<int64_t>(sizes.size()) == 2 * layout.dimensions;
 }
 
-// False where the tensor is no plain one, is to be read with its sign turned, has elements but no memory of its own
-// (wrappers of torch's transformations), or, if `recorded`, requires a gradient.
-bool read(PyObject* tensor, bool recorded, TensorLayout& layout) {
+// Whether the tensor is to be read with its sign turned. Asking takes longer than all else, and lets other threads run.
+bool is_negative(PyObject* tensor) { return is_true(call_method(torch.is_neg, tensor)); }
+
+// As `read`, for a tensor that is known not to be read with its sign turned, or still to be asked.
+bool read_layout(PyObject* tensor, bool recorded, TensorLayout& layout) {
   if (!is_plain(tensor)) return false;
   if (recorded && is_true(requires_grad().of(tensor))) return false;
-  if (is_true(call_method(torch.is_neg, tensor))) return false;
   if (table == nullptr) {
     if (!read_attributes(tensor, layout)) return false;
   } else {
@@ -195,6 +196,12 @@ bool read(PyObject* tensor, bool recorded, TensorLayout& layout) {
   }
   const int64_t* end = layout.shape + layout.dimensions;
   return layout.address != 0 || std::find(layout.shape, end, 0) != end;
+}
+
+// False where the tensor is no plain one, is to be read with its sign turned, has elements but no memory of its own
+// (wrappers of torch's transformations), or, if `recorded`, requires a gradient.
+bool read(PyObject* tensor, bool recorded, TensorLayout& layout) {
+  return read_layout(tensor, recorded, layout) && !is_negative(tensor);
 }
 
 // Bytes from the first element to the end of the last; 0 where there are none.
@@ -373,6 +380,13 @@ bool read_gradients(PyObject* first, PyObject* second, PyObject* factor, RowTens
 
 // -- lists ----------------------------------------------------------------------------------------------------------------
 
+// As `read`. A tensor that is held, and lies where it lay, has been asked before whether its sign is turned.
+bool TensorLists::look(size_t index, PyObject* tensor, bool recorded, TensorLayout& layout) const {
+  if (!read_layout(tensor, recorded, layout)) return false;
+  const bool asked = index < held_.size() && held_[index] == tensor && addresses_[index] == layout.address;
+  return asked || !is_negative(tensor);
+}
+
 // each(index over all columns, column, layout) for every tensor, until it returns false. False as well where the columns
 // have other lengths than they had, or a tensor cannot be read.
 template <class Visit>
@@ -385,19 +399,21 @@ bool TensorLists::visit(PyObject* columns, bool recorded, Visit&& each) const {
     if (length != lengths_[c]) return false;
     TensorLayout layout;
     for (int64_t row = 0; row < length; ++row)
-      if (!read(PyList_GET_ITEM(list, row), recorded, layout) || !each(index++, c, layout)) return false;
+      if (!look(index, PyList_GET_ITEM(list, row), recorded, layout) || !each(index++, c, layout)) return false;
   }
   return true;
 }
 
 bool TensorLists::same_layout(const Known& known, const TensorLayout& layout) const {
-  const size_t bytes = static_cast<size_t>(layout.dimensions) * sizeof(int64_t);
-  return known.dtype == layout.dtype && known.device == layout.device && known.dimensions == layout.dimensions &&
-         std::memcmp(&sizes_[known.sizes], layout.shape, bytes) == 0 &&
-         std::memcmp(&sizes_[known.sizes] + known.dimensions, layout.strides, bytes) == 0;
+  if (known.dtype != layout.dtype || known.device != layout.device || known.dimensions != layout.dimensions) return false;
+  const int64_t *shape = &sizes_[known.sizes], *strides = shape + known.dimensions;
+  bool same = true;
+  for (int64_t d = 0; d < known.dimensions; ++d)
+    same = same && shape[d] == layout.shape[d] && strides[d] == layout.strides[d];
+  return same;
 }
 
-TensorLists::TensorLists(PyObject* columns, unsigned written) : written_(written), begins_{0} {
+TensorLists::TensorLists(PyObject* columns, unsigned written, bool held) : written_(written), begins_{0} {
   for (Py_ssize_t c = 0; c < PyTuple_Size(columns); ++c) {
     PyObject* list = PyTuple_GET_ITEM(columns, c);
     lengths_.push_back(list == Py_None ? -1 : PyList_GET_SIZE(list));
@@ -412,6 +428,10 @@ TensorLists::TensorLists(PyObject* columns, unsigned written) : written_(written
   });
   sizes_.push_back(0);  // so that there is a place to begin for scalars as well
   found_ = addresses_;
+  for (Py_ssize_t c = 0; held && readable_ && c < PyTuple_Size(columns); ++c) {
+    PyObject* list = PyTuple_GET_ITEM(columns, c);
+    for (int64_t row = 0; row < lengths_[c]; ++row) held_.push_back(PyList_GET_ITEM(list, row));
+  }
 }
 
 void TensorLists::bind(Plan* plan, std::vector<int64_t> rows, std::vector<int> names) {
@@ -485,7 +505,7 @@ PyObject* TensorLists::take_gradients(TensorLists& gradients, PyObject* weights)
   TensorLayout layout;
   for (int64_t row = 0; row < length; ++row) {
     PyObject* weight = PyList_GET_ITEM(weights, row);
-    if (!read(weight, false, layout) || !follows(row, 0, layout, moved)) Py_RETURN_NONE;
+    if (!look(row, weight, false, layout) || !follows(row, 0, layout, moved)) Py_RETURN_NONE;
     PyObject* found = gradient().of(weight).release();
     if (found == nullptr) return nullptr;
     PyList_SET_ITEM(list.get(), row, found);
@@ -498,11 +518,11 @@ PyObject* TensorLists::take_gradients(TensorLists& gradients, PyObject* weights)
 Selection::Selection(PyObject* tensors, bool gradient) : gradient_(gradient) {
   for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i) {
     PyObject* tensor = PyList_GET_ITEM(tensors, i);
-    tensors_.emplace_back(tensor, has(tensor));
+    tensors_.emplace_back(tensor, selects(tensor));
   }
 }
 
-bool Selection::has(PyObject* tensor) const {
+bool Selection::selects(PyObject* tensor) const {
   static PyObject *const grad = name("grad"), *const required = name("requires_grad");
   const Ref found = is_plain(tensor) ? (gradient_ ? gradient() : requires_grad()).of(tensor)
                                      : Ref(PyObject_GetAttr(tensor, gradient_ ? grad : required));
@@ -510,19 +530,28 @@ bool Selection::has(PyObject* tensor) const {
   return found.get() != (gradient_ ? Py_None : Py_False);
 }
 
-bool Selection::same(PyObject* lists) const {
+// Whether these lists hold the same tensors and accept(tensor, whether it was selected) is true of all.
+template <class Accept>
+bool Selection::all(PyObject* lists, Accept&& accept) const {
   size_t index = 0;
   for (Py_ssize_t l = 0; l < PyList_Size(lists); ++l) {
     PyObject* list = PyList_GET_ITEM(lists, l);
     if (!PyList_Check(list)) return false;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i, ++index) {
       PyObject* tensor = PyList_GET_ITEM(list, i);
-      if (index == tensors_.size() || tensors_[index].first != tensor) return false;
-      const bool selected = tensors_[index].second;
-      if (!(gradient_ && selected) && has(tensor) != selected) return false;
+      if (index == tensors_.size() || tensors_[index].first != tensor || !accept(tensor, tensors_[index].second))
+        return false;
     }
   }
   return index == tensors_.size();
+}
+
+bool Selection::same_tensors(PyObject* lists) const {
+  return all(lists, [](PyObject*, bool) { return true; });
+}
+
+bool Selection::same(PyObject* lists) const {
+  return all(lists, [&](PyObject* tensor, bool selected) { return selected || !selects(tensor); });
 }
 
 // -- the plans of an operation --------------------------------------------------------------------------------------------

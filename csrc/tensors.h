@@ -103,7 +103,9 @@ class TensorLists {
  public:
   // columns: a tuple of lists of one length, or None for those left out.
   // written: the columns (bit c) in which no two tensors may share memory.
-  TensorLists(PyObject* columns, unsigned written);
+  // held: whether the caller holds these very tensors for as long as this is used, so that a tensor at the address of one of
+  // them is that one.
+  TensorLists(PyObject* columns, unsigned written, bool held);
 
   // `plan`, whose tensor t is rows[t] of the lists, has its columns where names[c] says, and is repointed when they move.
   void bind(Plan* plan, std::vector<int64_t> rows, std::vector<int> names);
@@ -144,6 +146,7 @@ class TensorLists {
 
   template <class Visit>
   bool visit(PyObject* columns, bool recorded, Visit&& each) const;
+  bool look(size_t index, PyObject* tensor, bool recorded, TensorLayout& layout) const;
   bool same_layout(const Known& known, const TensorLayout& layout) const;
   bool follows(size_t index, size_t column, const TensorLayout& layout, unsigned& moved);
   bool settle(unsigned moved);
@@ -157,6 +160,7 @@ class TensorLists {
   std::vector<Known> known_;                  // by column and row
   std::vector<uintptr_t> addresses_, found_;  // found_: room for those of a look that may fail halfway
   std::vector<int64_t> sizes_;
+  std::vector<PyObject*> held_;  // by column and row; none where they are not held
   std::vector<Bound> bound_;
   std::vector<Ref> buffers_;
 };
@@ -167,12 +171,17 @@ class Selection {
  public:
   Selection(PyObject* tensors, bool gradient);
 
-  // Whether these lists (a list of lists), one after another, hold the same tensors, and the same of them would be selected.
-  // Whether those with a gradient still have one is not looked at: `TensorLists::take_gradients` does.
+  // Whether these lists (a list of lists), one after another, hold the same tensors.
+  bool same_tensors(PyObject* lists) const;
+
+  // The same, and none that was not selected then would be now. (Those that were, and would not be, are for the caller to
+  // look at, if that matters.)
   bool same(PyObject* lists) const;
 
  private:
-  bool has(PyObject* tensor) const;
+  template <class Accept>
+  bool all(PyObject* lists, Accept&& accept) const;
+  bool selects(PyObject* tensor) const;
 
   bool gradient_;
   std::vector<std::pair<PyObject*, bool>> tensors_;

@@ -121,17 +121,23 @@ def make_buckets(*, streams: Sequence[int] | None = None, **columns: Sequence[Te
     ]
 
 
-def follow(bucket: plan.Bucket) -> None:
+def follow(bucket: plan.Bucket, *, held: bool) -> None:
     """Has the core look after the weights and gradients of a bucket that is kept from step to step: one call says whether
     they are laid out as they were, and points the native plan at them (`plan.Bucket.follow`).
 
     Nothing is done where there is no core, or where it cannot read these tensors.
+
+    Args:
+        held: whether the bucket's weights are always these very tensors.
     """
     if not bucket.walkable or native.failure() is not None:
         return
     lists = native.core().TensorLists
     columns = {"weights": bucket.weights, "grads": bucket.grads}
-    bucket.followed = {name: lists((tensors,), int(name == "weights")) for name, tensors in columns.items()}
+    bucket.followed = {
+        "weights": lists((bucket.weights,), written=1, held=held),
+        "grads": lists((bucket.grads,), written=0),
+    }
     if not bucket.follow(**columns):
         bucket.unfollow()
 
@@ -150,10 +156,14 @@ class Selection:
         known = native.failure() is None
         self._known = native.core().Selection(tensors, attribute == "grad") if known else None
 
-    def same(self, lists: list[list[Tensor]]) -> bool:
-        """Whether these lists, one after another, hold the same tensors, and the same of them have it; False without a core.
+    def same_tensors(self, lists: list[list[Tensor]]) -> bool:
+        """Whether these lists, one after another, hold the same tensors; False without a core."""
+        return self._known is not None and self._known.same_tensors(lists)
 
-        Whether those with a gradient still have one is not looked at: `plan.Bucket.take_gradients` does.
+    def same(self, lists: list[list[Tensor]]) -> bool:
+        """The same, and whether none of those that had no gradient, or required none, has one, or requires one, now.
+
+        Whether those that had one still do is not looked at: `plan.Bucket.take_gradients` does.
         """
         return self._known is not None and self._known.same(lists)
 

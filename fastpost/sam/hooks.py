@@ -21,32 +21,28 @@ Register = Callable[[Tensor], Iterable[Any]]
 
 
 class ParameterHooks:
-    """Hooks on those of a list of parameters that require a gradient; nothing is done while the list stays the same."""
+    """Hooks on those parameters that require a gradient; nothing is done while these are the same."""
 
     def __init__(self) -> None:
-        self._hooked: tuple[int, ...] = ()
         self._selection: ops.Selection | None = None
+        self._hooked: tuple[int, ...] = ()
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
 
-    def put(self, params: list[Tensor], register: Register) -> None:
-        """Hooks these parameters and no others; `register` returns the handles of one parameter's hooks."""
-        if self._selection is not None and self._selection.same([params]):
+    def put(self, lists: list[list[Tensor]], register: Register) -> None:
+        """Hooks the parameters of these lists and no others; `register` returns the handles of one parameter's hooks."""
+        if self._selection is not None and self._selection.same(lists):
             return
-        self._selection = None
-        selection = ops.Selection(params, "requires_grad")
-        self._put([p for p in params if p.requires_grad], register)
-        self._selection = selection
-
-    def _put(self, params: list[Tensor], register: Register) -> None:
+        params = [p for part in lists for p in part]
+        selection, params = ops.Selection(params, "requires_grad"), [p for p in params if p.requires_grad]
         key = tuple(map(id, params))
-        if key == self._hooked:
-            return
-        self._hooked = ()  # an interrupt must not leave some hooked and taken for all
-        _remove(self._handles)
-        for p in params:
-            self._handles += register(p)
-        self._hooked = key
+        if key != self._hooked:
+            self._selection, self._hooked = None, ()  # an interrupt must not leave some hooked and taken for all
+            _remove(self._handles)
+            for p in params:
+                self._handles += register(p)
+            self._hooked = key
+        self._selection = selection
 
 
 def _remove(handles: list[Any]) -> None:
@@ -75,12 +71,12 @@ class OverflowGuard:
         self._norm: Tensor | None = None
         self._hooks = ParameterHooks()
 
-    def arm(self, norm: Tensor | None, params: Callable[[], list[Tensor]]) -> None:
+    def arm(self, norm: Tensor | None, params: Callable[[], list[list[Tensor]]]) -> None:
         """Marks the next gradient to appear; also again, after the gradients were dropped.
 
         Args:
             norm: squared norm of the ascent gradients; None where there was no ascent.
-            params: returns those that may get a second gradient.
+            params: returns lists of those that may get a second gradient.
         """
         if norm is None or (is_on_cpu(norm) and math.isfinite(norm)):
             self._norm = None
@@ -107,7 +103,7 @@ class OverflowGuard:
                 break
         self._norm = norm
 
-    def _hook(self, params: list[Tensor]) -> None:
+    def _hook(self, params: list[list[Tensor]]) -> None:
         myself = weakref.ref(self)
 
         def plant(p: Tensor) -> None:
@@ -236,8 +232,8 @@ class EarlyRewriting:
         self._pass = -1
         self.done = False
 
-    def watch(self, params: list[Tensor]) -> None:
-        """Looks at the gradients of these parameters."""
+    def watch(self, params: list[list[Tensor]]) -> None:
+        """Looks at the gradients of the parameters in these lists."""
         mine = weakref.ref(self)
 
         def register(p: Tensor) -> Iterable[Any]:
