@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "core/params.h"
 #include "core/plan.h"
@@ -54,11 +55,11 @@ struct RowReduction {
   double kl_weight;           // of the divergence in the loss
 };
 
-// loss = task + kl_weight * divergence, of all rows. usable: whether every label is a class or ignore_index and every
-// divergence is finite.
+// loss = task + kl_weight * divergence, of all rows.
 struct RowLosses {
   double loss, task, divergence;
-  bool usable;
+  bool served;                      // whether every label is a class or ignore_index; if not, nothing was done
+  std::vector<double> divergences;  // of all rows, where one of them is not finite; else none
 };
 
 namespace cpu {
@@ -155,6 +156,10 @@ RowLosses row_losses(bool jensen_shannon, const LogitRows& clean, const LogitRow
 void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols, const double* factors,
                 int64_t factor_stride, int threads);
 
+// The rows of one or two matrices, all times one factor; nothing is touched where that is 1. second: null address: one.
+void scale_gradients(const LogitRows& first, const LogitRows& second, DType dtype, int64_t rows, int64_t cols,
+                     const float* factor, int threads);
+
 // Asks the kernel to back [address, address + bytes) with huge pages, which saves most page faults of a fresh buffer.
 // Returns whether the request was accepted.
 bool advise_huge_pages(void* address, int64_t bytes);
@@ -227,6 +232,10 @@ void row_losses(const LogitRows& clean, const LogitRows& noised, const LogitRows
 
 void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols, const double* factors,
                 int64_t factor_stride, int device, void* stream);
+
+// factor: on the device, and never read from here.
+void scale_gradients(const LogitRows& first, const LogitRows& second, DType dtype, int64_t rows, int64_t cols,
+                     const float* factor, int device, void* stream);
 
 }  // namespace cuda
 }  // namespace fastpost

@@ -182,7 +182,7 @@ void bind_cpu(py::module_ cpu) {
          double kl_scale, double ce_scale, bool averaged, bool kl_everywhere, double kl_weight, py::handle grad_clean,
          py::handle grad_noised, int threads) -> py::object {
         RowTensors t;
-        RowLosses losses = {0, 0, 0, false};
+        RowLosses losses = {};
         if (read_rows(clean.ptr(), noised.ptr(), labels.ptr(), mask.ptr(), grad_clean.ptr(), grad_noised.ptr(), t)) {
           const RowReduction how{kl_scale, ce_scale, averaged, kl_everywhere, kl_weight};
           std::optional<py::gil_scoped_release> release;
@@ -190,14 +190,20 @@ void bind_cpu(py::module_ cpu) {
           losses = cpu::row_losses(jensen_shannon, t.clean, t.noised, t.grad_clean, t.grad_noised, t.dtype, t.rows, t.cols,
                                    t.labels, ignore_index, t.mask, how, threads);
         }
-        if (!losses.usable) return py::none();
+        if (!losses.served || !(losses.divergences.empty() || t.in_place())) return py::none();
         const auto scalar = [](double value) {
           PyObject* tensor = float32_scalar(value);
           if (tensor == nullptr) throw py::error_already_set();
           return py::reinterpret_steal<py::object>(tensor);
         };
-        if (t.labels == nullptr) return py::make_tuple(scalar(losses.loss));
-        return py::make_tuple(scalar(losses.loss), scalar(losses.task), scalar(losses.divergence));
+        py::list found;
+        found.append(scalar(losses.loss));
+        if (t.labels != nullptr) {
+          found.append(scalar(losses.task));
+          found.append(scalar(losses.divergence));
+        }
+        if (!losses.divergences.empty()) found.append(losses.divergences);
+        return py::tuple(found);
       },
       py::arg("jensen_shannon"), py::arg("clean"), py::arg("noised"), py::arg("labels"), py::arg("mask"),
       py::arg("ignore_index"), py::arg("kl_scale"), py::arg("ce_scale"), py::arg("averaged"), py::arg("kl_everywhere"),
@@ -210,6 +216,18 @@ void bind_cpu(py::module_ cpu) {
       },
       py::arg("block"), py::arg("stride"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("factors"),
       py::arg("factor_stride"), py::arg("threads"), Released());
+  cpu.def(
+      "scale_gradients",
+      [](py::handle first, py::handle second, py::handle factor, int threads) {
+        RowTensors t;
+        const float* by = nullptr;
+        if (!read_gradients(first.ptr(), second.ptr(), factor.ptr(), t, by)) return false;
+        std::optional<py::gil_scoped_release> release;
+        if (*by != 1 && t.rows * t.cols >= kWorthReleasing) release.emplace();
+        cpu::scale_gradients(t.grad_clean, t.grad_noised, t.dtype, t.rows, t.cols, by, threads);
+        return true;
+      },
+      py::arg("first"), py::arg("second"), py::arg("factor"), py::arg("threads"));
   cpu.def(
       "advise_huge_pages", [](Address address, int64_t bytes) { return cpu::advise_huge_pages(as(address), bytes); },
       py::arg("address"), py::arg("bytes"));
@@ -233,14 +251,30 @@ void bind_tensors(py::module_ m) {
       py::arg("float64_tensor"), py::arg("is_neg"));
   m.def("needs_dispatcher", [](py::tuple arguments) { return needs_dispatcher(arguments.ptr()); }, py::arg("arguments"));
   py::class_<TensorLists>(m, "TensorLists")
-      .def(py::init([](py::tuple columns, unsigned written) { return new TensorLists(columns.ptr(), written); }),
-           py::arg("columns"), py::arg("written"))
+      .def(py::init(
+               [](py::tuple columns, unsigned written, bool held) { return new TensorLists(columns.ptr(), written, held); }),
+           py::arg("columns"), py::arg("written"), py::arg("held") = false)
       .def("bind", &TensorLists::bind, py::arg("plan"), py::arg("rows"), py::arg("names"), py::keep_alive<1, 2>())
       .def(
           "refresh", [](TensorLists& lists, py::tuple columns) { return lists.refresh(columns.ptr(), false); },
           py::arg("columns"))
+      .def(
+          "take_gradients",
+          [](TensorLists& lists, TensorLists& gradients, py::list weights) {
+            PyObject* found = lists.take_gradients(gradients, weights.ptr());
+            if (found == nullptr) throw py::error_already_set();
+            return py::reinterpret_steal<py::object>(found);
+          },
+          py::arg("gradients"), py::arg("weights"))
       .def_property_readonly("moved", &TensorLists::moved)
       .def("require_alive", [](TensorLists& lists, py::handle weak) { lists.require_alive(weak.ptr()); }, py::arg("weak"));
+  py::class_<Selection>(m, "Selection")
+      .def(py::init([](py::list tensors, bool gradient) { return new Selection(tensors.ptr(), gradient); }),
+           py::arg("tensors"), py::arg("gradient"))
+      .def(
+          "same_tensors", [](const Selection& selection, py::list lists) { return selection.same_tensors(lists.ptr()); },
+          py::arg("lists"))
+      .def("same", [](const Selection& selection, py::list lists) { return selection.same(lists.ptr()); }, py::arg("lists"));
   py::class_<ListPlans>(m, "ListPlans")
       .def(py::init<unsigned, size_t>(), py::arg("written"), py::arg("capacity"))
       .def(
@@ -413,6 +447,17 @@ void bind_cuda(py::module_ cuda) {
       },
       py::arg("block"), py::arg("stride"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("factors"),
       py::arg("factor_stride"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "scale_gradients",
+      [](py::handle first, py::handle second, py::handle factor, int device, Address stream) {
+        RowTensors t;
+        const float* by = nullptr;
+        if (!read_gradients(first.ptr(), second.ptr(), factor.ptr(), t, by)) return false;
+        py::gil_scoped_release release;
+        cuda::scale_gradients(t.grad_clean, t.grad_noised, t.dtype, t.rows, t.cols, by, device, as(stream));
+        return true;
+      },
+      py::arg("first"), py::arg("second"), py::arg("factor"), py::arg("device"), py::arg("stream"));
 }
 #endif
 

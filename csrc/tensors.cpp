@@ -77,6 +77,48 @@ bool is_true(const Ref& returned) {
 
 PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
 
+// An attribute of tensors that are plain ones. Looking it up takes as long as reading it, so it is looked up once.
+class Attribute {
+ public:
+  explicit Attribute(const char* text) : name_(name(text)), found_(PyObject_GetAttr(torch.plain.front(), name_)) {
+    if (!found_) PyErr_Clear();
+    if (found_ && Py_IS_TYPE(found_.get(), &PyGetSetDescr_Type))
+      descriptor_ = reinterpret_cast<PyGetSetDescrObject*>(found_.get())->d_getset;
+  }
+  Ref of(PyObject* tensor) const {
+    return Ref(descriptor_ != nullptr ? descriptor_->get(tensor, descriptor_->closure) : PyObject_GetAttr(tensor, name_));
+  }
+
+ private:
+  PyObject* name_;
+  Ref found_;
+  const PyGetSetDef* descriptor_ = nullptr;
+};
+
+// A method without arguments of tensors that are plain ones.
+Ref call_method(PyObject* method, PyObject* tensor) {
+  if (Py_IS_TYPE(method, &PyMethodDescr_Type)) {
+    const PyMethodDef* definition = reinterpret_cast<PyMethodDescrObject*>(method)->d_method;
+    if (definition->ml_flags == METH_NOARGS) return Ref(definition->ml_meth(tensor, nullptr));
+  }
+  return Ref(PyObject_CallOneArg(method, tensor));
+}
+
+bool is_plain(PyObject* tensor) {
+  const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  return std::find(torch.plain.begin(), torch.plain.end(), type) != torch.plain.end();
+}
+
+const Attribute& requires_grad() {
+  static const Attribute attribute("requires_grad");
+  return attribute;
+}
+
+const Attribute& gradient() {
+  static const Attribute attribute("grad");
+  return attribute;
+}
+
 // Appends a tuple of integers.
 bool append(const Ref& tuple, std::vector<int64_t>& sizes) {
   const bool usable = tuple && PyTuple_Check(tuple.get());
@@ -129,14 +171,13 @@ bool read_attributes(PyObject* tensor, TensorLayout& layout) {
   return static_cast<int64_t>(sizes.size()) == 2 * layout.dimensions;
 }
 
-// False where the tensor is no plain one, is to be read with its sign turned, has elements but no memory of its own
-// (wrappers of torch's transformations), or, if `recorded`, requires a gradient.
-bool read(PyObject* tensor, bool recorded, TensorLayout& layout) {
-  static PyObject* const requires_grad = name("requires_grad");
-  const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-  if (std::find(torch.plain.begin(), torch.plain.end(), type) == torch.plain.end()) return false;
-  if (recorded && is_true(Ref(PyObject_GetAttr(tensor, requires_grad)))) return false;
-  if (is_true(Ref(PyObject_CallOneArg(torch.is_neg, tensor)))) return false;
+// Whether the tensor is to be read with its sign turned. Asking takes longer than all else, and lets other threads run.
+bool is_negative(PyObject* tensor) { return is_true(call_method(torch.is_neg, tensor)); }
+
+// As `read`, for a tensor that is known not to be read with its sign turned, or still to be asked.
+bool read_layout(PyObject* tensor, bool recorded, TensorLayout& layout) {
+  if (!is_plain(tensor)) return false;
+  if (recorded && is_true(requires_grad().of(tensor))) return false;
   if (table == nullptr) {
     if (!read_attributes(tensor, layout)) return false;
   } else {
@@ -155,6 +196,12 @@ bool read(PyObject* tensor, bool recorded, TensorLayout& layout) {
   }
   const int64_t* end = layout.shape + layout.dimensions;
   return layout.address != 0 || std::find(layout.shape, end, 0) != end;
+}
+
+// False where the tensor is no plain one, is to be read with its sign turned, has elements but no memory of its own
+// (wrappers of torch's transformations), or, if `recorded`, requires a gradient.
+bool read(PyObject* tensor, bool recorded, TensorLayout& layout) {
+  return read_layout(tensor, recorded, layout) && !is_negative(tensor);
 }
 
 // Bytes from the first element to the end of the last; 0 where there are none.
@@ -285,6 +332,16 @@ bool column_of(PyObject* tensor, const TensorLayout& logits, DLDataType dtype, c
   return true;
 }
 
+// Whether both streams share an element; rows of one stride may lie between each other.
+bool overlap(const RowTensors& t) {
+  const auto begin = [&](const LogitRows& block) {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(block.address)) / element_size(t.dtype);
+  };
+  const int64_t apart = std::abs(begin(t.clean) - begin(t.noised)), stride = t.clean.stride;
+  if (t.rows == 1 || stride != t.noised.stride) return apart < (t.rows - 1) * std::max(stride, t.noised.stride) + t.cols;
+  return apart < (t.rows - 1) * stride + t.cols && !(t.cols <= apart % stride && apart % stride <= stride - t.cols);
+}
+
 }  // namespace
 
 bool read_rows(PyObject* clean, PyObject* noised, PyObject* labels, PyObject* mask, PyObject* grad_clean,
@@ -302,12 +359,33 @@ bool read_rows(PyObject* clean, PyObject* noised, PyObject* labels, PyObject* ma
   tensors.cols = like.shape[last];
   tensors.rows = 1;
   for (int64_t d = 0; d < last; ++d) tensors.rows *= like.shape[d];
-  return same(noised, tensors.noised) && (grad_clean == Py_None || same(grad_clean, tensors.grad_clean)) &&
-         (grad_noised == Py_None || same(grad_noised, tensors.grad_noised)) && tensors.rows != 0 &&
-         column_of(labels, like, kLong, tensors.labels) && column_of(mask, like, kBool, tensors.mask);
+  const bool readable = same(noised, tensors.noised) && (grad_clean == Py_None || same(grad_clean, tensors.grad_clean)) &&
+                        (grad_noised == Py_None || same(grad_noised, tensors.grad_noised)) && tensors.rows != 0 &&
+                        column_of(labels, like, kLong, tensors.labels) && column_of(mask, like, kBool, tensors.mask);
+  return readable && !(tensors.in_place() && overlap(tensors));
+}
+
+bool read_gradients(PyObject* first, PyObject* second, PyObject* factor, RowTensors& tensors, const float*& by) {
+  const bool two = second != Py_None;
+  if (!read_rows(first, two ? second : first, Py_None, Py_None, Py_None, Py_None, tensors)) return false;
+  std::swap(tensors.grad_clean, tensors.clean);
+  if (two) std::swap(tensors.grad_noised, tensors.noised);
+  TensorLayout gradient, scalar;
+  if (!read(first, false, gradient)) return false;
+  const int64_t device = gradient.device;
+  if (!read(factor, false, scalar) || scalar.dimensions != 0) return false;
+  by = reinterpret_cast<const float*>(scalar.address);
+  return scalar.dtype == key(kFloat) && scalar.device == device;
 }
 
 // -- lists ----------------------------------------------------------------------------------------------------------------
+
+// As `read`. A tensor that is held, and lies where it lay, has been asked before whether its sign is turned.
+bool TensorLists::look(size_t index, PyObject* tensor, bool recorded, TensorLayout& layout) const {
+  if (!read_layout(tensor, recorded, layout)) return false;
+  const bool asked = index < held_.size() && held_[index] == tensor && addresses_[index] == layout.address;
+  return asked || !is_negative(tensor);
+}
 
 // each(index over all columns, column, layout) for every tensor, until it returns false. False as well where the columns
 // have other lengths than they had, or a tensor cannot be read.
@@ -321,19 +399,21 @@ bool TensorLists::visit(PyObject* columns, bool recorded, Visit&& each) const {
     if (length != lengths_[c]) return false;
     TensorLayout layout;
     for (int64_t row = 0; row < length; ++row)
-      if (!read(PyList_GET_ITEM(list, row), recorded, layout) || !each(index++, c, layout)) return false;
+      if (!look(index, PyList_GET_ITEM(list, row), recorded, layout) || !each(index++, c, layout)) return false;
   }
   return true;
 }
 
 bool TensorLists::same_layout(const Known& known, const TensorLayout& layout) const {
-  const size_t bytes = static_cast<size_t>(layout.dimensions) * sizeof(int64_t);
-  return known.dtype == layout.dtype && known.device == layout.device && known.dimensions == layout.dimensions &&
-         std::memcmp(&sizes_[known.sizes], layout.shape, bytes) == 0 &&
-         std::memcmp(&sizes_[known.sizes] + known.dimensions, layout.strides, bytes) == 0;
+  if (known.dtype != layout.dtype || known.device != layout.device || known.dimensions != layout.dimensions) return false;
+  const int64_t *shape = &sizes_[known.sizes], *strides = shape + known.dimensions;
+  bool same = true;
+  for (int64_t d = 0; d < known.dimensions; ++d)
+    same = same && shape[d] == layout.shape[d] && strides[d] == layout.strides[d];
+  return same;
 }
 
-TensorLists::TensorLists(PyObject* columns, unsigned written) : written_(written), begins_{0} {
+TensorLists::TensorLists(PyObject* columns, unsigned written, bool held) : written_(written), begins_{0} {
   for (Py_ssize_t c = 0; c < PyTuple_Size(columns); ++c) {
     PyObject* list = PyTuple_GET_ITEM(columns, c);
     lengths_.push_back(list == Py_None ? -1 : PyList_GET_SIZE(list));
@@ -348,6 +428,10 @@ TensorLists::TensorLists(PyObject* columns, unsigned written) : written_(written
   });
   sizes_.push_back(0);  // so that there is a place to begin for scalars as well
   found_ = addresses_;
+  for (Py_ssize_t c = 0; held && readable_ && c < PyTuple_Size(columns); ++c) {
+    PyObject* list = PyTuple_GET_ITEM(columns, c);
+    for (int64_t row = 0; row < lengths_[c]; ++row) held_.push_back(PyList_GET_ITEM(list, row));
+  }
 }
 
 void TensorLists::bind(Plan* plan, std::vector<int64_t> rows, std::vector<int> names) {
@@ -372,14 +456,15 @@ bool TensorLists::apart(size_t column) const {
   return true;
 }
 
-bool TensorLists::refresh(PyObject* columns, bool recorded) {
-  unsigned moved = 0;
-  const auto follow = [&](size_t index, size_t column, const TensorLayout& layout) {
-    found_[index] = layout.address;
-    if (layout.address != addresses_[index]) moved |= 1u << column;
-    return same_layout(known_[index], layout);
-  };
-  if (!readable_ || !visit(columns, recorded, follow)) return false;
+// Whether the tensor at this place is laid out as it was; notes where it lies and whether its column has moved.
+bool TensorLists::follows(size_t index, size_t column, const TensorLayout& layout, unsigned& moved) {
+  found_[index] = layout.address;
+  if (layout.address != addresses_[index]) moved |= 1u << column;
+  return same_layout(known_[index], layout);
+}
+
+// The end of a look that has found every tensor laid out as it was: whether the plans may follow, which they do then.
+bool TensorLists::settle(unsigned moved) {
   moved_ = (moved & written_) != 0;
   for (size_t c = 0; c < lengths_.size(); ++c)
     if ((moved & written_ & 1u << c) != 0 && !apart(c)) return false;
@@ -399,6 +484,74 @@ bool TensorLists::refresh(PyObject* columns, bool recorded) {
     }
   }
   return true;
+}
+
+bool TensorLists::refresh(PyObject* columns, bool recorded) {
+  unsigned moved = 0;
+  const auto follow = [&](size_t index, size_t column, const TensorLayout& layout) {
+    return follows(index, column, layout, moved);
+  };
+  return readable_ && visit(columns, recorded, follow) && settle(moved);
+}
+
+PyObject* TensorLists::take_gradients(TensorLists& gradients, PyObject* weights) {
+  if (lengths_.size() != 1 || gradients.lengths_ != lengths_)
+    throw std::invalid_argument("TensorLists: two lists are needed");
+  const int64_t length = PyList_GET_SIZE(weights);
+  if (!readable_ || !gradients.readable_ || length != lengths_[0]) Py_RETURN_NONE;
+  Ref list(PyList_New(length));
+  if (!list) return nullptr;
+  unsigned moved = 0, gradients_moved = 0;
+  TensorLayout layout;
+  for (int64_t row = 0; row < length; ++row) {
+    PyObject* weight = PyList_GET_ITEM(weights, row);
+    if (!look(row, weight, false, layout) || !follows(row, 0, layout, moved)) Py_RETURN_NONE;
+    PyObject* found = gradient().of(weight).release();
+    if (found == nullptr) return nullptr;
+    PyList_SET_ITEM(list.get(), row, found);
+    if (!read(found, false, layout) || !gradients.follows(row, 0, layout, gradients_moved)) Py_RETURN_NONE;
+  }
+  if (!settle(moved) || !gradients.settle(gradients_moved)) Py_RETURN_NONE;
+  return list.release();
+}
+
+Selection::Selection(PyObject* tensors, bool gradient) : gradient_(gradient) {
+  for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i) {
+    PyObject* tensor = PyList_GET_ITEM(tensors, i);
+    tensors_.emplace_back(tensor, selects(tensor));
+  }
+}
+
+bool Selection::selects(PyObject* tensor) const {
+  static PyObject *const grad = name("grad"), *const required = name("requires_grad");
+  const Ref found = is_plain(tensor) ? (gradient_ ? gradient() : requires_grad()).of(tensor)
+                                     : Ref(PyObject_GetAttr(tensor, gradient_ ? grad : required));
+  if (!found) PyErr_Clear();
+  return found.get() != (gradient_ ? Py_None : Py_False);
+}
+
+// Whether these lists hold the same tensors and accept(tensor, whether it was selected) is true of all.
+template <class Accept>
+bool Selection::all(PyObject* lists, Accept&& accept) const {
+  size_t index = 0;
+  for (Py_ssize_t l = 0; l < PyList_Size(lists); ++l) {
+    PyObject* list = PyList_GET_ITEM(lists, l);
+    if (!PyList_Check(list)) return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i, ++index) {
+      PyObject* tensor = PyList_GET_ITEM(list, i);
+      if (index == tensors_.size() || tensors_[index].first != tensor || !accept(tensor, tensors_[index].second))
+        return false;
+    }
+  }
+  return index == tensors_.size();
+}
+
+bool Selection::same_tensors(PyObject* lists) const {
+  return all(lists, [](PyObject*, bool) { return true; });
+}
+
+bool Selection::same(PyObject* lists) const {
+  return all(lists, [&](PyObject* tensor, bool selected) { return selected || !selects(tensor); });
 }
 
 // -- the plans of an operation --------------------------------------------------------------------------------------------

@@ -78,13 +78,24 @@ struct RowTensors {
   LogitRows clean, noised, grad_clean, grad_noised;
   const int64_t* labels;
   const bool* mask;
+
+  // Whether gradients take the place of logits.
+  bool in_place() const {
+    return (grad_clean.address != nullptr && grad_clean.address == clean.address) ||
+           (grad_noised.address != nullptr && grad_noised.address == noised.address);
+  }
 };
 
 // Reads them from tensors, or from None where they may be left out: logits (..., classes) of one shape and dtype, rows at
-// one distance; gradients like them; labels (int64) and mask (bool), contiguous (...); all on one device. False where
-// anything differs from that or torch has to see the call; that a tensor requires a gradient is no reason.
+// one distance; gradients like them, or the logits themselves where both streams lie apart; labels (int64) and mask (bool),
+// contiguous (...); all on one device. False where anything differs from that or torch has to see the call; that a tensor
+// requires a gradient is no reason.
 bool read_rows(PyObject* clean, PyObject* noised, PyObject* labels, PyObject* mask, PyObject* grad_clean,
                PyObject* grad_noised, RowTensors& tensors);
+
+// Reads one or two gradients of rows, which lie as above, and the float32 scalar on their device that they are to be
+// multiplied by. second: None: one.
+bool read_gradients(PyObject* first, PyObject* second, PyObject* factor, RowTensors& tensors, const float*& by);
 
 // Lists of tensors as they were when last looked at, and the plans that point at them. Holds no tensor. One thread at a
 // time.
@@ -92,7 +103,9 @@ class TensorLists {
  public:
   // columns: a tuple of lists of one length, or None for those left out.
   // written: the columns (bit c) in which no two tensors may share memory.
-  TensorLists(PyObject* columns, unsigned written);
+  // held: whether the caller holds these very tensors for as long as this is used, so that a tensor at the address of one of
+  // them is that one.
+  TensorLists(PyObject* columns, unsigned written, bool held);
 
   // `plan`, whose tensor t is rows[t] of the lists, has its columns where names[c] says, and is repointed when they move.
   void bind(Plan* plan, std::vector<int64_t> rows, std::vector<int> names);
@@ -108,6 +121,10 @@ class TensorLists {
   // - the buffers whose padding may be written are alive.
   // Otherwise the plan stays for lists that it fits, and the caller checks everything and makes another.
   bool refresh(PyObject* columns, bool recorded);
+
+  // The gradients of these weights, a new list in their order, where both may be used as in `refresh`: this knows the
+  // weights, `gradients` their gradients. None where they may not; null with an error.
+  PyObject* take_gradients(TensorLists& gradients, PyObject* weights);
 
   // Whether the last look found a written column elsewhere than the one before.
   bool moved() const { return moved_; }
@@ -129,7 +146,10 @@ class TensorLists {
 
   template <class Visit>
   bool visit(PyObject* columns, bool recorded, Visit&& each) const;
+  bool look(size_t index, PyObject* tensor, bool recorded, TensorLayout& layout) const;
   bool same_layout(const Known& known, const TensorLayout& layout) const;
+  bool follows(size_t index, size_t column, const TensorLayout& layout, unsigned& moved);
+  bool settle(unsigned moved);
   bool apart(size_t column) const;
 
   unsigned written_;
@@ -140,8 +160,31 @@ class TensorLists {
   std::vector<Known> known_;                  // by column and row
   std::vector<uintptr_t> addresses_, found_;  // found_: room for those of a look that may fail halfway
   std::vector<int64_t> sizes_;
+  std::vector<PyObject*> held_;  // by column and row; none where they are not held
   std::vector<Bound> bound_;
   std::vector<Ref> buffers_;
+};
+
+// Which of a list of tensors have a gradient, or require one. Holds none of them: whoever relies on this holds those that
+// were selected.
+class Selection {
+ public:
+  Selection(PyObject* tensors, bool gradient);
+
+  // Whether these lists (a list of lists), one after another, hold the same tensors.
+  bool same_tensors(PyObject* lists) const;
+
+  // The same, and none that was not selected then would be now. (Those that were, and would not be, are for the caller to
+  // look at, if that matters.)
+  bool same(PyObject* lists) const;
+
+ private:
+  template <class Accept>
+  bool all(PyObject* lists, Accept&& accept) const;
+  bool selects(PyObject* tensor) const;
+
+  bool gradient_;
+  std::vector<std::pair<PyObject*, bool>> tensors_;
 };
 
 // The plans of one operation that are not in use. Calls from several threads, and calls within calls, never share one.

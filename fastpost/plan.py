@@ -216,6 +216,19 @@ class Bucket:
                 self._pointed.pop(name, None)
         return True
 
+    def take_gradients(self) -> bool:
+        """Takes the gradients that the weights hold in place of those before; False, and nothing is taken, where `follow`
+        would refuse one list or the other."""
+        weights, grads = self.followed["weights"], self.followed["grads"]
+        found = weights.take_gradients(grads, self.weights)
+        if found is None:
+            return False
+        for name, lists in self.followed.items():
+            if lists.moved:
+                self._pointed.pop(name, None)
+        self.grads = found
+        return True
+
     def unfollow(self) -> None:
         """The core looks at the columns no more."""
         for name in self.followed:

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -70,13 +72,13 @@ def _as_on_the_cpu(row_losses: Callable[..., Any]) -> Callable[..., Any]:
     """Leaves to the other way what is refused of CPU tensors and shows in a device's values."""
 
     def checked(task: Any, *grads: Any) -> Any:
-        found = row_losses(task, *grads)
-        if found is None or not all(bool(value.isfinite()) for value in found):
-            return None
         labels = task.labels
-        outside = (
-            None if labels is None else (labels != task.ignore_index) & ((labels < 0) | (labels >= task.clean.shape[-1]))
-        )
-        return found if outside is None or not bool(outside.any()) else None
+        if isinstance(labels, Tensor) and bool(
+            ((labels != task.ignore_index) & ((labels < 0) | (labels >= task.clean.shape[-1]))).any()
+        ):
+            return None
+        found = row_losses(task, *grads)
+        in_place = any(g is not None and g.data_ptr() == t.data_ptr() for g, t in zip(grads, task[1:3], strict=True))
+        return None if found is None or not (in_place or all(bool(value.isfinite()) for value in found)) else found
 
     return checked

@@ -38,6 +38,7 @@ HOT = {
     "wide_operands_kernel": (84, "LDG"),
     "narrow_operands_kernel": (128, ""),
     "scale_rows_kernel": (128, "LDG STG"),
+    "scale_gradients_kernel": (128, "LDG STG"),
     "weigh_rows_kernel": (64, ""),
     "sum_rows_kernel": (64, ""),
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 import fastpost
 from fastpost.errors import BackendUnavailable
 from fastpost.ops.divergence import r3f_loss, symmetric_kl
+from fastpost.ops.jensen_shannon import js_divergence
 from fastpost.ops.reductions import KL_REDUCTIONS
 
 from . import oracles
@@ -181,19 +183,61 @@ def test_runs_on_the_current_stream(backend: str, inplace: bool) -> None:
     assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def serves_jensen_shannon(backend: str) -> bool:
+    return backend != "cuda"  # there Triton or the reference does
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_nothing_waits_for_the_device(backend: str, inplace: bool) -> None:
     a, b, labels = inputs()
-    mask = labels != -100
+    mask, items_there = labels != -100, torch.full((), 30, device=DEVICE)
     training(a, b, labels, inplace)  # compiles
     with no_sync():
         training(a, b, labels, inplace)
         for reduction in KL_REDUCTIONS:
             for m in (None, mask):
                 symmetric_kl(a, b, mask=m, reduction=reduction)
+                if serves_jensen_shannon(backend):
+                    js_divergence(a, b, mask=m, reduction=reduction)
         for reduction in ("token", "sentence", "fairseq", "sum"):
             r3f_loss(a, b, labels, reduction=reduction)
-        r3f_loss(a, b, labels, num_items=torch.full((), 30, device=DEVICE))
+            r3f_loss(a, b, labels, reduction=reduction, label_smoothing=0.1)
+        for items in (30, items_there):
+            r3f_loss(a, b, labels, num_items=items)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_no_backward_pass_waits_for_the_device(backend: str, scale: float, inplace: bool) -> None:
+    a, b, labels = inputs()
+    mask, items, factor = labels != -100, torch.full((), 30, device=DEVICE), torch.full((), scale, device=DEVICE)
+    losses: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda x, y: r3f_loss(x, y, labels, num_items=items, inplace=inplace).loss,
+        lambda x, y: r3f_loss(x, y, labels, num_items=30, inplace=inplace).loss,
+        lambda x, y: r3f_loss(x, y, labels, label_smoothing=0.1, inplace=inplace).loss,
+    ]
+    losses += [
+        functools.partial(symmetric_kl, mask=m, reduction=reduction, inplace=inplace)
+        for m in (None, mask)
+        for reduction in ("sum", "mean", "batchmean")
+    ]
+    if serves_jensen_shannon(backend):
+        losses.append(lambda x, y: js_divergence(x, y, mask=mask, reduction="mean"))
+    losses += [
+        lambda x, y, how=reduction: r3f_loss(x, y, labels, reduction=how, inplace=inplace).loss  # type: ignore[misc]
+        for reduction in ("token", "sentence", "fairseq", "sum")
+    ]
+
+    def run(loss: Callable[[Tensor, Tensor], Tensor], wants: tuple[bool, bool]) -> None:
+        leaves = [t.detach().clone().requires_grad_(want) for t, want in zip((a, b), wants, strict=True)]
+        value = loss(*(t * 1 for t in leaves))
+        torch.autograd.grad(value, [t for t in leaves if t.requires_grad], factor)
+
+    for loss in losses:
+        for wants in ((True, True), (True, False), (False, True)):
+            run(loss, wants)  # compiles
+            with no_sync():
+                run(loss, wants)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -224,15 +224,16 @@ class Classifier(nn.Module):
         return self.head(torch.tanh(self.layer(self.embed(input_ids))).mean(1))
 
 
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"reduction": "sum"}, {"label_smoothing": 0.1}], ids=str)
 @pytest.mark.parametrize("forward", ["two_pass", "double_batch"])
-def test_r3f_step_agrees_with_the_reference_and_waits_for_nothing(forward: str) -> None:
+def test_r3f_step_agrees_with_the_reference_and_waits_for_nothing(forward: str, options: dict[str, Any]) -> None:
     found = []
     ids, labels = (t.to(DEVICE) for t in (torch.randint(0, 61, (6, 9)), torch.randint(0, 3, (6,))))
     for backend in (None, "reference"):
         with fastpost.use_backend(backend):
             torch.manual_seed(4)
             model = Classifier().to(DEVICE)
-            r3f = fastpost.R3F(eps=0.1, forward=forward, embedding="embed", seed=3)
+            r3f = fastpost.R3F(eps=0.1, forward=forward, embedding="embed", seed=3, **options)
             out = r3f(model, input_ids=ids, labels=labels)
             out.loss.backward()
             found.append([out.loss.detach(), out.symm_kl, *(p.grad for p in model.parameters())])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -39,6 +40,8 @@ def served() -> Iterator[list[bool]]:
 
     def spied(op: str, device: torch.device, dtype: torch.dtype) -> Any:
         function = plain(op, device, dtype)
+        if op != "row_losses":
+            return function
 
         def call(*args: Any) -> Any:
             found = function(*args)  # type: ignore[misc]
@@ -135,6 +138,131 @@ def test_both_ways_give_the_same_bits_and_the_same_errors(layout: str, dtype: to
             assert all(answers) == (layout in WALKABLE), name
 
 
+# -- gradients in the logits' place ---------------------------------------------------------------------------------------
+
+
+def outcome_in_place(call: Call, layout: str, *sources: Tensor, wanted: tuple[bool, bool] = (True, True)) -> Any:
+    """Results, the leaves' gradients and what lies in the memory of both streams, or the error; and what was served."""
+    leaves = [t.detach().clone().requires_grad_(want) for t, want in zip(sources, wanted, strict=True)]
+    owned = [leaf * 1 for leaf in leaves]
+    with served() as answers:
+        try:
+            found = tensors(call(*(LAYOUTS[layout](t) for t in owned), inplace=True))
+        except (ValueError, TypeError) as error:
+            assert all(same_bits(t, s) for t, s in zip(owned, sources, strict=True)), "written before it was refused"
+            return (type(error), str(error)), answers
+    grads = torch.autograd.grad(found[0] * 3, [leaf for leaf in leaves if leaf.requires_grad])
+    return (*found, *grads, *(t.detach() for t in owned)), answers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_ways_leave_the_same_bits_in_the_logits_place(layout: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    clean = torch.randn(3, 5, 24, generator=generator)
+    sources = [t.to(dtype) for t in (clean, clean + 0.2 * torch.randn(clean.shape, generator=generator))]
+    for name, call in calls(LAYOUTS[layout](sources[0]).shape, 2).items():
+        if name.startswith("js"):
+            continue
+        for wanted in ((True, True), (True, False), (False, True)):
+            ours, answers = outcome_in_place(call, layout, *sources, wanted=wanted)
+            refused = "sentence" in name and LAYOUTS[layout](sources[0]).ndim != 2  # before the core is asked
+            assert answers == [layout in WALKABLE] or (refused and not answers)
+            with other_way():
+                theirs, _ = outcome_in_place(call, layout, *sources, wanted=wanted)
+            assert_same(ours, theirs)
+
+
+def test_gradients_take_the_logits_place_without_a_copy() -> None:
+    leaves = [torch.randn(4, 9, requires_grad=True) for _ in range(2)]
+    x, y = (t * 1 for t in leaves)
+    with served() as answers:
+        loss = fastpost.r3f_loss(x, y, torch.tensor([1, 8, -100, 3]), inplace=True).loss
+    assert answers == [True]
+    found = torch.autograd.grad(loss, (x, y), retain_graph=True)
+    assert [g.data_ptr() for g in found] == [x.data_ptr(), y.data_ptr()]
+    with pytest.raises(RuntimeError, match="inplace=False"):
+        torch.autograd.grad(loss, (x, y))
+    with pytest.raises(RuntimeError, match="inplace=False"):
+        torch.autograd.grad(fastpost.symmetric_kl(leaves[0] * 1, y.detach(), inplace=True), leaves[0], create_graph=True)
+    loss = fastpost.symmetric_kl(leaves[0] * 1, y.detach(), inplace=True)
+    with pytest.raises(RuntimeError, match="inplace=False"):
+        torch.autograd.grad(loss, leaves[0], torch.ones(3), is_grads_batched=True)
+
+
+def test_who_kept_overwritten_logits_is_told() -> None:
+    leaf = torch.randn(4, 9, requires_grad=True)
+    saved = torch.tanh(leaf)  # which differentiates through its own output
+    with served() as answers:
+        loss = fastpost.symmetric_kl(saved, torch.randn(4, 9), inplace=True)
+    assert answers == [True]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+OVERLAPS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "the same": lambda t: (t, t),
+    "rows shifted": lambda t: (t[:3], t[1:]),
+    "classes shifted": lambda t: (t[:, :20], t[:, 10:]),
+    "one row within": lambda t: (t[:1], t[:1].view(-1)[None]),
+    "other distances": lambda t: (t[:2, :15], t[::2, 15:]),
+    "rows between rows": lambda t: (t[:, :15], t[:, 15:]),
+    "every other row": lambda t: (t[::2], t[1::2]),
+    "halves": lambda t: (t[:2], t[2:]),
+}
+APART = ("rows between rows", "every other row", "halves")
+
+
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_streams_that_share_memory_are_refused_by_both_ways(name: str) -> None:
+    found = []
+    for way in (nullcontext, other_way):
+        torch.manual_seed(3)
+        leaf = torch.randn(4, 30, requires_grad=True)
+        whole = leaf * 1
+        with way(), served() as answers:
+            try:
+                loss = fastpost.symmetric_kl(*OVERLAPS[name](whole), inplace=True)
+                assert answers == ([True] if way is nullcontext else [])
+                found.append((loss, *torch.autograd.grad(loss, leaf), whole.detach()))
+                assert name in APART
+            except ValueError as error:
+                assert same_bits(whole, leaf)
+                assert name not in APART
+                found.append((str(error),))
+    assert_same(*found)
+
+
+@pytest.mark.skipif(not ON_CPU, reason="elsewhere they show in the values")
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf, -torch.inf])
+def test_a_divergence_without_a_value_in_place(spoilt: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = torch.randn(4, 9)
+    clean[2, 3] = spoilt
+    labels = torch.tensor([1, 8, 0, 3])
+
+    def run(call: Call, strict: bool) -> Any:
+        monkeypatch.setenv("FASTPOST_CHECKS", "1" if strict else "0")
+        streams = (clean.clone().requires_grad_() * 1, torch.zeros(4, 9))
+        with served() as answers:
+            try:
+                return (*tensors(call(*streams, inplace=True)), streams[0].detach()), answers
+            except ValueError as error:
+                return (str(error), streams[0].detach()), answers
+
+    for call in (fastpost.symmetric_kl, functools.partial(fastpost.r3f_loss, labels=labels)):
+        for strict in (False, True):
+            ours, answers = run(call, strict)
+            assert answers == [True]
+            with other_way():
+                theirs, _ = run(call, strict)
+            assert len(ours) == len(theirs)
+            for a, b in zip(ours, theirs, strict=True):
+                if isinstance(a, str):
+                    assert a == b
+                else:
+                    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 def bad(value: float) -> Callable[[Tensor], Tensor]:
     return lambda t: t.index_fill(-1, torch.tensor([1]), value)
 
@@ -226,6 +354,59 @@ def test_further_backward_passes() -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert a.abs().max() > 1e-4
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+READS = ("item", "tolist", "nonzero", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
+
+
+@contextmanager
+def nothing_is_read() -> Iterator[None]:
+    """Python reads the value of no tensor, which would wait for a GPU and cannot be captured into a graph."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a tensor's value was read")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in READS:
+            patch.setattr(Tensor, name, refuse)
+        yield
+
+
+@pytest.mark.parametrize("factor", [1.0, -2.5])
+def test_a_step_reads_no_tensor(factor: float) -> None:
+    leaves = [torch.randn(4, 9, requires_grad=True) for _ in range(2)]
+    labels = torch.tensor([1, 8, -100, 3])
+    whole = torch.autograd.grad(fastpost.r3f_loss(*leaves, labels).loss, leaves)
+    one = torch.autograd.grad(fastpost.symmetric_kl(*leaves, reduction="sum"), leaves[:1])
+    by = torch.tensor(factor)
+    with nothing_is_read() if ON_CPU else nullcontext():  # the emulation itself looks at what the forward pass gives
+        loss = fastpost.r3f_loss(*leaves, labels).loss
+        kl = fastpost.symmetric_kl(leaves[0], leaves[1].detach(), reduction="sum")
+    with nothing_is_read():
+        found = torch.autograd.grad(loss, leaves, by) + torch.autograd.grad(kl, leaves[:1], by)
+    for a, b in zip(found, whole + one, strict=True):
+        assert same_bits(a, (b.double() * factor).float())
+
+
+def apart(t: Tensor) -> Tensor:
+    return torch.cat([t, t], -1)[..., : t.shape[-1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(3,), (1, 1), (5, 3), (2, 7, 33), (300, 70), (2, 20_001)], ids=str)
+def test_gradients_are_scaled_in_one_call(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    scale = row_losses.shortcut("scale_gradients_", torch.device("cpu"), dtype)
+    assert scale is not None
+    for layouts in itertools.product((torch.clone, apart), (torch.clone, apart, None)):
+        for factor in (1.0, 0.3, 0.0, -1e-3):
+            grads = [layout(torch.randn(shape).to(dtype)) for layout in layouts if layout is not None]
+            expected = [(g.double() * torch.tensor(factor).double()).to(dtype) for g in grads]
+            assert scale(grads[0], grads[1] if len(grads) == 2 else None, torch.tensor(factor))
+            assert all(same_bits(g, e) for g, e in zip(grads, expected, strict=True))
+    plain = torch.randn(shape).to(dtype)
+    assert not scale(plain, None, torch.tensor(0.3, dtype=torch.float64))
+    assert not scale(plain, None, torch.full((1,), 0.3))
+    assert not scale(plain.double(), None, torch.tensor(0.3))
 
 
 def test_one_stream_may_be_without_a_gradient_and_one_tensor_may_be_both() -> None:

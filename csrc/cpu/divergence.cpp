@@ -163,15 +163,15 @@ RowLosses row_losses(bool jensen_shannon, const LogitRows& clean, const LogitRow
   std::vector<double> columns(static_cast<size_t>(4 * rows));
   double *kl = columns.data(), *ce = kl + rows, *kl_weights = ce + rows, *ce_weights = kl_weights + rows;
   int64_t counted = 0;
-  RowLosses sums = {0, 0, 0, true};
+  RowLosses sums = {0, 0, 0, true, {}};
   for (int64_t i = 0; i < rows; ++i) {
     const bool counts = labels != nullptr ? labels[i] != ignore_index : mask == nullptr || mask[i];
-    if (counts && labels != nullptr && (labels[i] < 0 || labels[i] >= cols)) sums.usable = false;
+    if (counts && labels != nullptr && (labels[i] < 0 || labels[i] >= cols)) sums.served = false;
     ce_weights[i] = counts ? 1 : 0;
     kl_weights[i] = counts || how.kl_everywhere ? 1 : 0;
     counted += counts ? 1 : 0;
   }
-  if (!sums.usable) return sums;
+  if (!sums.served) return sums;
   const double share = how.averaged ? 1.0 / static_cast<double>(std::max<int64_t>(counted, 1)) : 1;
   const double ce_scale = how.ce_scale * share, kl_scale = how.kl_everywhere ? how.kl_scale : how.kl_scale * share;
   for (int64_t i = 0; i < rows; ++i) {
@@ -183,9 +183,10 @@ RowLosses row_losses(bool jensen_shannon, const LogitRows& clean, const LogitRow
   else
     divergence_rows(clean, noised, grad_clean, grad_noised, dtype, rows, cols, labels, ignore_index, kl_weights, ce_weights,
                     kl, ce, threads);
+  bool finite = true;
   for (int64_t i = 0; i < rows; ++i) {
     const bool counts = labels == nullptr || labels[i] != ignore_index;
-    sums.usable = sums.usable && std::isfinite(kl[i]);
+    finite = finite && std::isfinite(kl[i]);
     sums.loss += kl[i] * kl_weights[i];
     if (kl_weights[i] != 0) sums.divergence += kl[i];
     if (labels == nullptr || !counts) continue;
@@ -194,6 +195,7 @@ RowLosses row_losses(bool jensen_shannon, const LogitRows& clean, const LogitRow
   }
   sums.divergence *= kl_scale;
   sums.task *= ce_scale;
+  if (!finite) sums.divergences.assign(kl, kl + rows);
   return sums;
 }
 
@@ -205,6 +207,13 @@ void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols,
     const double factor = factors[i * factor_stride];
     if (factor != 1) params_loops().scale(dtype, static_cast<char*>(block.address) + i * block.stride * size, factor, cols);
   });
+}
+
+void scale_gradients(const LogitRows& first, const LogitRows& second, DType dtype, int64_t rows, int64_t cols,
+                     const float* factor, int threads) {
+  const double by = *factor;
+  scale_rows(first, dtype, rows, cols, &by, 0, threads);
+  if (second.address != nullptr) scale_rows(second, dtype, rows, cols, &by, 0, threads);
 }
 
 }  // namespace fastpost::cpu

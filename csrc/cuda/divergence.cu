@@ -257,7 +257,24 @@ __global__ void __launch_bounds__(kNarrowThreads, 2)
   narrow_rows<float, O, true>(r, rule);
 }
 
-// Rounded once from double, as on every backend; a factor of 1 leaves its row alone.
+// Rounded once from double, as on every backend.
+template <class T>
+__device__ __forceinline__ void scale_row(T* x, int64_t cols, double factor) {
+  const Cut<T> cut(x, cols);
+  const auto scaled = [&](T value) { return from_float<T>(static_cast<float>(to_float(value) * factor)); };
+#pragma unroll 1
+  for (int64_t v = threadIdx.x; v < cut.packs; v += kRowThreads) {
+    T* at = x + cut.head + v * Pack<T>::size;
+    Pack<T> pack = load_pack(at, true);
+#pragma unroll
+    for (int k = 0; k < Pack<T>::size; ++k) pack.value[k] = scaled(pack.value[k]);
+    store_pack(at, pack, true);
+  }
+  const int64_t i = threadIdx.x < kWarp ? cut.single() : -1;
+  if (i >= 0) x[i] = scaled(x[i]);
+}
+
+// A factor of 1 leaves its row alone.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, 2)
     scale_rows_kernel(T* block, int64_t stride, int64_t rows, int64_t cols, const double* __restrict__ factors,
@@ -265,23 +282,27 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 #pragma unroll 1
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const double factor = factors[row * factor_stride];
-    if (factor == 1.0) continue;
-    T* x = block + row * stride;
-    const Cut<T> cut(x, cols);
-    const auto scaled = [&](T value) { return from_float<T>(static_cast<float>(to_float(value) * factor)); };
-#pragma unroll 1
-    for (int64_t v = threadIdx.x; v < cut.packs; v += kRowThreads) {
-      T* at = x + cut.head + v * Pack<T>::size;
-      Pack<T> pack = load_pack(at, true);
-#pragma unroll
-      for (int k = 0; k < Pack<T>::size; ++k) pack.value[k] = scaled(pack.value[k]);
-      store_pack(at, pack, true);
-    }
-    const int64_t i = threadIdx.x < kWarp ? cut.single() : -1;
-    if (i >= 0) x[i] = scaled(x[i]);
+    if (factor != 1.0) scale_row(block + row * stride, cols, factor);
   }
 }
 
+// Rows of one or two matrices, all times a factor that may be known on the device alone; `last` columns in the last row.
+// A factor of 1 ends every block at once.
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 2)
+    scale_gradients_kernel(LogitRows first, LogitRows second, int64_t rows, int64_t cols, int64_t last,
+                           const float* __restrict__ factor) {
+  const double by = *factor;
+  if (by == 1.0) return;
+  const int64_t all = second.address == nullptr ? rows : 2 * rows;
+#pragma unroll 1
+  for (int64_t i = blockIdx.x; i < all; i += gridDim.x) {
+    const int64_t row = i < rows ? i : i - rows;
+    scale_row(row_of<T>(i < rows ? first : second, row), row + 1 < rows ? cols : last, by);
+  }
+}
+
+constexpr int64_t kPiece = int64_t{1} << 13;  // elements of contiguous gradients that a block scales at a time
 int64_t narrow_blocks(int64_t rows) {
   constexpr int64_t per_block = kNarrowThreads / kWarp;
   return std::min((rows + per_block - 1) / per_block, kMostBlocks);
@@ -340,6 +361,26 @@ void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols,
     using T = decltype(t);
     call.launch(scale_rows_kernel<T>, std::min(rows, kMostBlocks), kRowThreads, static_cast<T*>(block.address), block.stride,
                 rows, cols, factors, factor_stride);
+  });
+}
+
+void scale_gradients(const LogitRows& first, const LogitRows& second, DType dtype, int64_t rows, int64_t cols,
+                     const float* factor, int device, void* stream) {
+  const Call call("scale_gradients", device, stream);
+  LogitRows blocks[2] = {first, second};
+  int64_t last = cols;
+  const auto contiguous = [&](const LogitRows& block) { return block.address == nullptr || block.stride == cols; };
+  if (contiguous(first) && contiguous(second)) {  // then it does not matter where a row ends
+    const int64_t elements = rows * cols;
+    rows = (elements + kPiece - 1) / kPiece;
+    cols = kPiece;
+    last = elements - (rows - 1) * kPiece;
+    for (LogitRows& block : blocks) block.stride = kPiece;
+  }
+  const int64_t all = second.address == nullptr ? rows : 2 * rows;
+  with_dtype(dtype, [&](auto t) {
+    call.launch(scale_gradients_kernel<decltype(t)>, std::min(all, call.resident()), kRowThreads, blocks[0], blocks[1], rows,
+                cols, last, factor);
   });
 }
 

@@ -221,11 +221,18 @@ def js_rows(
 def row_losses(task: LossTask, grad_clean: Tensor | None, grad_noised: Tensor | None) -> tuple[Tensor, ...] | None:
     """The loss and, with labels, the cross-entropy and the divergence, as float32 scalars; its gradients go where asked.
 
-    None where the core cannot say: a tensor is not plain or does not lie as it walks them, a label is no class, a divergence
-    is not finite, or torch has to see the call.
+    None, and nothing is written, where the core cannot say: a tensor is not plain or does not lie as it walks them, a label
+    is no class, or torch has to see the call. A divergence that is not finite gives None as well, unless gradients have
+    taken the logits' place: then the divergences of all rows, a list, come last.
     """
     found: tuple[Tensor, ...] | None = native.core().cpu.row_losses(*task, grad_clean, grad_noised, _threads())
     return found
+
+
+def scale_gradients_(first: Tensor, second: Tensor | None, factor: Tensor) -> bool:
+    """Multiplies one or two gradients of rows by a float32 scalar; False where the core cannot: `row_losses` says when."""
+    served: bool = native.core().cpu.scale_gradients(first, second, factor, _threads())
+    return served
 
 
 def scale_rows_(block: Tensor, factors: Tensor) -> None:

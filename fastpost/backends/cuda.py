@@ -71,16 +71,22 @@ def _plan(bucket: Bucket) -> Any:
 def _where(device: torch.device) -> tuple[int, int]:
     """Device index, and the caller's stream on that device."""
     index = device.index if device.index is not None else torch.cuda.current_device()
-    return index, torch.cuda.current_stream(device).cuda_stream
+    # As Triton and torch's compiler ask: torch.cuda.current_stream() makes an object, which takes as long as a launch.
+    return index, torch._C._cuda_getCurrentRawStream(index)
 
 
 def _doubles(device: torch.device, n: int) -> Tensor:
     return torch.empty(n, dtype=torch.float64, device=device)
 
 
-def _sums(bucket: Bucket, plan: Any, count: int) -> tuple[Tensor, Tensor]:
-    """Room for the result, and for one group of sums per chunk."""
-    return _doubles(bucket.device, count), _doubles(bucket.device, count * max(plan.chunks, 1))
+def _sum(bucket: Bucket, plan: Any) -> tuple[Tensor, Tensor]:
+    """Room for a scalar, and for its part from each chunk."""
+    return torch.empty((), dtype=torch.float64, device=bucket.device), _doubles(bucket.device, max(plan.chunks, 1))
+
+
+def _sums(bucket: Bucket, plan: Any) -> tuple[Tensor, Tensor]:
+    """The same for the sums of a perturbation."""
+    return _doubles(bucket.device, _SUMS), _doubles(bucket.device, _SUMS * max(plan.chunks, 1))
 
 
 # -- params ---------------------------------------------------------------------------------------------------------------
@@ -88,25 +94,25 @@ def _sums(bucket: Bucket, plan: Any, count: int) -> tuple[Tensor, Tensor]:
 
 def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
     plan = _plan(bucket)
-    out, partial = _sums(bucket, plan, 1)
+    out, partial = _sum(bucket, plan)
     native.core().cuda.squared_norm(
         plan, eta is not None, eta or 0.0, partial.data_ptr(), out.data_ptr(), *_where(bucket.device)
     )
-    return out[0]
+    return out
 
 
 def squared_distance(bucket: Bucket) -> Tensor:
     plan = _plan(bucket)
-    out, partial = _sums(bucket, plan, 1)
+    out, partial = _sum(bucket, plan)
     native.core().cuda.squared_distance(plan, partial.data_ptr(), out.data_ptr(), *_where(bucket.device))
-    return out[0]
+    return out
 
 
 def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:
     plan, squared, seed = _plan(bucket), number_on(bucket.device, squared), seed_on(bucket.device, seed)
-    sums, partial = _sums(bucket, plan, _SUMS)
+    sums, partial = _sums(bucket, plan)
     native.core().cuda.sam_perturb(
         plan, rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared.data_ptr(), address(seed), partial.data_ptr(),
         sums.data_ptr(), *_where(bucket.device),
@@ -116,7 +122,7 @@ def sam_perturb_(
 
 def sam_perturb_masters_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
     plan, squared = _plan(bucket), number_on(bucket.device, squared)
-    sums, partial = _sums(bucket, plan, _SUMS)
+    sums, partial = _sums(bucket, plan)
     native.core().cuda.sam_perturb_masters(
         plan, rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared.data_ptr(), partial.data_ptr(), sums.data_ptr(),
         *_where(bucket.device),
@@ -153,9 +159,9 @@ def flip_signs_(bucket: Bucket, seed: Tensor) -> None:
 
 def negate_norm_(bucket: Bucket) -> Tensor:
     plan = _plan(bucket)
-    out, partial = _sums(bucket, plan, 1)
+    out, partial = _sum(bucket, plan)
     native.core().cuda.negate_norm(plan, partial.data_ptr(), out.data_ptr(), *_where(bucket.device))
-    return out[0]
+    return out
 
 
 def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
@@ -251,6 +257,12 @@ def operand_rows(task: OperandTask) -> None:
         task.smoothing, task.cap, task.teaches, task.noised_classifies, address(task.kl_out),
         address(task.ce_out), *_where(clean.device),
     )  # fmt: skip
+
+
+def scale_gradients_(first: Tensor, second: Tensor | None, factor: Tensor) -> bool:
+    """As `cpu.scale_gradients_`, in one launch, which reads the factor on the device."""
+    served: bool = native.core().cuda.scale_gradients(first, second, factor, *_where(first.device))
+    return served
 
 
 def scale_rows_(block: Tensor, factors: Tensor) -> None:

@@ -299,8 +299,12 @@ def symmetric_kl(
         ValueError: shapes, dtypes or devices differ; unknown reduction; wrong shape of the mask.
         TypeError: logits are not floating point, the mask not bool.
     """
-    found = None if inplace else kl_losses(False, logits, noised_logits, mask, reduction, _symmetric_kl)
-    return _symmetric_kl(logits, noised_logits, mask, reduction, inplace) if found is None else found[0]
+    found = kl_losses(False, logits, noised_logits, mask, reduction, _symmetric_kl, inplace)
+    if found is None:
+        return _symmetric_kl(logits, noised_logits, mask, reduction, inplace)
+    for kl in found[1:]:
+        check_finite("symmetric_kl", kl)
+    return found[0]
 
 
 def _symmetric_kl(
@@ -357,11 +361,16 @@ def r3f_loss(
         TypeError: logits not floating point, labels not integers.
     """
     found = None
-    if not inplace and not label_smoothing and not isinstance(num_items, Tensor):
-        found = r3f_losses(logits, noised_logits, labels, r3f_lambda, reduction, ignore_index, num_items, _r3f_loss)
-    if found is not None:
-        return R3FLoss(*found)
-    return _r3f_loss(logits, noised_logits, labels, r3f_lambda, reduction, ignore_index, num_items, label_smoothing, inplace)
+    if not label_smoothing and not isinstance(num_items, Tensor):
+        found = r3f_losses(logits, noised_logits, labels, r3f_lambda, reduction, ignore_index, num_items, _r3f_loss, inplace)
+    if found is None:
+        return _r3f_loss(
+            logits, noised_logits, labels, r3f_lambda, reduction, ignore_index, num_items, label_smoothing, inplace
+        )
+    for kl in found[3:]:
+        check_finite("r3f_loss", kl)
+        check_bounded("r3f_loss", kl)
+    return R3FLoss(*found[:3])
 
 
 def _r3f_loss(

@@ -91,7 +91,7 @@ def check_memory(op: str, name: str, tensors: Sequence[Tensor]) -> None:
 
 def wrote(tensors: Iterable[Tensor]) -> None:
     """Tells autograd that these tensors were written behind its back."""
-    torch.autograd.graph.increment_version(list(tensors))
+    torch.autograd.graph.increment_version(tensors if isinstance(tensors, list) else list(tensors))
 
 
 # -- buckets --------------------------------------------------------------------------------------------------------------
@@ -121,19 +121,51 @@ def make_buckets(*, streams: Sequence[int] | None = None, **columns: Sequence[Te
     ]
 
 
-def follow(bucket: plan.Bucket) -> None:
+def follow(bucket: plan.Bucket, *, held: bool) -> None:
     """Has the core look after the weights and gradients of a bucket that is kept from step to step: one call says whether
     they are laid out as they were, and points the native plan at them (`plan.Bucket.follow`).
 
     Nothing is done where there is no core, or where it cannot read these tensors.
+
+    Args:
+        held: whether the bucket's weights are always these very tensors.
     """
     if not bucket.walkable or native.failure() is not None:
         return
     lists = native.core().TensorLists
     columns = {"weights": bucket.weights, "grads": bucket.grads}
-    bucket.followed = {name: lists((tensors,), int(name == "weights")) for name, tensors in columns.items()}
+    bucket.followed = {
+        "weights": lists((bucket.weights,), written=1, held=held),
+        "grads": lists((bucket.grads,), written=0),
+    }
     if not bucket.follow(**columns):
         bucket.unfollow()
+
+
+class Selection:
+    """Which of a list of tensors have a gradient, or require one, to be compared with later lists in one call of the core.
+
+    Holds none of them: whoever relies on it holds those that have it.
+
+    Args:
+        tensors: in their order.
+        attribute: "grad" or "requires_grad".
+    """
+
+    def __init__(self, tensors: list[Tensor], attribute: str) -> None:
+        known = native.failure() is None
+        self._known = native.core().Selection(tensors, attribute == "grad") if known else None
+
+    def same_tensors(self, lists: list[list[Tensor]]) -> bool:
+        """Whether these lists, one after another, hold the same tensors; False without a core."""
+        return self._known is not None and self._known.same_tensors(lists)
+
+    def same(self, lists: list[list[Tensor]]) -> bool:
+        """The same, and whether none of those that had no gradient, or required none, has one, or requires one, now.
+
+        Whether those that had one still do is not looked at: `plan.Bucket.take_gradients` does.
+        """
+        return self._known is not None and self._known.same(lists)
 
 
 def run(op: str, bucket: plan.Bucket, *args: object) -> Tensor:

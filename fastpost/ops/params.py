@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastpost.ops.lists import ListOperation, plus
+from fastpost.ops.lists import Selection as Selection
 from fastpost.ops.lists import check_lists as check_lists
 from fastpost.ops.lists import check_memory as check_memory
 from fastpost.ops.lists import follow as follow

@@ -1,7 +1,7 @@
 """Losses of plain tensors: weights, rows and sums in one call of the core, and one node of autograd.
 
-Everything else (Triton, torch.compile, torch.func, float64, label smoothing, in-place gradients, labels out of range)
-takes the way of `rows.py`, which gives the same values.
+Everything else (Triton, torch.compile, torch.func, float64, label smoothing, every argument that has to be refused) takes
+the way of `rows.py`, which gives the same values.
 """
 
 from __future__ import annotations
@@ -17,25 +17,34 @@ from torch.compiler import is_dynamo_compiling
 
 from fastpost.dispatch import select, shortcut
 from fastpost.ops.autograd import by_operation, unmapped_batch
-from fastpost.ops.rows import scale_
+from fastpost.ops.lists import wrote
+from fastpost.ops.rows import ONCE, scale_
 from fastpost.row_tasks import LossTask
 
 _KL_REDUCTIONS = ("sum", "mean", "batchmean")
 
 
 def kl_losses(
-    jensen_shannon: bool, clean: Tensor, noised: Tensor, mask: Tensor | None, reduction: str, whole: Callable[..., Tensor]
+    jensen_shannon: bool,
+    clean: Tensor,
+    noised: Tensor,
+    mask: Tensor | None,
+    reduction: str,
+    whole: Callable[..., Tensor],
+    inplace: bool = False,
 ) -> tuple[Tensor, ...] | None:
     """`symmetric_kl` or `js_divergence` of arguments that are not checked yet; `whole` is the other way.
 
     Returns:
-        The loss, a float32 scalar that carries a graph, or None, where the other way has to be taken.
+        The loss, a float32 scalar that carries a graph, or None, where the other way has to be taken, and nothing was
+        written. Where gradients have taken the logits' place, and a divergence is known not to be finite, the divergences
+        of all rows follow, float64, to be refused if need be.
     """
     if is_dynamo_compiling() or reduction not in _KL_REDUCTIONS or not isinstance(clean, Tensor):
         return None
     scale = 1.0 / max(clean.shape[0], 1) if reduction == "batchmean" and clean.ndim > 1 else 1.0
     task = LossTask(jensen_shannon, clean, noised, None, mask, kl_scale=scale, averaged=reduction == "mean")
-    return _losses(task, lambda clean, noised, _, mask: whole(clean, noised, mask, reduction))
+    return _losses(task, inplace, lambda clean, noised, _, mask: whole(clean, noised, mask, reduction))
 
 
 def r3f_losses(
@@ -47,6 +56,7 @@ def r3f_losses(
     ignore_index: int,
     num_items: float | None,
     whole: Callable[..., Any],
+    inplace: bool = False,
 ) -> tuple[Tensor, ...] | None:
     """`r3f_loss` without label smoothing, as `kl_losses`: the loss, the cross-entropy and the divergence."""
     if is_dynamo_compiling() or not isinstance(clean, Tensor) or not isinstance(labels, Tensor):
@@ -69,12 +79,13 @@ def r3f_losses(
         return None
     return _losses(
         task,
+        inplace,
         lambda clean, noised, labels, _: whole(clean, noised, labels, r3f_lambda, reduction, ignore_index, num_items).loss,
     )
 
 
-def _losses(task: LossTask, whole: Callable[..., Tensor]) -> tuple[Tensor, ...] | None:
-    """What the core makes of a task, or None.
+def _losses(task: LossTask, inplace: bool, whole: Callable[..., Tensor]) -> tuple[Tensor, ...] | None:
+    """What the core makes of a task, or None; see `kl_losses`.
 
     Args:
         whole: (clean, noised, labels, mask) -> the loss by the other way, for backward passes after the first and those that
@@ -91,16 +102,31 @@ def _losses(task: LossTask, whole: Callable[..., Tensor]) -> tuple[Tensor, ...] 
         return unrecorded
     if task.jensen_shannon:  # its gradients are made in the backward pass
         return None
-    like = select("gradient_like", clean.device, clean.dtype)
-    grads = tuple(like(t) if t.requires_grad else None for t in (clean, noised))
+    if inplace:
+        written = [t for t in (clean, noised) if t.requires_grad]
+        if any(map(_is_needed, written)):
+            return None
+        grads = tuple(t.detach() if t.requires_grad else None for t in (clean, noised))
+    else:
+        like = select("gradient_like", clean.device, clean.dtype)
+        grads = tuple(like(t) if t.requires_grad else None for t in (clean, noised))
     found = function(task, *grads)
     if found is None:
         return None
-    return Loss.apply(clean, noised, task.labels, task.mask, found, grads, whole), *found[1:]
+    if inplace:  # whoever else wanted these logits in its backward pass is told by autograd's version check
+        wrote(written)
+    loss = Loss.apply(clean, noised, task.labels, task.mask, found, grads, None if inplace else whole)
+    return loss, *(t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64) for t in found[1:])
+
+
+def _is_needed(logits: Tensor) -> bool:
+    """Whether they may not be overwritten by their gradient: a leaf, or a view of one."""
+    base = logits if logits._base is None else logits._base
+    return base.is_leaf and base.requires_grad
 
 
 class Loss(torch.autograd.Function):
-    """Gives a loss its place in the graph; its gradients are there already."""
+    """Gives a loss its place in the graph; its gradients are there already, in the logits' place where `whole` is None."""
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
@@ -109,9 +135,10 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, clean: Tensor, noised: Tensor, labels: Tensor | None, mask: Tensor | None,
-        found: tuple[Tensor, ...], grads: tuple[Tensor | None, Tensor | None], whole: Callable[..., Tensor],
+        found: tuple[Tensor, ...], grads: tuple[Tensor | None, Tensor | None], whole: Callable[..., Tensor] | None,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(clean, noised, labels, mask)
+        if whole is not None:
+            ctx.save_for_backward(clean, noised, labels, mask)
         ctx.grads, ctx.whole = grads, whole
         return found[0]
 
@@ -120,13 +147,22 @@ class Loss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         again = by_operation()
         if grads is None or again or unmapped_batch(upstream):
+            if ctx.whole is None:
+                raise RuntimeError(ONCE)
             clean, noised, *rest = ctx.saved_tensors
             wanted = [t for t, need in zip((clean, noised), ctx.needs_input_grad, strict=False) if need]
             with torch.enable_grad():
                 loss = ctx.whole(clean, noised, *rest)
             made = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=again))
             grads = [next(made) if need else None for need in ctx.needs_input_grad[:2]]
-        elif upstream.item() != 1:
-            blocks = [g.reshape(-1, g.shape[-1]) for g in grads if g is not None]
-            scale_(blocks, upstream.reshape(1))
+        else:
+            _scale_([g for g in grads if g is not None], upstream)
         return *grads, None, None, None, None, None
+
+
+def _scale_(grads: list[Tensor], factor: Tensor) -> None:
+    """Multiplies gradients by a scalar, which is never read where that waits for a device."""
+    first, second = grads[0], grads[1] if len(grads) == 2 else None
+    function = shortcut("scale_gradients_", first.device, first.dtype)
+    if function is None or not function(first, second, factor):
+        scale_([g.reshape(-1, g.shape[-1]) for g in grads], factor.reshape(1))

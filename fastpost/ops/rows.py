@@ -17,6 +17,11 @@ from fastpost.ops.registry import define
 
 Streams = tuple[bool, bool]
 
+ONCE = (
+    "symmetric_kl/r3f_loss with inplace=True: the logits were overwritten by their gradients; a second backward pass "
+    "(retain_graph) or a second derivative (create_graph) needs inplace=False"
+)
+
 
 class Kind(Protocol):
     """What rows of two streams give. `more` are the further tensors, a number (or a label) for each row, or None.
@@ -73,10 +78,7 @@ class RowValues(Function):
         grads, ctx.grads = ctx.grads, None
         again, batched = by_operation(), unmapped_batch(upstream)
         if ctx.kind.inplace and (again or batched or grads is None):
-            raise RuntimeError(
-                "symmetric_kl/r3f_loss with inplace=True: the logits were overwritten by their gradients; a second backward "
-                "pass (retain_graph) or a second derivative (create_graph) needs inplace=False"
-            )
+            raise RuntimeError(ONCE)
         if grads is not None and not again and not batched:
             wanted = ctx.want
             scale_([g for g, w in zip(grads, wanted, strict=True) if w], upstream)

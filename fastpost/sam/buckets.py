@@ -83,7 +83,8 @@ Changes = list[dict[int, Change]]  # of each bucket: its rows that changed
 
 
 class Layout:
-    """dtype, device, shapes and strides of the tensors of one bucket."""
+    """dtype, device, shapes and strides of the tensors of one bucket, and whether their values are those in memory with the
+    sign turned."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.dtype, self.device = tensors[0].dtype, tensors[0].device
@@ -91,6 +92,7 @@ class Layout:
         self._devices = [self.device] * len(tensors)
         self._shapes: list[torch.Size] = list(map(_shape, tensors))
         self._strides = list(map(Tensor.stride, tensors))
+        self._signs = list(map(Tensor.is_neg, tensors))
 
     def shape(self, row: int) -> torch.Size:
         """Of the tensor of this row."""
@@ -99,7 +101,11 @@ class Layout:
     def shared_by(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors are laid out the same in every respect."""
         try:
-            return self._but_for_strides(tensors) and list(map(Tensor.stride, tensors)) == self._strides
+            return (
+                self._but_for_strides(tensors)
+                and list(map(Tensor.stride, tensors)) == self._strides
+                and list(map(Tensor.is_neg, tensors)) == self._signs
+            )
         except RuntimeError:  # a sparse tensor has no strides
             return False
 
@@ -132,7 +138,8 @@ class Layout:
             return Change(f"was {_name(self.dtype)} and is {_name(w.dtype)} now", in_place=True)
         if w.device != self.device:
             return Change(f"was on {self.device} and is on {w.device} now", in_place=True)
-        return None if w.stride() == self._strides[row] else Change(None, in_place=True)
+        same = w.stride() == self._strides[row] and w.is_neg() == self._signs[row]
+        return None if same else Change(None, in_place=True)
 
 
 def changes(buckets: Sequence[ParameterBucket]) -> Changes:
@@ -236,7 +243,7 @@ class ParameterBucket:
         self.layout = Layout(bucket.weights)
         self.moved = False
         self._addresses = _addresses(bucket.weights)
-        ops.follow(bucket)
+        ops.follow(bucket, held=not self.sharded)
         self.elements = sum(p.numel() for p in bucket.weights)
         self.elements_everywhere = sum(p.numel() for p in params)
         # The buffer is kept along with its views, so that spans know the stash's padding to be its own.
@@ -253,6 +260,13 @@ class ParameterBucket:
         elif not (self.unchanged() and self.layout.fits(grads, self.walkable)):
             return False
         bucket.grads = grads
+        return True
+
+    def take_gradients(self) -> bool:
+        """As `point`, with the gradients that the parameters hold; False where the core cannot tell as well."""
+        if not (self.bucket.followed and self.bucket.take_gradients()):
+            return False
+        self.moved = self.bucket.followed["weights"].moved
         return True
 
     def unchanged(self) -> bool:
@@ -293,6 +307,7 @@ class BucketCache:
         self._reducer = reducer
         self._key: tuple[int, ...] = ()
         self._buckets: list[ParameterBucket] = []
+        self._selection: ops.Selection | None = None  # where every gradient is a parameter's own
 
     @contextlib.contextmanager
     def of(
@@ -309,31 +324,50 @@ class BucketCache:
         Raises:
             TypeError, ValueError: a tensor cannot be perturbed. Nothing has been written.
         """
-        params = [p for group in groups for p in group["params"]]
-        if scope is not None:
-            params = [p for p in params if id(p) in scope]
+        try:
+            if gradient is not None or not self._taken(groups, scope):
+                self._take(groups, scope, gradient)
+            if any(b.moved for b in self._buckets):
+                self._check_written([w for b in self._buckets for w in b.bucket.weights])
+            yield self._buckets
+        finally:
+            for b in self._buckets:
+                b.bucket.release_gradients()
+
+    def hold(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether these groups are known to hold the very parameters that they held when `of` was entered last."""
+        return self._selection is not None and self._selection.same_tensors(_params(groups, None))
+
+    def _taken(self, groups: list[dict[str, Any]], scope: set[int] | None) -> bool:
+        """Whether the buckets are those of the step before and have taken the parameters' gradients, all in a few calls."""
+        if self._selection is None or not self._selection.same(_params(groups, scope)):
+            return False
+        if all(b.take_gradients() for b in self._buckets):
+            return True
+        self._key = ()  # some have followed weights that moved, and would not say so again
+        return False
+
+    def _take(self, groups: list[dict[str, Any]], scope: set[int] | None, gradient: Gradient | None) -> None:
+        self._selection = None
+        params = [p for part in _params(groups, scope) for p in part]
+        own = gradient is None
         if gradient is None and distributed.active():
             gradient = distributed.local_gradient
         found = [p.grad for p in params] if gradient is None else list(map(gradient, params))
+        held = params
         if type(None) in set(map(type, found)):
             params = [p for p, g in zip(params, found, strict=True) if g is not None]
             found = [g for g in found if g is not None]
         grads = cast("list[Tensor]", found)
         key = tuple(map(id, params))
-        try:
-            if key != self._key or not all(
-                b.point(grads if len(b.rows) == len(grads) else [grads[i] for i in b.rows]) for b in self._buckets
-            ):
-                self._key = ()
-                self._buckets = self._build(groups, params, grads) if params else []
-                self._key = key
-            elif any(b.moved for b in self._buckets):
-                self._check_written([w for b in self._buckets for w in b.bucket.weights])
-            del found, grads
-            yield self._buckets
-        finally:
-            for b in self._buckets:
-                b.bucket.release_gradients()
+        if key != self._key or not all(
+            b.point(grads if len(b.rows) == len(grads) else [grads[i] for i in b.rows]) for b in self._buckets
+        ):
+            self._key = ()
+            self._buckets = self._build(groups, params, grads) if params else []
+            self._key = key
+        if own and all(b.bucket.followed and not b.sharded for b in self._buckets):
+            self._selection = ops.Selection(held, "grad")
 
     def _build(self, groups: list[dict[str, Any]], params: list[Tensor], grads: list[Tensor]) -> list[ParameterBucket]:
         weights = [distributed.local(p) for p in params] if distributed.active() else params
@@ -356,6 +390,13 @@ class BucketCache:
             if has_lost_memory(w):
                 raise ValueError(f"SAM: the memory of parameters[{i}] was given away; give it back before the ascent")
         ops.check_memory("SAM", "parameters", weights)
+
+
+def _params(groups: list[dict[str, Any]], scope: set[int] | None) -> list[list[Tensor]]:
+    """The groups' parameters in scope, a list for each group."""
+    if scope is None:
+        return [group["params"] for group in groups]
+    return [[p for p in group["params"] if id(p) in scope] for group in groups]
 
 
 def _check_served(weights: list[Tensor], grads: list[Tensor]) -> None:

@@ -21,24 +21,28 @@ Register = Callable[[Tensor], Iterable[Any]]
 
 
 class ParameterHooks:
-    """Hooks on those of a list of parameters that require a gradient; nothing is done while the list stays the same."""
+    """Hooks on those parameters that require a gradient; nothing is done while these are the same."""
 
     def __init__(self) -> None:
+        self._selection: ops.Selection | None = None
         self._hooked: tuple[int, ...] = ()
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
 
-    def put(self, params: Sequence[Tensor], register: Register) -> None:
-        """Hooks these parameters and no others; `register` returns the handles of one parameter's hooks."""
-        params = [p for p in params if p.requires_grad]
-        key = tuple(map(id, params))
-        if key == self._hooked:
+    def put(self, lists: list[list[Tensor]], register: Register) -> None:
+        """Hooks the parameters of these lists and no others; `register` returns the handles of one parameter's hooks."""
+        if self._selection is not None and self._selection.same(lists):
             return
-        self._hooked = ()  # an interrupt must not leave some hooked and taken for all
-        _remove(self._handles)
-        for p in params:
-            self._handles += register(p)
-        self._hooked = key
+        params = [p for part in lists for p in part]
+        selection, params = ops.Selection(params, "requires_grad"), [p for p in params if p.requires_grad]
+        key = tuple(map(id, params))
+        if key != self._hooked:
+            self._selection, self._hooked = None, ()  # an interrupt must not leave some hooked and taken for all
+            _remove(self._handles)
+            for p in params:
+                self._handles += register(p)
+            self._hooked = key
+        self._selection = selection
 
 
 def _remove(handles: list[Any]) -> None:
@@ -55,7 +59,7 @@ class OverflowGuard:
     """Carries a non-finite ascent norm into the second pass.
 
     GradScaler, fused base optimizers and our own test all look for NaN in gradients. So the first gradient of the second
-    backward pass gets NaN * (norm is not finite), that is NaN or nothing, added to one element: on the device, inside
+    backward pass gets 0 * norm, that is NaN or nothing, added to one element: on the device, inside
     backward, hence before any `unscale_`. Parameters without a second gradient stay without one. A gradient that is
     assigned by hand (`torch.autograd.grad`) passes no hook; it is found when somebody who looks at gradients asks for the
     parameter groups, as GradScaler does.
@@ -64,50 +68,50 @@ class OverflowGuard:
     def __init__(self, reducer: ShardReducer) -> None:
         self._reducer = reducer
         self._verdicts = torch.zeros((), device="cpu"), torch.ones((), device="cpu")  # never written
-        self._seed: Tensor | None = None
+        self._norm: Tensor | None = None
         self._hooks = ParameterHooks()
 
-    def arm(self, norm: Tensor | None, params: Callable[[], list[Tensor]]) -> None:
-        """Seeds the next gradient to appear; also again, after the gradients were dropped.
+    def arm(self, norm: Tensor | None, params: Callable[[], list[list[Tensor]]]) -> None:
+        """Marks the next gradient to appear; also again, after the gradients were dropped.
 
         Args:
             norm: squared norm of the ascent gradients; None where there was no ascent.
-            params: returns those that may get a second gradient.
+            params: returns lists of those that may get a second gradient.
         """
         if norm is None or (is_on_cpu(norm) and math.isfinite(norm)):
-            self._seed = None
+            self._norm = None
             return
-        self._seed = torch.where(torch.isfinite(norm), torch.zeros_like(norm), torch.full_like(norm, math.nan))
+        self._norm = norm
         self._hook(params())
 
     def disarm(self) -> None:
         """The second gradients are here, or will not be."""
-        self._seed = None
+        self._norm = None
 
     @property
     def waits(self) -> bool:
-        """Whether no second gradient has been seen to carry the seed."""
-        return self._seed is not None
+        """Whether no second gradient has been seen to carry the norm's verdict."""
+        return self._norm is not None
 
     def plant_in(self, params: Callable[[], list[Tensor]]) -> None:
-        """Seeds a gradient that is there; again when asked again, because it may be dropped before the second pass."""
-        seed, self._seed = self._seed, None
-        assert seed is not None
+        """Marks a gradient that is there; again when asked again, because it may be dropped before the second pass."""
+        norm, self._norm = self._norm, None
+        assert norm is not None
         for p in params():
             # Not `local_gradient`, which may talk to other ranks: they need not be asking.
-            if p.grad is not None and _plant(distributed.local(p.grad), seed):
+            if p.grad is not None and _plant(distributed.local(p.grad), norm):
                 break
-        self._seed = seed
+        self._norm = norm
 
-    def _hook(self, params: list[Tensor]) -> None:
+    def _hook(self, params: list[list[Tensor]]) -> None:
         myself = weakref.ref(self)
 
         def plant(p: Tensor) -> None:
             guard = myself()
-            if guard is not None and guard._seed is not None:
+            if guard is not None and guard._norm is not None:
                 grad = distributed.local_gradient(p)
-                if grad is not None and _plant(grad, guard._seed):
-                    guard._seed = None
+                if grad is not None and _plant(grad, guard._norm):
+                    guard._norm = None
 
         def register(p: Tensor) -> Iterable[Any]:
             return [p.register_post_accumulate_grad_hook(plant)]  # type: ignore[no-untyped-call]
@@ -164,12 +168,12 @@ def _is_served(gradient: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _plant(grad: Tensor, seed: Tensor) -> bool:
-    """Adds the seed to one element; returns whether there was any."""
+def _plant(grad: Tensor, norm: Tensor) -> bool:
+    """Adds NaN to one element where the norm is not finite, else 0; returns whether there was any."""
     values = values_of(grad)
     if values is None or not values.numel():
         return False
-    values[(0,) * values.ndim].add_(seed.to(values.device, values.dtype))
+    values[(0,) * values.ndim].add_((norm * 0).to(values.device, values.dtype))
     return True
 
 
@@ -228,8 +232,8 @@ class EarlyRewriting:
         self._pass = -1
         self.done = False
 
-    def watch(self, params: list[Tensor]) -> None:
-        """Looks at the gradients of these parameters."""
+    def watch(self, params: list[list[Tensor]]) -> None:
+        """Looks at the gradients of the parameters in these lists."""
         mine = weakref.ref(self)
 
         def register(p: Tensor) -> Iterable[Any]:

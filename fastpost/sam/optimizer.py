@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -378,7 +379,7 @@ class SAM(Wrapper):
             self._masters.zero_grad(set_to_none)
         if self.is_perturbed:
             self._early.forget()
-            self._guard.arm(self._step.squared_norm, self.tensors)
+            self._guard.arm(self._step.squared_norm, self._lists)
         else:
             self._restart_step()
 
@@ -492,7 +493,11 @@ class SAM(Wrapper):
 
     def tensors(self) -> list[Tensor]:
         """All parameters that the model computes with, in or out of scope."""
-        return [p for group in self._model_groups() for p in group["params"]]
+        return list(itertools.chain.from_iterable(self._lists()))
+
+    def _lists(self) -> list[list[Tensor]]:
+        """The same, a list for each group."""
+        return [group["params"] for group in self._model_groups()]
 
     def _model_groups(self) -> list[dict[str, Any]]:
         """The groups with the tensors that the model computes with, which masters are not."""
@@ -551,6 +556,8 @@ class SAM(Wrapper):
 
     def _check_parameters(self) -> None:
         """Raises WeightsChanged where the groups hold other parameters than those that were perturbed."""
+        if self._ascent_buckets.hold(self._model_groups()):
+            return
         tensors = self.tensors()
         here = set(map(id, tensors))
         if len(tensors) >= self._step.tensors and not here.issuperset(map(id, self._perturbation.params)):
@@ -566,7 +573,7 @@ class SAM(Wrapper):
         for group in self._groups():  # schedules and loaded states write there
             check_group(group)
         variant, step, groups = self.variant, self._step, self._model_groups()
-        step.tensors = len(self.tensors())
+        step.tensors = sum(len(group["params"]) for group in groups)
         gradient = self._direction() if variant.overrides("direction") else None
         with self._ascent_buckets.of(groups, self._scope.ids(groups), gradient) as buckets:
             if not buckets:
@@ -595,7 +602,7 @@ class SAM(Wrapper):
             sums = self._perturbation.apply(buckets, settings, squared)
             step.sums = self._last_sums = PerturbationSums(sums, sum(b.elements_everywhere for b in buckets))
             step.add_norm(norm)
-            self._guard.arm(step.squared_norm, self.tensors)
+            self._guard.arm(step.squared_norm, self._lists)
 
     def _direction(self) -> Callable[[Tensor], Tensor | None]:
         """What the variant follows for each tensor. Gradients that it does not see stand for themselves, to be refused."""
@@ -639,7 +646,7 @@ class SAM(Wrapper):
     def _watch(self) -> None:
         """Has the variant rewrite gradients as they come."""
         if self.variant.rewrites and self.variant.overrides("descend", "between"):
-            self._early.watch(self.tensors())
+            self._early.watch(self._lists())
 
     def _rewrites_arrivals(self) -> bool:
         """Whether gradients that arrive now are this step's last and not a window's, which knows its end itself."""

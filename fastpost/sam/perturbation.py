@@ -119,7 +119,7 @@ class Perturbation:
         self._noted = []
 
     def _wrote(self, buckets: Sequence[ParameterBucket]) -> None:
-        self._reducer.mark_modified([p for b in buckets for p in b.params])
+        self._reducer.mark_modified(p for b in buckets for p in b.params)
         torch.clear_autocast_cache()  # or an enclosing autocast region would go on with its casts of the old weights
 
     def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
