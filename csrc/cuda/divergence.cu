@@ -303,6 +303,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 }
 
 constexpr int64_t kPiece = int64_t{1} << 13;  // elements of contiguous gradients that a block scales at a time
+
 int64_t narrow_blocks(int64_t rows) {
   constexpr int64_t per_block = kNarrowThreads / kWarp;
   return std::min((rows + per_block - 1) / per_block, kMostBlocks);

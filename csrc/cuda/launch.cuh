@@ -46,6 +46,13 @@ class Call {
     check(cudaLaunchKernelEx(&config, kernel, arguments...));
   }
 
+  // Blocks that fill the device when two fit on a multiprocessor: for kernels that mostly find nothing to do.
+  int64_t resident() const {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
+    return int64_t{2} * count;
+  }
+
  private:
   void check(cudaError_t status) const { cuda::check(status, op_, device_); }
 
