@@ -268,6 +268,14 @@ void bind_tensors(py::module_ m) {
           py::arg("gradients"), py::arg("weights"))
       .def_property_readonly("moved", &TensorLists::moved)
       .def("require_alive", [](TensorLists& lists, py::handle weak) { lists.require_alive(weak.ptr()); }, py::arg("weak"));
+  m.def(
+      "gradients_of",
+      [](py::list tensors) {
+        PyObject* found = gradients_of(tensors.ptr());
+        if (found == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(found);
+      },
+      py::arg("tensors"));
   py::class_<Selection>(m, "Selection")
       .def(py::init([](py::list tensors, bool gradient) { return new Selection(tensors.ptr(), gradient); }),
            py::arg("tensors"), py::arg("gradient"))

@@ -515,6 +515,26 @@ PyObject* TensorLists::take_gradients(TensorLists& gradients, PyObject* weights)
   return list.release();
 }
 
+namespace {
+
+// An attribute of any object, in the quicker way where it is a plain tensor.
+Ref attribute_of(PyObject* object, bool of_gradient) {
+  static PyObject *const grad = name("grad"), *const required = name("requires_grad");
+  if (is_plain(object)) return (of_gradient ? gradient() : requires_grad()).of(object);
+  return Ref(PyObject_GetAttr(object, of_gradient ? grad : required));
+}
+
+}  // namespace
+
+PyObject* gradients_of(PyObject* tensors) {
+  Ref list(PyList_New(0));
+  for (Py_ssize_t i = 0; list && i < PyList_GET_SIZE(tensors); ++i) {
+    const Ref found = attribute_of(PyList_GET_ITEM(tensors, i), true);
+    if (!found || (found.get() != Py_None && PyList_Append(list.get(), found.get()) != 0)) return nullptr;
+  }
+  return list.release();
+}
+
 Selection::Selection(PyObject* tensors, bool gradient) : gradient_(gradient) {
   for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i) {
     PyObject* tensor = PyList_GET_ITEM(tensors, i);
@@ -523,9 +543,7 @@ Selection::Selection(PyObject* tensors, bool gradient) : gradient_(gradient) {
 }
 
 bool Selection::selects(PyObject* tensor) const {
-  static PyObject *const grad = name("grad"), *const required = name("requires_grad");
-  const Ref found = is_plain(tensor) ? (gradient_ ? gradient() : requires_grad()).of(tensor)
-                                     : Ref(PyObject_GetAttr(tensor, gradient_ ? grad : required));
+  const Ref found = attribute_of(tensor, gradient_);
   if (!found) PyErr_Clear();
   return found.get() != (gradient_ ? Py_None : Py_False);
 }

@@ -290,15 +290,17 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 // A factor of 1 ends every block at once.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, 2)
-    scale_gradients_kernel(LogitRows first, LogitRows second, int64_t rows, int64_t cols, int64_t last,
-                           const float* __restrict__ factor) {
+    scale_gradients_kernel(const __grid_constant__ LogitRows first, const __grid_constant__ LogitRows second, int64_t rows,
+                           int64_t cols, int64_t last, const float* __restrict__ factor) {
   const double by = *factor;
   if (by == 1.0) return;
   const int64_t all = second.address == nullptr ? rows : 2 * rows;
 #pragma unroll 1
   for (int64_t i = blockIdx.x; i < all; i += gridDim.x) {
-    const int64_t row = i < rows ? i : i - rows;
-    scale_row(row_of<T>(i < rows ? first : second, row), row + 1 < rows ? cols : last, by);
+    const bool early = i < rows;
+    const int64_t row = early ? i : i - rows;
+    T* block = static_cast<T*>(early ? first.address : second.address);
+    scale_row(block + row * (early ? first.stride : second.stride), row + 1 < rows ? cols : last, by);
   }
 }
 
