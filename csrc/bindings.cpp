@@ -432,21 +432,21 @@ void bind_cuda(py::module_ cuda) {
       "row_losses",
       [](py::handle clean, py::handle noised, py::handle labels, py::handle mask, int64_t ignore_index, double kl_scale,
          double ce_scale, bool averaged, bool kl_everywhere, double kl_weight, py::handle grad_clean, py::handle grad_noised,
-         Address room, Address loss, Address task, Address divergence, int device, Address stream) {
+         Address items, Address room, Address loss, Address task, Address divergence, int device, Address stream) {
         RowTensors t;
         if (!read_rows(clean.ptr(), noised.ptr(), labels.ptr(), mask.ptr(), grad_clean.ptr(), grad_noised.ptr(), t))
           return false;
         const RowReduction how{kl_scale, ce_scale, averaged, kl_everywhere, kl_weight};
         py::gil_scoped_release release;
         cuda::row_losses(t.clean, t.noised, t.grad_clean, t.grad_noised, t.dtype, t.rows, t.cols, t.labels, ignore_index,
-                         t.mask, how, as<double>(room), as<float>(loss), as<float>(task), as<float>(divergence), device,
-                         as(stream));
+                         t.mask, how, as<double>(items), as<double>(room), as<float>(loss), as<float>(task),
+                         as<float>(divergence), device, as(stream));
         return true;
       },
       py::arg("clean"), py::arg("noised"), py::arg("labels"), py::arg("mask"), py::arg("ignore_index"), py::arg("kl_scale"),
       py::arg("ce_scale"), py::arg("averaged"), py::arg("kl_everywhere"), py::arg("kl_weight"), py::arg("grad_clean"),
-      py::arg("grad_noised"), py::arg("room"), py::arg("loss"), py::arg("task"), py::arg("divergence"), py::arg("device"),
-      py::arg("stream"));
+      py::arg("grad_noised"), py::arg("items"), py::arg("room"), py::arg("loss"), py::arg("task"), py::arg("divergence"),
+      py::arg("device"), py::arg("stream"));
   cuda.def(
       "scale_rows",
       [](Address block, int64_t stride, DType dtype, int64_t rows, int64_t cols, Address factors, int64_t factor_stride,

@@ -499,20 +499,21 @@ PyObject* TensorLists::take_gradients(TensorLists& gradients, PyObject* weights)
     throw std::invalid_argument("TensorLists: two lists are needed");
   const int64_t length = PyList_GET_SIZE(weights);
   if (!readable_ || !gradients.readable_ || length != lengths_[0]) Py_RETURN_NONE;
-  Ref list(PyList_New(length));
-  if (!list) return nullptr;
+  std::vector<Ref> all;  // not a list yet: reading lets other threads run, which could come across one with holes
+  all.reserve(static_cast<size_t>(length));
   unsigned moved = 0, gradients_moved = 0;
   TensorLayout layout;
   for (int64_t row = 0; row < length; ++row) {
     PyObject* weight = PyList_GET_ITEM(weights, row);
     if (!look(row, weight, false, layout) || !follows(row, 0, layout, moved)) Py_RETURN_NONE;
-    PyObject* found = gradient().of(weight).release();
-    if (found == nullptr) return nullptr;
-    PyList_SET_ITEM(list.get(), row, found);
-    if (!read(found, false, layout) || !gradients.follows(row, 0, layout, gradients_moved)) Py_RETURN_NONE;
+    all.push_back(gradient().of(weight));
+    if (!all.back()) return nullptr;
+    if (!read(all.back().get(), false, layout) || !gradients.follows(row, 0, layout, gradients_moved)) Py_RETURN_NONE;
   }
   if (!settle(moved) || !gradients.settle(gradients_moved)) Py_RETURN_NONE;
-  return list.release();
+  PyObject* list = PyList_New(length);
+  for (int64_t row = 0; list != nullptr && row < length; ++row) PyList_SET_ITEM(list, row, all[row].release());
+  return list;
 }
 
 namespace {
