@@ -223,12 +223,13 @@ void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRo
                   const double* kl_weights, const double* ce_weights, const OperandOptions& how, double* kl, double* ce,
                   int device, void* stream);
 
-// room: 4 * rows doubles. loss, task, divergence: a float each on the device; null: not wanted. Labels that are no class and
-// divergences that are not finite show in the values.
+// items: the number that both sums are divided by (0 gives 0), on the device; null: how says it all. room: 4 * rows doubles.
+// loss, task, divergence: a float each on the device; null: not wanted. Labels that are no class and divergences that are
+// not finite show in the values.
 void row_losses(const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean, const LogitRows& grad_noised,
                 DType dtype, int64_t rows, int64_t cols, const int64_t* labels, int64_t ignore_index, const bool* mask,
-                const RowReduction& how, double* room, float* loss, float* task, float* divergence, int device,
-                void* stream);
+                const RowReduction& how, const double* items, double* room, float* loss, float* task, float* divergence,
+                int device, void* stream);
 
 void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols, const double* factors,
                 int64_t factor_stride, int device, void* stream);

@@ -268,6 +268,14 @@ void bind_tensors(py::module_ m) {
           py::arg("gradients"), py::arg("weights"))
       .def_property_readonly("moved", &TensorLists::moved)
       .def("require_alive", [](TensorLists& lists, py::handle weak) { lists.require_alive(weak.ptr()); }, py::arg("weak"));
+  m.def(
+      "gradients_of",
+      [](py::list tensors) {
+        PyObject* found = gradients_of(tensors.ptr());
+        if (found == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(found);
+      },
+      py::arg("tensors"));
   py::class_<Selection>(m, "Selection")
       .def(py::init([](py::list tensors, bool gradient) { return new Selection(tensors.ptr(), gradient); }),
            py::arg("tensors"), py::arg("gradient"))
@@ -424,21 +432,21 @@ void bind_cuda(py::module_ cuda) {
       "row_losses",
       [](py::handle clean, py::handle noised, py::handle labels, py::handle mask, int64_t ignore_index, double kl_scale,
          double ce_scale, bool averaged, bool kl_everywhere, double kl_weight, py::handle grad_clean, py::handle grad_noised,
-         Address room, Address loss, Address task, Address divergence, int device, Address stream) {
+         Address items, Address room, Address loss, Address task, Address divergence, int device, Address stream) {
         RowTensors t;
         if (!read_rows(clean.ptr(), noised.ptr(), labels.ptr(), mask.ptr(), grad_clean.ptr(), grad_noised.ptr(), t))
           return false;
         const RowReduction how{kl_scale, ce_scale, averaged, kl_everywhere, kl_weight};
         py::gil_scoped_release release;
         cuda::row_losses(t.clean, t.noised, t.grad_clean, t.grad_noised, t.dtype, t.rows, t.cols, t.labels, ignore_index,
-                         t.mask, how, as<double>(room), as<float>(loss), as<float>(task), as<float>(divergence), device,
-                         as(stream));
+                         t.mask, how, as<double>(items), as<double>(room), as<float>(loss), as<float>(task),
+                         as<float>(divergence), device, as(stream));
         return true;
       },
       py::arg("clean"), py::arg("noised"), py::arg("labels"), py::arg("mask"), py::arg("ignore_index"), py::arg("kl_scale"),
       py::arg("ce_scale"), py::arg("averaged"), py::arg("kl_everywhere"), py::arg("kl_weight"), py::arg("grad_clean"),
-      py::arg("grad_noised"), py::arg("room"), py::arg("loss"), py::arg("task"), py::arg("divergence"), py::arg("device"),
-      py::arg("stream"));
+      py::arg("grad_noised"), py::arg("items"), py::arg("room"), py::arg("loss"), py::arg("task"), py::arg("divergence"),
+      py::arg("device"), py::arg("stream"));
   cuda.def(
       "scale_rows",
       [](Address block, int64_t stride, DType dtype, int64_t rows, int64_t cols, Address factors, int64_t factor_stride,

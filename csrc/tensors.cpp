@@ -499,19 +499,40 @@ PyObject* TensorLists::take_gradients(TensorLists& gradients, PyObject* weights)
     throw std::invalid_argument("TensorLists: two lists are needed");
   const int64_t length = PyList_GET_SIZE(weights);
   if (!readable_ || !gradients.readable_ || length != lengths_[0]) Py_RETURN_NONE;
-  Ref list(PyList_New(length));
-  if (!list) return nullptr;
+  std::vector<Ref> all;  // not a list yet: reading lets other threads run, which could come across one with holes
+  all.reserve(static_cast<size_t>(length));
   unsigned moved = 0, gradients_moved = 0;
   TensorLayout layout;
   for (int64_t row = 0; row < length; ++row) {
     PyObject* weight = PyList_GET_ITEM(weights, row);
     if (!look(row, weight, false, layout) || !follows(row, 0, layout, moved)) Py_RETURN_NONE;
-    PyObject* found = gradient().of(weight).release();
-    if (found == nullptr) return nullptr;
-    PyList_SET_ITEM(list.get(), row, found);
-    if (!read(found, false, layout) || !gradients.follows(row, 0, layout, gradients_moved)) Py_RETURN_NONE;
+    all.push_back(gradient().of(weight));
+    if (!all.back()) return nullptr;
+    if (!read(all.back().get(), false, layout) || !gradients.follows(row, 0, layout, gradients_moved)) Py_RETURN_NONE;
   }
   if (!settle(moved) || !gradients.settle(gradients_moved)) Py_RETURN_NONE;
+  PyObject* list = PyList_New(length);
+  for (int64_t row = 0; list != nullptr && row < length; ++row) PyList_SET_ITEM(list, row, all[row].release());
+  return list;
+}
+
+namespace {
+
+// An attribute of any object, in the quicker way where it is a plain tensor.
+Ref attribute_of(PyObject* object, bool of_gradient) {
+  static PyObject *const grad = name("grad"), *const required = name("requires_grad");
+  if (is_plain(object)) return (of_gradient ? gradient() : requires_grad()).of(object);
+  return Ref(PyObject_GetAttr(object, of_gradient ? grad : required));
+}
+
+}  // namespace
+
+PyObject* gradients_of(PyObject* tensors) {
+  Ref list(PyList_New(0));
+  for (Py_ssize_t i = 0; list && i < PyList_GET_SIZE(tensors); ++i) {
+    const Ref found = attribute_of(PyList_GET_ITEM(tensors, i), true);
+    if (!found || (found.get() != Py_None && PyList_Append(list.get(), found.get()) != 0)) return nullptr;
+  }
   return list.release();
 }
 
@@ -523,9 +544,7 @@ Selection::Selection(PyObject* tensors, bool gradient) : gradient_(gradient) {
 }
 
 bool Selection::selects(PyObject* tensor) const {
-  static PyObject *const grad = name("grad"), *const required = name("requires_grad");
-  const Ref found = is_plain(tensor) ? (gradient_ ? gradient() : requires_grad()).of(tensor)
-                                     : Ref(PyObject_GetAttr(tensor, gradient_ ? grad : required));
+  const Ref found = attribute_of(tensor, gradient_);
   if (!found) PyErr_Clear();
   return found.get() != (gradient_ ? Py_None : Py_False);
 }

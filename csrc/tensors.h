@@ -165,6 +165,9 @@ class TensorLists {
   std::vector<Ref> buffers_;
 };
 
+// The gradients that there are of these tensors, a new list in their order; null with an error.
+PyObject* gradients_of(PyObject* tensors);
+
 // Which of a list of tensors have a gradient, or require one. Holds none of them: whoever relies on this holds those that
 // were selected.
 class Selection {

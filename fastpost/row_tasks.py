@@ -79,6 +79,8 @@ class LossTask(NamedTuple):
         averaged: whether both sums are also divided by the number of rows that count (by 1 where none does).
         kl_everywhere: whether the divergence counts in every row, and its sum is not divided.
         kl_weight: of the divergence in the loss.
+        items: what both sums are divided by, in place of the number of rows (0 gives 0): a real scalar on a device where
+            reading it would wait. None: the scales say it all.
     """
 
     jensen_shannon: bool
@@ -92,3 +94,4 @@ class LossTask(NamedTuple):
     averaged: bool = False
     kl_everywhere: bool = False
     kl_weight: float = 1.0
+    items: Tensor | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastpost
 from fastpost.ops import row_losses
+from fastpost.row_tasks import LossTask
 
 from .conftest import CPU_BACKENDS, same_bits
 
@@ -112,7 +113,7 @@ def calls(shape: torch.Size, seed: int) -> dict[str, Call]:
             made[f"r3f {reduction} {weight}"] = functools.partial(
                 fastpost.r3f_loss, labels=labels, reduction=reduction, r3f_lambda=weight
             )
-    for items in (7, 0):
+    for items in (7, 0, torch.tensor(7), torch.tensor([7.5]), torch.tensor(0.0), torch.tensor(3.3, dtype=torch.float64)):
         made[f"r3f of {items}"] = functools.partial(fastpost.r3f_loss, labels=labels, num_items=items)
     return made
 
@@ -171,6 +172,22 @@ def test_both_ways_leave_the_same_bits_in_the_logits_place(layout: str, dtype: t
             with other_way():
                 theirs, _ = outcome_in_place(call, layout, *sources, wanted=wanted)
             assert_same(ours, theirs)
+
+
+@pytest.mark.skipif(ON_CPU, reason="the CPU reads its value")
+@pytest.mark.parametrize("items", [torch.tensor(7), torch.tensor([2.5]), torch.tensor(0.0), torch.tensor(0.3).double()])
+def test_a_number_of_items_that_only_the_device_knows(items: Tensor) -> None:
+    """Where a tensor lies on a GPU; here the task is made by hand, since the emulation's tensors lie on the CPU."""
+    made = row_losses.shortcut("row_losses", torch.device("cpu"), torch.float32)
+    assert made is not None
+    clean, noised, labels = torch.randn(5, 9), torch.randn(5, 9), torch.tensor([1, 8, -100, 3, 0])
+    task = LossTask(False, clean, noised, labels, kl_weight=0.4)
+    share = 1 / items.double().item() if items.item() else 0.0
+    found = []
+    for how in (task._replace(items=items), task._replace(kl_scale=share, ce_scale=share)):
+        grads = [torch.full((5, 9), torch.nan) for _ in range(2)]
+        found.append((*made(how, *grads), *grads))
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_gradients_take_the_logits_place_without_a_copy() -> None:
@@ -297,6 +314,12 @@ WRONG: dict[str, Call] = {
     "lambda negative": lambda a, b: fastpost.r3f_loss(a, b, torch.zeros(4).long(), r3f_lambda=-1.0),
     "lambda nan": lambda a, b: fastpost.r3f_loss(a, b, torch.zeros(4).long(), r3f_lambda=float("nan")),
     "num_items negative": lambda a, b: fastpost.r3f_loss(a, b, torch.zeros(4).long(), num_items=-1),
+    "num_items a negative tensor": lambda a, b: fastpost.r3f_loss(a, b, torch.zeros(4).long(), num_items=torch.tensor(-1.0)),
+    "num_items a tensor of two": lambda a, b: fastpost.r3f_loss(a, b, torch.zeros(4).long(), num_items=torch.ones(2)),
+    "num_items not finite": lambda a, b: fastpost.r3f_loss(a, b, torch.zeros(4).long(), num_items=torch.tensor(torch.inf)),
+    "num_items a tensor, and sum": lambda a, b: fastpost.r3f_loss(
+        a, b, torch.zeros(4).long(), num_items=torch.tensor(1), reduction="sum"
+    ),
     "num_items and sum": lambda a, b: fastpost.r3f_loss(a, b, torch.zeros(4).long(), num_items=1, reduction="sum"),
     "sentences of tokens": lambda a, b: fastpost.r3f_loss(a[None], b[None], torch.zeros(1, 4).long(), reduction="sentence"),
 }

@@ -169,6 +169,26 @@ def test_what_is_refused_is_refused_after_many_steps_as_well(spoil: str) -> None
     assert all(same_bits(p, b) for p, b in zip(params, before, strict=True))
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_an_ascent_without_any_gradient_is_refused_after_others(refused: bool) -> None:
+    params = model()
+    opt = SAM(params, torch.optim.SGD, rho=0.5, lr=0.1)
+    ascent(params, opt)
+    if refused:
+        gradient(params, torch.ones(3, 4).to_sparse())
+        with pytest.raises(ValueError, match="layout"):
+            opt.first_step()
+    for p in params:
+        p.grad = None
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="has a gradient"):
+            opt.first_step()
+    params[1].grad = torch.ones(3, 4)
+    theirs = copies(params)
+    expected = ascent(theirs, SAM(theirs, torch.optim.SGD, rho=0.5, lr=0.1))
+    assert all(same_bits(a, b) for a, b in zip(ascent(params, opt), expected, strict=True))
+
+
 def test_weights_with_their_sign_turned_between_the_passes_get_w_back() -> None:
     params = model()
     opt = SAM(params, torch.optim.SGD, rho=0.5, lr=0.1)

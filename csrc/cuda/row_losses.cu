@@ -13,6 +13,7 @@ struct Columns {
   int64_t ignore_index;
   const bool* mask;
   RowReduction how;
+  const double* items;
   double *kl, *ce, *kl_weights, *ce_weights;
 };
 
@@ -26,8 +27,9 @@ struct Scales {
   double kl, ce;
 };
 
-__device__ __forceinline__ Scales scales_of(const RowReduction& how, double counted) {
-  const double share = how.averaged ? 1.0 / fmax(counted, 1.0) : 1.0;
+__device__ __forceinline__ Scales scales_of(const RowReduction& how, const double* items, double counted) {
+  double share = how.averaged ? 1.0 / fmax(counted, 1.0) : 1.0;
+  if (items != nullptr) share = *items == 0 ? 0 : 1.0 / *items;
   return {how.kl_everywhere ? how.kl_scale : how.kl_scale * share, how.ce_scale * share};
 }
 
@@ -37,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) weigh_rows_kernel(const __grid_const
 #pragma unroll 1
   for (int64_t row = threadIdx.x; row < r.rows; row += kThreads) counted[0] += counts(r, row) ? 1 : 0;
   block_sum(counted);
-  if (threadIdx.x == 0) scales = scales_of(r.how, counted[0]);
+  if (threadIdx.x == 0) scales = scales_of(r.how, r.items, counted[0]);
   __syncthreads();
 #pragma unroll 1
   for (int64_t row = threadIdx.x; row < r.rows; row += kThreads) {
@@ -62,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   block_sum(sums);
   if (threadIdx.x != 0) return;
-  const Scales scales = scales_of(r.how, sums[3]);
+  const Scales scales = scales_of(r.how, r.items, sums[3]);
   *loss = static_cast<float>(sums[0]);
   if (task != nullptr) *task = static_cast<float>(sums[1] * scales.ce);
   if (divergence != nullptr) *divergence = static_cast<float>(sums[2] * scales.kl);
@@ -72,10 +74,10 @@ __global__ void __launch_bounds__(kThreads)
 
 void row_losses(const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean, const LogitRows& grad_noised,
                 DType dtype, int64_t rows, int64_t cols, const int64_t* labels, int64_t ignore_index, const bool* mask,
-                const RowReduction& how, double* room, float* loss, float* task, float* divergence, int device,
-                void* stream) {
+                const RowReduction& how, const double* items, double* room, float* loss, float* task, float* divergence,
+                int device, void* stream) {
   const Call call("row_losses", device, stream);
-  const Columns columns{rows, labels, ignore_index, mask, how, room, room + rows, room + 2 * rows, room + 3 * rows};
+  const Columns columns{rows, labels, ignore_index, mask, how, items, room, room + rows, room + 2 * rows, room + 3 * rows};
   call.launch(weigh_rows_kernel, 1, kThreads, columns);
   divergence_rows(clean, noised, grad_clean, grad_noised, dtype, rows, cols, labels, ignore_index, columns.kl_weights,
                   columns.ce_weights, columns.kl, columns.ce, device, stream);

@@ -225,7 +225,7 @@ def row_losses(task: LossTask, grad_clean: Tensor | None, grad_noised: Tensor | 
     is no class, or torch has to see the call. A divergence that is not finite gives None as well, unless gradients have
     taken the logits' place: then the divergences of all rows, a list, come last.
     """
-    found: tuple[Tensor, ...] | None = native.core().cpu.row_losses(*task, grad_clean, grad_noised, _threads())
+    found: tuple[Tensor, ...] | None = native.core().cpu.row_losses(*task[:-1], grad_clean, grad_noised, _threads())
     return found
 
 

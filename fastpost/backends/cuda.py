@@ -242,8 +242,9 @@ def row_losses(task: LossTask, grad_clean: Tensor | None, grad_noised: Tensor | 
     room = _doubles(clean.device, 4 * rows)
     out = tuple(torch.empty((), dtype=torch.float32, device=clean.device) for _ in range(1 if task.labels is None else 3))
     places = [t.data_ptr() for t in out] + [0] * (3 - len(out))
+    items = None if task.items is None else task.items.detach().to(torch.float64)
     made = native.core().cuda.row_losses(
-        *task[1:], grad_clean, grad_noised, room.data_ptr(), *places, *_where(clean.device)
+        *task[1:-1], grad_clean, grad_noised, address(items), room.data_ptr(), *places, *_where(clean.device)
     )  # fmt: skip
     return out if made else None
 

@@ -361,7 +361,7 @@ def r3f_loss(
         TypeError: logits not floating point, labels not integers.
     """
     found = None
-    if not label_smoothing and not isinstance(num_items, Tensor):
+    if not label_smoothing:
         found = r3f_losses(logits, noised_logits, labels, r3f_lambda, reduction, ignore_index, num_items, _r3f_loss, inplace)
     if found is None:
         return _r3f_loss(

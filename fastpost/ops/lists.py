@@ -142,6 +142,14 @@ def follow(bucket: plan.Bucket, *, held: bool) -> None:
         bucket.unfollow()
 
 
+def gradients_of(tensors: list[Tensor]) -> list[Tensor]:
+    """The gradients that there are, in the tensors' order."""
+    if native.failure() is not None:
+        return [g for t in tensors if (g := t.grad) is not None]
+    found: list[Tensor] = native.core().gradients_of(tensors)
+    return found
+
+
 class Selection:
     """Which of a list of tensors have a gradient, or require one, to be compared with later lists in one call of the core.
 

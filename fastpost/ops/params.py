@@ -19,6 +19,7 @@ from fastpost.ops.lists import Selection as Selection
 from fastpost.ops.lists import check_lists as check_lists
 from fastpost.ops.lists import check_memory as check_memory
 from fastpost.ops.lists import follow as follow
+from fastpost.ops.lists import gradients_of as gradients_of
 from fastpost.ops.lists import make_buckets as make_buckets
 from fastpost.ops.lists import run as run
 from fastpost.ops.lists import wrote as wrote
@@ -347,7 +348,7 @@ def negate_grads_(params: Iterable[Tensor], *, max_norm: float | None = None) ->
     Returns:
         The gradient norm before clipping (float64 scalar), or None when no parameter has a gradient.
     """
-    grads = [p.grad for p in params if p.grad is not None]
+    grads = gradients_of(list(params))
     return negate_clip_(grads, max_norm) if grads else None
 
 

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from fastpost.dispatch import select, shortcut
-from fastpost.ops.autograd import by_operation, unmapped_batch
+from fastpost.ops.autograd import by_operation, transformed, unmapped_batch
 from fastpost.ops.lists import wrote
 from fastpost.ops.rows import ONCE, scale_
 from fastpost.row_tasks import LossTask
@@ -54,22 +54,34 @@ def r3f_losses(
     r3f_lambda: float,
     reduction: str,
     ignore_index: int,
-    num_items: float | None,
+    num_items: float | Tensor | None,
     whole: Callable[..., Any],
     inplace: bool = False,
 ) -> tuple[Tensor, ...] | None:
     """`r3f_loss` without label smoothing, as `kl_losses`: the loss, the cross-entropy and the divergence."""
     if is_dynamo_compiling() or not isinstance(clean, Tensor) or not isinstance(labels, Tensor):
         return None
-    if not (0 <= r3f_lambda < math.inf and (num_items is None or (reduction == "token" and 0 <= num_items < math.inf))):
+    items = num_items
+    if isinstance(items, Tensor):
+        if type(items) is not Tensor or transformed() or items.numel() != 1 or items.is_complex():
+            return None
+        if items.device.type == "cpu":
+            items = float(items.detach())
+    if not (0 <= r3f_lambda < math.inf and (items is None or reduction == "token")):
+        return None
+    if not (items is None or isinstance(items, Tensor) or 0 <= items < math.inf):
         return None
     how = LossTask(False, clean, noised, labels, ignore_index=ignore_index, kl_weight=r3f_lambda)
     if reduction == "fairseq":
         task = how._replace(
             kl_scale=1.0 / max(clean.shape[0] if clean.ndim > 1 else 1, 1), averaged=True, kl_everywhere=True
         )
-    elif reduction == "token" and num_items is not None:
-        share = 1.0 / num_items if num_items else 0.0
+    elif isinstance(items, Tensor):
+        if items.device != clean.device:
+            return None
+        task = how._replace(items=items)
+    elif reduction == "token" and items is not None:
+        share = 1.0 / items if items else 0.0
         task = how._replace(kl_scale=share, ce_scale=share)
     elif reduction == "token" or (reduction == "sentence" and clean.ndim == 2):
         task = how._replace(averaged=True)

@@ -344,8 +344,11 @@ class BucketCache:
             return False
         if all(b.take_gradients() for b in self._buckets):
             return True
-        self._key = ()  # some have followed weights that moved, and would not say so again
+        self._forget()  # some have followed weights that moved, and would not say so again
         return False
+
+    def _forget(self) -> None:
+        self._key, self._buckets = (), []
 
     def _take(self, groups: list[dict[str, Any]], scope: set[int] | None, gradient: Gradient | None) -> None:
         self._selection = None
@@ -363,7 +366,7 @@ class BucketCache:
         if key != self._key or not all(
             b.point(grads if len(b.rows) == len(grads) else [grads[i] for i in b.rows]) for b in self._buckets
         ):
-            self._key = ()
+            self._forget()
             self._buckets = self._build(groups, params, grads) if params else []
             self._key = key
         if own and all(b.bucket.followed and not b.sharded for b in self._buckets):

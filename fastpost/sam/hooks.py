@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -119,7 +119,7 @@ class OverflowGuard:
         self._hooks.put(params, register)
 
     @torch.no_grad()
-    def check(self, norm: Tensor | None, found_inf: Tensor | None, params: Sequence[Tensor]) -> Tensor:
+    def check(self, norm: Tensor | None, found_inf: Tensor | None, params: list[Tensor]) -> Tensor:
         """1.0 where a gradient of either pass is not finite on any rank, else 0.0; float32, as GradScaler's found_inf.
 
         Args:
@@ -131,8 +131,10 @@ class OverflowGuard:
         if found_inf is not None:
             return self._reducer.agree(torch.maximum(found_inf.float(), bad.to(found_inf.device)))
         several = distributed.active()
-        found = [distributed.local_gradient(p) if several else p.grad for p in params]
-        gradients = [g for g in found if g is not None]
+        if several:
+            gradients = [g for p in params if (g := distributed.local_gradient(p)) is not None]
+        else:
+            gradients = ops.gradients_of(params)
         if gradients:
             second = self._look_at(gradients)
             bad = second if norm is None else torch.maximum(bad.to(second.device), second)
