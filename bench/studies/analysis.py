@@ -23,10 +23,25 @@ CONFIRMED, NOT_SEEN, OPPOSITE, NOT_RUN = "confirmed", "not seen", "opposite", "n
 CHOOSING = "choose_"  # what scores that choose are called by; none of them is reported
 
 
+def files_of(study: str, folder: Path = DATA) -> list[Path]:
+    """A study's CSV files: one, or one of each set-up, such as studies-glue-h200.csv next to studies-glue.csv."""
+    return sorted(folder.glob(f"studies-{study}.csv")) + sorted(folder.glob(f"studies-{study}-*.csv"))
+
+
 def rows_of(study: str, folder: Path = DATA) -> list[Row]:
-    """The rows of a study's CSV file; none where it was not run."""
-    path = folder / f"studies-{study}.csv"
-    return records.read(path) if path.is_file() else []
+    """The rows of a study's CSV files; none where it was not run.
+
+    Raises:
+        ValueError: two files hold reported runs of the same place.
+    """
+    rows: list[Row] = []
+    for path in files_of(study, folder):
+        more = records.read(path)
+        both = {row["block"] for row in rows} & {row["block"] for row in more if row["block"].startswith("report/")}
+        if both:
+            raise ValueError(f"{path}: another file of {study} reports {', '.join(sorted(both))} as well; keep one of them")
+        rows += more
+    return rows
 
 
 @dataclass(frozen=True)

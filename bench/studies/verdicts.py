@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from fastpost.bench.studies import analysis, methods
+from fastpost.bench.studies import analysis, methods, records
 from fastpost.bench.studies.analysis import NOT_RUN, Estimate
 from fastpost.bench.studies.records import Row
 
@@ -238,15 +238,15 @@ def runs(folder: Path = analysis.DATA) -> Table:
     """Every study: how many rows, where and by what they were made."""
     body: Table = []
     for study in STUDIES:
-        rows = analysis.rows_of(study, folder)
-        if not rows:
+        files = analysis.files_of(study, folder)
+        if not files:
             body.append((study, "0", NOT_RUN, "", "", "", ""))
-            continue
-        # The last row of a climb holds the time of its states as well, which have rows of their own.
-        minutes = sum(row["cpu_seconds"] for row in rows if not row["hyper"].get("last")) / 60
-        each = [", ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in ("machine", "commit", "date")]
-        link = f"[CSV](../bench/data/studies-{study}.csv)"
-        body.append((study, str(len(rows)), f"{minutes:.0f}", *each, link))
+        for path in files:
+            rows = records.read(path)
+            # The last row of a climb holds the time of its states as well, which have rows of their own.
+            minutes = sum(row["cpu_seconds"] for row in rows if not row["hyper"].get("last")) / 60
+            each = [", ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in ("machine", "commit", "date")]
+            body.append((study, str(len(rows)), f"{minutes:.0f}", *each, f"[CSV](../bench/data/{path.name})"))
     return [("study", "rows", "processor minutes", "machine", "commit", "date", "file"), *body]
 
 

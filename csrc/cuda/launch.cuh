@@ -46,7 +46,7 @@ class Call {
     check(cudaLaunchKernelEx(&config, kernel, arguments...));
   }
 
-  // Blocks that fill the device when two fit on a multiprocessor: for kernels that mostly find nothing to do.
+  // Blocks that fill the device when two fit on a multiprocessor: for grids that stay.
   int64_t resident() const {
     int count = 0;
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));

@@ -36,7 +36,7 @@ __device__ __forceinline__ Scales scales_of(const RowReduction& how, const doubl
 __global__ void __launch_bounds__(kThreads) weigh_rows_kernel(const __grid_constant__ Columns r) {
   __shared__ Scales scales;
   double counted[1] = {};
-#pragma unroll 1
+#pragma unroll 4
   for (int64_t row = threadIdx.x; row < r.rows; row += kThreads) counted[0] += counts(r, row) ? 1 : 0;
   block_sum(counted);
   if (threadIdx.x == 0) scales = scales_of(r.how, r.items, counted[0]);
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) weigh_rows_kernel(const __grid_const
 __global__ void __launch_bounds__(kThreads)
     sum_rows_kernel(const __grid_constant__ Columns r, float* loss, float* task, float* divergence) {
   double sums[4] = {};  // the loss, the cross-entropy, the divergence, rows that count
-#pragma unroll 1
+#pragma unroll 4
   for (int64_t row = threadIdx.x; row < r.rows; row += kThreads) {
     sums[0] += r.kl[row] * r.kl_weights[row];
     if (r.kl_weights[row] != 0) sums[2] += r.kl[row];
