@@ -16,7 +16,7 @@ struct Perturbation {
   double rho;
   bool adaptive;
   double eta;
-  DType seen_dtype;  // what the forward pass computes in; the report's "seen" is w + e after a cast to it
+  DType compute_dtype;  // what the forward pass computes in; the report's "seen" is w + e after a cast to it
 };
 
 // Sums over all elements, gathered by the pass that writes w + e. stored = what was added once w + e was rounded to the

@@ -69,9 +69,9 @@ void bind_cpu(py::module_ cpu) {
       py::arg("plan"), py::arg("threads"));
   cpu.def(
       "sam_perturb",
-      [](Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, py::handle squared_norm,
+      [](Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, py::handle squared_norm,
          std::optional<uint64_t> seed, int threads) {
-        const Perturbation how{rho, adaptive, eta, seen_dtype};
+        const Perturbation how{rho, adaptive, eta, compute_dtype};
         const double squared = value_of(squared_norm);
         return as_tensor(plan, [&] {
           const PerturbSums sums = cpu::sam_perturb(plan, how, squared, seed ? &*seed : nullptr, threads);
@@ -79,16 +79,16 @@ void bind_cpu(py::module_ cpu) {
           return sums;
         });
       },
-      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("seen_dtype"), py::arg("squared_norm"),
+      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"), py::arg("squared_norm"),
       py::arg("seed"), py::arg("threads"));
   cpu.def(
       "sam_perturb_masters",
-      [](const Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, py::handle squared_norm, int threads) {
-        const Perturbation how{rho, adaptive, eta, seen_dtype};
+      [](const Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, py::handle squared_norm, int threads) {
+        const Perturbation how{rho, adaptive, eta, compute_dtype};
         const double squared = value_of(squared_norm);
         return as_tensor(plan, [&] { return cpu::sam_perturb_masters(plan, how, squared, threads); });
       },
-      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("seen_dtype"), py::arg("squared_norm"),
+      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"), py::arg("squared_norm"),
       py::arg("threads"));
   cpu.def(
       "sam_cast", [](const Plan& plan, int threads) { released(plan, [&] { cpu::sam_cast(plan, threads); }); },
@@ -320,22 +320,22 @@ void bind_cuda(py::module_ cuda) {
       py::arg("plan"), py::arg("partial"), py::arg("out"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_perturb",
-      [](Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, Address squared_norm, Address seed,
+      [](Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Address squared_norm, Address seed,
          Address partial, Address sums, int device, Address stream) {
-        cuda::sam_perturb(plan, {rho, adaptive, eta, seen_dtype}, as<double>(squared_norm), as<int64_t>(seed),
+        cuda::sam_perturb(plan, {rho, adaptive, eta, compute_dtype}, as<double>(squared_norm), as<int64_t>(seed),
                           as<double>(partial), as<double>(sums), device, as(stream));
         plan.stashed = true;
       },
-      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("seen_dtype"), py::arg("squared_norm"),
+      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"), py::arg("squared_norm"),
       py::arg("seed"), py::arg("partial"), py::arg("sums"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_perturb_masters",
-      [](const Plan& plan, double rho, bool adaptive, double eta, DType seen_dtype, Address squared_norm, Address partial,
+      [](const Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Address squared_norm, Address partial,
          Address sums, int device, Address stream) {
-        cuda::sam_perturb_masters(plan, {rho, adaptive, eta, seen_dtype}, as<double>(squared_norm), as<double>(partial),
+        cuda::sam_perturb_masters(plan, {rho, adaptive, eta, compute_dtype}, as<double>(squared_norm), as<double>(partial),
                                   as<double>(sums), device, as(stream));
       },
-      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("seen_dtype"), py::arg("squared_norm"),
+      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"), py::arg("squared_norm"),
       py::arg("partial"), py::arg("sums"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_cast", [](const Plan& plan, int device, Address stream) { cuda::sam_cast(plan, device, as(stream)); },

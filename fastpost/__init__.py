@@ -33,7 +33,7 @@ _HOME = {
     "backends": "fastpost.backends",
 }
 
-_PARTS = ("distributed", "flat", "gap", "integrations", "ops", "r3f", "sam", "testing")
+_PARTS = ("conformance", "distributed", "flat", "gap", "integrations", "ops", "r3f", "sam")
 
 __all__ = [*_HOME, "__version__"]
 

@@ -60,7 +60,7 @@ def params(device: str) -> Iterator[str]:
         for eta in (None, 0.01):
             squared = ops.squared_norm(g, None if eta is None else w, eta=eta or 0.0)
             for seen in (dtype, torch.bfloat16):
-                ops.sam_perturb_(w, g, s, squared, rho=0.3, adaptive=eta is not None, eta=eta or 0.0, seen_dtype=seen)
+                ops.sam_perturb_(w, g, s, squared, rho=0.3, adaptive=eta is not None, eta=eta or 0.0, compute_dtype=seen)
                 ops.sam_restore_(w, s)
         ops.squared_distance(w, s)
         moments = [[torch.ones_like(t) for t in w] for _ in range(2)]

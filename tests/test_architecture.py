@@ -110,7 +110,7 @@ def touched(source: str, method: str, hidden: set[str]) -> set[str]:
 def test_private_names_of_a_method_stay_private(method: str) -> None:
     """Integrations, commands and benches use what a method offers to everybody who writes a trainer."""
     hidden = set().union(*(private_names(path) for path in (ROOT / "fastpost" / method).rglob("*.py")))
-    for folder in ("fastpost/integrations", "fastpost/cli", "fastpost/testing", "bench", "examples"):
+    for folder in ("fastpost/integrations", "fastpost/cli", "fastpost/conformance", "bench", "examples"):
         for path, source in sources(folder, ".py").items():
             assert not touched(source, method, hidden), path
 

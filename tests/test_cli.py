@@ -337,7 +337,7 @@ def test_both_sides_take_the_same_step(tiny, method):
                 module.p = 0.0
         parameters = list(model.parameters())  # R4F renames some, on either side, but keeps the objects
         start = [p.detach().clone() for p in parameters]
-        trainee = tuning.build(method, side, model, tuning.Hyper(eps=1e-7))
+        trainee = tuning.build(method, side, model, tuning.Hyperparameters(eps=1e-7))
         for _ in range(100 if method == "r4f" else 0):
             model(**batch)  # lets the published power iteration settle; fastpost's does nothing here
         loss = trainee.step(batch)
@@ -388,7 +388,7 @@ def test_summary_numbers():
     options = arguments.CompareArguments(train_size=0, epochs=2.0, batch_size=16)
     example = tasks.Example("a", None, 0)
     task = tasks.Task("t", ("x", "y"), [example] * 33, [example], [example] * 3 + [tasks.Example("b", None, 1)], "")
-    plan = session.Plan(options, ["adamw"], [0], task, None, None, lm.LmOptions(), tuning.Hyper())
+    plan = session.Plan(options, ["adamw"], [0], task, None, None, lm.LmOptions(), tuning.Hyperparameters())
     assert plan.steps == 6
     assert plan.max_length == 32
     assert task.majority() == 0.75

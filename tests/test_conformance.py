@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import fastpost
-from fastpost.testing import Adapter, Result, properties, sam_conformance
+from fastpost.conformance import Adapter, Result, properties, sam_conformance
 
 from .conformance_subjects import DEFECTS, Dies, Hangs, NormOfOneShard, Right
 
@@ -57,7 +57,7 @@ def test_defects_of_shards_are_found() -> None:
     found = missed(sam_conformance(NormOfOneShard, only=["FSDP2", "FSDP2 checkpoint"], table=False))
     assert found.keys() == {"FSDP2"}
     assert "perturbed weights differ" in found["FSDP2"]
-    from fastpost.testing.peers import published
+    from fastpost.conformance.peers import published
 
     found = missed(sam_conformance(published, only=["FSDP2 restore"], table=False))
     assert "the model still computes with other weights" in found["FSDP2 restore"]
@@ -112,7 +112,7 @@ def test_the_table_tells_what_was_found(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_command_prints_json_and_fails_where_a_property_does() -> None:
-    command = [sys.executable, "-m", "fastpost.testing.sam_conformance", "tests.conformance_subjects:AssignsData", "--json"]
+    command = [sys.executable, "-m", "fastpost.conformance", "tests.conformance_subjects:AssignsData", "--json"]
     command += ["--no-isolate", "--only", "storage", "--only", "restore"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = json.loads(done.stdout)

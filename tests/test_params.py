@@ -181,7 +181,7 @@ def test_perturb_reports_what_a_cast_forward_sees(backend: str, seen: torch.dtyp
     before = flat64([w.to(seen) for w in weights])
     w, g = flat64(weights), flat64(grads)
     e = 0.05 * g / g.norm()
-    _, sums = perturb(weights, grads, 0.05, seen_dtype=seen)
+    _, sums = perturb(weights, grads, 0.05, compute_dtype=seen)
     v = flat64([w.to(seen) for w in weights]) - before
     assert sums["seen_sq"] == pytest.approx((v**2).sum().item(), rel=1e-5)
     assert sums["seen_dot"] == pytest.approx((v * e).sum().item(), rel=1e-5)

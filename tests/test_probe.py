@@ -266,7 +266,7 @@ def test_every_method_runs_and_runs_repeat(tiny, glue, tmp_path) -> None:
 def test_a_stage_goes_on_with_the_encoder_of_the_one_before(tiny, glue, tmp_path, monkeypatch) -> None:
     states, ends = [], []
 
-    def build(method: str, model: nn.Module, hyper: tuning.Hyper) -> tuning.Trainee:
+    def build(method: str, model: nn.Module, hyper: tuning.Hyperparameters) -> tuning.Trainee:
         if states:
             ends.append({k: bits(v) for k, v in states[-1][1].state_dict().items()})
         states.append(({k: bits(v) for k, v in encoder_of(model).state_dict().items()}, encoder_of(model)))
@@ -311,7 +311,7 @@ def test_differences_are_paired(tmp_path) -> None:
 
 
 def test_what_was_computed_survives(tiny, glue, tmp_path, monkeypatch) -> None:
-    def build(method: str, model: nn.Module, hyper: tuning.Hyper) -> tuning.Trainee:
+    def build(method: str, model: nn.Module, hyper: tuning.Hyperparameters) -> tuning.Trainee:
         if method == "r3f":
             raise KeyboardInterrupt
         return real(method, model, hyper)

@@ -20,7 +20,7 @@ struct PerturbLoop {
   float scale_high, scale_low;
   bool adaptive;
   float eta;
-  DType seen_dtype;
+  DType compute_dtype;
   bool stream;      // write the stash past the caches
   bool masters;     // the stash holds float masters to read, and is not written
   bool stochastic;  // round 16-bit weights at random

@@ -83,7 +83,7 @@ PerturbSums perturb(const Plan& plan, const Perturbation& how, double squared_no
                          scale.low,
                          how.adaptive,
                          static_cast<float>(how.eta),
-                         how.seen_dtype,
+                         how.compute_dtype,
                          plan.bytes() >= kStreamBytes,
                          masters,
                          seed != nullptr,

@@ -255,7 +255,7 @@ void perturb(DType dtype, void* w, const void* g, void* stash, int64_t n, uint64
              const PerturbLoop& how, double* sums) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    with_dtype(how.seen_dtype, [&](auto s) {
+    with_dtype(how.compute_dtype, [&](auto s) {
       using Seen = decltype(s);
       const auto run = how.adaptive ? perturb_chunk<T, Seen, true> : perturb_chunk<T, Seen, false>;
       run(static_cast<T*>(w), static_cast<const T*>(g), stash, n, first, stream, how, sums);

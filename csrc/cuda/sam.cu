@@ -321,10 +321,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // The element's type, and the one that weights are read in: the same where the second holds all numbers of the first.
 template <class F>
-void with_types(DType dtype, DType seen_dtype, F&& body) {
+void with_types(DType dtype, DType compute_dtype, F&& body) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    with_dtype(seen_dtype, [&](auto s) {
+    with_dtype(compute_dtype, [&](auto s) {
       if constexpr (std::is_same_v<decltype(s), float>)
         body(t, T{});
       else
@@ -339,7 +339,7 @@ void sam_perturb(const Plan& plan, const Perturbation& how, const double* square
                  double* sums, int device, void* stream) {
   const Call call("sam_perturb_", device, stream);
   const float eta = static_cast<float>(how.eta);
-  with_types(plan.dtype(), how.seen_dtype, [&](auto t, auto s) {
+  with_types(plan.dtype(), how.compute_dtype, [&](auto t, auto s) {
     using T = decltype(t);
     using Seen = decltype(s);
     const auto launch = [&](const auto& rows, auto stochastic) {
@@ -369,7 +369,7 @@ void sam_perturb_masters(const Plan& plan, const Perturbation& how, const double
                          double* sums, int device, void* stream) {
   const Call call("sam_perturb_masters_", device, stream);
   const auto rows = tensor_rows<3>(plan, {kWeight, kGrad, kStash});
-  with_types(plan.dtype(), how.seen_dtype, [&](auto t, auto s) {
+  with_types(plan.dtype(), how.compute_dtype, [&](auto t, auto s) {
     using T = decltype(t);
     using Seen = decltype(s);
     if constexpr (sizeof(T) == 2)

@@ -79,17 +79,19 @@ def squared_distance(bucket: Bucket) -> Tensor:
 
 
 def sam_perturb_(
-    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:
     sums: Tensor = native.core().cpu.sam_perturb(
-        _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared, _seed(seed), _threads()
+        _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(compute_dtype), squared, _seed(seed), _threads()
     )
     return sums
 
 
-def sam_perturb_masters_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
+def sam_perturb_masters_(
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype
+) -> Tensor:
     sums: Tensor = native.core().cpu.sam_perturb_masters(
-        _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared, _threads()
+        _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(compute_dtype), squared, _threads()
     )
     return sums
 

@@ -109,23 +109,25 @@ def squared_distance(bucket: Bucket) -> Tensor:
 
 
 def sam_perturb_(
-    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:
     plan, squared, seed = _plan(bucket), number_on(bucket.device, squared), seed_on(bucket.device, seed)
     sums, partial = _sums(bucket, plan)
     native.core().cuda.sam_perturb(
-        plan, rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared.data_ptr(), address(seed), partial.data_ptr(),
+        plan, rho, eta is not None, eta or 0.0, _dtype(compute_dtype), squared.data_ptr(), address(seed), partial.data_ptr(),
         sums.data_ptr(), *_where(bucket.device),
     )  # fmt: skip
     return sums
 
 
-def sam_perturb_masters_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
+def sam_perturb_masters_(
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype
+) -> Tensor:
     plan, squared = _plan(bucket), number_on(bucket.device, squared)
     sums, partial = _sums(bucket, plan)
     native.core().cuda.sam_perturb_masters(
-        plan, rho, eta is not None, eta or 0.0, _dtype(seen_dtype), squared.data_ptr(), partial.data_ptr(), sums.data_ptr(),
-        *_where(bucket.device),
+        plan, rho, eta is not None, eta or 0.0, _dtype(compute_dtype), squared.data_ptr(), partial.data_ptr(),
+        sums.data_ptr(), *_where(bucket.device),
     )  # fmt: skip
     return sums
 

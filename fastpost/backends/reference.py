@@ -56,24 +56,26 @@ def squared_distance(bucket: Bucket) -> Tensor:
 
 @torch.no_grad()
 def sam_perturb_(
-    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:
     """stash = w; w = w + e with e = rho g / |g| (2010.01412, eq. 2), or rho t^2 g / |t g|, t = |w| + eta for ASAM.
 
     Nothing moves where the norm is zero or not finite. With a seed, 16-bit weights are rounded at random. Returns the sums
-    (e.e, s.s, e.s, v.v, e.v, changed) in float64: s is what was stored, v what a forward pass in `seen_dtype` sees.
+    (e.e, s.s, e.s, v.v, e.v, changed) in float64: s is what was stored, v what a forward pass in `compute_dtype` sees.
     """
     for w, stash in zip(bucket.weights, bucket.stash, strict=True):
         stash.copy_(w)
     bucket.stashed = True
-    return _perturb(bucket, bucket.stash, squared, rho, eta, seen_dtype, seed)
+    return _perturb(bucket, bucket.stash, squared, rho, eta, compute_dtype, seed)
 
 
 @torch.no_grad()
-def sam_perturb_masters_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
+def sam_perturb_masters_(
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype
+) -> Tensor:
     """w = m + e, rounded to nearest; the stash column holds the float32 masters m, of which ASAM takes its t."""
     sam_cast_(bucket)
-    return _perturb(bucket, bucket.stash, squared, rho, eta, seen_dtype, None)
+    return _perturb(bucket, bucket.stash, squared, rho, eta, compute_dtype, None)
 
 
 @torch.no_grad()
@@ -84,7 +86,7 @@ def sam_cast_(bucket: Bucket) -> None:
 
 
 def _perturb(
-    bucket: Bucket, origins: list[Tensor], squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype,
+    bucket: Bucket, origins: list[Tensor], squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype,
     seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """w = origin + e, where w holds the origin rounded to its dtype; the six sums."""
@@ -103,7 +105,7 @@ def _perturb(
         rounded = exact.to(w.dtype) if seed is None else round_randomly(exact, random_halves(w, seed, stream), w.dtype)
         w.copy_(torch.where(scale != 0, rounded, w))
         stored = w.to(work) - before.to(work)
-        seen = w.to(seen_dtype).to(work) - before.to(seen_dtype).to(work)
+        seen = w.to(compute_dtype).to(work) - before.to(compute_dtype).to(work)
         e, stored, seen = e.double(), stored.double(), seen.double()
         parts = (e * e, stored * stored, e * stored, seen * seen, e * seen, (stored != 0).double())
         sums += torch.stack([part.sum() for part in parts])

@@ -70,7 +70,7 @@ def squared_distance(bucket: Bucket) -> Tensor:
 
 
 def sam_perturb_(
-    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype, seed: Tensor | None = None
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:
     table = _table(bucket, "weights", "grads", "stash")
     squared, seed = number_on(bucket.device, squared), seed_on(bucket.device, seed)
@@ -81,14 +81,16 @@ def sam_perturb_(
         bucket.stashed = True
     # A launch and the note of it are two lines of Python. An interrupt between them is found out from the sums.
     bucket.launched = partial = kernels.room_for_sums(table)
-    sums: Tensor = kernels.sam_perturb_(table, bucket.dtype, squared, rho, eta, seen_dtype, seed, partial=partial)
+    sums: Tensor = kernels.sam_perturb_(table, bucket.dtype, squared, rho, eta, compute_dtype, seed, partial=partial)
     bucket.stashed = True
     return sums
 
 
-def sam_perturb_masters_(bucket: Bucket, squared: Tensor, rho: float, eta: float | None, seen_dtype: torch.dtype) -> Tensor:
+def sam_perturb_masters_(
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype
+) -> Tensor:
     table, squared = _table(bucket, "weights", "grads", "stash"), number_on(bucket.device, squared)
-    sums: Tensor = _kernels("params").sam_perturb_(table, bucket.dtype, squared, rho, eta, seen_dtype, masters=True)
+    sums: Tensor = _kernels("params").sam_perturb_(table, bucket.dtype, squared, rho, eta, compute_dtype, masters=True)
     return sums
 
 

@@ -25,7 +25,7 @@ DESCRIPTION = (
     "Representation collapse (2008.03156, section 4): fine-tunes through a chain of tasks and probes the frozen encoder."
 )
 # By their own defaults, but for the weight of a KL.
-RELATIVES: dict[str, Callable[[tuning.Hyper], Method]] = {
+RELATIVES: dict[str, Callable[[tuning.Hyperparameters], Method]] = {
     "rdrop": lambda hyper: relatives.RDrop(hyper.r3f_lambda),
     "neftune": lambda hyper: relatives.NEFTune(),
     "smart": lambda hyper: relatives.SMART(hyper.r3f_lambda),
@@ -120,7 +120,7 @@ class Plan:
     methods: list[str]
     seeds: list[int]
     data: dict[str, Data]
-    hyper: tuning.Hyper
+    hyper: tuning.Hyperparameters
 
     def steps(self, name: str) -> int:
         a = self.arguments
@@ -137,7 +137,7 @@ def prepare(arguments: ProbeArguments) -> Plan:
     a = arguments
     chain, methods = a.named("tasks", tasks.TASKS), a.named("methods", METHODS)
     probes = a.named("probes", tasks.TASKS) if a.probes.strip() else chain
-    hyper = tuning.Hyper(a.lr, a.weight_decay, a.rho, a.asam_rho, a.eps, a.r3f_lambda, a.noise_type)
+    hyper = tuning.Hyperparameters(a.lr, a.weight_decay, a.rho, a.asam_rho, a.eps, a.r3f_lambda, a.noise_type)
     seeds = a.seed_list()
     data: dict[str, Data] = {}
     classifiers: dict[int, tuning.Classifier] = {}
@@ -186,7 +186,7 @@ def probe_of(model: nn.Module, data: Data, arguments: ProbeArguments, limit: int
     return linear_probe(*fitted, *pooled(model, data, data.test, arguments.pooling), C=arguments.probe_c or None)
 
 
-def build(method: str, model: nn.Module, hyper: tuning.Hyper) -> tuning.Trainee:
+def build(method: str, model: nn.Module, hyper: tuning.Hyperparameters) -> tuning.Trainee:
     """A method's training step on a model; all but SAM's on the same AdamW."""
     if method in tuning.CLASSIFIERS:
         return tuning.build(method, "fastpost", model, hyper)

@@ -27,7 +27,7 @@ class Plan:
     classifier: tuning.Classifier | None
     corpus: lm.Corpus | None
     lm_options: lm.LmOptions
-    hyper: tuning.Hyper
+    hyper: tuning.Hyperparameters
 
     @property
     def steps(self) -> int:
@@ -50,7 +50,7 @@ def prepare(arguments: CompareArguments) -> Plan:
     methods, seeds = a.method_list(), a.seed_list()
     if a.noise_type not in ("uniform", "normal"):
         raise unknown("noise type", a.noise_type, ("uniform", "normal"))
-    hyper = tuning.Hyper(a.lr, a.weight_decay, a.rho, a.asam_rho, a.eps, a.r3f_lambda, a.noise_type)
+    hyper = tuning.Hyperparameters(a.lr, a.weight_decay, a.rho, a.asam_rho, a.eps, a.r3f_lambda, a.noise_type)
     fastpost.GAP(n_steps=a.gap_steps, lr=a.gap_lr)  # checks its options
     if a.task not in tasks.TASKS:
         raise unknown("task", a.task, tasks.TASKS)

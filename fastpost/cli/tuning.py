@@ -25,7 +25,7 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Hyper:
+class Hyperparameters:
     """What all classifiers share (lr and weight decay of AdamW), and what single methods add."""
 
     lr: float = 2e-4
@@ -171,7 +171,7 @@ class Trainee:
     sam: fastpost.SAM | None = None
 
 
-def build(method: str, side: str, model: Any, hyper: Hyper) -> Trainee:
+def build(method: str, side: str, model: Any, hyper: Hyperparameters) -> Trainee:
     """A method's training step on a model.
 
     Args:
@@ -279,7 +279,7 @@ def finetune(
     seed: int,
     classifier: Classifier,
     task: Task,
-    hyper: Hyper,
+    hyper: Hyperparameters,
     *,
     steps: int,
     batch_size: int,

@@ -11,7 +11,7 @@ from fastpost.backends.reference import divergence_of_rows
 from fastpost.backends.serving import contiguous
 from fastpost.dispatch import select, strict
 from fastpost.ops.autograd import traced, transformed
-from fastpost.ops.params import wrote
+from fastpost.ops.lists import mark_modified
 from fastpost.ops.reductions import (
     R3FLoss,
     add_smoothing_gradient_,
@@ -124,7 +124,7 @@ class _Divergence:
         if self.inplace:
             kl, ce = _op_rows_(clean, noised, *rest)
             # Whoever else wanted these logits in its backward is told by autograd's version check.
-            wrote([t for t, wanted in zip((clean, noised), want, strict=True) if wanted])
+            mark_modified([t for t, wanted in zip((clean, noised), want, strict=True) if wanted])
             self._smooth_(clean if want[0] else None, labels, ce_weights)
             grads = [clean.new_empty(0), noised.new_empty(0)]
         else:

@@ -89,7 +89,7 @@ def check_memory(op: str, name: str, tensors: Sequence[Tensor]) -> None:
         raise ValueError(f"{op}: {name}[{i}] and {name}[{earlier}] are the same memory; pass tied tensors once")
 
 
-def wrote(tensors: Iterable[Tensor]) -> None:
+def mark_modified(tensors: Iterable[Tensor]) -> None:
     """Tells autograd that these tensors were written behind its back."""
     torch.autograd.graph.increment_version(tensors if isinstance(tensors, list) else list(tensors))
 
@@ -305,4 +305,4 @@ class ListOperation:
     def _wrote(self, lists: Lists) -> None:
         for name, tensors in zip(self._arguments, lists, strict=True):
             if name in self._written and tensors is not None:
-                wrote(tensors)
+                mark_modified(tensors)

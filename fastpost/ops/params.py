@@ -21,8 +21,8 @@ from fastpost.ops.lists import check_memory as check_memory
 from fastpost.ops.lists import follow as follow
 from fastpost.ops.lists import gradients_of as gradients_of
 from fastpost.ops.lists import make_buckets as make_buckets
+from fastpost.ops.lists import mark_modified as mark_modified
 from fastpost.ops.lists import run as run
-from fastpost.ops.lists import wrote as wrote
 from fastpost.plan import Bucket
 
 NAMES_OF_SUMS = ("intended_sq", "stored_sq", "stored_dot", "seen_sq", "seen_dot", "changed")
@@ -52,13 +52,13 @@ def _sam_perturb_(
     rho: float,
     adaptive: bool,
     eta: float,
-    seen_dtype: torch.dtype | None,
+    compute_dtype: torch.dtype | None,
     seed: Tensor | None = None,
 ) -> Tensor | None:
     known = eta if adaptive else None
     total = None
     for b in buckets:
-        total = plus(total, run("sam_perturb_", b, squared, rho, known, seen_dtype or b.dtype, seed))
+        total = plus(total, run("sam_perturb_", b, squared, rho, known, compute_dtype or b.dtype, seed))
     return total
 
 
@@ -140,7 +140,7 @@ _OP_SQUARED_DISTANCE = ListOperation(
 )
 _OP_SAM_PERTURB_ = ListOperation(
     "sam_perturb_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] stash, Tensor squared_norm, float rho, bool adaptive, "
-    "float eta, ScalarType? seen_dtype, Tensor? seed=None) -> Tensor",
+    "float eta, ScalarType? compute_dtype, Tensor? seed=None) -> Tensor",
     _sam_perturb_,
     lambda weights, *_: torch.empty(6, dtype=torch.float64, device=weights[0].device),
     {"weights": "weights", "grads": "grads", "stash": "stash"},
@@ -231,7 +231,7 @@ def sam_perturb_(
     rho: float,
     adaptive: bool = False,
     eta: float = 0.0,
-    seen_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
     seed: int | Tensor | None = None,
 ) -> Tensor:
     """stash = w, w = w + e with e = rho * g / norm (SAM, 2010.01412 eq. 2) or rho * t^2 * g / norm, t = abs(w) + eta (ASAM).
@@ -242,7 +242,7 @@ def sam_perturb_(
             passes their total.
         rho: radius, >= 0.
         adaptive, eta: ASAM and its constant.
-        seen_dtype: dtype that the forward pass computes in (default: the weights' own).
+        compute_dtype: dtype that the forward pass computes in (default: the weights' own).
         seed: round 16-bit weights at random, away from zero with the probability that keeps the mean; None is to nearest.
             Element e (in memory order) of tensor t takes half e % 2 of word e % 8 // 2 of Philox4x32-10(seed, e // 8, t).
             Wider weights are rounded to nearest all the same.
@@ -250,15 +250,15 @@ def sam_perturb_(
     Returns:
         float64 tensor of six sums over all elements: e.e, s.s, e.s, v.v, e.v, and how many elements changed; s is what was
         stored after rounding w + e to the weights' dtype, v what the forward pass sees after both are cast to
-        `seen_dtype`. All zero, and the weights untouched bit for bit, where rho is 0 or the norm is zero or not finite;
+        `compute_dtype`. All zero, and the weights untouched bit for bit, where rho is 0 or the norm is zero or not finite;
         the stash is written in every case.
     """
     check_radius("sam_perturb_", rho, eta)
-    if seen_dtype is not None and not seen_dtype.is_floating_point:
-        raise TypeError(f"sam_perturb_: seen_dtype must be a floating-point dtype, not {seen_dtype}")
+    if compute_dtype is not None and not compute_dtype.is_floating_point:
+        raise TypeError(f"sam_perturb_: compute_dtype must be a floating-point dtype, not {compute_dtype}")
     lists = (list(weights), list(grads), list(stash))
     key = None if seed is None else seed_tensor(seed, squared_norm.device)
-    sums: Tensor = _OP_SAM_PERTURB_.call(lists, squared_norm, rho, adaptive, eta, seen_dtype, key)
+    sums: Tensor = _OP_SAM_PERTURB_.call(lists, squared_norm, rho, adaptive, eta, compute_dtype, key)
     return sums
 
 

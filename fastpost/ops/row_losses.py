@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastpost.dispatch import select, shortcut
 from fastpost.ops.autograd import by_operation, transformed, unmapped_batch
-from fastpost.ops.lists import wrote
+from fastpost.ops.lists import mark_modified
 from fastpost.ops.rows import ONCE, scale_
 from fastpost.row_tasks import LossTask
 
@@ -126,7 +126,7 @@ def _losses(task: LossTask, inplace: bool, whole: Callable[..., Tensor]) -> tupl
     if found is None:
         return None
     if inplace:  # whoever else wanted these logits in its backward pass is told by autograd's version check
-        wrote(written)
+        mark_modified(written)
     loss = Loss.apply(clean, noised, task.labels, task.mask, found, grads, None if inplace else whole)
     return loss, *(t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64) for t in found[1:])
 

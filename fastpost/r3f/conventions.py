@@ -78,7 +78,7 @@ def check_rows(labels: Tensor, stream: Tensor, classes: int, ignore_index: int) 
     check_range(labels, classes, ignore_index)
 
 
-def in_step(root: Any, labels: Tensor, stream: Tensor, shift: bool | None, ignore_index: int) -> Tensor:
+def align_labels(root: Any, labels: Tensor, stream: Tensor, shift: bool | None, ignore_index: int) -> Tensor:
     """Labels in step with the rows of logits: shifted where the model's own loss does so, or as told."""
     labels = labels.to(stream.device)
     if shift is None:

@@ -76,7 +76,7 @@ class Captured:
 
 
 @contextlib.contextmanager
-def taken_out(root: Any, head: Head) -> Iterator[Captured]:
+def bypass_head(root: Any, head: Head) -> Iterator[Captured]:
     """While open, the head hands its input on as it is, so that a forward pass ends with hidden states.
 
     They travel through the model's output rather than past it: wrappers (DDP, FSDP2) hang their backward hooks on that.

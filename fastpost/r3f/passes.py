@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fastpost.ops.halves import writable_halves
 from fastpost.ops.noise import fresh_seed
 from fastpost.ops.params import seed_tensor
-from fastpost.r3f.conventions import accelerators, beside_virtual_tokens, check_rows, device_of, in_step, logits_of
-from fastpost.r3f.head import Head, hidden_of, taken_out
+from fastpost.r3f.conventions import accelerators, align_labels, beside_virtual_tokens, check_rows, device_of, logits_of
+from fastpost.r3f.head import Head, bypass_head, hidden_of
 from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, refuse_neftune, sequence_numbers
 from fastpost.rng import RandomState
 
@@ -105,7 +105,7 @@ class Passes:
         inputs = self.inputs if inputs is None else inputs
         if self.head is None:
             return logits_of(self.model(**inputs))
-        with taken_out(self.root, self.head) as captured:
+        with bypass_head(self.root, self.head) as captured:
             output = self.model(**inputs)
         return hidden_of(self.root, self.head, output, captured)
 
@@ -251,4 +251,4 @@ class Passes:
     def targets(self, stream: Tensor) -> Tensor:
         """Labels in step with the rows of the logits, or of the hidden states before a head."""
         self.fits(stream)
-        return in_step(self.root, self.labels, stream, self.how.shift_labels, self.how.ignore_index)
+        return align_labels(self.root, self.labels, stream, self.how.shift_labels, self.how.ignore_index)

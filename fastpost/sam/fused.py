@@ -178,7 +178,7 @@ class FusedRestore:
                 group["weight_decay"], group["maximize"], *flags,
             )  # fmt: skip
             b.release_gradients()
-        ops.wrote([*params, *first, *second])
+        ops.mark_modified([*params, *first, *second])
         if found_inf is not None and found_inf.device.type != "cpu":
             torch._foreach_sub_(steps, [found_inf.to(steps[0].device)] * len(steps))
 

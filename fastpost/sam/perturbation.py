@@ -125,7 +125,7 @@ class Perturbation:
     def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
         """Perturbs one bucket and returns its six sums."""
         sums = ops.run("sam_perturb_", b.bucket, squared, *setting)
-        ops.wrote(b.bucket.weights)
+        ops.mark_modified(b.bucket.weights)
         return sums
 
     def writes(self, b: ParameterBucket) -> bool:
@@ -135,7 +135,7 @@ class Perturbation:
     def put_back(self, b: ParameterBucket) -> None:
         """Puts w back into the weights of a bucket, which are laid out as they were."""
         ops.run("sam_restore_", b.bucket)
-        ops.wrote(b.bucket.weights)
+        ops.mark_modified(b.bucket.weights)
 
     def origin(self, b: ParameterBucket, row: int) -> Tensor:
         """w of one tensor, in the dtype and shape that it was perturbed in."""
@@ -167,7 +167,7 @@ class StochasticPerturbation(Perturbation):
         key = self._seed + self.number * 0x9E3779B97F4A7C15 + part_number(b.params[0]) * 0xD1B54A32D192ED03
         seed = ops.seed_tensor(key % 2**64, b.bucket.device)
         sums = ops.run("sam_perturb_", b.bucket, squared, *setting, seed)
-        ops.wrote(b.bucket.weights)
+        ops.mark_modified(b.bucket.weights)
         return sums
 
 
@@ -192,7 +192,7 @@ class MasterPerturbation(Perturbation):
     def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
         self._point(b)
         sums = ops.run("sam_perturb_masters_", b.bucket, squared, *setting)
-        ops.wrote(b.bucket.weights)
+        ops.mark_modified(b.bucket.weights)
         return sums
 
     def writes(self, b: ParameterBucket) -> bool:
@@ -207,7 +207,7 @@ class MasterPerturbation(Perturbation):
             return
         self._point(b)
         ops.run("sam_cast_", b.bucket)
-        ops.wrote(b.bucket.weights)
+        ops.mark_modified(b.bucket.weights)
 
     def _close(self) -> None:
         super()._close()

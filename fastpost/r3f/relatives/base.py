@@ -18,11 +18,11 @@ from fastpost.ops.params import seed_tensor
 from fastpost.ops.reductions import item_divisor
 from fastpost.r3f.conventions import (
     accelerators,
+    align_labels,
     check_rows,
     class_labels,
     device_of,
     give_decoder_inputs,
-    in_step,
     logits_of,
     per_item,
     summed_cross_entropy,
@@ -242,7 +242,7 @@ class Method(Windowed):
 
     def _targets(self, call: Call, logits: Tensor) -> Tensor:
         """Labels in step with the rows of the logits."""
-        return in_step(call.root, call.labels, logits, self.shift_labels, self.ignore_index)
+        return align_labels(call.root, call.labels, logits, self.shift_labels, self.ignore_index)
 
     def _cross_entropy(self, call: Call, logits: Tensor) -> Tensor:
         """Averaged over the rows that count, or over num_items; 0 where none counts."""

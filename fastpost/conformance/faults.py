@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastpost.testing.adapter import Adapter
-from fastpost.testing.registry import Failure, conformance
-from fastpost.testing.subject import Subject, Twin, differing, expect_bits, expect_close
+from fastpost.conformance.adapter import Adapter
+from fastpost.conformance.registry import Failure, conformance
+from fastpost.conformance.subject import Subject, Twin, differing, expect_bits, expect_close
 
 
 @conformance("None in second pass")

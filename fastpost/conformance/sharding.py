@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastpost.testing.adapter import Adapter
-from fastpost.testing.registry import Failure, conformance
-from fastpost.testing.subject import Subject, Weights, batch, differentiate, expect_bits, expect_close, loss_of, network
+from fastpost.conformance.adapter import Adapter
+from fastpost.conformance.registry import Failure, conformance
+from fastpost.conformance.subject import Subject, Weights, batch, differentiate, expect_bits, expect_close, loss_of, network
 
 PROCESSES = 2
 STEPS = 3

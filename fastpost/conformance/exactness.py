@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastpost.testing.adapter import Adapter
-from fastpost.testing.registry import Failure, conformance
-from fastpost.testing.subject import Subject, differing, expect_bits, network
+from fastpost.conformance.adapter import Adapter
+from fastpost.conformance.registry import Failure, conformance
+from fastpost.conformance.subject import Subject, differing, expect_bits, network
 
 
 def _restores(adapter: Adapter, dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.testing.registry import Failure
+from fastpost.conformance.registry import Failure
 
 # Computes a loss and calls backward; clears nothing. The first runs at w, the second at w + e.
 Pass = Callable[[], Tensor]

@@ -1,6 +1,6 @@
 """Adapters for other libraries' SAMs, each driven as its documentation says.
 
-    python -m fastpost.testing.sam_conformance fastpost.testing.peers:pytorch_optimizer
+    python -m fastpost.conformance fastpost.conformance.peers:pytorch_optimizer
 
 The libraries are imported when an optimizer is built. docs/sam-conformance.md has the tables.
 """
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpost.conformance.adapter import Adapter, Pass
 from fastpost.published import PublishedSAM
-from fastpost.testing.adapter import Adapter, Pass
 
 _BASES = {torch.optim.SGD: "SGD", torch.optim.AdamW: "AdamW"}
 

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastpost.testing.adapter import Adapter
-from fastpost.testing.registry import Failure, conformance
-from fastpost.testing.subject import Seen, Subject, batch, differentiate, expect_bits, expect_close, loss_of
+from fastpost.conformance.adapter import Adapter
+from fastpost.conformance.registry import Failure, conformance
+from fastpost.conformance.subject import Seen, Subject, batch, differentiate, expect_bits, expect_close, loss_of
 
 SCALE = 1024.0
 

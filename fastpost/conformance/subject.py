@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpost.testing.adapter import Adapter
-from fastpost.testing.registry import Failure
+from fastpost.conformance.adapter import Adapter
+from fastpost.conformance.registry import Failure
 
 Weights = dict[str, Tensor]
 Backward = Callable[[], Tensor]

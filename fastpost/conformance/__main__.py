@@ -1,4 +1,4 @@
-"""The suite as a command: ``python -m fastpost.testing.sam_conformance module:make_optimizer``."""
+"""The suite as a command: ``python -m fastpost.conformance module:make_optimizer``."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fastpost.testing.adapter import Adapter
-from fastpost.testing.registry import properties
-from fastpost.testing.results import print_table, to_json
-from fastpost.testing.suite import sam_conformance
+from fastpost.conformance.adapter import Adapter
+from fastpost.conformance.registry import properties
+from fastpost.conformance.results import print_table, to_json
+from fastpost.conformance.suite import sam_conformance
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if no property failed."""
-    parser = argparse.ArgumentParser(prog="python -m fastpost.testing.sam_conformance", description=sam_conformance.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fastpost.conformance", description=sam_conformance.__doc__)
     parser.description = "Checks what users rely on in a SAM-like optimizer."
     parser.add_argument("optimizer", nargs="?", help="module:name of make_optimizer, or of an Adapter")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastpost.testing.adapter import Adapter
-from fastpost.testing.registry import Failure, NotApplicable, conformance
-from fastpost.testing.subject import (
+from fastpost.conformance.adapter import Adapter
+from fastpost.conformance.registry import Failure, NotApplicable, conformance
+from fastpost.conformance.subject import (
     Seen,
     Subject,
     Twin,
@@ -19,7 +19,7 @@ from fastpost.testing.subject import (
     network,
     randomise,
 )
-from fastpost.testing.subject import batch as batch_of
+from fastpost.conformance.subject import batch as batch_of
 
 
 def expect_perturbation(subject: Subject, seen: Seen) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.testing.adapter import Adapter
-from fastpost.testing.registry import Failure, conformance
-from fastpost.testing.subject import Subject, expect_bits, expect_close
+from fastpost.conformance.adapter import Adapter
+from fastpost.conformance.registry import Failure, conformance
+from fastpost.conformance.subject import Subject, expect_bits, expect_close
 
 
 def through_a_file(value: Any) -> Any:

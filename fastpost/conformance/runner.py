@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from fastpost.testing.adapter import Adapter
-from fastpost.testing.registry import Property, judge, properties
+from fastpost.conformance.adapter import Adapter
+from fastpost.conformance.registry import Property, judge, properties
 
 Verdict = tuple[str, str]
 STARTUP = 120.0  # seconds that importing torch and the optimizer's library may take in a fresh process
@@ -156,7 +156,7 @@ class _Workers:
 def _work(adapter: Adapter, names: list[str], rank: int, size: int, folder: str, limit: float, answers: Connection) -> None:
     import torch
 
-    from fastpost.testing.sharding import World
+    from fastpost.conformance.sharding import World
 
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # looking up the host's own name may take long, or fail

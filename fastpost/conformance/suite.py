@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fastpost.testing.adapter import Adapter
-from fastpost.testing.registry import Property, properties
-from fastpost.testing.results import Result, print_table
-from fastpost.testing.runner import Verdict, in_processes, in_this_process, why_not_elsewhere
+from fastpost.conformance.adapter import Adapter
+from fastpost.conformance.registry import Property, properties
+from fastpost.conformance.results import Result, print_table
+from fastpost.conformance.runner import Verdict, in_processes, in_this_process, why_not_elsewhere
 
 
 def sam_conformance(

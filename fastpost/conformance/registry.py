@@ -53,7 +53,7 @@ def conformance(name: str, processes: int = 1) -> Callable[[Callable[..., None]]
 def properties() -> dict[str, Property]:
     """All properties, in the order in which the suite runs them."""
     for module in ("equations", "exactness", "faults", "scaling", "checkpoints", "sharding"):
-        importlib.import_module(f"fastpost.testing.{module}")
+        importlib.import_module(f"fastpost.conformance.{module}")
     return dict(_PROPERTIES)
 
 
