@@ -6,7 +6,8 @@
 //
 // A tile goes the near way first, some 20 instructions a pair. One test at its end shows whether anything was out of the
 // ordinary: classes that do not exist, NaN, a pair far from the centre, a new largest logit, differences whose rounding
-// errors count. Only then it is done again, with care.
+// errors count. Only then it is done again, with care. Where pairs are far apart the tiles that follow go the far way, with
+// both exponentials of a pair.
 #pragma once
 
 #include "core/divergence.h"
