@@ -79,17 +79,18 @@ void bind_cpu(py::module_ cpu) {
           return sums;
         });
       },
-      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"), py::arg("squared_norm"),
-      py::arg("seed"), py::arg("threads"));
+      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
+      py::arg("squared_norm"), py::arg("seed"), py::arg("threads"));
   cpu.def(
       "sam_perturb_masters",
-      [](const Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, py::handle squared_norm, int threads) {
+      [](const Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, py::handle squared_norm,
+         int threads) {
         const Perturbation how{rho, adaptive, eta, compute_dtype};
         const double squared = value_of(squared_norm);
         return as_tensor(plan, [&] { return cpu::sam_perturb_masters(plan, how, squared, threads); });
       },
-      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"), py::arg("squared_norm"),
-      py::arg("threads"));
+      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
+      py::arg("squared_norm"), py::arg("threads"));
   cpu.def(
       "sam_cast", [](const Plan& plan, int threads) { released(plan, [&] { cpu::sam_cast(plan, threads); }); },
       py::arg("plan"), py::arg("threads"));
@@ -326,8 +327,9 @@ void bind_cuda(py::module_ cuda) {
                           as<double>(partial), as<double>(sums), device, as(stream));
         plan.stashed = true;
       },
-      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"), py::arg("squared_norm"),
-      py::arg("seed"), py::arg("partial"), py::arg("sums"), py::arg("device"), py::arg("stream"), Released());
+      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
+      py::arg("squared_norm"), py::arg("seed"), py::arg("partial"), py::arg("sums"), py::arg("device"), py::arg("stream"),
+      Released());
   cuda.def(
       "sam_perturb_masters",
       [](const Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Address squared_norm, Address partial,
@@ -335,8 +337,8 @@ void bind_cuda(py::module_ cuda) {
         cuda::sam_perturb_masters(plan, {rho, adaptive, eta, compute_dtype}, as<double>(squared_norm), as<double>(partial),
                                   as<double>(sums), device, as(stream));
       },
-      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"), py::arg("squared_norm"),
-      py::arg("partial"), py::arg("sums"), py::arg("device"), py::arg("stream"), Released());
+      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
+      py::arg("squared_norm"), py::arg("partial"), py::arg("sums"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_cast", [](const Plan& plan, int device, Address stream) { cuda::sam_cast(plan, device, as(stream)); },
       py::arg("plan"), py::arg("device"), py::arg("stream"), Released());
