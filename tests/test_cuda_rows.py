@@ -116,6 +116,7 @@ KINDS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "unrelated": lambda: (noise(3), noise(3)),
     "a hundred thousand, scaled": lambda: ((a := noise(1e5)), a * 1.0001),
     "ten million": lambda: (noise(1e7), noise(1e7)),
+    "one stream at 1e32": lambda: (torch.full((1, COLS), 1e32), noise(3)),
     "the lowest everywhere": lambda: (torch.full((1, COLS), LOWEST), torch.full((1, COLS), LOWEST)),
     **{f"disagreeing at {t:g}": lambda t=t: disagreeing(t) for t in (15.0, 60.0, 300.0)},
 }  # fmt: skip
@@ -146,7 +147,7 @@ def test_float32(kind: str) -> None:
         assert relative_l2(got, want) <= 1e-6 + 2.0**-23 * furthest
 
 
-BEYOND_FLOAT16 = ("a hundred thousand, scaled", "ten million")
+BEYOND_FLOAT16 = ("a hundred thousand, scaled", "ten million", "one stream at 1e32")
 
 
 @pytest.mark.parametrize(
@@ -269,3 +270,17 @@ def test_cross_entropy_where_there_is_no_divergence(bad: float) -> None:
     kl, ce = cuda.divergence_rows(DivergenceTask(a, b, label))
     assert math.isnan(kl)
     assert math.isnan(ce)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cols", [COLS, 2050])
+def test_cross_entropy_where_all_classes_are_masked(dtype: torch.dtype, cols: int) -> None:
+    """Logits that all are the lowest number are a uniform distribution; columns that do not exist have no share in it."""
+    a, b = (torch.full((1, cols), torch.finfo(dtype).min, dtype=dtype, requires_grad=True) for _ in range(2))
+    found = r3f_loss(a, b, torch.tensor([7]), reduction="sum")
+    found.loss.backward()
+    assert float(found.loss) == pytest.approx(math.log(cols), rel=1e-6)
+    assert a.grad is not None
+    want = torch.full((1, cols), 1 / cols, dtype=torch.float64)
+    want[0, 7] -= 1
+    assert relative_l2(a.grad, want.numpy()) <= (1e-6 if dtype == torch.float32 else 4e-3)

@@ -486,3 +486,12 @@ def test_both_ways_give_the_same_bits_whatever_the_shape(rows: list[int], classe
         ours = outcome(call, clean, noised)
         with other_way():
             assert_same(ours, outcome(call, clean, noised))
+
+
+def test_in_place_a_view_keeps_its_backward_node() -> None:
+    """A view whose version moves before the loss is in the graph would hand its gradient on through a copy of all of it."""
+    model = torch.nn.Linear(4, 1031)
+    logits = [model(torch.randn(2, 3, 4)) for _ in range(2)]
+    loss = fastpost.r3f_loss(*logits, torch.zeros(2, 3, dtype=torch.long), inplace=True).loss
+    assert loss.grad_fn is not None
+    assert [node.name() for node, _ in loss.grad_fn.next_functions[:2] if node is not None] == ["ViewBackward0"] * 2

@@ -20,8 +20,7 @@ __device__ __forceinline__ void fill(T* x, int64_t cols, float value) {
 #pragma unroll
   for (int k = 0; k < cut.size; ++k) pack.value[k] = from_float<T>(value);
 #pragma unroll 1
-  for (int64_t v = threadIdx.x; v < cut.packs; v += kRowThreads)
-    store_pack<Cache::stream>(x + cut.head + v * cut.size, pack, true);
+  for (int64_t v = threadIdx.x; v < cut.packs; v += kRowThreads) store_pack(x + cut.head + v * cut.size, pack, true);
   const int64_t i = threadIdx.x < kWarp ? cut.single() : -1;
   if (i >= 0) x[i] = pack.value[0];
 }
@@ -35,6 +34,7 @@ enum class Next : int { done, recentred, huge, streams };
 
 // Where 16-bit streams diverge by less, they are the same but for a few classes of next to no weight.
 constexpr double kFaint = 1e-9;
+constexpr double kMaybeFaint = 1e-6;  // as far as a row that is off its centre can tell
 
 // A row's work, in shared memory: registers are for the loops.
 struct Work {
@@ -138,7 +138,7 @@ __device__ __forceinline__ void judge(const RowPart& sums, const RowMeaning& row
     if (room.huge || !(row.noised > 0) || !(row.clean > 0)) {
       work.next = Next::huge;
     } else if (row.off_centre || (sizeof(T) == 2 && row.divergence > 0 && row.divergence < kFaint)) {
-      work.start.careful = !row.off_centre;
+      work.start.careful = sizeof(T) == 2 && row.divergence < kMaybeFaint;
       work.start.unit = sums.unit;
       work.start.clean_unit = sums.clean_unit;
       work.start.centre = static_cast<float>(sums.centre + row.noised_mean);
@@ -146,16 +146,18 @@ __device__ __forceinline__ void judge(const RowPart& sums, const RowMeaning& row
     }
     if (work.next != Next::done) return;
   }
-  const double log_noised = row.log_noised + work.start.noised_origin;
+  // The origin and the label's logit first: both may be too large for a logarithm next to them to keep its digits.
+  const auto minus_log_of = [](double log_sum, double origin, double label) { return log_sum + (origin - label); };
+  const double noised_ce = minus_log_of(row.log_noised, work.start.noised_origin, work.noised_label);
   if (work.streams == Streams::noised) {
-    work.noised_ce = log_noised - work.noised_label;
+    work.noised_ce = noised_ce;
     return go_on(work);
   }
   work.whole = whole_of<operand>(sums, row, work, cols, rule);
-  if (work.task.ce_weight != 0) work.ce = row.log_clean + work.start.clean_origin - work.clean_label;
+  if (work.task.ce_weight != 0) work.ce = minus_log_of(row.log_clean, work.start.clean_origin, work.clean_label);
   if (work.streams == Streams::clean) return;
   work.kl = row.divergence;
-  if (work.task.noised_ce_weight != 0) work.noised_ce = log_noised - work.noised_label;
+  if (work.task.noised_ce_weight != 0) work.noised_ce = noised_ce;
 }
 
 // One block, one row, `first` being the first block's. Without a divergence the noised stream stands in for itself: a row

@@ -206,16 +206,14 @@ struct alignas(16) Pack {
 // Whether an address lies on 16 bytes; null does, since nothing is read or written there.
 __device__ __forceinline__ bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15u) == 0; }
 
-enum class Cache { keep, stream };  // stream: not needed again before the cache has turned over
-
 // One access where the address allows it, else one per element: which thread holds which element must not depend on
 // addresses, or sums would. The intrinsics keep an access whole; the compiler may split an assignment.
-template <Cache cache = Cache::keep, class T>
+template <class T>
 __device__ __forceinline__ Pack<T> load_pack(const T* from, bool wide) {
   Pack<T> pack;
   if (wide) {
     const float4* at = reinterpret_cast<const float4*>(from);
-    const float4 raw = cache == Cache::stream ? __ldcs(at) : __ldca(at);
+    const float4 raw = __ldca(at);
     memcpy(&pack, &raw, sizeof pack);
   } else {
 #pragma unroll
@@ -224,16 +222,13 @@ __device__ __forceinline__ Pack<T> load_pack(const T* from, bool wide) {
   return pack;
 }
 
-template <Cache cache = Cache::keep, class T>
+template <class T>
 __device__ __forceinline__ void store_pack(T* to, const Pack<T>& pack, bool wide) {
   if (wide) {
     float4 raw;
     memcpy(&raw, &pack, sizeof raw);
     float4* at = reinterpret_cast<float4*>(to);
-    if (cache == Cache::stream)
-      __stcs(at, raw);
-    else
-      __stwb(at, raw);
+    __stwb(at, raw);
   } else {
 #pragma unroll
     for (int k = 0; k < Pack<T>::size; ++k) to[k] = pack.value[k];

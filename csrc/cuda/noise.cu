@@ -248,8 +248,8 @@ void add_noise(const void* x, void* out, DType in_dtype, DType out_dtype, int64_
   }
   // In 16 bits a block's keys cost too much for one tile: there the grid stays (docs/measured-facts.md).
   constexpr int64_t share = 32 * kThreads;  // elements of a block
-  const bool narrow = in_dtype != DType::f32 || out_dtype != DType::f32;
-  const int64_t blocks = std::min((n + share - 1) / share, narrow ? call.resident() : kMostBlocks);
+  const bool in_16_bits = in_dtype != DType::f32 || out_dtype != DType::f32;
+  const int64_t blocks = std::min((n + share - 1) / share, in_16_bits ? call.resident() : kMostBlocks);
   with_types(in_dtype, out_dtype, type, [&](auto from, auto to, auto normal) {
     using In = decltype(from);
     using Out = decltype(to);

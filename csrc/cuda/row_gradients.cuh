@@ -52,19 +52,10 @@ __device__ __forceinline__ Gradient finished(Gradient d, float a, float b, const
 }
 
 // A pack of gradients as it is stored: as it is, or rounded to 16 bits.
-template <Cache cache = Cache::keep>
-__device__ __forceinline__ void store_as(float* to, const Pack<float>& pack, bool wide) {
-  store_pack<cache>(to, pack, wide);
+template <class T>
+__device__ __forceinline__ void store_as(T* to, const Pack<T>& pack, bool wide) {
+  store_pack(to, pack, wide);
 }
-template <Cache cache = Cache::keep>
-__device__ __forceinline__ void store_as(bf16* to, const Pack<bf16>& pack, bool wide) {
-  store_pack<cache>(to, pack, wide);
-}
-template <Cache cache = Cache::keep>
-__device__ __forceinline__ void store_as(f16* to, const Pack<f16>& pack, bool wide) {
-  store_pack<cache>(to, pack, wide);
-}
-template <Cache cache = Cache::keep>
 __device__ __forceinline__ void store_as(bf16* to, const Pack<float>& pack, bool wide) {
   bf16 rounded[4];
   round_pair(pack.value[0], pack.value[1], rounded);
@@ -72,7 +63,7 @@ __device__ __forceinline__ void store_as(bf16* to, const Pack<float>& pack, bool
   if (wide) {
     float2 raw;
     memcpy(&raw, rounded, sizeof raw);
-    __stcs(reinterpret_cast<float2*>(to), raw);
+    *reinterpret_cast<float2*>(to) = raw;
   } else {
 #pragma unroll
     for (int k = 0; k < 4; ++k) to[k] = rounded[k];

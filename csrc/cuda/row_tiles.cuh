@@ -1,5 +1,5 @@
 // How the threads of a block share out a row of logits: single columns up to the clean stream's 16-byte boundary, tiles of
-// 16 columns per thread, and single columns again.
+// two packs of 16 bytes per thread, and single columns again.
 #pragma once
 
 #include <cfloat>
@@ -77,7 +77,8 @@ __device__ __forceinline__ Pack<T> lowest_pack() {
   return pack;
 }
 
-// Two tiles on their way from global memory. A thread reads what it has asked for itself, so nothing waits at a barrier.
+// Two tiles on their way from global memory: a cp.async pipeline of two stages in shared memory. A thread reads what it has
+// asked for itself, so nothing waits at a barrier.
 struct Ahead {
   static constexpr int tiles = 2;
   float4 pack[tiles][2 * kTilePacks][kRowThreads];
@@ -140,11 +141,14 @@ constexpr float kHuge = 0x1p21f;
 template <>
 constexpr float kHuge<f16> = 0x1p15f;
 
-// One pack of a tile, wherever that is; in the round of the singles the first one begins with one. wide: packs of this
+// One pack of a tile, wherever that is; in the round of the singles the first one begins with one. Where the row has no
+// column there is -inf, a class of no weight. wide: packs of this
 // stream lie on 16 bytes.
 template <class T>
 __device__ __forceinline__ Pack<T> load_some(const T* row, const Cut<T>& cut, int round, int u, bool wide) {
-  Pack<T> pack = lowest_pack<T>();
+  Pack<T> pack;
+#pragma unroll
+  for (int k = 0; k < pack.size; ++k) pack.value[k] = from_float<T>(-INFINITY);
   if (round == cut.rounds()) {
     const int64_t i = u == 0 ? cut.single() : -1;
     if (i >= 0) pack.value[0] = row[i];

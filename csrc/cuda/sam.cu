@@ -104,9 +104,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
   }
   walk<T, together>(
       place.length, aligned(w) && aligned(g) && aligned(stash),
-      [&](int i, bool wide) {
-        return Held<T>{load_pack(w + i, wide), load_pack(g + i, wide)};  // g for the last time
-      },
+      [&](int i, bool wide) { return Held<T>{load_pack(w + i, wide), load_pack(g + i, wide)}; },
       [&](int i, const Held<T>& held, bool wide) {
         store_pack(stash + i, held.ws, wide);
         const PhiloxWords words = words_of(i);
@@ -277,7 +275,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const T* stash = place.template at<T>(2);
   T* first = place.template at<T>(3);
   T* second = place.template at<T>(4);
-  __syncthreads();  // the last chunk's constants have been read
   if (threadIdx.x == 0) shared = adamw_step(how, *reinterpret_cast<const float*>(place.entry->word[5]));
   __syncthreads();
   const AdamWStep step = shared;

@@ -6,7 +6,7 @@
 namespace fastpost::cuda {
 
 // Sums of a block's threads, by warps and then across them, in an order fixed by the thread index alone. The result is on
-// thread 0.
+// thread 0. Once per kernel: a second call would have to wait at a barrier first.
 template <int count>
 __device__ void block_sum(double (&value)[count]) {
   __shared__ double shared[count][kThreads / 32];

@@ -13,7 +13,8 @@ class Later:
     was queued since. Everywhere else `values` reads them.
 
     Args:
-        numbers: a tensor of any shape. What is written into it afterwards does not count on CUDA; elsewhere nobody may.
+        numbers: a tensor of any shape. What is written into it afterwards does not count on CUDA; elsewhere nothing must be
+            written into it.
     """
 
     def __init__(self, numbers: Tensor) -> None:

@@ -116,7 +116,7 @@ def _losses(task: LossTask, inplace: bool, whole: Callable[..., Tensor]) -> tupl
         return None
     if inplace:
         written = [t for t in (clean, noised) if t.requires_grad]
-        if any(map(_is_needed, written)):
+        if any(map(_must_stay, written)):
             return None
         grads = tuple(t.detach() if t.requires_grad else None for t in (clean, noised))
     else:
@@ -125,13 +125,15 @@ def _losses(task: LossTask, inplace: bool, whole: Callable[..., Tensor]) -> tupl
     found = function(task, *grads)
     if found is None:
         return None
-    if inplace:  # whoever else wanted these logits in its backward pass is told by autograd's version check
-        mark_modified(written)
     loss = Loss.apply(clean, noised, task.labels, task.mask, found, grads, None if inplace else whole)
+    if inplace:
+        # Whoever else wanted these logits in its backward pass is told by autograd's version check. Not before the loss has
+        # its place in the graph: a view that has been modified gets another backward node, which copies whole gradients.
+        mark_modified(written)
     return loss, *(t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64) for t in found[1:])
 
 
-def _is_needed(logits: Tensor) -> bool:
+def _must_stay(logits: Tensor) -> bool:
     """Whether they may not be overwritten by their gradient: a leaf, or a view of one."""
     base = logits if logits._base is None else logits._base
     return base.is_leaf and base.requires_grad
