@@ -51,6 +51,8 @@ def defects(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("race", "wrong"),
         ("barrier", "wait at a barrier that others never reach"),
         ("warp", "wait at a barrier that others never reach"),
+        ("waits", "right"),
+        ("does not wait", "wrong"),
         ("aligned", "right"),
         ("misaligned", "misaligned address"),
         ("ragged block", "a block of whole warps is needed"),

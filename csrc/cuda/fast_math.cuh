@@ -63,11 +63,13 @@ __device__ __forceinline__ void round_pair(float first, float second, f16* to) {
 #else
 
 inline float exp2_fast(float x) { return emulation::exp2_fast(x); }
-inline void copy_ahead(void* shared, const void* global) { memcpy(shared, global, 16); }
-inline void end_group() {}
+inline void copy_ahead(void* shared, const void* global) { emulation::copy_ahead(shared, global); }
+inline void end_group() { emulation::end_group(); }
 inline void prefetch(const void*) {}
 template <int later>
-void wait_for_groups() {}
+void wait_for_groups() {
+  emulation::wait_for_groups(later);
+}
 inline float max_or_nan(float x, float y) { return x != x || y != y ? NAN : fmaxf(x, y); }
 template <class T>
 float widened(T x) {

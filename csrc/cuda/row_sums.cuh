@@ -130,7 +130,10 @@ struct Walk {
 };
 
 // x - origin, finite where x is.
-__device__ __forceinline__ float less(float x, float origin) { return x == -INFINITY ? x : fmaxf(x - origin, -FLT_MAX); }
+__device__ __forceinline__ float less(float x, float origin) {
+  const float difference = x - origin;
+  return difference < -FLT_MAX && x > -INFINITY ? -FLT_MAX : difference;
+}
 
 // A tile's pairs, wherever it is, a pack at a time: registers are for the near way.
 template <class T, class Pair>

@@ -38,6 +38,10 @@ uint64_t exchange(uint64_t value, unsigned from);
 bool vote(bool value);
 bool vote_block(bool value);
 void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
+// cp.async: 16 bytes are copied when their group is waited for, and not before; until then there is NaN.
+void copy_ahead(void* shared, const void* global);
+void end_group();
+void wait_for_groups(unsigned later);
 // 2^x as the hardware may give it: off by up to 2^-22 of its value, the same for the same x; no subnormal results.
 float exp2_fast(float x);
 }  // namespace emulation

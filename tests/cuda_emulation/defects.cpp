@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/fast_math.cuh"
 #include "cuda/launch.cuh"
 
 using namespace fastpost;
@@ -28,6 +29,14 @@ __global__ void half_a_warp(int* out) {
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_sync(0xffffffffu, 1, 0);
 }
 
+__global__ void fetch(const float* in, float* out, bool waits) {
+  __shared__ float4 shared[32];
+  copy_ahead(&shared[threadIdx.x], in + 4 * threadIdx.x);
+  end_group();
+  if (waits) wait_for_groups<0>();
+  out[threadIdx.x] = shared[threadIdx.x].x;
+}
+
 __global__ void copy(const float* in, float* out, bool wide) { store_pack(out, load_pack(in, wide), wide); }
 
 }  // namespace
@@ -46,6 +55,12 @@ int main(int, char** arguments) {
       call.launch(diverge, 1, kThreads, out.data());
     } else if (defect == "warp") {
       call.launch(half_a_warp, 1, kThreads, out.data());
+    } else if (defect == "waits" || defect == "does not wait") {
+      alignas(16) float a[128], b[32];
+      for (int i = 0; i < 128; ++i) a[i] = static_cast<float>(i);
+      call.launch(fetch, 1, 32, static_cast<const float*>(a), static_cast<float*>(b), defect == "waits");
+      for (int i = 0; i < 32; ++i)
+        if (b[i] != a[4 * i]) return std::puts("wrong"), 0;
     } else if (defect == "misaligned" || defect == "aligned") {
       alignas(16) float a[8] = {0, 1, 2, 3, 4, 5, 6, 7}, b[8] = {};
       const int offset = defect == "misaligned";

@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -19,6 +20,11 @@ namespace {
 
 enum class At { runs, block_barrier, exchange, vote, done };
 
+struct Request {
+  void* shared;
+  const void* global;
+};
+
 struct Fiber {
   ucontext_t start;
   jmp_buf where;
@@ -26,7 +32,9 @@ struct Fiber {
   static constexpr size_t kStack = 64 << 10;
   bool started = false;
   At at = At::runs;
-  uint64_t handed = 0;  // to the other lanes
+  uint64_t handed = 0;                      // to the other lanes
+  std::vector<Request> open;                // asked for, of no group yet
+  std::deque<std::vector<Request>> groups;  // on their way, the oldest first
 };
 
 std::vector<Fiber> fibers;
@@ -79,6 +87,8 @@ void run_block(unsigned threads) {
     order[t] = t;
     fibers[t].started = false;
     fibers[t].at = At::runs;
+    fibers[t].open.clear();
+    fibers[t].groups.clear();
   }
   for (;;) {
     std::shuffle(order.begin(), order.end(), order_of_threads);
@@ -126,6 +136,24 @@ bool vote_block(bool value) {
   for (unsigned t = 0; t < blockDim.x; ++t) any = any || fibers[t].handed != 0;
   wait_at(At::block_barrier);
   return any;
+}
+
+void copy_ahead(void* shared, const void* global) {
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16 != 0)
+    throw std::runtime_error("emulated kernel: cp.async of 16 bytes off their boundary");
+  memset(shared, 0xff, 16);
+  fibers[current].open.push_back({shared, global});
+}
+
+void end_group() {
+  Fiber& fiber = fibers[current];
+  fiber.groups.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+
+void wait_for_groups(unsigned later) {
+  for (auto& groups = fibers[current].groups; groups.size() > later; groups.pop_front())
+    for (const Request& request : groups.front()) memcpy(request.shared, request.global, 16);
 }
 
 float exp2_fast(float x) {
