@@ -26,7 +26,7 @@ FIGURE = re.compile(
 
 CPU, CPU_KEPT = "cpu-avx512.csv", "cpu-avx512-kept.csv"
 HOST = "cpu-avx512-host.csv"
-H200, H200_FIRST = "h200-2026-11-27-eaaf0ac.csv", "h200-2026-11-27.csv"  # the last run on a GPU, and the first
+H200, H200_FIRST = "h200-2026-11-27-1153c8b.csv", "h200-2026-11-27.csv"  # the last run on a GPU, and the first
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastpost.bench.studies import analysis, methods
-from fastpost.bench.studies.verdicts import NAMES, place_name
+from fastpost.bench.studies.verdicts import LANGUAGE_NAMES, NAMES, SPLITS, place_name
 
 # Without what would differ from one drawing to the next.
 METADATA = {"Software": None, "Creation Time": None}
@@ -81,6 +81,17 @@ def gains(folder: Path = analysis.DATA) -> dict[str, dict[str, analysis.Estimate
     return {place: by_method for place, by_method in found.items() if by_method}
 
 
+def intervals(axis: Any, found: dict[str, analysis.Estimate], title: str, unit: str) -> None:
+    """A line and a point for each name, from the top down."""
+    for y, e in enumerate(reversed(found.values())):
+        axis.plot([e.low, e.high], [y, y], color="C0", linewidth=1)
+        axis.plot(e.mean, y, "o", color="C0")
+    axis.set_yticks(range(len(found)), list(reversed(found)))
+    axis.axvline(0, color="grey", linewidth=0.5)
+    axis.set_title(title, fontsize="small")
+    axis.set_xlabel(unit, fontsize="small")
+
+
 def glue(folder: Path) -> Any:
     """Every method's difference to AdamW, with its interval, per task."""
     from matplotlib import pyplot
@@ -88,13 +99,30 @@ def glue(folder: Path) -> Any:
     found = gains(folder)
     figure, axes = pyplot.subplots(1, len(found), figsize=(3.2 * len(found), 3.2), layout="constrained", squeeze=False)
     for axis, (place, of) in zip(axes[0], found.items(), strict=True):
-        for y, e in enumerate(reversed(of.values())):
-            axis.plot([e.low, e.high], [y, y], color="C0", linewidth=1)
-            axis.plot(e.mean, y, "o", color="C0")
-        axis.set_yticks(range(len(of)), [NAMES[method] for method in reversed(of)])
-        axis.axvline(0, color="grey", linewidth=0.5)
-        axis.set_title(place_name(place), fontsize="small")
-        axis.set_xlabel("points more than AdamW")
+        intervals(axis, {NAMES[method]: e for method, e in of.items()}, place_name(place), "points more than AdamW")
+    return figure
+
+
+def losses(folder: Path = analysis.DATA) -> dict[str, dict[str, analysis.Estimate]]:
+    """Of the `lm` study: per text, by how much the loss of each method that keeps float32 weights exceeds AdamW's."""
+    rows = analysis.rows_of("lm", folder)
+    kept = [m for m in LANGUAGE_NAMES if m != methods.PLAIN and ("bf16" not in m or m.endswith("masters"))]
+    found = {
+        text: {m: e for m in kept if (e := analysis.lower_loss(rows, split, methods.PLAIN, m)) is not None}
+        for split, text in SPLITS.items()
+    }
+    return {text: by_method for text, by_method in found.items() if by_method}
+
+
+def language_models(folder: Path) -> Any:
+    """Every method's loss less AdamW's, with its interval, per text."""
+    from matplotlib import pyplot
+
+    found = losses(folder)
+    figure, axes = pyplot.subplots(1, len(found), figsize=(10.5, 2.8), layout="constrained", squeeze=False, sharey=True)
+    for axis, (text, of) in zip(axes[0], found.items(), strict=True):
+        named = {LANGUAGE_NAMES[method].replace(", bfloat16 weights, ", ", bfloat16,\n"): e for method, e in of.items()}
+        intervals(axis, named, text, "loss less AdamW's, nats per token")
     return figure
 
 
@@ -102,4 +130,5 @@ def glue(folder: Path) -> Any:
 FIGURES: dict[str, tuple[Callable[[Path], Any], Callable[..., Any]]] = {
     "studies-gap": (gap, climbed),
     "studies-glue": (glue, gains),
+    "studies-lm": (language_models, losses),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from fastpost.bench.studies import analysis, methods, records
+from fastpost.bench.studies import analysis, lm, methods, records
 from fastpost.bench.studies.analysis import NOT_RUN, Estimate
 from fastpost.bench.studies.records import Row
 
@@ -19,6 +19,15 @@ NAMES = {
     "adamw": "AdamW", "sam": "SAM", "asam": "ASAM", "sam_lm": "SAM-LM",
     "r3f": "R3F", "r4f": "R4F", "rdrop": "R-Drop", "tram": "TRAM",
 }  # fmt: skip
+LANGUAGE_NAMES = NAMES | {
+    "adamw_bf16": "AdamW, bfloat16 weights",
+    "sam_bf16_nearest": "SAM, bfloat16 weights, rounded to nearest",
+    "sam_bf16_stochastic": "SAM, bfloat16 weights, stochastic rounding",
+    "sam_bf16_functional": "SAM, bfloat16 weights, functional",
+    "sam_bf16_masters": "SAM, bfloat16 weights, float32 masters",
+    "r3f_fused": "R3F, fused head", "neftune": "NEFTune",
+}  # fmt: skip
+SPLITS = {"dialogues": "dialogues (the domain)", "web": "web pages", "code": "code"}
 TASKS = {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA"}
 VERDICTS = ("claim", "measured", "difference", "n", "verdict")
 FORGETTING = (("dialogue", "log-likelihood of dialogues", " nats per token"), ("pubmed", "PubMedQA, right answer", " nats"))
@@ -96,12 +105,11 @@ def _few(rows: list[Row]) -> Table:
 
 def _lm(folder: Path, claim: str, method: str) -> Table:
     rows = analysis.rows_of("lm", folder)
-    where = {"dialogues": "in the domain (dialogues)", "web": "out of it (web pages)", "code": "out of it (code)"}
     name = NAMES.get(method, method)
     return [
-        line(claim, f"loss of SmolLM2 fine-tuned on dialogues, {place}: AdamW less {name}",
+        line(claim, f"SmolLM2's loss on {place} after fine-tuning on dialogues: AdamW less {name}",
              analysis.lower_loss(rows, split, method), " nats per token")
-        for split, place in where.items()
+        for split, place in SPLITS.items()
     ]  # fmt: skip
 
 
@@ -176,6 +184,51 @@ def glue_scores(folder: Path = analysis.DATA) -> Table:
         always = (f"{100 * guesses[place.partition('/')[0]]:.2f}" for place in places)
         body.append(("always the most frequent label", *always, ""))
     return [head, *(body or [("none", NOT_RUN, NOT_RUN)])]
+
+
+def language_models(folder: Path = analysis.DATA) -> Table:
+    """Of the `lm` study: what was chosen for every method, its perplexities, and by how much its loss exceeds AdamW's."""
+    rows = analysis.rows_of("lm", folder)
+    reported = [row for row in rows if row["block"] == f"report/{lm.PLACE}"]
+    head = (
+        "method", "chosen", "runs",
+        *(f"perplexity, {place}" for place in SPLITS.values()),
+        *(f"loss less AdamW's, nats per token, {place}" for place in SPLITS.values()),
+    )  # fmt: skip
+    body: Table = []
+    for method, name in LANGUAGE_NAMES.items():
+        of = [row for row in reported if row["method"] == method]
+        if not of:
+            continue
+        chosen = ", ".join(f"{key} {value:g}" for key, value in of[0]["hyper"].items())
+        means = [shown(analysis.estimate([row["scores"][split] for row in of]), signed=False) for split in SPLITS]
+        more = [analysis.lower_loss(rows, split, methods.PLAIN, method) for split in SPLITS]
+        body.append((name, chosen, str(len(of)), *means, *("" if method == methods.PLAIN else shown(e) for e in more)))
+    return [head, *(body or [("none", *[""] * 7, NOT_RUN)])]
+
+
+def zero_shot(folder: Path = analysis.DATA) -> Table:
+    """Of the `forgetting` study: the scores of the untouched model, and of what AdamW and SAM make of it."""
+    rows = analysis.rows_of("forgetting", folder)
+    head = ("model", "weights", "runs", *(f"{what},{unit}" for _, what, unit in FORGETTING), "PubMedQA, accuracy")
+    scores = (*(score for score, _, _ in FORGETTING), "pubmed_accuracy")
+    names = {"untouched": "untouched"} | {key: f"fine-tuned on code with {NAMES[key]}" for key in (methods.PLAIN, "sam")}
+    body: Table = []
+    for bits, (method, name) in ((bits, item) for bits in (32, 4) for item in names.items()):
+        of = [row for row in rows if row["method"] == method and row["hyper"]["bits"] == bits]
+        if of:
+            body.append(
+                (name, f"{bits} bits", str(len(of)), *(_mean_of([r["scores"][score] for r in of]) for score in scores))
+            )
+    return [head, *(body or [("none", *[""] * 4, NOT_RUN)])]
+
+
+def _mean_of(values: list[float]) -> str:
+    """With the standard error where there are several."""
+    found = analysis.estimate(values)
+    if found is None:
+        return f"{values[0]:.3f}"
+    return f"{found.mean:.3f} ± {found.error:.3f}"
 
 
 def gap_states(folder: Path = analysis.DATA) -> Table:
@@ -259,4 +312,6 @@ TABLES: dict[str, Callable[[], Table]] = {
     "studies-glue": glue_scores,
     "studies-precision": perturbations,
     "studies-noise": noise,
+    "studies-lm": language_models,
+    "studies-forgetting": zero_shot,
 }
