@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastpost
-from fastpost.bench.params_cuda import COPY, DTYPES, also_triton, copy_of, from_liger, name_of
+from fastpost.bench.params_cuda import COPY, DTYPES, also_triton, copy_of, from_liger, name_of, only_triton
 from fastpost.bench.registry import Bandwidth, Case, Contender, Floor, Goal, PeakMemory, Target, Work, cuda_case, peer
 from fastpost.published import fairseq_symmetric_kl
 
@@ -180,7 +180,7 @@ def js_train(at: Target, variant: Variant) -> Case:
 
         return [
             copy_of(logits.kept[0].detach()),
-            Contender(ours, logits.forward_backward(fastpost.js_divergence), 4 * size, logits.renew, peak=True),
+            only_triton(at, ours, logits.forward_backward(fastpost.js_divergence), 4 * size, before=logits.renew, peak=True),
             peer(formula, logits.forward_backward(js_formula), 0, logits.renew, slow=True, peak=True),
             *from_liger(at, LIGER, liger, logits.renew),
         ]

@@ -25,16 +25,28 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def also_triton(at: Target, name: str, work: Work, bytes: int) -> list[Contender]:
-    """The same call through Triton where that is not the default; nothing where there is no Triton for the device."""
-    if at.device.type != "cuda" or not fastpost.backends()["triton"].available:
-        return []
+def has_triton(at: Target) -> bool:
+    return at.device.type == "cuda" and fastpost.backends()["triton"].available
 
+
+def on_triton(work: Work) -> Work:
     def run() -> None:
         with fastpost.use_backend("triton"):
             work()
 
-    return [Contender(f"{name}, triton", run, bytes, backend="triton")]
+    return run
+
+
+def also_triton(at: Target, name: str, work: Work, bytes: int) -> list[Contender]:
+    """The same call through Triton where that is not the default; nothing where there is no Triton for the device."""
+    return [Contender(f"{name}, triton", on_triton(work), bytes, backend="triton")] if has_triton(at) else []
+
+
+def only_triton(at: Target, name: str, work: Work, bytes: int, **more: Any) -> Contender:
+    """A call that the CUDA core has no kernel for, whatever backend the run is about."""
+    if not has_triton(at):
+        return Contender(name, work, bytes, **more)
+    return Contender(name, on_triton(work), bytes, backend="triton", **more)
 
 
 def from_liger(at: Target, name: str, make: Callable[[Any], Work], before: Work | None = None) -> list[Contender]:

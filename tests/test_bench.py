@@ -15,13 +15,15 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from fastpost import dispatch
-from fastpost.bench import clocks, goals, host_cost, machine, registry, run, table
+from fastpost.backends import cuda
+from fastpost.bench import clocks, goals, host_cost, machine, params_cuda, registry, run, table
 from fastpost.bench.clocks import DeviceClock, HostClock, measure
 from fastpost.bench.registry import (
     Bandwidth,
@@ -510,8 +512,29 @@ def _cuda_cases() -> list[str]:
 
 
 @pytest.mark.parametrize("name", _cuda_cases())
-def test_cases_for_gpus_run_small_on_the_cpu(name: str) -> None:
-    """Every contender of every case does its work, before and after; every goal finds its contenders."""
+def test_cases_for_gpus_run_small_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every contender of every case does its work, before and after; every goal finds its contenders.
+
+    On a GPU the bench forces the CUDA core, which then has to have every operation that is not Triton's.
+    """
+    in_triton, wanted, select = [False], set(), dispatch._select
+
+    def on_triton(work: Callable[[], object]) -> Callable[[], object]:
+        def marked() -> None:
+            in_triton[0] = True
+            work()
+            in_triton[0] = False
+
+        return marked
+
+    def recorded(op: str, *of: Any) -> Callable[..., Any]:
+        if not in_triton[0]:
+            wanted.add(op)
+        return select(op, *of)
+
+    monkeypatch.setattr(params_cuda, "has_triton", lambda at: True)
+    monkeypatch.setattr(params_cuda, "on_triton", on_triton)
+    monkeypatch.setattr(dispatch, "_select", recorded)
     case = run.load([name], "cuda")[name](Target(CPU, 2e-4))
     try:
         results = measure(case, case.build(), 1, HostClock())
@@ -522,6 +545,7 @@ def test_cases_for_gpus_run_small_on_the_cpu(name: str) -> None:
     here = [goal for goal in case.goals if goal.contender in results and (not goal.baseline or goal.baseline in results)]
     assert len(measured) == len(here)
     assert here
+    assert {op for op in wanted if not hasattr(cuda, op)} == set()
     assert all(result.seconds for result in results.values())
     assert case.bytes > 0 or case.name.startswith("host time")
 
