@@ -216,9 +216,10 @@ def measure(
         seconds: begin no further round after this time, though never fewer than three.
         backend: what serves the contenders that name none.
     """
-    results = {c.name: Result(c.bytes, backend=c.backend or backend) for c in contenders}
+    results = {c.name: Result(c.bytes, backend=c.backend or backend, missing=c.missing) for c in contenders}
     if len(results) < len(contenders):
         raise ValueError(f"{case.name}: two contenders bear the same name")
+    contenders = [c for c in contenders if not c.missing]
     begun = time.perf_counter()
     for round_ in range(-clock.warm_up, rounds):
         if round_ >= SLOW_ROUNDS and time.perf_counter() - begun > seconds:

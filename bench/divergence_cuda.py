@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastpost
+from fastpost.bench.divergence import kl_div_both_ways
 from fastpost.bench.params_cuda import COPY, DTYPES, also_triton, copy_of, from_liger, name_of, only_triton
 from fastpost.bench.registry import Bandwidth, Case, Contender, Floor, Goal, PeakMemory, Target, Work, cuda_case, peer
 from fastpost.published import fairseq_symmetric_kl
@@ -47,12 +48,6 @@ class Logits:
 
     def forward_backward(self, divergence: Callable[..., Tensor], **options: object) -> Work:
         return lambda: torch.autograd.grad(divergence(*self.used, **options), self.used)
-
-
-def kl_div_both_ways(noised: Tensor, clean: Tensor) -> Tensor:
-    """The sum of both divergences by torch's own function, which asks for log-probabilities."""
-    q, p = (F.log_softmax(t, dim=-1, dtype=torch.float32) for t in (noised, clean))
-    return F.kl_div(q, p, reduction="sum", log_target=True) + F.kl_div(p, q, reduction="sum", log_target=True)
 
 
 def js_formula(noised: Tensor, clean: Tensor) -> Tensor:

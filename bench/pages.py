@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastpost.bench import peers as bench_peers
+from fastpost.bench import scaling_figure, table
 from fastpost.bench.studies import figures, verdicts
 from fastpost.bench.table import NOT_MEASURED
 
@@ -247,6 +249,25 @@ def h200_steps() -> list[tuple[str, ...]]:
     return [("work", "against", "goal", "measured"), *((r.work, r.against, r.limit(H200), r.cell(H200)) for r in STEPS_H200)]
 
 
+PEERS = "cpu-peers.csv"
+PEER_CASES = ("a step of SAM less the model, beside libraries", "a whole step of SAM, beside libraries")
+
+
+def peers() -> list[tuple[str, ...]]:
+    """Libraries by row; times of a step in those of two passes and the optimizer, or why there is none."""
+    head = ("library", "GPT-2's 148 tensors, the model left out", "three layers of 64, batch 32, one thread")
+    rows = list(table.read(DATA / PEERS))
+    names = dict.fromkeys(row["contender"] for row in rows if row["contender"])
+
+    def cell(name: str, case: str) -> str:
+        of = [row for row in rows if row["case"] == case]
+        why = [row["result"] for row in of if row["contender"] == name and row["result"]]
+        ratio = [row["ratio"] for row in of if row["goal"] == f"{name} over {bench_peers.PLAIN}"]
+        return why[0] if why else f"{float(ratio[0]):.3g}x" if ratio else "1x"
+
+    return [head, *((name, *(cell(name, case) for case in PEER_CASES)) for name in names)]
+
+
 def headlines() -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("work", "against", "CPU", "GPU")]
     for work, against, ours, theirs in HEADLINES:
@@ -255,12 +276,15 @@ def headlines() -> list[tuple[str, ...]]:
     return rows
 
 
+FIGURES = {**figures.FIGURES, **scaling_figure.FIGURES}
+
 TABLES: dict[str, Callable[[], list[tuple[str, ...]]]] = {
     "headlines": headlines,
     "cpu": cpu,
     "host": host,
     "h200": h200,
     "h200-steps": h200_steps,
+    "peers": peers,
     **verdicts.TABLES,
 }
 
@@ -275,7 +299,7 @@ def rebuilt(text: str) -> str:
     """A page's text with its tables made anew, and a link to each figure whose study was run."""
 
     def figure(match: re.Match[str]) -> str:
-        is_drawn = figures.FIGURES[match["name"]][1]()
+        is_drawn = FIGURES[match["name"]][1]()
         shown = f"![{match['caption']}]({match['name']}.png)" if is_drawn else "Not run: there is no figure yet."
         return f"{match['head']}{shown}\n{match['tail']}"
 
@@ -287,7 +311,7 @@ def main() -> None:
     for name in PAGES:
         page = Path(name)
         page.write_text(rebuilt(page.read_text(encoding="utf-8")), encoding="utf-8")
-    figures.draw(Path("docs"))
+    figures.draw(Path("docs"), which=FIGURES)
 
 
 if __name__ == "__main__":

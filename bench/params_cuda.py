@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastpost
-from fastpost.bench.registry import Bandwidth, Case, Contender, Goal, Target, Work, cuda_case, peer
+from fastpost.bench.registry import Bandwidth, Case, Contender, Goal, Target, Work, cuda_case, imported, peer
 from fastpost.ops import params as ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,11 +49,12 @@ def only_triton(at: Target, name: str, work: Work, bytes: int, **more: Any) -> C
 
 
 def from_liger(at: Target, name: str, make: Callable[[Any], Work], before: Work | None = None) -> list[Contender]:
-    """A contender of liger-kernel's, made from its module `liger_kernel.transformers`; nothing where there is none."""
-    if at.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
-        return []
-    library = importlib.import_module("liger_kernel.transformers")
-    return [peer(name, make(library), 0, before, by="liger-kernel", slow=True, peak=True)]
+    """A contender of liger-kernel's, made from its module `liger_kernel.transformers`; it says so where there is none."""
+    by, module = "liger-kernel", "liger_kernel.transformers"
+    why = imported(module) if at.device.type == "cuda" else "runs on GPUs alone"
+    if why:
+        return [Contender.absent(name, by, why)]
+    return [peer(name, make(importlib.import_module(module)), 0, before, by=by, slow=True, peak=True)]
 
 
 def copy_of(source: Tensor) -> Contender:

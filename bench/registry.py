@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class Contender:
         peak: whether to measure how much memory it allocates at most (GPUs, and Linux by the resident pages).
         launches: whether to count what it launches on the device (GPU only).
         graph: whether a captured graph of it does the same work again; needed where it has more launches than fit a queue.
+        missing: why it cannot run here, such as a library that does not import: its row says so, and holds no time.
     """
 
     name: str
@@ -53,6 +55,21 @@ class Contender:
     peak: bool = False
     launches: bool = False
     graph: bool = False
+    missing: str = ""
+
+    @classmethod
+    def absent(cls, name: str, by: str, why: str) -> Contender:
+        """One that cannot run here, by the library `by`."""
+        return cls(name, lambda: None, backend=by, missing=why)
+
+
+def imported(module: str) -> str:
+    """Imports a peer's library. Why it cannot be imported; "" where it can."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever it raises while it is imported: the row tells
+        return f"{module} does not import: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return ""
 
 
 def peer(name: str, run: Work, bytes: int = 0, before: Work | None = None, *, by: str = "torch", **how: Any) -> Contender:
@@ -71,6 +88,7 @@ class Result:
         timing: CLOCK, KERNEL, REPLAY, WALL or HOST_BOUND.
         backend: what served it.
         peak, launches: bytes allocated at most and number of launches, where asked for.
+        missing: why it was not run; there are no seconds then.
     """
 
     bytes: int = 0
@@ -80,6 +98,7 @@ class Result:
     backend: str = ""
     peak: int | None = None
     launches: int | None = None
+    missing: str = ""
 
     @property
     def host_bound(self) -> bool:
@@ -87,11 +106,11 @@ class Result:
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(self.seconds) if self.seconds else float("nan")
 
     @property
     def host_median(self) -> float:
-        return statistics.median(self.host or self.seconds)
+        return statistics.median(self.host) if self.host else self.median
 
     @property
     def rate(self) -> float:
@@ -121,7 +140,7 @@ class Goal:
 
     def measured(self, results: Mapping[str, Result]) -> float:
         ours, theirs = results[self.contender], results[self.baseline]
-        if ours.host_bound or theirs.host_bound:
+        if ours.host_bound or theirs.host_bound or ours.missing or theirs.missing:
             return float("nan")
         if len(ours.seconds) == len(theirs.seconds):
             ratio = statistics.median(a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True))

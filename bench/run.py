@@ -29,7 +29,20 @@ from fastpost.bench.table import HIT, MISS, NOT_MEASURED, bound_by_the_host, row
 from fastpost.errors import unknown
 
 # Where cases are registered, each family in a module for the CPU and one for GPUs, in the order they are run.
-FAMILIES = ("sam", "params", "noise", "r3f", "divergence", "linear", "gap", "trainer", "host_cost", "steps")
+FAMILIES = (
+    "sam",
+    "peers",
+    "params",
+    "noise",
+    "r3f",
+    "divergence",
+    "linear",
+    "gap",
+    "trainer",
+    "host_cost",
+    "steps",
+    "scaling",
+)
 # On GPUs time may run out, so what matters most comes first. Host time before all: a profiler that has counted launches
 # leaves something behind in every later call.
 FIRST = (

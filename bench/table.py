@@ -14,11 +14,14 @@ from fastpost.bench.registry import HOST_BOUND, KERNEL, REPLAY, Case, Goal, Resu
 
 # kernel_ms is the device's time alone, host_us the host's until the call came back; median_ms is what the host's clock says
 # from the call to its end. p20_ms and p80_ms belong to the one of kernel_ms and median_ms that is there; `timing` names it.
+# `noisy` says that they lie far apart, so that the median is worth little. A contender that could not run has no times, and
+# `result` says why.
 COLUMNS = [
     "case", "shape", "dtype", "contender", "backend", "timing", "median_ms", "kernel_ms", "p20_ms", "p80_ms", "host_us",
     "gb_per_s", "fraction_of_copy", "goal", "ratio", "limit", "result", "isa", "threads", "cpu", "torch", "fastpost", "date",
-    "peak_mb", "launches", "gpu", "driver", "triton", "commit", "heap",
+    "peak_mb", "launches", "gpu", "driver", "triton", "commit", "heap", "noisy",
 ]  # fmt: skip
+NOISY = 0.15  # of the median, between the 20th and the 80th percentile of the rounds
 HIT, MISS, INFO, NOT_MEASURED = "hit", "MISS", "info", "not measured"
 
 Row = dict[str, object]
@@ -31,6 +34,10 @@ def rows(case: Case, results: dict[str, Result], where: Row) -> list[Row]:
     copy = results.get("copy")
     written: list[Row] = []
     for name, result in results.items():
+        if result.missing:
+            why = f"{NOT_MEASURED}: {result.missing}"
+            written.append({**common, "contender": name, "backend": result.backend, "result": why})
+            continue
         fifths = statistics.quantiles(result.seconds, n=5) if len(result.seconds) > 1 else [result.median] * 4
         kernel = result.timing in (KERNEL, REPLAY)
         written.append(
@@ -47,6 +54,7 @@ def rows(case: Case, results: dict[str, Result], where: Row) -> list[Row]:
                 "fraction_of_copy": _number(result.rate / copy.rate, 3) if copy and copy.bytes and result.bytes else "",
                 "peak_mb": "" if result.peak is None else round(result.peak / 1e6, 3),
                 "launches": "" if result.launches is None else result.launches,
+                "noisy": "noisy" if fifths[-1] - fifths[0] > NOISY * result.median else "",
             }
         )
     for goal in case.goals:
@@ -112,8 +120,15 @@ def show(console: Console, new: list[Row]) -> None:
     for row in new:
         if "contender" not in row:
             continue
+        if "p20_ms" not in row:
+            table.add_row(str(row["contender"]), "-", *[""] * len(times), str(row["result"]))
+            continue
         spread = f"{row['p20_ms']:.3g} ... {row['p80_ms']:.3g}"
-        notes = [f"{row[key]} {unit}" for key, unit in (("peak_mb", "MB"), ("launches", "launches")) if row[key] != ""]
+        notes = [
+            f"{row[key]} {unit}"
+            for key, unit in (("peak_mb", "MB"), ("launches", "launches"), ("noisy", ""))
+            if row[key] != ""
+        ]
         cells = [f"{row.get('kernel_ms', row.get('median_ms')):.4g}", spread]
         if device:
             if "kernel_ms" not in row:  # no kernel's time: it must not stand where one is expected

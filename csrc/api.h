@@ -167,9 +167,8 @@ bool advise_huge_pages(void* address, int64_t bytes);
 }  // namespace cpu
 
 // The same operations on CUDA tensors. Work is queued on `stream` (a cudaStream_t) of `device`; nothing waits for it and
-// nothing is allocated, so a graph may capture it. Norms, seeds, scales and flags are read from device memory. partial: room
-// for one group of sums per chunk of the plan. Failures to launch throw std::runtime_error naming the operation and the
-// device.
+// nothing is allocated, so a graph may capture it. Norms, seeds, scales and flags are read from device memory. Failures to
+// launch throw std::runtime_error naming the operation and the device.
 namespace cuda {
 
 // Devices that this build runs on; throws where the driver is too old for it.
@@ -178,16 +177,23 @@ int device_count();
 // Whether this build holds code for the device's architecture.
 bool supports(int device);
 
-void squared_norm(const Plan& plan, bool adaptive, double eta, double* partial, double* out, int device, void* stream);
+// Where an operation that sums over a list writes, on the device.
+struct SumRoom {
+  double* out;       // the sums: one, or the six of PerturbSums
+  double* partial;   // room for as many of each chunk of the plan
+  unsigned* ticket;  // 0 between calls, and no call's on another stream; null: a second kernel adds up
+};
 
-void squared_distance(const Plan& plan, double* partial, double* out, int device, void* stream);
+void squared_norm(const Plan& plan, bool adaptive, double eta, const SumRoom& room, int device, void* stream);
 
-// sums: the six of PerturbSums. seed: one int64 on the device, or null.
-void sam_perturb(const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed, double* partial,
-                 double* sums, int device, void* stream);
+void squared_distance(const Plan& plan, const SumRoom& room, int device, void* stream);
 
-void sam_perturb_masters(const Plan& plan, const Perturbation& how, const double* squared_norm, double* partial,
-                         double* sums, int device, void* stream);
+// seed: one int64 on the device, or null.
+void sam_perturb(const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed,
+                 const SumRoom& room, int device, void* stream);
+
+void sam_perturb_masters(const Plan& plan, const Perturbation& how, const double* squared_norm, const SumRoom& room,
+                         int device, void* stream);
 
 void sam_cast(const Plan& plan, int device, void* stream);
 
@@ -201,7 +207,7 @@ void negate(const Plan& plan, int device, void* stream);
 
 void flip_signs(const Plan& plan, const int64_t* seed, int device, void* stream);
 
-void negate_norm(const Plan& plan, double* partial, double* out, int device, void* stream);
+void negate_norm(const Plan& plan, const SumRoom& room, int device, void* stream);
 
 void negate_clip(const Plan& plan, const double* squared_norm, double max_norm, int device, void* stream);
 

@@ -303,42 +303,48 @@ void bind_tensors(py::module_ m) {
 }
 
 #ifdef FASTPOST_WITH_CUDA
+// The addresses of a SumRoom, in its order.
+using Room = std::tuple<Address, Address, Address>;
+
+cuda::SumRoom sum_room(const Room& room) {
+  return {as<double>(std::get<0>(room)), as<double>(std::get<1>(room)), as<unsigned>(std::get<2>(room))};
+}
+
 void bind_cuda(py::module_ cuda) {
   cuda.def("device_count", &cuda::device_count);
   cuda.def("supports", &cuda::supports, py::arg("device"));
   cuda.def(
       "squared_norm",
-      [](const Plan& plan, bool adaptive, double eta, Address partial, Address out, int device, Address stream) {
-        cuda::squared_norm(plan, adaptive, eta, as<double>(partial), as<double>(out), device, as(stream));
+      [](const Plan& plan, bool adaptive, double eta, Room room, int device, Address stream) {
+        cuda::squared_norm(plan, adaptive, eta, sum_room(room), device, as(stream));
       },
-      py::arg("plan"), py::arg("adaptive"), py::arg("eta"), py::arg("partial"), py::arg("out"), py::arg("device"),
-      py::arg("stream"), Released());
+      py::arg("plan"), py::arg("adaptive"), py::arg("eta"), py::arg("room"), py::arg("device"), py::arg("stream"),
+      Released());
   cuda.def(
       "squared_distance",
-      [](const Plan& plan, Address partial, Address out, int device, Address stream) {
-        cuda::squared_distance(plan, as<double>(partial), as<double>(out), device, as(stream));
+      [](const Plan& plan, Room room, int device, Address stream) {
+        cuda::squared_distance(plan, sum_room(room), device, as(stream));
       },
-      py::arg("plan"), py::arg("partial"), py::arg("out"), py::arg("device"), py::arg("stream"), Released());
+      py::arg("plan"), py::arg("room"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_perturb",
       [](Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Address squared_norm, Address seed,
-         Address partial, Address sums, int device, Address stream) {
+         Room room, int device, Address stream) {
         cuda::sam_perturb(plan, {rho, adaptive, eta, compute_dtype}, as<double>(squared_norm), as<int64_t>(seed),
-                          as<double>(partial), as<double>(sums), device, as(stream));
+                          sum_room(room), device, as(stream));
         plan.stashed = true;
       },
       py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
-      py::arg("squared_norm"), py::arg("seed"), py::arg("partial"), py::arg("sums"), py::arg("device"), py::arg("stream"),
-      Released());
+      py::arg("squared_norm"), py::arg("seed"), py::arg("room"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_perturb_masters",
-      [](const Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Address squared_norm, Address partial,
-         Address sums, int device, Address stream) {
-        cuda::sam_perturb_masters(plan, {rho, adaptive, eta, compute_dtype}, as<double>(squared_norm), as<double>(partial),
-                                  as<double>(sums), device, as(stream));
+      [](const Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Address squared_norm, Room room,
+         int device, Address stream) {
+        cuda::sam_perturb_masters(plan, {rho, adaptive, eta, compute_dtype}, as<double>(squared_norm), sum_room(room),
+                                  device, as(stream));
       },
       py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
-      py::arg("squared_norm"), py::arg("partial"), py::arg("sums"), py::arg("device"), py::arg("stream"), Released());
+      py::arg("squared_norm"), py::arg("room"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_cast", [](const Plan& plan, int device, Address stream) { cuda::sam_cast(plan, device, as(stream)); },
       py::arg("plan"), py::arg("device"), py::arg("stream"), Released());
@@ -367,10 +373,10 @@ void bind_cuda(py::module_ cuda) {
       py::arg("plan"), py::arg("seed"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "negate_norm",
-      [](const Plan& plan, Address partial, Address out, int device, Address stream) {
-        cuda::negate_norm(plan, as<double>(partial), as<double>(out), device, as(stream));
+      [](const Plan& plan, Room room, int device, Address stream) {
+        cuda::negate_norm(plan, sum_room(room), device, as(stream));
       },
-      py::arg("plan"), py::arg("partial"), py::arg("out"), py::arg("device"), py::arg("stream"), Released());
+      py::arg("plan"), py::arg("room"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "negate_clip",
       [](const Plan& plan, Address squared_norm, double max_norm, int device, Address stream) {

@@ -9,15 +9,16 @@ import ctypes
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastpost
 from fastpost import SAM
-from fastpost.backends import native
+from fastpost.backends import cuda, native
 from fastpost.ops import params as ops
 
 from . import emulation
@@ -109,20 +110,75 @@ def test_lists_that_fill_their_table(dtype: torch.dtype, tensors: int) -> None:
 
 
 @needs_emulation
-@pytest.mark.parametrize("tensors", [290, 1000])
-def test_launches_of_a_step_of_sam(tensors: int) -> None:
-    """One for each pass over the list, and one for each of the two sums over chunks; the addresses split none."""
-    count = ctypes.CDLL(native.core().__file__).emulated_launches
+@pytest.mark.parametrize(("tensors", "there"), [(290, 2), (1000, 2), (1100, 4), (2500, 7)])
+def test_launches_of_a_step_of_sam(tensors: int, there: int) -> None:
+    """Norm, perturb, restore: one each. A list of more than some 1,000 is cut, and then another launch adds up each sum."""
     weights = [nn.Parameter(torch.randn(5)) for _ in range(tensors)]
     opt = SAM(weights, torch.optim.SGD, rho=0.1, lr=0.1)
     for w in weights:
         w.grad = torch.randn_like(w)
-    launched = []
-    for work in (opt.first_step, opt.restore_, opt.first_step, opt.restore_):
-        before = count()
-        work()
-        launched.append(count() - before)
-    assert launched == [4, 1, 4, 1]
+    launched = [launches_of(work) for work in (opt.first_step, opt.restore_, opt.first_step, opt.restore_)]
+    assert launched == [there, -(-tensors // 1300), there, -(-tensors // 1300)]
+
+
+def launches_of(work: Callable[[], object]) -> int:
+    count = ctypes.CDLL(native.core().__file__).emulated_launches
+    before = count()
+    work()
+    return int(count() - before)
+
+
+@needs_emulation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_block_adds_up_as_a_second_kernel_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit, and the counter is 0 again; over one chunk, many, and more than a block has threads."""
+    for numels in ([3], [70_001, 5, 129], [1] * 700):
+        grads = [torch.randn(n).to(dtype) for n in numels]
+
+        def sums(grads: list[Tensor] = grads) -> list[Tensor]:
+            w = [g.clone() for g in grads]
+            squared = ops.squared_norm(grads)
+            moved = ops.sam_perturb_(w, grads, [torch.empty_like(t) for t in w], squared, rho=0.3)
+            return [squared, moved, ops.squared_distance(w, grads), *w]
+
+        with fastpost.use_backend("cuda"):
+            alone = sums()
+            counters = cuda._tickets[0]._memory
+            assert not counters.any()
+            with monkeypatch.context() as none_left:
+                none_left.setattr(cuda, "_ticket", lambda *where: 0)
+                assert launches_of(sums) == launches_of(lambda: None) + 6
+                again = sums()
+        assert all(same_bits(a, b) for a, b in zip(alone, again, strict=True))
+
+
+@needs_emulation
+def test_empty_lists_have_sums_too() -> None:
+    with fastpost.use_backend("cuda"):
+        assert float(ops.squared_norm([torch.zeros(0)])) == 0.0
+
+
+def test_streams_have_a_counter_each_and_captured_calls_one_that_is_never_used_again() -> None:
+    tickets = cuda._Tickets(torch.device("cpu"))
+    ours, others = tickets.of(7, False), tickets.of(8, False)
+    assert tickets.of(7, False) == ours != others == tickets.of(8, False)
+    captured = [tickets.of(7, True) for _ in range(cuda._Tickets.count)]
+    assert len({ours, others, *captured} - {0}) == cuda._Tickets.count  # 4 bytes apart, and then none is left
+    assert captured[-2:] == [0, 0]
+    assert tickets.of(7, False) == ours
+    assert tickets.of(9, False) == 0
+
+
+def test_a_graph_that_is_captured_first_takes_a_second_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counters cannot be made during a capture; a call outside of one makes them."""
+    captured = True
+    monkeypatch.setattr(cuda, "_tickets", {})
+    monkeypatch.setattr(cuda, "_is_captured", lambda: captured)
+    assert cuda._ticket(torch.device("cpu"), 0, 1) == 0
+    captured = False
+    outside = cuda._ticket(torch.device("cpu"), 0, 1)
+    captured = True
+    assert 0 != cuda._ticket(torch.device("cpu"), 0, 1) != outside != 0
 
 
 @needs_emulation

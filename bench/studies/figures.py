@@ -11,19 +11,20 @@ import numpy as np
 from fastpost.bench.studies import analysis, methods
 from fastpost.bench.studies.verdicts import LANGUAGE_NAMES, NAMES, SPLITS, place_name
 
+Figures = dict[str, tuple[Callable[[Path], Any], Callable[..., Any]]]
 # Without what would differ from one drawing to the next.
 METADATA = {"Software": None, "Creation Time": None}
 
 
-def draw(target: Path, folder: Path = analysis.DATA) -> list[Path]:
-    """Writes the figures of the studies that were run into a folder; their paths."""
+def draw(target: Path, folder: Path = analysis.DATA, which: Figures | None = None) -> list[Path]:
+    """Writes the figures whose data are there into a folder; their paths. By default those of the studies."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     paths = []
-    for name, (make, is_drawn) in FIGURES.items():
+    for name, (make, is_drawn) in (which or FIGURES).items():
         if is_drawn(folder):
             figure = make(folder)
             figure.savefig(target / f"{name}.png", dpi=110, metadata=METADATA)
@@ -127,7 +128,7 @@ def language_models(folder: Path) -> Any:
 
 
 # How each figure is drawn, and whether there is anything to draw.
-FIGURES: dict[str, tuple[Callable[[Path], Any], Callable[..., Any]]] = {
+FIGURES: Figures = {
     "studies-gap": (gap, climbed),
     "studies-glue": (glue, gains),
     "studies-lm": (language_models, losses),

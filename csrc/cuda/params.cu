@@ -21,7 +21,7 @@ __device__ __forceinline__ T flipped(T x, bool flips) {
 // Sums of squares per chunk; negate: x changes sign in the same pass.
 template <class T, Squares what, bool negate, class List>
 __global__ void __launch_bounds__(kThreads, kPair)
-    squares_kernel(const __grid_constant__ List table, double eta, double* __restrict__ partial) {
+    squares_kernel(const __grid_constant__ List table, double eta, const SumsOf sums) {
   constexpr bool two = what != Squares::plain;
   struct Held {
     Pack<T> xs, ys;
@@ -53,8 +53,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
         add(x[i], two ? y[i] : x[i]);
         if constexpr (negate) x[i] = flipped(x[i], true);
       });
-  block_sum(sum);
-  if (threadIdx.x == 0) partial[place.chunk] = sum[0];
+  store_sums(sum, sums, place.chunk);
 }
 
 template <class T, class List>
@@ -140,29 +139,30 @@ bool supports(int device) {
 namespace {
 
 template <Squares what, bool negate>
-void squares(const Call& call, const Plan& plan, Column x, Column y, double eta, double* partial, double* out) {
+void squares(const Call& call, const Plan& plan, Column x, Column y, double eta, const SumRoom& room) {
   const auto rows = tensor_rows<2>(plan, {x, y});
-  with_dtype(plan.dtype(), [&](auto t) {
-    launch_list(
-        call, rows, [](auto list) { return squares_kernel<decltype(t), what, negate, typename decltype(list)::type>; }, eta,
-        partial);
+  launch_sums<1, 2>(call, plan, rows.size(), room, [&](const SumsOf& sums) {
+    with_dtype(plan.dtype(), [&](auto t) {
+      launch_list(
+          call, rows, [](auto list) { return squares_kernel<decltype(t), what, negate, typename decltype(list)::type>; },
+          eta, sums);
+    });
   });
-  fold<1>(call, plan, partial, out);
 }
 
 }  // namespace
 
-void squared_norm(const Plan& plan, bool adaptive, double eta, double* partial, double* out, int device, void* stream) {
+void squared_norm(const Plan& plan, bool adaptive, double eta, const SumRoom& room, int device, void* stream) {
   const Call call("squared_norm", device, stream);
   if (adaptive)
-    squares<Squares::scaled, false>(call, plan, kGrad, kWeight, eta, partial, out);
+    squares<Squares::scaled, false>(call, plan, kGrad, kWeight, eta, room);
   else
-    squares<Squares::plain, false>(call, plan, kGrad, kWeight, eta, partial, out);
+    squares<Squares::plain, false>(call, plan, kGrad, kWeight, eta, room);
 }
 
-void squared_distance(const Plan& plan, double* partial, double* out, int device, void* stream) {
+void squared_distance(const Plan& plan, const SumRoom& room, int device, void* stream) {
   const Call call("squared_distance", device, stream);
-  squares<Squares::difference, false>(call, plan, kWeight, kStash, 0.0, partial, out);
+  squares<Squares::difference, false>(call, plan, kWeight, kStash, 0.0, room);
 }
 
 void negate(const Plan& plan, int device, void* stream) {
@@ -187,9 +187,9 @@ void flip_signs(const Plan& plan, const int64_t* seed, int device, void* stream)
       seed);
 }
 
-void negate_norm(const Plan& plan, double* partial, double* out, int device, void* stream) {
+void negate_norm(const Plan& plan, const SumRoom& room, int device, void* stream) {
   const Call call("negate_clip_", device, stream);
-  squares<Squares::plain, true>(call, plan, kGrad, kWeight, 0.0, partial, out);
+  squares<Squares::plain, true>(call, plan, kGrad, kWeight, 0.0, room);
 }
 
 void negate_clip(const Plan& plan, const double* squared_norm, double max_norm, int device, void* stream) {

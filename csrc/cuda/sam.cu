@@ -46,13 +46,11 @@ struct Moved {
       }
     }
   }
-  __device__ __forceinline__ void store(double* at) const {
+  __device__ __forceinline__ void store(const SumsOf& sums, int64_t chunk) const {
     double wide[kSums];
 #pragma unroll
     for (int k = 0; k < kSums; ++k) wide[k] = sum[sees_all && (k == 3 || k == 4) ? k - 2 : k];
-    block_sum(wide);
-    if (threadIdx.x == 0)
-      for (int k = 0; k < kSums; ++k) at[k] = wide[k];
+    store_sums(wide, sums, chunk);
   }
 };
 
@@ -76,7 +74,7 @@ struct Held {
 template <class T, class Seen, bool adaptive, bool stochastic, class List>
 __global__ void __launch_bounds__(kThreads, kPair)
     sam_perturb_kernel(const __grid_constant__ List table, double rho, float eta, const double* __restrict__ squared_norm,
-                       const int64_t* __restrict__ seed, double* __restrict__ partial) {
+                       const int64_t* __restrict__ seed, const SumsOf sums) {
   constexpr int size = Pack<T>::size;
   constexpr int together = stochastic && std::is_same_v<T, f16> ? 1 : 2;  // as 64 registers allow
   const Step step = step_of(rho, *squared_norm);
@@ -99,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
     walk<T, 4>(
         place.length, aligned(w) && aligned(stash), [&](int i, bool wide) { return load_pack(w + i, wide); },
         [&](int i, const Pack<T>& held, bool wide) { store_pack(stash + i, held, wide); }, [&](int i) { stash[i] = w[i]; });
-    moved.store(partial + place.chunk * kSums);
+    moved.store(sums, place.chunk);
     return;
   }
   walk<T, together>(
@@ -137,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
         moved.add({e, 0.0f}, {before, 0.0f}, {widened(written), 0.0f});
         w[i] = written;
       });
-  moved.store(partial + place.chunk * kSums);
+  moved.store(sums, place.chunk);
 }
 
 // float32 masters, as many as 16 bytes of T hold elements.
@@ -159,7 +157,7 @@ struct Masters {
 template <class T, class Seen, bool adaptive, class List>
 __global__ void __launch_bounds__(kThreads, kPair)
     sam_perturb_masters_kernel(const __grid_constant__ List table, double rho, float eta,
-                               const double* __restrict__ squared_norm, double* __restrict__ partial) {
+                               const double* __restrict__ squared_norm, const SumsOf sums) {
   struct HeldMasters {
     Pack<T> gs;
     Masters<T> ms;
@@ -212,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
         moved.add({e, 0.0f}, {widened(cast), 0.0f}, {widened(written), 0.0f});
         w[i] = written;
       });
-  moved.store(partial + place.chunk * kSums);
+  moved.store(sums, place.chunk);
 }
 
 // w = m, rounded; column 1 holds the float masters m.
@@ -332,14 +330,14 @@ void with_types(DType dtype, DType compute_dtype, F&& body) {
 
 }  // namespace
 
-void sam_perturb(const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed, double* partial,
-                 double* sums, int device, void* stream) {
+void sam_perturb(const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed,
+                 const SumRoom& room, int device, void* stream) {
   const Call call("sam_perturb_", device, stream);
   const float eta = static_cast<float>(how.eta);
   with_types(plan.dtype(), how.compute_dtype, [&](auto t, auto s) {
     using T = decltype(t);
     using Seen = decltype(s);
-    const auto launch = [&](const auto& rows, auto stochastic) {
+    const auto launch = [&](const auto& rows, auto stochastic, const SumsOf& sums) {
       launch_list(
           call, rows,
           [&](auto list) {
@@ -348,38 +346,40 @@ void sam_perturb(const Plan& plan, const Perturbation& how, const double* square
             return how.adaptive ? sam_perturb_kernel<T, Seen, true, random, List>
                                 : sam_perturb_kernel<T, Seen, false, random, List>;
           },
-          how.rho, eta, squared_norm, seed, partial);
+          how.rho, eta, squared_norm, seed, sums);
     };
     if constexpr (sizeof(T) == 2) {
       if (seed != nullptr) {
         auto rows = tensor_rows<4>(plan, {kWeight, kGrad, kStash, kStash});
         for (int64_t i = 0; i < plan.tensors(); ++i) rows[i].word[3] = plan.stream(i);
-        return launch(rows, std::true_type{});
+        return launch_sums<kSums, 4>(call, plan, rows.size(), room,
+                                     [&](const SumsOf& sums) { launch(rows, std::true_type{}, sums); });
       }
     }
-    launch(tensor_rows<3>(plan, {kWeight, kGrad, kStash}), std::false_type{});
+    const auto rows = tensor_rows<3>(plan, {kWeight, kGrad, kStash});
+    launch_sums<kSums, 3>(call, plan, rows.size(), room, [&](const SumsOf& sums) { launch(rows, std::false_type{}, sums); });
   });
-  fold<kSums>(call, plan, partial, sums);
 }
 
-void sam_perturb_masters(const Plan& plan, const Perturbation& how, const double* squared_norm, double* partial,
-                         double* sums, int device, void* stream) {
+void sam_perturb_masters(const Plan& plan, const Perturbation& how, const double* squared_norm, const SumRoom& room,
+                         int device, void* stream) {
   const Call call("sam_perturb_masters_", device, stream);
   const auto rows = tensor_rows<3>(plan, {kWeight, kGrad, kStash});
-  with_types(plan.dtype(), how.compute_dtype, [&](auto t, auto s) {
-    using T = decltype(t);
-    using Seen = decltype(s);
-    if constexpr (sizeof(T) == 2)
-      launch_list(
-          call, rows,
-          [&](auto list) {
-            using List = typename decltype(list)::type;
-            return how.adaptive ? sam_perturb_masters_kernel<T, Seen, true, List>
-                                : sam_perturb_masters_kernel<T, Seen, false, List>;
-          },
-          how.rho, static_cast<float>(how.eta), squared_norm, partial);
+  launch_sums<kSums, 3>(call, plan, rows.size(), room, [&](const SumsOf& sums) {
+    with_types(plan.dtype(), how.compute_dtype, [&](auto t, auto s) {
+      using T = decltype(t);
+      using Seen = decltype(s);
+      if constexpr (sizeof(T) == 2)
+        launch_list(
+            call, rows,
+            [&](auto list) {
+              using List = typename decltype(list)::type;
+              return how.adaptive ? sam_perturb_masters_kernel<T, Seen, true, List>
+                                  : sam_perturb_masters_kernel<T, Seen, false, List>;
+            },
+            how.rho, static_cast<float>(how.eta), squared_norm, sums);
+    });
   });
-  fold<kSums>(call, plan, partial, sums);
 }
 
 void sam_cast(const Plan& plan, int device, void* stream) {

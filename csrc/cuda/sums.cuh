@@ -1,6 +1,7 @@
 // Sums over whole lists in two stages, each in an order that follows from the elements' places alone.
 #pragma once
 
+#include "api.h"
 #include "cuda/launch.cuh"
 
 namespace fastpost::cuda {
@@ -23,23 +24,63 @@ __device__ void block_sum(double (&value)[count]) {
     }
 }
 
-namespace {
+// Where the sums of a list go: partial has room for `count` sums of each of `chunks` chunks, out for the result.
+struct SumsOf {
+  double* partial;
+  double* out;
+  int64_t chunks;
+  // Counts the chunks that are done, and is 0 before and after; null where another kernel adds them up.
+  unsigned* ticket;
+};
 
-// Folds count sums per chunk into count sums, in an order that depends on the number of chunks alone.
+// Adds up the chunks, in an order that depends on their number alone. By all threads of one block, which may have called
+// block_sum before if a barrier has come since.
 template <int count>
-__global__ void __launch_bounds__(kThreads) fold_kernel(const double* __restrict__ partial, int64_t chunks, double* out) {
+__device__ void fold_chunks(const SumsOf& sums) {
   double sum[count] = {};
 #pragma unroll 1
-  for (int64_t c = threadIdx.x; c < chunks; c += kThreads)
-    for (int k = 0; k < count; ++k) sum[k] += partial[c * count + k];
+  for (int64_t c = threadIdx.x; c < sums.chunks; c += kThreads)
+    for (int k = 0; k < count; ++k) sum[k] += __ldcg(sums.partial + c * count + k);
   block_sum(sum);
   if (threadIdx.x == 0)
-    for (int k = 0; k < count; ++k) out[k] = sum[k];
+    for (int k = 0; k < count; ++k) sums.out[k] = sum[k];
 }
 
+// Ends a kernel that sums: writes a chunk's sums, and adds up all chunks where this block is the last that is done.
 template <int count>
-void fold(const Call& call, const Plan& plan, const double* partial, double* out) {
-  call.launch(fold_kernel<count>, 1, kThreads, partial, static_cast<int64_t>(plan.chunks().size()), out);
+__device__ void store_sums(double (&value)[count], const SumsOf& sums, int64_t chunk) {
+  __shared__ bool is_last;
+  block_sum(value);
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < count; ++k) sums.partial[chunk * count + k] = value[k];
+    is_last = false;
+    if (sums.ticket != nullptr) {
+      __threadfence();  // the sums are there before they are counted
+      const unsigned last = static_cast<unsigned>(sums.chunks) - 1;
+      is_last = atomicInc(sums.ticket, last) == last;  // which makes it 0 again
+    }
+  }
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();  // what was counted is read after that
+  fold_chunks<count>(sums);
+}
+
+namespace {
+
+template <int count>
+__global__ void __launch_bounds__(kThreads) fold_kernel(const SumsOf sums) {
+  fold_chunks<count>(sums);
+}
+
+// Launches a kernel that sums over a list, launch(sums), and whatever it takes until they are added up: nothing more where
+// one launch holds the whole list, whose blocks then have the ticket for themselves.
+template <int count, int columns, class Launch>
+void launch_sums(const Call& call, const Plan& plan, int64_t entries, const SumRoom& room, Launch&& launch) {
+  SumsOf sums{room.partial, room.out, static_cast<int64_t>(plan.chunks().size()), nullptr};
+  if (sums.chunks > 0 && entries <= kLongTable<columns>) sums.ticket = room.ticket;
+  launch(sums);
+  if (sums.ticket == nullptr) call.launch(fold_kernel<count>, 1, kThreads, sums);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,57 +80,81 @@ def _doubles(device: torch.device, n: int) -> Tensor:
     return torch.empty(n, dtype=torch.float64, device=device)
 
 
-def _sum(bucket: Bucket, plan: Any) -> tuple[Tensor, Tensor]:
-    """Room for a scalar, and for its part from each chunk."""
-    return torch.empty((), dtype=torch.float64, device=bucket.device), _doubles(bucket.device, max(plan.chunks, 1))
+class _Tickets:
+    """Counters on a device that are 0 between the kernels that count with them. Each stream has one, whose kernels run one
+    after another. A call that is captured has one of its own, because a graph is replayed on any stream.
+    """
+
+    count = 1024
+
+    def __init__(self, device: torch.device) -> None:
+        # From ordinary memory, so that this waits until they are there, once in a process: any stream may rely on them.
+        self._memory = torch.zeros(self.count, dtype=torch.int32).to(device)
+        self._free = iter(range(self._memory.data_ptr(), self._memory.data_ptr() + 4 * self.count, 4))
+        self._of_stream: dict[int, int] = {}
+
+    def of(self, stream: int, captured: bool) -> int:
+        """The address of a counter; 0 where none is left."""
+        if captured:
+            return next(self._free, 0)
+        found = self._of_stream.get(stream)
+        if found is None:
+            found = self._of_stream[stream] = next(self._free, 0)
+        return found
 
 
-def _sums(bucket: Bucket, plan: Any) -> tuple[Tensor, Tensor]:
-    """The same for the sums of a perturbation."""
-    return _doubles(bucket.device, _SUMS), _doubles(bucket.device, _SUMS * max(plan.chunks, 1))
+_tickets: dict[int, _Tickets] = {}  # by device
+
+
+def _is_captured() -> bool:
+    return torch._C._cuda_isCurrentStreamCapturing()
+
+
+def _ticket(device: torch.device, index: int, stream: int) -> int:
+    """The address of a counter for a kernel that sums; 0 where a second kernel has to add up."""
+    captured = _is_captured()
+    tickets = _tickets.get(index)
+    if tickets is None:
+        if captured:  # nothing may wait now, and what a graph allocates is not zero when it is replayed
+            return 0
+        tickets = _tickets[index] = _Tickets(device)
+    return tickets.of(stream, captured)
+
+
+def _summed(bucket: Bucket, count: int, run: Callable[..., None], *arguments: Any) -> Tensor:
+    """`count` sums over a list, by run(plan, *arguments, room, device, stream) of the core."""
+    plan, where = _plan(bucket), _where(bucket.device)
+    out = torch.empty(() if count == 1 else count, dtype=torch.float64, device=bucket.device)
+    partial = torch.empty(count * max(plan.chunks, 1), dtype=torch.float64, device=bucket.device)
+    run(plan, *arguments, (out.data_ptr(), partial.data_ptr(), _ticket(bucket.device, *where)), *where)
+    return out
 
 
 # -- params ---------------------------------------------------------------------------------------------------------------
 
 
 def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
-    plan = _plan(bucket)
-    out, partial = _sum(bucket, plan)
-    native.core().cuda.squared_norm(
-        plan, eta is not None, eta or 0.0, partial.data_ptr(), out.data_ptr(), *_where(bucket.device)
-    )
-    return out
+    return _summed(bucket, 1, native.core().cuda.squared_norm, eta is not None, eta or 0.0)
 
 
 def squared_distance(bucket: Bucket) -> Tensor:
-    plan = _plan(bucket)
-    out, partial = _sum(bucket, plan)
-    native.core().cuda.squared_distance(plan, partial.data_ptr(), out.data_ptr(), *_where(bucket.device))
-    return out
+    return _summed(bucket, 1, native.core().cuda.squared_distance)
 
 
 def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:
-    plan, squared, seed = _plan(bucket), number_on(bucket.device, squared), seed_on(bucket.device, seed)
-    sums, partial = _sums(bucket, plan)
-    native.core().cuda.sam_perturb(
-        plan, rho, eta is not None, eta or 0.0, _dtype(compute_dtype), squared.data_ptr(), address(seed), partial.data_ptr(),
-        sums.data_ptr(), *_where(bucket.device),
-    )  # fmt: skip
-    return sums
+    squared, seed = number_on(bucket.device, squared), seed_on(bucket.device, seed)
+    how = (rho, eta is not None, eta or 0.0, _dtype(compute_dtype), squared.data_ptr(), address(seed))
+    return _summed(bucket, _SUMS, native.core().cuda.sam_perturb, *how)
 
 
 def sam_perturb_masters_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype
 ) -> Tensor:
-    plan, squared = _plan(bucket), number_on(bucket.device, squared)
-    sums, partial = _sums(bucket, plan)
-    native.core().cuda.sam_perturb_masters(
-        plan, rho, eta is not None, eta or 0.0, _dtype(compute_dtype), squared.data_ptr(), partial.data_ptr(),
-        sums.data_ptr(), *_where(bucket.device),
-    )  # fmt: skip
-    return sums
+    squared = number_on(bucket.device, squared)
+    how = (rho, eta is not None, eta or 0.0, _dtype(compute_dtype), squared.data_ptr())
+    return _summed(bucket, _SUMS, native.core().cuda.sam_perturb_masters, *how)
 
 
 def sam_cast_(bucket: Bucket) -> None:
@@ -160,10 +185,7 @@ def flip_signs_(bucket: Bucket, seed: Tensor) -> None:
 
 
 def negate_norm_(bucket: Bucket) -> Tensor:
-    plan = _plan(bucket)
-    out, partial = _sum(bucket, plan)
-    native.core().cuda.negate_norm(plan, partial.data_ptr(), out.data_ptr(), *_where(bucket.device))
-    return out
+    return _summed(bucket, 1, native.core().cuda.negate_norm)
 
 
 def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:

@@ -87,6 +87,19 @@ T __ldca(const T* at) {
 }
 
 template <class T>
+T __ldcg(const T* at) {
+  return *at;
+}
+
+// One fiber runs at a time, and blocks one after another.
+inline void __threadfence() {}
+inline unsigned atomicInc(unsigned* at, unsigned most) {
+  const unsigned before = *at;
+  *at = before >= most ? 0 : before + 1;
+  return before;
+}
+
+template <class T>
 void __stcs(T* at, T value) {
   *at = value;
 }
