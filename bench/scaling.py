@@ -41,7 +41,7 @@ LAYERS = 32  # tensors that the parameters are divided among
 SMALL = 256  # elements of a small tensor
 KL, LISTS = "symmetric_kl", "norm + perturb + restore"
 WIDTH, BATCH, STEPS = 1024, 64, 10  # of the network that several processes train
-PEERS_KEEP = 24  # bytes a parameter that torch's recipe and the published loop need besides, at their peak
+PEERS_NEED = 28  # bytes a parameter where torch's recipe and the published loop run beside fastpost, at the peak
 
 # What a curve is called in the CSV, by the name of its cases.
 CURVES: dict[str, str] = {}
@@ -70,19 +70,27 @@ def free_memory() -> int:
 
 def there_and_back(count: int, elements: int) -> list[Contender]:
     """To w + e and back over `count` tensors of so many elements, by everybody, on the same weights and gradients."""
-    size = 4 * count * elements
+    size, free = 4 * count * elements, free_memory()
+    needs = {COPY: 16, OURS: 16, FOREACH: PEERS_NEED, PUBLISHED: PEERS_NEED}  # bytes a parameter
+    missing = {
+        name: f"needs {need * size / 4e9:.3g} GB of memory, of which {free / 1e9:.3g} are free"
+        for name, need in needs.items()
+        if need * size / 4 > free
+    }
+    absent = [Contender.absent(name, "" if name == OURS else "torch", why) for name, why in missing.items()]
+    if OURS in missing:
+        return absent
     model = Parameters([(elements,)] * count).give_gradients()
     params: list[Tensor] = [p.detach() for p in model.parameters()]
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    slow = size >= 1 << 30
-    found = [Contender(OURS, rounds(sam(model)), 7 * size, slow=slow)]
-    need = PEERS_KEEP * size // 4
-    free = free_memory() - 2 * size  # fastpost's stash and one stash that torch's recipe has and the copy writes
     stash = [torch.empty_like(p) for p in params]
-    found.insert(0, peer(COPY, lambda: torch._foreach_copy_(stash, params), 2 * size, slow=slow))
-    if free < need:
-        why = f"needs {need / 1e9:.0f} GB more, of which {max(free, 0) / 1e9:.0f} are free"
-        return [*found, *(Contender.absent(name, "torch", why) for name in (FOREACH, PUBLISHED))]
+    slow = size >= 1 << 30
+    ours = [
+        peer(COPY, lambda: torch._foreach_copy_(stash, params), 2 * size, slow=slow),
+        Contender(OURS, rounds(sam(model)), 7 * size, slow=slow),
+    ]
+    if absent:
+        return [*ours, *absent]
     popular = PublishedSAM(model.parameters(), None)
 
     def foreach() -> None:
@@ -94,7 +102,7 @@ def there_and_back(count: int, elements: int) -> list[Contender]:
         popular.restore()
 
     # Last, since it gives the parameters other memory.
-    return [*found, peer(FOREACH, foreach, 10 * size, slow=slow), peer(PUBLISHED, loop, 12 * size, slow=slow)]
+    return [*ours, peer(FOREACH, foreach, 10 * size, slow=slow), peer(PUBLISHED, loop, 12 * size, slow=slow)]
 
 
 @curve("SAM norm + perturb + restore, by parameters", PARAMETERS)

@@ -39,11 +39,14 @@ def test_everybody_goes_to_the_same_place_and_back() -> None:
     assert list(contenders) == [scaling.COPY, scaling.OURS, scaling.FOREACH, scaling.PUBLISHED]
 
 
-def test_peers_that_do_not_fit_into_memory_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "free_memory", lambda: 100)
-    *_, foreach, published = scaling.there_and_back(3, 17)
-    assert foreach.missing == published.missing == "needs 0 GB more, of which 0 are free"
-    assert scaling.free_memory() == 100
+def test_what_does_not_fit_into_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = 3 * 17
+    monkeypatch.setattr(scaling, "free_memory", lambda: 20 * parameters)
+    found = {c.name: c.missing for c in scaling.there_and_back(3, 17)}
+    assert found[scaling.OURS] == found[scaling.COPY] == ""
+    assert found[scaling.FOREACH] == found[scaling.PUBLISHED] == "needs 1.43e-06 GB of memory, of which 1.02e-06 are free"
+    monkeypatch.setattr(scaling, "free_memory", lambda: 15 * parameters)
+    assert all(c.missing for c in scaling.there_and_back(3, 17))
 
 
 @pytest.mark.parametrize("by_sam", [False, True])
