@@ -25,6 +25,9 @@ FENCE = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^>]*) -->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S
 )
 
+LONGEST_SENTENCE = 35  # words
+SENTENCE_END = re.compile(r"(?<![.][.])(?<!\b(?:cf|eq|vs))(?<!\b(?:e\.g|i\.e))[.!?][)\"*_]*\s+")
+
 
 class Block(NamedTuple):
     """A fenced block: its language ("" where none is named), text, first line in the page, and why it is not run."""
@@ -50,6 +53,27 @@ def blocks(page: str) -> list[Block]:
 def prose(page: str) -> str:
     """The page without its blocks."""
     return FENCE.sub("", text(page))
+
+
+def sentences(content: str) -> list[str]:
+    """The sentences of a page, each in one line, with one word for each span of code.
+
+    Fenced blocks, comments, tables and the targets of links hold none. Headings and items of lists end where their lines do.
+    """
+    content = FENCE.sub("\n\n", content)
+    content = re.sub(r"<!--.*?-->", "", content, flags=re.S)
+    content = re.sub(r"^\|.*$", "\n", content, flags=re.M)
+    content = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "code", content, flags=re.S)
+    content = re.sub(r"\]\([^)]*\)", "]", content)
+    content = re.sub(r"^(#.*)$", r"\n\1\n", content, flags=re.M)
+    content = re.sub(r"^\s*(?:[-*+]|\d+\.)\s", "\n", content, flags=re.M)
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", content))
+    return [sentence for paragraph in paragraphs for sentence in SENTENCE_END.split(paragraph) if sentence]
+
+
+def long_sentences(content: str) -> list[str]:
+    """The sentences of more than LONGEST_SENTENCE words. Words stand between spaces and have a letter or a digit."""
+    return [s for s in sentences(content) if sum(bool(re.search(r"\w", word)) for word in s.split()) > LONGEST_SENTENCE]
 
 
 def medians(csv_name: str, case: str) -> dict[str, float]:

@@ -75,6 +75,57 @@ def test_links_lead_somewhere_in_the_repository(page: str) -> None:
             assert match["anchor"] in {slug(heading) for heading in headings}, match[0]
 
 
+@pytest.mark.parametrize("page", docs.PAGES)
+def test_no_sentence_is_long(page: str) -> None:
+    assert docs.long_sentences(docs.text(page)) == []
+
+
+def words(count: int) -> str:
+    return " ".join(["word"] * count)
+
+
+def test_the_finder_of_long_sentences_finds_them() -> None:
+    most, long = words(docs.LONGEST_SENTENCE), words(docs.LONGEST_SENTENCE + 1)
+    found = [
+        f"{long}.",
+        f"Short. {long}! Short.",
+        long.replace(" ", "\n", 9),  # a paragraph over several lines, without a full stop
+        f"- {long}\n- short",
+        f"1. {long}",
+        f"# {long}",
+        f"Short:\n\n{long}.",
+        f"[{long}](page.md)",
+        f"{most} `some code`.",
+        f"{words(20)}, e.g. {words(15)}.",
+        f"{words(20)} ... {words(16)}.",
+        f"{words(20)} 2.5 {words(15)}.",
+        f"{words(20)}; {words(16)}: word.",
+    ]
+    for content in found:
+        assert len(docs.long_sentences(content)) == 1, content
+
+
+def test_the_finder_of_long_sentences_lets_the_rest_pass() -> None:
+    most, half, long = (words(n) for n in (docs.LONGEST_SENTENCE, docs.LONGEST_SENTENCE // 2 + 1, docs.LONGEST_SENTENCE + 1))
+    passed = [
+        f"{most}. {most}? {most}!",
+        f"({half}.) {half}. **{half}.** {half}.",
+        f"{half}. lower case may begin a sentence, {half}.",
+        f"- {half}\n- {half}",
+        f"# {half}\n{half}",
+        f"{half}\n\n{half}",
+        f"```python\n{long}\n```",
+        f"{half}:\n```\ncode\n```\n{half}",
+        f"| {long} | cell |\n| --- | --- |",
+        f"<!-- {long} -->",
+        f"{words(docs.LONGEST_SENTENCE - 1)} `{long}`.",
+        f"{words(docs.LONGEST_SENTENCE - 1)} [word]({long.replace(' ', '.')} 'title').",
+        f"{most} - = ‖.",
+    ]
+    for content in passed:
+        assert docs.long_sentences(content) == [], content
+
+
 def slug(heading: str) -> str:
     return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
 
