@@ -34,6 +34,21 @@ class Head:
     def fused(self, hidden: Tensor, noised: Tensor, weight: Tensor, **options: int) -> Tensor:
         return fastpost.linear_r3f_loss(hidden, noised, weight, self.labels, **options).loss
 
+    def r_drop(self, hidden: Tensor, noised: Tensor, weight: Tensor) -> Tensor:
+        return fastpost.linear_r_drop_loss(hidden, noised, weight, self.labels).loss
+
+    def js(self, hidden: Tensor, noised: Tensor, weight: Tensor) -> Tensor:
+        return fastpost.linear_js_divergence(hidden, noised, weight, reduction="mean")
+
+    def published_r_drop(self, hidden: Tensor, noised: Tensor, weight: Tensor) -> Tensor:
+        """The formula of R-Drop's released code."""
+        logits = [h @ weight.T for h in (hidden, noised)]
+        task = sum(F.cross_entropy(z, self.labels) for z in logits)
+        logs, probabilities = [z.log_softmax(-1) for z in logits], [z.softmax(-1) for z in logits]
+        there = F.kl_div(logs[0], probabilities[1], reduction="batchmean")
+        back = F.kl_div(logs[1], probabilities[0], reduction="batchmean")
+        return (task + there + back) / 2
+
     def on_logits(self, hidden: Tensor, noised: Tensor, weight: Tensor) -> Tensor:
         return fastpost.r3f_loss(hidden @ weight.T, noised @ weight.T, self.labels, inplace=True).loss
 
@@ -75,6 +90,33 @@ def linear_r3f() -> Case:
             Goal(ours, alone, dict.fromkeys(("avx512", "avx2"), 1.25)),
             Goal(ours, published, dict.fromkeys(("avx512", "avx2"), 2.0), faster=True),
             PeakMemory(ours, "", dict.fromkeys(("avx512", "avx2"), ((1 << 30) + outputs) / MB + 64), per=MB),
+        ],
+    )
+
+
+@case
+def linear_relatives() -> Case:
+    """R-Drop's loss and the Jensen-Shannon divergence on the same products, forward and backward."""
+    head = Head(ROWS)
+    alone, r_drop, js = "its three products alone", "linear_r_drop_loss", "linear_js_divergence"
+    published = "R-Drop's formula on whole logits"
+    outputs = 4 * WIDTH * (VOCAB + 2 * ROWS)
+    limit = ((1 << 30) + outputs) / MB + 64
+    return Case(
+        "linear_r_drop_loss and linear_js_divergence, forward + backward",
+        f"{ROWS:,} x {WIDTH} x {VOCAB:,}",
+        "float32",
+        [
+            peer(alone, head.products, slow=True, peak=True),
+            Contender(r_drop, head.step(head.r_drop), slow=True, peak=True),
+            Contender(js, head.step(head.js), slow=True, peak=True),
+            peer(published, head.step(head.published_r_drop), slow=True, peak=True),
+        ],
+        [
+            Goal(r_drop, alone, dict.fromkeys(("avx512", "avx2"), 1.25)),
+            Goal(js, alone, dict.fromkeys(("avx512", "avx2"), 1.25)),
+            Goal(r_drop, published, dict.fromkeys(("avx512", "avx2"), 2.0), faster=True),
+            *(PeakMemory(name, "", dict.fromkeys(("avx512", "avx2"), limit), per=MB) for name in (r_drop, js)),
         ],
     )
 

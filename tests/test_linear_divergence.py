@@ -295,7 +295,7 @@ def run_as_on_a_gpu(problem: Problem, leaves: list[Tensor], operands: torch.dtyp
         flat = [t.to(operands).float().to(operands) for t in flat]
     n = len(flat[0])
     ones = torch.ones(n, dtype=torch.float64)
-    how = (-100, 0.0, 0.0, 1.0, 64, "both", operands, "")
+    how = (-100, 0.0, 0.0, 1.0, 64, "both", operands, "", "symmetric_kl", False)
     values, hidden_grads, *grads = torch.ops.fastpost.linear_divergence(
         *flat, weight.detach(), bias.detach(), problem.labels.reshape(-1).clamp(min=0), torch.stack((ones / n, ones * 0)),
         *how, [True] * 4,

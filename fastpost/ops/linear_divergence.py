@@ -1,4 +1,4 @@
-"""The output head and the loss in one: symmetric KL and R3F's loss from hidden states, the full logits never held."""
+"""The output head and the loss in one: divergences, R3F's and R-Drop's losses from hidden states; no full logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastpost.ops import linear_rows
 from fastpost.ops.autograd import Function, by_operation, one_by_one, transformed, unmapped_batch
 from fastpost.ops.chunks import chunk_rows
 from fastpost.ops.divergence import check_bounded, check_finite
-from fastpost.ops.linear_rows import Settings
+from fastpost.ops.linear_rows import ROW_KERNELS, Settings
 from fastpost.ops.reductions import (
     R3FLoss,
     kl_weights,
@@ -105,9 +105,9 @@ class _LinearGradients(Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> NoReturn:
         raise RuntimeError(
-            "linear_symmetric_kl and linear_r3f_loss (R3F's fused_linear=True) have no second derivative, since they never "
-            "hold the logits; for a gradient penalty use symmetric_kl or r3f_loss on torch.nn.functional.linear(hidden, "
-            "weight, bias)"
+            "the losses of a fused head (linear_r3f_loss, fused_linear=True, ...) have no second derivative, since they "
+            "never hold the logits; for a gradient penalty use symmetric_kl or r3f_loss on "
+            "torch.nn.functional.linear(hidden, weight, bias)"
         )
 
     @staticmethod
@@ -151,9 +151,10 @@ def _scaled(
 
 def _check(
     op: str, hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float,
-    grad: str,
+    grad: str, second: str = "noised_hidden",
 ) -> None:  # fmt: skip
-    for name, t in (("hidden", hidden), ("noised_hidden", noised), ("weight", weight), ("bias", bias)):
+    """Refuses what does not fit; `second` is what the caller names the other stream."""
+    for name, t in (("hidden", hidden), (second, noised), ("weight", weight), ("bias", bias)):
         if t is None and name == "bias":
             continue
         if not isinstance(t, Tensor):
@@ -168,9 +169,7 @@ def _check(
         if t.device != hidden.device:
             raise ValueError(f"{op}: hidden is on {hidden.device}, {name} on {t.device}")
     if hidden.shape != noised.shape:
-        raise ValueError(
-            f"{op}: hidden has shape {tuple(hidden.shape)}, noised_hidden {tuple(noised.shape)}; they must agree"
-        )
+        raise ValueError(f"{op}: hidden has shape {tuple(hidden.shape)}, {second} {tuple(noised.shape)}; they must agree")
     if hidden.ndim < 1 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
             f"{op}: hidden (..., width) has shape {tuple(hidden.shape)}, weight (vocab, width) {tuple(weight.shape)}"
@@ -202,7 +201,8 @@ def _operand_dtype(hidden: Tensor, noised: Tensor, weight: Tensor) -> torch.dtyp
 def _run(
     op: str, hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None,
     weights: list[Tensor], ignore_index: int, smoothing: float, softcap: float | None, temperature: float, grad: str,
-    memory_budget: int, group: dist.ProcessGroup | None, per_row: bool,
+    memory_budget: int, group: dist.ProcessGroup | None, per_row: bool, divergence: str = "symmetric_kl",
+    both_classify: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The weighted sum with its graph (per_row: every row's value), the sums of both kinds, the rows' values; float64."""
     dtype = _operand_dtype(hidden, noised, weight)
@@ -210,8 +210,9 @@ def _run(
     vocab, width = weight.shape
     chunk = chunk_rows(op, len(flat[0]), vocab, width, dtype, hidden.device, memory_budget)
     how = Settings(
-        ignore_index, smoothing, softcap or 0.0, temperature, chunk, grad, dtype, "" if group is None else group.group_name
-    )
+        ignore_index, smoothing, softcap or 0.0, temperature, chunk, grad, dtype, "" if group is None else group.group_name,
+        divergence, both_classify,
+    )  # fmt: skip
     tensors = (*flat, weight, bias)
     # Under torch.func, which backward passes there will be is not known here.
     ahead = torch.is_grad_enabled() and not transformed()
@@ -260,17 +261,61 @@ def linear_symmetric_kl(
             budget too small for 64 rows.
         TypeError: dtypes that are not served; a DTensor.
     """
-    op = "linear_symmetric_kl"
-    _check(op, hidden, noised_hidden, weight, bias, softcap, temperature, grad)
+    return _divergence(
+        "linear_symmetric_kl", "symmetric_kl", hidden, noised_hidden, weight, bias, mask, reduction, softcap, temperature,
+        grad, memory_budget, vocab_group,
+    )  # fmt: skip
+
+
+def linear_js_divergence(
+    hidden: Tensor,
+    noised_hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "batchmean",
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    grad: str = "both",
+    memory_budget: int = 1 << 30,
+) -> Tensor:
+    """`js_divergence` of two streams of hidden states under one output head, whose logits are never held all at once.
+
+    At most ln 2 in each row, never negative, exactly 0 for identical streams. On GPUs its rows are walked by torch
+    operations in float64, some rows at a time, which is slower than the symmetric KL's kernel.
+
+    Args:
+        hidden, noised_hidden, weight, bias, mask, reduction, softcap, temperature, grad, memory_budget: as in
+            `linear_symmetric_kl`. A vocabulary that is cut across ranks is not served.
+
+    Returns:
+        float32 (float64 where an argument is): a scalar, or (...) under "none".
+
+    Raises:
+        ValueError, TypeError: as `linear_symmetric_kl`.
+    """
+    return _divergence(
+        "linear_js_divergence", "js", hidden, noised_hidden, weight, bias, mask, reduction, softcap, temperature, grad,
+        memory_budget, None,
+    )  # fmt: skip
+
+
+def _divergence(
+    op: str, divergence: str, hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
+    reduction: str, softcap: float | None, temperature: float, grad: str, memory_budget: int,
+    group: dist.ProcessGroup | None,
+) -> Tensor:  # fmt: skip
+    _check(op, hidden, noised, weight, bias, softcap, temperature, grad)
     rows = hidden.shape[:-1]
     weights = kl_weights(op, rows, hidden.device, mask, reduction)
     if weights is None:
         weights = torch.ones(math.prod(rows), dtype=torch.float64, device=hidden.device)
     value, _, _ = _run(
-        op, hidden, noised_hidden, weight, bias, None, [weights], -100, 0.0, softcap, temperature, grad, memory_budget,
-        vocab_group, reduction == "none",
+        op, hidden, noised, weight, bias, None, [weights], -100, 0.0, softcap, temperature, grad, memory_budget, group,
+        reduction == "none", divergence,
     )  # fmt: skip
-    dtype = out_dtype(_operand_dtype(hidden, noised_hidden, weight))
+    dtype = out_dtype(_operand_dtype(hidden, noised, weight))
     return (value.reshape(rows) if reduction == "none" else value).to(dtype)
 
 
@@ -289,6 +334,7 @@ def linear_r3f_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     grad: str = "both",
+    divergence: str = "symmetric_kl",
     memory_budget: int = 1 << 30,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> R3FLoss:
@@ -305,16 +351,21 @@ def linear_r3f_loss(
             labels[t]: a causal model's labels have to be shifted before.
         r3f_lambda, reduction, ignore_index, num_items, label_smoothing: as in `r3f_loss`.
         grad: which branch the divergence sends gradients into, as in `R3F`; the task loss always reaches the clean one.
+        divergence: "symmetric_kl", or "js", the Jensen-Shannon divergence, as in `R3F`; not with a vocab_group.
 
     Returns:
-        R3FLoss(loss, task_loss, symm_kl), scalars; task_loss and symm_kl are detached. Where no label counts, the loss is 0
-        with zero gradients.
+        R3FLoss(loss, task_loss, symm_kl), scalars; task_loss and symm_kl (the divergence) are detached. Where no label
+        counts, the loss is 0 with zero gradients.
 
     Raises:
         ValueError, TypeError: as `linear_symmetric_kl` and `r3f_loss`.
     """
     op = "linear_r3f_loss"
     _check(op, hidden, noised_hidden, weight, bias, softcap, temperature, grad)
+    if divergence not in ROW_KERNELS:
+        raise unknown("divergence", divergence, tuple(ROW_KERNELS))
+    if vocab_group is not None and divergence != "symmetric_kl":
+        raise ValueError(f"{op}: divergence {divergence!r} is not served under vocab_group; gather the head's weight")
     if vocab_group is not None and reduction == "fairseq" and label_smoothing:
         raise ValueError(f"{op}: reduction 'fairseq' with label smoothing is not served under vocab_group")
     weights = r3f_weights(
@@ -333,11 +384,82 @@ def linear_r3f_loss(
         noised_hidden, grad = hidden.detach(), "none"
     value, sums, values = _run(
         op, hidden, noised_hidden, weight, bias, weights.labels, [weights.kl, weights.ce], ignore_index, weights.smoothing,
-        softcap, temperature, grad, memory_budget, vocab_group, False,
+        softcap, temperature, grad, memory_budget, vocab_group, False, divergence,
     )  # fmt: skip
     check_bounded(op, values[0])
-    dtype = out_dtype(_operand_dtype(hidden, noised_hidden, weight))
-    if r3f_lambda not in (0, 1):  # which the divergence's weights hold
-        sums = torch.stack((sums[0] / r3f_lambda, sums[1]))
+    return _loss(value, sums, r3f_lambda, out_dtype(_operand_dtype(hidden, noised_hidden, weight)))
+
+
+def _loss(value: Tensor, sums: Tensor, factor: float, dtype: torch.dtype) -> R3FLoss:
+    """The loss and its parts from the sums of both kinds, of which the divergence's holds its factor."""
+    if factor not in (0, 1):
+        sums = torch.stack((sums[0] / factor, sums[1]))
     symm_kl, task_loss = sums.detach().to(dtype).unbind()
     return R3FLoss(value.to(dtype), task_loss, symm_kl)
+
+
+def linear_r_drop_loss(
+    hidden: Tensor,
+    second_hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    alpha: float = 1.0,
+    reduction: str = "token",
+    ignore_index: int = -100,
+    num_items: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    memory_budget: int = 1 << 30,
+) -> R3FLoss:
+    """R-Drop's loss of two passes' hidden states under one output head, whose logits are never held all at once.
+
+    (CE1 + CE2) / 2 + alpha * (KL(p1 || p2) + KL(p2 || p1)) / 2, as `fastpost.r3f.relatives.RDrop` (2106.14448, section 2,
+    with the averages of its released code). Both cross-entropies and the KL come out of one walk over the rows, at the cost
+    of `linear_r3f_loss`.
+
+    Args:
+        hidden, second_hidden: (..., width), of two passes with dropout masks of their own.
+        weight, bias, softcap, temperature, memory_budget: as in `linear_symmetric_kl`. A vocabulary that is cut across ranks
+            is not served.
+        labels: as in `linear_r3f_loss`.
+        alpha: weight of the KL, >= 0. At 0 the cross-entropies of both passes remain.
+        reduction, ignore_index, num_items, label_smoothing: as in `r3f_loss`.
+
+    Returns:
+        R3FLoss(loss, task_loss, symm_kl), scalars: loss = task_loss + alpha * symm_kl, symm_kl half the symmetric KL;
+        task_loss and symm_kl are detached. Where no label counts, the loss is 0 with zero gradients.
+
+    Raises:
+        ValueError, TypeError: as `linear_r3f_loss`.
+    """
+    op = "linear_r_drop_loss"
+    _check(op, hidden, second_hidden, weight, bias, softcap, temperature, "both", "second_hidden")
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"{op}: alpha must be finite and >= 0, not {alpha}")
+    weights = r3f_weights(
+        op,
+        hidden.shape[:-1],
+        weight.shape[0],
+        hidden.device,
+        labels,
+        r3f_lambda=alpha,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        num_items=num_items,
+        label_smoothing=label_smoothing,
+    )
+    kl, ce, targets, grad = weights.kl / 2, weights.ce / 2, weights.labels, "both"
+    if alpha == 0:  # two streams that have nothing to do with each other are one, twice as long
+        flat = (t.reshape(-1, t.shape[-1]) for t in (hidden, second_hidden))
+        kl, ce, targets, grad = kl.repeat(2), ce.repeat(2), targets.repeat(2), "none"
+        hidden = torch.cat(tuple(flat))
+        second_hidden = hidden.detach()
+    value, sums, values = _run(
+        op, hidden, second_hidden, weight, bias, targets, [kl, ce], ignore_index, weights.smoothing, softcap, temperature,
+        grad, memory_budget, None, False, "symmetric_kl", grad == "both",
+    )  # fmt: skip
+    check_bounded(op, values[0])
+    return _loss(value, sums, alpha, out_dtype(_operand_dtype(hidden, second_hidden, weight)))

@@ -32,7 +32,8 @@ class Settings(NamedTuple):
     """A call but for its tensors, as the operation takes it.
 
     softcap 0: none. chunk: the most rows of a chunk. grad "none": the divergence has no weight, and only the clean stream is
-    looked at. group "": the vocabulary is whole.
+    looked at. group "": the vocabulary is whole. divergence: a key of ROW_KERNELS. both_classify: the noised stream has a
+    cross-entropy as well, where its row has a divergence.
     """
 
     ignore_index: int
@@ -43,6 +44,12 @@ class Settings(NamedTuple):
     grad: str
     dtype: torch.dtype
     group: str
+    divergence: str = "symmetric_kl"
+    both_classify: bool = False
+
+
+# Which row kernel makes operands of a divergence's gradients.
+ROW_KERNELS = {"symmetric_kl": "operand_rows", "js": "js_operand_rows"}
 
 
 def _linear_divergence(
@@ -60,9 +67,11 @@ def _linear_divergence(
     grad: str,
     dtype: torch.dtype,
     group: str,
+    divergence: str,
+    both_classify: bool,
     want: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    how = Settings(ignore_index, smoothing, softcap, temperature, chunk, grad, dtype, group)
+    how = Settings(ignore_index, smoothing, softcap, temperature, chunk, grad, dtype, group, divergence, both_classify)
     with torch.autocast(hidden.device.type, enabled=False):
         return _Run(hidden, noised, weight, bias, labels, weights, how, want).over_all_rows()
 
@@ -293,7 +302,8 @@ class _Run:
         labels = None if self.labels is None else self.labels[rows]
         gap = None
         if how.smoothing and labels is not None and group is None:
-            gap = smoothing_gap(logits[0], labels, labels != how.ignore_index)
+            counts = labels != how.ignore_index
+            gap = sum(smoothing_gap(z, labels, counts) for z in (logits if how.both_classify else logits[:1]))
         values = self.values[:, rows] if isinstance(rows, slice) else torch.empty_like(weights)
         task = OperandTask(
             *logits,
@@ -308,9 +318,10 @@ class _Run:
             smoothing=how.smoothing,
             cap=how.softcap / how.temperature,
             teaches=how.grad != "noised",
+            noised_classifies=how.both_classify,
         )
         if group is None:
-            select("operand_rows", task.clean.device, task.clean.dtype)(task)
+            select(ROW_KERNELS[how.divergence], task.clean.device, task.clean.dtype)(task)
         else:
             sharded_operand_rows(task, group)
         if gap is not None:
@@ -352,7 +363,7 @@ class _Run:
 
 
 def _fake(hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    weights, dtype, want = rest[1], rest[-3], rest[-1]
+    weights, dtype, want = rest[1], rest[8], rest[-1]
     work = out_dtype(dtype)
     return (
         hidden.new_empty(weights.shape, dtype=torch.float64),
@@ -365,7 +376,7 @@ def _fake(hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, *
 linear_divergence = define(
     "linear_divergence(Tensor hidden, Tensor noised, Tensor weight, Tensor? bias, Tensor? labels, Tensor weights, "
     "int ignore_index, float smoothing, float softcap, float temperature, int chunk, str grad, ScalarType dtype, str group, "
-    "bool[] want) -> (Tensor, Tensor, Tensor, Tensor)",
+    "str divergence, bool both_classify, bool[] want) -> (Tensor, Tensor, Tensor, Tensor)",
     _linear_divergence,
     _fake,
 )
