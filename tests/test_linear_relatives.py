@@ -129,7 +129,7 @@ def test_r_drop_looks_at_no_row_that_does_not_count(alpha: float, monkeypatch: p
     """Neither where such rows are skipped nor where they are walked (on a GPU)."""
     problem = Problem(0.1)
     for skips in (True, False):
-        monkeypatch.setattr(linear_rows, "_skips_rows", lambda device, skips=skips: skips)
+        monkeypatch.setattr(linear_rows, "skips_rows", lambda device, skips=skips: skips)
         clean, poisoned = problem.leaves(), problem.leaves()
         with torch.no_grad():
             for stream in poisoned[:2]:

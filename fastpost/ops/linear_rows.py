@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpost.dispatch import select
-from fastpost.ops.chunks import even_chunk, padded
-from fastpost.ops.head import Head, power_of_two
+from fastpost.ops.chunks import even_chunk, padded, skips_rows
+from fastpost.ops.head import Head, grad_dtype, power_of_two
 from fastpost.ops.reductions import out_dtype, smoothing_gap
 from fastpost.ops.registry import define
 from fastpost.ops.vocab_parallel import group_named, sharded_operand_rows
@@ -76,18 +76,6 @@ def _linear_divergence(
         return _Run(hidden, noised, weight, bias, labels, weights, how, want).over_all_rows()
 
 
-def _grad_dtype(hidden: Tensor, noised: Tensor) -> torch.dtype:
-    """What the hidden states' gradients are kept in until the upstream gradient is known: float16 might lose them before a
-    loss scale arrives."""
-    dtype = torch.promote_types(hidden.dtype, noised.dtype)
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _skips_rows(device: torch.device) -> bool:
-    """Whether rows without a weight are left out of the walk: where asking for them waits for nothing."""
-    return device.type == "cpu"
-
-
 class _Chunk(NamedTuple):
     """Memory for one chunk after another, as blocks of so many rows per stream.
 
@@ -131,7 +119,7 @@ class _Run:
         # Streams that came in 16 bits are multiplied as they are. Elsewhere rounding, of operands or of float32 logits, may
         # drown what they differ by, so it is the difference that is multiplied.
         self.as_they_are = self.both and how.dtype.itemsize == 2 and min(hidden.dtype.itemsize, noised.dtype.itemsize) == 2
-        self.skips = _skips_rows(hidden.device)
+        self.skips = skips_rows(hidden.device)
         # Rows that do not count may hold NaN, and 0 times NaN is not 0.
         self.live = None if self.skips else weights.any(0).unsqueeze(-1)
         self.zero = hidden.new_zeros(())
@@ -149,7 +137,7 @@ class _Run:
         self.values = room(tuple(self.weights.shape), torch.float64, all_rows)
         reached = [wanted and live for wanted, live in zip(self.want_hidden, self.want, strict=True)]
         self.grad_hidden = room(
-            (sum(self.want_hidden), n, width), _grad_dtype(self.hidden, self.noised),
+            (sum(self.want_hidden), n, width), grad_dtype(self.hidden, self.noised),
             all_rows and reached == list(self.want_hidden),
         )  # fmt: skip
         # Which of the blocks that are carried back are handed out, and to which of the hidden states.
@@ -367,7 +355,7 @@ def _fake(hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, *
     work = out_dtype(dtype)
     return (
         hidden.new_empty(weights.shape, dtype=torch.float64),
-        hidden.new_empty((sum(want[:2]), *hidden.shape), dtype=_grad_dtype(hidden, noised)),
+        hidden.new_empty((sum(want[:2]), *hidden.shape), dtype=grad_dtype(hidden, noised)),
         hidden.new_empty(weight.shape if want[2] else 0, dtype=work),
         hidden.new_empty(weight.shape[0] if want[3] else 0, dtype=work),
     )
