@@ -1,15 +1,16 @@
-"""The fused head and loss on the CPU: beside its own three products alone, beside logits held whole, and its memory."""
+"""Losses of a fused head on the CPU: beside their own products alone, beside logits held whole, and their memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastpost
-from fastpost.bench.registry import Case, Contender, Goal, PeakMemory, Work, case, peer
+from fastpost.bench.registry import Case, Contender, Goal, PeakMemory, PeakShare, Work, case, peer
 from fastpost.published import fairseq_symmetric_kl
 
 ROWS, WIDTH, VOCAB = 2048, 768, 50257  # GPT-2's head
@@ -33,6 +34,21 @@ class Head:
 
     def fused(self, hidden: Tensor, noised: Tensor, weight: Tensor, **options: int) -> Tensor:
         return fastpost.linear_r3f_loss(hidden, noised, weight, self.labels, **options).loss
+
+    def r_drop(self, hidden: Tensor, noised: Tensor, weight: Tensor) -> Tensor:
+        return fastpost.linear_r_drop_loss(hidden, noised, weight, self.labels).loss
+
+    def js(self, hidden: Tensor, noised: Tensor, weight: Tensor) -> Tensor:
+        return fastpost.linear_js_divergence(hidden, noised, weight, reduction="mean")
+
+    def published_r_drop(self, hidden: Tensor, noised: Tensor, weight: Tensor) -> Tensor:
+        """The formula of R-Drop's released code."""
+        logits = [h @ weight.T for h in (hidden, noised)]
+        task = sum(F.cross_entropy(z, self.labels) for z in logits)
+        logs, probabilities = [z.log_softmax(-1) for z in logits], [z.softmax(-1) for z in logits]
+        there = F.kl_div(logs[0], probabilities[1], reduction="batchmean")
+        back = F.kl_div(logs[1], probabilities[0], reduction="batchmean")
+        return (task + there + back) / 2
 
     def on_logits(self, hidden: Tensor, noised: Tensor, weight: Tensor) -> Tensor:
         return fastpost.r3f_loss(hidden @ weight.T, noised @ weight.T, self.labels, inplace=True).loss
@@ -80,6 +96,33 @@ def linear_r3f() -> Case:
 
 
 @case
+def linear_relatives() -> Case:
+    """R-Drop's loss and the Jensen-Shannon divergence on the same products, forward and backward."""
+    head = Head(ROWS)
+    alone, r_drop, js = "its three products alone", "linear_r_drop_loss", "linear_js_divergence"
+    published = "R-Drop's formula on whole logits"
+    outputs = 4 * WIDTH * (VOCAB + 2 * ROWS)
+    limit = ((1 << 30) + outputs) / MB + 64
+    return Case(
+        "linear_r_drop_loss and linear_js_divergence, forward + backward",
+        f"{ROWS:,} x {WIDTH} x {VOCAB:,}",
+        "float32",
+        [
+            peer(alone, head.products, slow=True, peak=True),
+            Contender(r_drop, head.step(head.r_drop), slow=True, peak=True),
+            Contender(js, head.step(head.js), slow=True, peak=True),
+            peer(published, head.step(head.published_r_drop), slow=True, peak=True),
+        ],
+        [
+            Goal(r_drop, alone, dict.fromkeys(("avx512", "avx2"), 1.25)),
+            Goal(js, alone, dict.fromkeys(("avx512", "avx2"), 1.25)),
+            Goal(r_drop, published, dict.fromkeys(("avx512", "avx2"), 2.0), faster=True),
+            *(PeakMemory(name, "", dict.fromkeys(("avx512", "avx2"), limit), per=MB) for name in (r_drop, js)),
+        ],
+    )
+
+
+@case
 def linear_r3f_memory() -> Case:
     """What is allocated under a budget of 128 MB, for one and for four thousand rows; gradients handed out are counted."""
     budget, sizes = 128 * MB, (1024, 4096)
@@ -95,4 +138,94 @@ def linear_r3f_memory() -> Case:
         "float32",
         [Contender(name, step(head), slow=True, peak=True) for name, head in heads.items()],
         [PeakMemory(name, "", dict.fromkeys(("avx512", "avx2"), limits[name]), per=MB) for name in heads],
+    )
+
+
+class Teacher:
+    """A student and a teacher of GPT-2's vocabulary, each with a head of its own; the teacher learns nothing."""
+
+    def __init__(self, rows: int) -> None:
+        torch.manual_seed(0)
+        self.leaves = [torch.randn(rows, WIDTH).requires_grad_(), (torch.randn(VOCAB, WIDTH) * 0.05).requires_grad_()]
+        self.teacher = [torch.randn(rows, WIDTH), torch.randn(VOCAB, WIDTH) * 0.05]
+        self.labels = torch.randint(0, VOCAB, (rows,))
+
+    def step(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Work:
+        return lambda: torch.autograd.grad(loss(*self.leaves), self.leaves)
+
+    def fused(self, divergence: str, **options: Any) -> Work:
+        return self.step(
+            lambda hidden, weight: (
+                fastpost.linear_distillation_loss(
+                    hidden, weight, *self.teacher, self.labels, divergence=divergence, **options
+                ).loss
+            )
+        )
+
+    def published(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Knowledge distillation as torch's documentation writes it."""
+        teacher_hidden, teacher_weight = self.teacher
+        with torch.no_grad():
+            target = (teacher_hidden @ teacher_weight.T).log_softmax(-1)
+        return F.kl_div((hidden @ weight.T).log_softmax(-1), target, reduction="batchmean", log_target=True)
+
+    @torch.no_grad()
+    def products(self) -> None:
+        """Three products of every chunk of the student and one of the teacher, and nothing else."""
+        hidden, weight = (t.detach() for t in self.leaves)
+        logits = torch.empty(CHUNK, VOCAB)
+        total = torch.zeros_like(weight)
+        for at in range(0, len(hidden), CHUNK):
+            x, teacher = hidden[at : at + CHUNK], self.teacher[0][at : at + CHUNK]
+            torch.mm(teacher, self.teacher[1].T, out=logits[: len(x)])
+            torch.mm(x, weight.T, out=logits[: len(x)])
+            torch.mm(logits[: len(x)], weight)
+            total.addmm_(logits[: len(x)].T, x)
+
+
+@case
+def linear_distillation() -> Case:
+    """Forward and backward of each divergence, the student's hidden states and head trained."""
+    teacher = Teacher(ROWS)
+    alone, published, small = "its four products alone", "F.kl_div on whole logits", "forward KL under 128 MB"
+    ours = {
+        small: teacher.fused("forward_kl", memory_budget=128 * MB),
+        "forward KL": teacher.fused("forward_kl"),
+        "reverse KL": teacher.fused("reverse_kl"),
+        "Jensen-Shannon": teacher.fused("js"),
+        "total variation": teacher.fused("total_variation"),
+        "forward KL + cross-entropy": teacher.fused("forward_kl", ce_weight=1.0),
+    }
+    isas = ("avx512", "avx2")
+    return Case(
+        "linear_distillation_loss, forward + backward",
+        f"{ROWS:,} x {WIDTH} x {VOCAB:,}",
+        "float32",
+        [
+            peer(alone, teacher.products, slow=True, peak=True),
+            *(Contender(name, work, slow=True, peak=True) for name, work in ours.items()),
+            peer(published, teacher.step(teacher.published), slow=True, peak=True),
+        ],
+        [
+            *(Goal(name, alone, dict.fromkeys(isas, 1.15)) for name in ours),
+            Goal("forward KL", published, dict.fromkeys(isas, 2.0), faster=True),
+            Goal(small, published, dict.fromkeys(isas, 2.0), faster=True),
+            PeakShare(small, published, dict.fromkeys(isas, 0.15)),
+            PeakShare("forward KL", published, {}),
+        ],
+    )
+
+
+@case
+def linear_distillation_memory() -> Case:
+    """What is allocated under a budget of 128 MB, for one and for four thousand rows; gradients handed out are counted."""
+    budget, sizes = 128 * MB, (1024, 4096)
+    works = {f"{rows:,} rows": Teacher(rows).fused("forward_kl", memory_budget=budget) for rows in sizes}
+    limits = {f"{rows:,} rows": (budget + 4 * WIDTH * (VOCAB + rows)) / MB + 64 for rows in sizes}
+    return Case(
+        "linear_distillation_loss under 128 MB, forward + backward",
+        f"N x {WIDTH} x {VOCAB:,}",
+        "float32",
+        [Contender(name, work, slow=True, peak=True) for name, work in works.items()],
+        [PeakMemory(name, "", dict.fromkeys(("avx512", "avx2"), limits[name]), per=MB) for name in works],
     )

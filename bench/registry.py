@@ -225,6 +225,20 @@ class PeakMemory(Goal):
 
 
 @dataclass(frozen=True)
+class PeakShare(PeakMemory):
+    """Bytes allocated at most, as a share of the baseline's."""
+
+    unit = ""  # type: ignore[assignment]
+
+    def measured(self, results: Mapping[str, Result]) -> float:
+        ours, theirs = (results[name].peak for name in (self.contender, self.baseline))
+        return float("nan") if ours is None or theirs is None else ours / theirs
+
+    def describe(self) -> str:
+        return f"peak memory of {self.contender} over {self.baseline}"
+
+
+@dataclass(frozen=True)
 class Launches(Goal):
     """At most so many launches on the device. There is no baseline."""
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/distillation.h"
 #include "core/params.h"
 #include "core/plan.h"
 
@@ -43,6 +44,15 @@ struct LogitRows {
 struct OperandOptions {
   double smoothing, cap;
   bool teaches, noised_classifies, mixture;
+};
+
+// What is asked of distillation_rows beside its rows.
+//   beta: the teacher's share in the mixture, of Divergence::js alone.
+//   temperature: divides both streams' logits in the divergence, and not in the cross-entropy.
+//   teacher_cap, student_cap: as cap above, each for its stream.
+struct DistillationOptions {
+  Divergence divergence;
+  double beta, temperature, teacher_cap, student_cap;
 };
 
 enum class NoiseType : int { uniform = 0, normal = 1 };
@@ -145,6 +155,17 @@ void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRo
 // gradients as above. At most ln 2: a class that is -inf in one stream only is finite, in both it does not exist.
 void js_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean, const LogitRows& grad_noised,
              DType dtype, int64_t rows, int64_t cols, const double* weights, double* value, int threads);
+
+// Per row: value = the divergence of p = softmax(teacher / T) and q = softmax(student / T) (core/distillation.h), ce =
+// cross-entropy of the student's logits at their label, and the gradients of weights[row] * value + ce_weights[row] * ce
+// with respect to both streams' logits, in operand_dtype.
+//   Weights, labels and gradients as in divergence_rows, weights not null.
+//   -inf in both streams is a class that does not exist. In one, total variation and js are finite, and so is a KL that
+//   weighs the class by its 0; else the value is infinite and the gradients are NaN. NaN gives NaN.
+void distillation_rows(const LogitRows& teacher, const LogitRows& student, const LogitRows& grad_teacher,
+                       const LogitRows& grad_student, DType operand_dtype, int64_t rows, int64_t cols, const int64_t* labels,
+                       int64_t ignore_index, const double* weights, const double* ce_weights, const DistillationOptions& how,
+                       double* value, double* ce, int threads);
 
 // The losses of all rows and, where asked for, the gradients of the loss; everything as in the two above, of which
 // jensen_shannon takes the second, which has no labels. labels, mask: null where there are none.

@@ -25,6 +25,9 @@ _HOME = {
     "js_divergence": "fastpost.ops.jensen_shannon",
     "linear_r3f_loss": "fastpost.ops.linear_divergence",
     "linear_symmetric_kl": "fastpost.ops.linear_divergence",
+    "linear_js_divergence": "fastpost.ops.linear_divergence",
+    "linear_r_drop_loss": "fastpost.ops.linear_divergence",
+    "linear_distillation_loss": "fastpost.ops.linear_distillation",
     "add_noise": "fastpost.ops.noise",
     "embedding_noise": "fastpost.ops.noise",
     "negate_grads_": "fastpost.ops.params",
@@ -46,7 +49,10 @@ if TYPE_CHECKING:
     from fastpost.ops.divergence import r3f_loss as r3f_loss
     from fastpost.ops.divergence import symmetric_kl as symmetric_kl
     from fastpost.ops.jensen_shannon import js_divergence as js_divergence
+    from fastpost.ops.linear_distillation import linear_distillation_loss as linear_distillation_loss
+    from fastpost.ops.linear_divergence import linear_js_divergence as linear_js_divergence
     from fastpost.ops.linear_divergence import linear_r3f_loss as linear_r3f_loss
+    from fastpost.ops.linear_divergence import linear_r_drop_loss as linear_r_drop_loss
     from fastpost.ops.linear_divergence import linear_symmetric_kl as linear_symmetric_kl
     from fastpost.ops.noise import add_noise as add_noise
     from fastpost.ops.noise import embedding_noise as embedding_noise

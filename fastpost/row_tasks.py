@@ -67,6 +67,46 @@ class OperandTask(NamedTuple):
     noised_classifies: bool = False
 
 
+class DistillationTask(NamedTuple):
+    """A divergence of a teacher's and a student's rows, the student's cross-entropy, and gradients of their weighted sum.
+
+    With p = softmax(teacher / temperature) and q = softmax(student / temperature), `divergence` is "forward_kl", KL(p || q);
+    "reverse_kl", KL(q || p); "symmetric_kl", their sum; "js", beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p +
+    (1 - beta) q; or "total_variation", sum |p - q| / 2.
+
+    Attributes:
+        student, teacher: (rows, classes) logits, float32 or float64, each in rows at one distance.
+        labels: int64 (rows,); None: no cross-entropy. It is of the student's logits, without a temperature.
+        ignore_index: the label of rows without a cross-entropy.
+        weights, ce_weights: float64 (rows,); ce_weights None: no cross-entropy. What has weight 0 is not looked at.
+        value_out, ce_out: float64 (rows,), where the values go; ce_out None: not wanted.
+        grad_student, grad_teacher: where gradients go, of the logits' or of a narrower dtype; may be the logits themselves,
+            None: not wanted.
+        divergence, beta, temperature: see above.
+        student_cap, teacher_cap: as `cap` in `OperandTask`, each for its stream.
+
+    A class that is -inf in both streams does not exist. In one stream only it makes infinite what weighs it: the forward KL
+    where the student lacks it, the reverse KL where the teacher does, the symmetric KL either way; such a row and one that
+    is meaningless (NaN, +inf, no class at all) have NaN in place of gradients. `ce_out` never depends on the divergence.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor | None
+    ignore_index: int
+    weights: Tensor
+    ce_weights: Tensor | None
+    value_out: Tensor
+    ce_out: Tensor | None
+    grad_student: Tensor | None = None
+    grad_teacher: Tensor | None = None
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    student_cap: float = 0.0
+    teacher_cap: float = 0.0
+
+
 class LossTask(NamedTuple):
     """Losses of rows, summed up, of plain tensors; a row counts unless labels or mask leave it out.
 

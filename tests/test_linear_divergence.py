@@ -295,7 +295,7 @@ def run_as_on_a_gpu(problem: Problem, leaves: list[Tensor], operands: torch.dtyp
         flat = [t.to(operands).float().to(operands) for t in flat]
     n = len(flat[0])
     ones = torch.ones(n, dtype=torch.float64)
-    how = (-100, 0.0, 0.0, 1.0, 64, "both", operands, "")
+    how = (-100, 0.0, 0.0, 1.0, 64, "both", operands, "", "symmetric_kl", False)
     values, hidden_grads, *grads = torch.ops.fastpost.linear_divergence(
         *flat, weight.detach(), bias.detach(), problem.labels.reshape(-1).clamp(min=0), torch.stack((ones / n, ones * 0)),
         *how, [True] * 4,
@@ -513,7 +513,7 @@ def test_no_items_and_rows_that_do_not_count(given: Any, monkeypatch: pytest.Mon
     outside = [t[1::2] for t in tensors[:2]]
     for walked in (False, True):
         if walked:
-            monkeypatch.setattr(linear_rows, "_skips_rows", lambda device: False)
+            monkeypatch.setattr(linear_rows, "skips_rows", lambda device: False)
         for softcap in (None, 5.0):
             mine, theirs = ([t.clone().requires_grad_() for t in ts] for ts in (tensors, [*outside, *tensors[2:]]))
             got = fastpost.linear_r3f_loss(*mine[:3], labels, bias=mine[3], label_smoothing=0.1, softcap=softcap)

@@ -60,10 +60,10 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
         return launched
 
     monkeypatch.setattr(linear_rows, "select", kernel)
-    monkeypatch.setattr(linear_rows, "_skips_rows", lambda device: False)
+    monkeypatch.setattr(linear_rows, "skips_rows", lambda device: False)
     monkeypatch.setattr(head, "_multiplies_16_bits", lambda device: True)
     monkeypatch.setattr(head, "_adds_up", functools.cache(head._adds_up.__wrapped__))  # asked anew
-    monkeypatch.setattr(linear_divergence, "_operand_dtype", lambda hidden, noised, weight: weight.dtype)
+    monkeypatch.setattr(linear_divergence, "operand_dtype", lambda weight, *hidden: weight.dtype)
     monkeypatch.setattr(chunks, "_MOST_ROWS", {})
     monkeypatch.setattr(reductions, "checks_values", lambda device: False)  # a look at values would wait
     monkeypatch.setattr(linear_divergence, "check_bounded", lambda op, kl: None)

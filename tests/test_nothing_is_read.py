@@ -47,6 +47,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "r3f_loss, smoothed": lambda a, b: fastpost.r3f_loss(a, b, labels(ROWS), label_smoothing=0.1).loss,
     "r3f_loss, items": lambda a, b: fastpost.r3f_loss(a, b, labels(ROWS), num_items=items()).loss,
     "linear_symmetric_kl": lambda a, b: fastpost.linear_symmetric_kl(a, b, leaf(7, CLASSES)),
+    "linear_js_divergence": lambda a, b: fastpost.linear_js_divergence(a, b, leaf(7, CLASSES)),
+    "linear_r_drop_loss": lambda a, b: fastpost.linear_r_drop_loss(a, b, leaf(7, CLASSES), labels(ROWS)).loss,
     "linear_r3f_loss": lambda a, b: fastpost.linear_r3f_loss(a, b, leaf(7, CLASSES), labels(ROWS), num_items=items()).loss,
     "add_noise": lambda a, b: fastpost.add_noise(a, 0.1).sum() + b.sum(),
     "embedding_noise": lambda a, b: sum(fastpost.embedding_noise(a, labels(5), 0.1)).sum() + b.sum(),  # type: ignore[union-attr]

@@ -53,6 +53,7 @@ def test_what_a_model_does_after_its_head(name: str) -> None:
 @pytest.mark.parametrize("options", [
     {"grad": "noised"}, {"grad": "clean"}, {"reduction": "sum"}, {"reduction": "fairseq", "label_smoothing": 0.1},
     {"label_smoothing": 0.1}, {"r3f_lambda": 0.0}, {"dropout": "shared"}, {"memory_budget": 200_000},
+    {"divergence": "js"},
 ], ids=str)  # fmt: skip
 def test_fused_head_under_every_option(options: dict[str, Any]) -> None:
     agree(build("causal", dropout=0.1), batch_for("causal"), **options)
@@ -315,7 +316,6 @@ def test_js_in_place_of_the_symmetric_kl() -> None:
     ({"where": "middle"}, "encoder"),
     ({"divergence": "kl"}, "symmetric_kl"),
     ({"label_smoothing": 1.0}, "label_smoothing"),
-    ({"divergence": "js", "fused_linear": True}, "divergence='js' goes with fused_linear=False"),
     ({"divergence": "js", "grad": "clean"}, "divergence='js' goes with grad='both'"),
 ])  # fmt: skip
 def test_bad_options(options: dict[str, Any], message: str) -> None:

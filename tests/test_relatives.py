@@ -269,6 +269,28 @@ def test_rdrop(kind: str, forward: str) -> None:
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("alpha", [0.7, 0.0])
+@pytest.mark.parametrize("forward", ["two_pass", "double_batch"])
+@pytest.mark.parametrize("kind", ["causal", "llama", "masked_lm", "seq2seq", "t5"])
+def test_rdrop_under_a_fused_head(kind: str, forward: str, alpha: float) -> None:
+    """The same loss and gradients as from logits held whole."""
+    model, batch = build(kind, 0.2, torch.float64), trained_as_here(kind)
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(3)
+        method = RDrop(alpha, forward=forward, fused_linear=fused)
+        out, grads = step(method, model, batch, num_items=5)
+        assert (out.logits is None) == fused
+        found.append(((out.loss.detach(), out.task_loss, alpha * out.symm_kl), grads))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-9, atol=0)
+    assert_same(found[1][1], found[0][1])
+
+
+def test_rdrop_refuses_heads_that_cannot_be_fused() -> None:
+    with pytest.raises(ValueError, match=r"^RDrop: fused_linear needs a model whose get_output_embeddings\(\) is"):
+        RDrop(fused_linear=True)(build("sequence"), **batch_for("sequence"))
+
+
 # -- limits ---------------------------------------------------------------------------------------------------------------
 
 

@@ -405,6 +405,8 @@ HEAD: dict[str, Callable[..., Tensor]] = {
     "kl": lambda h, n, w: fastpost.linear_symmetric_kl(h, n, w),
     "kl, rows": lambda h, n, w: fastpost.linear_symmetric_kl(h, n, w, reduction="none").square().sum(),
     "r3f": lambda h, n, w: fastpost.linear_r3f_loss(h, n, w, LABELS).loss,
+    "r-drop": lambda h, n, w: fastpost.linear_r_drop_loss(h, n, w, LABELS).loss,
+    "js, rows": lambda h, n, w: fastpost.linear_js_divergence(h, n, w, reduction="none").square().sum(),
 }
 
 

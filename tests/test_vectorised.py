@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = {"sse": 16, "avx2": 32, "avx512": 64}  # bytes
-SOURCES = ("params", "noise", "divergence")
+SOURCES = ("params", "noise", "divergence", "distillation")
 
 # The loops that carry an operation, and how many each function has: a loop that loses its mark is not passed over.
 HOT = {
@@ -35,6 +35,7 @@ HOT = {
         "mixture_sums": 1,
         "mixture_gradient": 1,
     },
+    "distillation": {"extent_of": 1, "sums_of": 1, "terms_of": 1, "gradient_of": 1, "fill": 1, "softmax_of": 3},
 }
 SCALAR = {("flip_signs_of", 1, "sse"): "x86-64-v2 has no shift by an amount of each lane's own"}
 NARROW = {"load_lanes": 16}  # eight 16-bit elements, whatever the registers

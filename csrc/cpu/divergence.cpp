@@ -144,6 +144,37 @@ void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRo
   });
 }
 
+void distillation_rows(const LogitRows& teacher, const LogitRows& student, const LogitRows& grad_teacher,
+                       const LogitRows& grad_student, DType operand_dtype, int64_t rows, int64_t cols, const int64_t* labels,
+                       int64_t ignore_index, const double* weights, const double* ce_weights, const DistillationOptions& how,
+                       double* value, double* ce, int threads) {
+  const int64_t size = element_size(DType::f32), operand_size = element_size(operand_dtype);
+  for_rows(rows, cols, threads, [&](int64_t i, int64_t) {
+    thread_local std::vector<double> scratch;
+    if (scratch.size() < static_cast<size_t>(4 * cols)) scratch.resize(4 * cols);
+    DistillationRow row = {};
+    row.teacher = static_cast<const float*>(at(teacher, i, size));
+    row.student = static_cast<const float*>(at(student, i, size));
+    row.scratch = scratch.data();
+    row.grad_teacher = at(grad_teacher, i, operand_size);
+    row.grad_student = at(grad_student, i, operand_size);
+    row.cols = cols;
+    row.label = labels == nullptr ? ignore_index : labels[i];
+    row.weight = weights[i];
+    row.ce_weight = labels == nullptr || row.label == ignore_index ? 0 : ce_weights == nullptr ? 1 : ce_weights[i];
+    const bool outside = row.ce_weight != 0 && (row.label < 0 || row.label >= cols);
+    if (outside) row.ce_weight = 0;
+    row.divergence = how.divergence;
+    row.beta = how.beta;
+    row.temperature = how.temperature;
+    row.teacher_cap = how.teacher_cap;
+    row.student_cap = how.student_cap;
+    double ce_value;
+    distillation_loops().row(operand_dtype, row, &value[i], &ce_value);
+    if (ce != nullptr) ce[i] = outside ? NAN : ce_value;
+  });
+}
+
 void js_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean, const LogitRows& grad_noised,
              DType dtype, int64_t rows, int64_t cols, const double* weights, double* value, int threads) {
   const int64_t size = element_size(dtype);

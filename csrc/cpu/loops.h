@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/distillation.h"
 #include "core/dtype.h"
 #include "core/params.h"
 
@@ -77,9 +78,26 @@ struct DivergenceLoops {
   void (*operands)(DType, const OperandRow&);
 };
 
+// One row of distillation_rows (csrc/api.h). Without a label in range, ce_weight is 0.
+struct DistillationRow {
+  const float *teacher, *student;
+  double* scratch;                    // 4 * cols
+  void *grad_teacher, *grad_student;  // null: not wanted; float ones may be the logits themselves
+  int64_t cols, label;
+  double weight, ce_weight;
+  Divergence divergence;
+  double beta, temperature, teacher_cap, student_cap;
+};
+
+struct DistillationLoops {
+  // The gradients have this type.
+  void (*row)(DType, const DistillationRow&, double* value, double* ce);
+};
+
 // The tables of the instruction set in use.
 const ParamsLoops& params_loops();
 const DivergenceLoops& divergence_loops();
+const DistillationLoops& distillation_loops();
 const NoiseLoops& noise_loops();
 
 }  // namespace fastpost::cpu

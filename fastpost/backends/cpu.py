@@ -21,7 +21,7 @@ from fastpost.backends.serving import (
     refusal,
 )
 from fastpost.plan import Bucket
-from fastpost.row_tasks import DivergenceTask, LossTask, OperandTask
+from fastpost.row_tasks import DistillationTask, DivergenceTask, LossTask, OperandTask
 
 _HUGE = 4 << 20  # bytes from which a buffer holds at least one aligned huge page
 
@@ -204,6 +204,17 @@ def _operand_rows(task: OperandTask, mixture: bool) -> None:
         address(task.kl_weights), address(task.ce_weights),
         task.smoothing, task.cap, task.teaches, task.noised_classifies, mixture, address(task.kl_out),
         address(task.ce_out), _threads(),
+    )  # fmt: skip
+
+
+def distillation_rows(task: DistillationTask) -> None:
+    core, student = native.core(), task.student
+    core.cpu.distillation_rows(
+        *addresses_and_strides(task.teacher, student, task.grad_teacher, task.grad_student),
+        _dtype(operand_dtype(student, task.grad_student, task.grad_teacher)), *student.shape, address(task.labels),
+        task.ignore_index, address(task.weights), address(task.ce_weights), getattr(core.Divergence, task.divergence),
+        task.beta, task.temperature, task.teacher_cap, task.student_cap, address(task.value_out), address(task.ce_out),
+        _threads(),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastpost.backends.serving import number_on, seed_on
 from fastpost.plan import Bucket
-from fastpost.row_tasks import DivergenceTask, OperandTask
+from fastpost.row_tasks import DistillationTask, DivergenceTask, OperandTask
 
 
 def status() -> tuple[bool, str]:
@@ -430,8 +430,8 @@ def _put_operands(task: OperandTask, kl: Tensor, grad_a: Tensor, grad_b: Tensor)
         task.ce_out.copy_(ce)
 
 
-_JS_ELEMENTS = {"cpu": 1 << 18}  # at a time, small beside the logits
-_JS_ELEMENTS_ELSEWHERE = 1 << 24  # where every operation is a launch
+_BLOCK_ELEMENTS = {"cpu": 1 << 18}  # at a time, small beside the logits
+_BLOCK_ELEMENTS_ELSEWHERE = 1 << 24  # where every operation is a launch
 # |t| below which (1 + t) ln(1 + t) + (1 - t) ln(1 - t) is a series, because its terms cancel. Of t^2 / 2, the series' first
 # term, the first that is left out is t^12 / 91.
 _JS_SERIES = 0.1
@@ -467,9 +467,9 @@ def jensen_shannon_of_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor
     return value, (first - p * first.sum(-1, keepdim=True)) / 2, (second - q * second.sum(-1, keepdim=True)) / 2
 
 
-def _js_blocks(clean: Tensor) -> Iterator[slice]:
-    rows, cols = clean.shape
-    step = max(1, _JS_ELEMENTS.get(clean.device.type, _JS_ELEMENTS_ELSEWHERE) // cols)
+def _row_blocks(logits: Tensor) -> Iterator[slice]:
+    rows, cols = logits.shape
+    step = max(1, _BLOCK_ELEMENTS.get(logits.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // cols)
     return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
 
 
@@ -494,7 +494,7 @@ def js_rows(
     """
     value = torch.zeros(len(clean), dtype=torch.float64, device=clean.device)
     weights = torch.ones_like(value) if weights is None else weights
-    for block in _js_blocks(clean):
+    for block in _row_blocks(clean):
         value[block], *gradients = _weighted_jensen_shannon(clean[block], noised[block], weights[block])
         for grad, g in zip((grad_clean, grad_noised), gradients, strict=True):
             if grad is not None:
@@ -505,10 +505,96 @@ def js_rows(
 @torch.no_grad()
 def js_operand_rows(task: OperandTask) -> None:
     """`operand_rows` with the Jensen-Shannon divergence in the place of the symmetric KL, some rows at a time."""
-    for block in _js_blocks(task.clean):
+    for block in _row_blocks(task.clean):
         rows: dict[str, Any] = {name: t[block] for name, t in task._asdict().items() if isinstance(t, Tensor)}
         part = task._replace(**rows)
         _put_operands(part, *_weighted_jensen_shannon(part.clean, part.noised, part.kl_weights))
+
+
+def distillation_of_rows(
+    student: Tensor, teacher: Tensor, divergence: str, beta: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row the divergence that `DistillationTask` names, and its gradients with respect to both streams, in float64.
+
+    All of them are f-divergences: D = sum q f(u) with u = p / q and f(1) = f'(1) = 0; dD/dteacher = p (f'(u) - E_p[f'(u)]),
+    dD/dstudent = q (h - E_q[h]) with h = f(u) - u f'(u), both over the temperature.
+    """
+    a, b = teacher.double() / temperature, student.double() / temperature
+    meaningful = ~torch.stack([(z.isnan() | (z == torch.inf)).any(-1) | (z == -torch.inf).all(-1) for z in (a, b)]).any(0)
+    a, b = (torch.where(meaningful.unsqueeze(-1), z, torch.zeros_like(z)) for z in (a, b))
+    log_p, log_q = torch.log_softmax(a, dim=-1), torch.log_softmax(b, dim=-1)
+    p, q = log_p.exp(), log_q.exp()
+    r = torch.where((a == -torch.inf) & (b == -torch.inf), torch.zeros_like(a), log_p - log_q)
+    excess = torch.where(r.abs() < 1, q * torch.expm1(r.clamp(-1, 1)), p - q)  # p - q
+    if divergence == "js":
+        # ln(p / m) = -ln(beta + (1 - beta) e^-r). Where p > q its argument is at most 1, and ln(q / m) is r below it.
+        ahead = r > 0
+        own = torch.where(ahead, torch.full_like(r, beta), torch.full_like(r, 1 - beta))
+        greater = -torch.log1p((1 - own) * torch.expm1(-r.abs()))
+        lesser = torch.where(r.abs() < 1, -torch.log1p(own * torch.expm1(r.abs().clamp(max=1))), greater - r.abs())
+        logs = torch.where(ahead, greater, lesser), torch.where(ahead, lesser, greater)
+        m = beta * p + (1 - beta) * q
+        terms = beta * _kl_terms(p, m, logs[0]) + (1 - beta) * _kl_terms(q, m, logs[1])
+        teacher_share, student_share = beta * _times(p, logs[0]), (1 - beta) * _times(q, logs[1])
+    elif divergence == "total_variation":
+        terms = excess.abs() / 2
+        teacher_share, student_share = p * r.sign() / 2, -q * r.sign() / 2
+    else:
+        terms = teacher_share = student_share = torch.zeros_like(p)
+        if divergence != "reverse_kl":
+            terms = terms + _kl_terms(p, q, r)
+            teacher_share, student_share = teacher_share + _times(p, r), student_share - excess
+        if divergence != "forward_kl":
+            terms = terms + _kl_terms(q, p, -r)
+            teacher_share, student_share = teacher_share + excess, student_share - _times(q, r)
+    value = terms.sum(-1).clamp(min=0)
+    lacks = {"forward_kl": (b,), "reverse_kl": (a,), "symmetric_kl": (a, b)}.get(divergence, ())
+    for z in lacks:
+        alone = ((z == -torch.inf) & (r != 0)).any(-1)
+        value = torch.where(alone, torch.full_like(value, torch.inf), value)
+    value = torch.where(meaningful, value, torch.full_like(value, torch.nan))
+    finite = value.isfinite().unsqueeze(-1)
+    grads = (
+        (share - x * share.sum(-1, keepdim=True)) / temperature for share, x in ((student_share, q), (teacher_share, p))
+    )
+    grad_student, grad_teacher = (torch.where(finite, g, torch.full_like(g, torch.nan)) for g in grads)
+    return value, grad_student, grad_teacher
+
+
+def _times(x: Tensor, log: Tensor) -> Tensor:
+    """x times a logarithm, which may be infinite where x is 0."""
+    return torch.where(x == 0, torch.zeros_like(x), x * log)
+
+
+def _kl_terms(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+    """x s - x + y with s = log(x / y): what the classes add to KL(X || Y), each >= 0."""
+    # x (e^-s - 1 + s), as a series where its terms cancel. Of s^2 / 2 the first that is left out is s^8 / 1.8 million.
+    t = torch.where(s.abs() < 0.02, -s, torch.zeros_like(s))
+    series = t * t * (1 / 2 + t * (1 / 6 + t * (1 / 24 + t * (1 / 120 + t * (1 / 720 + t * (1 / 5040 + t / 40320))))))
+    near = s.abs() < 0.5
+    exact = x * (torch.expm1(torch.where(near, -s, torch.zeros_like(s))) + torch.where(near, s, torch.zeros_like(s)))
+    return torch.where(s.abs() < 0.02, x * series, torch.where(near, exact, (y - x) + _times(x, s)))
+
+
+@torch.no_grad()
+def distillation_rows(task: DistillationTask) -> None:
+    """`distillation_of_rows` and the student's cross-entropy, as the task says, some rows at a time."""
+    for block in _row_blocks(task.student):
+        rows: dict[str, Any] = {name: t[block] for name, t in task._asdict().items() if isinstance(t, Tensor)}
+        part = task._replace(**rows)
+        value, *grads = distillation_of_rows(part.student, part.teacher, part.divergence, part.beta, part.temperature)
+        weighs, weights = part.weights != 0, part.weights.unsqueeze(-1)
+        part.value_out.copy_(torch.where(weighs, value, torch.zeros_like(value)))
+        ce, labelled = _cross_entropy_of_rows(part.student, part.labels, part.ignore_index, part.ce_weights, 0.0)
+        if part.ce_out is not None:
+            part.ce_out.copy_(ce)
+        grads = [torch.where(weights != 0, weights * g, torch.zeros_like(g)) for g in grads]
+        grads[0] = grads[0] + labelled
+        caps = ((part.grad_student, part.student, part.student_cap), (part.grad_teacher, part.teacher, part.teacher_cap))
+        for grad, (out, logits, cap) in zip(grads, caps, strict=True):
+            if out is not None:
+                slope = 1 - (logits.double() / cap).square() if cap else 1
+                out.copy_(torch.where(grad == 0, grad, grad * slope))
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 # Where fresh memory has to be paged in (CPUs), a chunk that is written again and again is faster than one that holds all.
@@ -10,6 +12,11 @@ _LEAST_ROWS = 64
 # Products run at full speed on multiples of these. Preferred first.
 _MULTIPLES = (256, 128)
 _COLUMNS = 64  # elements that a row of logits is a multiple of, so that every row starts at a wide boundary
+
+
+def skips_rows(device: torch.device) -> bool:
+    """Whether rows without a weight are left out of a walk: where asking for them waits for nothing."""
+    return device.type == "cpu"
 
 
 def padded(vocab: int) -> int:
@@ -38,7 +45,25 @@ def chunk_rows(op: str, rows: int, vocab: int, width: int, dtype: torch.dtype, d
     Raises:
         ValueError: the budget holds fewer than 64 rows, and fewer than there are.
     """
-    per_row = row_bytes(vocab, width, dtype)
+    return fitting_rows(op, rows, row_bytes(vocab, width, dtype), vocab, device, budget)
+
+
+def distillation_row_bytes(vocab: int, streams: Sequence[tuple[int, torch.dtype, bool]]) -> int:
+    """`row_bytes` of streams that have a head each.
+
+    Args:
+        streams: of each its width, its operands' dtype, and whether it has gradients.
+    """
+    total = 0
+    for width, dtype, wanted in streams:
+        work = 8 if dtype == torch.float64 else 4
+        logits = work + (dtype.itemsize if wanted and dtype.itemsize < work else 0)
+        total += padded(vocab) * logits + width * (dtype.itemsize + (2 * work if wanted else 0) + work)
+    return total
+
+
+def fitting_rows(op: str, rows: int, per_row: int, vocab: int, device: torch.device, budget: int) -> int:
+    """`chunk_rows` of rows of which each costs so many bytes."""
     least = max(min(_LEAST_ROWS, rows), 1)
     fitting = int(budget) // per_row
     if fitting < least:

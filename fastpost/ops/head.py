@@ -7,9 +7,12 @@ and the loss, and gradients are summed over chunks before they are rounded.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
+
+from fastpost.distributed import is_sharded
 
 _SLICE_BYTES = 1 << 25  # of what is held beside the operands: the weight in float32 on CPUs, parts of dW on GPUs
 
@@ -17,6 +20,69 @@ _SLICE_BYTES = 1 << 25  # of what is held beside the operands: the weight in flo
 def _multiplies_16_bits(device: torch.device) -> bool:
     """Whether operands of 16 bits give float32 products here."""
     return device.type == "cuda"
+
+
+def operand_dtype(weight: Tensor, *hidden: Tensor) -> torch.dtype:
+    """What a head's operands are rounded to before they are multiplied.
+
+    That of autocast or of 16-bit weights where the hardware multiplies it with float32 results; CPUs multiply in float32.
+    """
+    if torch.float64 in (weight.dtype, *(t.dtype for t in hidden)):
+        return torch.float64
+    if not weight.is_cuda:
+        return torch.float32
+    if torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return weight.dtype
+
+
+def grad_dtype(*hidden: Tensor) -> torch.dtype:
+    """What the hidden states' gradients are kept in until the upstream gradient is known: float16 might lose them before a
+    loss scale arrives."""
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in hidden))
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def check_head(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, prefix: str = "",
+    sharded: str = "under tensor parallelism gather the head",
+) -> None:  # fmt: skip
+    """Refuses a stream of hidden states and a head that do not go together.
+
+    Args:
+        prefix: of the arguments' names. sharded: what to do with a DTensor of tensor parallelism.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    for name, t in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if t is None and name == "bias":
+            continue
+        check_tensor(op, prefix + name, t, sharded)
+        if t is not None and t.device != hidden.device:
+            raise ValueError(f"{op}: {prefix}hidden is on {hidden.device}, {prefix}{name} on {t.device}")
+    if hidden.ndim < 1 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{op}: {prefix}hidden (..., width) has shape {tuple(hidden.shape)}, {prefix}weight (vocab, width) "
+            f"{tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: {prefix}bias has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"{op}: {prefix}softcap must be finite and > 0, or None, not {softcap}")
+
+
+def check_tensor(op: str, name: str, t: Tensor | None, sharded: str) -> None:
+    """Refuses what is no plain tensor of floating point."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(t).__name__}, not a tensor")
+    if is_sharded(t):
+        raise TypeError(
+            f"{op}: {name} is a DTensor. Under FSDP call this where the head's weight is gathered (or pass "
+            f"{name}.full_tensor()); {sharded}"
+        )
+    if not t.dtype.is_floating_point or t.dtype.itemsize < 2:
+        raise TypeError(f"{op}: {name} has dtype {t.dtype}; float16, bfloat16, float32 and float64 are served")
 
 
 @functools.cache

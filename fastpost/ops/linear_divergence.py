@@ -1,222 +1,63 @@
-"""The output head and the loss in one: symmetric KL and R3F's loss from hidden states, the full logits never held."""
+"""The output head and the loss in one: divergences, R3F's and R-Drop's losses from hidden states; no full logits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpost.distributed import is_sharded
 from fastpost.errors import unknown
-from fastpost.ops import linear_rows
-from fastpost.ops.autograd import Function, by_operation, one_by_one, transformed, unmapped_batch
 from fastpost.ops.chunks import chunk_rows
 from fastpost.ops.divergence import check_bounded, check_finite
-from fastpost.ops.linear_rows import Settings
+from fastpost.ops.fused_loss import fused_loss
+from fastpost.ops.head import check_head, check_tensor, operand_dtype
+from fastpost.ops.linear_rows import ROW_KERNELS, Settings
 from fastpost.ops.reductions import (
     R3FLoss,
     kl_weights,
     out_dtype,
     r3f_weights,
 )
-from fastpost.ops.rows import scale_
 
 GRADS = ("both", "noised", "clean")
 
 
-# -- autograd -------------------------------------------------------------------------------------------------------------
-
-
-class _LinearDivergence(Function):
-    """The weighted sum of the rows' values (per_row: each row's), the sums of both kinds and the rows' values for show, and
-    gradients made in the forward pass.
-
-    What is asked per row gets its gradients in the backward pass, from logits made again: only then are their weights known.
-    """
-
-    @staticmethod
-    def forward(
-        hidden: Tensor,
-        noised: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor | None,
-        weights: Tensor,
-        how: Settings,
-        want: list[bool],
-        per_row: bool,
-    ) -> tuple[Tensor, ...]:
-        now = [False] * len(want) if per_row else want
-        values, *grads = linear_rows.linear_divergence(hidden, noised, weight, bias, labels, weights, *how, now)
-        weighted = values * weights
-        sums = weighted.sum(-1)
-        return weighted.sum(0) if per_row else sums.sum(), sums, values, *grads
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.how, want, per_row = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # or backward would be given zeros of the size of the gradients
-        ctx.grads = output[3:] if any(want) and not per_row else None
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * 9
-        wanted = list(ctx.needs_input_grad[:4])
-        tensors = ctx.saved_tensors
-        dtypes = [None if t is None else t.dtype for t in tensors[:4]]
-        grads, ctx.grads = ctx.grads, None
-        if by_operation() or unmapped_batch(upstream):  # which calls operations that it does not know one by one
-            grads = _of_each(_LinearGradients.apply(ctx.how, wanted, upstream, *tensors), wanted)
-            given = [None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
-        elif grads is None:
-            grads = _of_each(_LinearGradients.forward(ctx.how, wanted, upstream, *tensors), wanted)
-            given = [None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
-        else:  # of a sum
-            given = _scaled(grads, wanted, upstream, dtypes)
-        return *given, None, None, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return one_by_one(_LinearDivergence, info.batch_size, in_dims, args)
-
-
-class _LinearGradients(Function):
-    """The gradients of the hidden states that are wanted (stacked), of weight and bias, empty where not wanted; `tensors`
-    are those of _LinearDivergence."""
-
-    @staticmethod
-    def forward(how: Settings, want: list[bool], upstream: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        *rest, weights = tensors
-        assert weights is not None
-        _, *grads = linear_rows.linear_divergence(*rest, weights * upstream, *how, want)
-        return tuple(grads)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> NoReturn:
-        raise RuntimeError(
-            "linear_symmetric_kl and linear_r3f_loss (R3F's fused_linear=True) have no second derivative, since they never "
-            "hold the logits; for a gradient penalty use symmetric_kl or r3f_loss on torch.nn.functional.linear(hidden, "
-            "weight, bias)"
-        )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return one_by_one(_LinearGradients, info.batch_size, in_dims, args)
-
-
-def _of_each(grads: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Those of hidden, noised, weight and bias, None where not wanted; the first two come as one tensor."""
-    streams = iter(grads[0].unbind())
-    return [
-        *(next(streams) if w else None for w in wanted[:2]),
-        *(g if w else None for g, w in zip(grads[1:], wanted[2:], strict=True)),
-    ]
-
-
-def _scaled(
-    grads: Sequence[Tensor], wanted: Sequence[bool], upstream: Tensor, dtypes: Sequence[torch.dtype | None]
-) -> list[Tensor | None]:
-    """The gradients times a number, as `_of_each` has them and in these dtypes: one pass over each; none where the number is
-    known to be 1 and the dtype is right."""
-    hidden, *others = grads
-    if all(dtype == hidden.dtype for dtype, w in zip(dtypes[:2], wanted[:2], strict=True) if w):
-        scale_([hidden.view(-1, hidden.shape[-1])], upstream.reshape(1))
-        done = {0, 1}
-    else:
-        done = set()
-    for k, grad in enumerate(others, 2):
-        if grad.dtype == dtypes[k]:
-            scale_([grad.view(1, -1) if grad.ndim == 1 else grad], upstream.reshape(1))
-            done.add(k)
-    given = _of_each(grads, wanted)
-    for k, part in enumerate(given):
-        if part is not None and k not in done:
-            given[k] = torch.mul(part, upstream, out=torch.empty(part.shape, dtype=dtypes[k], device=part.device))
-    return given
-
-
-# -- public ---------------------------------------------------------------------------------------------------------------
-
-
 def _check(
     op: str, hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float,
-    grad: str,
+    grad: str, second: str = "noised_hidden",
 ) -> None:  # fmt: skip
-    for name, t in (("hidden", hidden), ("noised_hidden", noised), ("weight", weight), ("bias", bias)):
-        if t is None and name == "bias":
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(t).__name__}, not a tensor")
-        if is_sharded(t):
-            raise TypeError(
-                f"{op}: {name} is a DTensor. Under FSDP call this where the head's weight is gathered (or pass "
-                f"{name}.full_tensor()); under tensor parallelism pass {name}.to_local() and vocab_group="
-            )
-        if not t.dtype.is_floating_point or t.dtype.itemsize < 2:
-            raise TypeError(f"{op}: {name} has dtype {t.dtype}; float16, bfloat16, float32 and float64 are served")
-        if t.device != hidden.device:
-            raise ValueError(f"{op}: hidden is on {hidden.device}, {name} on {t.device}")
+    """Refuses what does not fit; `second` is what the caller names the other stream."""
+    sharded = "under tensor parallelism pass its local part, .to_local(), and vocab_group="
+    check_head(op, hidden, weight, bias, softcap, sharded=sharded)
+    check_tensor(op, second, noised, sharded)
+    if noised.device != hidden.device:
+        raise ValueError(f"{op}: hidden is on {hidden.device}, {second} on {noised.device}")
     if hidden.shape != noised.shape:
-        raise ValueError(
-            f"{op}: hidden has shape {tuple(hidden.shape)}, noised_hidden {tuple(noised.shape)}; they must agree"
-        )
-    if hidden.ndim < 1 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"{op}: hidden (..., width) has shape {tuple(hidden.shape)}, weight (vocab, width) {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"{op}: softcap must be finite and > 0, or None, not {softcap}")
+        raise ValueError(f"{op}: hidden has shape {tuple(hidden.shape)}, {second} {tuple(noised.shape)}; they must agree")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"{op}: temperature must be finite and > 0, not {temperature}")
     if grad not in GRADS:
         raise unknown("grad", grad, GRADS)
 
 
-def _operand_dtype(hidden: Tensor, noised: Tensor, weight: Tensor) -> torch.dtype:
-    """What the products' operands are rounded to.
-
-    That of autocast or of 16-bit weights where the hardware multiplies it with float32 results; CPUs multiply in float32.
-    """
-    if torch.float64 in (hidden.dtype, noised.dtype, weight.dtype):
-        return torch.float64
-    if not hidden.is_cuda:
-        return torch.float32
-    if torch.is_autocast_enabled("cuda"):
-        return torch.get_autocast_dtype("cuda")
-    return weight.dtype
-
-
 def _run(
     op: str, hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None,
     weights: list[Tensor], ignore_index: int, smoothing: float, softcap: float | None, temperature: float, grad: str,
-    memory_budget: int, group: dist.ProcessGroup | None, per_row: bool,
+    memory_budget: int, group: dist.ProcessGroup | None, per_row: bool, divergence: str = "symmetric_kl",
+    both_classify: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The weighted sum with its graph (per_row: every row's value), the sums of both kinds, the rows' values; float64."""
-    dtype = _operand_dtype(hidden, noised, weight)
+    dtype = operand_dtype(weight, hidden, noised)
     flat = [t.reshape(-1, t.shape[-1]) for t in (hidden, noised)]
     vocab, width = weight.shape
     chunk = chunk_rows(op, len(flat[0]), vocab, width, dtype, hidden.device, memory_budget)
     how = Settings(
-        ignore_index, smoothing, softcap or 0.0, temperature, chunk, grad, dtype, "" if group is None else group.group_name
-    )
-    tensors = (*flat, weight, bias)
-    # Under torch.func, which backward passes there will be is not known here.
-    ahead = torch.is_grad_enabled() and not transformed()
-    want = [t is not None and ahead and t.requires_grad for t in tensors]
-    value, sums, values, *_ = _LinearDivergence.apply(*tensors, labels, torch.stack(weights), how, want, per_row)
+        ignore_index, smoothing, softcap or 0.0, temperature, chunk, grad, dtype, "" if group is None else group.group_name,
+        divergence, both_classify,
+    )  # fmt: skip
+    value, sums, values = fused_loss("divergence", how, (*flat, weight, bias), labels, weights, per_row)
     check_finite(op, values[0])
     return value, sums, values
 
@@ -260,17 +101,61 @@ def linear_symmetric_kl(
             budget too small for 64 rows.
         TypeError: dtypes that are not served; a DTensor.
     """
-    op = "linear_symmetric_kl"
-    _check(op, hidden, noised_hidden, weight, bias, softcap, temperature, grad)
+    return _divergence(
+        "linear_symmetric_kl", "symmetric_kl", hidden, noised_hidden, weight, bias, mask, reduction, softcap, temperature,
+        grad, memory_budget, vocab_group,
+    )  # fmt: skip
+
+
+def linear_js_divergence(
+    hidden: Tensor,
+    noised_hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "batchmean",
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    grad: str = "both",
+    memory_budget: int = 1 << 30,
+) -> Tensor:
+    """`js_divergence` of two streams of hidden states under one output head, whose logits are never held all at once.
+
+    At most ln 2 in each row, never negative, exactly 0 for identical streams. On GPUs its rows are walked by torch
+    operations in float64, some rows at a time, which is slower than the symmetric KL's kernel.
+
+    Args:
+        hidden, noised_hidden, weight, bias, mask, reduction, softcap, temperature, grad, memory_budget: as in
+            `linear_symmetric_kl`. A vocabulary that is cut across ranks is not served.
+
+    Returns:
+        float32 (float64 where an argument is): a scalar, or (...) under "none".
+
+    Raises:
+        ValueError, TypeError: as `linear_symmetric_kl`.
+    """
+    return _divergence(
+        "linear_js_divergence", "js", hidden, noised_hidden, weight, bias, mask, reduction, softcap, temperature, grad,
+        memory_budget, None,
+    )  # fmt: skip
+
+
+def _divergence(
+    op: str, divergence: str, hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
+    reduction: str, softcap: float | None, temperature: float, grad: str, memory_budget: int,
+    group: dist.ProcessGroup | None,
+) -> Tensor:  # fmt: skip
+    _check(op, hidden, noised, weight, bias, softcap, temperature, grad)
     rows = hidden.shape[:-1]
     weights = kl_weights(op, rows, hidden.device, mask, reduction)
     if weights is None:
         weights = torch.ones(math.prod(rows), dtype=torch.float64, device=hidden.device)
     value, _, _ = _run(
-        op, hidden, noised_hidden, weight, bias, None, [weights], -100, 0.0, softcap, temperature, grad, memory_budget,
-        vocab_group, reduction == "none",
+        op, hidden, noised, weight, bias, None, [weights], -100, 0.0, softcap, temperature, grad, memory_budget, group,
+        reduction == "none", divergence,
     )  # fmt: skip
-    dtype = out_dtype(_operand_dtype(hidden, noised_hidden, weight))
+    dtype = out_dtype(operand_dtype(weight, hidden, noised))
     return (value.reshape(rows) if reduction == "none" else value).to(dtype)
 
 
@@ -289,6 +174,7 @@ def linear_r3f_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     grad: str = "both",
+    divergence: str = "symmetric_kl",
     memory_budget: int = 1 << 30,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> R3FLoss:
@@ -305,16 +191,21 @@ def linear_r3f_loss(
             labels[t]: a causal model's labels have to be shifted before.
         r3f_lambda, reduction, ignore_index, num_items, label_smoothing: as in `r3f_loss`.
         grad: which branch the divergence sends gradients into, as in `R3F`; the task loss always reaches the clean one.
+        divergence: "symmetric_kl", or "js", the Jensen-Shannon divergence, as in `R3F`; not with a vocab_group.
 
     Returns:
-        R3FLoss(loss, task_loss, symm_kl), scalars; task_loss and symm_kl are detached. Where no label counts, the loss is 0
-        with zero gradients.
+        R3FLoss(loss, task_loss, symm_kl), scalars; task_loss and symm_kl (the divergence) are detached. Where no label
+        counts, the loss is 0 with zero gradients.
 
     Raises:
         ValueError, TypeError: as `linear_symmetric_kl` and `r3f_loss`.
     """
     op = "linear_r3f_loss"
     _check(op, hidden, noised_hidden, weight, bias, softcap, temperature, grad)
+    if divergence not in ROW_KERNELS:
+        raise unknown("divergence", divergence, tuple(ROW_KERNELS))
+    if vocab_group is not None and divergence != "symmetric_kl":
+        raise ValueError(f"{op}: divergence {divergence!r} is not served under vocab_group; gather the head's weight")
     if vocab_group is not None and reduction == "fairseq" and label_smoothing:
         raise ValueError(f"{op}: reduction 'fairseq' with label smoothing is not served under vocab_group")
     weights = r3f_weights(
@@ -333,11 +224,82 @@ def linear_r3f_loss(
         noised_hidden, grad = hidden.detach(), "none"
     value, sums, values = _run(
         op, hidden, noised_hidden, weight, bias, weights.labels, [weights.kl, weights.ce], ignore_index, weights.smoothing,
-        softcap, temperature, grad, memory_budget, vocab_group, False,
+        softcap, temperature, grad, memory_budget, vocab_group, False, divergence,
     )  # fmt: skip
     check_bounded(op, values[0])
-    dtype = out_dtype(_operand_dtype(hidden, noised_hidden, weight))
-    if r3f_lambda not in (0, 1):  # which the divergence's weights hold
-        sums = torch.stack((sums[0] / r3f_lambda, sums[1]))
+    return _loss(value, sums, r3f_lambda, out_dtype(operand_dtype(weight, hidden, noised_hidden)))
+
+
+def _loss(value: Tensor, sums: Tensor, factor: float, dtype: torch.dtype) -> R3FLoss:
+    """The loss and its parts from the sums of both kinds, of which the divergence's holds its factor."""
+    if factor not in (0, 1):
+        sums = torch.stack((sums[0] / factor, sums[1]))
     symm_kl, task_loss = sums.detach().to(dtype).unbind()
     return R3FLoss(value.to(dtype), task_loss, symm_kl)
+
+
+def linear_r_drop_loss(
+    hidden: Tensor,
+    second_hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    alpha: float = 1.0,
+    reduction: str = "token",
+    ignore_index: int = -100,
+    num_items: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    memory_budget: int = 1 << 30,
+) -> R3FLoss:
+    """R-Drop's loss of two passes' hidden states under one output head, whose logits are never held all at once.
+
+    (CE1 + CE2) / 2 + alpha * (KL(p1 || p2) + KL(p2 || p1)) / 2, as `fastpost.r3f.relatives.RDrop` (2106.14448, section 2,
+    with the averages of its released code). Both cross-entropies and the KL come out of one walk over the rows, at the cost
+    of `linear_r3f_loss`.
+
+    Args:
+        hidden, second_hidden: (..., width), of two passes with dropout masks of their own.
+        weight, bias, softcap, temperature, memory_budget: as in `linear_symmetric_kl`. A vocabulary that is cut across ranks
+            is not served.
+        labels: as in `linear_r3f_loss`.
+        alpha: weight of the KL, >= 0. At 0 the cross-entropies of both passes remain.
+        reduction, ignore_index, num_items, label_smoothing: as in `r3f_loss`.
+
+    Returns:
+        R3FLoss(loss, task_loss, symm_kl), scalars: loss = task_loss + alpha * symm_kl, symm_kl half the symmetric KL;
+        task_loss and symm_kl are detached. Where no label counts, the loss is 0 with zero gradients.
+
+    Raises:
+        ValueError, TypeError: as `linear_r3f_loss`.
+    """
+    op = "linear_r_drop_loss"
+    _check(op, hidden, second_hidden, weight, bias, softcap, temperature, "both", "second_hidden")
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"{op}: alpha must be finite and >= 0, not {alpha}")
+    weights = r3f_weights(
+        op,
+        hidden.shape[:-1],
+        weight.shape[0],
+        hidden.device,
+        labels,
+        r3f_lambda=alpha,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        num_items=num_items,
+        label_smoothing=label_smoothing,
+    )
+    kl, ce, targets, grad = weights.kl / 2, weights.ce / 2, weights.labels, "both"
+    if alpha == 0:  # two streams that have nothing to do with each other are one, twice as long
+        flat = (t.reshape(-1, t.shape[-1]) for t in (hidden, second_hidden))
+        kl, ce, targets, grad = kl.repeat(2), ce.repeat(2), targets.repeat(2), "none"
+        hidden = torch.cat(tuple(flat))
+        second_hidden = hidden.detach()
+    value, sums, values = _run(
+        op, hidden, second_hidden, weight, bias, targets, [kl, ce], ignore_index, weights.smoothing, softcap, temperature,
+        grad, memory_budget, None, False, "symmetric_kl", grad == "both",
+    )  # fmt: skip
+    check_bounded(op, values[0])
+    return _loss(value, sums, alpha, out_dtype(operand_dtype(weight, hidden, second_hidden)))

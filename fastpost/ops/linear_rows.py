@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpost.dispatch import select
-from fastpost.ops.chunks import even_chunk, padded
-from fastpost.ops.head import Head, power_of_two
+from fastpost.ops.chunks import even_chunk, padded, skips_rows
+from fastpost.ops.head import Head, grad_dtype, power_of_two
 from fastpost.ops.reductions import out_dtype, smoothing_gap
 from fastpost.ops.registry import define
 from fastpost.ops.vocab_parallel import group_named, sharded_operand_rows
@@ -32,7 +32,8 @@ class Settings(NamedTuple):
     """A call but for its tensors, as the operation takes it.
 
     softcap 0: none. chunk: the most rows of a chunk. grad "none": the divergence has no weight, and only the clean stream is
-    looked at. group "": the vocabulary is whole.
+    looked at. group "": the vocabulary is whole. divergence: a key of ROW_KERNELS. both_classify: the noised stream has a
+    cross-entropy as well, where its row has a divergence.
     """
 
     ignore_index: int
@@ -43,6 +44,12 @@ class Settings(NamedTuple):
     grad: str
     dtype: torch.dtype
     group: str
+    divergence: str = "symmetric_kl"
+    both_classify: bool = False
+
+
+# Which row kernel makes operands of a divergence's gradients.
+ROW_KERNELS = {"symmetric_kl": "operand_rows", "js": "js_operand_rows"}
 
 
 def _linear_divergence(
@@ -60,23 +67,13 @@ def _linear_divergence(
     grad: str,
     dtype: torch.dtype,
     group: str,
+    divergence: str,
+    both_classify: bool,
     want: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    how = Settings(ignore_index, smoothing, softcap, temperature, chunk, grad, dtype, group)
+    how = Settings(ignore_index, smoothing, softcap, temperature, chunk, grad, dtype, group, divergence, both_classify)
     with torch.autocast(hidden.device.type, enabled=False):
         return _Run(hidden, noised, weight, bias, labels, weights, how, want).over_all_rows()
-
-
-def _grad_dtype(hidden: Tensor, noised: Tensor) -> torch.dtype:
-    """What the hidden states' gradients are kept in until the upstream gradient is known: float16 might lose them before a
-    loss scale arrives."""
-    dtype = torch.promote_types(hidden.dtype, noised.dtype)
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _skips_rows(device: torch.device) -> bool:
-    """Whether rows without a weight are left out of the walk: where asking for them waits for nothing."""
-    return device.type == "cpu"
 
 
 class _Chunk(NamedTuple):
@@ -122,7 +119,7 @@ class _Run:
         # Streams that came in 16 bits are multiplied as they are. Elsewhere rounding, of operands or of float32 logits, may
         # drown what they differ by, so it is the difference that is multiplied.
         self.as_they_are = self.both and how.dtype.itemsize == 2 and min(hidden.dtype.itemsize, noised.dtype.itemsize) == 2
-        self.skips = _skips_rows(hidden.device)
+        self.skips = skips_rows(hidden.device)
         # Rows that do not count may hold NaN, and 0 times NaN is not 0.
         self.live = None if self.skips else weights.any(0).unsqueeze(-1)
         self.zero = hidden.new_zeros(())
@@ -140,7 +137,7 @@ class _Run:
         self.values = room(tuple(self.weights.shape), torch.float64, all_rows)
         reached = [wanted and live for wanted, live in zip(self.want_hidden, self.want, strict=True)]
         self.grad_hidden = room(
-            (sum(self.want_hidden), n, width), _grad_dtype(self.hidden, self.noised),
+            (sum(self.want_hidden), n, width), grad_dtype(self.hidden, self.noised),
             all_rows and reached == list(self.want_hidden),
         )  # fmt: skip
         # Which of the blocks that are carried back are handed out, and to which of the hidden states.
@@ -293,7 +290,8 @@ class _Run:
         labels = None if self.labels is None else self.labels[rows]
         gap = None
         if how.smoothing and labels is not None and group is None:
-            gap = smoothing_gap(logits[0], labels, labels != how.ignore_index)
+            counts = labels != how.ignore_index
+            gap = sum(smoothing_gap(z, labels, counts) for z in (logits if how.both_classify else logits[:1]))
         values = self.values[:, rows] if isinstance(rows, slice) else torch.empty_like(weights)
         task = OperandTask(
             *logits,
@@ -308,9 +306,10 @@ class _Run:
             smoothing=how.smoothing,
             cap=how.softcap / how.temperature,
             teaches=how.grad != "noised",
+            noised_classifies=how.both_classify,
         )
         if group is None:
-            select("operand_rows", task.clean.device, task.clean.dtype)(task)
+            select(ROW_KERNELS[how.divergence], task.clean.device, task.clean.dtype)(task)
         else:
             sharded_operand_rows(task, group)
         if gap is not None:
@@ -352,11 +351,11 @@ class _Run:
 
 
 def _fake(hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    weights, dtype, want = rest[1], rest[-3], rest[-1]
+    weights, dtype, want = rest[1], rest[8], rest[-1]
     work = out_dtype(dtype)
     return (
         hidden.new_empty(weights.shape, dtype=torch.float64),
-        hidden.new_empty((sum(want[:2]), *hidden.shape), dtype=_grad_dtype(hidden, noised)),
+        hidden.new_empty((sum(want[:2]), *hidden.shape), dtype=grad_dtype(hidden, noised)),
         hidden.new_empty(weight.shape if want[2] else 0, dtype=work),
         hidden.new_empty(weight.shape[0] if want[3] else 0, dtype=work),
     )
@@ -365,7 +364,7 @@ def _fake(hidden: Tensor, noised: Tensor, weight: Tensor, bias: Tensor | None, *
 linear_divergence = define(
     "linear_divergence(Tensor hidden, Tensor noised, Tensor weight, Tensor? bias, Tensor? labels, Tensor weights, "
     "int ignore_index, float smoothing, float softcap, float temperature, int chunk, str grad, ScalarType dtype, str group, "
-    "bool[] want) -> (Tensor, Tensor, Tensor, Tensor)",
+    "str divergence, bool both_classify, bool[] want) -> (Tensor, Tensor, Tensor, Tensor)",
     _linear_divergence,
     _fake,
 )

@@ -186,10 +186,8 @@ class R3F(Windowed):
                 raise unknown(name, given, valid)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"R3F: label_smoothing must be in [0, 1), not {self.label_smoothing}")
-        if self.divergence == "js":
-            for name, given, served in (("grad", self.grad, "both"), ("fused_linear", self.fused_linear, False)):
-                if given != served:
-                    raise ValueError(f"R3F: divergence='js' goes with {name}={served!r}, not {given!r}")
+        if self.divergence == "js" and self.grad != "both":
+            raise ValueError(f"R3F: divergence='js' goes with grad='both', not {self.grad!r}")
         if self.dropout == "shared" and self.forward == "double_batch":
             raise ValueError("R3F: dropout='shared' needs forward='two_pass': a double batch draws all its masks in one go")
 
@@ -309,6 +307,7 @@ class R3F(Windowed):
             softcap=head.softcap,
             temperature=head.temperature,
             grad=self.grad,
+            divergence=self.divergence,
             memory_budget=self.memory_budget,
         )
 

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpost.ops.linear_divergence import linear_r_drop_loss
+from fastpost.r3f.conventions import check_rows
+from fastpost.r3f.head import Head, bypass_head, find_head, hidden_of
 from fastpost.r3f.model import OPTIONS, R3FOutput
 from fastpost.r3f.relatives.base import Call, Method
 
@@ -30,14 +33,28 @@ class RDrop(Method):
         forward: "two_pass", or "double_batch": one pass over the batch twice, as in the paper's code; tensors whose first
             dimension is the batch size are doubled. Same loss in distribution; the same bits without dropout only up to
             rounding.
+        fused_linear: for models with a vocabulary: hidden states and the output head's weight go into `linear_r_drop_loss`,
+            and logits are never held whole. The head must be a plain nn.Linear, tied or not; `out.logits` is None in
+            training.
+        memory_budget: bytes for a chunk of logits under `fused_linear`.
         options: `shift_labels`, `ignore_index`, ...: as in `Method`.
 
     Raises:
-        ValueError: an option out of range; in a double batch, a model that gives another number of rows.
+        ValueError: an option out of range; in a double batch, a model that gives another number of rows; under
+            `fused_linear`, a model whose head cannot be taken out.
     """
 
-    def __init__(self, alpha: float = 1.0, *, forward: str = "two_pass", **options: Any) -> None:
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        *,
+        forward: str = "two_pass",
+        fused_linear: bool = False,
+        memory_budget: int = 1 << 30,
+        **options: Any,
+    ) -> None:
         self.alpha, self.forward = alpha, forward
+        self.fused_linear, self.memory_budget = fused_linear, memory_budget
         super().__init__(**options)
 
     def _check(self) -> None:
@@ -45,18 +62,47 @@ class RDrop(Method):
         self._one_of("forward", FORWARDS)
 
     def _train(self, call: Call) -> R3FOutput:
-        first, second = self._double(call) if self.forward == "double_batch" else (self._clean(call), self._clean(call))
+        head = self._head(call) if self.fused_linear else None
+        if self.forward == "double_batch":
+            first, second = self._pass(self._twice(call), head).chunk(2)
+        else:
+            first, second = self._pass(call, head), self._pass(call, head)
+        if head is not None:
+            loss, task, kl = linear_r_drop_loss(
+                first, second, head.linear.weight, self._targets(call, first), bias=head.bias, alpha=self.alpha,
+                ignore_index=self.ignore_index, num_items=call.num_items, softcap=head.softcap, temperature=head.temperature,
+                memory_budget=self.memory_budget,
+            )  # fmt: skip
+            return R3FOutput(loss=loss, task_loss=task, symm_kl=kl, logits=None)
         # The first cross-entropy comes out of the KL's pass over both logits.
         loss, task, kl = self._with_kl(call, first, second, self.alpha)
         other = self._cross_entropy(call, second)
         return R3FOutput(loss=(loss + other) / 2, task_loss=(task + other.detach()) / 2, symm_kl=kl / 2, logits=first)
 
-    def _double(self, call: Call) -> tuple[Tensor, Tensor]:
+    def _head(self, call: Call) -> Head:
+        with self._named():
+            if getattr(call.model, "find_unused_parameters", False):
+                raise ValueError(
+                    "R3F: fused_linear uses the head's weight outside of the forward pass, which DistributedDataParallel "
+                    "refuses under find_unused_parameters=True; leave that off, or use fused_linear=False"
+                )
+            return find_head(call.root)
+
+    def _pass(self, call: Call, head: Head | None) -> Tensor:
+        """Logits of one forward pass, or the hidden states before a head that is taken out."""
+        if head is None:
+            return self._clean(call)
+        with self._named():
+            with bypass_head(call.root, head) as captured:
+                output = call.model(**call.inputs)
+            states = hidden_of(call.root, head, output, captured)
+            check_rows(call.labels, states, head.linear.weight.shape[0], self.ignore_index)
+        return states
+
+    def _twice(self, call: Call) -> Call:
         rows = call.labels.shape[0]
         inputs = {
             name: torch.cat((value, value)) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
             for name, value in call.inputs.items()
         }
-        twice = Call(call.model, call.root, inputs, torch.cat((call.labels, call.labels)), call.num_items)
-        first, second = self._clean(twice).chunk(2)
-        return first, second
+        return Call(call.model, call.root, inputs, torch.cat((call.labels, call.labels)), call.num_items)
