@@ -115,6 +115,21 @@ def test_private_names_of_a_method_stay_private(method: str) -> None:
             assert not touched(source, method, hidden), path
 
 
+def test_private_names_stay_in_their_module_of_sam() -> None:
+    """But for a subclass, which may use what it inherits."""
+    paths = list((ROOT / "fastpost/sam").glob("*.py"))
+    assert len(paths) <= 13
+    names = {path: private_names(path) for path in paths}
+    for path in paths:
+        others = set().union(*(names[other] for other in paths if other != path)) - names[path]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr in others:
+                assert isinstance(node.value, ast.Name), (path, ast.unparse(node))
+                assert node.value.id in ("self", "cls"), (path, ast.unparse(node))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastpost."):
+                assert not any(alias.name.startswith("_") for alias in node.names), (path, ast.unparse(node))
+
+
 def test_the_rule_about_private_names_sees_each_way_of_touching_one() -> None:
     source = """
 from fastpost.sam import SAMWindow, _hidden

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -60,9 +59,6 @@ def check_sharding(params: Iterable[Tensor], sync_ascent: bool | None) -> None:
         )
 
 
-_dtype, _device, _shape = attrgetter("dtype"), attrgetter("device"), attrgetter("shape")
-
-
 class WeightsChanged(RuntimeError):
     """Between the two passes weights have become something that w does not fit into exactly. Nothing was written."""
 
@@ -88,11 +84,8 @@ class Layout:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.dtype, self.device = tensors[0].dtype, tensors[0].device
-        self._dtypes = [self.dtype] * len(tensors)
-        self._devices = [self.device] * len(tensors)
-        self._shapes: list[torch.Size] = list(map(_shape, tensors))
-        self._strides = list(map(Tensor.stride, tensors))
-        self._signs = list(map(Tensor.is_neg, tensors))
+        self._shapes, self._strides = [t.shape for t in tensors], [t.stride() for t in tensors]
+        self._signs = [t.is_neg() for t in tensors]
 
     def shape(self, row: int) -> torch.Size:
         """Of the tensor of this row."""
@@ -100,26 +93,15 @@ class Layout:
 
     def shared_by(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors are laid out the same in every respect."""
-        try:
-            return (
-                self._but_for_strides(tensors)
-                and list(map(Tensor.stride, tensors)) == self._strides
-                and list(map(Tensor.is_neg, tensors)) == self._signs
-            )
-        except RuntimeError:  # a sparse tensor has no strides
-            return False
+        return all(self.change(row, t) is None for row, t in enumerate(tensors))
 
     def fits(self, gradients: Sequence[Tensor], walkable: bool) -> bool:
         """Whether gradients agree with these tensors as operations need it: walkable ones in their strides too."""
         if walkable:
             return self.shared_by(gradients)
-        return self._but_for_strides(gradients) and all(g.layout == torch.strided for g in gradients)
-
-    def _but_for_strides(self, tensors: Sequence[Tensor]) -> bool:
-        return (
-            list(map(_dtype, tensors)) == self._dtypes
-            and list(map(_shape, tensors)) == self._shapes
-            and list(map(_device, tensors)) == self._devices
+        known, strided = (self.dtype, self.device), torch.strided
+        return [g.shape for g in gradients] == self._shapes and all(
+            (g.dtype, g.device) == known and g.layout == strided for g in gradients
         )
 
     def change(self, row: int, w: Tensor) -> Change | None:
@@ -207,10 +189,6 @@ def has_lost_memory(w: Tensor) -> bool:
     return w.numel() > 0 and (w.storage_offset() + last + 1) * w.element_size() > w.untyped_storage().nbytes()
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
-
-
 Gradient = Callable[[Tensor], Tensor | None]
 
 
@@ -242,7 +220,7 @@ class ParameterBucket:
         self.sharded = any(map(distributed.is_sharded, params))
         self.layout = Layout(bucket.weights)
         self.moved = False
-        self._addresses = _addresses(bucket.weights)
+        self._addresses = [w.data_ptr() for w in bucket.weights]
         ops.follow(bucket, held=not self.sharded)
         self.elements = sum(p.numel() for p in bucket.weights)
         self.elements_everywhere = sum(p.numel() for p in params)
@@ -283,7 +261,7 @@ class ParameterBucket:
         if not self.layout.shared_by(weights):
             self.moved = True
             return False
-        before, self._addresses = self._addresses, _addresses(weights)
+        before, self._addresses = self._addresses, [w.data_ptr() for w in weights]
         self.moved = self.moved or before != self._addresses
         return True
 
