@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -30,15 +31,12 @@ class ShardReducer:
 
     def total(self, parts: Iterable[tuple[Hashable, Tensor]]) -> Tensor:
         """The sum of at least one part, each given with its key and reduced over the ranks that hold its other parts."""
-        sums: dict[Any, Tensor] = {}
-        for key, part in parts:
-            sums[key] = sums[key] + part.to(sums[key].device) if key in sums else part
         if distributed.active():
+            sums: dict[Any, Tensor] = {}
+            for key, part in parts:
+                sums[key] = sums[key] + part.to(sums[key].device) if key in sums else part
             return self._ranks.sum(sums)
-        total, *others = sums.values()
-        for part in others:
-            total = total + part.to(total.device)
-        return total
+        return functools.reduce(ops.plus, (part for _, part in parts))
 
     def agree(self, flag: Tensor) -> Tensor:
         """1.0 where any rank's flag is, as a float32 scalar."""
@@ -110,7 +108,7 @@ class Layout:
             return Change(f"is of layout {w.layout} now", in_place=False)
         if w.shape != self._shapes[row]:
             return Change(f"has shape {tuple(w.shape)} now", in_place=False)
-        if w.device.type == "meta":
+        if w.is_meta:
             return Change("is a meta tensor now", in_place=False)
         if has_lost_memory(w):
             return Change("has lost its memory", in_place=False)
@@ -174,7 +172,7 @@ def put(p: Tensor, w: Tensor, values: Tensor, change: Change | None) -> None:
     if change is None or change.in_place:
         w.copy_(values)
         return
-    device = values.device if w.device.type == "meta" else w.device
+    device = values.device if w.is_meta else w.device
     dtype = w.dtype if w.dtype.is_floating_point else values.dtype
     p.data = distributed.like(p, values.to(device, dtype, copy=True))
 
@@ -200,6 +198,7 @@ class ParameterBucket:
         params: the parameters, as the optimizer knows them.
         group: index of the parameter group.
         key: parameters whose norms are reduced over the same ranks.
+        device_type: "cpu", "cuda", ...
         elements, elements_everywhere: how many elements lie on this rank, and on all that share the parameters.
         rows: where its tensors stand among all that have a gradient.
         walkable: whether weights and gradients can be walked by address, in step.
@@ -216,6 +215,7 @@ class ParameterBucket:
         self.group = group
         self.key = key
         self.rows = rows
+        self.device_type = bucket.device.type
         self.walkable = bucket.walkable
         self.sharded = any(map(distributed.is_sharded, params))
         self.layout = Layout(bucket.weights)
@@ -383,7 +383,7 @@ def _params(groups: list[dict[str, Any]], scope: set[int] | None) -> list[list[T
 def _check_served(weights: list[Tensor], grads: list[Tensor]) -> None:
     """Raises TypeError or ValueError where operations cannot read one of these tensors."""
     for i, w in enumerate(weights):
-        if w.device.type == "meta":
+        if w.is_meta:
             raise ValueError(
                 f"SAM: parameters[{i}] is a meta tensor, which has a shape and no values; give the model its weights first "
                 "(to_empty() and load_state_dict()), or leave it out with scope="

@@ -328,7 +328,6 @@ class SAM(Wrapper):
                 self.restore_()
             raise
 
-    @torch.no_grad()
     def end_ascent(self) -> None:
         """Ends the second pass: lets the variant rewrite its gradients, where the end of the backward pass has not, and
         restores w. Then a step may follow.
@@ -376,12 +375,13 @@ class SAM(Wrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients; between the two passes too, an ascent that overflowed stays known."""
-        for p in self.tensors():
-            if set_to_none:
-                p.grad = None
-            elif p.grad is not None:
-                p.grad.detach_() if p.grad.grad_fn is not None else p.grad.requires_grad_(False)
-                p.grad.zero_()
+        for params in self._lists():
+            for p in params:
+                if set_to_none:
+                    p.grad = None
+                elif p.grad is not None:
+                    p.grad.detach_() if p.grad.grad_fn is not None else p.grad.requires_grad_(False)
+                    p.grad.zero_()
         if self.is_perturbed:
             self._early.forget()
             self._guard.arm(self._step.squared_norm, self._lists)
@@ -434,7 +434,7 @@ class SAM(Wrapper):
         if self._last_sums is None:
             return None
         report = PerturbationReport(*self._last_sums)
-        if self._last_sums.sums.device.type == "cpu" and not self._warned:
+        if self._last_sums.sums.is_cpu and not self._warned:
             concern = report.concern()
             if concern is not None:
                 self._warned = True
@@ -532,7 +532,6 @@ class SAM(Wrapper):
         self._guard.disarm()
         self.cycle += 1
 
-    @torch.no_grad()
     def _put_back(self, convert: bool) -> None:
         try:
             self._perturbation.undo(convert)
@@ -607,11 +606,10 @@ class SAM(Wrapper):
         return lambda p: direction.get(p) if p in direction or p in seen else distributed.local_gradient(p)
 
     def _compute_dtype_of(self, b: ParameterBucket) -> torch.dtype:
-        device = b.bucket.device.type
         if self.compute_dtype is not None:
             return self.compute_dtype
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(b.device_type):
+            return torch.get_autocast_dtype(b.device_type)
         sharded = distributed.compute_dtype(b.params) if b.sharded else None
         return sharded or b.bucket.dtype
 
@@ -624,9 +622,11 @@ class SAM(Wrapper):
                     f"SAM: {type(variant).__name__} combines the gradients of both passes, of which unscale_() has rescaled "
                     "one; call opt.end_ascent() after the second pass, and unscale after it"
                 )
-            variant.descend(self._context, self._step.clean, self._gradients())
-        elif not self.ascends and variant.overrides("between"):
-            variant.between(self._context, self._gradients())
+            with torch.no_grad():
+                variant.descend(self._context, self._step.clean, self._gradients())
+        elif variant.overrides("between") and not self.ascends:
+            with torch.no_grad():
+                variant.between(self._context, self._gradients())
 
     # -- the variant, and gradients as they arrive --------------------------------------------------------------------
 

@@ -215,7 +215,7 @@ def check_fused_restore(bases: Sequence[Optimizer]) -> None:
             for p in group["params"]:
                 if is_sharded(p):
                     raise TypeError("SAM: fused_restore=True does not serve sharded parameters (DTensor); leave it off")
-                if p.device.type != "cpu" and not (group["fused"] or group["capturable"]):
+                if not p.is_cpu and not (group["fused"] or group["capturable"]):
                     raise ValueError(
                         f"SAM: fused_restore=True on {p.device.type} needs AdamW(fused=True) or capturable=True, which keep "
                         "the step count on the device"
@@ -226,7 +226,7 @@ def _refuses_options(group: dict[str, Any]) -> str | None:
     for option in ("amsgrad", "differentiable"):
         if group[option]:
             return f"AdamW({option}=True)"
-    if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
+    if isinstance(group["lr"], Tensor) and not group["lr"].is_cpu:
         return "lr from the device; give it as a number or a CPU tensor"
     return None
 
@@ -257,11 +257,7 @@ def _refuses_tensors(group: dict[str, Any], state: Mapping[Tensor, Any]) -> str 
             return f"{name} of another memory format than their weights"
     for p in known:
         step, there = state[p].get("step"), (torch.float32, p.device)
-        if (
-            not isinstance(step, Tensor)
-            or step.numel() != 1
-            or (p.device.type != "cpu" and (step.dtype, step.device) != there)
-        ):
+        if not isinstance(step, Tensor) or step.numel() != 1 or (not p.is_cpu and (step.dtype, step.device) != there):
             return "step counts that are not a float32 on the weights' device"
     return None
 
@@ -318,7 +314,7 @@ class FusedRestore:
         """
         stash = {id(w): s for b in perturbed for w, s in zip(b.params, b.bucket.stash, strict=True)}
         weights = {id(w): w for b in perturbed for w in b.params}
-        skips = found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf)
+        skips = found_inf is not None and found_inf.is_cpu and bool(found_inf)
         if not skips:
             for number, base in enumerate(bases):
                 if _hooks(base, _global_optimizer_pre_hooks, base._optimizer_step_pre_hooks):
@@ -331,7 +327,7 @@ class FusedRestore:
                 base._opt_called = True  # type: ignore[attr-defined]  # a scheduler asks whether its optimizer has stepped
         if stash:  # those without a second gradient
             ops.sam_restore_([weights[key] for key in stash], list(stash.values()))
-        return int(skips) if found_inf is None or found_inf.device.type == "cpu" else found_inf.sum()
+        return int(skips) if found_inf is None or found_inf.is_cpu else found_inf.sum()
 
     def _step_group(
         self,
@@ -361,7 +357,7 @@ class FusedRestore:
             )  # fmt: skip
             b.release_gradients()
         ops.mark_modified([*params, *first, *second])
-        if found_inf is not None and found_inf.device.type != "cpu":
+        if found_inf is not None and not found_inf.is_cpu:
             torch._foreach_sub_(steps, [found_inf.to(steps[0].device)] * len(steps))
 
     def _bucketed(self, where: tuple[int, int], *columns: list[Tensor]) -> list[plan.Bucket]:

@@ -120,7 +120,7 @@ def step_bases(bases: Sequence[Optimizer], scale: Tensor | None, found_inf: Tens
             base.step()
         return 0
     takes_it = all(getattr(base, "_step_supports_amp_scaling", False) for base in bases)
-    if found_inf.device.type != "cpu" and takes_it:
+    if not found_inf.is_cpu and takes_it:
         for base in cast("list[Any]", bases):
             base.grad_scale, base.found_inf = scale, found_inf
             try:
@@ -128,7 +128,7 @@ def step_bases(bases: Sequence[Optimizer], scale: Tensor | None, found_inf: Tens
             finally:
                 del base.grad_scale, base.found_inf
         return found_inf.sum()
-    if found_inf.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if found_inf.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "SAM: in a CUDA graph nobody can read whether a gradient overflowed; use a base optimizer that decides on the "
             "device, such as AdamW(fused=True, capturable=True)"
@@ -371,9 +371,10 @@ class Wrapper(Optimizer):
     def _count_step(self, ascended: bool) -> None:
         # A checkpoint of a fresh optimizer is made after one step at a learning rate of 0: that one does not count.
         groups = self._groups()
-        rates = [group["lr"] for group in groups if "lr" in group]
-        if not ascended and rates and all(map(_is_zero, rates)):
-            return
+        if not ascended:
+            rates = [group["lr"] for group in groups if "lr" in group]
+            if rates and all(map(_is_zero, rates)):
+                return
         for group in groups:
             group["sam_steps"] += 1
 
@@ -387,6 +388,6 @@ class Wrapper(Optimizer):
 def _is_zero(rate: float | Tensor | None) -> bool:
     if rate is None:  # Adafactor's, which finds its own
         return False
-    if isinstance(rate, Tensor) and rate.device.type != "cpu":
+    if isinstance(rate, Tensor) and not rate.is_cpu:
         return False  # asking would wait for the device
     return float(rate) == 0
