@@ -135,8 +135,7 @@ class OverflowGuard:
         else:
             gradients = ops.gradients_of(params)
         if gradients:
-            with torch.no_grad():
-                second = self._look_at(gradients)
+            second = self._look_at(gradients)
             finite = norm is None or bad is self._verdicts[0]
             bad = second if finite else torch.maximum(bad.to(second.device), second)
         for p in params if several else ():  # ranks that share any of them have to agree
@@ -149,6 +148,7 @@ class OverflowGuard:
             return self._verdicts[value is not None and not math.isfinite(value)]
         return (~torch.isfinite(value)).float()
 
+    @torch.no_grad()
     def _look_at(self, gradients: list[Tensor]) -> Tensor:
         """1.0 where an element of one of them is not finite, else 0.0: float32, on the first one's device."""
         plain = set(map(type, gradients)) == {Tensor}

@@ -622,11 +622,9 @@ class SAM(Wrapper):
                     f"SAM: {type(variant).__name__} combines the gradients of both passes, of which unscale_() has rescaled "
                     "one; call opt.end_ascent() after the second pass, and unscale after it"
                 )
-            with torch.no_grad():
-                variant.descend(self._context, self._step.clean, self._gradients())
+            _without_grad(variant.descend, self._context, self._step.clean, self._gradients())
         elif variant.overrides("between") and not self.ascends:
-            with torch.no_grad():
-                variant.between(self._context, self._gradients())
+            _without_grad(variant.between, self._context, self._gradients())
 
     # -- the variant, and gradients as they arrive --------------------------------------------------------------------
 
@@ -745,6 +743,11 @@ class SAM(Wrapper):
             self._skipped = skipped.double() + self._skipped
         else:
             self._skipped = self._skipped + skipped
+
+
+@torch.no_grad()  # where it ends is torch's code: an interrupt at the end of a `with` of ours would leave gradients off
+def _without_grad(hook: Callable[..., None], *args: Any) -> None:
+    hook(*args)
 
 
 def _leave_scaler(opt: SAM) -> None:
