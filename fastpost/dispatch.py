@@ -107,11 +107,13 @@ def select(op: str, device: torch.device, dtype: torch.dtype, *, walkable: bool 
     Raises:
         BackendUnavailable: a backend was forced that cannot serve the call.
     """
-    return _select(op, device.type, dtype, walkable, forced())
+    return _select(op, device, dtype, walkable, forced())
 
 
+# By device, not by its type: asking a device for its type takes longer than all the rest of a call.
 @functools.cache
-def _select(op: str, device: str, dtype: torch.dtype, walkable: bool, forced: str | None) -> Callable[..., Any]:
+def _select(op: str, where: torch.device, dtype: torch.dtype, walkable: bool, forced: str | None) -> Callable[..., Any]:
+    device = where.type
     refusals: list[str] = []
     missing: list[str] = []
     for name in (forced,) if forced else _DEFAULT_ORDER.get(device, ("triton", "reference")):
@@ -136,11 +138,12 @@ def _select(op: str, device: str, dtype: torch.dtype, walkable: bool, forced: st
 
 def shortcut(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
     """What the backend that comes first offers under `op`, beside the operations that all of them have; None: nothing."""
-    return _shortcut(op, device.type, dtype, forced())
+    return _shortcut(op, device, dtype, forced())
 
 
 @functools.cache
-def _shortcut(op: str, device: str, dtype: torch.dtype, forced: str | None) -> Callable[..., Any] | None:
+def _shortcut(op: str, where: torch.device, dtype: torch.dtype, forced: str | None) -> Callable[..., Any] | None:
+    device = where.type
     for name in (forced,) if forced else _DEFAULT_ORDER.get(device, ()):
         if backends()[name].available:
             function: Callable[..., Any] | None = getattr(_module(name), op, None)

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+import fastpost
+from fastpost.backends import native
+
+from .conftest import CPU_BACKENDS
 
 ROOT = Path(__file__).parent.parent
 BASE = {"errors", "plan", "row_tasks", "distributed", "rng", "modes"}
@@ -113,6 +122,47 @@ def test_private_names_of_a_method_stay_private(method: str) -> None:
     for folder in ("fastpost/integrations", "fastpost/cli", "fastpost/conformance", "bench", "examples"):
         for path, source in sources(folder, ".py").items():
             assert not touched(source, method, hidden), path
+
+
+def test_private_names_stay_in_their_module_of_sam() -> None:
+    """But for a subclass, which may use what it inherits."""
+    paths = list((ROOT / "fastpost/sam").glob("*.py"))
+    assert len(paths) <= 13
+    names = {path: private_names(path) for path in paths}
+    for path in paths:
+        others = set().union(*(names[other] for other in paths if other != path)) - names[path]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr in others:
+                assert isinstance(node.value, ast.Name), (path, ast.unparse(node))
+                assert node.value.id in ("self", "cls"), (path, ast.unparse(node))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastpost."):
+                assert not any(alias.name.startswith("_") for alias in node.names), (path, ast.unparse(node))
+
+
+def test_a_radius_passes_six_functions_from_sam_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that docs/architecture.md lists."""
+    if "cpu" not in CPU_BACKENDS:
+        pytest.skip("the CPU core is not built")
+    core = native.core().cpu
+    plain, walks = core.sam_perturb, []
+
+    def perturb(plan: Any, rho: float, *rest: Any) -> Any:
+        assert rho == 0.375
+        frames = [frame.frame for frame in inspect.stack()]
+        inside = [f.f_code.co_name for f in frames if Path(f.f_code.co_filename).is_relative_to(ROOT / "fastpost")]
+        walks.append(inside[::-1])
+        return plain(plan, rho, *rest)
+
+    monkeypatch.setattr(core, "sam_perturb", perturb)
+    w = torch.ones(3, requires_grad=True)
+    opt = fastpost.SAM([w], torch.optim.SGD, rho=0.375, lr=0.1)
+    w.grad = torch.ones(3)
+    opt.first_step()
+    walk = ["first_step", "_perturb", "apply", "write", "run", "sam_perturb_"]
+    assert walks == [walk]
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"`(?:\w+\.)*(\w+)`", text.split("passes these six functions", 1)[1].split(".\n", 1)[0])
+    assert listed == walk
 
 
 def test_the_rule_about_private_names_sees_each_way_of_touching_one() -> None:

@@ -1,4 +1,4 @@
-"""Random states that a second pass goes back to: NumPy's is read and written only where somebody has drawn."""
+"""Random states that a second pass goes back to: NumPy's and Python's are read and written only where somebody has drawn."""
 
 from __future__ import annotations
 
@@ -73,3 +73,61 @@ def test_nothing_is_read_twice_where_nobody_draws(monkeypatch: pytest.MonkeyPatc
     np.random.random()
     state.put()
     assert (len(reads), len(writes)) == (1, 1)
+
+
+@pytest.mark.parametrize("before", range(3))
+@pytest.mark.parametrize("normals", range(4))
+@pytest.mark.parametrize("uniforms", range(2))
+def test_pythons_normals_come_two_at_a_time_as_well(before: int, normals: int, uniforms: int) -> None:
+    def drawn() -> list[float]:
+        return [*(random.gauss(0, 1) for _ in range(normals)), *(random.random() for _ in range(uniforms))]
+
+    random.seed(3)
+    for _ in range(before):
+        random.gauss(0, 1)
+    for _ in range(3):
+        state, whole = RandomState(), random.getstate()
+        first = drawn()
+        after, end = RandomState(), random.getstate()
+        state.put()
+        assert random.getstate() == whole
+        assert drawn() == first
+        after.put()
+        assert random.getstate() == end
+
+
+def test_a_normal_that_is_put_back_beside_the_same_words_is_seen() -> None:
+    random.seed(3)
+    plain = RandomState()
+    version, words, _ = random.getstate()
+    random.setstate((version, words, 0.5))
+    waiting = RandomState()
+    plain.put()
+    assert random.getstate() == (version, words, None)
+    waiting.put()
+    assert random.getstate() == (version, words, 0.5)
+
+
+def test_pythons_state_is_not_read_twice_where_nobody_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    random.seed(3)
+    writes: list[int] = []
+    plain = random.setstate
+    monkeypatch.setattr(random, "setstate", lambda state: writes.append(1) or plain(state))
+    states = [RandomState() for _ in range(3)]
+    for state in states:
+        state.put()
+    assert not writes
+    assert len({id(state._twisters[1][1]) for state in states}) == 1
+    random.random()
+    states[0].put()
+    assert len(writes) == 1
+
+
+def test_a_seed_makes_words_that_were_read_before_the_generators_again() -> None:
+    random.seed(3)
+    state = RandomState()
+    first = random.random()
+    random.seed(4)
+    RandomState()
+    state.put()
+    assert random.random() == first

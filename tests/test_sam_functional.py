@@ -120,6 +120,27 @@ def test_tied_weights_share_one_direction() -> None:
     assert (got["0.weight"] - expected).abs().max() <= 1e-13
 
 
+@pytest.mark.parametrize("size", [1e-40, 1e-20, 1e20, 1e37])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_gradients_at_the_ends_of_float32_perturb_as_others_do(size: float, adaptive: bool) -> None:
+    """rho / |g| is then no float32 any more."""
+    layer = nn.Linear(5, 3)
+    x = torch.randn(4, 5)
+    opt = functional(layer, 0.5, adaptive=adaptive)
+    scaled = []
+    for p in layer.parameters():
+        p.grad = torch.rand(p.shape).sub(0.5).double().mul(size).float()
+        t = p.detach().double().abs() if adaptive else torch.ones(p.shape, dtype=torch.float64)
+        scaled.append((t, p.grad.double()))
+    norm = math.sqrt(sum((t * g).square().sum().item() for t, g in scaled))
+    w, b = (p.detach().double() + 0.5 * t**2 * (g / norm) for p, (t, g) in zip(layer.parameters(), scaled, strict=True))
+    expected = x.double() @ w.t() + b
+    opt.first_step()
+    assert (layer(x).double() - expected).abs().max() <= 2e-6
+    opt.restore_()
+    assert (layer(x).double() - expected).abs().max() > 1e-2
+
+
 def test_scope_and_groups_with_their_own_radius() -> None:
     model = network().double()
     weights, biases = ([n for n in dict(model.named_parameters()) if n.endswith(end)] for end in ("weight", "bias"))

@@ -357,3 +357,17 @@ def test_options_that_contradict_each_other() -> None:
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def test_a_copy_has_its_own_masters() -> None:
+    model = network().bfloat16()
+    masters = [p.detach().float() for p in model.parameters()]
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.3, lr=0.1, master_params=masters)
+    opt.step(closure_of(model, X.bfloat16()))
+    two, copied = copy.deepcopy((model, opt))
+    before = all_bits(model)
+    copied.step(closure_of(two, X.bfloat16()))
+    assert unchanged(model, before)
+    opt.step(closure_of(model, X.bfloat16()))
+    assert all(same_bits(p, q) for p, q in zip(model.parameters(), two.parameters(), strict=True))
+    assert not unchanged(model, before)

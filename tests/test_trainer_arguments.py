@@ -182,7 +182,7 @@ def test_methods_and_classes_that_do_not_go_together(tmp_path: Path) -> None:
 
 def test_importing_the_package_imports_no_framework() -> None:
     code = (
-        "import sys, fastpost, fastpost.integrations, fastpost.integrations.options, fastpost.sam.external\n"
+        "import sys, fastpost, fastpost.integrations, fastpost.integrations.options, fastpost.sam.optimizer\n"
         "assert not {'transformers', 'accelerate', 'trl', 'peft', 'lightning'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

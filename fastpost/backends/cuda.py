@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpost.backends import native
+from fastpost.backends.reference import sam_direction_ as sam_direction_  # torch's operations; no kernel of its own
 from fastpost.backends.serving import (
     DTYPES,
     address,

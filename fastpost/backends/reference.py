@@ -91,25 +91,56 @@ def _perturb(
 ) -> Tensor:  # fmt: skip
     """w = origin + e, where w holds the origin rounded to its dtype; the six sums."""
     sums = torch.zeros(6, dtype=torch.float64, device=bucket.device)
-    squared, seed = number_on(bucket.device, squared), seed_on(bucket.device, seed)
-    moves = torch.isfinite(squared) & (squared > 0)
-    scale = torch.where(moves, rho / squared.sqrt(), torch.zeros_like(squared)) if rho else torch.zeros_like(squared)
+    scale, seed = _scale(bucket, squared, rho), seed_on(bucket.device, seed)
     for w, g, origin, stream in zip(bucket.weights, bucket.grads, origins, bucket.streams, strict=True):
         work = _working(w.dtype)
-        e = g.double() * scale
-        if eta is not None:
-            e = e * (origin.double().abs() + eta).square()
-        e = torch.where(scale != 0, e, torch.zeros_like(e)).to(work)  # 0 * inf is not 0
+        e = _perturbation(g, origin, scale, eta).to(work)
         before = w.clone()
         exact = origin.to(work) + e
         rounded = exact.to(w.dtype) if seed is None else round_randomly(exact, random_halves(w, seed, stream), w.dtype)
         w.copy_(torch.where(scale != 0, rounded, w))
         stored = w.to(work) - before.to(work)
         seen = w.to(compute_dtype).to(work) - before.to(compute_dtype).to(work)
-        e, stored, seen = e.double(), stored.double(), seen.double()
-        parts = (e * e, stored * stored, e * stored, seen * seen, e * seen, (stored != 0).double())
-        sums += torch.stack([part.sum() for part in parts])
+        sums += _sums(e.double(), stored.double(), seen.double())
     return sums
+
+
+@torch.no_grad()
+def sam_direction_(
+    bucket: Bucket, out: list[Tensor], squared: Tensor, rho: float, eta: float | None, factor: float
+) -> Tensor:
+    """out = e / factor, rounded to its dtype, e as in `sam_perturb_`; no weight is written.
+
+    Returns the same six sums; what is stored and seen is factor * out.
+    """
+    sums = torch.zeros(6, dtype=torch.float64, device=bucket.device)
+    scale = _scale(bucket, squared, rho)
+    for w, g, u in zip(bucket.weights, bucket.grads, out, strict=True):
+        e = _perturbation(g, w, scale, eta)
+        u.copy_(e / factor)
+        stored = u.double() * factor
+        sums += _sums(e, stored, stored)
+    return sums
+
+
+def _scale(bucket: Bucket, squared: Tensor, rho: float) -> Tensor:
+    """rho / |g|, or 0 where nothing moves."""
+    squared = number_on(bucket.device, squared)
+    moves = torch.isfinite(squared) & (squared > 0)
+    return torch.where(moves, rho / squared.sqrt(), torch.zeros_like(squared)) if rho else torch.zeros_like(squared)
+
+
+def _perturbation(g: Tensor, origin: Tensor, scale: Tensor, eta: float | None) -> Tensor:
+    """e in float64."""
+    e = g.double() * scale
+    if eta is not None:
+        e = e * (origin.double().abs() + eta).square()
+    return torch.where(scale != 0, e, torch.zeros_like(e))  # 0 * inf is not 0
+
+
+def _sums(e: Tensor, stored: Tensor, seen: Tensor) -> Tensor:
+    parts = (e * e, stored * stored, e * stored, seen * seen, e * seen, (stored != 0).double())
+    return torch.stack([part.sum() for part in parts])
 
 
 def random_halves(like: Tensor, seed: Tensor, stream: int) -> Tensor:

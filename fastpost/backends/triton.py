@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpost.backends.reference import sam_direction_ as sam_direction_  # torch's operations; no kernel of its own
 from fastpost.backends.serving import contiguous, contiguous_floats, number_on, refusal, seed_on
 from fastpost.plan import Bucket
 from fastpost.row_tasks import DivergenceTask, OperandTask

@@ -23,7 +23,7 @@ from fastpost.cli.models import quietly
 from fastpost.integrations.mixin import innermost
 from fastpost.integrations.options import PostTrainingOptions, part_of
 from fastpost.integrations.transformers import PostTrainer
-from fastpost.sam.wrapper import STEPS_KEY
+from fastpost.sam.options import STEPS_KEY
 
 STATE, R4F_NAME = "trainer_state.json", "r4f.safetensors"
 # What a checkpoint cannot do without, by beginnings of names: of one process or several, of FSDP and of DeepSpeed.

@@ -12,8 +12,7 @@ import torch
 from fastpost.integrations import COMPUTE_DTYPES
 from fastpost.integrations.mixin import PostTrainingMixin, accelerated_sync, innermost
 from fastpost.sam import ExternalSAM, PassInfo, PerturbationReport, SAMWindow
-from fastpost.sam.options import Scope, scope_in
-from fastpost.sam.wrapper import fill_groups
+from fastpost.sam.options import Scope, fill_groups, scope_in
 
 STEPS_IN_BACKWARD = ("lomo", "adalomo")
 

@@ -302,9 +302,10 @@ def symmetric_kl(
     found = kl_losses(False, logits, noised_logits, mask, reduction, _symmetric_kl, inplace)
     if found is None:
         return _symmetric_kl(logits, noised_logits, mask, reduction, inplace)
-    for kl in found[1:]:
+    loss, *divergences = found
+    for kl in divergences:
         check_finite("symmetric_kl", kl)
-    return found[0]
+    return loss
 
 
 def _symmetric_kl(

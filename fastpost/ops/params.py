@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastpost.ops.lists import ListOperation, plus
+from fastpost.ops.lists import ListOperation
 from fastpost.ops.lists import Selection as Selection
 from fastpost.ops.lists import check_lists as check_lists
 from fastpost.ops.lists import check_memory as check_memory
@@ -22,6 +22,7 @@ from fastpost.ops.lists import follow as follow
 from fastpost.ops.lists import gradients_of as gradients_of
 from fastpost.ops.lists import make_buckets as make_buckets
 from fastpost.ops.lists import mark_modified as mark_modified
+from fastpost.ops.lists import plus as plus
 from fastpost.ops.lists import run as run
 from fastpost.plan import Bucket
 

@@ -42,8 +42,8 @@ def kl_losses(
     """
     if is_dynamo_compiling() or reduction not in _KL_REDUCTIONS or not isinstance(clean, Tensor):
         return None
-    scale = 1.0 / max(clean.shape[0], 1) if reduction == "batchmean" and clean.ndim > 1 else 1.0
-    task = LossTask(jensen_shannon, clean, noised, None, mask, kl_scale=scale, averaged=reduction == "mean")
+    scale = 1.0 / (clean.shape[0] or 1) if reduction == "batchmean" and clean.ndim > 1 else 1.0
+    task = LossTask(jensen_shannon, clean, noised, None, mask, -100, scale, 1.0, reduction == "mean")
     return _losses(task, inplace, lambda clean, noised, _, mask: whole(clean, noised, mask, reduction))
 
 

@@ -1,13 +1,20 @@
 """Sharpness-aware minimization."""
 
-from fastpost.sam.external import ExternalSAM
 from fastpost.sam.frameworks import find_sam
-from fastpost.sam.logits import FunctionalSAM, logits_sam
-from fastpost.sam.norm_stats import frozen_norm_stats
-from fastpost.sam.optimizer import SAM
-from fastpost.sam.options import norm_layers
+from fastpost.sam.optimizer import SAM, ExternalSAM
+from fastpost.sam.options import frozen_norm_stats, norm_layers
 from fastpost.sam.step import PerturbationReport, PerturbationSums, Phase, SAMStep
-from fastpost.sam.variants import GSAM, TRAM, FriendlySAM, LookSAM, MomentumSAM, StableSAM, Variant
+from fastpost.sam.variants import (
+    GSAM,
+    TRAM,
+    FriendlySAM,
+    FunctionalSAM,
+    LookSAM,
+    MomentumSAM,
+    StableSAM,
+    Variant,
+    logits_sam,
+)
 from fastpost.sam.window import PassInfo, SAMWindow
 
 __all__ = [

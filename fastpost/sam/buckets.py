@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -31,15 +31,12 @@ class ShardReducer:
 
     def total(self, parts: Iterable[tuple[Hashable, Tensor]]) -> Tensor:
         """The sum of at least one part, each given with its key and reduced over the ranks that hold its other parts."""
-        sums: dict[Any, Tensor] = {}
-        for key, part in parts:
-            sums[key] = sums[key] + part.to(sums[key].device) if key in sums else part
         if distributed.active():
+            sums: dict[Any, Tensor] = {}
+            for key, part in parts:
+                sums[key] = sums[key] + part.to(sums[key].device) if key in sums else part
             return self._ranks.sum(sums)
-        total, *others = sums.values()
-        for part in others:
-            total = total + part.to(total.device)
-        return total
+        return functools.reduce(ops.plus, (part for _, part in parts))
 
     def agree(self, flag: Tensor) -> Tensor:
         """1.0 where any rank's flag is, as a float32 scalar."""
@@ -58,9 +55,6 @@ def check_sharding(params: Iterable[Tensor], sync_ascent: bool | None) -> None:
             "SAM: sync_ascent=False lets each rank perturb by its own gradient, and of sharded parameters (FSDP2, tensor "
             "parallel) no rank has one; leave sync_ascent out, or use DDP"
         )
-
-
-_dtype, _device, _shape = attrgetter("dtype"), attrgetter("device"), attrgetter("shape")
 
 
 class WeightsChanged(RuntimeError):
@@ -88,11 +82,8 @@ class Layout:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.dtype, self.device = tensors[0].dtype, tensors[0].device
-        self._dtypes = [self.dtype] * len(tensors)
-        self._devices = [self.device] * len(tensors)
-        self._shapes: list[torch.Size] = list(map(_shape, tensors))
-        self._strides = list(map(Tensor.stride, tensors))
-        self._signs = list(map(Tensor.is_neg, tensors))
+        self._shapes, self._strides = [t.shape for t in tensors], [t.stride() for t in tensors]
+        self._signs = [t.is_neg() for t in tensors]
 
     def shape(self, row: int) -> torch.Size:
         """Of the tensor of this row."""
@@ -100,26 +91,15 @@ class Layout:
 
     def shared_by(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors are laid out the same in every respect."""
-        try:
-            return (
-                self._but_for_strides(tensors)
-                and list(map(Tensor.stride, tensors)) == self._strides
-                and list(map(Tensor.is_neg, tensors)) == self._signs
-            )
-        except RuntimeError:  # a sparse tensor has no strides
-            return False
+        return all(self.change(row, t) is None for row, t in enumerate(tensors))
 
     def fits(self, gradients: Sequence[Tensor], walkable: bool) -> bool:
         """Whether gradients agree with these tensors as operations need it: walkable ones in their strides too."""
         if walkable:
             return self.shared_by(gradients)
-        return self._but_for_strides(gradients) and all(g.layout == torch.strided for g in gradients)
-
-    def _but_for_strides(self, tensors: Sequence[Tensor]) -> bool:
-        return (
-            list(map(_dtype, tensors)) == self._dtypes
-            and list(map(_shape, tensors)) == self._shapes
-            and list(map(_device, tensors)) == self._devices
+        known, strided = (self.dtype, self.device), torch.strided
+        return [g.shape for g in gradients] == self._shapes and all(
+            (g.dtype, g.device) == known and g.layout == strided for g in gradients
         )
 
     def change(self, row: int, w: Tensor) -> Change | None:
@@ -128,7 +108,7 @@ class Layout:
             return Change(f"is of layout {w.layout} now", in_place=False)
         if w.shape != self._shapes[row]:
             return Change(f"has shape {tuple(w.shape)} now", in_place=False)
-        if w.device.type == "meta":
+        if w.is_meta:
             return Change("is a meta tensor now", in_place=False)
         if has_lost_memory(w):
             return Change("has lost its memory", in_place=False)
@@ -192,7 +172,7 @@ def put(p: Tensor, w: Tensor, values: Tensor, change: Change | None) -> None:
     if change is None or change.in_place:
         w.copy_(values)
         return
-    device = values.device if w.device.type == "meta" else w.device
+    device = values.device if w.is_meta else w.device
     dtype = w.dtype if w.dtype.is_floating_point else values.dtype
     p.data = distributed.like(p, values.to(device, dtype, copy=True))
 
@@ -207,10 +187,6 @@ def has_lost_memory(w: Tensor) -> bool:
     return w.numel() > 0 and (w.storage_offset() + last + 1) * w.element_size() > w.untyped_storage().nbytes()
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
-
-
 Gradient = Callable[[Tensor], Tensor | None]
 
 
@@ -222,6 +198,7 @@ class ParameterBucket:
         params: the parameters, as the optimizer knows them.
         group: index of the parameter group.
         key: parameters whose norms are reduced over the same ranks.
+        device_type: "cpu", "cuda", ...
         elements, elements_everywhere: how many elements lie on this rank, and on all that share the parameters.
         rows: where its tensors stand among all that have a gradient.
         walkable: whether weights and gradients can be walked by address, in step.
@@ -238,11 +215,12 @@ class ParameterBucket:
         self.group = group
         self.key = key
         self.rows = rows
+        self.device_type = bucket.device.type
         self.walkable = bucket.walkable
         self.sharded = any(map(distributed.is_sharded, params))
         self.layout = Layout(bucket.weights)
         self.moved = False
-        self._addresses = _addresses(bucket.weights)
+        self._addresses = [w.data_ptr() for w in bucket.weights]
         ops.follow(bucket, held=not self.sharded)
         self.elements = sum(p.numel() for p in bucket.weights)
         self.elements_everywhere = sum(p.numel() for p in params)
@@ -283,7 +261,7 @@ class ParameterBucket:
         if not self.layout.shared_by(weights):
             self.moved = True
             return False
-        before, self._addresses = self._addresses, _addresses(weights)
+        before, self._addresses = self._addresses, [w.data_ptr() for w in weights]
         self.moved = self.moved or before != self._addresses
         return True
 
@@ -405,7 +383,7 @@ def _params(groups: list[dict[str, Any]], scope: set[int] | None) -> list[list[T
 def _check_served(weights: list[Tensor], grads: list[Tensor]) -> None:
     """Raises TypeError or ValueError where operations cannot read one of these tensors."""
     for i, w in enumerate(weights):
-        if w.device.type == "meta":
+        if w.is_meta:
             raise ValueError(
                 f"SAM: parameters[{i}] is a meta tensor, which has a shape and no values; give the model its weights first "
                 "(to_empty() and load_state_dict()), or leave it out with scope="

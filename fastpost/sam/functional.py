@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastpost.ops import params as ops
 from fastpost.ops.perturbed import plus_small, product
 from fastpost.sam.buckets import ParameterBucket, ShardReducer
 from fastpost.sam.perturbation import Perturbation, PerturbParams
@@ -279,7 +280,7 @@ class FunctionalPerturbation(Perturbation):
                 u = self._room[id(p)] = torch.empty_like(w, dtype=dtype, requires_grad=False)
             room.append(u)
             self._directions[id(p)] = (u, factor)
-        return direction_(b, room, squared, setting, factor)
+        return ops.run("sam_direction_", b.bucket, room, squared, setting.rho, setting.eta, factor)
 
     def undo(self, convert: bool = False) -> None:
         """The layers compute at w again. No weight was written, so whatever has become of the weights is right."""
@@ -303,27 +304,6 @@ class FunctionalPerturbation(Perturbation):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._install()
-
-
-def direction_(b: ParameterBucket, out: list[Tensor], squared: Tensor, setting: PerturbParams, factor: float) -> Tensor:
-    """out = e / factor, rounded to out's dtype, or 0 where nothing moves; returns the six sums of `ops.sam_perturb_`.
-
-    "Stored" is factor * out, "seen" the same (out has the dtype that the forward computes in).
-    """
-    moves = torch.isfinite(squared) & (squared > 0)
-    scale = torch.where(moves, setting.rho / squared.sqrt(), torch.zeros_like(squared))
-    sums = torch.zeros(6, dtype=torch.float64, device=squared.device)
-    for w, g, u in zip(b.bucket.weights, b.bucket.grads, out, strict=True):
-        work = torch.float64 if w.dtype == torch.float64 else torch.float32
-        e = g.to(work)
-        if setting.eta is not None:
-            e = e * (w.to(work).abs() + setting.eta).square()
-        e = torch.where(moves, e * scale.to(work), torch.zeros_like(e))
-        u.copy_(e / factor)
-        e, stored = e.double(), u.double() * factor
-        square, dot = (stored * stored).sum(), (e * stored).sum()
-        sums += torch.stack([(e * e).sum(), square, dot, square, dot, (stored != 0).sum().double()])
-    return sums
 
 
 def _refuse_shards(params: Sequence[Tensor]) -> None:

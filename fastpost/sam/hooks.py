@@ -52,7 +52,7 @@ def _remove(handles: list[Any]) -> None:
 
 def is_on_cpu(norm: Tensor) -> bool:
     """Whether reading this value avoids a device synchronization."""
-    return norm.device.type == "cpu"
+    return norm.is_cpu
 
 
 class OverflowGuard:
@@ -118,7 +118,6 @@ class OverflowGuard:
 
         self._hooks.put(params, register)
 
-    @torch.no_grad()
     def check(self, norm: Tensor | None, found_inf: Tensor | None, params: list[Tensor]) -> Tensor:
         """1.0 where a gradient of either pass is not finite on any rank, else 0.0; float32, as GradScaler's found_inf.
 
@@ -137,7 +136,8 @@ class OverflowGuard:
             gradients = ops.gradients_of(params)
         if gradients:
             second = self._look_at(gradients)
-            bad = second if norm is None else torch.maximum(bad.to(second.device), second)
+            finite = norm is None or bad is self._verdicts[0]
+            bad = second if finite else torch.maximum(bad.to(second.device), second)
         for p in params if several else ():  # ranks that share any of them have to agree
             self._reducer.key(p)
         return self._reducer.agree(bad)
@@ -148,6 +148,7 @@ class OverflowGuard:
             return self._verdicts[value is not None and not math.isfinite(value)]
         return (~torch.isfinite(value)).float()
 
+    @torch.no_grad()
     def _look_at(self, gradients: list[Tensor]) -> Tensor:
         """1.0 where an element of one of them is not finite, else 0.0: float32, on the first one's device."""
         plain = set(map(type, gradients)) == {Tensor}
@@ -165,7 +166,7 @@ class OverflowGuard:
 def _is_served(gradient: Tensor) -> bool:
     with contextlib.suppress(TypeError, ValueError):
         ops.check_lists("SAM", {"gradients": [gradient]}, written=())
-        return type(gradient) is Tensor and gradient.device.type != "meta"
+        return type(gradient) is Tensor and not gradient.is_meta
     return False
 
 
@@ -181,7 +182,7 @@ def _plant(grad: Tensor, norm: Tensor) -> bool:
 
 def values_of(gradient: Tensor) -> Tensor | None:
     """The values that a gradient stores, as memory that can be read and written; None where it has none."""
-    if gradient.device.type == "meta":
+    if gradient.is_meta:
         return None
     if gradient.layout == torch.strided:
         return gradient

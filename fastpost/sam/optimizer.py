@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,15 +26,21 @@ from fastpost.sam.buckets import (
     total_squared_norm,
 )
 from fastpost.sam.frameworks import refuse_accumulating_closure
-from fastpost.sam.fused import FusedRestore, check_fused_restore
-from fastpost.sam.hooks import EarlyRewriting, OverflowGuard
-from fastpost.sam.masters import Masters
-from fastpost.sam.norm_stats import NormStats, check_norm_stats
-from fastpost.sam.options import Scope, ScopeCache, build_perturbation, check_options
-from fastpost.sam.perturbation import PerturbParams
+from fastpost.sam.hooks import EarlyRewriting, OverflowGuard, is_on_cpu
+from fastpost.sam.masters import MasterPerturbation
+from fastpost.sam.options import (
+    NormStats,
+    Scope,
+    ScopeCache,
+    build_perturbation,
+    check_group,
+    check_norm_stats,
+    check_options,
+)
+from fastpost.sam.perturbation import FusedRestore, PerturbParams, check_fused_restore
 from fastpost.sam.step import Gradients, PerturbationReport, PerturbationSums, Phase, SAMStep
 from fastpost.sam.variants import Variant, VariantContext
-from fastpost.sam.wrapper import Wrapper, build_bases, check_group, hooked, step_bases
+from fastpost.sam.wrapper import Wrapper, build_bases, hooked, step_bases
 
 Closure = Callable[[], Any]
 PLAIN_STEPS = 10  # in a row, without an ascent where one was due
@@ -129,8 +136,9 @@ class SAM(Wrapper):
         ops.check_radius("SAM", rho, eta)
         check_options(ascent_fraction, dropout_rng, interval, compute_dtype, sync_ascent)
         check_norm_stats("norm_stats", norm_stats)
-        self._masters = None if master_params is None else Masters(params, master_params)
-        self._bases = build_bases(params, base_optimizer, kwargs, self._masters)
+        self._reducer = ShardReducer()
+        masters = None if master_params is None else MasterPerturbation(self._reducer, params, master_params)
+        self._bases = build_bases(params, base_optimizer, kwargs, masters)
         self.ascent_fraction = ascent_fraction
         self.compute_dtype = compute_dtype
         self.dropout_rng = dropout_rng
@@ -139,13 +147,12 @@ class SAM(Wrapper):
         self.variant = Variant() if variant is None else variant
         if not isinstance(self.variant, Variant):
             raise TypeError(f"SAM: variant must be an instance of fastpost.sam.Variant, not {variant!r}")
-        if self._masters is not None and type(self.variant) is not Variant:
+        if masters is not None and type(self.variant) is not Variant:
             raise ValueError(f"SAM: master_params do not serve {type(self.variant).__name__}; use it without masters")
         self._group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "sam_steps": 0}
         self._adopt()
         self._scope = ScopeCache(scope)
-        self._reducer = ShardReducer()
-        self._perturbation = build_perturbation(perturb, model, rounding, rounding_seed, self._masters, self._reducer)
+        self._perturbation = build_perturbation(perturb, model, rounding, rounding_seed, masters, self._reducer)
         self._perturbation.check(self._in_scope())
         check_sharding(self.tensors(), sync_ascent)
         self._fused: FusedRestore | None = None
@@ -321,7 +328,6 @@ class SAM(Wrapper):
                 self.restore_()
             raise
 
-    @torch.no_grad()
     def end_ascent(self) -> None:
         """Ends the second pass: lets the variant rewrite its gradients, where the end of the backward pass has not, and
         restores w. Then a step may follow.
@@ -369,14 +375,13 @@ class SAM(Wrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients; between the two passes too, an ascent that overflowed stays known."""
-        if set_to_none:
-            for group in self._groups():
-                for p in group["params"]:
+        for params in self._lists():
+            for p in params:
+                if set_to_none:
                     p.grad = None
-        else:
-            super().zero_grad(set_to_none)
-        if self._masters is not None:
-            self._masters.zero_grad(set_to_none)
+                elif p.grad is not None:
+                    p.grad.detach_() if p.grad.grad_fn is not None else p.grad.requires_grad_(False)
+                    p.grad.zero_()
         if self.is_perturbed:
             self._early.forget()
             self._guard.arm(self._step.squared_norm, self._lists)
@@ -386,8 +391,7 @@ class SAM(Wrapper):
     @property
     def is_perturbed(self) -> bool:
         """Whether a first step waits for its second, or a step that was interrupted for `abandon()` or `restore_()`."""
-        behind = self._masters is not None and self._masters.behind
-        return self._step.phase is Phase.PERTURBED or self._perturbation.active or behind
+        return self._step.phase is Phase.PERTURBED or self._perturbation.active
 
     @contextlib.contextmanager
     def stepped_by_others(self) -> Iterator[None]:
@@ -430,7 +434,7 @@ class SAM(Wrapper):
         if self._last_sums is None:
             return None
         report = PerturbationReport(*self._last_sums)
-        if self._last_sums.sums.device.type == "cpu" and not self._warned:
+        if self._last_sums.sums.is_cpu and not self._warned:
             concern = report.concern()
             if concern is not None:
                 self._warned = True
@@ -453,11 +457,9 @@ class SAM(Wrapper):
         """Adds a group to the (last) base optimizer; rho, adaptive and eta default to the constructor's.
 
         Raises:
-            ValueError, TypeError: rho or eta is no finite number >= 0, adaptive no truth value; with `master_params`, or
-                where the parameters cannot be perturbed as this optimizer does it. The group is not added.
+            ValueError, TypeError: rho or eta is no finite number >= 0, adaptive no truth value; the parameters cannot be
+                perturbed as this optimizer does it, as where they have no masters. The group is not added.
         """
-        if self._masters is not None:
-            raise ValueError("SAM: add_param_group() knows no masters; build SAM anew with the masters of all parameters")
         super().add_param_group(param_group)
         try:
             self._perturbation.check(self._in_scope())
@@ -469,8 +471,7 @@ class SAM(Wrapper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of SAM or of the plain base optimizer; keys that are missing keep their values."""
         super().load_state_dict(state_dict)
-        if self._masters is not None:
-            self._masters.forget()
+        self._perturbation.state_loaded()
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("copying or pickling")
@@ -501,8 +502,7 @@ class SAM(Wrapper):
 
     def _model_groups(self) -> list[dict[str, Any]]:
         """The groups with the tensors that the model computes with, which masters are not."""
-        groups = self._groups()
-        return groups if self._masters is None else self._masters.groups_of_weights(groups)
+        return self._perturbation.groups(self._groups())
 
     def _in_scope(self) -> list[Tensor]:
         ids = self._scope.ids(self._model_groups())
@@ -532,12 +532,9 @@ class SAM(Wrapper):
         self._guard.disarm()
         self.cycle += 1
 
-    @torch.no_grad()
     def _put_back(self, convert: bool) -> None:
         try:
             self._perturbation.undo(convert)
-            if self._masters is not None and self._masters.behind:
-                self._masters.cast()
         finally:
             self._is_restored()
 
@@ -595,8 +592,6 @@ class SAM(Wrapper):
                 norm, squared = squared + 0 * radius, squared / radius.square()
             if variant.keeps_gradient:
                 step.clean = {p: g.clone() for p, g in self._gradients().items()}
-            if self._masters is not None:
-                self._masters.check()
             self._perturbation.number = self._groups()[0]["sam_steps"] * 2**20 + step.ascents
             step.ascents += 1
             sums = self._perturbation.apply(buckets, settings, squared)
@@ -611,11 +606,10 @@ class SAM(Wrapper):
         return lambda p: direction.get(p) if p in direction or p in seen else distributed.local_gradient(p)
 
     def _compute_dtype_of(self, b: ParameterBucket) -> torch.dtype:
-        device = b.bucket.device.type
         if self.compute_dtype is not None:
             return self.compute_dtype
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(b.device_type):
+            return torch.get_autocast_dtype(b.device_type)
         sharded = distributed.compute_dtype(b.params) if b.sharded else None
         return sharded or b.bucket.dtype
 
@@ -628,9 +622,9 @@ class SAM(Wrapper):
                     f"SAM: {type(variant).__name__} combines the gradients of both passes, of which unscale_() has rescaled "
                     "one; call opt.end_ascent() after the second pass, and unscale after it"
                 )
-            variant.descend(self._context, self._step.clean, self._gradients())
-        elif not self.ascends and variant.overrides("between"):
-            variant.between(self._context, self._gradients())
+            _without_grad(variant.descend, self._context, self._step.clean, self._gradients())
+        elif variant.overrides("between") and not self.ascends:
+            _without_grad(variant.between, self._context, self._gradients())
 
     # -- the variant, and gradients as they arrive --------------------------------------------------------------------
 
@@ -675,11 +669,7 @@ class SAM(Wrapper):
                 self.end_ascent()
             elif not self._step.combined and not self._early.done:
                 self._combine()
-            if self._masters is not None:
-                if "found_inf" in vars(self):
-                    raise RuntimeError("SAM: GradScaler finds no gradients on master_params; bfloat16 needs no loss scaling")
-                self._masters.check(misfits=False)
-                self._masters.take_gradients()
+            self._perturbation.take_gradients(scaled="found_inf" in vars(self))
             scale, found_inf = vars(self).get("grad_scale"), vars(self).get("found_inf")
             if not isinstance(found_inf, Tensor):  # the scaler says 0 where no gradient was there to look at
                 found_inf = None
@@ -703,9 +693,7 @@ class SAM(Wrapper):
                 skipped = fused.step(self._bases, buckets, scale, found_inf)
             self._is_restored()
             return skipped
-        if self._masters is None:
-            return step_bases(self._bases, scale, found_inf)
-        with self._masters.stepped():
+        with self._perturbation.stepping():
             return step_bases(self._bases, scale, found_inf)
 
     def _notice_plain_step(self, ascended: bool) -> None:
@@ -757,7 +745,71 @@ class SAM(Wrapper):
             self._skipped = self._skipped + skipped
 
 
+@torch.no_grad()  # where it ends is torch's code: an interrupt at the end of a `with` of ours would leave gradients off
+def _without_grad(hook: Callable[..., None], *args: Any) -> None:
+    hook(*args)
+
+
 def _leave_scaler(opt: SAM) -> None:
     """Drops what GradScaler.step has set; it does so itself only where the step succeeds."""
     for name in ("grad_scale", "found_inf"):
         vars(opt).pop(name, None)
+
+
+class ExternalSAM(SAM):
+    """SAM over the groups of an optimizer that stays what it is and is stepped by its owner.
+
+    Both passes go through this object (a `SAMWindow` drives it); then `finish_step()`, and the owner clips and steps. rho,
+    adaptive, eta and the number of steps lie in the optimizer's own groups, so they are per group and are saved with it.
+
+    Steps with a gradient that is not finite are skipped. A GradScaler finds NaN in the gradients and skips them. Without one
+    the gradients are dropped, so that the owner's step has nothing to do; for that, one flag is read per step. A fused
+    optimizer of weights on an accelerator gets `found_inf` instead, which avoids a device synchronization.
+
+    Args:
+        base_optimizer: an instance.
+        **options: as for SAM.
+    """
+
+    def __init__(self, base_optimizer: Optimizer, **options: Any) -> None:
+        super().__init__(None, base_optimizer, **options)
+        base: Any = self.base_optimizer
+        if not hasattr(base, "_skipped_by_sam"):
+            base.register_step_post_hook(_after_step)
+        base._skipped_by_sam = False
+        base._external_sam = weakref.ref(self)
+
+    def finish_step(self, scaled: bool) -> SAMStep:
+        """Ends SAM's part in a step whose gradients are the second pass's; w is back.
+
+        Args:
+            scaled: a GradScaler will look at the gradients and skip the step itself.
+
+        Returns:
+            The step that is over: whether it `ascended`, and the `sums` of its perturbation.
+        """
+        step = self._step
+        try:
+            found_inf = self._judge_step(None)
+        finally:
+            self._close_step()
+        if found_inf is None:
+            return step
+        self._count_skipped(found_inf.sum())
+        if scaled:
+            return step
+        base: Any = self.base_optimizer
+        if not is_on_cpu(found_inf) and getattr(base, "_step_supports_amp_scaling", False):
+            base.grad_scale, base.found_inf, base._skipped_by_sam = None, found_inf, True
+        elif bool(found_inf):
+            self.zero_grad()
+        return step
+
+
+def _after_step(optimizer: Any, *_: Any) -> None:
+    sam = optimizer._external_sam()
+    if sam is not None and sam.variant.state_names:
+        sam._context.store(sam._gradients())  # what a variant keeps is saved with the optimizer
+    if optimizer._skipped_by_sam:  # and not by a GradScaler, which clears its own
+        del optimizer.grad_scale, optimizer.found_inf
+        optimizer._skipped_by_sam = False

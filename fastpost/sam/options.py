@@ -1,9 +1,10 @@
-"""Options of SAM: which values are valid, which tensors a scope means, which perturbation they ask for."""
+"""Options of SAM and what they mean: valid values, SAM's keys in groups, scopes, norm statistics, kinds of perturbation."""
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastpost.errors import unknown
+from fastpost.ops import params as ops
 from fastpost.sam.buckets import ShardReducer
 from fastpost.sam.functional import FunctionalPerturbation
-from fastpost.sam.masters import Masters
-from fastpost.sam.perturbation import MasterPerturbation, Perturbation, StochasticPerturbation
+from fastpost.sam.masters import MasterPerturbation
+from fastpost.sam.perturbation import Perturbation, StochasticPerturbation
 
 
 def check_fraction(who: str, fraction: float) -> None:
@@ -45,6 +47,40 @@ def check_options(
             "torch.distributed.init_process_group() first, or leave it None in a single process"
         )
 
+
+# -- in the optimizer's groups --------------------------------------------------------------------------------------------
+
+# What SAM keeps in each group: the radius, and the number of steps, so that `interval` and random rounding resume.
+RADIUS_KEYS = ("rho", "adaptive", "eta")
+STEPS_KEY = "sam_steps"
+GROUP_KEYS = (*RADIUS_KEYS, STEPS_KEY)
+
+
+def fill_groups(groups: Iterable[dict[str, Any]], rho: float | None, adaptive: bool, eta: float, sam_steps: int = 0) -> None:
+    """Gives groups the keys of SAM that they lack."""
+    for group in groups:
+        for key, value in zip(GROUP_KEYS, (rho, adaptive, eta, sam_steps), strict=True):
+            group.setdefault(key, value)
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError where a group holds nonsense under one of SAM's keys."""
+    ops.check_radius("SAM", group["rho"], group["eta"])
+    adaptive, steps = group["adaptive"], group["sam_steps"]
+    if type(adaptive) is bool and type(steps) is int and steps >= 0:
+        return  # as nearly always
+    try:
+        known = adaptive in (True, False)
+    except (RuntimeError, ValueError):  # a tensor or an array of several
+        known = False
+    if not known:
+        raise TypeError(f"SAM: adaptive must be True or False, not {adaptive!r}")
+    ops.check_number("SAM", "sam_steps", steps)
+    if int(steps) != steps:
+        raise ValueError(f"SAM: sam_steps counts steps, so it must be a whole number, not {steps}")
+
+
+# -- scope ----------------------------------------------------------------------------------------------------------------
 
 Scope = Callable[[str | None, Tensor], bool] | Iterable[str] | None
 
@@ -122,8 +158,87 @@ class ScopeCache:
         return self._ids
 
 
+# -- running statistics of norm layers, which second passes must not move -------------------------------------------------
+
+CHOICES = ("first", "both")
+
+
+def check_norm_stats(name: str, value: str) -> None:
+    """Raises ValueError for a choice that does not exist."""
+    if value not in CHOICES:
+        raise unknown(name, value, CHOICES)
+
+
+class NormStats:
+    """The running statistics of a model's norm layers: what they were, to be put back.
+
+    Statistics are the buffers called `running_...` and `num_batches_tracked`: those of torch's batch and instance norms,
+    synchronised or not, and of others that follow them. Values are copied and put back, so it does not matter how a layer
+    computes them (momentum None, layers in eval mode, compiled ones).
+
+    Args:
+        model: the model; its layers are looked up each time, because layers are converted and added.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._kept: list[tuple[nn.Module, str, Tensor]] = []
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remembers the statistics as they are now."""
+        self._kept = [(module, name, buffer.clone()) for module, name, buffer in _statistics(self.model)]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Gives the layers what was remembered, bit for bit and into the same storage, once."""
+        kept, self._kept = self._kept, []
+        for module, name, value in kept:
+            buffer = module._buffers.get(name)
+            if buffer is not None and buffer.shape == value.shape:
+                buffer.copy_(value)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"model": self.model, "_kept": []}
+
+
+@contextlib.contextmanager
+def frozen_norm_stats(model: nn.Module) -> Iterator[None]:
+    """Leaves the running statistics of norm layers as they were on entry, whatever passes are made inside.
+
+    For a second pass by hand, forward and backward both, where SAM was not given `model=`. Layers normalise by the batch all
+    the same, frozen ones (in eval mode) by their running statistics.
+
+    Args:
+        model: any module. Its layers with buffers called `running_...` and `num_batches_tracked` count: batch norm, instance
+            norm with `track_running_stats`, synchronised ones.
+    """
+    stats = NormStats(model)
+    stats.keep()
+    try:
+        yield
+    finally:
+        stats.put_back()
+
+
+def _statistics(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            counts = name == "num_batches_tracked" or name.startswith("running_")
+            if counts and buffer is not None and not buffer.is_meta and not nn.parameter.is_lazy(buffer):
+                yield module, name, buffer
+
+
+# -- the kind of perturbation ---------------------------------------------------------------------------------------------
+
+
 def build_perturbation(
-    perturb: str, model: nn.Module | None, rounding: str, rounding_seed: int, masters: Masters | None, reducer: ShardReducer
+    perturb: str,
+    model: nn.Module | None,
+    rounding: str,
+    rounding_seed: int,
+    masters: MasterPerturbation | None,
+    reducer: ShardReducer,
 ) -> Perturbation:
     """Raises ValueError or TypeError where the options do not go together."""
     if perturb not in ("stored", "functional"):
@@ -144,5 +259,5 @@ def build_perturbation(
             raise TypeError("SAM: perturb='functional' works inside the model's layers: pass model=")
         return FunctionalPerturbation(reducer, model)
     if masters is not None:
-        return MasterPerturbation(reducer, masters)
+        return masters
     return StochasticPerturbation(reducer, rounding_seed) if rounding == "stochastic" else Perturbation(reducer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -15,24 +15,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fastpost.distributed import local
-from fastpost.ops import params as ops
 from fastpost.sam.frameworks import imitate, wrapper_among
-from fastpost.sam.masters import Masters
-
-# What SAM keeps in each group: the radius, and the number of steps, so that `interval` and random rounding resume.
-RADIUS_KEYS = ("rho", "adaptive", "eta")
-STEPS_KEY = "sam_steps"
-GROUP_KEYS = (*RADIUS_KEYS, STEPS_KEY)
+from fastpost.sam.masters import MasterPerturbation
+from fastpost.sam.options import GROUP_KEYS, RADIUS_KEYS, STEPS_KEY, check_group, fill_groups
 
 
-def fill_groups(groups: Iterable[dict[str, Any]], rho: float | None, adaptive: bool, eta: float, sam_steps: int = 0) -> None:
-    """Gives groups the keys of SAM that they lack."""
-    for group in groups:
-        for key, value in zip(GROUP_KEYS, (rho, adaptive, eta, sam_steps), strict=True):
-            group.setdefault(key, value)
-
-
-def build_bases(params: Any, base_optimizer: Any, kwargs: dict[str, Any], masters: Masters | None = None) -> list[Optimizer]:
+def build_bases(
+    params: Any, base_optimizer: Any, kwargs: dict[str, Any], masters: MasterPerturbation | None
+) -> list[Optimizer]:
     """The wrapped optimizers.
 
     Raises:
@@ -130,7 +120,7 @@ def step_bases(bases: Sequence[Optimizer], scale: Tensor | None, found_inf: Tens
             base.step()
         return 0
     takes_it = all(getattr(base, "_step_supports_amp_scaling", False) for base in bases)
-    if found_inf.device.type != "cpu" and takes_it:
+    if not found_inf.is_cpu and takes_it:
         for base in cast("list[Any]", bases):
             base.grad_scale, base.found_inf = scale, found_inf
             try:
@@ -138,7 +128,7 @@ def step_bases(bases: Sequence[Optimizer], scale: Tensor | None, found_inf: Tens
             finally:
                 del base.grad_scale, base.found_inf
         return found_inf.sum()
-    if found_inf.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if found_inf.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "SAM: in a CUDA graph nobody can read whether a gradient overflowed; use a base optimizer that decides on the "
             "device, such as AdamW(fused=True, capturable=True)"
@@ -381,9 +371,10 @@ class Wrapper(Optimizer):
     def _count_step(self, ascended: bool) -> None:
         # A checkpoint of a fresh optimizer is made after one step at a learning rate of 0: that one does not count.
         groups = self._groups()
-        rates = [group["lr"] for group in groups if "lr" in group]
-        if not ascended and rates and all(map(_is_zero, rates)):
-            return
+        if not ascended:
+            rates = [group["lr"] for group in groups if "lr" in group]
+            if rates and all(map(_is_zero, rates)):
+                return
         for group in groups:
             group["sam_steps"] += 1
 
@@ -394,26 +385,9 @@ class Wrapper(Optimizer):
             )
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Raises TypeError or ValueError where a group holds nonsense under one of SAM's keys."""
-    ops.check_radius("SAM", group["rho"], group["eta"])
-    adaptive, steps = group["adaptive"], group["sam_steps"]
-    if type(adaptive) is bool and type(steps) is int and steps >= 0:
-        return  # as nearly always
-    try:
-        known = adaptive in (True, False)
-    except (RuntimeError, ValueError):  # a tensor or an array of several
-        known = False
-    if not known:
-        raise TypeError(f"SAM: adaptive must be True or False, not {adaptive!r}")
-    ops.check_number("SAM", "sam_steps", steps)
-    if int(steps) != steps:
-        raise ValueError(f"SAM: sam_steps counts steps, so it must be a whole number, not {steps}")
-
-
 def _is_zero(rate: float | Tensor | None) -> bool:
     if rate is None:  # Adafactor's, which finds its own
         return False
-    if isinstance(rate, Tensor) and rate.device.type != "cpu":
+    if isinstance(rate, Tensor) and not rate.is_cpu:
         return False  # asking would wait for the device
     return float(rate) == 0
