@@ -189,6 +189,32 @@ def test_separators_and_headers_that_are_recognised(tmp_path, name, content, not
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "names"),
+    [
+        ("x.csv", "I love it,1\nI hate it,0\nso good,1\nso bad,0\n", "text, label"),
+        ("x.csv", '1,"I love it, really"\n0,I hate it\n1,so good\n0,so bad\n', "label, text"),
+        ("x.tsv", "a b\tc d\tyes\ne f\tg h\tno\ni j\tk l\tno\nm n\to p\tyes\n", "text, pair, label"),
+        ("x.csv", "I love it;1\nI hate it;0\nso good;1\nso bad;0\n", "text, label"),
+    ],
+)
+def test_a_table_without_a_header_is_recognised(tmp_path, name, content, names) -> None:
+    data = read(write(tmp_path / name, content))
+    assert len(data.train) == 4
+    assert len(data.labels) == 2
+    assert all(row.text.count(" ") >= 1 for row in data.train)
+    assert (data.train[0].pair is not None) == ("pair" in names)
+    assert data.train[0].label in ("1", "yes")
+    assert data.notes[0].endswith(f"no header: the columns are taken as {names}")
+
+
+def test_names_of_columns_are_not_taken_for_data(tmp_path) -> None:
+    for header in ("a sentence,stars", "a sentence,1"):  # another name, and a first row whose value does not recur
+        rows = "I love it,3\nI hate it,0\nso good,3\nso bad,0\n"
+        with pytest.raises(ValueError, match="put one on top"):
+            read(write(tmp_path / "x.csv", f"{header}\n{rows}"))
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("x.csv", "I love it,1\nI hate it,0\n", "separated by commas is: I love it | 1. If these are"),

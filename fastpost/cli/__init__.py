@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     lacking = _lacking(command, arguments)
     if lacking:
-        print(f"fastpost {command}: error: {lacking} (`fastpost {command} --help` lists all options)", file=sys.stderr)
+        print(f"fastpost {command}: error: {lacking} (`fastpost {command} --help` shows how)", file=sys.stderr)
         return 2
     try:
         module = importlib.import_module(f"fastpost.cli.{command.replace('-', '_')}")
@@ -63,6 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _lacking(command: str, words: Sequence[str]) -> str | None:
     """What has to be said about a command line without an option that it needs; a file may hold any of them."""
     given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("-")}
-    if given & {"h", "help", "config"} or (words and words[0].lower().endswith((".json", ".yaml", ".yml"))):
+    if given & {"h", "help", "help_all", "config"} or (words and words[0].lower().endswith((".json", ".yaml", ".yml"))):
         return None
     return next((said for names, said in _NEEDED.get(command, {}).items() if not given & set(names)), None)

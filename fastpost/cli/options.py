@@ -121,6 +121,27 @@ def seeds_of(text: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
+def joined(words: Sequence[str], lists: Sequence[str]) -> list[str]:
+    """A command line in which the values of list options, given with spaces or commas between, are one word with commas.
+
+    Args:
+        lists: names of the options, with underscores.
+    """
+    found: list[str] = []
+    at = 0
+    while at < len(words):
+        found.append(words[at])
+        at += 1
+        if not (found[-1].startswith("--") and found[-1][2:].replace("-", "_") in lists and at < len(words)):
+            continue
+        end = at + 1
+        while end < len(words) and not words[end].startswith("-"):
+            end += 1
+        found.append(",".join(word.strip(",") for word in words[at:end]))
+        at = end
+    return found
+
+
 def is_settings(word: str) -> bool:
     """Whether a word of a command line names a file of settings."""
     return word.lower().endswith((".json", ".yaml", ".yml"))

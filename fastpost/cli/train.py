@@ -9,12 +9,16 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from fastpost.cli.methods import HELP
 from fastpost.cli.options import complain
 from fastpost.integrations.masking import Mask
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; 0 when done, 2 where something is wrong with what was asked for, 130 when interrupted."""
+    if {"-h", "--help"} & set(argv):
+        print(HELP, end="")
+        return 0
     from rich.console import Console
 
     began = time.perf_counter()

@@ -146,9 +146,7 @@ def carry_out(run: Run, ascent: Ascent, console: Any) -> train_report.Results:
         ascent.model.save_pretrained(run.folder)
         ascent.tokenizer.save_pretrained(run.folder)
         results.write_csv()
-        if start is None:
-            results.untimed = "not timed (--timing_rounds 0)"
-        else:
+        if start is not None:
             timing = progress.add_task("timing a step", total=None)
             try:
                 results.costs = train_timing.time_ascent(

@@ -397,8 +397,8 @@ def _time(job: Job, trainer: Any, results: train_report.Results, watch: Watch) -
     """Times this method's step beside others, where that can be done; else `untimed` says why not."""
     arguments, rounds = job.run.arguments, job.run.data.timing_rounds
     if not rounds:
-        results.untimed = "not timed (--timing_rounds 0)"
-    elif arguments.world_size > 1:
+        return
+    if arguments.world_size > 1:
         results.untimed = "not timed: several processes trained"
     elif arguments.fp16:
         results.untimed = "not timed: float16 takes a loss scaler, which the published loops have none of"
