@@ -1,7 +1,7 @@
 """Gradient ascent post-training as its paper set it up (Yoon et al., 2306.07052): single texts, zero-shot tasks.
 
-    python examples/gap_opt.py DATA --model facebook/opt-350m            # from a hub, or a local folder
-    python examples/gap_opt.py DATA                                       # a small model, trained here on DATA's own text
+    python -m fastpost.bench.studies.gap_opt DATA --model facebook/opt-350m   # from a hub, or a local folder
+    python -m fastpost.bench.studies.gap_opt DATA       # a small model, trained here on DATA's own text
 
 DATA holds the authors' files: `train_data_*.csv` (columns doc_id, text, corpus) to climb on and `validation_data_*`:
 dialogues (.json) and PubMedQA (.csv). Further tasks are given as .jsonl files (`fastpost.gap.tasks.read_task`), or by
