@@ -32,7 +32,7 @@ $(VENV)/.model: $(VENV)/.built requirements/model.txt
 	@touch $@
 
 demo: $(VENV)/.model
-	$(BIN)/fastpost compare --output-dir fastpost-runs/demo
+	$(BIN)/python -m fastpost.bench.studies compare --output-dir fastpost-runs/demo
 
 # The operations' tests, which run once per way of executing the kernels: Triton's interpreter, and the CUDA source on the CPU.
 operations := tests/test_params.py tests/test_rounding.py tests/test_restore_adamw.py tests/test_noise.py tests/test_divergence.py

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from fastpost.cli import gap_sweep, main, tables, train_data, train_gap, train_options, train_run
+from fastpost.bench.studies import gap_sweep
+from fastpost.cli import main, tables, train_data, train_gap, train_options, train_run
 
 from .train_cli import LENGTH, WORDS, words_of
 

@@ -17,7 +17,8 @@ import torch
 import transformers
 import yaml
 
-from fastpost.cli import lm, main, train_data, train_options, train_run
+from fastpost.cli import main, train_data, train_options, train_run
+from fastpost.cli import models as lm
 from fastpost.cli.methods import METHODS
 from fastpost.cli.options import joined
 

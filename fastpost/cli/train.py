@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:  # what transformers refuses, too
         if isinstance(error, ModuleNotFoundError) and not isinstance(error, importlib.metadata.PackageNotFoundError):
             raise  # the command line's own list says what to install
-        complain("train", error, mask)
+        complain("fastpost train", error, mask)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         if not _of_the_asker(error, gap=run.method == "gap"):
             mask.exception(error)
             raise
-        complain("train", error, mask)
+        complain("fastpost train", error, mask)
         return 2
     _conclude(results, console, time.perf_counter() - began)
     return 0

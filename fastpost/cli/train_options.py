@@ -378,6 +378,4 @@ def _check(method: str, data: DataOptions, gap: GapOptions, asked: Sequence[str]
         if gap.tasks is not None and gap.gap_max_kl is not None:
             raise ValueError("--gap_max_kl is watched on validation text, which --tasks takes the place of; leave one out")
         if data.model is None:
-            raise ValueError(
-                "--method gap needs --model, a causal language model (`fastpost gap-sweep` can train a small one)"
-            )
+            raise ValueError("--method gap needs --model, a causal language model, a folder or hub name")
