@@ -10,6 +10,7 @@ from pathlib import Path
 
 # Programs with options, tables and pictures of their own.
 PROGRAMS = {
+    "demo": "what `make demo` shows: costs, what 16 bits do, fine-tuning, GAP",
     "compare": "every method beside the published formulas",
     "probe": "a chain of tasks, and linear probes after each",
     "gap-sweep": "GAP on many texts",

@@ -1,4 +1,4 @@
-"""What compare, probe and gap-sweep share: results on disk, a table to show, one function that draws."""
+"""What the demo, compare, probe and gap-sweep share: results on disk, a table to show, one function that draws."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ class Hyperparameters:
     eps: float = 1e-5
     r3f_lambda: float = 1.0
     noise_type: str = "uniform"
+    fused_linear: bool = False  # fastpost's R3F without the logits of a language model
 
 
 class Classifier:
@@ -194,7 +195,7 @@ def build(method: str, side: str, model: Any, hyper: Hyperparameters) -> Trainee
         return theirs(model, batch, hyper.eps, hyper.r3f_lambda, hyper.noise_type)
 
     if method in ("r3f", "r4f"):
-        r3f = fastpost.R3F(eps=hyper.eps, r3f_lambda=hyper.r3f_lambda, noise_type=hyper.noise_type)
+        r3f = fastpost.R3F(hyper.eps, hyper.r3f_lambda, hyper.noise_type, fused_linear=hyper.fused_linear)
 
     def plain_step(batch: Batch) -> Tensor:
         loss = loss_of(batch)
