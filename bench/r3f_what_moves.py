@@ -19,8 +19,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from fastpost import R3F
-from fastpost.cli.tasks import load
-from fastpost.cli.tuning import Classifier
+from fastpost.bench.studies.tasks import load
+from fastpost.bench.studies.tuning import Classifier
 
 MODES = {
     "dropout 0.1, independent masks (as released)": ("on", "independent"),

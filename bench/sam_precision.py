@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpost import SAM
-from fastpost.cli.tasks import load
-from fastpost.cli.tuning import Classifier
+from fastpost.bench.studies.tasks import load
+from fastpost.bench.studies.tuning import Classifier
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 REGIMES: dict[str, tuple[str, torch.dtype, torch.dtype | None]] = {

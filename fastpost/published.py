@@ -1,7 +1,7 @@
 """The published formulas and loops as they stand, in plain torch: what fastpost is compared with.
 
 Written from the papers' equations and the behaviour of the implementations named, never optimised and never used by fastpost
-itself. Benches, tests, `fastpost compare`, the step times of `fastpost train` and the conformance suite share them.
+itself. Benches, studies, tests and the conformance suite share them.
 """
 
 from __future__ import annotations
@@ -123,6 +123,25 @@ def r3f_sentence_loss(
     log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
     task = F.nll_loss(log_probabilities, batch["labels"], reduction="sum")
     loss: Tensor = (task + r3f_lambda * size * fairseq_symmetric_kl(noised_logits, logits)) / size
+    return loss
+
+
+def r3f_language_model_loss(
+    model: Any, batch: dict[str, Tensor], eps: float, r3f_lambda: float, noise_type: str = "uniform"
+) -> Tensor:
+    """One loss as fairseq's `label_smoothed_cross_entropy_r3f` puts it together, for a causal language model.
+
+    Args:
+        model: returns `.logits` (batch, time, vocabulary).
+        batch: `input_ids` and `labels`, both (batch, time) without padding.
+        eps, r3f_lambda, noise_type: as in `fastpost.R3F`.
+    """
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    noised = distributions_noise(embeddings.detach().clone(), eps, noise_type)
+    logits = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    noised_logits = model(inputs_embeds=noised).logits[:, :-1].flatten(0, 1)
+    task = F.cross_entropy(logits, batch["labels"][:, 1:].flatten())
+    loss: Tensor = task + r3f_lambda * fairseq_symmetric_kl(noised_logits, logits)
     return loss
 
 

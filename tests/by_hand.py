@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastpost.cli.stdlib import root
+from fastpost.bench.studies.stdlib import root
 from tests.tiny import VOCABULARY
 
 Loss = Callable[[nn.Module, Tensor], Tensor]

@@ -546,7 +546,7 @@ def test_cases_for_gpus_run_small_on_the_cpu(name: str, monkeypatch: pytest.Monk
     assert len(measured) == len(here)
     assert here
     assert {op for op in wanted if not hasattr(cuda, op)} == set()
-    assert all(result.seconds for result in results.values())
+    assert all(result.seconds or result.missing for result in results.values())
     assert case.bytes > 0 or case.name.startswith("host time")
 
 

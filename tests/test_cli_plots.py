@@ -1,4 +1,4 @@
-"""The commands' pictures: legends cover nothing, steps are whole numbers, curves that coincide can both be seen."""
+"""Pictures of commands and studies: legends cover nothing, steps are whole numbers, curves that coincide can be seen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from fastpost.cli import chain_report, gap_report, report, train_report
+from fastpost.bench.studies import compare, gap_sweep, probe, results
+from fastpost.cli import train_report
 
 
 @pytest.fixture
@@ -31,14 +32,17 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         close(figure)
 
 
-def results(folder: Path, curves: list[list[float]]) -> report.Results:
-    made = report.Results(folder, {"task": "rte", "model": "m", "test_examples": 48})
+def compared(folder: Path, curves: list[list[float]]) -> results.Results:
+    made = results.Results(folder, "compare", compare.COLUMNS, {"task": "rte", "model": "m", "test_examples": 48})
     for number, method in enumerate(("adamw", "sam", "asam", "r3f", "r4f")):
-        made.runs += [report.Run(method, seed, "accuracy", 0.5 + 0.03 * number + 0.1 * seed, 0.6, 3, 1.0) for seed in (0, 1)]
-        made.costs[method] = report.StepCost(0.1, 0.08, 100, 90)
+        for seed in (0, 1):
+            made.add(kind="run", method=method, seed=seed, metric="accuracy", value=0.5 + 0.03 * number + 0.1 * seed)
+        for side, seconds in (("published", 0.1), ("fastpost", 0.08)):
+            made.add(kind="step", method=method, side=side, seconds=seconds, peak_mib=100)
     for seed, curve in enumerate(curves):
-        details = {"validation_perplexity": curve, "moved_fraction": 1.0}
-        made.runs.append(report.Run("gap", seed, "perplexity", 50, 50, 1, 1.0, untouched=50.0, details=details))
+        made.add(
+            kind="run", method="gap", seed=seed, metric="perplexity", value=50, best_step=1, validation_perplexity=curve
+        )
     return made
 
 
@@ -47,7 +51,7 @@ def whole(ticks: Any) -> bool:
 
 
 def test_compare(tmp_path, figures) -> None:
-    report.plot(results(tmp_path, [[50, 49.9, 50.3], [50, 49.9, 50.3], [50, 50.1, 50.2]]))
+    compare.plot(compared(tmp_path, [[50, 49.9, 50.3], [50, 49.9, 50.3], [50, 50.1, 50.2]]))
     (figure,) = figures
     accuracy, times, gap = figure.axes
     for axis in (accuracy, times, gap):
@@ -64,7 +68,7 @@ def test_compare(tmp_path, figures) -> None:
 
 
 def test_a_single_step_of_gap_has_no_half_steps(tmp_path, figures) -> None:
-    report.plot(results(tmp_path, [[50, 49.9]]))
+    compare.plot(compared(tmp_path, [[50, 49.9]]))
     assert whole(figures[0].axes[2].get_xticks())
 
 
@@ -76,7 +80,7 @@ def test_gap_sweep(tmp_path, figures, steps) -> None:
         for k in range(2)
         for step in range(steps)
     ]
-    gap_report.plot(rows, "nats per token", tmp_path / "x.png")
+    gap_sweep.plot(rows, "nats per token", tmp_path / "x.png")
     (figure,) = figures
     by_step, by_drift = figure.axes
     assert whole(by_step.get_xticks())
@@ -89,11 +93,11 @@ def test_gap_sweep(tmp_path, figures, steps) -> None:
 
 
 def test_probe(tmp_path, figures) -> None:
-    made = chain_report.Results(tmp_path, ["cola", "rte"], ["cola", "rte"], ["adamw", "r3f"])
+    made = results.Results(tmp_path, "probe", probe.COLUMNS)
     for task in ("cola", "rte"):
         for method, stage in (("pretrained", 0), ("adamw", 1), ("adamw", 2), ("r3f", 1), ("r3f", 2)):
-            made.rows.append(chain_report.Row(method, 0, stage, "", task, "probe", 0.6, 0.03, 0.8, 0.5, 100, 100, True, 1.0))
-    chain_report.plot(made)
+            made.add(method=method, seed=0, stage=stage, task=task, kind="probe", accuracy=0.6, majority=0.5, test_size=100)
+    probe.plot(probe.Found(made, ["cola", "rte"], ["cola", "rte"], ["adamw", "r3f"]))
     for axis in figures[0].axes:
         legend = axis.get_legend()
         assert legend is None or not legend.get_window_extent().overlaps(axis.get_window_extent())

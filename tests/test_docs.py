@@ -150,7 +150,7 @@ def check_command(page: str, command: str) -> None:
     if program == "fastpost" and arguments[0] not in ("--version", "COMMAND"):
         assert arguments[0] in cli.COMMANDS, f"{page}: {command}"
         for option in re.findall(r"(?<!\S)--[\w-]+", command):
-            assert option in ("--help", *options(arguments[0])), f"{page}: {command} has no {option}"
+            assert option in ("--help", "--help-all", *options(arguments[0])), f"{page}: {command} has no {option}"
     elif program == "make":
         for target in (a for a in arguments if "=" not in a):
             assert re.search(rf"^{target}:", docs.text("Makefile"), re.M), f"{page}: {command}"
@@ -164,7 +164,7 @@ def check_command(page: str, command: str) -> None:
 def options(command: str) -> frozenset[str]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
-        cli.main([command, "--help"])
+        cli.main([command, "--help-all" if command == "train" else "--help"])
     return frozenset(re.findall(r"(?<![\w-])--[\w-]+", printed.getvalue()))
 
 

@@ -10,15 +10,16 @@ import textwrap
 
 import torch
 
+from fastpost.bench.studies.__main__ import main as studies
 from fastpost.cli import main
-from tests.test_cli import refusal
+from tests.test_compare import refusal
 
 
 def test_commands(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0
     assert "doctor" in capsys.readouterr().out
-    assert "Did you mean 'doctor'?" in refusal(capsys, ["docter"])
+    assert "Did you mean 'doctor'?" in refusal(capsys, ["docter"], main)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == "0.1.0"
 
@@ -26,7 +27,11 @@ def test_commands(capsys):
 def test_a_missing_extra_is_explained(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert "pip install 'fastpost[cli]'" in refusal(capsys, ["compare"])
+    words = ["train", "--method", "none", "--train_file", "x.txt"]
+    assert "fastpost train needs rich" in refusal(capsys, words, main)
+    for study in ("compare", "probe"):
+        assert f"studies {study} needs rich" in refusal(capsys, [study], studies)
+    assert "pip install 'fastpost[cli]'" in refusal(capsys, ["compare"], studies)
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,93 +1,94 @@
-"""The examples run, at small sizes, on text that the test makes."""
+"""The examples run as a user runs them, on tiny models and real text; fsdp2_sam.py runs in test_torchrun.py."""
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
-import random
 import re
 import runpy
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-
-from fastpost.gap.zero_shot import Score
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+QUICK = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--logging_steps", "1"]
 
 
-@pytest.fixture
-def dialogues(tmp_path: Path) -> Path:
-    words = ["the", "cat", "sat", "on", "a", "mat", "then", "we", "went", "to", "see", "some", "old", "friends"]
-    text = {str(k): [" ".join(words[(k + j) % 7 :]) + ("?" if j % 2 else ".") for j in range(3 + k % 3)] for k in range(30)}
-    path = tmp_path / "dialogues.json"
-    path.write_text(json.dumps({"text": text}))
-    return path
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *words: str) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    torch.manual_seed(0)
+    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-def test_causal_lm_r3f(dialogues: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    example = runpy.run_path(str(EXAMPLES / "causal_lm_r3f.py"))
-    example["main"](
-        [str(dialogues), "--pretraining-steps", "3", "--batch-size", "6", "--micro-batch-size", "4", "--context", "48"]
+def test_there_are_five_short_scripts() -> None:
+    names = ["fsdp2_sam.py", "gap_select.py", "hf_trainer.py", "sam_loop.py", "trl_lora_sam.py"]
+    assert sorted(path.name for path in EXAMPLES.iterdir() if path.is_file()) == names
+    for name in names:
+        source = (EXAMPLES / name).read_text(encoding="utf-8")
+        assert len(source.splitlines()) < 60, name
+        assert f"examples/{name}" in str(ast.get_docstring(ast.parse(source)))
+
+
+def test_sam_loop(models, files, tmp_path, monkeypatch, capsys) -> None:
+    found = run(monkeypatch, "sam_loop.py", models["causal"], files["text.txt"], str(tmp_path / "out"))
+    printed = capsys.readouterr().out
+    before, after = map(float, re.findall(r"held-out loss: ([\d.]+) before, ([\d.]+) after", printed)[0])
+    assert after != before
+    assert printed.count("seen 0.05 (cosine 1.00)") == 10
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert found["optimizer"].skipped_steps == 0
+    (tmp_path / "short.txt").write_text("the parser")
+    with pytest.raises(SystemExit, match="two blocks of 32 are needed"):
+        run(monkeypatch, "sam_loop.py", models["causal"], str(tmp_path / "short.txt"))
+
+
+@pytest.mark.parametrize("method", ["none", "sam", "r3f", "sam+r3f"])
+def test_hf_trainer(models, files, tmp_path, monkeypatch, capsys, method) -> None:
+    rows = [json.loads(line) for line in Path(files["rows.jsonl"]).read_text(encoding="utf-8").splitlines()]
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    words = ["--model", models["encoder"], "--train_file", str(tmp_path / "rows.csv"), "--method", method]
+    found = run(monkeypatch, "hf_trainer.py", *words, "--max_steps", "3", *QUICK, "--output_dir", str(tmp_path / "out"))
+    scores, seen = map(ast.literal_eval, capsys.readouterr().out.strip().splitlines()[-2:])
+    assert 0 <= scores["eval_accuracy"] <= 1
+    assert set(seen) == {"sam": {"sam/seen_over_intended"}, "r3f": {"r3f/symm_kl"}, "none": set()}.get(
+        method, {"sam/seen_over_intended", "r3f/symm_kl"}
     )
+    if "sam" in method:
+        assert seen["sam/seen_over_intended"] == pytest.approx(1, abs=1e-3)
+    assert found["model"].config.label2id == {"code": 0, "prose": 1}
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_trl_lora_sam(models, files, tmp_path, monkeypatch, capsys) -> None:
+    words = ["--model", models["causal"], "--train_file", files["texts.jsonl"], "--rank", "2", "--max_length", "16"]
+    words += ["--max_steps", "3", "--learning_rate", "1e-3", "--sam_rho", "0.05", "--bf16", "false", "--save_strategy", "no"]
+    found = run(monkeypatch, "trl_lora_sam.py", *words, *QUICK, "--output_dir", str(tmp_path / "out"))
     printed = capsys.readouterr().out
-    assert "27 dialogues to learn from, 3 held out" in printed
-    rows = {name: line for line in printed.splitlines() for name in ("start", "plain", "R3F") if f"│ {name}" in line}
-    perplexities = {name: float(re.findall(r"([\d.]+) ±", line)[0]) for name, line in rows.items()}
-    assert perplexities["plain"] < perplexities["start"]
-    assert perplexities["R3F"] < perplexities["start"]
-    assert perplexities["R3F"] != perplexities["plain"]
+    seen = [float(value) for value in re.findall(r"step \d: loss \S+ e seen / intended ([\d.]+)", printed)]
+    assert seen == pytest.approx([1, 1, 1], abs=1e-2)
+    trained = {name for name, p in found["trainer"].model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
-def test_causal_lm_r3f_refuses_too_little_text(tmp_path: Path) -> None:
-    example = runpy.run_path(str(EXAMPLES / "causal_lm_r3f.py"))
-    path = tmp_path / "few.json"
-    path.write_text(json.dumps({"text": {"0": ["hello", "you"]}}))
-    with pytest.raises(SystemExit, match="1 dialogues of two turns or more; 20 are needed"):
-        example["main"]([str(path)])
-
-
-@pytest.fixture
-def gap_data(tmp_path: Path, dialogues: Path) -> Path:
-    folder = tmp_path / "gap"
-    folder.mkdir()
-    draw = random.Random(1)
-    words = ["".join(draw.choices("abcdefghij", k=draw.randrange(3, 9))) for _ in range(400)]
-    rows = [f"{k},{' '.join(draw.choices(words, k=60))},prose" for k in range(60)]
-    (folder / "train_data_prose.csv").write_text("\n".join(["doc_id,text,corpus", *rows]) + "\n")
-    (folder / "validation_data_talk.json").write_text(dialogues.read_text())
-    asked = [f"{k},Is {k} even?,Two halves of {k}.,{('yes', 'no')[k % 2]}" for k in range(10)]
-    (folder / "validation_data_pubmed_qa.csv").write_text("\n".join(["pubid,question,abstract,final_decision", *asked]))
-    return folder
-
-
-def test_gap_opt(
-    gap_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
-    example = runpy.run_path(str(EXAMPLES / "gap_opt.py"))
-    output = tmp_path / "out" / "runs.csv"
-    sizes = ["--steps", "2", "--limit", "8", "--lm-steps", "4", "--texts", "2", "--context", "64", "--output", str(output)]
-    example["main"]([str(gap_data), *sizes])
+def test_gap_select(models, files, tmp_path, monkeypatch, capsys) -> None:
+    text = tmp_path / "climb.txt"
+    text.write_text(Path(files["held.txt"]).read_text(encoding="utf-8")[:400], encoding="utf-8")
+    found = run(monkeypatch, "gap_select.py", models["causal"], files["text.txt"], str(text), str(text))
     printed = capsys.readouterr().out
-    for told in ("F1", "acc.", "published", "held out", "2 texts, 2 tasks"):
-        assert told in printed
-    rows = list(csv.DictReader(output.open()))
-    assert len(rows) == 2 * 3 * 2
-    assert {(row["step"], row["evaluation_there"]) for row in rows} == {("0", "1"), ("1", "2"), ("2", "3")}
-    untouched = {(row["task"], row["score"]) for row in rows if row["step"] == "0"}
-    assert len(untouched) == 2  # the second text began from the same weights
-    with pytest.raises(SystemExit, match="holds 0 train_data"):
-        example["main"]([str(tmp_path / "out")])
-
-
-def test_gap_opt_readings() -> None:
-    """As published never loses; held out, the state is chosen on other examples than those reported."""
-    example = runpy.run_path(str(EXAMPLES / "gap_opt.py"))
-    states = [{"a": Score((0.0, 0.5, 0.0, 0.5))}, {"a": Score((1.0, 0.0, 1.0, 0.0))}, {"a": Score((0.0, 0.9, 0.0, 1.0))}]
-    assert example["as_published"](states).step == 1
-    assert example["as_published"](states[::2]).step == 1
-    reading = example["held_out"](states)
-    assert reading.step == 1
-    assert reading.untouched["a"].values == (0.5, 0.5)
-    assert reading.kept["a"].values == (0.0, 0.0)
+    told = re.findall(r"step (\d+) of (\d+) kept \((\w+)\)\n.*data: ([\d.]+) before, ([\d.]+) after", printed)
+    assert len(told) == 2
+    assert told[0] == told[1], "the second text did not begin from the same weights"
+    kept, last = int(told[0][0]), int(told[0][1])
+    assert 0 <= kept <= last <= 15
+    assert (told[0][3] == told[0][4]) == (kept == 0)
+    assert len(found["blocks"]) >= 4

@@ -1,4 +1,4 @@
-"""`fastpost gap-sweep` end to end at small sizes: the CSV, the plot, the table, going on, refusals."""
+"""The study gap-sweep end to end at small sizes: the CSV, the plot, the table, going on, refusals."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import pytest
 from rich.console import Console
 
 from fastpost import GAP
-from fastpost.cli import gap_report, gap_sweep, lm, main
+from fastpost.bench.studies import gap_sweep, small_lm
+from fastpost.bench.studies.__main__ import main
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"vocabulary": 320, "width": 16, "layers": 1, "heads": 2, "context": 32, "batch_size": 2, "eval_windows": 6}
-    monkeypatch.setattr(lm, "LmOptions", functools.partial(lm.LmOptions, **sizes, files_bytes=200_000))
+    monkeypatch.setattr(small_lm, "LmOptions", functools.partial(small_lm.LmOptions, **sizes, files_bytes=200_000))
 
 
 @pytest.fixture
@@ -41,26 +42,26 @@ def test_rows_plot_and_table(texts: Path, tmp_path: Path, capsys: pytest.Capture
     plain = tmp_path / "prose.txt"
     plain.write_text("The quick brown fox jumps over the lazy dog. " * 20)
     assert main(arguments(f"{texts},{plain}", output)) == 0  # type: ignore[arg-type]
-    rows = list(csv.DictReader((output / gap_sweep.CSV_NAME).open()))
+    rows = list(csv.DictReader((output / "gap-sweep.csv").open()))
     named = {row["text"] for row in rows}
     assert len(named) == 4
     assert "prose/0" in named
     assert named < {"code/0", "code/1", "code/2", "code/3", "prose/0"}
     assert {row["seed"] for row in rows} == {"0"}
-    assert (output / gap_sweep.PNG_NAME).read_bytes().startswith(b"\x89PNG")
+    assert (output / "gap-sweep.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "code" in printed
     assert "prose" in printed
     assert "standard error of" in printed
-    before = (output / gap_sweep.CSV_NAME).read_text()
+    before = (output / "gap-sweep.csv").read_text()
     assert main(arguments(f"{texts},{plain}", output)) == 0  # type: ignore[arg-type]  # nothing is left to do
-    assert (output / gap_sweep.CSV_NAME).read_text() == before
+    assert (output / "gap-sweep.csv").read_text() == before
 
 
 def test_seeds_draw_other_texts_from_other_models(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     assert main(arguments(texts, output, "--limit", "2", "--seeds", "0,1,2")) == 0
-    rows = list(csv.DictReader((output / gap_sweep.CSV_NAME).open()))
+    rows = list(csv.DictReader((output / "gap-sweep.csv").open()))
     by_seed = {seed: {row["text"] for row in rows if row["seed"] == seed} for seed in "012"}
     assert all(len(named) == 2 for named in by_seed.values())
     assert len({frozenset(named) for named in by_seed.values()}) > 1
@@ -76,7 +77,7 @@ def test_tasks_choose_on_one_half_and_report_the_other(texts: Path, tmp_path: Pa
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
     output = tmp_path / "out"
     assert main(arguments(texts, output, "--tasks", str(questions), "--limit", "1")) == 0
-    rows = list(csv.DictReader((output / gap_sweep.CSV_NAME).open()))
+    rows = list(csv.DictReader((output / "gap-sweep.csv").open()))
     scores = {float(row["score"]) for row in rows}
     assert scores <= {k / 6 for k in range(7)}
     # Every even question has the first answer, every odd one the second: one half is right where the other is wrong.
@@ -163,7 +164,7 @@ def test_the_step_in_the_table_is_a_median(capsys: pytest.CaptureFixture[str]) -
         for k, kept in enumerate((0, 2))
         for step in range(3)
     ]
-    gap_report.show(Console(), rows, "score", [0.1])
+    Console().print(gap_sweep.table(rows, "score"))
     assert re.search(r"t\s+│\s+2 │\s+1 │", capsys.readouterr().out)
 
 
@@ -171,7 +172,7 @@ def test_options_from_a_file(texts: Path, tmp_path: Path, capsys: pytest.Capture
     config = tmp_path / "sweep.json"
     config.write_text(json.dumps({"texts": str(texts), "limit": 2, "n_steps": 1, "lm_steps": 3}))
     assert main(["gap-sweep", str(config), "--output_dir", str(tmp_path / "out")]) == 0
-    rows = list(csv.DictReader((tmp_path / "out" / gap_sweep.CSV_NAME).open()))
+    rows = list(csv.DictReader((tmp_path / "out" / "gap-sweep.csv").open()))
     assert len({row["text"] for row in rows}) == 2
     assert {row["step"] for row in rows} == {"0", "1"}
     config.write_text(json.dumps({"text": str(texts)}))

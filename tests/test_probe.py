@@ -16,8 +16,10 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 transformers = pytest.importorskip("transformers")
 
-from fastpost.cli import chain_report, main, tuning  # noqa: E402
-from fastpost.cli import probe as command  # noqa: E402
+from fastpost.bench.studies import probe as command  # noqa: E402
+from fastpost.bench.studies import results as shared  # noqa: E402
+from fastpost.bench.studies import tuning  # noqa: E402
+from fastpost.bench.studies.__main__ import main  # noqa: E402
 from fastpost.r3f.probe import encoder_of, features, linear_probe  # noqa: E402
 from tests.conftest import bits  # noqa: E402
 from tests.tiny import Batch, batch_for, build, pad  # noqa: E402
@@ -218,7 +220,7 @@ def options(tiny: Path, glue: Path, out: Path, *extra: str) -> list[str]:
 
 
 def read(out: Path) -> list[dict[str, str]]:
-    with open(out / chain_report.CSV_NAME, encoding="utf-8", newline="") as file:
+    with open(out / "probe.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -245,7 +247,7 @@ def test_the_chain_from_one_end_to_the_other(tiny, glue, tmp_path, capsys) -> No
         assert float(row["standard_error"]) == pytest.approx(math.sqrt(p * (1 - p) / n))
         assert 0.5 <= float(row["majority"]) < 1
         assert int(row["train_size"]) == (60 if row["kind"] == "probe" else 24)
-    assert (tmp_path / chain_report.PNG_NAME).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.part*"))
     shown = capsys.readouterr().out
     assert "2 seed(s)" in shown
@@ -295,19 +297,28 @@ def test_probing_changes_no_weight(tiny, glue, tmp_path) -> None:
 
 
 def test_differences_are_paired(tmp_path) -> None:
-    results = chain_report.Results(tmp_path, ["rte"], ["cola"], ["adamw", "r3f"])
+    results = shared.Results(tmp_path, "probe", command.COLUMNS)
+    found = command.Found(results, ["rte"], ["cola"], ["adamw", "r3f"])
     right = {"adamw": [[1, 1, 0, 0], [1, 0, 0, 0]], "r3f": [[1, 1, 1, 0], [1, 1, 0, 0]]}
     for method, seeds in right.items():
         for seed, correct in enumerate(seeds):
             p = sum(correct) / 4
-            row = chain_report.Row(method, seed, 1, "rte", "cola", "probe", p, 0.0, 1.0, 0.5, 9, 4, True, 0.0)
-            results.add(row, torch.tensor(correct, dtype=torch.bool))
+            row = {
+                "method": method,
+                "seed": seed,
+                "stage": 1,
+                "task": "cola",
+                "kind": "probe",
+                "accuracy": p,
+                "test_size": 4,
+            }
+            results.add(**row, correct=correct)
     rows = torch.tensor([0.0, 0.5, 0.5, 0.0])
-    assert results.difference("r3f", "cola") == pytest.approx((0.25, float(rows.std() / 2)))
-    assert results.difference("adamw", "cola") is None
-    mean, error, spread = chain_report.mean_and_errors(results.probed("adamw", 1, "cola"))
+    assert found.difference("r3f", "cola") == pytest.approx((0.25, float(rows.std() / 2)))
+    assert found.difference("adamw", "cola") is None
+    mean, error, spread = command.mean_and_errors(found.probed("adamw", 1, "cola"))
     assert (mean, error, spread) == pytest.approx((0.375, math.sqrt(0.375 * 0.625 / 4), 0.25 / math.sqrt(2)))
-    assert math.isnan(chain_report.mean_and_errors(results.probed("adamw", 1, "cola")[:1])[2])
+    assert math.isnan(command.mean_and_errors(found.probed("adamw", 1, "cola")[:1])[2])
 
 
 def test_what_was_computed_survives(tiny, glue, tmp_path, monkeypatch) -> None:
@@ -320,7 +331,7 @@ def test_what_was_computed_survives(tiny, glue, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(command, "build", build)
     assert main(options(tiny, glue, tmp_path, "--tasks", "rte")) == 130
     assert [row["method"] for row in read(tmp_path)] == ["pretrained", "adamw", "adamw"]
-    assert (tmp_path / chain_report.PNG_NAME).is_file()
+    assert (tmp_path / "probe.png").is_file()
 
 
 @pytest.mark.parametrize(

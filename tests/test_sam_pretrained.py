@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpost import SAM
-from fastpost.cli.tasks import Example
-from fastpost.cli.tuning import Classifier
+from fastpost.bench.studies.tasks import Example
+from fastpost.bench.studies.tuning import Classifier
 
 RHO = 0.05
 

@@ -14,7 +14,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastpost.bench.studies import smollm2
-from fastpost.cli.lm import load_lm
+from fastpost.cli.models import load_lm
 
 from .conftest import same_bits
 

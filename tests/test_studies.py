@@ -561,8 +561,8 @@ def test_glue_scores_are_those_of_the_benchmark() -> None:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_rows_padded_once_make_the_batches_that_the_tokenizer_makes(side: str, encoder: Path) -> None:
-    from fastpost.cli.tasks import Example
-    from fastpost.cli.tuning import Classifier, Padded, drawn
+    from fastpost.bench.studies.tasks import Example
+    from fastpost.bench.studies.tuning import Classifier, Padded, drawn
 
     made, draw = Classifier(str(encoder), 2), np.random.default_rng(3)
     made.tokenizer.padding_side = side
@@ -578,7 +578,7 @@ def test_rows_padded_once_make_the_batches_that_the_tokenizer_makes(side: str, e
 
 
 def classifier(encoder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    from fastpost.cli.tuning import Classifier
+    from fastpost.bench.studies.tuning import Classifier
 
     made = Classifier(str(encoder), 2)
     model: Any = made.fresh(0).eval()  # without dropout, so that passes can be repeated

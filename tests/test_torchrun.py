@@ -1,11 +1,14 @@
-"""Training started by torchrun (FSDP2) and by Accelerate (DDP) on two nodes, with the lines of docs/multi-node.md."""
+"""Training started by torchrun (FSDP2) and by Accelerate (DDP) on two nodes, with the lines of docs/multi-node.md.
+
+Both are compared with SAM written out in one process."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import inspect
 import os
 import re
-import runpy
 import socket
 import subprocess
 import sys
@@ -16,12 +19,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from . import docs
-from .by_hand import largest_difference
+from .by_hand import largest_difference, sam_by_hand
 
 ROOT = Path(__file__).parent.parent
-SIZES = ["--steps", "6", "--batch-size", "8", "--length", "32", "--width", "32", "--dtype", "float64"]
+SIZES = ["--dtype", "float64"]
 PAGE = docs.text("docs/multi-node.md")
 
 
@@ -82,12 +86,15 @@ def nodes() -> Iterator[list[Node]]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The weights that one process trains, nothing sharded."""
-    path = tmp_path_factory.mktemp("alone") / "weights.pt"
-    runpy.run_path(str(ROOT / "examples/torchrun_fsdp2_sam.py"))["main"]([*SIZES, "--output", str(path)])
-    weights: dict[str, torch.Tensor] = torch.load(path)
-    return weights
+def alone() -> dict[str, torch.Tensor]:
+    """The weights that SAM by hand trains in one process, on whole micro-batches."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 256}
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).double().eval()
+    text = torch.tensor(list(inspect.getsource(argparse).encode()))[: 6 * 2 * 8 * 32]
+    windows = text.view(6, 2, 8, 32)
+    sam_by_hand(model, list(map(list, windows)), torch.optim.AdamW(model.parameters(), lr=3e-3), 0.01, clip=1.0)
+    return model.state_dict()
 
 
 def together(commands: list[list[str]], folder: Path) -> str:

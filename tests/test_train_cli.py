@@ -20,7 +20,8 @@ import transformers
 
 import fastpost
 import fastpost.published
-from fastpost.cli import gap_sweep, lm, main, train_checkpoints, train_data, train_options, train_page, train_run
+from fastpost.cli import main, train_checkpoints, train_data, train_options, train_page, train_run
+from fastpost.cli import models as lm
 from fastpost.integrations.transformers import PostTrainer, PostTrainingArguments
 
 from .by_hand import distance, largest_difference, sam_by_hand
@@ -125,7 +126,7 @@ def test_gap_is_the_library_s_with_halves_that_choose_and_report(models, files, 
     if scored == "windows":
         words += ["--validation_file", files["held.txt"]]
         text = Path(files["held.txt"]).read_text(encoding="utf-8")
-        halves = gap_sweep.windows_of(loaded.encode(text), LENGTH + 1)
+        halves = lm.windows_of(loaded.encode(text), LENGTH + 1)
         choose, report = (lambda m, ids=ids: -float(lm.negative_log_likelihoods(m, ids).mean()) for ids in halves)
     else:
         questions = [
@@ -260,7 +261,7 @@ def test_what_cannot_be_timed_is_told_on_the_page(models, files, tmp_path, monke
     def fails(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(train_run.train_timing, "time_training", fails)
+    monkeypatch.setattr(train_run.step_times, "time_training", fails)
     assert main(words_of("sam", models, files, tmp_path, "--timing_rounds", "1")) == 0
     told = "interrupted" if error is KeyboardInterrupt else "ValueError: no such noise"
     page = Page.of(tmp_path)
@@ -287,7 +288,7 @@ def test_what_is_timed_is_what_trained(models, files, tmp_path, monkeypatch, wor
 def test_asam_and_r4f_are_timed_beside_their_published_loops(models, files, tmp_path, monkeypatch, method) -> None:
     made: list[str] = []
     sam, head, norm = fastpost.published.PublishedSAM, fastpost.R4F, fastpost.published.spectral_norm_last
-    published = train_run.train_timing.published
+    published = train_run.step_times.published
     monkeypatch.setattr(
         published, "PublishedSAM", lambda *a, **k: made.append(f"sam {k['adaptive']} {a[2]}") or sam(*a, **k)
     )
@@ -302,7 +303,7 @@ def test_gap_s_report_is_written_when_its_timing_is_interrupted(models, files, t
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_run.train_timing, "time_ascent", interrupted)
+    monkeypatch.setattr(train_run.step_times, "time_ascent", interrupted)
     words = ["train", "--method", "gap", "--model", models["causal"], "--train_file", files["texts.jsonl"], "--use_cpu"]
     words += [
         "--validation_file",

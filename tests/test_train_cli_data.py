@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from fastpost.cli import gap_sweep, main, tables, train_data, train_gap, train_options, train_run
+from fastpost.bench.studies import gap_sweep
+from fastpost.cli import main, tables, train_data, train_gap, train_options, train_run
 
 from .train_cli import LENGTH, WORDS, words_of
 
@@ -186,6 +187,32 @@ def test_separators_and_headers_that_are_recognised(tmp_path, name, content, not
     assert rows_of(data) == [("a, b", None, "yes"), ("c", None, "no")]
     assert data.notes == ((note,) if note else ())
     assert note in data.told()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "names"),
+    [
+        ("x.csv", "I love it,1\nI hate it,0\nso good,1\nso bad,0\n", "text, label"),
+        ("x.csv", '1,"I love it, really"\n0,I hate it\n1,so good\n0,so bad\n', "label, text"),
+        ("x.tsv", "a b\tc d\tyes\ne f\tg h\tno\ni j\tk l\tno\nm n\to p\tyes\n", "text, pair, label"),
+        ("x.csv", "I love it;1\nI hate it;0\nso good;1\nso bad;0\n", "text, label"),
+    ],
+)
+def test_a_table_without_a_header_is_recognised(tmp_path, name, content, names) -> None:
+    data = read(write(tmp_path / name, content))
+    assert len(data.train) == 4
+    assert len(data.labels) == 2
+    assert all(row.text.count(" ") >= 1 for row in data.train)
+    assert (data.train[0].pair is not None) == ("pair" in names)
+    assert data.train[0].label in ("1", "yes")
+    assert data.notes[0].endswith(f"no header: the columns are taken as {names}")
+
+
+def test_names_of_columns_are_not_taken_for_data(tmp_path) -> None:
+    for header in ("a sentence,stars", "a sentence,1"):  # another name, and a first row whose value does not recur
+        rows = "I love it,3\nI hate it,0\nso good,3\nso bad,0\n"
+        with pytest.raises(ValueError, match="put one on top"):
+            read(write(tmp_path / "x.csv", f"{header}\n{rows}"))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import transformers
 
-from fastpost.cli import lm, main, train_gap, train_options, train_resume, train_run
-from fastpost.cli.report import replace_text
+from fastpost.cli import main, train_gap, train_options, train_resume, train_run
+from fastpost.cli import models as lm
+from fastpost.cli.files import replace_text
 from fastpost.integrations.transformers import PostTrainer
 
 from .train_cli import Page, assert_same, saved, table, words_of

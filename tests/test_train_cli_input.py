@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -14,8 +15,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 
-from fastpost.cli import lm, main, train_data, train_options, train_run
+from fastpost.cli import main, train_data, train_options, train_run
+from fastpost.cli import models as lm
+from fastpost.cli.methods import METHODS
+from fastpost.cli.options import joined
 
 from .train_cli import (
     LENGTH,
@@ -152,10 +157,41 @@ def test_a_file_of_options_and_the_one_that_a_run_leaves(models, files, tmp_path
     assert (told.sam_rho, told.learning_rate, told.method) == (0.3, 1e-2, "sam")
 
 
-def test_help_groups_every_option_by_method() -> None:
+def test_help_is_one_screen_and_names_what_there_is(capsys) -> None:
+    for word in ("--help", "-h"):
+        assert main(["train", word]) == 0
+        shown = capsys.readouterr().out
+        lines = shown.splitlines()
+        assert len(lines) <= 40
+        assert max(map(len, lines)) < 80
+        assert shown.index("examples:") < shown.index("--output_dir DIR")
+    names = {f.name for c in train_options._groups() for f in dataclasses.fields(c)}
+    assert set(re.findall(r"--(\w+)", shown)) - {"help"} <= names
+    assert "--help-all" in shown
+    words = re.findall(r"--method (\S+) ", shown)
+    assert {"sam", "r3f", "gap"} <= set(words) <= {*METHODS, "METHOD"}
+    assert all(method in shown for method in METHODS)
+
+
+def test_lists_take_spaces_and_commas(tmp_path) -> None:
+    base = ["--method", "sam", "--train_file", str(tmp_path / "x.txt"), "--output_dir", str(tmp_path / "out")]
+    (tmp_path / "x.txt").write_text("a text")
+    for words in (["a*", "b*"], ["a*,b*"], ["a*,", "b*"], ["a*", ",b*"]):
+        run = train_options.parse([*base, "--sam_scope", *words, "--report-to", "tensorboard,none", "--seed", "3"])
+        assert run.arguments.patterns() == ["a*", "b*"]
+        assert run.arguments.seed == 3
+        assert run.arguments.report_to == ["tensorboard", "none"]
+    assert joined(["--tasks", "-1", "x", "--lr", "2"], ("tasks",)) == ["--tasks", "-1,x", "--lr", "2"]
+    assert joined(["--tasks"], ("tasks",)) == ["--tasks"]
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"method": "sam", "train_file": str(tmp_path / "x.txt"), "sam_scope": ["a*", "b*"]}))
+    assert train_options.parse([str(path)]).arguments.patterns() == ["a*", "b*"]
+
+
+def test_help_all_groups_every_option_by_method() -> None:
     printed = io.StringIO()
     with redirect_stdout(printed), pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
+        main(["train", "--help-all"])
     assert stop.value.code == 0
     heads = ["what to train, and on what", "SAM", "R3F", "GAP", "transformers' TrainingArguments"]
     parts = re.split(r"^(" + "|".join(map(re.escape, heads)) + r"):$", printed.getvalue(), flags=re.M)
@@ -204,7 +240,7 @@ def test_help_groups_every_option_by_method() -> None:
         ("--method sam+r3f --neftune_noise_alpha 5", "of both passes that --method sam+r3f compares; choose one"),
         ("--method r4f --sam_rho 0.1", "--sam_rho is an option of SAM, which --method r4f does not do"),
         ("--method dropout", "unknown method 'dropout'. Valid: none, sam,"),
-        ("--method sam --sam_radius_of_the_ball 1", "unknown option '--sam_radius_of_the_ball'. `fastpost train --help`"),
+        ("--method sam --sam_radius_of_the_ball 1", "unknown option '--sam_radius_of_the_ball'. `fastpost train --help-"),
         ("--method sam --validation_file nowhere.txt", "--validation_file: no such file: nowhere.txt"),
         ("--method sam --dataset x", "give one of the two"),
         ("--method sam --resume_from_checkpoint True", "there is no checkpoint in"),

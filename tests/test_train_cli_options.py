@@ -1,4 +1,5 @@
-"""Every numeric option of every command: -1, 0, nan, infinity or a word works, or is one line and writes nothing."""
+"""Every numeric option of `train` and of three studies: -1, 0, nan, infinity or a word works, or is one line and writes
+nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ import pytest
 import torch
 import yaml
 
-from fastpost.cli import arguments, gap_sweep, main, methods, probe, session, train_limits, train_options, train_report
+from fastpost.bench.studies import __main__ as studies
+from fastpost.bench.studies import compare, gap_sweep, probe
+from fastpost.cli import main, methods, train_limits, train_options, train_report
 from fastpost.cli.options import Range
 
 from .train_cli import COMMON, LENGTH, saved, words_of
@@ -67,7 +70,8 @@ def words_for(name: str, models: dict[str, str], files: dict[str, str], out: Pat
 
 def one_line(capsys: pytest.CaptureFixture[str], command: str) -> str:
     said = capsys.readouterr()
-    assert said.err.startswith(f"fastpost {command}: error: "), said.err
+    program = "fastpost" if command == "train" else "studies"
+    assert said.err.startswith(f"{program} {command}: error: "), said.err
     assert said.err.count("\n") == 1, said.err
     return said.err
 
@@ -173,7 +177,7 @@ def test_a_scope_that_fits_nothing_is_refused_before_anything_is_written(models,
 # -- the other commands -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", numeric(arguments.CompareArguments))
+@pytest.mark.parametrize("name", numeric(compare.CompareArguments))
 def test_compare(models, tmp_path, capsys, name) -> None:
     for split in ("train", "dev"):
         lines = [f"s\t{k % 2}\t\ta sentence of {k} words\n" for k in range(40)]
@@ -184,10 +188,10 @@ def test_compare(models, tmp_path, capsys, name) -> None:
     for value in VALUES:
         option = f"--{name.replace('_', '-')}"
         try:
-            session.prepare(arguments.parse([*base, option, value]))
+            compare.prepare(compare.parse([*base, option, value]))
             worked.append(value)
         except ValueError:
-            assert main(["compare", *base, option, value]) == 2
+            assert studies.main(["compare", *base, option, value]) == 2
             assert option in one_line(capsys, "compare")
     assert {"nan", "inf", "word"}.isdisjoint(worked)
     assert not (tmp_path / "out").exists()
@@ -211,7 +215,7 @@ def test_probe_and_gap_sweep(tmp_path, capsys, monkeypatch, command, cls, parse,
                 parse([*needed, option, value])
                 worked.append(value)
             except ValueError:
-                assert main([command, *needed, option, value]) == 2
+                assert studies.main([command, *needed, option, value]) == 2
                 error = one_line(capsys, command)
                 assert option in error or name in error
         assert {"nan", "word"}.isdisjoint(worked), name
@@ -223,7 +227,7 @@ def test_a_list_and_a_mapping_for_compare(tmp_path, capsys) -> None:
     path = tmp_path / "options.yaml"
     for text in ("lr: [1, 2]", "lr: {a: 1}", "epochs: word"):
         path.write_text(text)
-        assert main(["compare", str(path)]) == 2
+        assert studies.main(["compare", str(path)]) == 2
         assert "invalid float value" in one_line(capsys, "compare")
 
 
@@ -258,7 +262,7 @@ def test_ranges() -> None:
     [
         (["train"], "--method is needed: none, sam, sam_lm, asam, r3f, r4f, sam+r3f, gap"),
         (["train", "--method", "sam"], "--train_file or --dataset says what to train on"),
-        (["gap-sweep", "--limit", "3"], "--texts names no file"),
+        (["gap-sweep", "--limit", "3"], "fastpost gap-sweep is a study now"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_slow_is_imported(words, message) -> None:

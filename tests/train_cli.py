@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from fastpost.cli import stdlib
+from fastpost.bench.studies import stdlib
 
 from .conftest import same_bits
 from .trainers import BATCH, CLIP, DECAY, LR, RHO

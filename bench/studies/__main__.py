@@ -8,6 +8,14 @@ import os
 import sys
 from pathlib import Path
 
+# Programs with options, tables and pictures of their own.
+PROGRAMS = {
+    "demo": "what `make demo` shows: costs, what 16 bits do, fine-tuning, GAP",
+    "compare": "every method beside the published formulas",
+    "probe": "a chain of tasks, and linear probes after each",
+    "gap-sweep": "GAP on many texts",
+}
+# Studies whose rows the pages are made of.
 NAMES = ("gap", "glue", "precision", "lm", "collapse", "forgetting")
 
 
@@ -18,8 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     name = argv[0] if argv else ""
+    if name in PROGRAMS:
+        return _program(name, argv[1:])
     if name not in NAMES:
-        valid = ", ".join(NAMES)
+        valid = ", ".join((*NAMES, *PROGRAMS))
         if name in ("-h", "--help"):
             print(
                 "usage: python -m fastpost.bench.studies NAME [options]\n\n"
@@ -68,6 +78,18 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(f"{made} row(s) made; {options.output}")
     return 0
+
+
+def _program(name: str, argv: list[str]) -> int:
+    from fastpost.cli import explain_missing
+
+    try:
+        from fastpost.cli.models import quietly
+
+        with quietly():
+            return int(importlib.import_module(f"fastpost.bench.studies.{name.replace('-', '_')}").main(argv))
+    except ModuleNotFoundError as error:
+        return explain_missing(f"studies {name}", error)
 
 
 if __name__ == "__main__":

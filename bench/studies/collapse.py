@@ -1,6 +1,6 @@
 """Do representations collapse (2008.03156, section 4)? An encoder goes through a chain of tasks, with linear probes.
 
-It is the chain of `fastpost probe`, with a row for every probe. Nothing is chosen: all methods have the settings given.
+It is the chain of probe.py, with a row for every probe. Nothing is chosen: all methods have the settings given.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+from fastpost.bench.studies import probe
 from fastpost.bench.studies.records import Records
 from fastpost.bench.studies.study import Block, Study, data_folder, digest
-from fastpost.cli import probe
 
 _FIELDS = ("tasks", "methods", "seeds", "train_size", "probe_size", "test_size", "epochs", "batch_size", "max_length", "lr")
 
@@ -21,7 +21,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     defaults = probe.ProbeArguments()
     for name in _FIELDS:
         value = getattr(defaults, name)
-        told = f"as in `fastpost probe` (default {value})"
+        told = f"as in probe (default {value})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=told)
     parser.add_argument("--model", help="folder or hub name of an encoder; default: all-MiniLM-L6-v2 from its package")
 
@@ -32,10 +32,10 @@ class _Rows:
     def __init__(self, records: Records, method: str, seed: int) -> None:
         self.records, self.method, self.seed = records, method, seed
 
-    def add(self, row: Any, correct: Any = None) -> None:
-        scores = {"accuracy": row.accuracy, "train_accuracy": row.train_accuracy, "majority": row.majority}
-        hyper = {"stage": row.stage, "task": row.task, "kind": row.kind}
-        examples = None if correct is None else "".join(str(int(right)) for right in correct)
+    def add(self, correct: Any = None, **row: Any) -> None:
+        scores = {name: row[name] for name in ("accuracy", "train_accuracy", "majority")}
+        hyper = {name: row[name] for name in ("stage", "task", "kind")}
+        examples = None if correct is None else "".join(map(str, correct))
         self.records.add(f"chain/{self.method}/{self.seed}", self.method, self.seed, hyper, scores, examples=examples)
 
 

@@ -17,10 +17,10 @@ import torch
 
 from fastpost import GAP
 from fastpost.bench.studies import language
+from fastpost.bench.studies.gap_sweep import drawn, read
 from fastpost.bench.studies.records import Records
 from fastpost.bench.studies.study import Block, Study, Timer, data_folder, digest
-from fastpost.cli.gap_sweep import drawn, read
-from fastpost.cli.lm import Loaded
+from fastpost.cli.models import Loaded
 
 CORPORA = ("github", "pile-cc", "lm_extraction")
 LR = 5e-5

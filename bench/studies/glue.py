@@ -20,9 +20,9 @@ from fastpost.bench.studies import methods
 from fastpost.bench.studies.choosing import Comparison, add_options
 from fastpost.bench.studies.records import Records
 from fastpost.bench.studies.study import Block, Study, Timer, check_apart, data_folder, digest
+from fastpost.bench.studies.tasks import Example, Task, glue_task
+from fastpost.bench.studies.tuning import Classifier, Padded, drawn, linear_schedule
 from fastpost.cli.options import names_of
-from fastpost.cli.tasks import Example, Task, glue_task
-from fastpost.cli.tuning import Classifier, Padded, drawn, linear_schedule
 
 TASKS = ("rte", "mrpc", "cola")
 SPLITS = ("validation", "dev")

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastpost.bench.studies import smollm2
 from fastpost.bench.studies.study import check_apart
-from fastpost.cli.lm import Loaded, load_lm
+from fastpost.cli.models import Loaded, load_lm
 from fastpost.gap.tasks import Task, read_task
 from fastpost.gap.zero_shot import Choice, dialogue_f1, dialogue_prompt, encoded, log_likelihoods
 from fastpost.modes import evaluating

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fastpost.bench.studies import language, methods
 from fastpost.bench.studies.choosing import Comparison, add_options
+from fastpost.bench.studies.gap_sweep import read
 from fastpost.bench.studies.study import Study, Timer, check_apart, data_folder, digest
-from fastpost.cli.gap_sweep import read
-from fastpost.cli.lm import Loaded, negative_log_likelihoods
-from fastpost.cli.tuning import Batch, linear_schedule
+from fastpost.bench.studies.tuning import Batch, linear_schedule
+from fastpost.cli.models import Loaded, negative_log_likelihoods
 from fastpost.gap.zero_shot import dialogue_prompt
 
 PLACE = "dialogues"

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpost import R3F, R4F, SAM, add_noise, symmetric_kl
-from fastpost.cli.tuning import Batch, find_head
+from fastpost.bench.studies.tuning import Batch
+from fastpost.cli.models import find_head
 from fastpost.r3f.relatives import NEFTune, RDrop
 from fastpost.sam import TRAM, SAMWindow
 

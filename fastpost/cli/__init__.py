@@ -1,4 +1,4 @@
-"""The command line: `fastpost train | compare | probe | gap-sweep | bench | doctor`, also `python -m fastpost`."""
+"""The command line: `fastpost train | bench | doctor`, also `python -m fastpost`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from fastpost.errors import unknown
 
 COMMANDS = {
     "train": "train one model by one method on your data, with a report",
-    "compare": "post-train real models by every method, beside the published formulas",
-    "probe": "fine-tune through a chain of tasks and probe what the frozen encoder still holds",
-    "gap-sweep": "climb on many texts, one at a time, and score what each does to the model",
     "bench": "time the operations beside their floors and the published formulas",
     "doctor": "say what works on this machine, and what to do about what does not",
 }
+# Studies, which were commands once.
+MOVED = ("compare", "probe", "gap-sweep")
 # Options that a command cannot do without (one of each tuple), and what to say; checked before anything slow is imported.
 _NEEDED: dict[str, dict[tuple[str, ...], str]] = {
     "train": {
         ("method",): f"--method is needed: {', '.join(METHODS)}",
         ("train_file", "dataset"): "--train_file or --dataset says what to train on; give one of the two",
     },
-    "gap-sweep": {("texts",): "--texts names no file"},
 }
 # What the commands need beyond fastpost's own requirements.
 _EXTRA = ("transformers", "rich", "matplotlib", "yaml", "tokenizers", "sklearn")
@@ -43,26 +41,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    if command in MOVED:
+        print(f"fastpost {command} is a study now: python -m fastpost.bench.studies {command}", file=sys.stderr)
+        return 2
     if command not in COMMANDS:
         print(f"fastpost: error: {unknown('command', command, COMMANDS)}", file=sys.stderr)
         return 2
     lacking = _lacking(command, arguments)
     if lacking:
-        print(f"fastpost {command}: error: {lacking} (`fastpost {command} --help` lists all options)", file=sys.stderr)
+        print(f"fastpost {command}: error: {lacking} (`fastpost {command} --help` shows how)", file=sys.stderr)
         return 2
     try:
         module = importlib.import_module(f"fastpost.cli.{command.replace('-', '_')}")
         return int(module.main(arguments))
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in _EXTRA:
-            raise
-        print(f"fastpost {command} needs {error.name}. Run: pip install 'fastpost[cli]'", file=sys.stderr)
-        return 2
+        return explain_missing(f"fastpost {command}", error)
+
+
+def explain_missing(program: str, error: ModuleNotFoundError) -> int:
+    """Says what to install, and returns the exit code; raises the error again for a module that no extra brings."""
+    if error.name is None or error.name.split(".")[0] not in _EXTRA:
+        raise error
+    print(f"{program} needs {error.name}. Run: pip install 'fastpost[cli]'", file=sys.stderr)
+    return 2
 
 
 def _lacking(command: str, words: Sequence[str]) -> str | None:
     """What has to be said about a command line without an option that it needs; a file may hold any of them."""
     given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("-")}
-    if given & {"h", "help", "config"} or (words and words[0].lower().endswith((".json", ".yaml", ".yml"))):
+    if given & {"h", "help", "help_all", "config"} or (words and words[0].lower().endswith((".json", ".yaml", ".yml"))):
         return None
     return next((said for names, said in _NEEDED.get(command, {}).items() if not given & set(names)), None)

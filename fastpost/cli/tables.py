@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +44,8 @@ def text_of(path: Path) -> str:
 def read(path: Path, column: str, option: str = "text_column") -> Lines:
     """The rows of a `.jsonl`, `.csv` or `.tsv` file. Names of columns are stripped.
 
-    A table is separated as its ending says, or else by whatever gives its first row the column asked for. In TSV quotes
-    are literal, as GLUE's files want it.
+    A table is separated as its ending says, or else by whatever gives its first row the column asked for. A table of texts
+    and labels without a header is recognised. In TSV quotes are literal, as GLUE's files want it.
 
     Args:
         column: a column that a table has to have.
@@ -90,10 +91,14 @@ def _table(path: Path, text: str, column: str, option: str) -> Lines:
     ways = [usual, *(separator for separator in SEPARATORS if separator != usual)]
     first = {way: _first_row(path, text, way) for way in ways}
     way = next((way for way in ways if column in first[way]), None)
+    is_headless = way is None
     if way is None:
         way = max(ways, key=lambda way: len(first[way]))
-        raise _no_column(path, column, option, first[way], way)
-    header = first[way]
+        header = _inferred_header([cells for _, cells in _cells(path, text, way)]) if column == "text" else None
+        if header is None:
+            raise _no_column(path, column, option, first[way], way)
+    else:
+        header = first[way]
     if twice := [name for name in header if name and header.count(name) > 1]:
         raise ValueError(f"{path}: two columns are called {twice[0]!r}")
     found: list[Line] = []
@@ -102,7 +107,30 @@ def _table(path: Path, text: str, column: str, option: str) -> Lines:
         if len(cells) != len(header):
             raise ValueError(f"{where}: {len(cells)} columns, the header has {len(header)}")
         found.append((where, dict(zip(header, cells, strict=True))))
-    return Lines(found[1:], "" if way == usual else f"columns separated by {SEPARATORS[way]}")
+    notes = [f"columns separated by {SEPARATORS[way]}"] if way != usual else []
+    if is_headless:
+        notes.append(f"no header: the columns are taken as {', '.join(header)}")
+    return Lines(found if is_headless else found[1:], "; ".join(notes))
+
+
+def _inferred_header(rows: Sequence[Sequence[str]]) -> list[str] | None:
+    """Names for the columns of a table whose first row is data; None where that is not certain.
+
+    Certain is: one column of labels (short values, each of them at least twice, the first row's too, which no column's name
+    would be), and one or two columns of texts of several words.
+    """
+    if not rows or len(rows[0]) not in (2, 3) or any(len(row) != len(rows[0]) for row in rows):
+        return None
+    names: list[str] = []
+    for values in zip(*rows, strict=True):
+        counts = Counter(value.strip() for value in values)
+        if min(counts.values()) > 1 and len(counts) > 1 and max(map(len, counts)) <= 40 and "" not in counts:
+            names.append("label")
+        elif sum(len(value.split()) > 1 for value in values) > len(values) / 2 and len(counts) > len(values) / 2:
+            names.append("pair" if "text" in names else "text")
+        else:
+            return None
+    return names if names.count("label") == 1 else None
 
 
 def _first_row(path: Path, text: str, separator: str) -> list[str]:

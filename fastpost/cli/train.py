@@ -9,12 +9,16 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from fastpost.cli.methods import HELP
 from fastpost.cli.options import complain
 from fastpost.integrations.masking import Mask
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; 0 when done, 2 where something is wrong with what was asked for, 130 when interrupted."""
+    if {"-h", "--help"} & set(argv):
+        print(HELP, end="")
+        return 0
     from rich.console import Console
 
     began = time.perf_counter()
@@ -36,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:  # what transformers refuses, too
         if isinstance(error, ModuleNotFoundError) and not isinstance(error, importlib.metadata.PackageNotFoundError):
             raise  # the command line's own list says what to install
-        complain("train", error, mask)
+        complain("fastpost train", error, mask)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
@@ -57,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         if not _of_the_asker(error, gap=run.method == "gap"):
             mask.exception(error)
             raise
-        complain("train", error, mask)
+        complain("fastpost train", error, mask)
         return 2
     _conclude(results, console, time.perf_counter() - began)
     return 0

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.cli import lm, train_data, train_page, train_report, train_timing
-from fastpost.cli.gap_sweep import windows_of
-from fastpost.cli.report import check_folder
+from fastpost.bench import step_times
+from fastpost.cli import train_data, train_page, train_report
+from fastpost.cli.files import check_folder
+from fastpost.cli.models import load_lm, negative_log_likelihoods, windows_of
 from fastpost.cli.train_checkpoints import checkpoints_of
 from fastpost.cli.train_options import Run
 from fastpost.cli.train_run import keep_options, machine
@@ -61,7 +62,7 @@ def prepare(run: Run) -> Ascent:
         raise ValueError(f"--text_index {options.text_index}: the training data hold {len(texts)} texts, from 0")
     suite = None if tasks is None else [read_task(part.strip()) for part in tasks.split(",") if part.strip()]
     name = str(run.data.model)
-    loaded = lm.load_lm(name)
+    loaded = load_lm(name)
     load: Any = AutoTokenizer.from_pretrained
     tokenizer = load(name)
     encode = train_data.encoder(tokenizer)
@@ -107,7 +108,7 @@ def _held_out(
 
 
 def _score_on(windows: Tensor) -> Callable[[Any], float]:
-    return lambda model: -float(lm.negative_log_likelihoods(model, windows).mean())
+    return lambda model: -float(negative_log_likelihoods(model, windows).mean())
 
 
 def climb(run: Run, ascent: Ascent, told: Callable[[int, int], object]) -> tuple[GapResult, list[dict[str, Any]]]:
@@ -146,12 +147,10 @@ def carry_out(run: Run, ascent: Ascent, console: Any) -> train_report.Results:
         ascent.model.save_pretrained(run.folder)
         ascent.tokenizer.save_pretrained(run.folder)
         results.write_csv()
-        if start is None:
-            results.untimed = "not timed (--timing_rounds 0)"
-        else:
+        if start is not None:
             timing = progress.add_task("timing a step", total=None)
             try:
-                results.costs = train_timing.time_ascent(
+                results.costs = step_times.time_ascent(
                     start,
                     ascent.ids,
                     run.gap.recipe(),

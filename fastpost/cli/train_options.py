@@ -13,7 +13,7 @@ import torch
 
 from fastpost import GAP
 from fastpost.cli.methods import METHODS
-from fastpost.cli.options import Options, Range, check, is_settings, option
+from fastpost.cli.options import Options, Range, check, is_settings, joined, option
 from fastpost.cli.train_limits import check_numbers
 from fastpost.errors import unknown
 from fastpost.integrations.masking import Mask, masked_in
@@ -23,6 +23,8 @@ from fastpost.integrations.transformers import PostTrainingArguments, give_defau
 
 # What the trainer does by each method; r4f is r3f on a model whose head is normalised.
 PARTS = {**TRAINED, "r4f": TRAINED["r3f"]}
+# Options that take several values, with spaces or commas between.
+LISTS = ("tasks", "sam_scope", "report_to", "include_for_metrics")
 DTYPES = ("float32", "bfloat16", "auto")
 USAGE = "fastpost train [run.yaml] --method METHOD --train_file FILE [--model MODEL] [--output_dir DIR] [options]"
 DESCRIPTION = """Trains one model by one method on one data set, and writes the model, metrics.csv, report.png and
@@ -40,7 +42,9 @@ class DataOptions:
     )
     output_dir: str = option("fastpost-runs/train", "folder of the model, the checkpoints and the report")
     config: str | None = option(None, "YAML or JSON file of options; may also be the first word")
-    train_file: str | None = option(None, "text (.txt), JSONL, or CSV or TSV with a header")
+    train_file: str | None = option(
+        None, "text (.txt), JSONL, or CSV or TSV with a header; without one, texts and labels are recognised"
+    )
     validation_file: str | None = option(None, "of any of these kinds; default: a tenth of the training rows")
     dataset: str | None = option(None, "instead of files: a data set's hub name or folder, for datasets.load_dataset")
     dataset_config: str | None = option(None, "its configuration")
@@ -58,7 +62,7 @@ class DataOptions:
         False, "resume from a checkpoint although method, data or options are not those it was made with; the new ones count"
     )
     timing_rounds: int = option(
-        3, "timed steps of this method, of a plain step and of the published loop, on copies of the model; 0: none"
+        0, "times so many steps of this method, of a plain step and of the published loop, on copies of the model; 0: none"
     )
 
 
@@ -67,7 +71,7 @@ class GapOptions:
     """Gradient ascent on one text of the training data; the validation data are halved, to choose a state and to report."""
 
     text_index: int = option(0, "number of the text in the training data, from 0; of a .txt there is one")
-    tasks: str | None = option(None, "zero-shot tasks to score on instead, comma-separated .json, .jsonl or .csv files")
+    tasks: str | None = option(None, "zero-shot tasks to score on instead, .json, .jsonl or .csv files")
     task_limit: int = option(320, "examples per task at most, its first")
     gap_steps: int = option(15, "steps uphill at most")
     gap_lr: float = option(5e-5, "Adam's learning rate")
@@ -185,7 +189,7 @@ def parse(argv: Sequence[str], mask: Mask | None = None) -> Run:
     Raises:
         ValueError: an option, key, method or combination that does not exist or is out of range.
         FileNotFoundError: a file that is not there.
-        SystemExit: after --help.
+        SystemExit: after --help-all.
     """
     from transformers import HfArgumentParser
 
@@ -200,8 +204,12 @@ def parse(argv: Sequence[str], mask: Mask | None = None) -> Run:
         allow_abbrev=False,
         exit_on_error=False,
         formatter_class=Help,
+        add_help=False,
     )
-    words = list(argv)
+    if {"--help-all", "--help_all"} & set(argv):
+        parser.print_help()
+        raise SystemExit(0)
+    words = joined(argv, LISTS)
     mask = Mask() if mask is None else mask
     mask.add_words(words)
     settings = _of_file(words, names)
@@ -214,6 +222,9 @@ def parse(argv: Sequence[str], mask: Mask | None = None) -> Run:
         raise ValueError(str(error)) from None
     if rest:
         raise _briefly(unknown("option", rest[0].split("=")[0], [f"--{name}" for name in names]))
+    if isinstance(values.report_to, str) and "," in values.report_to:
+        values.report_to = values.report_to.split(",")
+    values.include_for_metrics = [name for word in values.include_for_metrics for name in word.split(",")]
     mask.add(vars(values))
     asked = [*settings, *(_name(word, names) for word in words if word.startswith("--"))]
     method = _method(values.method)
@@ -269,13 +280,17 @@ def _of_file(words: list[str], names: Sequence[str]) -> dict[str, Any]:
         raise _briefly(error) from None
     if "config" in settings:
         raise ValueError(f"{path}: config names another file of options; one is read")
+    for name in ("tasks", "sam_scope"):
+        value = settings.get(name)
+        if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+            settings[name] = ",".join(value)
     return {name: value for name, value in settings.items() if value is not None}
 
 
 def _briefly(error: ValueError) -> ValueError:
     """Without the list of all options there are."""
     text, listed, _ = str(error).partition(" Valid: ")
-    return ValueError(text + (" `fastpost train --help` lists all." if listed else ""))
+    return ValueError(text + (" `fastpost train --help-all` lists all." if listed else ""))
 
 
 def _name(word: str, names: Sequence[str]) -> str:
@@ -363,6 +378,4 @@ def _check(method: str, data: DataOptions, gap: GapOptions, asked: Sequence[str]
         if gap.tasks is not None and gap.gap_max_kl is not None:
             raise ValueError("--gap_max_kl is watched on validation text, which --tasks takes the place of; leave one out")
         if data.model is None:
-            raise ValueError(
-                "--method gap needs --model, a causal language model (`fastpost gap-sweep` can train a small one)"
-            )
+            raise ValueError("--method gap needs --model, a causal language model, a folder or hub name")

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastpost.cli.report import replace_file, replace_text
+from fastpost.bench.step_times import OURS, PLAIN, PUBLISHED
+from fastpost.cli.files import replace_file, replace_text
 from fastpost.cli.train_report import CSV_NAME, DARK, HTML_NAME, PNG_NAME, Results, data_uri, draw, milliseconds
-from fastpost.cli.train_timing import OURS, PLAIN, PUBLISHED
 
 MOST_ROWS = 16  # of metrics.csv on the page
 

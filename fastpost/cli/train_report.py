@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastpost.cli.measure import Cost
-from fastpost.cli.report import replace_text
+from fastpost.bench.measure import Cost
+from fastpost.cli.files import replace_text
 
 CSV_NAME, PNG_NAME, HTML_NAME = "metrics.csv", "report.png", "report.html"
 Row = dict[str, Any]

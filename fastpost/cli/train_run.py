@@ -16,9 +16,10 @@ import transformers
 from transformers import TrainerCallback
 
 import fastpost
-from fastpost.cli import lm, train_data, train_page, train_report, train_resume, train_timing, tuning
-from fastpost.cli.models import loading, quietly
-from fastpost.cli.report import replace_text
+from fastpost.bench import step_times
+from fastpost.cli import train_data, train_page, train_report, train_resume
+from fastpost.cli.files import replace_text
+from fastpost.cli.models import PACKAGED_MODEL, check_causal, find_head, loading, packaged_model, quietly
 from fastpost.cli.train_checkpoints import RunRecord, RunTrainer, options_that_train
 from fastpost.cli.train_options import PARTS, Run
 from fastpost.errors import unknown
@@ -79,7 +80,7 @@ def prepare(run: Run) -> Job:
         )
     else:
         try:
-            lm.check_causal(model)
+            check_causal(model)
         except ValueError as error:
             raise ValueError(f"the data have no labels, and {error}; --label_column names a column of labels") from None
         run.arguments.prediction_loss_only = True  # logits over a vocabulary would fill the memory
@@ -93,7 +94,7 @@ def prepare(run: Run) -> Job:
     if asked is not None and asked.removeprefix("eval_") not in known:
         raise unknown("metric_for_best_model", asked, known)
     told = data.told() + ("" if data.labels else f": {len(train)} and {len(validation)} blocks of {size} tokens")
-    r4f = fastpost.R4F(tuning.find_head(model), layers="last") if run.method == "r4f" else None
+    r4f = fastpost.R4F(find_head(model), layers="last") if run.method == "r4f" else None
     made_by = _made_by(run, data, size)
     start = train_resume.compared(start, made_by, run.data.resume_with_changes, model)
     majority = data.majority() if data.labels else None
@@ -105,7 +106,7 @@ def _made_by(run: Run, data: train_data.Data, size: int) -> dict[str, Any]:
     given = {"training data": data.train, "validation data": data.validation}
     return {
         "method": run.method,
-        "model": run.data.model or tuning.PACKAGED_MODEL,
+        "model": run.data.model or PACKAGED_MODEL,
         "dtype": run.data.dtype,
         **{what: {"rows": len(rows), "digest": train_data.digest(rows)} for what, rows in given.items()},
         "labels": list(data.labels),
@@ -119,7 +120,7 @@ def _load(run: Run, labels: tuple[str, ...]) -> tuple[Any, Any, Any, list[str]]:
     """Config, tokenizer, model in training mode, and the names of weights that were made anew."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    path = str(tuning.packaged_model()) if run.data.model is None else run.data.model
+    path = str(packaged_model()) if run.data.model is None else run.data.model
     auto: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     load: Any = AutoTokenizer.from_pretrained
     with loading(path), quietly():
@@ -344,7 +345,7 @@ def _results(job: Job) -> train_report.Results:
     run, a = job.run, job.run.arguments
     size = sum(p.numel() for p in job.model.parameters())
     dtype = str(next(job.model.parameters()).dtype).removeprefix("torch.")
-    name = tuning.PACKAGED_MODEL if run.data.model is None else run.data.model
+    name = PACKAGED_MODEL if run.data.model is None else run.data.model
     each = f"{a.per_device_train_batch_size} x {a.gradient_accumulation_steps} x {a.world_size}"
     facts = [
         ("model", f"{name}, {size / 1e6:.3g}M parameters in {dtype}"),
@@ -397,8 +398,8 @@ def _time(job: Job, trainer: Any, results: train_report.Results, watch: Watch) -
     """Times this method's step beside others, where that can be done; else `untimed` says why not."""
     arguments, rounds = job.run.arguments, job.run.data.timing_rounds
     if not rounds:
-        results.untimed = "not timed (--timing_rounds 0)"
-    elif arguments.world_size > 1:
+        return
+    if arguments.world_size > 1:
         results.untimed = "not timed: several processes trained"
     elif arguments.fp16:
         results.untimed = "not timed: float16 takes a loss scaler, which the published loops have none of"
@@ -418,7 +419,7 @@ def _time(job: Job, trainer: Any, results: train_report.Results, watch: Watch) -
     try:
         with watch:
             told = watch.bar("timing a step", 0)
-            results.costs = train_timing.time_training(job.run.method, model, window, arguments, rounds, told)
+            results.costs = step_times.time_training(job.run.method, model, window, arguments, rounds, told)
     except KeyboardInterrupt:
         results.untimed = "not timed: interrupted"
     except Exception as error:  # the model is trained and saved; what could not be timed is told, and the report written

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fastpost
 from fastpost import published
-from fastpost.cli import measure, tuning
+from fastpost.bench import measure
+from fastpost.cli.models import find_head
 from fastpost.cli.train_options import PARTS
 
 Batch = dict[str, Tensor]
@@ -39,13 +39,13 @@ def time_training(method: str, model: Any, window: list[Batch], arguments: Any, 
     if PARTS[method]:
         makers[PUBLISHED] = lambda m: _published(method, m, window, arguments)
         makers[OURS] = lambda m: _ours(method, m, window, arguments)
-    device = next(model.parameters()).device
 
     def make(name: str) -> measure.Step:
-        return _waited(makers[name](copy.deepcopy(model).train()), device)
+        return makers[name](copy.deepcopy(model).train())
 
     with torch.random.fork_rng():
-        return _run({name: lambda name=name: make(name) for name in makers}, rounds, 1, told)  # type: ignore[misc]
+        sides = {name: lambda name=name: make(name) for name in makers}
+        return measure.costs(sides, rounds, told, device=next(model.parameters()).device)
 
 
 def time_ascent(model: Any, ids: Tensor, recipe: fastpost.GAP, rounds: int, told: Told) -> Costs:
@@ -83,30 +83,7 @@ def time_ascent(model: Any, ids: Tensor, recipe: fastpost.GAP, rounds: int, told
         return lambda: bare(side, ids).rollback()
 
     makers = {PLAIN: plain, PUBLISHED: theirs, OURS: ours}
-    sides = {name: lambda make=make: _waited(make(), ids.device) for name, make in makers.items()}
-    return _run(sides, rounds, n_steps, told)  # type: ignore[arg-type]
-
-
-def _run(sides: dict[str, Callable[[], measure.Step]], rounds: int, steps_per_call: int, told: Told) -> Costs:
-    warmup, found = 2, {}
-    total = len(sides) * (rounds + warmup)
-    for done, (name, cost) in enumerate(measure.interleaved(sides, rounds, warmup), start=1):
-        if cost is not None:
-            found[name] = measure.Cost(cost.seconds / steps_per_call, cost.peak_mib)
-        told(min(done, total), total)
-    return found
-
-
-def _waited(step: measure.Step, device: torch.device) -> measure.Step:
-    """The step, and on an accelerator what it has set going there."""
-    if device.type == "cpu":
-        return step
-
-    def run() -> None:
-        step()
-        torch.accelerator.synchronize(device)
-
-    return run
+    return measure.costs(makers, rounds, told, device=ids.device, steps_per_call=n_steps)
 
 
 # -- the sides --------------------------------------------------------------------------------------------------------------
@@ -134,7 +111,7 @@ def _backward(model: Any, batches: Iterable[Batch], arguments: Any, loss_of: Los
     for batch in batches:
         with _precision(model, arguments):
             loss = loss_of(model, batch) / parts
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
 
 def _plain(model: Any, window: list[Batch], arguments: Any, loss_of: Loss) -> measure.Step:
@@ -150,7 +127,7 @@ def _plain(model: Any, window: list[Batch], arguments: Any, loss_of: Loss) -> me
 
 def _published(method: str, model: Any, window: list[Batch], arguments: Any) -> measure.Step:
     if method == "r4f":
-        published.spectral_norm_last(tuning.find_head(model))
+        published.spectral_norm_last(find_head(model))
     loss_of = _task_loss if "r3f" not in PARTS[method] else lambda m, batch: _published_r3f(m, batch, arguments)
     if "sam" not in PARTS[method]:
         return _plain(model, window, arguments, loss_of)
@@ -170,23 +147,15 @@ def _published(method: str, model: Any, window: list[Batch], arguments: Any) -> 
 
 
 def _published_r3f(model: Any, batch: Batch, arguments: Any) -> Tensor:
-    """fairseq's criterion: `sentence_prediction_r3f` for classes, `label_smoothed_cross_entropy_r3f` for tokens."""
-    eps, weight, noise = arguments.r3f_eps, arguments.r3f_lambda, arguments.noise_type
-    if batch["labels"].ndim == 1:
-        return published.r3f_sentence_loss(model, batch, eps, weight, noise)
-    embeddings = model.get_input_embeddings()(batch["input_ids"])
-    noised = published.distributions_noise(embeddings.detach().clone(), eps, noise)
-    clean_logits = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
-    noised_logits = model(inputs_embeds=noised).logits[:, :-1].flatten(0, 1)
-    task: Tensor = F.cross_entropy(clean_logits, batch["labels"][:, 1:].flatten())
-    loss: Tensor = task + weight * published.fairseq_symmetric_kl(noised_logits, clean_logits)
-    return loss
+    """fairseq's criterion, for classes or for tokens."""
+    loss_of = published.r3f_sentence_loss if batch["labels"].ndim == 1 else published.r3f_language_model_loss
+    return loss_of(model, batch, arguments.r3f_eps, arguments.r3f_lambda, arguments.noise_type)
 
 
 def _ours(method: str, model: Any, window: list[Batch], arguments: Any) -> measure.Step:
     r3f = arguments.build_r3f(fused_linear=bool(arguments.r3f_fused_linear))
     if method == "r4f":
-        fastpost.R4F(tuning.find_head(model), layers="last")
+        fastpost.R4F(find_head(model), layers="last")
     loss_of = _task_loss if "r3f" not in PARTS[method] else lambda m, batch: r3f(m, **batch).loss
     if "sam" not in PARTS[method]:
         return _plain(model, window, arguments, loss_of)

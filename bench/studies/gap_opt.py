@@ -1,7 +1,7 @@
 """Gradient ascent post-training as its paper set it up (Yoon et al., 2306.07052): single texts, zero-shot tasks.
 
-    python examples/gap_opt.py DATA --model facebook/opt-350m            # from a hub, or a local folder
-    python examples/gap_opt.py DATA                                       # a small model, trained here on DATA's own text
+    python -m fastpost.bench.studies.gap_opt DATA --model facebook/opt-350m   # from a hub, or a local folder
+    python -m fastpost.bench.studies.gap_opt DATA       # a small model, trained here on DATA's own text
 
 DATA holds the authors' files: `train_data_*.csv` (columns doc_id, text, corpus) to climb on and `validation_data_*`:
 dialogues (.json) and PubMedQA (.csv). Further tasks are given as .jsonl files (`fastpost.gap.tasks.read_task`), or by
@@ -36,8 +36,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 import fastpost
-from fastpost.cli import lm
-from fastpost.cli.gap_sweep import drawn, read
+from fastpost.bench.studies import small_lm
+from fastpost.bench.studies.gap_sweep import drawn, read
+from fastpost.cli.models import Loaded, load_lm
 from fastpost.gap.tasks import Suite, Task, read_task
 from fastpost.gap.zero_shot import Score, bootstrap, dialogue_prompt, mean_of, tidy
 
@@ -52,19 +53,19 @@ class Reading(NamedTuple):
     kept: State
 
 
-def small_model(tasks: Sequence[Task], texts: list[str], options: argparse.Namespace) -> lm.Loaded:
+def small_model(tasks: Sequence[Task], texts: list[str], options: argparse.Namespace) -> Loaded:
     """Trained on what is neither reported nor climbed on."""
     dialogues = [turns for task in tasks for turns in task.dialogues[options.limit :]]
     unseen = [f"{dialogue_prompt(turns[:-1])} {tidy(turns[-1])}\n" for turns in dialogues] + texts
     random.Random(0).shuffle(unseen)
     held = max(len(unseen) // 20, 1)
-    sizes = lm.LmOptions(vocabulary=4096, context=options.context, steps=options.lm_steps)
+    sizes = small_lm.LmOptions(vocabulary=4096, context=options.context, steps=options.lm_steps)
     parts = unseen[3 * held :], unseen[:held], unseen[held : 2 * held], unseen[2 * held : 3 * held]
-    corpus = lm.split_corpus(*parts, sizes, str(options.data))
+    corpus = small_lm.split_corpus(*parts, sizes, str(options.data))
     with Progress(transient=True) as progress:
         bar = progress.add_task("a small language model", total=sizes.steps)
-        model = lm.train_lm(corpus, sizes, 0, lambda step, _: progress.update(bar, completed=step))
-    return lm.Loaded(model, corpus.encode, corpus.decode)
+        model = small_lm.train_lm(corpus, sizes, 0, lambda step, _: progress.update(bar, completed=step))
+    return Loaded(model, corpus.encode, corpus.decode)
 
 
 def part(state: State, start: int) -> State:
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         climbed = set(texts.values())
         loaded = small_model(tasks, [text for part in rows.values() for text in part if text not in climbed], options)
     else:
-        loaded = lm.load_lm(options.model)
+        loaded = load_lm(options.model)
     loaded.model.to(options.device)
     suite = Suite(tasks, loaded.encode, loaded.decode, options.limit)
     gap = fastpost.GAP(n_steps=options.steps)

@@ -1,4 +1,4 @@
-"""Classification tasks for `fastpost compare`: docstrings of the standard library, and GLUE tasks from local TSV files."""
+"""Classification tasks: docstrings of the standard library, and GLUE tasks from local TSV files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastpost.cli import stdlib
+from fastpost.bench.studies import stdlib
 from fastpost.errors import unknown
 
 TASKS = ("stdlib", "rte", "cola", "mrpc")

@@ -1,10 +1,14 @@
-"""`fastpost gap-sweep`: gradient ascent on many texts, one at a time from the same weights; a table, a CSV and a plot."""
+"""Gradient ascent post-training (2306.07052) on many texts, one at a time from the same weights: table, CSV and plot.
+
+python -m fastpost.bench.studies gap-sweep --texts a.csv b.csv --seeds 0 1 2
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import random
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,36 +19,35 @@ import torch
 from torch import Tensor
 
 import fastpost
-from fastpost.cli import gap_report, lm, tables
+from fastpost.bench.studies import results as shared
+from fastpost.bench.studies import small_lm
+from fastpost.bench.studies.results import Panel, Results, Series
+from fastpost.cli import tables
+from fastpost.cli.files import check_folder
+from fastpost.cli.models import Loaded, load_lm, negative_log_likelihoods, windows_of
 from fastpost.cli.options import Range, check, complain, option, parsed, seeds_of
-from fastpost.cli.report import check_folder
-from fastpost.gap.many import Row, sweep
+from fastpost.gap.many import COLUMNS, Row, sweep
 from fastpost.gap.tasks import Suite, Task, read_task
 from fastpost.gap.zero_shot import LIMIT, mean_of
 
-DESCRIPTION = "Gradient ascent post-training (2306.07052) on many texts: score against step and against drift."
-CSV_NAME, PNG_NAME = "gap-sweep.csv", "gap-sweep.png"
-HELD_OUT = 64  # windows each for choosing and for reporting, where a text file is given
+PROGRAM = "studies gap-sweep"
+LISTS = ("texts", "seeds", "tasks")
 
 
 @dataclass
 class SweepArguments:
-    """Options of `fastpost gap-sweep`."""
+    """Options; the same names serve as keys of a JSON or YAML file given as the first argument."""
 
-    texts: str = option(
-        "", "files to climb on, comma-separated: CSV, TSV or JSON lines with a column `text`, or plain text (one text)"
-    )
+    texts: str = option("", "files to climb on: CSV, TSV or JSON lines with a column `text`, or plain text (one text)")
     limit: int = option(10, "texts per file, drawn at random")
-    seeds: str = option(
-        "0", "comma-separated; each draws other texts, and trains another small model; the ascent draws nothing"
-    )
+    seeds: str = option("0", "each draws other texts, and trains another small model; the ascent draws nothing")
     model: str | None = option(None, "folder or hub name of a causal language model; default: a small one, trained here")
     held_out: str | None = option(
         None, "plain text to score on, half to choose and half to report; default: files of the standard library"
     )
     tasks: str = option(
         "",
-        "zero-shot tasks to score on instead, comma-separated files: dialogues .json, questions with choices .jsonl, "
+        "zero-shot tasks to score on instead: dialogues .json, questions with choices .jsonl, "
         "PubMedQA .csv; half of the examples choose, half are reported",
     )
     task_limit: int = option(LIMIT, "examples per task at most, its first")
@@ -89,7 +92,7 @@ class SweepArguments:
 
 def parse(argv: Sequence[str]) -> SweepArguments:
     """Options from the command line or a file; raises as `parsed`."""
-    return parsed(SweepArguments, "gap-sweep", DESCRIPTION, argv)
+    return parsed(SweepArguments, PROGRAM, str(__doc__), argv, LISTS)
 
 
 def read(path: Path) -> list[str]:
@@ -146,12 +149,12 @@ class Setting:
 def build_setting(options: SweepArguments, tasks: list[Task], seed: int, progress: Callable[[int, int], object]) -> Setting:
     """The model, loaded or trained on the standard library's sources, and how it is scored."""
     if options.model is None:
-        sizes = lm.LmOptions(steps=options.lm_steps)
-        corpus = lm.build_corpus(sizes)
-        loaded = lm.Loaded(lm.train_lm(corpus, sizes, seed, progress), corpus.encode, corpus.decode)
+        sizes = small_lm.LmOptions(steps=options.lm_steps)
+        corpus = small_lm.build_corpus(sizes)
+        loaded = Loaded(small_lm.train_lm(corpus, sizes, seed, progress), corpus.encode, corpus.decode)
         windows = corpus.validation, corpus.test
     else:
-        loaded = lm.load_lm(options.model)
+        loaded = load_lm(options.model)
     model, encode, decode = loaded.model, loaded.encode, loaded.decode
     if tasks:
         suite = Suite(tasks, encode, decode, options.task_limit)
@@ -165,9 +168,9 @@ def build_setting(options: SweepArguments, tasks: list[Task], seed: int, progres
     ours, others = windows
 
     def mean_on(ids: Tensor) -> Callable[[Any], float]:
-        return lambda m: -float(lm.negative_log_likelihoods(m, ids).mean())
+        return lambda m: -float(negative_log_likelihoods(m, ids).mean())
 
-    nats = lm.negative_log_likelihoods(model.eval(), others)
+    nats = negative_log_likelihoods(model.eval(), others)
     error = float(nats.std()) / math.sqrt(len(nats))
     scored_on = _digest(*(ids.numpy().tobytes() for ids in windows))
     return Setting(model, encode, decode, mean_on(ours), mean_on(others), "nats per token", scored_on, error)
@@ -175,16 +178,6 @@ def build_setting(options: SweepArguments, tasks: list[Task], seed: int, progres
 
 def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
-
-
-def windows_of(text: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
-    """Windows of a text's token ids to choose and to report on, taken in turns from all over it."""
-    ids = torch.tensor(text, dtype=torch.int64)
-    whole = ids[: len(ids) // size * size].view(-1, size)
-    if len(whole) < 2:
-        raise ValueError(f"--held-out holds {len(ids)} tokens; at least {2 * size} are needed")
-    even, odd = whole[0::2], whole[1::2]
-    return even[:: max(len(even) // HELD_OUT, 1)][:HELD_OUT], odd[:: max(len(odd) // HELD_OUT, 1)][:HELD_OUT]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -196,7 +189,7 @@ def main(argv: Sequence[str]) -> int:
         check_folder(Path(options.output_dir))
         _run(options, texts, tasks)
     except (ValueError, OSError) as error:
-        complain("gap-sweep", error)
+        complain(PROGRAM, error)
         return 2
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from what {options.output_dir} holds", file=sys.stderr)
@@ -205,10 +198,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(options: SweepArguments, texts: dict[Path, list[str]], tasks: list[Task]) -> None:
-    from rich.console import Console
     from rich.progress import Progress
 
-    console = Console()
+    console = shared.console()
     folder = Path(options.output_dir)
     rows: list[Row] = []
     errors: list[float] = []
@@ -231,10 +223,13 @@ def _run(options: SweepArguments, texts: dict[Path, list[str]], tasks: list[Task
             )
             rows += [{"seed": seed, **row} for row in found]
             errors.append(setting.error)
-    gap_report.write(rows, folder / CSV_NAME)
-    gap_report.show(console, rows, unit, errors)
-    gap_report.plot(rows, unit, folder / PNG_NAME)
-    console.print(f"{folder / CSV_NAME}, {folder / PNG_NAME}", markup=False)
+    results = Results(folder, "gap-sweep", ("seed", *COLUMNS), {"arguments": vars(options), "unit": unit})
+    results.rows = rows
+    results.save()
+    console.print(table(rows, unit))
+    told = ", ".join(f"{error:.4f}" for error in errors)
+    console.print(f"The untouched model's own score on that other data has a standard error of {told}.")
+    console.print(f"{results.csv}, {plot(rows, unit, results.png)}", markup=False)
 
 
 def encoded(texts: dict[str, str], setting: Setting, options: SweepArguments, console: Any) -> dict[str, Tensor]:
@@ -251,3 +246,58 @@ def encoded(texts: dict[str, str], setting: Setting, options: SweepArguments, co
 def _advance(progress: Any, task: Any) -> Callable[..., object]:
     """A callback of (done, all, ...) for one bar."""
     return lambda done, *_: progress.update(task, completed=done)
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------------
+
+
+def groups(rows: list[Row]) -> dict[str, list[list[Row]]]:
+    """Runs by the file of their text, each in the order of its states."""
+    runs: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        runs.setdefault((row["seed"], row["text"]), []).append(row)
+    found: dict[str, list[list[Row]]] = {}
+    for (_, name), states in runs.items():
+        found.setdefault(name.rsplit("/", 1)[0], []).append(states)
+    return found
+
+
+def table(rows: list[Row], unit: str) -> Any:
+    """Gains on the data that chose and on the data that did not; `unit` is what a score is."""
+    lines = []
+    for name, runs in groups(rows).items():
+        kept = [next(state for state in run if state["kept"]) for run in runs]
+        chosen = [k["score"] - run[0]["score"] for k, run in zip(kept, runs, strict=True)]
+        reported = [k["test_kept"] - k["test_untouched"] for k in kept]
+        step = statistics.median(k["step"] for k in kept)
+        lines.append((name, str(len(runs)), f"{step:g}", _mean(chosen), _mean(reported), str(sum(r > 0 for r in reported))))
+    return shared.table(
+        f"{unit} gained by the kept state: mean over runs ± its standard error",
+        ("texts", "runs", "step", "on what chose", "on other data", "gained"),
+        lines,
+        "step: median of those kept; gained: runs that did on the other data",
+    )
+
+
+def _mean(values: list[float]) -> str:
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:+.4f}"
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    return f"{mean:+.4f} ±{spread:.4f}"
+
+
+def plot(rows: list[Row], unit: str, output: Path) -> Path:
+    """Score gained against step and against drift, one line per run."""
+    by_file = groups(rows)
+    panels = []
+    for key, label in (("step", "step"), ("drift", "drift: 2-norm of the weights' change")):
+        series = []
+        for number, (name, runs) in enumerate(by_file.items()):
+            look = shared.distinct(number, len(by_file), widest=2.6, dashes=False)  # there are many of each
+            for k, run in enumerate(runs):
+                gained = [state["score"] - run[0]["score"] for state in run]
+                at = [state[key] for state in run]
+                series.append(Series(gained, at, name if k == 0 else "", number, marker=".", look=look))
+        panels.append(Panel("", series, label, f"{unit} gained on what chooses", level=(0, ""), steps=key == "step"))
+    return shared.plot(output, panels, width=5.5)

