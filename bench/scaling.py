@@ -1,4 +1,4 @@
-"""Curves: how time grows with parameters, tensors, vocabulary, threads and processes, beside the floor that memory sets.
+"""Curves: how time grows with parameters, tensors, vocabulary, threads and processes, beside a copy of as many bytes.
 
 A curve is a family of cases, one for each size, such as `scaling_tensors_100`. `bench/scaling_figure.py` draws them from
 their CSV file; `fastpost bench scaling_tensors scaling_vocabulary` measures two of them.
@@ -40,8 +40,8 @@ PAIRS = 1 << 22  # positions of a stream, whatever the vocabulary
 LAYERS = 32  # tensors that the parameters are divided among
 SMALL = 256  # elements of a small tensor
 KL, LISTS = "symmetric_kl", "norm + perturb + restore"
-WIDTH, BATCH, STEPS = 1024, 64, 10  # of the network that several processes train
-PEERS_NEED = 28  # bytes a parameter where torch's recipe and the published loop run beside fastpost, at the peak
+WIDTH, BATCH, STEPS = 1024, 512, 10  # of the network that several processes train
+PEERS_NEED = 36  # bytes a parameter where torch's recipe and the published loop run beside fastpost, at the peak
 
 # What a curve is called in the CSV, by the name of its cases.
 CURVES: dict[str, str] = {}
@@ -91,7 +91,11 @@ def there_and_back(count: int, elements: int) -> list[Contender]:
     ]
     if absent:
         return [*ours, *absent]
-    popular = PublishedSAM(model.parameters(), None)
+    # A model of its own, whose parameters that loop gives other memory at every step.
+    moved = [nn.Parameter(p.clone()) for p in params]
+    for p, g in zip(moved, grads, strict=True):
+        p.grad = g
+    popular = PublishedSAM(moved, None)
 
     def foreach() -> None:
         foreach_sam_perturb(params, grads, stash, 0.05)
@@ -101,7 +105,6 @@ def there_and_back(count: int, elements: int) -> list[Contender]:
         popular.first_step()
         popular.restore()
 
-    # Last, since it gives the parameters other memory.
     return [*ours, peer(FOREACH, foreach, 10 * size, slow=slow), peer(PUBLISHED, loop, 12 * size, slow=slow)]
 
 

@@ -9,7 +9,7 @@ from fastpost.bench import scaling, table
 
 DATA = Path(__file__).parent / "data"
 FILE = "cpu-scaling.csv"
-FLOOR = "floor: memory alone"
+FLOOR = "as many bytes, copied by torch"
 # Of each curve: what its sizes count, what its time is divided by, and how many of that make one unit of the axis.
 AXES: dict[str, tuple[str, str, float]] = {
     "scaling_parameters": ("parameters", "ns per parameter", 1e6),

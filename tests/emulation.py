@@ -26,6 +26,16 @@ def enabled() -> bool:
 
 def build(build_dir: Path, *options: str) -> Path:
     """Builds the native module with these options for CMake; returns its file."""
+    run_cmake(build_dir, *options)
+    return built(build_dir)
+
+
+def built(build_dir: Path) -> Path:
+    (module,) = (build_dir / "out").glob("_C*.so")
+    return module
+
+
+def run_cmake(build_dir: Path, *options: str) -> None:
     import pybind11
 
     build_dir.mkdir(parents=True, exist_ok=True)
@@ -37,8 +47,6 @@ def build(build_dir: Path, *options: str) -> Path:
         run = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(f"building the core in {build_dir} failed:\n{run.stdout}\n{run.stderr}")
-    (module,) = (build_dir / "out").glob("_C*.so")
-    return module
 
 
 def load(module: Path) -> None:
@@ -53,7 +61,10 @@ def load(module: Path) -> None:
 
 def activate() -> None:
     """Makes the emulated core the one that fastpost loads, and its cuda backend the one that serves CPU tensors."""
-    load(build(ROOT / "build" / "emulated", f"-DFASTPOST_CUDA_EMULATION={ROOT / 'tests' / 'cuda_emulation'}"))
+    build_dir = ROOT / "build" / "emulated"
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # the process that starts the workers has built it before
+        run_cmake(build_dir, f"-DFASTPOST_CUDA_EMULATION={ROOT / 'tests' / 'cuda_emulation'}")
+    load(built(build_dir))
 
     from fastpost import dispatch
     from fastpost.backends import cuda

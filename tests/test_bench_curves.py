@@ -44,7 +44,7 @@ def test_what_does_not_fit_into_memory_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(scaling, "free_memory", lambda: 20 * parameters)
     found = {c.name: c.missing for c in scaling.there_and_back(3, 17)}
     assert found[scaling.OURS] == found[scaling.COPY] == ""
-    assert found[scaling.FOREACH] == found[scaling.PUBLISHED] == "needs 1.43e-06 GB of memory, of which 1.02e-06 are free"
+    assert found[scaling.FOREACH] == found[scaling.PUBLISHED] == "needs 1.84e-06 GB of memory, of which 1.02e-06 are free"
     monkeypatch.setattr(scaling, "free_memory", lambda: 15 * parameters)
     assert all(c.missing for c in scaling.there_and_back(3, 17))
 
