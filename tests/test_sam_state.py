@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import weakref
 
@@ -196,3 +197,24 @@ def test_gradients_live_no_longer_than_their_owner_keeps_them(dtype: torch.dtype
         assert None not in [g() for g in second]
         opt.zero_grad()
         assert [g() for g in second] == [None] * len(second)
+
+
+@pytest.mark.parametrize("how", ["as made", "copied", "pickled"])
+def test_an_optimizer_that_nobody_holds_is_gone_at_once(how: str) -> None:
+    """As torch's own optimizers are: its moments and its stash do not wait for a garbage collection."""
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.AdamW, rho=0.1, lr=1e-2)
+    if how == "copied":
+        model, opt = copy.deepcopy((model, opt))
+    elif how == "pickled":
+        model, opt = pickle.loads(pickle.dumps((model, opt)))
+    for _ in range(2):
+        opt.step(closure_of(model))
+    gc.collect()
+    gc.disable()
+    try:
+        left = [weakref.ref(opt), *(weakref.ref(state["exp_avg"]) for state in opt.state.values())]
+        del opt
+        assert [each() for each in left] == [None] * len(left)
+    finally:
+        gc.enable()

@@ -180,7 +180,10 @@ class SAM(Wrapper):
         """What neither copies nor pickles take along."""
         self._ascent_buckets = BucketCache(self._perturbation.stash, self._reducer)
         self._guard = OverflowGuard(self._reducer)
-        self._context = VariantContext(self._reducer, self._groups, lambda: self.state, self.variant.state_names)
+        mine = weakref.proxy(self)  # a reference to itself would keep moments and the stash alive until a garbage collection
+        self._context = VariantContext(
+            self._reducer, lambda: mine._groups(), lambda: mine.state, self.variant.state_names
+        )  # fmt: skip
         self._early = EarlyRewriting(self._rewrites_arrivals, self._gradients, self._combine)
         self._watch()
 
