@@ -57,8 +57,8 @@ def linear_distillation_loss(
     With p = softmax(teacher's logits / T) and q = softmax(student's logits / T), divergence_weight * D(p, q) plus, with
     ce_weight, the student's cross-entropy at its labels, of logits without T (2015, 1503.02531; on-policy distillation and
     generalised Jensen-Shannon: GKD, 2306.13649). Both streams' logits live a chunk at a time; without gradients to the
-    teacher they cost four products, of which the teacher's is one. Right to 1e-6 in value and gradient for float32, however
-    close the streams are; never negative, exactly 0 for identical logits.
+    teacher they cost four products, of which the teacher's is one. For float32 logits, as the products round them, right to
+    1e-6 in value and gradient, however close the streams are; never negative, exactly 0 for identical logits.
 
     Args:
         hidden: (..., width) of the student; float16, bfloat16, float32 or float64.
