@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,8 +70,22 @@ def check_head(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: {prefix}bias has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"{op}: {prefix}softcap must be finite and > 0, or None, not {softcap}")
+    if softcap is not None:
+        check_number(op, f"{prefix}softcap", softcap)
+
+
+SMALLEST = 1e-30  # below it a logit divided by a number leaves float32
+
+
+def check_number(op: str, name: str, value: Any, least: float = SMALLEST) -> None:
+    """Refuses what is no finite number of at least so much, and a tensor that would be given no gradient."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(f"{op}: {name} is a tensor that requires a gradient, and gets none: pass float({name})")
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
+        raise TypeError(f"{op}: {name} must be a number, not {value!r}")
+    number = float(value)
+    if not (math.isfinite(number) and number >= least):
+        raise ValueError(f"{op}: {name} must be finite and {'>= 0' if least == 0 else '> 0'}, not {value}")
 
 
 def check_tensor(op: str, name: str, t: Tensor | None, sharded: str) -> None:

@@ -13,7 +13,7 @@ from fastpost.ops.chunks import distillation_row_bytes, fitting_rows
 from fastpost.ops.distillation_walk import Settings
 from fastpost.ops.divergence import check_bounded, check_finite
 from fastpost.ops.fused_loss import fused_loss
-from fastpost.ops.head import check_head, operand_dtype
+from fastpost.ops.head import check_head, check_number, operand_dtype
 from fastpost.ops.reductions import item_divisor, kl_weights, out_dtype, r3f_weights
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "symmetric_kl", "js", "total_variation")
@@ -193,14 +193,14 @@ def _check_options(
     ):
         if given not in valid:
             raise unknown(name, given, valid)
+    if divergence == "js":
+        check_number(op, "beta", beta, least=0)
     if divergence == "js" and not 0 < beta < 1:
         raise ValueError(
             f"{op}: beta must lie in (0, 1), not {beta}; what GKD calls 0 and 1 are divergence='forward_kl' and 'reverse_kl'"
         )
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"{op}: temperature must be finite and > 0, not {temperature}")
+    check_number(op, "temperature", temperature)
     for name, factor in (("divergence_weight", divergence_weight), ("ce_weight", ce_weight)):
-        if not (math.isfinite(factor) and factor >= 0):
-            raise ValueError(f"{op}: {name} must be finite and >= 0, not {factor}")
+        check_number(op, name, factor, least=0)
     if ce_weight and labels is None:
         raise ValueError(f"{op}: ce_weight={ce_weight:g} needs labels")

@@ -12,7 +12,7 @@ from fastpost.errors import unknown
 from fastpost.ops.chunks import chunk_rows
 from fastpost.ops.divergence import check_bounded, check_finite
 from fastpost.ops.fused_loss import fused_loss
-from fastpost.ops.head import check_head, check_tensor, operand_dtype
+from fastpost.ops.head import check_head, check_number, check_tensor, operand_dtype
 from fastpost.ops.linear_rows import ROW_KERNELS, Settings
 from fastpost.ops.reductions import (
     R3FLoss,
@@ -36,8 +36,7 @@ def _check(
         raise ValueError(f"{op}: hidden is on {hidden.device}, {second} on {noised.device}")
     if hidden.shape != noised.shape:
         raise ValueError(f"{op}: hidden has shape {tuple(hidden.shape)}, {second} {tuple(noised.shape)}; they must agree")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"{op}: temperature must be finite and > 0, not {temperature}")
+    check_number(op, "temperature", temperature)
     if grad not in GRADS:
         raise unknown("grad", grad, GRADS)
 
@@ -262,8 +261,8 @@ def linear_r_drop_loss(
 
     Args:
         hidden, second_hidden: (..., width), of two passes with dropout masks of their own.
-        weight, bias, softcap, temperature, memory_budget: as in `linear_symmetric_kl`. A vocabulary that is cut across ranks
-            is not served.
+        weight, bias, softcap, temperature, memory_budget: as in `linear_symmetric_kl`. The temperature divides logits of
+            the cross-entropies as well. A vocabulary that is cut across ranks is not served.
         labels: as in `linear_r3f_loss`.
         alpha: weight of the KL, >= 0. At 0 the cross-entropies of both passes remain.
         reduction, ignore_index, num_items, label_smoothing: as in `r3f_loss`.
