@@ -135,8 +135,8 @@ class _Gradients(Function):
     def backward(ctx: Any, *_: Any) -> NoReturn:
         raise RuntimeError(
             "the losses of a fused head (linear_r3f_loss, fused_linear=True, ...) have no second derivative, since they "
-            "never hold the logits; for a gradient penalty write it on torch.nn.functional.linear(hidden, weight, bias), "
-            "with symmetric_kl or r3f_loss where one of them is wanted"
+            "never hold the logits; for a gradient penalty use symmetric_kl or r3f_loss on "
+            "torch.nn.functional.linear(hidden, weight, bias), or another formula of those logits"
         )
 
     @staticmethod
