@@ -17,6 +17,7 @@ from fastpost.ops import (
     params,
 )
 from fastpost.ops.divergence import r3f_loss, symmetric_kl
+from fastpost.ops.linear_distillation import DIVERGENCES
 from fastpost.ops.noise import NOISE_TYPES, add_noise, embedding_noise
 from fastpost.ops.reductions import KL_REDUCTIONS, R3F_REDUCTIONS
 
@@ -87,7 +88,18 @@ def linear_samples() -> Iterator[tuple[Any, ...]]:
     how = (-100, 0.0, 0.0, 1.0, 64)
     for want, grad, counted in itertools.product(([True] * 4, [True, False, False, True]), ("both", "clean"), (True, False)):
         ce = (labels, torch.stack((weights, weights))) if counted else (None, weights[None])
-        yield *tensors((70, 8), (70, 8), (40, 8), (40,)), *ce, *how, grad, torch.float32, "", want
+        for divergence, both in (("symmetric_kl", False), ("symmetric_kl", True), ("js", False)):
+            if grad == "both" or not both:
+                yield *tensors((70, 8), (70, 8), (40, 8), (40,)), *ce, *how, grad, torch.float32, "", divergence, both, want
+
+
+def distillation_samples() -> Iterator[tuple[Any, ...]]:
+    labels, weights = torch.randint(0, 40, (70,)), torch.rand(70, dtype=torch.float64)
+    how = (0.5, 2.0, 0.0, 0.0, 64, torch.float32, torch.float32)
+    for divergence, counted, both in itertools.product(DIVERGENCES, (True, False), (True, False)):
+        ce = (labels, torch.stack((weights, weights))) if counted else (None, weights[None])
+        heads = (*tensors((70, 8), (40, 8), (40,)), *tensors((70, 6), (40, 6), (40,)))
+        yield *heads, *ce, -100, divergence, *how, [True] * 3 + [both] * 3
 
 
 # Arguments of every operation; a new operation has to bring its own.
@@ -103,6 +115,7 @@ SAMPLES: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "add_noise": noise_samples,
     "embedding_noise": embedding_samples,
     "linear_divergence": linear_samples,
+    "linear_distillation": distillation_samples,
     "js_rows": lambda: iter(
         [(*tensors((4, 40), (4, 40)), w, x) for w in (None, torch.rand(4).double()) for x in (True, False)]
     ),

@@ -46,11 +46,12 @@ struct Moved {
       }
     }
   }
+  template <bool folds = true>
   __device__ __forceinline__ void store(const SumsOf& sums, int64_t chunk) const {
     double wide[kSums];
 #pragma unroll
     for (int k = 0; k < kSums; ++k) wide[k] = sum[sees_all && (k == 3 || k == 4) ? k - 2 : k];
-    store_sums(wide, sums, chunk);
+    store_sums<folds>(wide, sums, chunk);
   }
 };
 
@@ -69,6 +70,11 @@ template <class T>
 struct Held {
   Pack<T> ws, gs;
 };
+
+// Whether the last block of sam_perturb_kernel adds up. Where float16 is rounded randomly and seen in bfloat16, the 64
+// registers of a thread do not hold that as well on sm_120.
+template <class T, class Seen, bool stochastic>
+constexpr bool kPerturbFolds = !(stochastic && std::is_same_v<T, f16> && !std::is_same_v<T, Seen>);
 
 // Stochastic: column 3 of the table is the tensor's number, which keys its random bits.
 template <class T, class Seen, bool adaptive, bool stochastic, class List>
@@ -97,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
     walk<T, 4>(
         place.length, aligned(w) && aligned(stash), [&](int i, bool wide) { return load_pack(w + i, wide); },
         [&](int i, const Pack<T>& held, bool wide) { store_pack(stash + i, held, wide); }, [&](int i) { stash[i] = w[i]; });
-    moved.store(sums, place.chunk);
+    moved.template store<kPerturbFolds<T, Seen, stochastic>>(sums, place.chunk);
     return;
   }
   walk<T, together>(
@@ -135,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
         moved.add({e, 0.0f}, {before, 0.0f}, {widened(written), 0.0f});
         w[i] = written;
       });
-  moved.store(sums, place.chunk);
+  moved.template store<kPerturbFolds<T, Seen, stochastic>>(sums, place.chunk);
 }
 
 // float32 masters, as many as 16 bytes of T hold elements.
@@ -352,7 +358,9 @@ void sam_perturb(const Plan& plan, const Perturbation& how, const double* square
       if (seed != nullptr) {
         auto rows = tensor_rows<4>(plan, {kWeight, kGrad, kStash, kStash});
         for (int64_t i = 0; i < plan.tensors(); ++i) rows[i].word[3] = plan.stream(i);
-        return launch_sums<kSums, 4>(call, plan, rows.size(), room,
+        SumRoom here = room;
+        if (!kPerturbFolds<T, Seen, true>) here.ticket = nullptr;
+        return launch_sums<kSums, 4>(call, plan, rows.size(), here,
                                      [&](const SumsOf& sums) { launch(rows, std::true_type{}, sums); });
       }
     }

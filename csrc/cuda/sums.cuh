@@ -46,20 +46,22 @@ __device__ void fold_chunks(const SumsOf& sums) {
     for (int k = 0; k < count; ++k) sums.out[k] = sum[k];
 }
 
-// Ends a kernel that sums: writes a chunk's sums, and adds up all chunks where this block is the last that is done.
-template <int count>
+// Ends a kernel that sums: writes a chunk's sums, and adds up all chunks where this block is the last that is done. Without
+// `folds` there must be no ticket.
+template <bool folds = true, int count>
 __device__ void store_sums(double (&value)[count], const SumsOf& sums, int64_t chunk) {
   __shared__ bool is_last;
   block_sum(value);
   if (threadIdx.x == 0) {
     for (int k = 0; k < count; ++k) sums.partial[chunk * count + k] = value[k];
     is_last = false;
-    if (sums.ticket != nullptr) {
+    if (folds && sums.ticket != nullptr) {
       __threadfence();  // the sums are there before they are counted
       const unsigned last = static_cast<unsigned>(sums.chunks) - 1;
       is_last = atomicInc(sums.ticket, last) == last;  // which makes it 0 again
     }
   }
+  if (!folds) return;
   __syncthreads();
   if (!is_last) return;
   __threadfence();  // what was counted is read after that
