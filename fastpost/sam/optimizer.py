@@ -180,10 +180,14 @@ class SAM(Wrapper):
         """What neither copies nor pickles take along."""
         self._ascent_buckets = BucketCache(self._perturbation.stash, self._reducer)
         self._guard = OverflowGuard(self._reducer)
-        mine = weakref.proxy(self)  # a reference to itself would keep moments and the stash alive until a garbage collection
+        # A reference to itself would keep moments and the stash alive until a garbage collection.
+        mine, groups = weakref.proxy(self), weakref.WeakMethod(self._groups)
         self._context = VariantContext(
-            self._reducer, lambda: mine._groups(), lambda: mine.state, self.variant.state_names
-        )  # fmt: skip
+            self._reducer,
+            lambda: groups()(),  # type: ignore[misc]  # called while this object lives
+            lambda: mine.state,
+            self.variant.state_names,
+        )
         self._early = EarlyRewriting(self._rewrites_arrivals, self._gradients, self._combine)
         self._watch()
 
