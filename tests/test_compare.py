@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from fastpost import dispatch
 from fastpost.bench import measure
@@ -19,6 +18,7 @@ from fastpost.bench.studies import __main__ as program
 from fastpost.bench.studies import compare, results, small_lm, stdlib, tasks, tuning
 from fastpost.cli import main as fastpost_main
 from fastpost.cli import models as models_module
+from tests.tiny import word_level_bert
 
 WORDS = ("the", "a", "of", "file", "socket", "test", "thread", "window", "number", "date", "mail", "parse", "return", "read")
 METHODS = ("adamw", "sam", "asam", "r3f", "r4f", "gap")
@@ -26,22 +26,7 @@ METHODS = ("adamw", "sam", "asam", "r3f", "r4f", "gap")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A random BERT of a few thousand weights with a word-level tokenizer, in a folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("model")
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
+    return word_level_bert(tmp_path_factory.mktemp("model"), WORDS)
 
 
 def main(argv: list[str]) -> int:

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from fastpost.bench.studies import probe as command  # noqa: E402
-from fastpost.bench.studies import results as shared  # noqa: E402
-from fastpost.bench.studies import tuning  # noqa: E402
-from fastpost.bench.studies.__main__ import main  # noqa: E402
-from fastpost.r3f.probe import encoder_of, features, linear_probe  # noqa: E402
-from tests.conftest import bits  # noqa: E402
-from tests.tiny import Batch, batch_for, build, pad  # noqa: E402
+from fastpost.bench.studies import probe as command
+from fastpost.bench.studies import results as shared
+from fastpost.bench.studies import tuning
+from fastpost.bench.studies.__main__ import main
+from fastpost.r3f.probe import encoder_of, features, linear_probe
+from tests.conftest import bits
+from tests.tiny import Batch, batch_for, build, pad, word_level_bert
 
 WORDS = ("the", "a", "of", "file", "socket", "test", "thread", "window", "number", "date", "mail", "parse", "return", "read")
 
@@ -177,22 +177,7 @@ def test_other_encoders() -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A random BERT of a few thousand weights with a word-level tokenizer, in a folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("model")
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
+    return word_level_bert(tmp_path_factory.mktemp("model"), WORDS)
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastpost import SAM
+from fastpost.backends import reference
+from fastpost.ops import params as ops
 from fastpost.sam import SAMWindow
 from fastpost.sam.functional import rule_for
 
 from . import tiny
+from .memory import cpu_peak_bytes
 from .small import X, Y, all_bits, closure_of, loss_of, network, unchanged
 
 
@@ -440,3 +443,27 @@ def test_a_forward_put_on_the_module_is_refused() -> None:
     remove_hook_from_module(hooked)
     del hooked.forward
     opt.step(closure_of(model))
+
+
+@pytest.mark.parametrize("eta", [None, 0.01])
+def test_e_is_worked_out_a_block_at_a_time(eta: float | None) -> None:
+    """Its float64 takes room for a block, however large the weight; a tensor with gaps is taken whole. Against float64."""
+    torch.manual_seed(0)
+    n = 16 * reference._block_elements(torch.zeros(1)) + 3
+    w, g = torch.randn(n), torch.randn(n)
+    exact = 0.3 * g.double() / g.double().norm() * (1.0 if eta is None else (w.double().abs() + eta).square())
+    squared = g.double().square().sum()
+    found = {}
+    for name, columns in (("blocks", 1), ("gaps", 2)):
+        out = torch.empty(n, columns)[:, 0]
+        (bucket,) = ops.make_buckets(weights=[w], grads=[g])
+
+        def direction(bucket=bucket, out=out, name=name) -> None:
+            found[name] = out, reference.sam_direction_(bucket, [out], squared, 0.3, eta, 2.0)
+
+        peak = cpu_peak_bytes(direction)
+        assert (peak < 8 * n) == (name == "blocks"), peak  # one float64 of the weight is more
+        got, sums = found[name]
+        torch.testing.assert_close(got.double(), exact / 2, rtol=1e-7, atol=0)
+        torch.testing.assert_close(sums[0], exact.square().sum(), rtol=1e-12, atol=0)
+    assert torch.equal(*(got for got, _ in found.values()))

@@ -7,7 +7,7 @@ backends do; float64 stays float64. Autograd sees nothing of it, as nothing of a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -105,6 +105,11 @@ def _perturb(
     return sums
 
 
+def _block_elements(t: Tensor) -> int:
+    """How many elements to work on at a time where float64 of all would be large; more where every operation is a launch."""
+    return 1 << 18 if t.device.type == "cpu" else 1 << 24
+
+
 @torch.no_grad()
 def sam_direction_(
     bucket: Bucket, out: list[Tensor], squared: Tensor, rho: float, eta: float | None, factor: float
@@ -115,12 +120,21 @@ def sam_direction_(
     """
     sums = torch.zeros(6, dtype=torch.float64, device=bucket.device)
     scale = _scale(bucket, squared, rho)
-    for w, g, u in zip(bucket.weights, bucket.grads, out, strict=True):
+    for w, g, u in (part for whole in zip(bucket.weights, bucket.grads, out, strict=True) for part in _pieces(*whole)):
         e = _perturbation(g, w, scale, eta)
         u.copy_(e / factor)
         stored = u.double() * factor
         sums += _sums(e, stored, stored)
     return sums
+
+
+def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Tensors of one shape a block of elements at a time, as what is made of them in float64 is large; whole where one has
+    gaps."""
+    if not all(t.is_contiguous() for t in tensors):
+        return [tensors]
+    flat, step = [t.view(-1) for t in tensors], _block_elements(tensors[0])
+    return (tuple(t[at : at + step] for t in flat) for at in range(0, flat[0].numel(), step))
 
 
 def _scale(bucket: Bucket, squared: Tensor, rho: float) -> Tensor:
@@ -461,8 +475,6 @@ def _put_operands(task: OperandTask, kl: Tensor, grad_a: Tensor, grad_b: Tensor)
         task.ce_out.copy_(ce)
 
 
-_BLOCK_ELEMENTS = {"cpu": 1 << 18}  # at a time, small beside the logits
-_BLOCK_ELEMENTS_ELSEWHERE = 1 << 24  # where every operation is a launch
 # |t| below which (1 + t) ln(1 + t) + (1 - t) ln(1 - t) is a series, because its terms cancel. Of t^2 / 2, the series' first
 # term, the first that is left out is t^12 / 91.
 _JS_SERIES = 0.1
@@ -500,7 +512,7 @@ def jensen_shannon_of_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def _row_blocks(logits: Tensor) -> Iterator[slice]:
     rows, cols = logits.shape
-    step = max(1, _BLOCK_ELEMENTS.get(logits.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // cols)
+    step = max(1, _block_elements(logits) // cols)
     return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from fastpost.errors import unknown
 from fastpost.integrations.masking import WithoutSecrets
+from fastpost.modes import check_norm_stats
 from fastpost.r3f import R3F
-from fastpost.sam.options import check_norm_stats, check_options
+from fastpost.sam.options import check_options
 
 METHODS: dict[str, frozenset[str]] = {
     "none": frozenset(),

@@ -276,8 +276,7 @@ def linear_r_drop_loss(
     """
     op = "linear_r_drop_loss"
     _check(op, hidden, second_hidden, weight, bias, softcap, temperature, "both", "second_hidden")
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"{op}: alpha must be finite and >= 0, not {alpha}")
+    check_number(op, "alpha", alpha, least=0)
     weights = r3f_weights(
         op,
         hidden.shape[:-1],

@@ -1,8 +1,9 @@
 """Sharpness-aware minimization."""
 
+from fastpost.modes import frozen_norm_stats
 from fastpost.sam.frameworks import find_sam
 from fastpost.sam.optimizer import SAM, ExternalSAM
-from fastpost.sam.options import frozen_norm_stats, norm_layers
+from fastpost.sam.options import norm_layers
 from fastpost.sam.step import PerturbationReport, PerturbationSums, Phase, SAMStep
 from fastpost.sam.variants import (
     GSAM,

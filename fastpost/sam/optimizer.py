@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpost import distributed
+from fastpost.modes import NormStats, check_norm_stats
 from fastpost.ops import params as ops
 from fastpost.rng import RandomState, accelerators
 from fastpost.sam.buckets import (
@@ -29,12 +30,10 @@ from fastpost.sam.frameworks import refuse_accumulating_closure
 from fastpost.sam.hooks import EarlyRewriting, OverflowGuard, is_on_cpu
 from fastpost.sam.masters import MasterPerturbation
 from fastpost.sam.options import (
-    NormStats,
     Scope,
     ScopeCache,
     build_perturbation,
     check_group,
-    check_norm_stats,
     check_options,
 )
 from fastpost.sam.perturbation import FusedRestore, PerturbParams, check_fused_restore
