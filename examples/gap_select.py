@@ -16,7 +16,7 @@ import fastpost
 
 BLOCK, STEPS, LR = 128, 15, 5e-5
 
-name, held_out, *texts = sys.argv[1:]
+name, held_out, *texts = sys.argv[1:] if len(sys.argv) > 3 else sys.exit(__doc__)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()

@@ -15,7 +15,7 @@ import fastpost
 
 BLOCK, BATCH, STEPS, LR, RHO = 128, 8, 100, 2e-5, 0.05
 
-name, file, *output = sys.argv[1:]
+name, file, *output = sys.argv[1:] if len(sys.argv) > 2 else sys.exit(__doc__)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name).to(device).train()

@@ -33,6 +33,12 @@ def test_there_are_five_short_scripts() -> None:
         assert f"examples/{name}" in str(ast.get_docstring(ast.parse(source)))
 
 
+@pytest.mark.parametrize("name", ["sam_loop.py", "gap_select.py"])
+def test_without_arguments_an_example_says_how_it_is_called(monkeypatch, name) -> None:
+    with pytest.raises(SystemExit, match=f"python examples/{name} MODEL"):
+        run(monkeypatch, name)
+
+
 def test_sam_loop(models, files, tmp_path, monkeypatch, capsys) -> None:
     found = run(monkeypatch, "sam_loop.py", models["causal"], files["text.txt"], str(tmp_path / "out"))
     printed = capsys.readouterr().out

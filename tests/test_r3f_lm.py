@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastpost import R3F
+from fastpost.r3f.relatives import RDrop
 from tests.conftest import same_bits
 from tests.tiny import VOCABULARY, batch_for, build, gradients
 
@@ -96,6 +97,9 @@ def test_heads_that_cannot_be_fused() -> None:
 def test_a_budget_too_small() -> None:
     with pytest.raises(ValueError, match="memory_budget of 100 bytes"):
         R3F(fused_linear=True, memory_budget=100)(build("causal"), **batch_for("causal"))
+    for method in (R3F, RDrop):
+        with pytest.raises(ValueError, match="memory_budget must be finite and > 0, not 0"):
+            method(fused_linear=True, memory_budget=0)
 
 
 @pytest.mark.parametrize("forward", FORWARDS)

@@ -857,7 +857,11 @@ def test_a_dev_split_that_is_the_training_data_is_refused(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "a study has to be named"), (["glu"], "no study is called 'glu'"), (["gap"], "--data is needed")],
+    [
+        ([], "a study has to be named"),
+        (["glu"], "'glu'. Did you mean 'glue'?"),
+        (["gap"], "--data is needed"),
+    ],
 )
 def test_commands_that_cannot_start(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(arguments) == 2

@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+from fastpost.errors import nearest
+
 # Programs with options, tables and pictures of their own.
 PROGRAMS = {
     "demo": "what `make demo` shows: costs, what 16 bits do, fine-tuning, GAP",
@@ -36,10 +38,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"NAME is one of {valid}; NAME --help shows its options."
             )
             return 0
-        print(
-            f"studies: error: {f'no study is called {name!r}' if name else 'a study has to be named'}; there are {valid}",
-            file=sys.stderr,
-        )
+        told = f"no study is called {name!r}.{nearest(name, (*NAMES, *PROGRAMS))}" if name else "a study has to be named."
+        print(f"studies: error: {told} There are {valid}", file=sys.stderr)
         return 2
     from fastpost.bench.studies import jobs
     from fastpost.bench.studies import study as shared

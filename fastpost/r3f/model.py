@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastpost.errors import unknown
 from fastpost.ops.divergence import r3f_loss, symmetric_kl
+from fastpost.ops.head import check_number
 from fastpost.ops.jensen_shannon import js_divergence
 from fastpost.ops.linear_divergence import linear_r3f_loss
 from fastpost.ops.noise import check_noise
@@ -184,6 +185,7 @@ class R3F(Windowed):
             given = getattr(self, name)
             if given not in valid and not (name == "reduction" and given is None):
                 raise unknown(name, given, valid)
+        check_number("R3F", "memory_budget", self.memory_budget)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"R3F: label_smoothing must be in [0, 1), not {self.label_smoothing}")
         if self.divergence == "js" and self.grad != "both":

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpost.ops.head import check_number
 from fastpost.ops.linear_divergence import linear_r_drop_loss
 from fastpost.r3f.conventions import check_rows
 from fastpost.r3f.head import Head, bypass_head, find_head, hidden_of
@@ -60,6 +61,7 @@ class RDrop(Method):
     def _check(self) -> None:
         self._at_least_zero("alpha")
         self._one_of("forward", FORWARDS)
+        check_number("RDrop", "memory_budget", self.memory_budget)
 
     def _train(self, call: Call) -> R3FOutput:
         head = self._head(call) if self.fused_linear else None
