@@ -121,7 +121,8 @@ class SAMCallback(Callback):
             for name, (usual, why) in NOT_HERE.items():
                 if getattr(options, name) != usual:
                     raise ValueError(f"SAMCallback: {name}={getattr(options, name)!r}: {why}")
-        stand_in = torch.nn.utils.skip_init(torch.nn.Linear, 1, 1, dtype=torch.bfloat16)  # draws no random number
+        # By way of meta, where no random number is drawn.
+        stand_in = torch.nn.Linear(1, 1, device="meta", dtype=torch.bfloat16).to_empty(device="cpu")
         keywords = {**self._sam_keywords(None), "scope": None, "model": stand_in}
         SAM(stand_in.parameters(), torch.optim.SGD, lr=0.0, **keywords)
         variant = keywords.get("variant")
