@@ -21,6 +21,7 @@ from fastpost import R3F, R4F, SAM, add_noise
 from fastpost.cli import train_options
 from fastpost.integrations import specs
 from fastpost.integrations.lightning import SAMCallback
+from fastpost.integrations.mixin import innermost
 from fastpost.integrations.options import PostTrainingOptions, part_of
 from fastpost.integrations.transformers import PostTrainer, PostTrainingArguments, R3FTrainer, R3FTrainerMixin, SAMTrainer
 from fastpost.integrations.trl import PostSFTConfig, PostSFTTrainer
@@ -63,7 +64,7 @@ def model(dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> Any:
 def sam_loop(hand: nn.Module, steps: Any, optimizer: Any = None, per_micro_batch: bool = False, **keywords: Any) -> SAM:
     """fastpost.SAM over windows, by hand."""
     base = optimizer_of(hand) if optimizer is None else optimizer
-    sam = SAM(None, base, **{"rho": RHO, **keywords})
+    sam = SAM(keywords.pop("params", None), base, **{"rho": RHO, **keywords})
     now: list[Any] = []
     window = SAMWindow(
         sam, lambda batch: causal_loss(hand, batch, items_of([now])).backward(), per_micro_batch=per_micro_batch
@@ -137,6 +138,56 @@ def test_stochastic_rounding_and_its_seed(tmp_path: Path, seed: int | None) -> N
 
     trainer_of(ByHand, found[1], arguments(tmp_path, 3, gradient_accumulation_steps=2)).train()
     assert all(same_bits(p, q) for p, q in zip(*(m.parameters() for m in found), strict=True))
+
+
+def test_masters_in_the_trainer_are_masters_in_a_loop(tmp_path: Path) -> None:
+    """Bit for bit in bfloat16; the optimizer steps float32, and a resumed run goes on with the same masters."""
+    mine, hand = model(dtype=torch.bfloat16), model(dtype=torch.bfloat16)
+    options = {"sam_masters": True, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_of(SAMTrainer, mine, arguments(tmp_path, 4, **options))
+    trainer.train()
+    pairs = {id(w): nn.Parameter(w.detach().float()) for w in hand.parameters()}
+    base = optimizer_of(hand)
+    weights = [w for group in base.param_groups for w in group["params"]]
+    for group in base.param_groups:
+        group["params"] = [pairs[id(w)] for w in group["params"]]
+    sam_loop(hand, windows(rows(), 2, 4), base, params=weights, master_params=[pairs[id(w)] for w in weights])
+    assert all(same_bits(p, q) for p, q in zip(mine.parameters(), hand.parameters(), strict=True))
+    inner = innermost(trainer.optimizer)
+    masters = [m for group in inner.param_groups for m in group["params"]]
+    assert all(same_bits(m, pairs[id(w)]) for m, w in zip(masters, weights, strict=True))
+    assert all(inner.state[m]["exp_avg"].dtype == m.dtype == torch.float32 for m in masters)
+    resumed = model(dtype=torch.bfloat16)
+    again = trainer_of(SAMTrainer, resumed, arguments(tmp_path, 4, **options))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(same_bits(p, q) for p, q in zip(mine.parameters(), resumed.parameters(), strict=True))
+    after = [m for group in innermost(again.optimizer).param_groups for m in group["params"]]
+    assert all(same_bits(m, n) for m, n in zip(masters, after, strict=True))
+    with torch.no_grad():
+        resumed.lm_head.weight.mul_(2)  # weights of somebody else, from which masters begin
+    again.train()
+    again.args.sam_masters = False
+    with pytest.raises(ValueError, match=r"set trainer\.optimizer to None"):
+        again.train()
+    again.optimizer = None
+    again.train()
+    assert again.sam.report is not None
+
+
+def test_a_step_with_masters_that_overflows_is_skipped(tmp_path: Path) -> None:
+    class Spoiled(SAMTrainer):
+        passes = 0
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.passes += 1
+            return super().compute_loss(*args, **kwargs) * (float("inf") if self.passes == 2 else 1)
+
+    mine = model(dtype=torch.bfloat16)
+    before = [p.detach().clone() for p in mine.parameters()]
+    trainer = trainer_of(Spoiled, mine, arguments(tmp_path, 1, sam_masters=True))
+    trainer.train()
+    assert trainer.sam.skipped_steps == 1
+    assert all(same_bits(p, q) for p, q in zip(before, mine.parameters(), strict=True))
 
 
 def test_a_variant_with_float16s_loss_scale_gets_it() -> None:
@@ -358,6 +409,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "sam_interval": {"sam_interval": 3},
     "sam_variant": {"sam_variant": "gsam:alpha=0.25"},
     "sam_perturb": {"sam_perturb": "functional"},
+    "sam_masters": {"sam_masters": True},
     "sam_scope": {"sam_scope": "*.bias"},
     "sam_rounding": {"sam_rounding": "stochastic"},
     "sam_rounding_seed": {"sam_rounding_seed": 9, "sam_rounding": "stochastic"},
@@ -381,7 +433,9 @@ VALUES: dict[str, dict[str, Any]] = {
 ATTRIBUTES = {"r3f_relative": ("alpha", 0.5), "sam_variant": ("alpha", 0.25)}
 # Of SAM's keywords: what a trainer knows itself, and what it leaves nothing to do for.
 THE_TRAINERS = {"params", "base_optimizer", "kwargs", "model", "compute_dtype"}
-NOT_SERVED = {"fused_restore", "master_params"}
+OF_THE_TRAINER = ("sam_per_micro_batch", "sam_masters")  # options that are no keyword of SAM
+NOT_IN_LIGHTNING = (*OF_THE_TRAINER, "sam_sync_ascent")
+NOT_SERVED = {"fused_restore"}
 
 
 def through_transformers(folder: Path, options: dict[str, Any]) -> Any:
@@ -411,7 +465,7 @@ def test_every_option_arrives_through_every_door(tmp_path: Path, door: Callable)
     for name, given in VALUES.items():
         part = part_of(name)
         options = {"method": {"sam": "sam", "r3f": "r3f", None: "tram"}[part], **given}
-        if door is through_lightning and (part != "sam" or name in ("sam_per_micro_batch", "sam_sync_ascent")):
+        if door is through_lightning and (part != "sam" or name in NOT_IN_LIGHTNING):
             with pytest.raises(ValueError, match=f"method={options['method']!r}" if part != "sam" else name):
                 door(tmp_path, options)
             continue
@@ -423,7 +477,7 @@ def test_every_option_arrives_through_every_door(tmp_path: Path, door: Callable)
             key, value = ATTRIBUTES[name]
             built = arrived.build_r3f() if part == "r3f" else arrived.build_variant()
             assert getattr(built, key) == value
-        elif part == "sam" and name != "sam_per_micro_batch":
+        elif part == "sam" and name not in OF_THE_TRAINER:
             assert arrived.sam_keywords()[key] == ([value] if name == "sam_scope" else value)
         elif part == "r3f" and not name.startswith("r3f_spectral"):
             built = arrived.build_r3f(fused_linear=bool(arrived.r3f_fused_linear))
@@ -435,10 +489,10 @@ def test_every_option_arrives_through_every_door(tmp_path: Path, door: Callable)
 def test_every_keyword_of_sam_has_an_option() -> None:
     """A new keyword shows here: give it an option, or say above why a trainer has no use for it."""
     keywords = set(inspect.signature(SAM.__init__).parameters) - {"self"}
-    assert keywords - THE_TRAINERS - NOT_SERVED == {
-        name.removeprefix("sam_") for name in VALUES if name.startswith("sam_") and name != "sam_per_micro_batch"
-    }
-    assert set(PostTrainingOptions().sam_keywords()) == keywords - {"params", "base_optimizer", "kwargs"} - NOT_SERVED
+    options = {name.removeprefix("sam_") for name in VALUES if name.startswith("sam_")} - {"per_micro_batch"}  # the window's
+    assert keywords - THE_TRAINERS - NOT_SERVED - {"master_params"} | {"masters"} == options
+    built = set(PostTrainingOptions().sam_keywords())
+    assert built == keywords - {"params", "base_optimizer", "kwargs", "master_params"} - NOT_SERVED
 
 
 def test_every_variant_and_relative_is_an_option() -> None:
@@ -480,6 +534,12 @@ def test_every_variant_and_relative_is_an_option() -> None:
         ({"sam_variant": "momentumsam", "sam_dropout_rng": "independent"}, "makes no ascent pass, which sam_dropout_rng"),
         ({"sam_perturb": "functional", "sam_rounding": "stochastic"}, "sam_rounding='stochastic' has nothing to round"),
         ({"sam_perturb": "functional", "r3f_spectral": "last"}, "take sam_perturb='stored'"),
+        (
+            {"sam_masters": True, "sam_variant": "gsam"},
+            "by casting masters, which sam_variant='gsam' does not do",
+        ),
+        ({"sam_masters": True, "sam_perturb": "functional"}, "which sam_perturb='functional' does not do"),
+        ({"sam_masters": True, "sam_rounding": "stochastic"}, "which sam_rounding='stochastic' does not do"),
         ({"sam_rounding_seed": 1}, "sam_rounding_seed=1 is for sam_rounding='stochastic'"),
         ({"sam_rounding_seed": -1, "sam_rounding": "stochastic"}, "sam_rounding_seed must be a whole number >= 0"),
         ({"sam_eta": 0.01}, "sam_eta=0.01 is ASAM's constant, and sam_adaptive is off"),
@@ -511,6 +571,7 @@ def test_what_contradicts_is_refused_at_once(options: dict[str, Any], message: s
         (R3FTrainer, "causal", {"r3f_relative": "hype", "gradient_checkpointing": True}, "gradient_checkpointing runs"),
         (R3FTrainer, "causal", {"r3f_spectral": "last"}, "R4F cannot find its head"),
         (SAMTrainer, "causal", {"sam_rounding": "stochastic"}, "rounding='stochastic' is for 16-bit weights"),
+        (SAMTrainer, "causal", {"sam_masters": True}, "wte.weight is torch.float32, and masters are of 16-bit weights"),
         (SAMTrainer, "causal", {"sam_sync_ascent": True}, "no process group is initialised"),
         (SAMTrainer, "causal", {"sam_scope": "lora"}, "no parameter's name fits 'lora'"),
     ],

@@ -30,6 +30,8 @@ def same(a: Any, b: Any) -> bool:
     [
         ("sam", {}),
         ("sam", {"sam_interval": 2, "sam_ascent_fraction": 0.5, "sam_adaptive": True}),
+        ("sam", {"sam_interval": 2, "sam_variant": "looksam:alpha=0.5"}),
+        ("tram", {"r3f_eps": 0.3}),
         ("r3f", {"r3f_eps": 0.3}),
         ("r3f", {"r3f_eps": 0.3, "r3f_seed": 5}),
         ("sam+r3f", {"r3f_eps": 0.3}),

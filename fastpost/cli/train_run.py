@@ -321,6 +321,7 @@ SCORES = ("accuracy", "f1", "mcc")
 PUBLISHED: dict[str, tuple[Any, ...]] = {
     "sam_variant": (None,),
     "sam_perturb": ("stored",),
+    "sam_masters": (False,),
     "r3f_relative": (None,),
     "r3f_spectral": (None, "last"),
     "r3f_spectral_mode": ("exact",),

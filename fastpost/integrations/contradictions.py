@@ -60,6 +60,13 @@ def _in_sam(o: Any) -> Iterator[str]:
     if not variant.ascent_pass:
         for name, value in _others(o, _OF_THE_ASCENT):
             yield f"{named} makes no ascent pass, which {name}={value!r} is about; {_LEAVE}"
+    for other, clash in (
+        (named, o.sam_variant is not None),
+        ("sam_perturb='functional'", o.sam_perturb == "functional"),
+        ("sam_rounding='stochastic'", o.sam_rounding == "stochastic"),
+    ):
+        if o.sam_masters and clash:
+            yield f"sam_masters makes w + e by casting masters, which {other} does not do; {_LEAVE}"
     if o.sam_perturb == "functional" and o.sam_rounding == "stochastic":
         yield f"sam_perturb='functional' writes no weight, so sam_rounding='stochastic' has nothing to round; {_LEAVE}"
     if o.sam_perturb == "functional" and o.r3f_spectral is not None:

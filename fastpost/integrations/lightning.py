@@ -24,8 +24,15 @@ except ImportError as error:
 
 # Keywords of SAM that say who owns what, which here is Lightning and the module.
 NOT_SERVED = frozenset({"params", "base_optimizer", "master_params", "model", "fused_restore", "sync_ascent", "kwargs"})
-# Options about passes that Lightning makes itself, with the value that asks for nothing, and what to do.
+# Options about what Lightning does itself, with the value that asks for nothing, and what to do.
 NOT_HERE = {
+    "sam_masters": (
+        False,
+        (
+            "Lightning fills the optimizer from a checkpoint before a callback can put masters into it; load float32 "
+            "weights under precision='bf16-mixed', or return fastpost.SAM(..., master_params=...) from configure_optimizers"
+        ),
+    ),
     "sam_per_micro_batch": (
         False,
         (

@@ -17,7 +17,16 @@ from fastpost.sam import PassInfo
 
 Base: Any = object
 # Options that a checkpoint is told to have been made with.
-_OF_SAM = ("sam_rho", "sam_adaptive", "sam_eta", "sam_ascent_fraction", "sam_interval", "sam_variant", "sam_perturb")
+_OF_SAM = (
+    "sam_rho",
+    "sam_adaptive",
+    "sam_eta",
+    "sam_ascent_fraction",
+    "sam_interval",
+    "sam_variant",
+    "sam_perturb",
+    "sam_masters",
+)
 _OF_R3F = ("r3f_lambda", "r3f_eps", "noise_type", "r3f_relative", "r3f_spectral")
 
 

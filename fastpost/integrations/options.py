@@ -35,6 +35,7 @@ METHODS: dict[str, frozenset[str]] = {
 STRUCTURAL = (
     "sam_variant",
     "sam_perturb",
+    "sam_masters",
     "sam_rounding_seed",
     "r3f_relative",
     "r3f_spectral",
@@ -70,6 +71,8 @@ class PostTrainingOptions(WithoutSecrets):
             "gsam:alpha=0.2", "friendlysam:sigma=1,decay=0.95", "momentumsam:buffers=exp_avg+momentum_buffer". "tram" takes
             its radius from R3F's divergence, so R3F has to be there (as under "sam+r3f").
         sam_perturb: "stored" writes w + e over w; "functional" adds what e would add to the outputs of the model's layers.
+        sam_masters: keep float32 masters of 16-bit weights in the optimizer, which steps and saves them; w + e and w are
+            casts, and nothing is stashed (`fastpost.SAM(master_params=...)`).
         sam_scope: names of the parameters to perturb, patterns with commas between ("*.lora_*"); None is all.
         sam_rounding: how w + e is stored in 16-bit weights, "nearest" or "stochastic".
         sam_rounding_seed: key of the random numbers of "stochastic", a whole number >= 0; None is 0.
@@ -102,6 +105,7 @@ class PostTrainingOptions(WithoutSecrets):
     sam_interval: int | None = _option(None, "SAM on every so many-th step (1; for looksam 5).")
     sam_variant: str | None = _option(None, f"Variant of SAM and its parameters: {specs.shown(specs.VARIANTS)}.")
     sam_perturb: str = _option("stored", "stored writes w + e over w, functional adds what e does to the layers' outputs.")
+    sam_masters: bool = _option(False, "float32 masters of 16-bit weights, stepped and saved by the optimizer.")
     sam_scope: str | None = _option(None, "Patterns of parameter names to perturb, with commas between; all by default.")
     sam_rounding: str = _option("nearest", "How 16-bit weights store w + e: nearest or stochastic.")
     sam_rounding_seed: int | None = _option(None, "Key of the random numbers of stochastic rounding, >= 0 (0).")

@@ -120,6 +120,8 @@ class R3FTrainerMixin(PostTrainingMixin):
     def _builds_no_logits(self) -> bool:
         """Whether what the options ask for can do without logits."""
         options = self.post_training
+        if "sam" in self._methods and options.sam_perturb == "functional":  # a fused head is perturbed by none of its layers
+            return False
         if options.r3f_relative is not None:
             return options.relative_fuses
         return not (options.r3f_lambda == 0 and isinstance(options.build_variant(), TRAM))

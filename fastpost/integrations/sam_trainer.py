@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from fastpost.integrations import COMPUTE_DTYPES
+from fastpost.integrations.masters import Masters, check_weights
 from fastpost.integrations.mixin import PostTrainingMixin, accelerated_sync, innermost
+from fastpost.r3f.noise import unwrap
 from fastpost.sam import SAM, ExternalSAM, PassInfo, PerturbationReport, SAMWindow
 from fastpost.sam.options import RADIUS_KEYS, fill_groups
 
@@ -87,6 +89,7 @@ class SAMTrainerMixin(PostTrainingMixin):
     _window: TrainerWindow | None = None
     _given_up = False
     _radius: _Radius | None = None
+    _masters: Masters | None = None
     _sam_sums: Any = None
     _sam_elements = 0
     _concerned = False
@@ -107,9 +110,22 @@ class SAMTrainerMixin(PostTrainingMixin):
                 f"{who}: FSDP1 keeps weights in flat buffers of its own, which SAM cannot perturb; use "
                 "FSDP2 (fsdp_config={'version': 2})"
             )
-        if self.is_fsdp_enabled and self.post_training.sam_perturb == "functional":
+        options = self.post_training
+        if self.is_fsdp_enabled and options.sam_perturb == "functional":
             raise ValueError(
                 f"{who}: sam_perturb='functional' needs whole weights, which FSDP shards; take sam_perturb='stored'"
+            )
+        if options.sam_masters and (self.is_fsdp_enabled or self.accelerator.scaler is not None):
+            other = "FSDP shards weights" if self.is_fsdp_enabled else "fp16=True scales the loss"
+            raise ValueError(
+                f"{who}: {other}, which sam_masters does not serve; load the model in float32, which then holds its own "
+                "masters, and let bf16=True compute with casts"
+            )
+        held = None if self._masters is None else self._masters.optimizer
+        if not options.sam_masters and self.optimizer is not None and held is innermost(self.optimizer):
+            raise ValueError(
+                f"{who}: sam_masters=False, and the optimizer holds masters by now; set trainer.optimizer to None, so that "
+                "the trainer makes another"
             )
         optim = str(getattr(self.args.optim, "value", self.args.optim))
         if optim in STEPS_IN_BACKWARD or "layerwise" in optim:
@@ -120,12 +136,37 @@ class SAMTrainerMixin(PostTrainingMixin):
         super()._prepare_model()
         if "sam" not in self._methods:
             return
+        if self.post_training.sam_masters:
+            check_weights(self.model)
+            return
         if self.optimizer is None:
             params = [p for p in self.model.parameters() if p.requires_grad]
         else:
             params = [p for group in innermost(self.optimizer).param_groups for p in group["params"]]
         if params:
             SAM(None, torch.optim.SGD(params, lr=0.0), **self._sam_keywords())
+        if self.post_training.sam_perturb == "functional":
+            self._refuse_fused_head()
+
+    def _refuse_fused_head(self) -> None:
+        """Raises ValueError where the loss takes the head's weight past its layer, where the perturbation would come in."""
+        by_r3f = "r3f" in self._methods
+        if by_r3f:
+            fused = bool(getattr(self.r3f, "fused_linear", False))
+        else:
+            fused = self.args.use_liger_kernel or any(c.__module__.partition(".")[0] == "trl" for c in type(self).__mro__)
+        head = getattr(unwrap(self.model), "get_output_embeddings", lambda: None)()
+        weight = getattr(head, "weight", None)
+        if not fused or weight is None or not weight.requires_grad:
+            return
+        name = next((name for name, p in self.model.named_parameters() if p is weight), "the head's weight")
+        scope = self.post_training.scope(self.model)
+        if scope is None or (callable(scope) and scope(name, weight)):
+            how = "say r3f_fused_linear=False" if by_r3f else "take sam_perturb='stored'"
+            raise ValueError(
+                f"{type(self).__name__}: sam_perturb='functional' comes in through layers, and the loss multiplies hidden "
+                f"states by {name} itself, outside of one (a fused head); {how}, or leave that weight out by sam_scope"
+            )
 
     # -- a window, one training_step after another ------------------------------------------------------------------------
 
@@ -171,7 +212,11 @@ class SAMTrainerMixin(PostTrainingMixin):
         )
 
     def _sam_of_this_run(self) -> ExternalSAM:
-        self.sam = ExternalSAM(innermost(self.optimizer), **self._sam_keywords())
+        pairs: dict[str, Any] = {}
+        if self.post_training.sam_masters:
+            assert self._masters is not None
+            pairs = {"params": self._masters.weights, "master_params": self._masters.masters}
+        self.sam = ExternalSAM(innermost(self.optimizer), **pairs, **self._sam_keywords())
         return self.sam
 
     def _end_window(self) -> None:
@@ -186,7 +231,10 @@ class SAMTrainerMixin(PostTrainingMixin):
         """As the trainer's own; its groups get the keys that SAM's checkpoints have, before one is loaded into them."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if "sam" in self._methods:
-            self._fill_groups(innermost(self.optimizer))
+            inner = innermost(self.optimizer)
+            if self.post_training.sam_masters and (self._masters is None or self._masters.optimizer is not inner):
+                self._masters = Masters(inner)
+            self._fill_groups(inner)
         return optimizer
 
     def _fill_groups(self, optimizer: torch.optim.Optimizer) -> None:
@@ -252,6 +300,8 @@ class SAMTrainerMixin(PostTrainingMixin):
 
     def _on_train_begin(self) -> None:
         self._window = self.sam = self._sam_sums = None  # the optimizer, or its groups, may be others than in the last run
+        if self._masters is not None:
+            self._masters.follow()
         super()._on_train_begin()
 
     def _on_step_begin(self) -> None:
