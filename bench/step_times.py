@@ -162,7 +162,7 @@ def _ours(method: str, model: Any, window: list[Batch], arguments: Any) -> measu
     sam = fastpost.SAM(
         model.named_parameters(),
         torch.optim.AdamW,
-        **{**arguments.sam_keywords(), "model": model},  # parameters are named, so that patterns find them
+        **arguments.sam_keywords(model),
         **_optimizer(model, arguments),
     )
     passes = fastpost.sam.SAMWindow(

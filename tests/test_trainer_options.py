@@ -423,6 +423,9 @@ VALUES: dict[str, dict[str, Any]] = {
     "r3f_grad": {"r3f_grad": "clean"},
     "r3f_dropout": {"r3f_dropout": "shared"},
     "r3f_forward": {"r3f_forward": "double_batch"},
+    "r3f_divergence": {"r3f_divergence": "js"},
+    "r3f_where": {"r3f_where": "both"},
+    "r3f_detach_embedding": {"r3f_detach_embedding": False},
     "r3f_seed": {"r3f_seed": 4},
     "r3f_embedding": {"r3f_embedding": "transformer.wte"},
     "r3f_fused_linear": {"r3f_fused_linear": True},
@@ -430,6 +433,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "r3f_spectral": {"r3f_spectral": "all"},
     "r3f_spectral_mode": {"r3f_spectral_mode": "at_most", "r3f_spectral": "last"},
 }
+R3FS = {"lambda": "r3f_lambda", "type": "noise_type", "detach_embedding": "detach_noised_embedding"}
 ATTRIBUTES = {"r3f_relative": ("alpha", 0.5), "sam_variant": ("alpha", 0.25)}
 # Of SAM's keywords: what a trainer knows itself, and what it leaves nothing to do for.
 THE_TRAINERS = {"params", "base_optimizer", "kwargs", "model", "compute_dtype"}
@@ -461,7 +465,7 @@ def through_lightning(folder: Path, options: dict[str, Any]) -> Any:
 def test_every_option_arrives_through_every_door(tmp_path: Path, door: Callable) -> None:
     """Each of them is its own, and reaches SAM's keyword or R3F's attribute of that name."""
     known = {f.name: f.default for f in dataclasses.fields(PostTrainingOptions)}
-    assert set(VALUES) == {name for name in known if part_of(name) or name == "method"}
+    assert set(VALUES) == {name for name in known if part_of(name) in ("sam", "r3f")} | {"method"}
     for name, given in VALUES.items():
         part = part_of(name)
         options = {"method": {"sam": "sam", "r3f": "r3f", None: "tram"}[part], **given}
@@ -481,7 +485,7 @@ def test_every_option_arrives_through_every_door(tmp_path: Path, door: Callable)
             assert arrived.sam_keywords()[key] == ([value] if name == "sam_scope" else value)
         elif part == "r3f" and not name.startswith("r3f_spectral"):
             built = arrived.build_r3f(fused_linear=bool(arrived.r3f_fused_linear))
-            assert getattr(built, {"lambda": "r3f_lambda", "type": "noise_type"}.get(key, key)) == value
+            assert getattr(built, R3FS.get(key, key)) == value
     assert PostSFTTrainer._sam_keywords is PostTrainer._sam_keywords
     assert PostSFTTrainer.compute_loss is PostTrainer.compute_loss
 
@@ -493,6 +497,25 @@ def test_every_keyword_of_sam_has_an_option() -> None:
     assert keywords - THE_TRAINERS - NOT_SERVED - {"master_params"} | {"masters"} == options
     built = set(PostTrainingOptions().sam_keywords())
     assert built == keywords - {"params", "base_optimizer", "kwargs", "master_params"} - NOT_SERVED
+
+
+def test_every_keyword_of_r3f_has_an_option() -> None:
+    """Reduction, smoothing, labels and memory are the trainer's and the model's; gradients in place would take the logits
+    that a trainer returns."""
+    theirs = {"reduction", "label_smoothing", "shift_labels", "ignore_index", "memory_budget", "inplace"}
+    names = [name for name in VALUES if part_of(name) == "r3f" and "relative" not in name and "spectral" not in name]
+    keys = {R3FS.get(key, key) for key in (name.partition("_")[2] for name in names)}
+    assert set(inspect.signature(R3F.__init__).parameters) - {"self"} - theirs == keys
+
+
+def test_norm_layers_as_a_scope() -> None:
+    made = model()
+    for text, expected in (
+        ("norm_layers", {"ln_1", "ln_2", "ln_f"}),
+        ("norm_layers, *.wpe.*", {"ln_1", "ln_2", "ln_f", "wpe"}),
+    ):
+        scope: Any = PostTrainingOptions(sam_scope=text).sam_keywords(made)["scope"]
+        assert {name.split(".")[-2] for name, p in made.named_parameters() if scope(name, p)} == expected
 
 
 def test_every_variant_and_relative_is_an_option() -> None:

@@ -18,6 +18,9 @@ _R3F_ALONE = {
     "r3f_grad": "both",
     "r3f_dropout": "independent",
     "r3f_forward": "two_pass",
+    "r3f_divergence": "symmetric_kl",
+    "r3f_where": "encoder",
+    "r3f_detach_embedding": True,
 }
 # What counts for nothing where SAM makes no pass at w.
 _OF_THE_ASCENT = {
@@ -28,7 +31,7 @@ _OF_THE_ASCENT = {
     "sam_sync_ascent": None,
 }
 # What counts for nothing where R3F's divergence is measured and not trained on.
-_OF_THE_KL = {"r3f_grad": "both", "r3f_dropout": "independent", "r3f_forward": "two_pass"}
+_OF_THE_KL = {"r3f_grad": "both", "r3f_dropout": "independent", "r3f_forward": "two_pass", "r3f_detach_embedding": True}
 # What changes nothing in a relative: R-Drop draws no noise, HyPe noises layers.
 _WITHOUT = {"rdrop": ("r3f_seed", "r3f_embedding"), "hype": ("r3f_embedding",)}
 _LEAVE = "leave one of the two out"

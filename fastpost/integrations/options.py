@@ -17,7 +17,7 @@ from fastpost.integrations.masking import WithoutSecrets
 from fastpost.modes import check_norm_stats
 from fastpost.r3f import R3F
 from fastpost.r3f.spectral import LAYERS, MODES
-from fastpost.sam import TRAM, Variant
+from fastpost.sam import TRAM, Variant, norm_layers
 from fastpost.sam.options import Scope, check_options, scope_in
 
 METHODS: dict[str, frozenset[str]] = {
@@ -41,6 +41,8 @@ STRUCTURAL = (
     "r3f_spectral",
     "r3f_spectral_mode",
 )
+
+NORMS = "norm_layers"  # in `sam_scope`
 
 
 def part_of(option: str) -> str | None:
@@ -73,7 +75,8 @@ class PostTrainingOptions(WithoutSecrets):
         sam_perturb: "stored" writes w + e over w; "functional" adds what e would add to the outputs of the model's layers.
         sam_masters: keep float32 masters of 16-bit weights in the optimizer, which steps and saves them; w + e and w are
             casts, and nothing is stashed (`fastpost.SAM(master_params=...)`).
-        sam_scope: names of the parameters to perturb, patterns with commas between ("*.lora_*"); None is all.
+        sam_scope: names of the parameters to perturb, patterns with commas between ("*.lora_*"), among them "norm_layers"
+            for the gains and offsets of all norm layers (SAM-ON, 2306.04226); None is all.
         sam_rounding: how w + e is stored in 16-bit weights, "nearest" or "stochastic".
         sam_rounding_seed: key of the random numbers of "stochastic", a whole number >= 0; None is 0.
         sam_dropout_rng: "same" masks in both passes, or "independent".
@@ -83,6 +86,8 @@ class PostTrainingOptions(WithoutSecrets):
         r3f_eps, noise_type: scale of the noise, "uniform" or "normal".
         r3f_noise_scale: what r3f_eps is measured in: "absolute", "relative", "neftune".
         r3f_grad, r3f_dropout, r3f_forward: as in `fastpost.R3F`.
+        r3f_divergence, r3f_where: "symmetric_kl" or "js"; the side of an encoder-decoder that is noised.
+        r3f_detach_embedding: the noised branch sends no gradient into the embedding table.
         r3f_seed: None draws noise from torch's generator; an integer makes the n-th step's noise that of `r3f_seed + n`.
         r3f_embedding: name of the module whose output gets the noise; None: the model's input embedding.
         r3f_fused_linear: never build the logits; None: where the trainer does not either (TRL's SFT).
@@ -106,7 +111,9 @@ class PostTrainingOptions(WithoutSecrets):
     sam_variant: str | None = _option(None, f"Variant of SAM and its parameters: {specs.shown(specs.VARIANTS)}.")
     sam_perturb: str = _option("stored", "stored writes w + e over w, functional adds what e does to the layers' outputs.")
     sam_masters: bool = _option(False, "float32 masters of 16-bit weights, stepped and saved by the optimizer.")
-    sam_scope: str | None = _option(None, "Patterns of parameter names to perturb, with commas between; all by default.")
+    sam_scope: str | None = _option(
+        None, "Patterns of parameter names to perturb, or norm_layers, with commas between; all by default."
+    )
     sam_rounding: str = _option("nearest", "How 16-bit weights store w + e: nearest or stochastic.")
     sam_rounding_seed: int | None = _option(None, "Key of the random numbers of stochastic rounding, >= 0 (0).")
     sam_dropout_rng: str = _option("same", "Dropout masks of the two passes: same or independent.")
@@ -119,6 +126,9 @@ class PostTrainingOptions(WithoutSecrets):
     r3f_grad: str = _option("both", "Branches that R3F's divergence sends gradients into: both, noised or clean.")
     r3f_dropout: str = _option("independent", "Dropout masks of R3F's two passes: independent or shared.")
     r3f_forward: str = _option("two_pass", "two_pass or double_batch.")
+    r3f_divergence: str = _option("symmetric_kl", "R3F's divergence: symmetric_kl or js (Jensen-Shannon).")
+    r3f_where: str = _option("encoder", "Side of an encoder-decoder that is noised: encoder, decoder or both.")
+    r3f_detach_embedding: bool = _option(True, "R3F's noised branch sends no gradient into the embedding table.")
     r3f_seed: int | None = _option(None, "Seed of R3F's noise; by default drawn from torch's generator.")
     r3f_embedding: str | None = _option(None, "Name of the module that embeds the input, where the model does not tell.")
     r3f_fused_linear: bool | None = _option(None, "R3F without ever building the logits; by default in TRL's SFT only.")
@@ -272,10 +282,13 @@ class PostTrainingOptions(WithoutSecrets):
         patterns = self.patterns()
         if patterns is None or model is None:
             return patterns
-        scope = scope_in(model, patterns)
-        if scope is None:
+        scopes = [norm_layers(model)] if NORMS in patterns else []
+        by_name = scope_in(model, [pattern for pattern in patterns if pattern != NORMS])
+        if by_name is not None:
+            scopes.append(by_name)
+        if not scopes:
             raise ValueError(f"sam_scope: no parameter's name fits {self.sam_scope!r}")
-        return scope
+        return lambda name, p: any(scope(name, p) for scope in scopes)
 
     def build_r3f(self, label_smoothing: float = 0.0, fused_linear: bool = False) -> Any:
         """The R3F that these options describe, or its relative.
@@ -301,6 +314,9 @@ class PostTrainingOptions(WithoutSecrets):
             grad=self.r3f_grad,
             dropout=self.r3f_dropout,
             forward=self.r3f_forward,
+            divergence=self.r3f_divergence,
+            where=self.r3f_where,
+            detach_noised_embedding=self.r3f_detach_embedding,
             seed=self.r3f_seed,
             embedding=self.r3f_embedding,
             label_smoothing=label_smoothing,
