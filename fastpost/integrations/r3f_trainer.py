@@ -130,7 +130,8 @@ class R3FTrainerMixin(PostTrainingMixin):
         super()._prepare_model()
         options = self.post_training
         asked = (options.r3f_spectral, options.r3f_spectral_mode) if "r3f" in self._methods else (None, "")
-        if self.r4f is not None and (self.model is not self._prepared or asked != self._normalised):
+        stays = self.r4f is not None and asked == self._normalised and find_classifier(self.model) is self.r4f.head
+        if self.r4f is not None and not stays:
             self.r4f.merge()
             self.r4f = None
         if asked[0] is not None and self.r4f is None:

@@ -96,9 +96,16 @@ class SAMTrainerMixin(PostTrainingMixin):
 
     def _use_options(self) -> None:
         super()._use_options()
+        who, options = type(self).__name__, self.post_training
+        held = None if self._masters is None else self._masters.optimizer
+        wanted = "sam" in self._methods and options.sam_masters
+        if not wanted and self.optimizer is not None and held is innermost(self.optimizer):
+            raise ValueError(
+                f"{who}: the optimizer holds masters by now, and sam_masters is off; set trainer.optimizer to None, so that "
+                "the trainer makes another, or leave sam_masters and the method as they were"
+            )
         if "sam" not in self._methods:
             return
-        who = type(self).__name__
         if self.is_deepspeed_enabled:
             raise ValueError(
                 f"{who}: DeepSpeed's engine partitions gradients and steps inside backward(), where SAM can "
@@ -110,7 +117,6 @@ class SAMTrainerMixin(PostTrainingMixin):
                 f"{who}: FSDP1 keeps weights in flat buffers of its own, which SAM cannot perturb; use "
                 "FSDP2 (fsdp_config={'version': 2})"
             )
-        options = self.post_training
         if self.is_fsdp_enabled and options.sam_perturb == "functional":
             raise ValueError(
                 f"{who}: sam_perturb='functional' needs whole weights, which FSDP shards; take sam_perturb='stored'"
@@ -120,12 +126,6 @@ class SAMTrainerMixin(PostTrainingMixin):
             raise ValueError(
                 f"{who}: {other}, which sam_masters does not serve; load the model in float32, which then holds its own "
                 "masters, and let bf16=True compute with casts"
-            )
-        held = None if self._masters is None else self._masters.optimizer
-        if not options.sam_masters and self.optimizer is not None and held is innermost(self.optimizer):
-            raise ValueError(
-                f"{who}: sam_masters=False, and the optimizer holds masters by now; set trainer.optimizer to None, so that "
-                "the trainer makes another"
             )
         optim = str(getattr(self.args.optim, "value", self.args.optim))
         if optim in STEPS_IN_BACKWARD or "layerwise" in optim:
@@ -138,6 +138,7 @@ class SAMTrainerMixin(PostTrainingMixin):
             return
         if self.post_training.sam_masters:
             check_weights(self.model)
+            self.post_training.scope(self.model)
             return
         if self.optimizer is None:
             params = [p for p in self.model.parameters() if p.requires_grad]
