@@ -126,7 +126,7 @@ def _plain(model: Any, window: list[Batch], arguments: Any, loss_of: Loss) -> me
 
 
 def _published(method: str, model: Any, window: list[Batch], arguments: Any) -> measure.Step:
-    if method == "r4f":
+    if arguments.r3f_spectral is not None:
         published.spectral_norm_last(find_head(model))
     loss_of = _task_loss if "r3f" not in PARTS[method] else lambda m, batch: _published_r3f(m, batch, arguments)
     if "sam" not in PARTS[method]:
@@ -154,23 +154,15 @@ def _published_r3f(model: Any, batch: Batch, arguments: Any) -> Tensor:
 
 def _ours(method: str, model: Any, window: list[Batch], arguments: Any) -> measure.Step:
     r3f = arguments.build_r3f(fused_linear=bool(arguments.r3f_fused_linear))
-    if method == "r4f":
-        fastpost.R4F(find_head(model), layers="last")
+    if arguments.r3f_spectral is not None:
+        fastpost.R4F(find_head(model), layers=arguments.r3f_spectral, mode=arguments.r3f_spectral_mode)
     loss_of = _task_loss if "r3f" not in PARTS[method] else lambda m, batch: r3f(m, **batch).loss
     if "sam" not in PARTS[method]:
         return _plain(model, window, arguments, loss_of)
     sam = fastpost.SAM(
         model.named_parameters(),
         torch.optim.AdamW,
-        arguments.sam_rho,
-        arguments.sam_adaptive,
-        eta=arguments.sam_eta,
-        ascent_fraction=arguments.sam_ascent_fraction,
-        dropout_rng=arguments.sam_dropout_rng,
-        rounding=arguments.sam_rounding,
-        model=model,
-        norm_stats=arguments.sam_norm_stats,
-        scope=arguments.patterns(),
+        **arguments.sam_keywords(model),
         **_optimizer(model, arguments),
     )
     passes = fastpost.sam.SAMWindow(

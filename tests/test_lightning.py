@@ -24,6 +24,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 import fastpost
 from fastpost.integrations.lightning import SAMCallback
+from fastpost.integrations.options import PostTrainingOptions
 from fastpost.sam import GSAM, FriendlySAM, LookSAM, MomentumSAM, StableSAM
 from tests.by_hand import (
     distance,
@@ -36,6 +37,7 @@ from tests.by_hand import (
     sam_by_hand,
     stable_sam,
 )
+from tests.conftest import same_bits
 from tests.tiny import build
 
 RHO, LR = 0.05, 1e-3
@@ -415,6 +417,49 @@ def test_sam_and_r3f_see_the_same_noise_in_both_passes(tmp_path: Path) -> None:
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_options_as_the_trainers_take_them(tmp_path: Path) -> None:
+    """The same weights, bit for bit, as with the keywords of fastpost.SAM; another fit takes what was changed."""
+    found = []
+    given = PostTrainingOptions(method="sam", sam_rho=RHO, sam_variant="gsam:alpha=0.3", sam_interval=2)
+    for callback in (SAMCallback(given), SAMCallback(rho=RHO, variant=GSAM(0.3), interval=2)):
+        found.append(Module())
+        trainer(tmp_path, callback, accumulate_grad_batches=2).fit(found[-1], loader(20))
+    assert all(same_bits(p, q) for p, q in zip(*(m.parameters() for m in found), strict=True))
+    callback = SAMCallback(given)
+    found = [Module() for _ in range(3)]
+    for perturb, module in zip(("stored", "functional"), found, strict=False):
+        callback.options = PostTrainingOptions(sam_rho=2 * RHO, sam_perturb=perturb)
+        trainer(tmp_path, callback).fit(module, loader(20))
+        assert callback.sam is not None
+        assert callback.sam.param_groups[0]["rho"] == 2 * RHO
+    assert distance(*found[:2]) <= 1e-9
+    callback.options = PostTrainingOptions(method="none")
+    trainer(tmp_path, callback).fit(found[2], loader(20))
+    plain = Module()
+    trainer(tmp_path, None).fit(plain, loader(20))
+    assert all(same_bits(p, q) for p, q in zip(found[2].parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "sam+r3f"}, r"SAMCallback does SAM, not method='sam\+r3f'"),
+        ({"r3f_relative": "rdrop"}, "SAMCallback does no R3F"),
+        ({"sam_variant": "tram"}, "SAMCallback does no R3F"),
+        ({"sam_variant": "momentumsam"}, "MomentumSAM perturbs before the first pass"),
+        ({"sam_sync_ascent": False}, "averages the ascent gradient over processes in any case"),
+        ({"sam_masters": True}, "precision='bf16-mixed'"),
+    ],
+)
+def test_options_that_lightning_does_not_serve(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SAMCallback(PostTrainingOptions(**given))
+    with pytest.raises(ValueError, match="leave rho out"):
+        SAMCallback(PostTrainingOptions(), rho=RHO)
+    with pytest.raises(TypeError, match=r"go by their names, as rho=0\.05"):
+        SAMCallback(0.05)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def test_help_all_groups_every_option_by_method() -> None:
         ("--method sam+gap", "--method sam+gap: these do not combine. GAP climbs on one text"),
         ("--method r3f+sam", "write sam+r3f"),
         ("--method sam_lm+r3f", "--sam_rho 0.15 --sam_ascent_fraction 0.25"),
-        ("", "--method is needed: none, sam, sam_lm, asam, r3f, r4f, sam+r3f, gap"),
+        ("", "--method is needed: none, sam, sam_lm, asam, r3f, r4f, sam+r3f, sam+r4f, tram, gap"),
         ("--method r3f --sam_rho 0.1", "--sam_rho is an option of SAM, which --method r3f does not do"),
         ("--method sam --noise-type normal", "--noise_type is an option of R3F"),
         ("--method sam --gap_lr 1e-3", "--gap_lr is an option of --method gap, not of sam"),

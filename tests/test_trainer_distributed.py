@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from fastpost import R3F
 from fastpost.integrations.r3f_trainer import RANK
-from fastpost.integrations.transformers import DriftGuard, R3FTrainer, SAMTrainer
+from fastpost.integrations.transformers import DriftGuard, PostTrainer, R3FTrainer, SAMTrainer
+from fastpost.r3f.relatives import FreeLB
 
 from . import distributed, tiny
 from .by_hand import ascended, distance, largest_difference
@@ -135,6 +136,50 @@ def r3f() -> float:
     return distance(mine, hand)
 
 
+def freelb() -> float:
+    """Several backward passes per micro-batch, each summed over ranks once."""
+    mine, hand = (tiny.build("causal", 0.0, torch.float64) for _ in range(2))
+    given = "freelb:adv_steps=2,adv_init_mag=0.4"
+    trained(R3FTrainer, mine, 3, gradient_accumulation_steps=3, r3f_relative=given, r3f_seed=5)
+    opt, method = optimizer_of(hand), FreeLB(2, adv_init_mag=0.4, seed=5)
+    for number, window in enumerate(windows(rows(), 3, 3, ranks=2)):
+        opt.zero_grad()
+        for rank, batches in enumerate(window):
+            method.step = number
+            with method.window(token_offset=rank * RANK):
+                for batch in batches:
+                    method(hand, num_items=items_of(window), **batch)
+        nn.utils.clip_grad_norm_(hand.parameters(), CLIP)
+        opt.step()
+    return distance(mine, hand)
+
+
+def tram() -> float:
+    """The radius is the divergence of all ranks: e = rho d t^2 g / |t g|, t = |w|."""
+    mine, hand = model(), model()
+    options = {"method": "tram", "r3f_eps": 0.3, "r3f_seed": 5, "sam_rho": 0.9}
+    trained(PostTrainer, mine, 3, gradient_accumulation_steps=3, **options)
+    opt, r3f, params = optimizer_of(hand), R3F(0.3, seed=5), list(hand.parameters())
+    for number, window in enumerate(windows(rows(), 3, 3, ranks=2)):
+        items, batches = items_of(window), [batch for mine in window for batch in mine]
+        kl = 0.0
+        for rank, own in enumerate(window):
+            r3f.step = number
+            with r3f.window(token_offset=rank * RANK):
+                kl += sum(float(r3f(hand, num_items=items, **batch).symm_kl) for batch in own)
+        g = torch.autograd.grad(sum(causal_loss(hand, batch, items) for batch in batches), params)
+        stretched = [p.detach().square() * part for p, part in zip(params, g, strict=True)]
+        norm = torch.stack([(p.detach() * part).square().sum() for p, part in zip(params, g, strict=True)]).sum().sqrt()
+        longest = torch.stack([part.square().sum() for part in stretched]).sum().sqrt()
+        with ascended(params, stretched, float(0.9 * kl * longest / norm)):
+            second = torch.autograd.grad(sum(causal_loss(hand, batch, items) for batch in batches), params)
+        for p, part in zip(params, second, strict=True):
+            p.grad = part
+        nn.utils.clip_grad_norm_(params, CLIP)
+        opt.step()
+    return distance(mine, hand)
+
+
 def drift() -> tuple[Any, ...]:
     guard = DriftGuard(max_drift=0.3)
     trainer = trained(SAMTrainer, tiny.build("causal"), 12, callbacks=[guard])
@@ -221,6 +266,8 @@ CASES = {
     "own ascents": own_ascents,
     "own counts": own_counts,
     "r3f": r3f,
+    "freelb": freelb,
+    "tram": tram,
     "drift": drift,
     "fsdp2": partial(fsdp2, 1.0),
     "fsdp2, a third": partial(fsdp2, 0.3),
@@ -257,8 +304,9 @@ def test_each_rank_may_count_its_own_tokens(outcome: distributed.Outcome) -> Non
     assert outcome.worst("own counts") <= 1e-9
 
 
-def test_r3f_is_the_loop_by_hand(outcome: distributed.Outcome) -> None:
-    assert outcome.worst("r3f") <= 1e-9
+@pytest.mark.parametrize("case", ["r3f", "freelb", "tram"])
+def test_r3f_and_its_relatives_are_the_loop_by_hand(outcome: distributed.Outcome, case: str) -> None:
+    assert outcome.worst(case) <= 1e-9
 
 
 def test_guards_agree(outcome: distributed.Outcome) -> None:

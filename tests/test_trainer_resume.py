@@ -30,6 +30,9 @@ def same(a: Any, b: Any) -> bool:
     [
         ("sam", {}),
         ("sam", {"sam_interval": 2, "sam_ascent_fraction": 0.5, "sam_adaptive": True}),
+        ("sam", {"sam_interval": 2, "sam_variant": "looksam:alpha=0.5"}),
+        ("tram", {"r3f_eps": 0.3}),
+        ("sam+r4f", {"r3f_eps": 0.3, "r3f_spectral": "all"}),
         ("r3f", {"r3f_eps": 0.3}),
         ("r3f", {"r3f_eps": 0.3, "r3f_seed": 5}),
         ("sam+r3f", {"r3f_eps": 0.3}),
@@ -38,12 +41,13 @@ def same(a: Any, b: Any) -> bool:
 def test_resuming_equals_not_having_stopped(tmp_path: Path, method: str, options: dict) -> None:
     """With dropout, in the middle of an epoch (six steps of five), off SAM's interval."""
     options = {"method": method, "lr_scheduler_type": "linear", **SAVING, **options}
-    whole = tiny.build("causal", 0.2)
-    trainer = trainer_of(PostTrainer, whole, arguments(tmp_path / "a", 7, **options))
+    kind, data = ("roberta", rows("sequence")) if "r4f" in method else ("causal", rows())
+    whole = tiny.build(kind, 0.2)
+    trainer = trainer_of(PostTrainer, whole, arguments(tmp_path / "a", 7, **options), data)
     trainer.train()
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["checkpoint-3", "checkpoint-6", "checkpoint-7"]
-    resumed = tiny.build("causal", 0.2)
-    again = trainer_of(PostTrainer, resumed, arguments(tmp_path / "a", 7, **options))
+    resumed = tiny.build(kind, 0.2)
+    again = trainer_of(PostTrainer, resumed, arguments(tmp_path / "a", 7, **options), data)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))

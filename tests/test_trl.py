@@ -23,11 +23,13 @@ from fastpost.integrations.transformers import R3FTrainerMixin
 from fastpost.integrations.trl import (
     PostDPOConfig,
     PostSFTConfig,
+    PostSFTTrainer,
     R3FSFTTrainer,
     SAMDPOTrainer,
     SAMSFTTrainer,
     SAMTrainerMixin,
 )
+from fastpost.r3f.relatives import NEFTune
 
 from .by_hand import ascended, distance
 from .trainers import CLIP, DECAY, LR, RHO, InOrder, optimizer_of
@@ -179,6 +181,35 @@ def test_sft_with_r3f_is_the_loop_by_hand(tmp_path: Any, fused: bool | None) -> 
         opt.step()
     assert distance(mine, hand) <= 1e-9
     assert torch.tensor([line["r3f/symm_kl"] for line in trainer.state.log_history if "loss" in line]).min() > 0.01
+
+
+def test_sft_by_method_with_a_relative_and_with_a_fused_head(tmp_path: Any) -> None:
+    mine, hand = model(), model()
+    options = {"method": "r3f", "r3f_relative": "neftune:alpha=9", "r3f_seed": 5}
+    trainer = sft(PostSFTTrainer, tmp_path, 4, mine, **options)
+    opt, neftune = optimizer_of(hand), NEFTune(9.0, seed=5)
+    for window in trainer.fed:
+        opt.zero_grad()
+        items = torch.tensor(float(items_in(window)))
+        with neftune.window():
+            for batch in window:
+                neftune(hand, num_items=items, **batch).loss.backward()
+        nn.utils.clip_grad_norm_(hand.parameters(), CLIP)
+        opt.step()
+    assert distance(mine, hand) <= 1e-9
+    with pytest.raises(ValueError, match=r"states by lm_head\.weight itself.*take sam_perturb='stored'"):
+        sft(SAMSFTTrainer, tmp_path, 1, model(), sam_perturb="functional")
+    both = {"method": "sam+r3f", "sam_perturb": "functional", "r3f_fused_linear": True}
+    with pytest.raises(ValueError, match="say r3f_fused_linear=False"):
+        sft(PostSFTTrainer, tmp_path, 1, model(), **both)
+    found = []
+    for perturb in ("stored", "functional"):
+        found.append(model())
+        both = {"method": "sam+r3f", "sam_variant": "gsam", "r3f_eps": 0.3, "r3f_seed": 5, "r3f_fused_linear": False}
+        trainer = sft(PostSFTTrainer, tmp_path, 3, found[-1], sam_perturb=perturb, **both)
+        assert not trainer.r3f.fused_linear
+    assert distance(*found) <= 1e-9
+    assert distance(found[0], model()) > 1e-2
 
 
 def test_dpo_with_sam_is_the_loop_from_the_equations(tmp_path: Any) -> None:

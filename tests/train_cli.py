@@ -32,6 +32,8 @@ METHOD_OPTIONS = {
     "asam": [],
     "r4f": ["--r3f_eps", "0.3", "--r3f_seed", "3"],
     "sam+r3f": ["--sam_rho", str(RHO), "--r3f_eps", "0.3"],
+    "sam+r4f": ["--sam_rho", str(RHO), "--r3f_eps", "0.3"],
+    "tram": ["--sam_rho", str(RHO), "--r3f_eps", "0.3"],
 }
 WORDS = list(dict.fromkeys(re.findall(r"[a-z]+", (stdlib.root() / "argparse.py").read_text(encoding="utf-8"))))[:80]
 

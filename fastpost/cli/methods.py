@@ -8,6 +8,8 @@ METHODS = {
     "r3f": "R3F",
     "r4f": "R3F with a spectrally normalised head, for classifiers",
     "sam+r3f": "both",
+    "sam+r4f": "SAM and R4F",
+    "tram": "adaptive SAM, whose radius is the divergence under R3F's noise",
     "gap": "gradient ascent on one text",
 }
 
@@ -28,7 +30,8 @@ examples:
   fastpost train fastpost-runs/train/run.yaml --seed 1 --output_dir again
 
 what to train, and on what:
-  --method METHOD        {methods}
+  --method METHOD        {methods[0]},
+                         {methods[1]}
   --model MODEL          folder or hub name; without it a small encoder
   --train_file FILE      .txt, .jsonl, .csv or .tsv (or --dataset NAME)
   --validation_file FILE default: a tenth of the training data is held out
@@ -40,9 +43,11 @@ training:
   --timing_rounds N      times N steps beside a plain step; default: 0, none
 methods:
   SAM  --sam_rho 0.05    radius of the perturbation; --sam_scope which weights
+       --sam_variant V   gsam:alpha=0.2, looksam and others
   R3F  --r3f_lambda 1.0  weight of the divergence; --r3f_eps 1e-5 the noise
+       --r3f_relative V  rdrop:alpha=1, neftune and others
   GAP  --gap_steps 15    steps uphill at most; --gap_lr 5e-5
 
 --help-all lists every option, those of transformers' TrainingArguments too.
 A YAML or JSON file may hold options under the same names; typed ones win.
-""".format(methods="none, sam, sam_lm, asam, r3f, r4f, sam+r3f or gap")
+""".format(methods=[", ".join(names) for names in (list(METHODS)[:6], list(METHODS)[6:])])

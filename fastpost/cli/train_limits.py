@@ -43,6 +43,7 @@ RANGES: dict[str, Range] = {
     "sam_eta": Range(0),
     "sam_ascent_fraction": Range(0, 1, above=True),
     "sam_interval": _ONE,
+    "sam_rounding_seed": Range(0, 1 << 64, below=True),
     "r3f_lambda": Range(0),
     "r3f_eps": Range(0),
     "r3f_seed": Range(),

@@ -21,8 +21,7 @@ from fastpost.integrations.options import METHODS as TRAINED
 from fastpost.integrations.options import PostTrainingOptions, part_of
 from fastpost.integrations.transformers import PostTrainingArguments, give_defaults, settings_of
 
-# What the trainer does by each method; r4f is r3f on a model whose head is normalised.
-PARTS = {**TRAINED, "r4f": TRAINED["r3f"]}
+PARTS = TRAINED  # what the trainer does by each method
 # Options that take several values, with spaces or commas between.
 LISTS = ("tasks", "sam_scope", "report_to", "include_for_metrics")
 DTYPES = ("float32", "bfloat16", "auto")
@@ -248,8 +247,7 @@ def parse(argv: Sequence[str], mask: Mask | None = None) -> Run:
         mine = {f.name: getattr(values, f.name) for c in (groups[1], groups[2], groups[4]) for f in dataclasses.fields(c)}
         if "dataloader_pin_memory" not in asked and not torch.accelerator.is_available():
             mine["dataloader_pin_memory"] = False  # torch would warn
-        made_by = "r3f" if method == "r4f" else method
-        arguments = PostTrainingArguments(output_dir=data.output_dir, method=made_by, **mine)
+        arguments = PostTrainingArguments(output_dir=data.output_dir, method=method, **mine)
         mask.add(vars(arguments))
     changed = {name: getattr(values, name) for name in dict.fromkeys(asked) if name != "config"}
     changed = {name: value for name, value in changed.items() if value != defaults.get(name)}
@@ -310,7 +308,11 @@ def _method(given: str | None) -> str:
     return given
 
 
-_PRESETS = {"sam_lm": "--sam_rho 0.15 --sam_ascent_fraction 0.25", "asam": "--sam_adaptive True --sam_rho 0.5"}
+_PRESETS = {
+    "sam_lm": "--sam_rho 0.15 --sam_ascent_fraction 0.25",
+    "asam": "--sam_adaptive True --sam_rho 0.5",
+    "tram": "--sam_variant tram --sam_adaptive True --sam_rho 1",
+}
 
 
 def _why_apart(parts: Sequence[str]) -> str:
@@ -321,8 +323,8 @@ def _why_apart(parts: Sequence[str]) -> str:
         )
     if "none" in parts:
         return "none is the plain step"
-    if set(parts) == {"sam", "r3f"}:
-        return "write sam+r3f"
+    if set(parts) in ({"sam", "r3f"}, {"sam", "r4f"}):
+        return f"write {'+'.join(sorted(parts, reverse=True))}"
     preset = next((part for part in parts if part in _PRESETS), None)
     if preset is not None and set(parts) == {preset, "r3f"}:
         return f"{preset} is SAM with other defaults; write --method sam+r3f {_PRESETS[preset]}"
@@ -340,8 +342,11 @@ def _refuse_of_others(method: str, asked: Iterable[str]) -> None:
             raise ValueError("--dtype is an option of training runs; --method gap climbs in float32")
         if method == "gap" and name == "resume_with_changes":
             raise ValueError("--resume_with_changes: --method gap has no checkpoints; leave it out")
-        if method == "asam" and name == "sam_adaptive":
-            raise ValueError("--sam_adaptive: --method asam is adaptive by itself; leave it out, or say --method sam")
+        if method in ("asam", "tram") and name == "sam_adaptive":
+            other = "sam" if method == "asam" else "sam+r3f --sam_variant tram"
+            raise ValueError(
+                f"--sam_adaptive: --method {method} is adaptive by itself; leave it out, or say --method {other}"
+            )
         if name in of_data or (method == "gap" and (name in of_gap or name in _WITH_GAP)):
             continue
         if method == "gap":

@@ -19,7 +19,7 @@ import fastpost
 from fastpost.bench import step_times
 from fastpost.cli import train_data, train_page, train_report, train_resume
 from fastpost.cli.files import replace_text
-from fastpost.cli.models import PACKAGED_MODEL, check_causal, find_head, loading, packaged_model, quietly
+from fastpost.cli.models import PACKAGED_MODEL, check_causal, loading, packaged_model, quietly
 from fastpost.cli.train_checkpoints import RunRecord, RunTrainer, options_that_train
 from fastpost.cli.train_options import PARTS, Run
 from fastpost.errors import unknown
@@ -35,7 +35,6 @@ class Job:
         fresh: weights that the checkpoint named by --model does not have.
         start: the checkpoint to resume from.
         made_by: what makes this run's checkpoints.
-        r4f: the normalised head.
     """
 
     run: Run
@@ -49,7 +48,6 @@ class Job:
     fresh: list[str]
     start: train_resume.Start
     made_by: dict[str, Any]
-    r4f: fastpost.R4F | None
 
 
 def prepare(run: Run) -> Job:
@@ -62,9 +60,10 @@ def prepare(run: Run) -> Job:
     data = train_data.read(run.data)
     if run.data.model is None and not data.labels:
         raise ValueError("the data have no labels, so --model has to be a causal language model, a folder or a hub name")
-    if run.method == "r4f" and not data.labels:
+    if run.arguments.r3f_spectral is not None and not data.labels:
         raise ValueError(
-            "--method r4f normalises the head of a classifier, and the data have no labels; --method r3f takes text"
+            f"--method {run.method} normalises the head of a classifier (--r3f_spectral), and the data have no labels; "
+            "--method r3f takes text"
         )
     transformers.set_seed(run.arguments.seed)  # a fresh head depends on it
     config, tokenizer, model, fresh = _load(run, data.labels)
@@ -94,11 +93,10 @@ def prepare(run: Run) -> Job:
     if asked is not None and asked.removeprefix("eval_") not in known:
         raise unknown("metric_for_best_model", asked, known)
     told = data.told() + ("" if data.labels else f": {len(train)} and {len(validation)} blocks of {size} tokens")
-    r4f = fastpost.R4F(find_head(model), layers="last") if run.method == "r4f" else None
     made_by = _made_by(run, data, size)
     start = train_resume.compared(start, made_by, run.data.resume_with_changes, model)
     majority = data.majority() if data.labels else None
-    return Job(run, model, tokenizer, train, validation, data.labels, told, majority, fresh, start, made_by, r4f)
+    return Job(run, model, tokenizer, train, validation, data.labels, told, majority, fresh, start, made_by)
 
 
 def _made_by(run: Run, data: train_data.Data, size: int) -> dict[str, Any]:
@@ -174,7 +172,6 @@ def assemble(job: Job, console: Any) -> Any:
             callbacks=[watch],
             record=record,
             changed=job.start.changes,
-            r4f=job.r4f,
         )
         trainer.rehearse()
     except Exception:
@@ -320,6 +317,15 @@ class Watch(TrainerCallback):
 
 
 SCORES = ("accuracy", "f1", "mcc")
+# Values that the published loops of `step_times` have.
+PUBLISHED: dict[str, tuple[Any, ...]] = {
+    "sam_variant": (None,),
+    "sam_perturb": ("stored",),
+    "sam_masters": (False,),
+    "r3f_relative": (None,),
+    "r3f_spectral": (None, "last"),
+    "r3f_spectral_mode": ("exact",),
+}
 
 
 def scores(predicted: Any) -> dict[str, float]:
@@ -405,13 +411,15 @@ def _time(job: Job, trainer: Any, results: train_report.Results, watch: Watch) -
         results.untimed = "not timed: float16 takes a loss scaler, which the published loops have none of"
     elif "sam" in PARTS[job.run.method] and arguments.sam_interval > 1:
         results.untimed = "not timed: with --sam_interval steps differ from each other"
+    elif other := next((name for name, usual in PUBLISHED.items() if getattr(arguments, name) not in usual), None):
+        results.untimed = f"not timed: the published loop has no --{other} {getattr(arguments, other)}"
     elif arguments.label_smoothing_factor:
         results.untimed = "not timed: the loops beside it do not smooth labels (--label_smoothing_factor)"
     if results.untimed:
         return
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-    if job.r4f is not None:
-        job.r4f.merge()
+    if trainer.r4f is not None:
+        trainer.r4f.merge()
     model.zero_grad(set_to_none=True)
     size = arguments.per_device_train_batch_size
     parts = [job.train[k * size : (k + 1) * size] for k in range(arguments.gradient_accumulation_steps)]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from fastpost.errors import unknown
+from fastpost.integrations.options import METHODS, PostTrainingOptions
 from fastpost.rng import RandomState
 from fastpost.sam import SAM, ExternalSAM, PassInfo, SAMWindow, find_sam
 
@@ -21,6 +22,32 @@ try:
 except ImportError as error:
     raise ImportError("fastpost.integrations.lightning needs lightning: pip install 'fastpost[lightning]'") from error
 
+# Keywords of SAM that say who owns what, which here is Lightning and the module.
+NOT_SERVED = frozenset({"params", "base_optimizer", "master_params", "model", "fused_restore", "sync_ascent", "kwargs"})
+# Options about what Lightning does itself, with the value that asks for nothing, and what to do.
+NOT_HERE = {
+    "sam_masters": (
+        False,
+        (
+            "Lightning fills the optimizer from a checkpoint before a callback can put masters into it; load float32 "
+            "weights under precision='bf16-mixed', or return fastpost.SAM(..., master_params=...) from configure_optimizers"
+        ),
+    ),
+    "sam_per_micro_batch": (
+        False,
+        (
+            "Lightning adds up the gradients of a window itself, so that no micro-batch has its own; take "
+            "accumulate_grad_batches=1, or a plain loop with SAMWindow"
+        ),
+    ),
+    "sam_sync_ascent": (
+        None,
+        (
+            "the callback averages the ascent gradient over processes in any case; leave it out, or use a plain loop with "
+            "SAMWindow"
+        ),
+    ),
+}
 COMPUTE_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -50,35 +77,76 @@ class SAMCallback(Callback):
     Under DDP the ascent uses the mean gradient of all ranks.
 
     Args:
-        **options: as for `fastpost.SAM`: rho, adaptive, eta, ascent_fraction, interval, scope, dropout_rng, rounding,
-            compute_dtype, norm_stats, variant.
+        options: PostTrainingOptions, such as `PostTrainingOptions(sam_variant="gsam:alpha=0.2")`, for options of a command
+            line or a file; or leave it out and give
+        **keywords: as for `fastpost.SAM`: rho, adaptive, eta, ascent_fraction, interval, scope, dropout_rng, rounding,
+            rounding_seed, compute_dtype, perturb, norm_stats, variant.
 
     Attributes:
+        options: the PostTrainingOptions, or None; keywords: those of `fastpost.SAM`. What is put in their place, or changed
+            in them, holds from the next `fit` on.
         sam: the SAM over the module's optimizer; None before the first batch.
 
     Raises:
-        ValueError: manual optimisation, a strategy that shards (use FSDP2 in a plain loop), options of SAM out of range.
+        ValueError: options and keywords at once; options of R3F; manual optimisation, a strategy that shards (use FSDP2 in a
+            plain loop), options of SAM out of range.
         RuntimeError: a `training_step` that returned None; a checkpoint or a validation in the middle of a window, while the
             weights are w + e.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, options: PostTrainingOptions | None = None, **keywords: Any) -> None:
+        if options is not None and not isinstance(options, PostTrainingOptions):
+            raise TypeError(
+                f"SAMCallback: options must be PostTrainingOptions, not {type(options).__name__}; the keywords of "
+                "fastpost.SAM go by their names, as rho=0.05"
+            )
+        if options is not None and keywords:
+            raise ValueError(
+                f"SAMCallback: options say all of SAM already; leave {', '.join(keywords)} out, or give keywords alone"
+            )
         served = inspect.signature(SAM.__init__).parameters
-        refused = {"params", "base_optimizer", "master_params", "perturb", "model", "fused_restore", "sync_ascent", "kwargs"}
-        for name in options:
-            if name not in served or name in refused:
-                raise unknown("option of SAMCallback", name, sorted(set(served) - refused - {"self"}))
-        variant = options.get("variant")
+        for name in keywords:
+            if name not in served or name in NOT_SERVED:
+                raise unknown("option of SAMCallback", name, sorted(set(served) - NOT_SERVED - {"self"}))
+        self.options, self.keywords = options, keywords
+        self._judge()
+        self.sam: ExternalSAM | None = None
+        self._window: _Window | None = None
+        self._current: MicroBatch | None = None
+
+    def _judge(self) -> None:
+        """Refuses what cannot be served, before there is a model."""
+        options = self.options
+        if options is not None:
+            options.check()
+            if options.method not in (None, "none") and METHODS[options.method] != {"sam"}:
+                raise ValueError(
+                    f"SAMCallback does SAM, not method={options.method!r}; a loss such as R3F's is the module's own: call "
+                    "options.build_r3f() in its training_step"
+                )
+            options.refuse_unused(METHODS[options.method or "sam"], "SAMCallback")
+            for name, (usual, why) in NOT_HERE.items():
+                if getattr(options, name) != usual:
+                    raise ValueError(f"SAMCallback: {name}={getattr(options, name)!r}: {why}")
+        # By way of meta, where no random number is drawn.
+        stand_in = torch.nn.Linear(1, 1, device="meta", dtype=torch.bfloat16).to_empty(device="cpu")
+        keywords = {**self._sam_keywords(None), "scope": None, "model": stand_in}
+        SAM(stand_in.parameters(), torch.optim.SGD, lr=0.0, **keywords)
+        variant = keywords.get("variant")
         if variant is not None and not variant.ascent_pass:
             raise ValueError(
                 f"SAMCallback: {type(variant).__name__} perturbs before the first pass, which Lightning has made before a "
                 "callback is asked; use it in a plain loop"
             )
-        SAM([torch.nn.Parameter(torch.zeros(1))], torch.optim.SGD, lr=0.0, **{**options, "scope": None})  # judges values now
-        self.options = options
-        self.sam: ExternalSAM | None = None
-        self._window: _Window | None = None
-        self._current: MicroBatch | None = None
+
+    def _sam_keywords(self, module: LightningModule | None, scaler: Any = None) -> dict[str, Any]:
+        if self.options is None:
+            return dict(self.keywords)
+        return self.options.sam_keywords(module, loss_scale=None if scaler is None else scaler.get_scale)
+
+    @property
+    def _is_off(self) -> bool:
+        return self.options is not None and self.options.method == "none"
 
     # -- one micro-batch after another ------------------------------------------------------------------------------------
 
@@ -101,14 +169,21 @@ class SAMCallback(Callback):
             )
         if any(isinstance(c, SAMCallback) and c is not self for c in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError("SAMCallback: two of them would make every pass twice; leave one out")
-        options = dict(self.options)
-        options.setdefault("compute_dtype", COMPUTE_DTYPES.get(getattr(trainer.precision_plugin, "precision", "")))
-        self.sam = ExternalSAM(trainer.optimizers[0], model=pl_module, **options)
+        self.sam = self._window = self._current = None
+        if self._is_off:
+            return
+        self._judge()  # the options may be others than at construction
+        precision = trainer.precision_plugin
+        keywords = self._sam_keywords(pl_module, getattr(precision, "scaler", None))
+        if keywords.get("compute_dtype") is None:
+            keywords["compute_dtype"] = COMPUTE_DTYPES.get(getattr(precision, "precision", ""))
+        self.sam = ExternalSAM(trainer.optimizers[0], **{**keywords, "model": pl_module})
         self._window = _Window(self.sam, trainer, pl_module)
-        self._current = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         window = self._window
+        if self._is_off:
+            return
         assert window is not None
         assert self.sam is not None
         if not window.is_open:
@@ -118,6 +193,8 @@ class SAMCallback(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         window, micro_batch = self._window, self._current
+        if self._is_off:
+            return
         assert window is not None
         assert self.sam is not None
         if micro_batch is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,18 @@ from fastpost.integrations.options import METHODS, PostTrainingOptions
 from fastpost.sam import PassInfo
 
 Base: Any = object
+# Options that a checkpoint is told to have been made with.
+_OF_SAM = (
+    "sam_rho",
+    "sam_adaptive",
+    "sam_eta",
+    "sam_ascent_fraction",
+    "sam_interval",
+    "sam_variant",
+    "sam_perturb",
+    "sam_masters",
+)
+_OF_R3F = ("r3f_lambda", "r3f_eps", "noise_type", "r3f_relative", "r3f_spectral")
 
 
 class PostTrainingMixin(Base):  # type: ignore[misc]
@@ -30,6 +42,7 @@ class PostTrainingMixin(Base):  # type: ignore[misc]
     """
 
     _method = ""
+    _goes_by_method = False  # whether `method` has to be given
     _pass_info: PassInfo | None = None  # None where no SAM window is open
 
     def __init__(self, *args: Any, post_training: PostTrainingOptions | None = None, **kwargs: Any) -> None:
@@ -40,25 +53,72 @@ class PostTrainingMixin(Base):  # type: ignore[misc]
         if post_training is None:
             post_training = given or PostTrainingOptions()
         self.post_training = post_training
-        brought: set[str] = {vars(c).get("_method", "") for c in type(self).__mro__} - {""}
-        wanted = brought if post_training.method is None else METHODS[post_training.method]
-        if not wanted <= brought:
-            raise ValueError(
-                f"{type(self).__name__} does {' and '.join(sorted(brought))}, not method={post_training.method!r}; use "
-                "fastpost.integrations.transformers.PostTrainer, or the class of that method"
-            )
-        self._methods = frozenset(wanted)
+        self._options_in_args = given
+        self._taken: dict[str, Any] | None = None  # the options of which the trainer has made something
+        self._prepared: Any = None  # the model that was prepared for them
+        self._methods = self._wanted()  # asked for while the trainer below is built
         super().__init__(*args, **kwargs)
+        self._take_options()
         self.add_callback(PostTrainingRecord(**self._record()))
         self.add_callback(_Housekeeping(self))
+
+    def _wanted(self) -> frozenset[str]:
+        """The parts that the options ask for, of those that this class does."""
+        method = self.post_training.method
+        brought = frozenset(vars(c).get("_method", "") for c in type(self).__mro__) - {""}
+        if method is None and self._goes_by_method:
+            raise ValueError(f"{type(self).__name__} goes by args.method, which is None; say {_or(METHODS)}")
+        wanted = brought if method is None else METHODS[method]
+        if not wanted <= brought:
+            raise ValueError(
+                f"{type(self).__name__} does {' and '.join(sorted(brought))}, not method={method!r}; use "
+                "fastpost.integrations.transformers.PostTrainer, or the class of that method"
+            )
+        return wanted
+
+    def _take_options(self) -> None:
+        """Takes the options as they are now, of `post_training` or of `args` where others were put in their place.
+
+        Called at construction and as each run begins. Does nothing where nothing has changed since.
+        """
+        if isinstance(self.args, PostTrainingOptions) and self.args is not self._options_in_args:
+            self.post_training = self._options_in_args = self.args
+        options = self.post_training
+        now = options.values()
+        if now != self._taken:
+            options.check()
+            self._methods = self._wanted()
+            options.refuse_unused(self._methods, type(self).__name__)
+            self._use_options()
+        if self.model is not None and (now != self._taken or self.model is not self._prepared):  # model_init makes it later
+            self._prepare_model()
+            self._prepared = self.model
+        self._taken = now
+
+    def _use_options(self) -> None:
+        """Refuses options that the trainer cannot serve, and makes of the others what is made once."""
+
+    def _prepare_model(self) -> None:
+        """The same for what depends on the model."""
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As the trainer's own; what a trial says of the options holds for its run."""
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            self._take_options()
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's own, with the options as they are now."""
+        self._take_options()
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _record(self) -> dict[str, Any]:
         options = self.post_training
         shown: dict[str, Any] = {}
         if "sam" in self._methods:
-            shown |= {name: getattr(options, name) for name in ("sam_rho", "sam_adaptive", "sam_eta", "sam_ascent_fraction")}
+            shown |= {name: getattr(options, name) for name in _OF_SAM}
         if "r3f" in self._methods:
-            shown |= {name: getattr(options, name) for name in ("r3f_lambda", "r3f_eps", "noise_type")}
+            shown |= {name: getattr(options, name) for name in _OF_R3F}
         return {"methods": sorted(self._methods), "world_size": self.args.world_size, "options": shown}
 
     def _on_train_begin(self) -> None:
@@ -120,6 +180,11 @@ def _tell_of_another_run(saved: dict[str, Any] | None, mine: dict[str, Any]) -> 
             "schedule go on from it. rho, adaptive and eta saved in the optimizer's groups keep their saved values",
             stacklevel=2,
         )
+
+
+def _or(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}"
 
 
 def refuse_stateful(trainer: type) -> None:

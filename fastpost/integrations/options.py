@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from fastpost.errors import unknown
+from fastpost.integrations import contradictions, specs
 from fastpost.integrations.masking import WithoutSecrets
 from fastpost.modes import check_norm_stats
 from fastpost.r3f import R3F
-from fastpost.sam.options import check_options
+from fastpost.r3f.spectral import LAYERS, MODES
+from fastpost.sam import TRAM, Variant, norm_layers
+from fastpost.sam.options import Scope, check_options, scope_in
 
 METHODS: dict[str, frozenset[str]] = {
     "none": frozenset(),
@@ -18,8 +26,23 @@ METHODS: dict[str, frozenset[str]] = {
     "sam_lm": frozenset({"sam"}),
     "asam": frozenset({"sam"}),
     "r3f": frozenset({"r3f"}),
+    "r4f": frozenset({"r3f"}),
     "sam+r3f": frozenset({"sam", "r3f"}),
+    "sam+r4f": frozenset({"sam", "r3f"}),
+    "tram": frozenset({"sam", "r3f"}),
 }
+# Options that say what is trained: one that the method does not use is refused.
+STRUCTURAL = (
+    "sam_variant",
+    "sam_perturb",
+    "sam_masters",
+    "sam_rounding_seed",
+    "r3f_relative",
+    "r3f_spectral",
+    "r3f_spectral_mode",
+)
+
+NORMS = "norm_layers"  # in `sam_scope`
 
 
 def part_of(option: str) -> str | None:
@@ -36,52 +59,84 @@ class PostTrainingOptions(WithoutSecrets):
     """What to train with beside the plain loss; every field is an option of `PostTrainingArguments` too.
 
     Attributes:
-        method: "sam", "sam_lm" (the recipe of 2110.08529: rho 0.15, ascent on a quarter of the window), "r3f", "sam+r3f", or
-            "asam" (adaptive, rho 0.5), "none"; None: all that the trainer's class does.
-        sam_rho: radius of the perturbation, >= 0; None is 0.05, under "sam_lm" 0.15, under "asam" 0.5.
+        method: "sam", "sam_lm" (the recipe of 2110.08529: rho 0.15, ascent on a quarter of the window), "asam" (adaptive,
+            rho 0.5), "r3f", "r4f" (R3F, the last layer of the head normalised), "sam+r3f", "sam+r4f", "tram" (ASAM with the
+            divergence under R3F's noise for its radius, 2310.03646: rho 1.0, no KL in the loss), "none"; None: all that the
+            trainer's class does. What a method sets is set at construction, where it was not given.
+        sam_rho: radius of the perturbation, >= 0; None is 0.05, under "sam_lm" 0.15, under "asam" 0.5, for TRAM 1.0.
         sam_adaptive, sam_eta: ASAM, and its constant.
         sam_ascent_fraction: share of the accumulation window that the ascent uses, in (0, 1]; None is 1.0, under "sam_lm"
             0.25.
         sam_per_micro_batch: m-SAM: each micro-batch is perturbed by its own gradient.
-        sam_interval: SAM on every so many-th step.
-        sam_scope: names of the parameters to perturb, patterns with commas between ("*.lora_*"); None is all.
+        sam_interval: SAM on every so many-th step; None is 1, for "looksam" 5.
+        sam_variant: a class of `fastpost.sam.variants` in lower case, and after a colon its parameters: "looksam",
+            "gsam:alpha=0.2", "friendlysam:sigma=1,decay=0.95", "momentumsam:buffers=exp_avg+momentum_buffer". "tram" takes
+            its radius from R3F's divergence, so R3F has to be there (as under "sam+r3f").
+        sam_perturb: "stored" writes w + e over w; "functional" adds what e would add to the outputs of the model's layers.
+        sam_masters: keep float32 masters of 16-bit weights in the optimizer, which steps and saves them; w + e and w are
+            casts, and nothing is stashed (`fastpost.SAM(master_params=...)`).
+        sam_scope: names of the parameters to perturb, patterns with commas between ("*.lora_*"), among them "norm_layers"
+            for the gains and offsets of all norm layers (SAM-ON, 2306.04226); None is all.
         sam_rounding: how w + e is stored in 16-bit weights, "nearest" or "stochastic".
+        sam_rounding_seed: key of the random numbers of "stochastic", a whole number >= 0; None is 0.
         sam_dropout_rng: "same" masks in both passes, or "independent".
         sam_norm_stats: which passes move the running statistics of batch norm layers: the "first", or "both".
         sam_sync_ascent: under DDP, False lets each process perturb by its own gradient (the original); None averages.
-        r3f_lambda, r3f_eps, noise_type: weight of the KL, scale of the noise, "uniform" or "normal".
+        r3f_lambda: weight of the KL, >= 0; None is 1.0, under "tram" 0.
+        r3f_eps, noise_type: scale of the noise, "uniform" or "normal".
         r3f_noise_scale: what r3f_eps is measured in: "absolute", "relative", "neftune".
         r3f_grad, r3f_dropout, r3f_forward: as in `fastpost.R3F`.
+        r3f_divergence, r3f_where: "symmetric_kl" or "js"; the side of an encoder-decoder that is noised.
+        r3f_detach_embedding: the noised branch sends no gradient into the embedding table.
         r3f_seed: None draws noise from torch's generator; an integer makes the n-th step's noise that of `r3f_seed + n`.
         r3f_embedding: name of the module whose output gets the noise; None: the model's input embedding.
         r3f_fused_linear: never build the logits; None: where the trainer does not either (TRL's SFT).
+        r3f_relative: a class of `fastpost.r3f.relatives` in R3F's place, written as `sam_variant` is: "rdrop:alpha=0.5",
+            "freelb:adv_steps=2". Of R3F's options `r3f_seed` and `r3f_embedding` are its too, `r3f_fused_linear` R-Drop's.
+        r3f_spectral: R4F: divides weights of a classifier's head by their largest singular value, "last": of its last layer
+            (as under "r4f"), or "all".
+        r3f_spectral_mode: "exact", or "at_most", as in `fastpost.R4F`.
 
     Raises:
-        ValueError: an option that does not exist or is out of range; a negative rho.
+        ValueError: an option that does not exist or is out of range; options that contradict each other.
     """
 
-    method: str | None = _option(None, "sam, sam_lm, asam, r3f, sam+r3f or none; by default what the trainer's class does.")
-    sam_rho: float | None = _option(None, "SAM's radius, >= 0 (0.05; under sam_lm 0.15, under asam 0.5).")
+    method: str | None = _option(None, f"{', '.join(METHODS)}; by default what the trainer's class does.")
+    sam_rho: float | None = _option(None, "SAM's radius, >= 0 (0.05; under sam_lm 0.15, under asam 0.5, for tram 1).")
     sam_adaptive: bool = _option(False, "ASAM: e scaled by the weights.")
     sam_eta: float = _option(0.0, "ASAM's constant beside |w|, >= 0.")
     sam_ascent_fraction: float | None = _option(None, "Share of the window that the ascent uses (1.0; under sam_lm 0.25).")
     sam_per_micro_batch: bool = _option(False, "m-SAM: each micro-batch is perturbed by its own gradient.")
-    sam_interval: int = _option(1, "SAM on every so many-th step.")
-    sam_scope: str | None = _option(None, "Patterns of parameter names to perturb, with commas between; all by default.")
+    sam_interval: int | None = _option(None, "SAM on every so many-th step (1; for looksam 5).")
+    sam_variant: str | None = _option(None, f"Variant of SAM and its parameters: {specs.shown(specs.VARIANTS)}.")
+    sam_perturb: str = _option("stored", "stored writes w + e over w, functional adds what e does to the layers' outputs.")
+    sam_masters: bool = _option(False, "float32 masters of 16-bit weights, stepped and saved by the optimizer.")
+    sam_scope: str | None = _option(
+        None, "Patterns of parameter names to perturb, or norm_layers, with commas between; all by default."
+    )
     sam_rounding: str = _option("nearest", "How 16-bit weights store w + e: nearest or stochastic.")
+    sam_rounding_seed: int | None = _option(None, "Key of the random numbers of stochastic rounding, >= 0 (0).")
     sam_dropout_rng: str = _option("same", "Dropout masks of the two passes: same or independent.")
     sam_norm_stats: str = _option("first", "Passes that move the running statistics of batch norm layers: first or both.")
     sam_sync_ascent: bool | None = _option(None, "False: under DDP each process perturbs by its own gradient.")
-    r3f_lambda: float = _option(1.0, "Weight of R3F's divergence, >= 0.")
+    r3f_lambda: float | None = _option(None, "Weight of R3F's divergence, >= 0 (1.0; under tram 0).")
     r3f_eps: float = _option(1e-5, "Scale of R3F's noise, >= 0.")
     noise_type: str = _option("uniform", "R3F's noise: uniform or normal.")
     r3f_noise_scale: str = _option("absolute", "What r3f_eps is measured in: absolute, relative or neftune.")
     r3f_grad: str = _option("both", "Branches that R3F's divergence sends gradients into: both, noised or clean.")
     r3f_dropout: str = _option("independent", "Dropout masks of R3F's two passes: independent or shared.")
     r3f_forward: str = _option("two_pass", "two_pass or double_batch.")
+    r3f_divergence: str = _option("symmetric_kl", "R3F's divergence: symmetric_kl or js (Jensen-Shannon).")
+    r3f_where: str = _option("encoder", "Side of an encoder-decoder that is noised: encoder, decoder or both.")
+    r3f_detach_embedding: bool = _option(True, "R3F's noised branch sends no gradient into the embedding table.")
     r3f_seed: int | None = _option(None, "Seed of R3F's noise; by default drawn from torch's generator.")
     r3f_embedding: str | None = _option(None, "Name of the module that embeds the input, where the model does not tell.")
     r3f_fused_linear: bool | None = _option(None, "R3F without ever building the logits; by default in TRL's SFT only.")
+    r3f_relative: str | None = _option(
+        None, f"A relative in R3F's place, and its parameters: {specs.shown(specs.RELATIVES, specs.OF_RELATIVES)}."
+    )
+    r3f_spectral: str | None = _option(None, "Layers of a classifier's head that R4F normalises: last or all.")
+    r3f_spectral_mode: str = _option("exact", "R4F's divisor: exact, the norm, or at_most, the norm where it is above 1.")
 
     def __post_init__(self) -> None:
         if self.method is not None and self.method not in METHODS:
@@ -93,32 +148,164 @@ class PostTrainingOptions(WithoutSecrets):
                     setattr(self, name, float(value))
                 except ValueError:
                     raise ValueError(f"{name} must be a number, not {value!r}") from None
-        lm = self.method == "sam_lm"
-        if self.sam_rho is None:
-            self.sam_rho = {"sam_lm": 0.15, "asam": 0.5}.get(self.method or "", 0.05)
-        self.sam_adaptive = self.sam_adaptive or self.method == "asam"
-        if self.sam_ascent_fraction is None:
-            self.sam_ascent_fraction = 0.25 if lm else 1.0
-        for name in ("sam_rho", "sam_eta"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and >= 0, not {value}")
-        check_options(self.sam_ascent_fraction, self.sam_dropout_rng, self.sam_interval, None, None)
-        check_norm_stats("sam_norm_stats", self.sam_norm_stats)
-        if self.sam_per_micro_batch and self.sam_ascent_fraction != 1:
-            raise ValueError(
-                f"sam_per_micro_batch perturbs by every micro-batch, which leaves no sam_ascent_fraction of "
-                f"{self.sam_ascent_fraction}; leave one of the two out"
-            )
-        if self.sam_rounding not in ("nearest", "stochastic"):
-            raise unknown("sam_rounding", self.sam_rounding, ("nearest", "stochastic"))
-        self.build_r3f()
+        self._fill_presets()
+        self.check()
         further = getattr(super(), "__post_init__", None)  # of the arguments that these are mixed into
         if further is not None:
             further()
 
-    def build_r3f(self, label_smoothing: float = 0.0, fused_linear: bool = False) -> R3F:
-        """The R3F that these options describe."""
+    def _fill_presets(self) -> None:
+        """What the method and the variant say of options that were not given."""
+        method = self.method or ""
+        if method == "tram" and self.sam_variant is None:
+            self.sam_variant = "tram"
+        variant = self.build_variant()
+        if self.sam_rho is None:
+            self.sam_rho = 1.0 if isinstance(variant, TRAM) else {"sam_lm": 0.15, "asam": 0.5}.get(method, 0.05)
+        self.sam_adaptive = self.sam_adaptive or method in ("asam", "tram")
+        if self.sam_ascent_fraction is None:
+            self.sam_ascent_fraction = 0.25 if method == "sam_lm" else 1.0
+        if self.sam_interval is None:
+            self.sam_interval = 5 if variant.overrides("between") else 1
+        if self.r3f_lambda is None:
+            self.r3f_lambda = 0.0 if method == "tram" else 1.0
+        if self.r3f_spectral is None and method in ("r4f", "sam+r4f"):
+            self.r3f_spectral = LAYERS[0]
+
+    def values(self) -> dict[str, Any]:
+        """The options of this class, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(PostTrainingOptions)}
+
+    # -- checks -----------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Trainers ask before each run, since attributes may have been changed.
+
+        Raises:
+            ValueError: an option that does not exist or is out of range; options that contradict each other.
+        """
+        if self.method is not None and self.method not in METHODS:
+            raise unknown("method", self.method, METHODS)
+        for name in ("sam_rho", "sam_eta"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and >= 0, not {value}")
+        assert self.sam_ascent_fraction is not None
+        assert self.sam_interval is not None
+        check_options(self.sam_ascent_fraction, self.sam_dropout_rng, self.sam_interval, None, None)
+        check_norm_stats("sam_norm_stats", self.sam_norm_stats)
+        choices = {
+            "sam_rounding": ("nearest", "stochastic"),
+            "sam_perturb": ("stored", "functional"),
+            "r3f_spectral": (None, *LAYERS),
+            "r3f_spectral_mode": MODES,
+        }
+        for name, valid in choices.items():
+            if getattr(self, name) not in valid:
+                raise unknown(name, getattr(self, name), [word for word in valid if word is not None])
+        seed = self.sam_rounding_seed
+        if seed is not None and not (int(seed) == seed and 0 <= seed < 2**64):
+            raise ValueError(f"sam_rounding_seed must be a whole number >= 0 and < 2^64, not {seed}")
+        self.build_r3f(fused_linear=bool(self.r3f_fused_linear))
+        if self.method is not None:
+            self.refuse_unused(METHODS[self.method], f"method={self.method!r}")
+        for message in contradictions.of(self):
+            raise ValueError(message)
+
+    def refuse_unused(self, parts: Collection[str], who: str) -> None:
+        """Raises ValueError for an option that says what is trained, of a part that is not done.
+
+        Args:
+            parts: what is done: "sam", "r3f". who: does it, for the error.
+        """
+        for f in fields(PostTrainingOptions):
+            if f.name in STRUCTURAL and part_of(f.name) not in parts and getattr(self, f.name) != f.default:
+                part = str(part_of(f.name)).upper()
+                raise ValueError(f"{f.name}={getattr(self, f.name)!r}: {who} does no {part}; leave one of the two out")
+        if "sam" in parts and "r3f" not in parts and isinstance(self.build_variant(), TRAM):
+            raise ValueError(
+                f"sam_variant={self.sam_variant!r} takes R3F's divergence for its radius, and {who} does no R3F; say "
+                "method='tram', or 'sam+r3f', in a trainer that does both (PostTrainer)"
+            )
+
+    # -- what they describe ------------------------------------------------------------------------------------------------
+
+    def build_variant(self, loss_scale: Callable[[], float | Tensor] | None = None) -> Variant:
+        """A fresh variant of SAM; SAM itself where none was asked for.
+
+        Args:
+            loss_scale: the current factor on gradients, of a GradScaler.
+        """
+        if self.sam_variant is None:
+            return Variant()
+        given = {} if loss_scale is None else {"loss_scale": loss_scale}
+        variant: Variant = specs.build("sam_variant", self.sam_variant, specs.VARIANTS, **given)
+        return variant
+
+    def sam_keywords(
+        self,
+        model: nn.Module | None = None,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        loss_scale: Callable[[], float | Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """`fastpost.SAM`'s keywords that these options describe; every trainer builds its SAM from them.
+
+        Args:
+            model: that is trained; perturbing in its layers and scopes by name need it.
+            compute_dtype: that the forward pass computes in, as for `fastpost.SAM`.
+            loss_scale: as for `build_variant`.
+
+        Raises:
+            ValueError: no parameter's name fits `sam_scope`.
+        """
+        return {
+            "rho": self.sam_rho,
+            "adaptive": self.sam_adaptive,
+            "eta": self.sam_eta,
+            "ascent_fraction": self.sam_ascent_fraction,
+            "interval": self.sam_interval,
+            "scope": self.scope(model),
+            "compute_dtype": compute_dtype,
+            "dropout_rng": self.sam_dropout_rng,
+            "sync_ascent": self.sam_sync_ascent,
+            "rounding": self.sam_rounding,
+            "rounding_seed": self.sam_rounding_seed or 0,
+            "perturb": self.sam_perturb,
+            "model": model,
+            "norm_stats": self.sam_norm_stats,
+            "variant": self.build_variant(loss_scale),
+        }
+
+    def scope(self, model: nn.Module | None) -> Scope:
+        """`sam_scope` in a model; without one its patterns."""
+        patterns = self.patterns()
+        if patterns is None or model is None:
+            return patterns
+        scopes = [norm_layers(model)] if NORMS in patterns else []
+        by_name = scope_in(model, [pattern for pattern in patterns if pattern != NORMS])
+        if by_name is not None:
+            scopes.append(by_name)
+        if not scopes:
+            raise ValueError(f"sam_scope: no parameter's name fits {self.sam_scope!r}")
+        return lambda name, p: any(scope(name, p) for scope in scopes)
+
+    def build_r3f(self, label_smoothing: float = 0.0, fused_linear: bool = False) -> Any:
+        """The R3F that these options describe, or its relative.
+
+        Raises:
+            ValueError: label smoothing, which relatives do not have.
+        """
+        if self.r3f_relative is not None:
+            if label_smoothing:
+                raise ValueError(
+                    f"label_smoothing_factor={label_smoothing} does not go with r3f_relative={self.r3f_relative!r}, whose "
+                    "cross-entropy is not smoothed; leave one of the two out"
+                )
+            own = {"fused_linear": fused_linear} if self.relative_fuses else {}
+            given = {"embedding": self.r3f_embedding, "seed": self.r3f_seed, **own}
+            return specs.build("r3f_relative", self.r3f_relative, specs.RELATIVES, **given)
+        assert self.r3f_lambda is not None
         return R3F(
             self.r3f_eps,
             self.r3f_lambda,
@@ -127,11 +314,25 @@ class PostTrainingOptions(WithoutSecrets):
             grad=self.r3f_grad,
             dropout=self.r3f_dropout,
             forward=self.r3f_forward,
+            divergence=self.r3f_divergence,
+            where=self.r3f_where,
+            detach_noised_embedding=self.r3f_detach_embedding,
             seed=self.r3f_seed,
             embedding=self.r3f_embedding,
             label_smoothing=label_smoothing,
             fused_linear=fused_linear,
         )
+
+    @property
+    def relative(self) -> str | None:
+        """The name in `r3f_relative`, without parameters."""
+        return None if self.r3f_relative is None else specs.name_in(self.r3f_relative)
+
+    @property
+    def relative_fuses(self) -> bool:
+        """Whether the relative that was asked for can do without logits."""
+        cls = specs.RELATIVES.get(self.relative or "")
+        return cls is not None and "fused_linear" in inspect.signature(cls).parameters
 
     def patterns(self) -> list[str] | None:
         """`sam_scope`, taken apart."""

@@ -10,10 +10,14 @@ import torch
 from transformers import Trainer
 
 from fastpost.integrations.mixin import PostTrainingMixin
-from fastpost.r3f import R3F
+from fastpost.r3f import R4F
 from fastpost.r3f.conventions import logits_of
+from fastpost.r3f.noise import unwrap
 from fastpost.r3f.passes import Step
-from fastpost.sam import PassInfo
+from fastpost.r3f.relatives import FreeLB, HyPe
+from fastpost.r3f.relatives.hype import find_layers
+from fastpost.r3f.spectral import find_classifier
+from fastpost.sam import TRAM, PassInfo
 
 RANK = 1 << 32  # tokens of one step and one rank; noise depends on the token's number
 
@@ -33,10 +37,15 @@ class R3FTrainerMixin(PostTrainingMixin):
     Over a trainer with a `compute_loss` of its own, the divergence is added to that loss, at the rows whose labels count; it
     has to return outputs with logits when asked to, for a batch with `labels`.
 
+    `r3f_relative` puts another loss of `fastpost.r3f.relatives` in R3F's place; `r3f_spectral` normalises a classifier's
+    head (R4F). Under TRAM the divergence is measured in SAM's first passes, averaged over processes, and is SAM's radius;
+    with r3f_lambda = 0 it is no part of the loss.
+
     At logging steps it logs `r3f/symm_kl` and `r3f/task_loss`, averaged over the steps since the last time.
 
     Attributes:
-        r3f: the R3F; its attributes may be changed between steps (schedules).
+        r3f: the R3F, or its relative; its attributes may be changed between steps (schedules).
+        r4f: the R4F, or None.
 
     Raises:
         TypeError: a `compute_loss_func`, or a trainer of TRL other than SFT.
@@ -49,11 +58,19 @@ class R3FTrainerMixin(PostTrainingMixin):
     _adds_to: type | None = None  # the class whose loss the divergence is added to
     _computes_plain_loss: tuple[type, ...] = (Trainer,)  # classes whose compute_loss is the cross-entropy that R3F has too
     _r3f_step: Step | None = None
+    _r3f_fed = 0
+    _r3f_counted: list[dict[str, Any]]
+    _r3f_sums: torch.Tensor | None = None
+    _r3f_logged_at = 0
+    _normalised: tuple[Any, ...] = ()
+    r3f: Any = None
+    r4f: R4F | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _use_options(self) -> None:
+        super()._use_options()
         if "r3f" not in self._methods:
             return
+        who, options = type(self).__name__, self.post_training
         others = (c for c in type(self).__mro__ if "compute_loss" in vars(c) and not issubclass(c, PostTrainingMixin))
         owner = next(others)
         self._adds_to = None if owner in self._computes_plain_loss else owner
@@ -75,24 +92,59 @@ class R3FTrainerMixin(PostTrainingMixin):
                 f"{type(self).__name__}: the model adds a loss of its router (output_router_logits=True) to its own, which "
                 "R3F's cross-entropy would leave out; set model.config.output_router_logits=False"
             )
-        self._build_r3f()
-        self._r3f_fed = 0
-        self._r3f_counted: list[dict[str, Any]] = []
-        self._r3f_sums: torch.Tensor | None = None
-        self._r3f_logged_at = 0
-
-    def _build_r3f(self) -> None:
-        options = self.post_training
-        fused = self._fused_by_default if options.r3f_fused_linear is None else options.r3f_fused_linear
-        smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0
-        self.r3f: R3F = options.build_r3f(smoothing, fused)
-        if self._adds_to is not None and (
-            fused or options.r3f_dropout != "independent" or options.r3f_forward != "two_pass"
-        ):
+        if self.args.neftune_noise_alpha is not None:
             raise ValueError(
-                f"{type(self).__name__}: {self._adds_to.__name__}.compute_loss makes the clean pass itself, so R3F's "
+                f"{who}: neftune_noise_alpha={self.args.neftune_noise_alpha} adds noise to the embeddings of both passes "
+                "that R3F compares; leave one of the two out (r3f_noise_scale='neftune' measures R3F's own noise as NEFTune "
+                "does, r3f_relative='neftune' is NEFTune)"
+            )
+        smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0
+        fused = options.r3f_fused_linear
+        if fused is None:
+            fused = self._fused_by_default and self._builds_no_logits
+        self.r3f = options.build_r3f(smoothing, fused)
+        if self._adds_to is None:
+            return
+        if options.r3f_relative is not None:
+            raise ValueError(
+                f"{who}: r3f_relative={options.r3f_relative!r} is a loss of its own, and would replace that of "
+                f"{self._adds_to.__name__}.compute_loss; R3F's divergence is added to it (leave r3f_relative out)"
+            )
+        if fused or options.r3f_dropout != "independent" or options.r3f_forward != "two_pass":
+            raise ValueError(
+                f"{who}: {self._adds_to.__name__}.compute_loss makes the clean pass itself, so R3F's "
                 "own goes with r3f_fused_linear=False, r3f_dropout='independent' and r3f_forward='two_pass'"
             )
+
+    @property
+    def _builds_no_logits(self) -> bool:
+        """Whether what the options ask for can do without logits."""
+        options = self.post_training
+        if "sam" in self._methods and options.sam_perturb == "functional":  # a fused head is perturbed by none of its layers
+            return False
+        if options.r3f_relative is not None:
+            return options.relative_fuses
+        return not (options.r3f_lambda == 0 and isinstance(options.build_variant(), TRAM))
+
+    def _prepare_model(self) -> None:
+        super()._prepare_model()
+        options = self.post_training
+        asked = (options.r3f_spectral, options.r3f_spectral_mode) if "r3f" in self._methods else (None, "")
+        stays = self.r4f is not None and asked == self._normalised and find_classifier(self.model) is self.r4f.head
+        if self.r4f is not None and not stays:
+            self.r4f.merge()
+            self.r4f = None
+        if asked[0] is not None and self.r4f is None:
+            self.r4f = R4F(find_classifier(self.model), layers=asked[0], mode=asked[1])
+            self._normalised = asked
+        if "r3f" in self._methods and isinstance(self.r3f, HyPe):
+            if self.args.gradient_checkpointing and self.r3f.dropout:
+                raise ValueError(
+                    f"{type(self).__name__}: r3f_relative={options.r3f_relative!r} noises layers, which "
+                    "gradient_checkpointing runs a second time without the noise; leave one of the two out, or say "
+                    "hype:dropout=false"
+                )
+            find_layers(unwrap(self.model), self.r3f.layers)
 
     # -- a step, one micro-batch after another ------------------------------------------------------------------------------
 
@@ -108,12 +160,6 @@ class R3FTrainerMixin(PostTrainingMixin):
         finally:
             if not info.is_replay:
                 self._r3f_fed = (info.index + 1) % self.current_gradient_accumulation_steps
-
-    def _hp_search_setup(self, trial: Any) -> None:
-        """As the trainer's own; what a trial says of R3F's options holds for its run."""
-        super()._hp_search_setup(trial)
-        if "r3f" in self._methods and trial is not None:
-            self._build_r3f()
 
     def _r3f_begin(self, info: PassInfo) -> None:
         if self._r3f_step is None or (info.index == 0 and not info.is_replay):
@@ -139,14 +185,21 @@ class R3FTrainerMixin(PostTrainingMixin):
         items = num_items_in_batch if self.model_accepts_loss_kwargs else None
         if self._adds_to is not None:
             return self._added(model, inputs, return_outputs, num_items_in_batch, items, **extra_args)
+        factor = self._factor(items)
+        own_backward = isinstance(self.r3f, FreeLB)
+        if own_backward:
+            self.r3f.backward = lambda loss: self._backward(loss * factor, summed=items is not None)
         # The trainer's autocast surrounds the model only; the fused head computes with its weight outside of that.
-        autocast = self.accelerator.autocast() if self.r3f.fused_linear else contextlib.nullcontext()
+        autocast = self.accelerator.autocast() if getattr(self.r3f, "fused_linear", False) else contextlib.nullcontext()
         with autocast:
             out = self.r3f(model, num_items=items, **inputs)
-        factor = self._factor(items)
-        share = torch.stack((out.symm_kl, out.task_loss)).double() * factor
-        self._note(share if items is not None else share / self.current_gradient_accumulation_steps)
-        loss = out.loss * factor
+        kl = self._divergence_beside(model, out.logits, inputs, items) if self._measures_only else out.symm_kl
+        share = torch.stack((kl, out.task_loss)).double() * factor
+        share = share if items is not None else share / self.current_gradient_accumulation_steps
+        self._note(share)
+        self._observe(share[0])
+        # FreeLB has made its backward passes; what the trainer makes reaches no weight.
+        loss = (out.loss.detach().requires_grad_() if own_backward else out.loss) * factor
         return (loss, {"loss": loss, "logits": out.logits}) if return_outputs else loss
 
     def _added(
@@ -158,15 +211,53 @@ class R3FTrainerMixin(PostTrainingMixin):
         )
         # Divided as the trainer divides its own: what is no sum over the whole window will be divided by its length.
         scaled = items is not None if self.loss_is_scaled_for_ga is None else self.loss_is_scaled_for_ga
-        kl = self.r3f.noised_divergence(model, logits_of(outputs), dict(inputs), items if scaled else None)
+        divergence = self._divergence_beside if self._measures_only else self.r3f.noised_divergence
+        kl = divergence(model, logits_of(outputs), dict(inputs), items if scaled else None)
         kl = kl * self._factor(items if scaled else None)
         steps = self.current_gradient_accumulation_steps
         if scaled and items is None:
             kl = kl / steps
         share = torch.stack((kl.detach(), loss.detach())).double()
-        self._note(share if scaled else share / steps)
-        loss = loss + self.r3f.r3f_lambda * kl
+        share = share if scaled else share / steps
+        self._note(share)
+        self._observe(share[0])
+        if not self._measures_only:
+            loss = loss + self.r3f.r3f_lambda * kl
         return (loss, outputs) if return_outputs else loss
+
+    def _backward(self, loss: Any, summed: bool) -> None:
+        """A backward pass as `training_step` makes it: what is no sum over the window is divided by its length."""
+        self.accelerator.backward(loss if summed else loss / self.current_gradient_accumulation_steps)
+
+    # -- TRAM -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _measures_only(self) -> bool:
+        """Whether R3F's divergence is TRAM's radius and no part of the loss."""
+        sam = getattr(self, "sam", None)
+        return sam is not None and isinstance(sam.variant, TRAM) and self.r3f.r3f_lambda == 0
+
+    @property
+    def _in_ascent(self) -> bool:
+        sam = getattr(self, "sam", None)
+        return sam is not None and sam.ascends and not sam.is_perturbed
+
+    @torch.no_grad()
+    def _divergence_beside(self, model: Any, logits: torch.Tensor, inputs: Any, items: Any) -> torch.Tensor:
+        """R3F's divergence from these logits; 0 outside of the ascent, where nobody asks for it."""
+        if not self._in_ascent:
+            return torch.zeros((), device=logits.device)
+        found: torch.Tensor = self.r3f.noised_divergence(model, logits.detach(), dict(inputs), items)
+        return found
+
+    def _observe(self, share: torch.Tensor) -> None:
+        """Tells TRAM of a micro-batch's share in the window's divergence, of all processes."""
+        sam = getattr(self, "sam", None)
+        if sam is None or not isinstance(sam.variant, TRAM) or not self._in_ascent:
+            return
+        if sam.sync_ascent is not False:
+            share = self.accelerator.reduce(share, "mean")
+        sam.variant.observe(share * self.current_gradient_accumulation_steps)
 
     def _factor(self, items: Any) -> int:
         """What undoes the mean over processes, where the divisor counts the labels of all."""

@@ -5,16 +5,28 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastpost.integrations import COMPUTE_DTYPES
+from fastpost.integrations.masters import Masters, check_weights
 from fastpost.integrations.mixin import PostTrainingMixin, accelerated_sync, innermost
-from fastpost.sam import ExternalSAM, PassInfo, PerturbationReport, SAMWindow
-from fastpost.sam.options import Scope, fill_groups, scope_in
+from fastpost.r3f.noise import unwrap
+from fastpost.sam import SAM, ExternalSAM, PassInfo, PerturbationReport, SAMWindow
+from fastpost.sam.options import RADIUS_KEYS, fill_groups
 
 STEPS_IN_BACKWARD = ("lomo", "adalomo")
+
+
+@dataclass
+class _Radius:
+    """What the options have given to an optimizer's groups: the values, and which keys of each group they are."""
+
+    optimizer: torch.optim.Optimizer
+    values: dict[str, Any]
+    given: list[set[str]]
 
 
 class TrainerWindow(SAMWindow):
@@ -76,30 +88,86 @@ class SAMTrainerMixin(PostTrainingMixin):
     sam: ExternalSAM | None = None
     _window: TrainerWindow | None = None
     _given_up = False
+    _radius: _Radius | None = None
+    _masters: Masters | None = None
     _sam_sums: Any = None
     _sam_elements = 0
     _concerned = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _use_options(self) -> None:
+        super()._use_options()
+        who, options = type(self).__name__, self.post_training
+        held = None if self._masters is None else self._masters.optimizer
+        wanted = "sam" in self._methods and options.sam_masters
+        if not wanted and self.optimizer is not None and held is innermost(self.optimizer):
+            raise ValueError(
+                f"{who}: the optimizer holds masters by now, and sam_masters is off; set trainer.optimizer to None, so that "
+                "the trainer makes another, or leave sam_masters and the method as they were"
+            )
         if "sam" not in self._methods:
             return
         if self.is_deepspeed_enabled:
             raise ValueError(
-                f"{type(self).__name__}: DeepSpeed's engine partitions gradients and steps inside backward(), where SAM can "
+                f"{who}: DeepSpeed's engine partitions gradients and steps inside backward(), where SAM can "
                 "neither perturb nor restore; shard with FSDP2 (fsdp=..., version 2) instead"
             )
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 2) == 1:
             raise ValueError(
-                f"{type(self).__name__}: FSDP1 keeps weights in flat buffers of its own, which SAM cannot perturb; use "
+                f"{who}: FSDP1 keeps weights in flat buffers of its own, which SAM cannot perturb; use "
                 "FSDP2 (fsdp_config={'version': 2})"
+            )
+        if self.is_fsdp_enabled and options.sam_perturb == "functional":
+            raise ValueError(
+                f"{who}: sam_perturb='functional' needs whole weights, which FSDP shards; take sam_perturb='stored'"
+            )
+        if options.sam_masters and (self.is_fsdp_enabled or self.accelerator.scaler is not None):
+            other = "FSDP shards weights" if self.is_fsdp_enabled else "fp16=True scales the loss"
+            raise ValueError(
+                f"{who}: {other}, which sam_masters does not serve; load the model in float32, which then holds its own "
+                "masters, and let bf16=True compute with casts"
             )
         optim = str(getattr(self.args.optim, "value", self.args.optim))
         if optim in STEPS_IN_BACKWARD or "layerwise" in optim:
-            raise ValueError(f"{type(self).__name__}: optim={optim!r} steps inside backward, and leaves SAM no second pass")
-        if self.model is not None:  # model_init makes it later
-            self._scope()
+            raise ValueError(f"{who}: optim={optim!r} steps inside backward, and leaves SAM no second pass")
+
+    def _prepare_model(self) -> None:
+        """Builds a SAM beside the one of the run, which refuses what that would refuse at its first step."""
+        super()._prepare_model()
+        if "sam" not in self._methods:
+            return
+        if self.post_training.sam_masters:
+            check_weights(self.model)
+            self.post_training.scope(self.model)
+            return
+        if self.optimizer is None:
+            params = [p for p in self.model.parameters() if p.requires_grad]
+        else:
+            params = [p for group in innermost(self.optimizer).param_groups for p in group["params"]]
+        if params:
+            SAM(None, torch.optim.SGD(params, lr=0.0), **self._sam_keywords())
+        if self.post_training.sam_perturb == "functional":
+            self._refuse_fused_head()
+
+    def _refuse_fused_head(self) -> None:
+        """Raises ValueError where the loss takes the head's weight past its layer, where the perturbation would come in."""
+        by_r3f = "r3f" in self._methods
+        if by_r3f:
+            fused = bool(getattr(self.r3f, "fused_linear", False))
+        else:
+            fused = self.args.use_liger_kernel or any(c.__module__.partition(".")[0] == "trl" for c in type(self).__mro__)
+        head = getattr(unwrap(self.model), "get_output_embeddings", lambda: None)()
+        weight = getattr(head, "weight", None)
+        if not fused or weight is None or not weight.requires_grad:
+            return
+        name = next((name for name, p in self.model.named_parameters() if p is weight), "the head's weight")
+        scope = self.post_training.scope(self.model)
+        if scope is None or (callable(scope) and scope(name, weight)):
+            how = "say r3f_fused_linear=False" if by_r3f else "take sam_perturb='stored'"
+            raise ValueError(
+                f"{type(self).__name__}: sam_perturb='functional' comes in through layers, and the loss multiplies hidden "
+                f"states by {name} itself, outside of one (a fused head); {how}, or leave that weight out by sam_scope"
+            )
 
     # -- a window, one training_step after another ------------------------------------------------------------------------
 
@@ -135,34 +203,21 @@ class SAMTrainerMixin(PostTrainingMixin):
             sums = torch.where(sums.isfinite().all(), sums, torch.zeros_like(sums))
             self._sam_sums = sums if self._sam_sums is None else self._sam_sums + sums
 
-    def _scope(self) -> Scope:
-        patterns = self.post_training.patterns()
-        if patterns is None:
-            return None
-        scope = scope_in(self.model, patterns)
-        if scope is None:
-            raise ValueError(f"sam_scope: no parameter's name fits {self.post_training.sam_scope!r}")
-        return scope
+    def _sam_keywords(self) -> dict[str, Any]:
+        accelerator = self.accelerator
+        seen = COMPUTE_DTYPES.get(accelerator.mixed_precision)
+        return self.post_training.sam_keywords(
+            self.model,
+            compute_dtype=seen if not accelerator.is_fsdp2 else None,  # FSDP2 is asked for its own
+            loss_scale=None if accelerator.scaler is None else accelerator.scaler.get_scale,
+        )
 
     def _sam_of_this_run(self) -> ExternalSAM:
-        options, accelerator = self.post_training, self.accelerator
-        base = innermost(self.optimizer)
-        seen = COMPUTE_DTYPES.get(accelerator.mixed_precision)
-        self.sam = ExternalSAM(
-            base,
-            rho=options.sam_rho,
-            adaptive=options.sam_adaptive,
-            eta=options.sam_eta,
-            ascent_fraction=options.sam_ascent_fraction,
-            interval=options.sam_interval,
-            scope=self._scope(),
-            compute_dtype=seen if not accelerator.is_fsdp2 else None,  # FSDP2 is asked for its own
-            dropout_rng=options.sam_dropout_rng,
-            sync_ascent=options.sam_sync_ascent,
-            rounding=options.sam_rounding,
-            model=self.model,
-            norm_stats=options.sam_norm_stats,
-        )
+        pairs: dict[str, Any] = {}
+        if self.post_training.sam_masters:
+            assert self._masters is not None
+            pairs = {"params": self._masters.weights, "master_params": self._masters.masters}
+        self.sam = ExternalSAM(innermost(self.optimizer), **pairs, **self._sam_keywords())
         return self.sam
 
     def _end_window(self) -> None:
@@ -177,10 +232,23 @@ class SAMTrainerMixin(PostTrainingMixin):
         """As the trainer's own; its groups get the keys that SAM's checkpoints have, before one is loaded into them."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if "sam" in self._methods:
-            options = self.post_training
-            groups = innermost(self.optimizer).param_groups
-            fill_groups(groups, options.sam_rho, options.sam_adaptive, options.sam_eta)
+            inner = innermost(self.optimizer)
+            if self.post_training.sam_masters and (self._masters is None or self._masters.optimizer is not inner):
+                self._masters = Masters(inner)
+            self._fill_groups(inner)
         return optimizer
+
+    def _fill_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gives groups the radius of the options where they have none; one that the options gave follows them."""
+        options, groups = self.post_training, optimizer.param_groups
+        now = dict(zip(RADIUS_KEYS, (options.sam_rho, options.sam_adaptive, options.sam_eta), strict=True))
+        if self._radius is None or self._radius.optimizer is not optimizer:
+            self._radius = _Radius(optimizer, now, [set(now) - set(group) for group in groups])
+        changed = {key for key, value in now.items() if value != self._radius.values[key]}
+        for group, given in zip(groups, self._radius.given, strict=False):  # groups that came later have what they came with
+            group.update({key: now[key] for key in changed & given})
+        self._radius.values = now
+        fill_groups(groups, options.sam_rho, options.sam_adaptive, options.sam_eta)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's own; however it ends the weights are w again, also where `train` begins it anew
@@ -233,6 +301,8 @@ class SAMTrainerMixin(PostTrainingMixin):
 
     def _on_train_begin(self) -> None:
         self._window = self.sam = self._sam_sums = None  # the optimizer, or its groups, may be others than in the last run
+        if self._masters is not None:
+            self._masters.follow()
         super()._on_train_begin()
 
     def _on_step_begin(self) -> None:

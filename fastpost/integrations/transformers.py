@@ -71,7 +71,7 @@ class R3FTrainer(R3FTrainerMixin, Trainer):
 
 
 class PostTrainer(SAMTrainerMixin, R3FTrainerMixin, Trainer):
-    """A Trainer that goes by `args.method`: "sam", "sam_lm", "asam", "r3f", "sam+r3f", or "none".
+    """A Trainer that goes by `args.method`: "sam", "sam_lm", "asam", "r3f", "r4f", "sam+r3f", "sam+r4f", "tram", or "none".
 
     Under "sam+r3f" both of SAM's passes take R3F's loss, with the same noise (as with dropout_rng="same" the same masks).
 
@@ -79,10 +79,7 @@ class PostTrainer(SAMTrainerMixin, R3FTrainerMixin, Trainer):
         ValueError: `args.method` is None.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.post_training.method is None:
-            raise ValueError("PostTrainer goes by args.method, which is None; say sam, sam_lm, asam, r3f, sam+r3f or none")
+    _goes_by_method = True
 
 
 def parse_arguments(classes: Any = PostTrainingArguments, argv: Sequence[str] | None = None) -> Any:

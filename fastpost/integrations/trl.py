@@ -9,7 +9,6 @@ micro-batch at w and at w + e, and theirs belong to the policy of one moment.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 try:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # type: ignore[attr-defined]  # made known lazily
@@ -25,6 +24,7 @@ from fastpost.integrations.sam_trainer import SAMTrainerMixin
 __all__ = [
     "PostDPOConfig",
     "PostSFTConfig",
+    "PostSFTTrainer",
     "R3FSFTTrainer",
     "R3FTrainerMixin",
     "SAMDPOTrainer",
@@ -63,9 +63,15 @@ class R3FSFTTrainer(R3FTrainerMixin, SFTTrainer):
     _fused_by_default = True
     _computes_plain_loss = (SFTTrainer, Trainer)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _use_options(self) -> None:
+        super()._use_options()
         loss_type = getattr(self.args, "loss_type", "nll")
         if "r3f" in self._methods and (loss_type != "nll" or self.aux_loss_enabled):
             extra = "an auxiliary loss of its experts" if self.aux_loss_enabled else f"loss_type={loss_type!r}"
             raise ValueError(f"{type(self).__name__}: R3F's loss would replace {extra}; it goes with loss_type='nll' alone")
+
+
+class PostSFTTrainer(SAMTrainerMixin, R3FSFTTrainer):
+    """SFTTrainer that goes by `args.method`, as `fastpost.integrations.transformers.PostTrainer` does."""
+
+    _goes_by_method = True

@@ -126,6 +126,19 @@ class R4F:
         self._linear, self._hooks = {}, []
 
 
+def find_classifier(model: Any) -> nn.Module:
+    """The classification head of a transformers classifier, which R4F normalises.
+
+    Raises:
+        ValueError: none of the usual names is there.
+    """
+    for name in ("classifier", "score", "classification_head"):
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Module):
+            return head
+    raise ValueError(f"{type(model).__name__} has no classifier, score or classification_head; R4F cannot find its head")
+
+
 # -- state dicts ----------------------------------------------------------------------------------------------------------
 
 _ORIGINAL = "parametrizations.weight.original"

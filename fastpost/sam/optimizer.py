@@ -773,15 +773,18 @@ class ExternalSAM(SAM):
     optimizer of weights on an accelerator gets `found_inf` instead, which avoids a device synchronization.
 
     Args:
-        base_optimizer: an instance.
+        base_optimizer: an instance; over the masters, where `master_params` are given.
+        params: the weights of the masters, in their order; None without masters.
         **options: as for SAM.
     """
 
-    def __init__(self, base_optimizer: Optimizer, **options: Any) -> None:
-        super().__init__(None, base_optimizer, **options)
+    def __init__(self, base_optimizer: Optimizer, params: Iterable[Tensor] | None = None, **options: Any) -> None:
+        super().__init__(params, base_optimizer, **options)
         base: Any = self.base_optimizer
         if not hasattr(base, "_skipped_by_sam"):
+            base.register_step_pre_hook(_before_step)
             base.register_step_post_hook(_after_step)
+        self._stepping = contextlib.ExitStack()
         base._skipped_by_sam = False
         base._external_sam = weakref.ref(self)
 
@@ -796,6 +799,7 @@ class ExternalSAM(SAM):
         """
         step = self._step
         try:
+            self._perturbation.take_gradients(scaled)
             found_inf = self._judge_step(None)
         finally:
             self._close_step()
@@ -812,8 +816,18 @@ class ExternalSAM(SAM):
         return step
 
 
+def _before_step(optimizer: Any, *_: Any) -> None:
+    sam = optimizer._external_sam()
+    if sam is not None:  # masters get the gradients as the owner has clipped them
+        sam._perturbation.take_gradients(scaled=False)
+        sam._stepping = contextlib.ExitStack()  # a step that was interrupted has left one open
+        sam._stepping.enter_context(sam._perturbation.stepping())
+
+
 def _after_step(optimizer: Any, *_: Any) -> None:
     sam = optimizer._external_sam()
+    if sam is not None:
+        sam._stepping.close()
     if sam is not None and sam.variant.state_names:
         sam._context.store(sam._gradients())  # what a variant keeps is saved with the optimizer
     if optimizer._skipped_by_sam:  # and not by a GradScaler, which clears its own

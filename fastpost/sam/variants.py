@@ -138,6 +138,11 @@ class Variant:
         """Whether it changes one of these hooks."""
         return _overrides(type(self), hooks)  # type: ignore[arg-type]  # a class is hashable
 
+    @property
+    def combines(self) -> bool:
+        """Whether it combines the gradients of two whole passes, which m-SAM's micro-batches do not have."""
+        return self.keeps_gradient or (self.rewrites and self.overrides("descend"))
+
 
 @functools.cache
 def _overrides(cls: Any, hooks: tuple[str, ...]) -> bool:

@@ -109,7 +109,7 @@ class SAMWindow:
                 f"{self.ascent_fraction}; pass ascent_fraction=1.0"
             )
         variant = found.variant
-        if per_micro_batch and (variant.keeps_gradient or (variant.rewrites and variant.overrides("descend"))):
+        if per_micro_batch and variant.combines:
             raise ValueError(
                 f"SAMWindow: {type(variant).__name__} combines the gradients of two whole passes; use it without "
                 "per_micro_batch"
