@@ -13,7 +13,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastpost import SAM
+from fastpost import R3F, SAM
 from fastpost.backends import reference
 from fastpost.ops import params as ops
 from fastpost.sam import SAMWindow
@@ -171,6 +171,22 @@ def test_a_layer_outside_scope_may_be_anything() -> None:
         assert loss_of(model, x) > before
     with pytest.raises(ValueError, match=r"not 0 \(Conv1d\)"):
         functional(model)
+
+
+def test_a_fused_head_is_refused_where_it_is_tied_too() -> None:
+    """It computes with the head's weight at w, whatever the embedding does."""
+    model, batch = tiny.build("causal"), tiny.batch_for("causal")
+    opt, before = functional(model, lr=0.1), all_bits(model)
+    R3F(fused_linear=True, seed=1)(model, **batch).loss.backward()
+    with pytest.raises(RuntimeError, match=r"the model was called and lm_head was not, which holds a tied weight"):
+        opt.first_step()
+    assert unchanged(model, before)
+    opt.zero_grad()
+    R3F(seed=1)(model, **batch).loss.backward()
+    opt.first_step(zero_grad=True)
+    R3F(seed=1)(model, **batch).loss.backward()
+    opt.second_step()
+    assert not unchanged(model, before)
 
 
 def test_a_weight_used_outside_its_layer_is_refused_before_anything_happens() -> None:
