@@ -2,6 +2,7 @@
 
 from fastpost.modes import frozen_norm_stats
 from fastpost.sam.frameworks import find_sam
+from fastpost.sam.measurement import Around, Estimate, Sharpness, sharpness
 from fastpost.sam.optimizer import SAM, ExternalSAM
 from fastpost.sam.options import norm_layers
 from fastpost.sam.step import PerturbationReport, PerturbationSums, Phase, SAMStep
@@ -22,6 +23,8 @@ __all__ = [
     "GSAM",
     "SAM",
     "TRAM",
+    "Around",
+    "Estimate",
     "ExternalSAM",
     "FriendlySAM",
     "FunctionalSAM",
@@ -33,10 +36,12 @@ __all__ = [
     "Phase",
     "SAMStep",
     "SAMWindow",
+    "Sharpness",
     "StableSAM",
     "Variant",
     "find_sam",
     "frozen_norm_stats",
     "logits_sam",
     "norm_layers",
+    "sharpness",
 ]

@@ -20,7 +20,6 @@ from fastpost.ops import params as ops
 from fastpost.rng import RandomState, accelerators
 from fastpost.sam.buckets import (
     BucketCache,
-    ParameterBucket,
     ShardReducer,
     WeightsChanged,
     check_sharding,
@@ -590,7 +589,7 @@ class SAM(Wrapper):
                 if group.get("maximize", False):  # the base optimizer minimises -L
                     rho = -rho
                 eta = float(group["eta"]) if group["adaptive"] else None
-                settings.append(PerturbParams(rho, eta, self._compute_dtype_of(b)))
+                settings.append(PerturbParams(rho, eta, self.compute_dtype or b.compute_dtype()))
             squared = norm = total_squared_norm(buckets, [setting.eta for setting in settings], self._reducer)
             radius = variant.radius()
             if radius is not None:  # rho d / |g| is rho / sqrt(|g|^2 / d^2); where d is 0 nothing moves
@@ -610,14 +609,6 @@ class SAM(Wrapper):
         seen = self._gradients()
         direction = self.variant.direction(self._context, seen)
         return lambda p: direction.get(p) if p in direction or p in seen else distributed.local_gradient(p)
-
-    def _compute_dtype_of(self, b: ParameterBucket) -> torch.dtype:
-        if self.compute_dtype is not None:
-            return self.compute_dtype
-        if torch.is_autocast_enabled(b.device_type):
-            return torch.get_autocast_dtype(b.device_type)
-        sharded = distributed.compute_dtype(b.params) if b.sharded else None
-        return sharded or b.bucket.dtype
 
     def _combine(self) -> None:
         """Lets the variant rewrite the gradients of this step."""
