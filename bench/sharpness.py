@@ -1,6 +1,6 @@
 """Does SAM make anything flatter? An encoder fine-tuned by AdamW and by SAM, measured by `fastpost.sharpness`.
 
-    python -m fastpost.bench.sharpness --data DIR [--task mrpc] [--rho 0.05] [--seeds 3]
+    python -m fastpost.bench.sharpness --data DIR [--task cola] [--rho 0.05] [--seeds 3]
 
 Fine-tunes all-MiniLM-L6-v2 (22M parameters) on examples of a GLUE task, by both methods from the same head on the same
 batches. Measures before and after, on examples that were trained on, in eval mode. Prints tables in Markdown: each seed with
@@ -50,7 +50,7 @@ def line(*cells: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Does SAM make anything flatter?")
     parser.add_argument("--data", type=Path, required=True, help="folder that holds glue/")
-    parser.add_argument("--task", default="mrpc")
+    parser.add_argument("--task", default="cola")
     parser.add_argument("--examples", type=int, default=384, help="to train on")
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     task = glue_task(options.task, options.data / "glue", (options.examples, 8, 200))
-    subject = Classification(Classifier(None, len(task.labels)), task, 64)
+    subject = Classification(Classifier(None, len(task.labels)), task, 32)
     columns = ("", "seed", *COLUMNS.values(), "accuracy")
     print(line(*columns), line(*["---"] * len(columns)), sep="\n")
     found: dict[str, dict[str, list[float]]] = {}

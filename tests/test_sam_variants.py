@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastpost import SAM
-from fastpost.sam import GSAM, TRAM, FriendlySAM, LookSAM, MomentumSAM, SAMWindow, StableSAM, Variant, norm_layers
+from fastpost.sam import GSAM, TRAM, WSAM, FriendlySAM, LookSAM, MomentumSAM, SAMWindow, StableSAM, Variant, norm_layers
 
 from . import tiny
 from .by_hand import gsam as gsam_gradient
@@ -60,6 +60,13 @@ def gsam(problem: Problem, w: Tensor):
         yield w
 
 
+def weighted(problem: Problem, w: Tensor):
+    for x in BATCHES:
+        g, h = problem.gradient(w, x), sam_gradient(problem, w, x)
+        w = w - LR * (g + 0.8 / (1 - 0.8) * (h - g))  # of L + gamma / (1 - gamma) (L_SAM - L)
+        yield w
+
+
 def look(problem: Problem, w: Tensor):
     for t, x in enumerate(BATCHES):
         g = problem.gradient(w, x)
@@ -94,6 +101,7 @@ def momentum(problem: Problem, w: Tensor):
 CASES = {
     "stable": (stable, StableSAM, {}),
     "gsam": (gsam, lambda: GSAM(alpha=0.4), {}),
+    "weighted": (weighted, lambda: WSAM(gamma=0.8), {}),
     "look": (look, LookSAM, {"interval": 2}),
     "friendly": (friendly, lambda: FriendlySAM(sigma=0.8, decay=0.6), {}),
     "momentum": (momentum, MomentumSAM, {"momentum": 0.9}),
@@ -161,7 +169,7 @@ def test_a_variant_does_not_feel_the_loss_scale(name: str) -> None:
 
 
 @pytest.mark.parametrize("overflowing", ["ascent", "descent"])
-@pytest.mark.parametrize("name", ["stable", "gsam", "look", "friendly"])
+@pytest.mark.parametrize("name", ["stable", "gsam", "weighted", "look", "friendly"])
 def test_an_overflow_poisons_nothing_that_a_variant_keeps(name: str, overflowing: str) -> None:
     _, variant, options = CASES[name]
     options = {**options, "interval": 1}
@@ -290,8 +298,25 @@ def test_gsam_refuses_gradients_of_two_scales() -> None:
     assert not opt.is_perturbed
 
 
+def test_wsam_of_one_half_is_sam_and_of_0_the_base_optimizer() -> None:
+    half, plain, nothing, base = (network() for _ in range(4))
+    opts = [
+        SAM(half.parameters(), torch.optim.SGD, rho=RHO, lr=LR, variant=WSAM(0.5)),
+        SAM(plain.parameters(), torch.optim.SGD, rho=RHO, lr=LR),
+        SAM(nothing.parameters(), torch.optim.SGD, rho=RHO, lr=LR, variant=WSAM(0.0)),
+        SAM(base.parameters(), torch.optim.SGD, rho=0.0, lr=LR),
+    ]
+    for model, opt in zip((half, plain, nothing, base), opts, strict=True):
+        opt.step(closure_of(model))
+    assert unchanged(half, all_bits(plain))
+    assert unchanged(nothing, all_bits(base))
+    for gamma in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\)"):
+            WSAM(gamma)
+
+
 def test_parameters_that_take_part_in_one_pass_only(backend: str) -> None:
-    for name in ("gsam", "look", "friendly", "stable"):
+    for name in ("gsam", "weighted", "look", "friendly", "stable"):
         _, variant, _ = CASES[name]
         used, other = nn.Parameter(torch.ones(5)), nn.Parameter(torch.full((7,), 2.0))
         opt = SAM([used, other], torch.optim.AdamW, rho=0.5, lr=0.1, variant=variant())

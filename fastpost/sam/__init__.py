@@ -9,6 +9,7 @@ from fastpost.sam.step import PerturbationReport, PerturbationSums, Phase, SAMSt
 from fastpost.sam.variants import (
     GSAM,
     TRAM,
+    WSAM,
     FriendlySAM,
     FunctionalSAM,
     LookSAM,
@@ -23,6 +24,7 @@ __all__ = [
     "GSAM",
     "SAM",
     "TRAM",
+    "WSAM",
     "Around",
     "Estimate",
     "ExternalSAM",
