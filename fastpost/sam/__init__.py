@@ -4,7 +4,7 @@ from fastpost.modes import frozen_norm_stats
 from fastpost.sam.frameworks import find_sam
 from fastpost.sam.measurement import Around, Estimate, Sharpness, sharpness
 from fastpost.sam.optimizer import SAM, ExternalSAM
-from fastpost.sam.options import norm_layers
+from fastpost.sam.options import SampledLayers, StepScope, norm_layers
 from fastpost.sam.step import PerturbationReport, PerturbationSums, Phase, SAMStep
 from fastpost.sam.variants import (
     GSAM,
@@ -38,8 +38,10 @@ __all__ = [
     "Phase",
     "SAMStep",
     "SAMWindow",
+    "SampledLayers",
     "Sharpness",
     "StableSAM",
+    "StepScope",
     "Variant",
     "find_sam",
     "frozen_norm_stats",

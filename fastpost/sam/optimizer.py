@@ -72,7 +72,7 @@ class SAM(Wrapper):
         eta: ASAM's constant, added to abs(w), >= 0; 0 is the popular PyTorch form, 0.01 the authors'.
         ascent_fraction: share of a window of micro-batches that the ascent uses, in (0, 1]; read by windows and trainers.
         scope: which tensors are perturbed: a predicate of (name, tensor), or patterns such as "*.lora_*"; None is all. Names
-            are known when `params` are named (`model.named_parameters()`).
+            are known when `params` are named (`model.named_parameters()`). A `StepScope` is asked anew at each step.
         compute_dtype: dtype that the forward pass computes in, for the report's "seen"; None takes autocast's where autocast
             is on, else the weights' own.
         dropout_rng: "same" gives both passes of `step(closure)` the same random numbers, as in the original; "independent"
@@ -577,6 +577,7 @@ class SAM(Wrapper):
         variant, step, groups = self.variant, self._step, self._model_groups()
         step.tensors = sum(len(group["params"]) for group in groups)
         gradient = self._direction() if variant.overrides("direction") else None
+        self._scope.begin(self._groups()[0]["sam_steps"])
         with self._ascent_buckets.of(groups, self._scope.ids(groups), gradient) as buckets:
             if not buckets:
                 if variant.ascent_pass:
