@@ -65,8 +65,8 @@ class Exact:
     def rise(self, batch: Batch, e: Tensor) -> float:
         return float(self.loss(self.w + e, batch) - self.loss(self.w, batch))
 
-    def curvature(self, batch: Batch, e: Tensor) -> float:
-        return float(e @ self.hessian(batch) @ e / (e @ e))
+    def curvature(self, batch: Batch, e: Tensor, rho: float) -> float:
+        return float(e @ self.hessian(batch) @ e / rho**2)
 
 
 def check(estimate: Any, values: list[float], tolerance: float = 1e-10) -> None:
@@ -91,8 +91,8 @@ def test_rises_and_curvatures_are_the_equations(eta: float | None) -> None:
     check(found.full.gradient_norm, [float((t * mean).norm())] * 4)
     assert found.own.seen.mean == pytest.approx(1, abs=1e-12)
     close = sharpness(model, loss, batches, rho=1e-3, **options)
-    check(close.own.curvature, [exact.curvature(b, e) for b, e in zip(batches, own, strict=True)], 1e-4)
-    check(close.full.curvature, [exact.curvature(b, whole) for b in batches], 1e-4)
+    check(close.own.curvature, [exact.curvature(b, e, 0.3) for b, e in zip(batches, own, strict=True)], 1e-4)
+    check(close.full.curvature, [exact.curvature(b, whole, 0.3) for b in batches], 1e-4)
 
 
 def test_micro_batches_ascend_on_their_own_and_errors_are_over_batches() -> None:
@@ -133,7 +133,7 @@ def test_random_directions_rise_by_the_trace_of_the_hessian(eta: float | None) -
 def test_in_float32_gradients_keep_the_curvature_where_losses_lose_it() -> None:
     model, rho = small(torch.float32), 1e-3
     exact, batch = Exact(model), data(0, dtype=torch.float32)
-    truth = exact.curvature(batch, exact.e(exact.gradient(batch), rho, None))
+    truth = exact.curvature(batch, exact.e(exact.gradient(batch), rho, None), rho)
     found = sharpness(model, loss, [batch], rho, directions=0).own.curvature
     assert found.mean == pytest.approx(truth, rel=2e-3)
     assert math.isnan(found.error)
@@ -147,6 +147,32 @@ def test_in_float32_gradients_keep_the_curvature_where_losses_lose_it() -> None:
     w = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     of_losses = (at(w + e) - 2 * at(w) + at(w - e)) / rho**2
     assert abs(of_losses - truth) > 10 * abs(found.mean - truth)
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive": True, "eta": 0.01}])
+def test_to_second_order_a_rise_is_slope_and_curvature(options: dict[str, Any]) -> None:
+    own = sharpness(small(), loss, [data(i) for i in range(2)], 1e-3, directions=0, full_batch=False, **options).own
+    assert own.rise.mean - 1e-3 * own.gradient_norm.mean == pytest.approx(1e-6 * own.curvature.mean / 2, rel=1e-2)
+
+
+def test_asams_numbers_are_those_of_the_function() -> None:
+    """1703.04933: layers around a ReLU may be scaled against each other; ASAM's e with eta = 0 scales along."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    batches = [data(i) for i in range(3)]
+
+    def measured(**options: Any) -> dict[str, float]:
+        return sharpness(model, loss, batches, 0.01, **options).as_dict()
+
+    before, plain = measured(adaptive=True), measured()
+    with torch.no_grad():
+        for p in model[0].parameters():
+            p.mul_(8)
+        model[2].weight.div_(8)
+    after, other = measured(adaptive=True), measured()
+    for name, value in before.items():
+        assert after[name] == pytest.approx(value, rel=1e-6), name
+    assert other["own_curvature"] > 4 * plain["own_curvature"]
 
 
 class Everything(nn.Module):

@@ -60,9 +60,9 @@ class Around:
     Attributes:
         rise: L(w + e) - L(w), in the units of the loss. For random directions (L(w + e) + L(w - e)) / 2 - L(w): the slope,
             whose mean over directions is 0, cancels.
-        curvature: e^T H e / e^T e; None for random directions, or where it was not asked for.
-        gradient_norm: |g| of the gradient that was followed, for ASAM |t g|; None for random directions. To first order the
-            rise is rho times this.
+        curvature: e^T H e / rho^2, H the Hessian; None for random directions, or where it was not asked for. Without ASAM it
+            is the second derivative along g. To second order the rise is rho gradient_norm + rho^2 curvature / 2.
+        gradient_norm: |g| of the gradient that was followed, for ASAM |t g|; None for random directions.
         seen: the part of e that reaches the forward pass after rounding, as `PerturbationReport.seen_gain`: 1 is all of it.
     """
 
@@ -154,7 +154,7 @@ def sharpness(
     e is SAM's, rho g / |g|, or ASAM's; nothing is trained. Weights are put back bit for bit, whatever happens; gradients,
     modes, random generators and running statistics of norm layers stay as they were.
 
-    The curvature is a central difference of gradients, (g(w + e) - g(w - e)) e / (2 e e), its dot products in float64. A
+    The curvature is a central difference of gradients, (g(w + e) - g(w - e)) e / (2 rho^2), its dot products in float64. A
     second difference of losses would divide their rounding by rho^2; this divides that of gradients by rho. It takes no
     second derivatives, which fused attention does not have. What it leaves out is of the order of rho^2.
 
@@ -476,10 +476,11 @@ class _Study:
                         value = self._value(part)
                     if sign > 0:
                         rises[i] = value - part.loss
-        rows = [{"rise": rise, "seen": _ratio(seen, intended)} for rise in rises]
-        if self._curvature:
+        gain = _ratio(seen, intended)
+        rows = [{"rise": rise, "seen": gain} for rise in rises]
+        if self._curvature:  # what differs is the gradients at w + gain e and w - gain e, and noise
             for row, slope in zip(rows, slopes, strict=True):
-                row["curvature"] = _ratio(slope, seen)
+                row["curvature"] = _ratio(slope, gain) / (2 * self._weights.rho**2)
         return rows
 
     def _compute(self, part: _Part) -> Tensor:
