@@ -22,6 +22,7 @@ from fastpost.bench.studies.tasks import glue_task
 from fastpost.bench.studies.tuning import Classification, Classifier, Hyperparameters, build, linear_schedule
 from fastpost.sam import Estimate
 
+METHODS = ("before", "adamw", "sam")
 COLUMNS = {
     "loss": "loss",
     "own_gradient_norm": "norm of g",
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Does SAM make anything flatter?")
     parser.add_argument("--data", type=Path, required=True, help="folder that holds glue/")
     parser.add_argument("--task", default="cola")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--examples", type=int, default=384, help="to train on")
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -77,8 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(line(name, str(seed), *cells, f"{accuracy:.3f}"), flush=True)
 
     for seed in range(options.seeds):
-        tell("before", seed, subject.fresh(seed))
-        for method in ("adamw", "sam"):
+        if "before" in options.methods:
+            tell("before", seed, subject.fresh(seed))
+        for method in [m for m in options.methods if m != "before"]:
             trainee = build(method, "fastpost", subject.fresh(seed), Hyperparameters(lr=options.lr, rho=options.rho))
             schedule = linear_schedule(trainee.optimizer, options.steps)
             torch.manual_seed(seed)
@@ -90,6 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     print("\nmeans over seeds", line("", *columns[2:]), line(*["---"] * (len(columns) - 1)), sep="\n")
     for name, values in found.items():
         print(line(name, *(str(Estimate.of(v)) for v in values.values())))
+    if not {"adamw", "sam"} <= found.keys():
+        return
     pairs = [list(zip(found["adamw"][c], found["sam"][c], strict=True)) for c in (*COLUMNS, "accuracy")]
     print(line("sam - adamw", *(str(Estimate.of([b - a for a, b in pair])) for pair in pairs)))
     logs = [[math.log(b / a) for a, b in pair] if all(a > 0 < b for a, b in pair) else [math.nan] for pair in pairs]
