@@ -14,6 +14,8 @@ _HOME = {
     "SAM": "fastpost.sam",
     "SAMWindow": "fastpost.sam",
     "PerturbationReport": "fastpost.sam",
+    "Sharpness": "fastpost.sam",
+    "sharpness": "fastpost.sam",
     "R3F": "fastpost.r3f",
     "R3FOutput": "fastpost.r3f",
     "R4F": "fastpost.r3f",
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
     from fastpost.sam import SAM as SAM
     from fastpost.sam import PerturbationReport as PerturbationReport
     from fastpost.sam import SAMWindow as SAMWindow
+    from fastpost.sam import Sharpness as Sharpness
+    from fastpost.sam import sharpness as sharpness
 
 
 def __getattr__(name: str) -> Any:

@@ -50,6 +50,23 @@ def weighted(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
     return sum(torch.exp(t).detach() ** beta * t for t in tokens) / len(tokens)
 
 
+def satimp(logits: Tensor, labels: Tensor, beta1: float, beta2: float) -> Tensor:
+    tokens = [t for row in log_likelihoods(logits, labels) for t in row]
+    weights = [torch.exp(t).detach() ** beta1 * (1 - torch.exp(t).detach()) ** beta2 for t in tokens]
+    return sum(w * t for w, t in zip(weights, tokens, strict=True)) / len(tokens)
+
+
+def undial(logits: Tensor, labels: Tensor, teacher: Tensor, strength: float) -> Tensor:
+    values = []
+    for row, target, said in zip(logits.double(), labels, teacher.double(), strict=True):
+        for t in range(TIME - 1):
+            if target[t + 1] != -100:
+                lowered = said[t] - strength * torch.nn.functional.one_hot(target[t + 1], VOCAB)
+                p = torch.exp(lowered) / torch.exp(lowered).sum()
+                values.append(-(p * torch.log(torch.exp(row[t]) / torch.exp(row[t]).sum())).sum())
+    return sum(values) / len(values)
+
+
 def npo(logits: Tensor, labels: Tensor, reference: Tensor, beta: float) -> Tensor:
     rows = zip(log_likelihoods(logits, labels), reference, strict=True)
     values = [-2 / beta * sigmoid_log(-beta * (sum(row) + r)) for row, r in rows]
@@ -62,10 +79,16 @@ def simnpo(logits: Tensor, labels: Tensor, beta: float, delta: float) -> Tensor:
 
 
 REFERENCE = torch.tensor([9.0, 14.0, 3.0], dtype=torch.float64)
+TEACHER = 2 * torch.randn(BATCH + 2, TIME + 2, VOCAB, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 CASES: dict[str, tuple[Any, Any]] = {
     "ascent": (losses.ascent_loss, ascent),
     "weighted": (lambda z, y: losses.weighted_ascent_loss(z, y, beta=0.7), lambda z, y: weighted(z, y, 0.7)),
     "npo": (lambda z, y: losses.npo_loss(z, y, REFERENCE, beta=0.3), lambda z, y: npo(z, y, REFERENCE, 0.3)),
+    "satimp": (lambda z, y: losses.satimp_loss(z, y, beta1=1.5, beta2=0.7), lambda z, y: satimp(z, y, 1.5, 0.7)),
+    "undial": (
+        lambda z, y: losses.undial_loss(z, y, TEACHER[: len(z), : z.shape[1]], strength=3.0),
+        lambda z, y: undial(z, y, TEACHER[:BATCH, :TIME], 3.0),
+    ),
     "simnpo": (lambda z, y: losses.simnpo_loss(z, y, beta=2.5, delta=0.4), lambda z, y: simnpo(z, y, 2.5, 0.4)),
 }
 
@@ -140,12 +163,63 @@ def test_padding_changes_nothing() -> None:
 def test_nothing_counts() -> None:
     logits, _ = problem()
     labels = torch.full((BATCH, TIME), -100)
-    for name in ("ascent", "weighted"):
+    for name in ("ascent", "weighted", "satimp", "undial"):
         loss = CASES[name][0](logits, labels)
         assert float(loss.detach()) == 0
         (gradient,) = torch.autograd.grad(loss, logits)
         assert not gradient.any()
     assert math.isfinite(float(losses.simnpo_loss(logits, labels).detach()))
+
+
+def test_satimp_without_its_second_factor_is_weighted_ascent() -> None:
+    logits, labels = problem()
+    a, b = losses.satimp_loss(logits, labels, beta1=0.7, beta2=0.0), losses.weighted_ascent_loss(logits, labels, beta=0.7)
+    assert float(a.detach()) == float(b.detach())
+    with torch.no_grad():
+        logits[:, :, 0] = -math.inf
+    labels[labels == 1] = 0
+    for beta2 in (0.0, 1.0):
+        loss = losses.satimp_loss(logits, labels, beta2=beta2)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert math.isfinite(float(loss.detach()))
+        assert not gradient.isnan().any()
+
+
+def test_undial_is_least_where_the_adjusted_teacher_is_met() -> None:
+    logits, labels = problem()
+    lowered = logits.detach().clone()
+    for b in range(BATCH):
+        for t in range(TIME - 1):
+            if labels[b, t + 1] != -100:
+                lowered[b, t, labels[b, t + 1]] -= 3.0
+    lowered.requires_grad_()
+    (gradient,) = torch.autograd.grad(losses.undial_loss(lowered, labels, logits, strength=3.0), lowered)
+    assert float(gradient.abs().max()) < 1e-15
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rmu(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(3)
+    forget, retain, reference = (torch.randn(2, 4, 5, generator=g, dtype=torch.float64) for _ in range(3))
+    direction = losses.rmu_direction(5, 6.5, seed=2)
+    assert float(direction.norm()) == pytest.approx(6.5, rel=1e-6)
+    assert bool((direction >= 0).all())
+    assert torch.equal(direction, losses.rmu_direction(5, 6.5, seed=2))
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    given = [t.to(dtype, copy=True).requires_grad_() for t in (forget, retain, reference)]
+    got = losses.rmu_loss(given[0], direction, given[1], given[2], alpha=1.5, forget_mask=mask)
+    tokens = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    first = sum((forget[b, t] - direction.double()).square().sum() for b, t in tokens) / 5 / 5
+    second = sum((retain[b, t] - reference[b, t]).square().sum() for b in range(2) for t in range(4)) / 8 / 5
+    assert float(got.detach()) == pytest.approx(float(first + 1.5 * second), rel=1e-12 if dtype == torch.float64 else 1e-6)
+    got.backward()
+    assert given[2].grad is None
+    assert not given[0].grad[0, 2:].any()
+    expected = 2 * (forget[1, 2] - direction.double()) / 25
+    assert torch.allclose(given[0].grad[1, 2].double(), expected, rtol=1e-6)
+    alone = losses.rmu_loss(given[0], direction, forget_mask=mask)
+    assert float(alone.detach()) == pytest.approx(float(first), rel=1e-6)
+    assert float(losses.rmu_loss(forget, direction, forget_mask=0 * mask)) == 0
 
 
 def test_shift_is_the_callers_choice() -> None:
@@ -163,6 +237,15 @@ def test_shift_is_the_callers_choice() -> None:
         (lambda z, y: losses.simnpo_loss(z, y, beta=-1.0), ValueError, "beta"),
         (lambda z, y: losses.weighted_ascent_loss(z, y, beta=math.nan), ValueError, "beta"),
         (lambda z, y: losses.grad_diff_loss(z, y, z, y, gamma=-1.0), ValueError, "gamma"),
+        (lambda z, y: losses.satimp_loss(z, y, beta2=-1.0), ValueError, "beta2 must be finite and >= 0"),
+        (lambda z, y: losses.undial_loss(z, y, z[:, 1:]), ValueError, "teacher_logits have shape"),
+        (lambda z, y: losses.undial_loss(z, y, z, strength=0.0), ValueError, "strength must be finite and > 0"),
+        (lambda z, y: losses.rmu_direction(5, 0.0), ValueError, "coefficient"),
+        (lambda z, y: losses.rmu_loss(z, torch.ones(3)), ValueError, "direction has shape"),
+        (lambda z, y: losses.rmu_loss(z, torch.ones(VOCAB), z), ValueError, "come together"),
+        (lambda z, y: losses.rmu_loss(z, torch.ones(VOCAB), z, z[1:]), ValueError, "reference"),
+        (lambda z, y: losses.rmu_loss(z, torch.ones(VOCAB), forget_mask=torch.ones(2)), ValueError, "a mask has shape"),
+        (lambda z, y: losses.rmu_loss(z, torch.ones(VOCAB), z, z, alpha=-1.0), ValueError, "alpha"),
         (lambda z, y: losses.ascent_loss(z, y[:, 1:]), ValueError, "labels"),
         (lambda z, y: losses.ascent_loss(z, y + VOCAB), ValueError, "outside"),
         (lambda z, y: losses.ascent_loss(z, y.double()), TypeError, "integers"),

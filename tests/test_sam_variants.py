@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastpost import SAM
-from fastpost.sam import GSAM, TRAM, FriendlySAM, LookSAM, MomentumSAM, SAMWindow, StableSAM, Variant, norm_layers
+from fastpost.sam import (
+    GSAM,
+    TRAM,
+    WSAM,
+    FriendlySAM,
+    LookSAM,
+    MomentumSAM,
+    SampledLayers,
+    SAMWindow,
+    StableSAM,
+    Variant,
+    norm_layers,
+)
 
 from . import tiny
 from .by_hand import gsam as gsam_gradient
@@ -60,6 +73,13 @@ def gsam(problem: Problem, w: Tensor):
         yield w
 
 
+def weighted(problem: Problem, w: Tensor):
+    for x in BATCHES:
+        g, h = problem.gradient(w, x), sam_gradient(problem, w, x)
+        w = w - LR * (g + 0.8 / (1 - 0.8) * (h - g))  # of L + gamma / (1 - gamma) (L_SAM - L)
+        yield w
+
+
 def look(problem: Problem, w: Tensor):
     for t, x in enumerate(BATCHES):
         g = problem.gradient(w, x)
@@ -94,10 +114,34 @@ def momentum(problem: Problem, w: Tensor):
 CASES = {
     "stable": (stable, StableSAM, {}),
     "gsam": (gsam, lambda: GSAM(alpha=0.4), {}),
+    "weighted": (weighted, lambda: WSAM(gamma=0.8), {}),
     "look": (look, LookSAM, {"interval": 2}),
     "friendly": (friendly, lambda: FriendlySAM(sigma=0.8, decay=0.6), {}),
     "momentum": (momentum, MomentumSAM, {"momentum": 0.9}),
 }
+
+
+class Stack(nn.Module):
+    """Three blocks between an input and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(11)
+        self.up, self.head = nn.Linear(20, 6), nn.Linear(6, 3)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return self.head(x)
+
+
+def closure_on(model: nn.Module, x: Tensor) -> Tensor:
+    loss = loss_on(model, x)
+    loss.backward()
+    return loss
 
 
 def by_closure(model: nn.Module, opt: SAM, x: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -161,7 +205,7 @@ def test_a_variant_does_not_feel_the_loss_scale(name: str) -> None:
 
 
 @pytest.mark.parametrize("overflowing", ["ascent", "descent"])
-@pytest.mark.parametrize("name", ["stable", "gsam", "look", "friendly"])
+@pytest.mark.parametrize("name", ["stable", "gsam", "weighted", "look", "friendly"])
 def test_an_overflow_poisons_nothing_that_a_variant_keeps(name: str, overflowing: str) -> None:
     _, variant, options = CASES[name]
     options = {**options, "interval": 1}
@@ -290,8 +334,25 @@ def test_gsam_refuses_gradients_of_two_scales() -> None:
     assert not opt.is_perturbed
 
 
+def test_wsam_of_one_half_is_sam_and_of_0_the_base_optimizer() -> None:
+    half, plain, nothing, base = (network() for _ in range(4))
+    opts = [
+        SAM(half.parameters(), torch.optim.SGD, rho=RHO, lr=LR, variant=WSAM(0.5)),
+        SAM(plain.parameters(), torch.optim.SGD, rho=RHO, lr=LR),
+        SAM(nothing.parameters(), torch.optim.SGD, rho=RHO, lr=LR, variant=WSAM(0.0)),
+        SAM(base.parameters(), torch.optim.SGD, rho=0.0, lr=LR),
+    ]
+    for model, opt in zip((half, plain, nothing, base), opts, strict=True):
+        opt.step(closure_of(model))
+    assert unchanged(half, all_bits(plain))
+    assert unchanged(nothing, all_bits(base))
+    for gamma in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\)"):
+            WSAM(gamma)
+
+
 def test_parameters_that_take_part_in_one_pass_only(backend: str) -> None:
-    for name in ("gsam", "look", "friendly", "stable"):
+    for name in ("gsam", "weighted", "look", "friendly", "stable"):
         _, variant, _ = CASES[name]
         used, other = nn.Parameter(torch.ones(5)), nn.Parameter(torch.full((7,), 2.0))
         opt = SAM([used, other], torch.optim.AdamW, rho=0.5, lr=0.1, variant=variant())
@@ -408,6 +469,66 @@ def test_sam_on_norm_layers_only(kind: str) -> None:
     assert e.norm().item() == pytest.approx(0.5, rel=1e-5)
     with pytest.raises(ValueError, match="no norm layer"):
         norm_layers(network())
+
+
+def test_sampled_layers_are_perturbed_alone_and_others_at_each_step() -> None:
+    """Each step is SAM's on the drawn layers, in float64: the norm, e and the gradient at w + e."""
+    model = Stack()
+    shape = {n: p.shape for n, p in model.named_parameters()}
+
+    def gradient(at: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        live = {n: p.detach().clone().requires_grad_() for n, p in at.items()}
+        found = torch.autograd.grad(nn.functional.cross_entropy(functional_call(model, live, (x,)), Y), list(live.values()))
+        return dict(zip(live, found, strict=True))
+
+    scope = SampledLayers(model, share=0.5, seed=3)
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, scope=scope)
+    names = [[n for n in shape if n.startswith(f"blocks.{k}.")] for k in range(3)]
+    names.append([n for n in shape if not n.startswith("blocks.")])
+    drawn = []
+    for x in BATCHES:
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        opt.step(lambda x=x: closure_on(model, x))
+        drawn.append(tuple(scope.drawn))
+        g = gradient(before, x)
+        chosen = [n for layer in scope.drawn for n in names[layer]]
+        norm = sum(g[n].square().sum() for n in chosen).sqrt()
+        h = gradient({n: w + RHO * g[n] / norm if n in chosen else w for n, w in before.items()}, x)
+        for n, p in model.named_parameters():
+            assert (p - (before[n] - LR * h[n])).abs().max() <= 1e-12, n
+    assert all(len(layers) == 2 for layers in drawn)
+    assert len(set(drawn)) > 2
+    assert set(itertools.chain(*drawn)) == {0, 1, 2, 3}
+
+
+def test_sampled_layers_go_on_where_a_run_is_resumed() -> None:
+    model, drawn = Stack(), []
+
+    def build(m: nn.Module) -> tuple[SAM, SampledLayers]:
+        scope = SampledLayers(m, share=0.5)
+        return SAM(m.parameters(), torch.optim.AdamW, rho=RHO, lr=1e-2, scope=scope), scope
+
+    opt, scope = build(model)
+    for step, x in enumerate(BATCHES):
+        if step == 2:
+            middle, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+        opt.step(lambda x=x: closure_on(model, x))
+        drawn.append(scope.drawn)
+    resumed = Stack()
+    resumed.load_state_dict(middle)
+    again, other = build(resumed)
+    again.load_state_dict(state)
+    for step, x in enumerate(BATCHES[2:], start=2):
+        again.step(lambda x=x: closure_on(resumed, x))
+        assert other.drawn == drawn[step]
+    assert unchanged(resumed, all_bits(model))
+    for share in (0.0, 1.1, math.nan):
+        with pytest.raises(ValueError, match="share must lie in"):
+            SampledLayers(model, share)
+    with pytest.raises(ValueError, match="has no ModuleList"):
+        SampledLayers(network())
+    model.requires_grad_(False).blocks[1].requires_grad_(True)
+    assert len(SampledLayers(model).layers) == 1
 
 
 def test_momentum_sam_makes_one_pass_and_leaves_no_perturbation_between_steps() -> None:

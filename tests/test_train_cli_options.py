@@ -78,7 +78,7 @@ def one_line(capsys: pytest.CaptureFixture[str], command: str) -> str:
 
 def test_every_number_of_a_training_run_has_a_range() -> None:
     """An option that a new version of transformers brings shows here."""
-    known = {*train_limits.RANGES, "timing_rounds", "max_length"}
+    known = {*train_limits.RANGES, "timing_rounds", "sharpness_steps", "max_length"}
     assert set(OF_TRAINING) == known
     assert len(OF_TRAINING) > 35
     assert len(OF_GAP) > 10

@@ -26,7 +26,7 @@ from fastpost.integrations.options import PostTrainingOptions, part_of
 from fastpost.integrations.transformers import PostTrainer, PostTrainingArguments, R3FTrainer, R3FTrainerMixin, SAMTrainer
 from fastpost.integrations.trl import PostSFTConfig, PostSFTTrainer
 from fastpost.r3f import relatives
-from fastpost.sam import GSAM, TRAM, ExternalSAM, FriendlySAM, LookSAM, MomentumSAM, SAMWindow, StableSAM, Variant
+from fastpost.sam import GSAM, TRAM, WSAM, ExternalSAM, FriendlySAM, LookSAM, MomentumSAM, SAMWindow, StableSAM, Variant
 
 from . import tiny
 from .by_hand import distance
@@ -86,6 +86,7 @@ def sam_loop(hand: nn.Module, steps: Any, optimizer: Any = None, per_micro_batch
     [
         ({"sam_variant": "stablesam"}, lambda m: {"variant": StableSAM()}),
         ({"sam_variant": "gsam:alpha=0.3"}, lambda m: {"variant": GSAM(0.3)}),
+        ({"sam_variant": "wsam:gamma=0.8"}, lambda m: {"variant": WSAM(0.8)}),
         ({"sam_variant": "LookSAM"}, lambda m: {"variant": LookSAM(), "interval": 5}),
         ({"sam_variant": "looksam: alpha=0.5", "sam_interval": 2}, lambda m: {"variant": LookSAM(0.5), "interval": 2}),
         (

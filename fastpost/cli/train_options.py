@@ -60,6 +60,9 @@ class DataOptions:
     resume_with_changes: bool = option(
         False, "resume from a checkpoint although method, data or options are not those it was made with; the new ones count"
     )
+    sharpness_steps: int = option(
+        0, "measures after every so many steps how far the loss of the first 8 training batches rises around w; 0: never"
+    )
     timing_rounds: int = option(
         0, "times so many steps of this method, of a plain step and of the published loop, on copies of the model; 0: none"
     )
@@ -342,6 +345,8 @@ def _refuse_of_others(method: str, asked: Iterable[str]) -> None:
             raise ValueError("--dtype is an option of training runs; --method gap climbs in float32")
         if method == "gap" and name == "resume_with_changes":
             raise ValueError("--resume_with_changes: --method gap has no checkpoints; leave it out")
+        if method == "gap" and name == "sharpness_steps":
+            raise ValueError("--sharpness_steps is measured in training runs, which --method gap is not; leave it out")
         if method in ("asam", "tram") and name == "sam_adaptive":
             other = "sam" if method == "asam" else "sam+r3f --sam_variant tram"
             raise ValueError(
@@ -359,7 +364,7 @@ def _refuse_of_others(method: str, asked: Iterable[str]) -> None:
 
 
 def _check(method: str, data: DataOptions, gap: GapOptions, asked: Sequence[str]) -> None:
-    check(data, {"timing_rounds": Range(0), "max_length": Range(2)}, dashes=False)
+    check(data, {"timing_rounds": Range(0), "sharpness_steps": Range(0), "max_length": Range(2)}, dashes=False)
     if (data.train_file is None) == (data.dataset is None):
         raise ValueError("--train_file or --dataset says what to train on; give one of the two")
     if data.dtype not in DTYPES:

@@ -173,6 +173,8 @@ def _panels(results: Results) -> list[Panel]:
         found.append(_seen)
     if "r3f/symm_kl" in there:
         found.append(_kl)
+    if "sharpness/own_rise" in there:
+        found.append(_sharpness)
     if results.costs:
         found.append(_times)
     return found
@@ -248,6 +250,17 @@ def _kl(axis: Any, results: Results, look: Look) -> None:
     axis.set_ylim(bottom=0)
     if axis.get_ylim()[1] < 1e-2:
         axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+
+
+def _sharpness(axis: Any, results: Results, look: Look) -> None:
+    kinds = (("own", "a batch's own gradient"), ("full", "the gradient of all"))
+    for (kind, label), colour in zip(kinds, look.lines, strict=False):
+        column = f"sharpness/{kind}_rise"
+        _line(axis, results, column, label, colour, ".")
+        rows = [row for row in results.rows if row.get(column, "") != ""]
+        low, high = ([row[column] + sign * row[f"{column}_se"] for row in rows] for sign in (-1, 1))
+        axis.fill_between([row["step"] for row in rows], low, high, color=colour, alpha=0.25, linewidth=0)
+    _finish(axis, "rise of the loss at w + e (± standard error)", "loss")
 
 
 def _times(axis: Any, results: Results, look: Look) -> None:

@@ -24,6 +24,7 @@ from fastpost.cli.train_checkpoints import RunRecord, RunTrainer, options_that_t
 from fastpost.cli.train_options import PARTS, Run
 from fastpost.errors import unknown
 from fastpost.integrations.masking import is_secret
+from fastpost.integrations.sharpness import SharpnessCallback
 
 
 @dataclass
@@ -158,18 +159,19 @@ def assemble(job: Job, console: Any) -> Any:
     watch = Watch(results, console, perplexity=results.metric == "eval_perplexity")
     watch.quiet = bool(arguments.disable_tqdm)
     there = run.folder.exists()
+    collate: Any = DataCollatorWithPadding(job.tokenizer) if job.labels else default_data_collator
     try:
         record = RunRecord()
         record.made_by = job.made_by
         trainer = RunTrainer(
             job.model,
             arguments,
-            data_collator=DataCollatorWithPadding(job.tokenizer) if job.labels else default_data_collator,
+            data_collator=collate,
             train_dataset=job.train,
             eval_dataset=job.validation,
             processing_class=job.tokenizer,
             compute_metrics=scores if job.labels else None,
-            callbacks=[watch],
+            callbacks=[watch, *_sharpness(job, collate)],
             record=record,
             changed=job.start.changes,
         )
@@ -224,6 +226,15 @@ def carry_out(job: Job, trainer: Any, console: Any) -> train_report.Results:
         _time(job, trainer, results, watch)
         train_page.write(results)
     return results
+
+
+def _sharpness(job: Job, collate: Any) -> list[SharpnessCallback]:
+    """What --sharpness_steps asks for: the first batches of the training data, in eval mode, whatever the method."""
+    every, size = job.run.data.sharpness_steps, job.run.arguments.per_device_train_batch_size
+    if not every:
+        return []
+    rows = job.train[: 8 * size]
+    return [SharpnessCallback([collate(rows[k : k + size]) for k in range(0, len(rows), size)], every)]
 
 
 class Watch(TrainerCallback):

@@ -10,6 +10,11 @@ of `ignore_index` do not count. Descend on what they return; nothing has to be m
 | `grad_diff_loss` | -gamma CE(forget) + alpha CE(retain) | Maini et al. 2401.06121 |
 | `npo_loss` | -(2 / beta) mean log sigmoid(beta (nll - nll_ref)) | Zhang et al. 2404.05868 |
 | `simnpo_loss` | -(2 / beta) mean log sigmoid(beta nll / length - delta) | Fan et al. 2410.07163 |
+| `satimp_loss` | -mean p^beta1 (1 - p)^beta2 CE, the weights constants | Yang et al. 2505.11953 |
+| `undial_loss` | CE to softmax(teacher - strength at the label) | Dong et al. 2402.10052 |
+| `rmu_loss` | mean (h - c u)^2 on texts to forget + alpha mean (h - h_ref)^2 on texts to keep | Li et al. 2403.03218 |
+
+The last works on hidden states. `weighted_ascent_loss` is known as WGA.
 """
 
 from __future__ import annotations
@@ -92,9 +97,32 @@ def weighted_ascent_loss(
         raise ValueError(f"weighted_ascent_loss: beta must be finite and >= 0, not {beta}")
     nll, counts = token_nll(logits, labels, shift=shift, ignore_index=ignore_index)
     if beta:
-        possible = nll.detach() != math.inf
-        weights = torch.exp(-beta * nll.detach())
-        nll = torch.where(possible, weights * torch.where(possible, nll, 0), 0)
+        nll = _weighed(nll, torch.exp(-beta * nll.detach()))
+    return -nll.sum() / counts.sum().clamp(min=1)
+
+
+def satimp_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    beta1: float = 5.0,
+    beta2: float = 1.0,
+    shift: bool = True,
+    ignore_index: int = -100,
+) -> Tensor:
+    """-CE with each token weighed by p^beta1 (1 - p)^beta2, p its own probability (a constant).
+
+    The first factor leaves alone what is forgotten already (saturation), the second what everybody would say (importance).
+
+    Args:
+        beta1, beta2: >= 0; beta2 = 0 is `weighted_ascent_loss`. The defaults are those of open-unlearning.
+    """
+    for name, value in (("beta1", beta1), ("beta2", beta2)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"satimp_loss: {name} must be finite and >= 0, not {value}")
+    nll, counts = token_nll(logits, labels, shift=shift, ignore_index=ignore_index)
+    known = nll.detach()
+    nll = _weighed(nll, torch.exp(-beta1 * known) * (-torch.expm1(-known)) ** beta2)
     return -nll.sum() / counts.sum().clamp(min=1)
 
 
@@ -173,12 +201,114 @@ def simnpo_loss(
     return -2 / beta * _mean(F.logsigmoid(beta * nll / tokens.clamp(min=1) - delta), tokens)
 
 
+def undial_loss(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor,
+    *,
+    strength: float = 10.0,
+    shift: bool = True,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Self-distillation from adjusted logits (UNDIAL): cross-entropy to what the untouched model would say, were its logit
+    of the label lower by `strength`. Averaged over the tokens that count; bounded below, as cross-entropies are.
+
+    Args:
+        teacher_logits: of the untouched model, shaped as `logits`; no gradient flows into them.
+        strength: > 0; the authors take 3 to 30.
+    """
+    _positive("undial_loss", strength, "strength")
+    if teacher_logits.shape != logits.shape:
+        raise ValueError(
+            f"undial_loss: teacher_logits have shape {tuple(teacher_logits.shape)}, logits {tuple(logits.shape)}"
+        )
+    _, counts = token_nll(logits, labels, shift=shift, ignore_index=ignore_index)  # checks them
+    if shift:
+        logits, teacher_logits, labels = logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:]
+    logits, teacher, labels = logits[counts], teacher_logits[counts].detach(), labels.to(logits.device)[counts]
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    target = teacher.to(logits.device, wide, copy=True)
+    target.scatter_add_(1, labels.long().unsqueeze(1), target.new_full((len(labels), 1), -strength))
+    found: Tensor = F.cross_entropy(logits.to(wide), target.softmax(-1), reduction="sum")
+    return found / counts.sum().clamp(min=1)
+
+
+def rmu_direction(width: int, coefficient: float = 20.0, *, seed: int = 0) -> Tensor:
+    """c u for `rmu_loss`: a vector of length c, its direction drawn uniformly from [0, 1)^width and kept for a whole run.
+
+    Args:
+        width: of the hidden states.
+        coefficient: c, > 0; to be chosen for model and layer (the authors: 6.5 for Zephyr-7B, 20 in their code).
+
+    Returns:
+        (width,) float32 on the CPU.
+    """
+    _positive("rmu_direction", coefficient, "coefficient")
+    u = torch.rand(width, generator=torch.Generator().manual_seed(seed))
+    return u * (coefficient / float(u.norm()))
+
+
+def rmu_loss(
+    forget: Tensor,
+    direction: Tensor,
+    retain: Tensor | None = None,
+    reference: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    forget_mask: Tensor | None = None,
+    retain_mask: Tensor | None = None,
+) -> Tensor:
+    """Misdirected representations (RMU): one layer's hidden states are pulled to a fixed vector on texts to forget, and to
+    those of the untouched model on texts to keep. Squares are averaged over tokens and width, as in the authors' code.
+
+    Use it with few weights that learn: the authors train the down projections of that layer and the two below.
+
+    Args:
+        forget: (batch, time, width), the layer's output on texts to forget.
+        direction: (width,), `rmu_direction`.
+        retain, reference: (batch, time, width), its outputs on texts to keep, by the model and by the untouched one (no
+            gradient flows into these). None: the first term alone.
+        alpha: weight of the second term, >= 0.
+        forget_mask, retain_mask: (batch, time), nonzero where a token counts; None: all.
+    """
+    if (retain is None) != (reference is None):
+        raise ValueError("rmu_loss: retain and reference come together, or neither")
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"rmu_loss: alpha must be finite and >= 0, not {alpha}")
+    if direction.shape != forget.shape[-1:]:
+        raise ValueError(f"rmu_loss: direction has shape {tuple(direction.shape)}, expected ({forget.shape[-1]},)")
+    loss = _mean_square(forget, direction.expand_as(forget), forget_mask)
+    if retain is None or reference is None:
+        return loss
+    if retain.shape != reference.shape:
+        raise ValueError(f"rmu_loss: retain has shape {tuple(retain.shape)}, reference {tuple(reference.shape)}")
+    return loss + alpha * _mean_square(retain, reference, retain_mask)
+
+
+def _mean_square(hidden: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Over the width, and over the tokens that count; 0 where none does."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if mask is not None:
+        if mask.shape != hidden.shape[:-1]:
+            raise ValueError(f"rmu_loss: a mask has shape {tuple(mask.shape)}, expected {tuple(hidden.shape[:-1])}")
+        counts = mask.to(hidden.device) != 0
+        hidden, target = hidden[counts], target.to(hidden.device)[counts]
+    squares: Tensor = (hidden.to(wide) - target.detach().to(hidden.device, wide)).square()
+    return squares.sum() / max(squares.numel(), 1)
+
+
+def _weighed(nll: Tensor, weights: Tensor) -> Tensor:
+    """weights * nll, and 0 where a token has probability 0: the limit of p^beta log p."""
+    possible = nll.detach() != math.inf
+    return torch.where(possible, weights * torch.where(possible, nll, 0), 0)
+
+
 def _mean(values: Tensor, tokens: Tensor) -> Tensor:
     """Over the sequences that have a label; 0 where none has."""
     counts = tokens > 0
     return torch.where(counts, values, torch.zeros_like(values)).sum() / counts.sum().clamp(min=1)
 
 
-def _positive(op: str, beta: float) -> None:
-    if not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"{op}: beta must be finite and > 0, not {beta}")
+def _positive(op: str, value: float, name: str = "beta") -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{op}: {name} must be finite and > 0, not {value}")

@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from fastpost.distributed import gradient_sync
 from fastpost.integrations.options import METHODS, PostTrainingOptions
+from fastpost.integrations.sharpness import SharpnessCallback
 from fastpost.sam import PassInfo
 
 Base: Any = object
@@ -150,6 +151,9 @@ class _Housekeeping(TrainerCallback):
         if state.global_step:
             _tell_of_another_run(state.stateful_callbacks.get(name), record)
         state.stateful_callbacks[name] = PostTrainingRecord(**record).state()  # the Trainer saves none that it did not load
+        for callback in self._trainer.callback_handler.callbacks:
+            if isinstance(callback, SharpnessCallback):
+                callback.log = self._trainer.log
         self._trainer._on_train_begin()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

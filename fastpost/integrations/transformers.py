@@ -32,6 +32,7 @@ from fastpost.integrations.guards import DriftGuard, LossGuard
 from fastpost.integrations.options import PostTrainingOptions
 from fastpost.integrations.r3f_trainer import R3FTrainerMixin
 from fastpost.integrations.sam_trainer import SAMTrainerMixin
+from fastpost.integrations.sharpness import SharpnessCallback
 
 __all__ = [
     "DriftGuard",
@@ -44,6 +45,7 @@ __all__ = [
     "SAMTrainer",
     "SAMTrainerMixin",
     "Seq2SeqPostTrainingArguments",
+    "SharpnessCallback",
     "parse_arguments",
 ]
 

@@ -2,12 +2,14 @@
 
 from fastpost.modes import frozen_norm_stats
 from fastpost.sam.frameworks import find_sam
+from fastpost.sam.measurement import Around, Estimate, Sharpness, sharpness
 from fastpost.sam.optimizer import SAM, ExternalSAM
-from fastpost.sam.options import norm_layers
+from fastpost.sam.options import SampledLayers, StepScope, norm_layers
 from fastpost.sam.step import PerturbationReport, PerturbationSums, Phase, SAMStep
 from fastpost.sam.variants import (
     GSAM,
     TRAM,
+    WSAM,
     FriendlySAM,
     FunctionalSAM,
     LookSAM,
@@ -22,6 +24,9 @@ __all__ = [
     "GSAM",
     "SAM",
     "TRAM",
+    "WSAM",
+    "Around",
+    "Estimate",
     "ExternalSAM",
     "FriendlySAM",
     "FunctionalSAM",
@@ -33,10 +38,14 @@ __all__ = [
     "Phase",
     "SAMStep",
     "SAMWindow",
+    "SampledLayers",
+    "Sharpness",
     "StableSAM",
+    "StepScope",
     "Variant",
     "find_sam",
     "frozen_norm_stats",
     "logits_sam",
     "norm_layers",
+    "sharpness",
 ]

@@ -265,6 +265,13 @@ class ParameterBucket:
         self.moved = self.moved or before != self._addresses
         return True
 
+    def compute_dtype(self) -> torch.dtype:
+        """What the forward pass computes in, as far as is known: autocast's dtype, FSDP2's, else the weights' own."""
+        if torch.is_autocast_enabled(self.device_type):
+            return torch.get_autocast_dtype(self.device_type)
+        sharded = distributed.compute_dtype(self.params) if self.sharded else None
+        return sharded or self.bucket.dtype
+
     def follow(self) -> list[Tensor]:
         """The weights as they are now."""
         if self.sharded:

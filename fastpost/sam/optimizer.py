@@ -20,7 +20,6 @@ from fastpost.ops import params as ops
 from fastpost.rng import RandomState, accelerators
 from fastpost.sam.buckets import (
     BucketCache,
-    ParameterBucket,
     ShardReducer,
     WeightsChanged,
     check_sharding,
@@ -73,7 +72,7 @@ class SAM(Wrapper):
         eta: ASAM's constant, added to abs(w), >= 0; 0 is the popular PyTorch form, 0.01 the authors'.
         ascent_fraction: share of a window of micro-batches that the ascent uses, in (0, 1]; read by windows and trainers.
         scope: which tensors are perturbed: a predicate of (name, tensor), or patterns such as "*.lora_*"; None is all. Names
-            are known when `params` are named (`model.named_parameters()`).
+            are known when `params` are named (`model.named_parameters()`). A `StepScope` is asked anew at each step.
         compute_dtype: dtype that the forward pass computes in, for the report's "seen"; None takes autocast's where autocast
             is on, else the weights' own.
         dropout_rng: "same" gives both passes of `step(closure)` the same random numbers, as in the original; "independent"
@@ -578,6 +577,7 @@ class SAM(Wrapper):
         variant, step, groups = self.variant, self._step, self._model_groups()
         step.tensors = sum(len(group["params"]) for group in groups)
         gradient = self._direction() if variant.overrides("direction") else None
+        self._scope.begin(self._groups()[0]["sam_steps"])
         with self._ascent_buckets.of(groups, self._scope.ids(groups), gradient) as buckets:
             if not buckets:
                 if variant.ascent_pass:
@@ -590,7 +590,7 @@ class SAM(Wrapper):
                 if group.get("maximize", False):  # the base optimizer minimises -L
                     rho = -rho
                 eta = float(group["eta"]) if group["adaptive"] else None
-                settings.append(PerturbParams(rho, eta, self._compute_dtype_of(b)))
+                settings.append(PerturbParams(rho, eta, self.compute_dtype or b.compute_dtype()))
             squared = norm = total_squared_norm(buckets, [setting.eta for setting in settings], self._reducer)
             radius = variant.radius()
             if radius is not None:  # rho d / |g| is rho / sqrt(|g|^2 / d^2); where d is 0 nothing moves
@@ -610,14 +610,6 @@ class SAM(Wrapper):
         seen = self._gradients()
         direction = self.variant.direction(self._context, seen)
         return lambda p: direction.get(p) if p in direction or p in seen else distributed.local_gradient(p)
-
-    def _compute_dtype_of(self, b: ParameterBucket) -> torch.dtype:
-        if self.compute_dtype is not None:
-            return self.compute_dtype
-        if torch.is_autocast_enabled(b.device_type):
-            return torch.get_autocast_dtype(b.device_type)
-        sharded = distributed.compute_dtype(b.params) if b.sharded else None
-        return sharded or b.bucket.dtype
 
     def _combine(self) -> None:
         """Lets the variant rewrite the gradients of this step."""

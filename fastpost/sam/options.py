@@ -138,6 +138,61 @@ def norm_layers(model: nn.Module) -> Callable[[str | None, Tensor], bool]:
     return lambda name, p: id(p) in inside
 
 
+class StepScope:
+    """A scope that is asked anew at each step: subclasses are predicates of (name, tensor) for the step begun last.
+
+    Before the first step they say which tensors may ever be in scope. What they say must depend on the step's number alone,
+    so that ranks agree and a resumed run goes on as it would have.
+    """
+
+    def begin(self, step: int) -> None:
+        """A step begins: how many were made before it, as the optimizer's groups count them."""
+        raise NotImplementedError
+
+    def __call__(self, name: str | None, p: Tensor) -> bool:
+        raise NotImplementedError
+
+
+class SampledLayers(StepScope):
+    """SAM on layers that are drawn at random for each step, uniformly and without replacement (after 2602.09395).
+
+    Layers are the blocks of the model's longest ModuleList, and all other weights together are one more. Those without a
+    weight that learns do not count. The norm is that of the drawn layers, so e is as long as ever. The stash is as small as
+    they are, and the second pass is SAM's. From the paper this takes the perturbation; its bandit, which draws layers by
+    their gradients' norms, and its updates of drawn layers alone are left out.
+
+    Args:
+        model: the model whose weights the optimizer has.
+        share: of the layers, in (0, 1]; at least one is drawn.
+        seed: with the step's number, the key of the random numbers.
+
+    Raises:
+        ValueError: `share` outside (0, 1], or the model has no ModuleList.
+    """
+
+    def __init__(self, model: nn.Module, share: float = 0.25, seed: int = 0) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"SampledLayers: share must lie in (0, 1], not {share}")
+        stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+        if not stacks:
+            raise ValueError(f"SampledLayers: {type(model).__name__} has no ModuleList, and so no layers to draw from")
+        blocks = [list(block.parameters()) for block in max(stacks, key=len)]
+        inside = {id(p) for block in blocks for p in block}
+        others = [p for p in model.parameters() if id(p) not in inside]
+        self.layers = [layer for layer in (*blocks, others) if any(p.requires_grad for p in layer)]
+        self.share, self.seed = share, seed
+        self.drawn = list(range(len(self.layers)))
+
+    def begin(self, step: int) -> None:
+        """Draws the layers of a step; `drawn` are their numbers."""
+        count = max(1, round(self.share * len(self.layers)))
+        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63)
+        self.drawn = sorted(torch.randperm(len(self.layers), generator=generator)[:count].tolist())
+
+    def __call__(self, name: str | None, p: Tensor) -> bool:
+        return any(p is q for number in self.drawn for q in self.layers[number])
+
+
 class ScopeCache:
     """A scope resolved anew whenever the optimizer's tensors are others: groups are added, trainers swap parameters."""
 
@@ -145,6 +200,13 @@ class ScopeCache:
         self._scope = scope
         self._key: tuple[int, ...] = ()
         self._ids: set[int] | None = None
+        self._step: int | None = None
+
+    def begin(self, step: int) -> None:
+        """Before the ascents of a step, whose number counts where the scope is asked at each."""
+        if isinstance(self._scope, StepScope) and step != self._step:
+            self._scope.begin(step)
+            self._step, self._key = step, ()
 
     def ids(self, groups: list[dict[str, Any]]) -> set[int] | None:
         """Ids of the tensors in scope; None for all."""

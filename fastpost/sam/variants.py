@@ -191,6 +191,33 @@ class GSAM(Variant):
         _add_(second, clean, -self.alpha)
 
 
+class WSAM(Variant):
+    """WSAM (2305.15817): sharpness as a term of the loss with a weight of its own, L + gamma / (1 - gamma) (L(w + e) - L).
+
+    The second gradient g' becomes g + gamma / (1 - gamma) (g' - g), g the gradient at w. gamma = 0 is the base optimizer,
+    1/2 is SAM, and above it flatness counts for more than the loss. Use it to set how much. This is the paper's coupled
+    form, whose base optimizer sees the whole gradient. Its decoupled form, which keeps the second term out of the moments,
+    equals this one for SGD without momentum.
+
+    Args:
+        gamma: in [0, 1); the authors' code takes 0.9.
+    """
+
+    keeps_gradient = True
+    scales_must_agree = True
+
+    def __init__(self, gamma: float = 0.9) -> None:
+        if not 0 <= gamma < 1:
+            raise ValueError(f"WSAM: gamma must lie in [0, 1), not {gamma}")
+        self.gamma = gamma
+
+    def descend(self, context: VariantContext, clean: Gradients, second: Gradients) -> None:
+        weight = self.gamma / (1 - self.gamma)
+        for g in second.values():
+            g.mul_(weight)
+        _add_(second, clean, 1 - weight)
+
+
 class LookSAM(Variant):
     """LookSAM (2203.02714): with `interval=k`, the steps in between reuse the part of the SAM gradient that was new.
 
