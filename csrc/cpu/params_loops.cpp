@@ -201,8 +201,8 @@ void list_block(const T* before, T* after, Code<T>* codes, int64_t n, Code<T> wh
                 int64_t begin, const CodeList& list) {
   using Bits = typename SignBits<T>::type;
   int64_t slot = static_cast<int64_t>(__atomic_fetch_add(list.words, static_cast<uint64_t>(wanted), __ATOMIC_RELAXED));
-  for (int64_t i = 0; i < n; ++i) {
-    if (codes[i] != which) continue;
+  const auto put = [&](int64_t i) {
+    if (codes[i] != which) return;
     const bool fits = slot < list.capacity;
     codes[i] = fits ? kListed<T> : kPending<T>;
     if (fits)
@@ -210,7 +210,22 @@ void list_block(const T* before, T* after, Code<T>* codes, int64_t n, Code<T> wh
     else
       after[i] = before[i];
     ++slot;
+  };
+  // Few are sought, so words of 64 bits are looked at, in which one of them shows as a lane of zeros.
+  using Lane = typename SignBits<bf16>::type;
+  constexpr int64_t lanes = sizeof(uint64_t) / sizeof(Code<T>);
+  constexpr uint64_t ones = sizeof(Code<T>) == 1 ? 0x0101010101010101u : 0x0001000100010001u;
+  constexpr uint64_t sought = ones * static_cast<Lane>(sizeof(Code<T>) == 1 ? 0x80u : 0x8000u);
+  const uint64_t pattern = sought + ones * static_cast<uint64_t>(which - kListed<T>);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    uint64_t word;
+    memcpy(&word, codes + i, sizeof word);
+    word ^= pattern;
+    if (((word - ones) & ~word & sought) == 0) continue;
+    for (int64_t k = 0; k < lanes; ++k) put(i + k);
   }
+  for (; i < n; ++i) put(i);
 }
 
 template <class T, class Seen, bool adaptive>

@@ -179,7 +179,8 @@ class Perturbation:
 
     def _operation(self, b: ParameterBucket) -> str:
         assert self.stash is not None
-        return self.stash.operation(b)
+        self.stash.make_ready(b)
+        return self.stash.operations(b.bucket)[0]
 
     def _is_written(self, b: ParameterBucket) -> None:
         ops.mark_modified(b.bucket.weights)

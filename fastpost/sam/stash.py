@@ -28,16 +28,19 @@ class Stash:
         buffer, bucket.stash = plan.flat_like(bucket.weights)
         return [buffer]
 
-    def operation(self, b: ParameterBucket) -> str:
-        """Makes ready for the operation on a bucket that keeps w and writes w + e, and names it."""
-        return "sam_perturb_"
+    def operations(self, bucket: plan.Bucket) -> tuple[str, str]:
+        """Those that keep w and write w + e, and that put w back into weights that are laid out as they were."""
+        return "sam_perturb_", "sam_restore_"
+
+    def make_ready(self, b: ParameterBucket) -> None:
+        """w is about to be kept."""
 
     def note(self, b: ParameterBucket) -> None:
         """The weights are w + e now, and autograd knows that they were written."""
 
     def restore(self, b: ParameterBucket) -> None:
         """Puts w back into weights that are laid out as they were."""
-        ops.run("sam_restore_", b.bucket)
+        ops.run(self.operations(b.bucket)[1], b.bucket)
 
     def changes(self, buckets: Sequence[ParameterBucket], found: Changes) -> None:
         """Adds to the changes found those that matter to this stash."""
@@ -77,15 +80,16 @@ class UlpStash(Stash):
         bucket.codes = plan.CodeList(sum(numels), bucket.dtype, bucket.device)
         return [buffer]
 
-    def operation(self, b: ParameterBucket) -> str:
+    def operations(self, bucket: plan.Bucket) -> tuple[str, str]:
+        return super().operations(bucket) if bucket.codes is None else ("sam_perturb_coded_", "sam_decode_")
+
+    def make_ready(self, b: ParameterBucket) -> None:
         codes = b.bucket.codes
         if codes is not None and 8 * codes.capacity > 1024 + b.elements * b.bucket.dtype.itemsize // 2:
             b.keep(super().room)  # weights that are small against e: a copy takes less
-            codes = b.bucket.codes = None
-        if codes is None:
-            return super().operation(b)
-        codes.origins, codes.versions = None, []
-        return "sam_perturb_coded_"
+            b.bucket.codes = None
+        elif codes is not None:
+            codes.origins, codes.versions = None, []
 
     def note(self, b: ParameterBucket) -> None:
         if b.bucket.codes is not None:
@@ -94,10 +98,8 @@ class UlpStash(Stash):
     @torch.no_grad()
     def restore(self, b: ParameterBucket) -> None:
         codes = b.bucket.codes
-        if codes is None:
-            return super().restore(b)
-        if codes.origins is None:
-            ops.run("sam_decode_", b.bucket)
+        if codes is None or codes.origins is None:
+            super().restore(b)
         else:  # an interrupt came while these were written
             for w, origin in zip(b.bucket.weights, codes.origins, strict=True):
                 if origin is not None:
