@@ -228,6 +228,15 @@ void sam_perturb_masters(const Plan& plan, const Perturbation& how, const double
 
 void sam_cast(const Plan& plan, int device, void* stream);
 
+// sam_perturb with codes; the list's count is 0 before. What found no room is pending, and is perturbed by the second of
+// these, as a second call of cpu::sam_perturb_coded does.
+void sam_perturb_coded(const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed,
+                       const CodeList& list, const SumRoom& room, int device, void* stream);
+void sam_perturb_pending(const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed,
+                         const CodeList& list, int device, void* stream);
+
+void sam_decode(const Plan& plan, const CodeList& list, int device, void* stream);
+
 void sam_restore(const Plan& plan, int device, void* stream);
 
 // steps: an address on the device per tensor. grad_scale, found_inf: on the device, or null; found_inf other than 0: skip.

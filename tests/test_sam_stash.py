@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastpost import SAM, plan, use_backend
 from fastpost.sam import GSAM, LookSAM, SAMWindow
-from fastpost.sam.stash import UlpStash
+from fastpost.sam.stash import HostStash, UlpStash
 
 from .conftest import CPU_BACKENDS, DTYPES, same_bits
 from .small import X, all_bits, closure_of, loss_of, network, unchanged
@@ -273,6 +273,33 @@ def test_weights_that_lost_their_memory_are_named_and_the_others_are_back() -> N
     assert all(torch.equal(now[i], before[i]) for i in (0, 1, 3))
 
 
+# -- a copy on the host ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"rounding": "stochastic"}], ids=str)
+def test_a_copy_on_the_host_gives_the_same_steps(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here both memories are the host's."""
+    monkeypatch.setattr(HostStash, "check", lambda *_: None)
+    models = {}
+    for stash in ("copy", "cpu"):
+        model = network().to(torch.bfloat16 if "rounding" in options else torch.float32)
+        opt = SAM(model.parameters(), torch.optim.AdamW, rho=0.3, lr=1e-2, stash=stash, **options)
+        for _ in range(3):
+            before = all_bits(model)
+            loss_of(model, X.to(model[0].weight.dtype)).backward()
+            with opt.perturbed():
+                assert not unchanged(model, before)
+                for p in model.parameters():
+                    p.data = p.data.clone()
+                with torch.no_grad():
+                    model[0].bias.mul_(2)
+            assert unchanged(model, before)
+            opt.step(closure_of(model, X.to(model[0].weight.dtype)))
+        models[stash] = model
+    assert opt.stash_bytes == sum(p.nbytes for p in model.parameters())
+    assert unchanged(models["cpu"], all_bits(models["copy"]))
+
+
 # -- what it does not go with ---------------------------------------------------------------------------------------------
 
 
@@ -280,6 +307,7 @@ def test_bad_input() -> None:
     model = network()
     for options, words in (
         ({"stash": "zip"}, "stash"),
+        ({"stash": "cpu"}, "host's memory, where these weights lie already"),
         ({"stash": "ulp", "perturb": "functional", "model": model}, "functional"),
         ({"stash": "ulp", "fused_restore": True}, "fused_restore"),
     ):

@@ -123,6 +123,17 @@ struct SignBits<bf16> {
 template <>
 struct SignBits<f16> : SignBits<bf16> {};
 
+FASTPOST_HD uint32_t bits_of(float x) { return float_bits(x); }
+FASTPOST_HD uint16_t bits_of(bf16 x) { return x.bits; }
+FASTPOST_HD uint16_t bits_of(f16 x) { return x.bits; }
+
+template <class T>
+FASTPOST_HD T of_bits(typename SignBits<T>::type bits) {
+  T x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // -- codes: w told by its distance from w + e ------------------------------------------------------------------------------
 //
 // Bit patterns in the order of the numbers they stand for (-0 is just below +0), counted modulo 2^16 or 2^32, so that a

@@ -209,6 +209,7 @@ class ParameterBucket:
         walkable: whether weights and gradients can be walked by address, in step.
         sharded: whether any of them is cut over ranks.
         layout: of the weights that the bucket was built for. Those of another layout take another bucket.
+        kept: what its stash has beside the column.
         moved: whether the weights lie elsewhere than when the bucket took gradients before, or have moved since.
     """
 
@@ -229,19 +230,19 @@ class ParameterBucket:
         ops.follow(bucket, held=not self.sharded)
         self.elements = sum(p.numel() for p in bucket.weights)
         self.elements_everywhere = sum(p.numel() for p in params)
-        self._kept: list[Tensor] = []
+        self.kept: list[Tensor] = []
         if room is not None:
             self.keep(room)
 
     def keep(self, room: Room) -> None:
         """Has this stash from now on."""
-        self._kept = room(self.bucket)
+        self.kept = room(self.bucket)
 
     @property
     def stash_bytes(self) -> int:
         """What is kept between the two passes so that w can be put back."""
         codes = self.bucket.codes
-        return sum(t.nbytes for t in self._kept) + (0 if codes is None else codes.words.nbytes)
+        return sum(t.nbytes for t in self.kept) + (0 if codes is None else codes.words.nbytes)
 
     def point(self, grads: list[Tensor]) -> bool:
         """Takes these gradients; False when the bucket has to be built anew."""

@@ -88,8 +88,8 @@ class SAM(Wrapper):
             cast(master + e), restoring is a cast, and nothing is stashed.
         perturb: "stored" writes w + e over w. "functional" never writes w: the layers of `model` add what e would add to
             their outputs, so no rounding to the grid of the weights loses e (`fastpost.sam.functional`).
-        stash: how w is kept while w + e stands in its place: as a "copy", or as its distance in "ulp", which takes half the
-            room and gives it back bit for bit. Between the passes nobody may write the weights then.
+        stash: how w is kept while w + e stands in its place: as a "copy"; as its distance in "ulp", which takes half of that
+            and gives it back bit for bit, if nobody writes the weights between the passes; or on the host, "cpu".
         model: the model; "functional" needs it. With it the second pass leaves the running statistics of norm layers alone,
             as `norm_stats` says.
         norm_stats: which passes move the running statistics of batch and instance norms: the "first", as in the original, or

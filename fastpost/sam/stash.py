@@ -1,4 +1,4 @@
-"""How w is kept while w + e stands in its place: as a copy, or as its distance from w + e."""
+"""How w is kept while w + e stands in its place: as a copy here or in the host's memory, or as its distance from w + e."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastpost.errors import unknown
 from fastpost.ops import params as ops
 from fastpost.sam.buckets import Change, Changes, ParameterBucket
 
-KINDS = ("copy", "ulp")
+KINDS = ("copy", "ulp", "cpu")
 WRITTEN = Change("was written between the passes, and stash='ulp' tells w from w + e", in_place=True)
 
 
@@ -144,8 +144,40 @@ class UlpStash(Stash):
             b.bucket.codes.origins = None
 
 
+class HostStash(Stash):
+    """A copy of w in the host's pinned memory, written and read on the current stream of the weights' device."""
+
+    def check(self, params: Sequence[Tensor]) -> None:
+        if any(p.is_cpu for p in params):
+            raise ValueError(
+                "SAM: stash='cpu' moves w to the host's memory, where these weights lie already; use stash='ulp' or 'copy'"
+            )
+
+    def room(self, bucket: plan.Bucket) -> list[Tensor]:
+        self.check(bucket.weights)
+        return [torch.empty_like(w, device="cpu", pin_memory=w.is_cuda, requires_grad=False) for w in bucket.weights]
+
+    @torch.no_grad()
+    def make_ready(self, b: ParameterBucket) -> None:
+        for there, w in zip(b.kept, b.bucket.weights, strict=True):
+            there.copy_(w, non_blocking=True)
+        # Where kernels keep w before they write w + e: in its own place, that is, not at all. A list of its own, to be
+        # pointed at anew whenever weights have moved.
+        b.bucket.stash = list(b.bucket.weights)
+
+    @torch.no_grad()
+    def restore(self, b: ParameterBucket) -> None:
+        for there, w in zip(b.kept, b.bucket.weights, strict=True):
+            w.copy_(there, non_blocking=True)
+
+    def origins(self, b: ParameterBucket, changed: dict[int, Change]) -> Sequence[Tensor | None]:
+        if b.layout.device.type == "cuda":
+            torch.cuda.synchronize(b.layout.device)  # the host may be who reads them
+        return b.kept
+
+
 def build_stash(kind: str) -> Stash:
     """Raises ValueError for a kind that does not exist."""
     if kind not in KINDS:
         raise unknown("stash", kind, KINDS)
-    return {"copy": Stash, "ulp": UlpStash}[kind]()
+    return {"copy": Stash, "ulp": UlpStash, "cpu": HostStash}[kind]()
