@@ -162,8 +162,9 @@ struct Codes {
 };
 
 // Stochastic: column 3 of the table is the tensor's number, which keys its random bits. The list is of codes alone.
+// With both, 64 registers do not hold a thread's numbers, so one block has the multiprocessor to itself.
 template <class T, class Seen, bool adaptive, bool stochastic, template <class> class Keep, class List>
-__global__ void __launch_bounds__(kThreads, kPair)
+__global__ void __launch_bounds__(kThreads, stochastic && Keep<T>::codes ? 1 : kPair)
     sam_perturb_kernel(const __grid_constant__ List table, double rho, float eta, const double* __restrict__ squared_norm,
                        const int64_t* __restrict__ seed, const CodeList list, const SumsOf sums) {
   constexpr int size = Pack<T>::size;
@@ -217,10 +218,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
         if constexpr (!stochastic) written = rounded<T>(after);
         unpack(written, after);
         moved.add(e, before, after);
-        if constexpr (stochastic && Keep<T>::codes)
-          stashed.code(i, load_pack(w + i, wide), written, wide);  // there are no registers to keep it until now
-        else
-          stashed.code(i, held.ws, written, wide);
+        stashed.code(i, held.ws, written, wide);
         store_pack(w + i, written, wide);
       },
       [&](int i) {
