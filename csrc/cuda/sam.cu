@@ -164,7 +164,7 @@ struct Codes {
 // Stochastic: column 3 of the table is the tensor's number, which keys its random bits. The list is of codes alone.
 // With both, 64 registers do not hold a thread's numbers, so one block has the multiprocessor to itself.
 template <class T, class Seen, bool adaptive, bool stochastic, template <class> class Keep, class List>
-__global__ void __launch_bounds__(kThreads, stochastic && Keep<T>::codes ? 1 : kPair)
+__global__ void __launch_bounds__(kThreads, stochastic&& Keep<T>::codes ? 1 : kPair)
     sam_perturb_kernel(const __grid_constant__ List table, double rho, float eta, const double* __restrict__ squared_norm,
                        const int64_t* __restrict__ seed, const CodeList list, const SumsOf sums) {
   constexpr int size = Pack<T>::size;
