@@ -9,6 +9,7 @@ from fastpost import SAM, flatten_parameters
 from fastpost.bench.registry import Case, Contender, Goal, Work, case, peer
 from fastpost.ops import params as ops
 from fastpost.published import PublishedSAM, foreach_sam_perturb, foreach_sam_restore
+from fastpost.sam.stash import Stash, UlpStash
 
 
 def gpt2_shapes() -> list[tuple[int, ...]]:
@@ -101,6 +102,49 @@ def sam_gpt2() -> Case:
             Goal("fastpost, list", "popular wrapper's loop", {}),
         ],
     )
+
+
+def there_and_back(stash: Stash, model: Parameters, dtype: torch.dtype) -> Work:
+    """To w + e and back, without the norm, which does not depend on how w is kept."""
+    weights = [p.detach().to(dtype) for p in model.list]
+    grads = [p.grad.to(dtype) for p in model.list if p.grad is not None]
+    (bucket,) = ops.make_buckets(weights=weights, grads=grads)
+    kept, squared = stash.room(bucket), ops.squared_norm(grads)
+    perturb, restore = stash.operations(bucket)
+
+    def run(_: object = kept) -> None:
+        ops.run(perturb, bucket, squared, 0.05, None, dtype)
+        ops.run(restore, bucket)
+
+    return run
+
+
+def stash_gpt2(dtype: torch.dtype) -> Case:
+    model = Parameters(gpt2_shapes()).give_gradients()
+    size = dtype.itemsize * sum(p.numel() for p in model.parameters())
+    copied, coded = "stash='copy'", "stash='ulp'"
+    return Case(
+        "SAM perturb + restore, what is stashed",
+        "GPT-2, 148 tensors, 124M",
+        str(dtype).removeprefix("torch."),
+        [
+            Contender(copied, there_and_back(Stash(), model, dtype), 6 * size),
+            Contender(coded, there_and_back(UlpStash(), model, dtype), 6 * size),
+        ],
+        [Goal(coded, copied, {"avx512": 1.0, "avx2": 1.0})],
+    )
+
+
+@case
+def stash_gpt2_float32() -> Case:
+    """A copy moves 4 and 2 times the parameters' bytes. Codes take half, and w + e is read to find w: 3.5 and 2.5."""
+    return stash_gpt2(torch.float32)
+
+
+@case
+def stash_gpt2_bfloat16() -> Case:
+    """The same in bfloat16."""
+    return stash_gpt2(torch.bfloat16)
 
 
 @case

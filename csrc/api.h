@@ -95,6 +95,16 @@ PerturbSums sam_perturb(const Plan& plan, const Perturbation& how, double square
 // gradients have the weights' type). Where nothing may move, w = m.
 PerturbSums sam_perturb_masters(const Plan& plan, const Perturbation& how, double squared_norm, int threads);
 
+// As sam_perturb, with codes in the stash's column (core/params.h), half as wide as the weights, and a list of what has
+// none. The list's count is set first; where it ends up above the capacity, elements are pending and have not been moved.
+// Given a longer list that begins with the same entries, and with their number in its first word, a second call with
+// `pending` moves those alone; its sums mean nothing. At most 2^16 chunks of float, 2^32 of others.
+PerturbSums sam_perturb_coded(const Plan& plan, const Perturbation& how, double squared_norm, const uint64_t* seed,
+                              const CodeList& list, bool pending, int threads);
+
+// w, bit for bit, from w + e, codes and list; once, since a second call would go on by as much.
+void sam_decode(const Plan& plan, const CodeList& list, int threads);
+
 // w = m, rounded to nearest.
 void sam_cast(const Plan& plan, int threads);
 
@@ -217,6 +227,15 @@ void sam_perturb_masters(const Plan& plan, const Perturbation& how, const double
                          int device, void* stream);
 
 void sam_cast(const Plan& plan, int device, void* stream);
+
+// sam_perturb with codes; the list's count is 0 before. What found no room is pending, and is perturbed by the second of
+// these, as a second call of cpu::sam_perturb_coded does.
+void sam_perturb_coded(const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed,
+                       const CodeList& list, const SumRoom& room, int device, void* stream);
+void sam_perturb_pending(const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed,
+                         const CodeList& list, int device, void* stream);
+
+void sam_decode(const Plan& plan, const CodeList& list, int device, void* stream);
 
 void sam_restore(const Plan& plan, int device, void* stream);
 

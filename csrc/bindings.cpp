@@ -82,6 +82,31 @@ void bind_cpu(py::module_ cpu) {
       py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
       py::arg("squared_norm"), py::arg("seed"), py::arg("threads"));
   cpu.def(
+      "sam_perturb_coded",
+      [](Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, py::handle squared_norm,
+         std::optional<uint64_t> seed, Address list, int64_t capacity, bool pending, int threads) {
+        const Perturbation how{rho, adaptive, eta, compute_dtype};
+        const double squared = value_of(squared_norm);
+        return as_tensor(plan, [&] {
+          const PerturbSums sums = cpu::sam_perturb_coded(plan, how, squared, seed ? &*seed : nullptr,
+                                                          {as<uint64_t>(list), capacity}, pending, threads);
+          plan.stashed = true;
+          return sums;
+        });
+      },
+      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
+      py::arg("squared_norm"), py::arg("seed"), py::arg("list"), py::arg("capacity"), py::arg("pending"),
+      py::arg("threads"));
+  cpu.def(
+      "sam_decode",
+      [](Plan& plan, Address list, int64_t capacity, int threads) {
+        released(plan, [&] {
+          cpu::sam_decode(plan, {as<uint64_t>(list), capacity}, threads);
+          plan.stashed = false;
+        });
+      },
+      py::arg("plan"), py::arg("list"), py::arg("capacity"), py::arg("threads"));
+  cpu.def(
       "sam_perturb_masters",
       [](const Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, py::handle squared_norm,
          int threads) {
@@ -353,6 +378,34 @@ void bind_cuda(py::module_ cuda) {
       },
       py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
       py::arg("squared_norm"), py::arg("seed"), py::arg("room"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "sam_perturb_coded",
+      [](Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Address squared_norm, Address seed,
+         Address list, int64_t capacity, Room room, int device, Address stream) {
+        cuda::sam_perturb_coded(plan, {rho, adaptive, eta, compute_dtype}, as<double>(squared_norm), as<int64_t>(seed),
+                                {as<uint64_t>(list), capacity}, sum_room(room), device, as(stream));
+        plan.stashed = true;
+      },
+      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
+      py::arg("squared_norm"), py::arg("seed"), py::arg("list"), py::arg("capacity"), py::arg("room"), py::arg("device"),
+      py::arg("stream"), Released());
+  cuda.def(
+      "sam_perturb_pending",
+      [](const Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Address squared_norm, Address seed,
+         Address list, int64_t capacity, int device, Address stream) {
+        cuda::sam_perturb_pending(plan, {rho, adaptive, eta, compute_dtype}, as<double>(squared_norm), as<int64_t>(seed),
+                                  {as<uint64_t>(list), capacity}, device, as(stream));
+      },
+      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
+      py::arg("squared_norm"), py::arg("seed"), py::arg("list"), py::arg("capacity"), py::arg("device"), py::arg("stream"),
+      Released());
+  cuda.def(
+      "sam_decode",
+      [](Plan& plan, Address list, int64_t capacity, int device, Address stream) {
+        cuda::sam_decode(plan, {as<uint64_t>(list), capacity}, device, as(stream));
+        plan.stashed = false;
+      },
+      py::arg("plan"), py::arg("list"), py::arg("capacity"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_perturb_masters",
       [](const Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Address squared_norm, Room room,

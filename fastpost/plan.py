@@ -83,13 +83,19 @@ def overlap(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     return None
 
 
-def flat_like(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """One zeroed buffer with a view for each tensor, of its shape and strides; padding between them is zero."""
+def flat_like(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:
+    """One zeroed buffer with a view for each tensor, of its shape and strides; padding between them is zero.
+
+    Args:
+        tensors: at least one, all of one dtype, on one device.
+        dtype: of the buffer; by default that of the tensors.
+    """
+    dtype = dtype or tensors[0].dtype
     numels = [t.numel() for t in tensors]
-    offsets = aligned_offsets(numels, tensors[0].element_size())
+    offsets = aligned_offsets(numels, dtype.itemsize)
     # Room to start on an aligned address whatever the allocator returns.
-    unit = ALIGNMENT // tensors[0].element_size()
-    whole = torch.zeros(offsets[-1] + unit, dtype=tensors[0].dtype, device=tensors[0].device)
+    unit = ALIGNMENT // dtype.itemsize
+    whole = torch.zeros(offsets[-1] + unit, dtype=dtype, device=tensors[0].device)
     skip = (-whole.data_ptr() % ALIGNMENT) // whole.element_size()
     buffer = whole[skip : skip + offsets[-1]]
     views = [
@@ -100,6 +106,48 @@ def flat_like(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     ]
     _flat_buffers[whole.untyped_storage().data_ptr()] = buffer
     return buffer, views
+
+
+CODES = {torch.bfloat16: torch.int8, torch.float16: torch.int8, torch.float32: torch.int16}  # by the weights' dtype
+
+
+class CodeList:
+    """What the codes in a bucket's stash cannot tell of w: the elements whose distance from w + e does not fit into a code.
+
+    How both are read is said in csrc/core/params.h.
+
+    Args:
+        elements: of the bucket.
+        dtype: of its weights: bfloat16, float16 or float32.
+        device: where they lie.
+
+    Attributes:
+        words: int64; the first counts the elements that wanted a place, of which as many as there are words left have one.
+        origins: w itself, while it is put back by operations of which each may be interrupted; else None. In the place of a
+            tensor whose w is lost stands None.
+        versions: of the weights when they had been perturbed, by which writing in between is noticed.
+    """
+
+    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        room = 64 + elements // (256 if dtype == torch.float32 else 4096)
+        self.words = torch.zeros(1 + room, dtype=torch.int64, device=device)
+        self.origins: Sequence[Tensor | None] | None = None
+        self.versions: list[int] = []
+
+    @property
+    def capacity(self) -> int:
+        return self.words.numel() - 1
+
+    def grown(self) -> bool:
+        """Makes room for those that found none, if there are any; waits for the device."""
+        wanted = int(self.words[0])
+        if wanted <= self.capacity:
+            return False
+        longer = torch.empty(1 + wanted + wanted // 8, dtype=torch.int64, device=self.words.device)
+        longer[: self.words.numel()] = self.words
+        longer[0] = self.capacity
+        self.words = longer
+        return True
 
 
 COLUMNS = ("weights", "grads", "stash", "first", "second")  # in the order of csrc/core/plan.h
@@ -123,6 +171,7 @@ class Bucket:
             and the columns are empty.
         followed: columns, by name, at which the core keeps the native plan pointed, as `TensorLists`; see `follow`.
         functions: the backends' functions by the operation's name, where they are kept.
+        codes: what belongs to a stash of codes; None where the stash is a copy.
     """
 
     def __init__(
@@ -151,6 +200,7 @@ class Bucket:
         self.kept_plan: Any = None
         self.followed: dict[str, Any] = {}
         self.functions: dict[str, Callable[..., Any]] = {}
+        self.codes: CodeList | None = None
         self._stashed = False
         self.launched: Tensor | None = None
         self._pointed: dict[str, tuple[list[Tensor], list[int]]] = {}

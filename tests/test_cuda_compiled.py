@@ -23,6 +23,9 @@ MODULE = native.core().__file__
 HOT = {
     "sam_perturb_kernel": (64, "LDG STG"),
     "sam_perturb_masters_kernel": (64, "LDG STG"),
+    "perturb_pending_kernel": (64, ""),
+    "decode_kernel": (64, "LDG STG"),
+    "put_listed_kernel": (64, ""),
     "cast_kernel": (64, "LDG STG"),
     "squares_kernel": (64, "LDG"),
     "restore_kernel": (64, "LDG STG"),
@@ -74,6 +77,8 @@ def test_every_kernel_keeps_its_budget_and_its_wide_accesses(arch: str) -> None:
         (kind,) = [k for k in HOT if k in name]
         seen.add(kind)
         registers, accesses = HOT[kind]
+        if "Lb1ENS1_5Codes" in name:  # random bits and codes in one kernel, which shares its multiprocessor with none
+            registers = 128
         assert complaints(line, bodies[name], registers, accesses=accesses) == [], name
     assert seen == set(HOT)
 
@@ -121,7 +126,7 @@ def test_instructions_per_pair_of_logits(hopper: dict[str, Loops], dtype: str, f
 @pytest.mark.parametrize(
     ("parts", "work", "budget"),
     [
-        (("sam_perturb_kernel", "4bf16ES4_Lb0ELb0E", "Li64E"), "FFMA", 16),
+        (("sam_perturb_kernel", "4bf16ES4_Lb0ELb0E", "6Copies", "Li64E"), "FFMA", 16),
         (("add_noise_kernel", "4bf16ES4_Lb0E"), "I2FP", 17),
         (("noise_rows_kernel", "4bf16ES4_Lb0E"), "I2FP", 17),
     ],

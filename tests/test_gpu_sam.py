@@ -83,6 +83,27 @@ def test_a_perturbation_comes_back_bit_for_bit(backend: str) -> None:
         assert report.intended_norm.item() == pytest.approx(2.0, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stash", ["ulp", "cpu"])
+def test_other_stashes_take_the_steps_of_a_copy(stash: str, dtype: torch.dtype) -> None:
+    """Bit for bit, and w is back after each ascent. With this radius lists of codes are outgrown at first."""
+    if stash == "cpu" and not ON_GPU:
+        pytest.skip("the weights are in the host's memory here")
+    models = []
+    for kind in ("copy", stash):
+        model = network(dtype)
+        opt = build(model, stash=kind)
+        for x, y in batches(4):
+            before = [bits(p) for p in model.parameters()]
+            loss_of(model, (x.to(dtype), y)).backward()
+            with opt.perturbed(zero_grad=False):
+                assert not all(torch.equal(bits(p), b) for p, b in zip(model.parameters(), before, strict=True))
+            assert all(torch.equal(bits(p), b) for p, b in zip(model.parameters(), before, strict=True))
+            step(opt, model, (x.to(dtype), y))
+        models.append([bits(p) for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*models, strict=True))
+
+
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_waits_for_nothing(kind: str, flat: bool) -> None:

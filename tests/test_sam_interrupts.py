@@ -40,7 +40,8 @@ class Case:
         self.model = nn.Sequential(nn.Linear(6, 2))
         self.model.to(torch.bfloat16 if narrow else torch.float32)
         if form not in ("functional", "masters") and "cpu" in CPU_BACKENDS:
-            self.model.append(nn.Linear(2, 1, dtype=torch.float64))  # a second bucket, which the reference backend serves
+            # A second bucket, which the reference backend serves where it can.
+            self.model.append(nn.Linear(2, 1, dtype=torch.bfloat16 if form == "ulp" else torch.float64))
         named = list(self.model.named_parameters())
         self.masters = [p.detach().float() for _, p in named] if form == "masters" else None
         options: dict[str, dict[str, Any]] = {
@@ -49,6 +50,7 @@ class Case:
             "functional": {"perturb": "functional", "model": self.model},
             "fused_restore": {"fused_restore": True},
             "GSAM": {"variant": GSAM(0.5)},
+            "ulp": {"stash": "ulp"},
         }
         base = torch.optim.AdamW if form == "fused_restore" else torch.optim.SGD
         self.opt = SAM(named, base, rho=0.5, lr=0.1, **options.get(form, {}))
@@ -105,7 +107,7 @@ def recovered(case: Case, before: list[Tensor], after: list[Tensor]) -> bool:
     return False
 
 
-FORMS = ["stored", "stochastic", "masters", "functional", "fused_restore", "GSAM"]
+FORMS = ["stored", "stochastic", "masters", "functional", "fused_restore", "GSAM", "ulp"]
 
 
 CALLS = ["closure", "context", "window", "there_and_back"]
@@ -118,6 +120,7 @@ CALLS = ["closure", "context", "window", "there_and_back"]
         *(("stored", calls, "cpu", 1) for calls in CALLS),
         *((form, calls, "cpu", 7) for form in FORMS[1:] for calls in CALLS),  # what these two share was covered above
         ("stored", "two_calls", "reference", 1),
+        ("ulp", "two_calls", "reference", 2),
         *(("stored", "two_calls", served, 40) for served in CPU_BACKENDS if served == "triton"),  # in a run of its own
     ],
 )
@@ -267,8 +270,8 @@ def test_a_signal_with_a_handler_as_a_kernel_returns(
 ) -> None:
     """Python delivers it before the next line can note anything; the handlers of schedulers raise, or save and raise."""
     names = {
-        "perturb": ("sam_perturb_", "sam_perturb_masters_"),
-        "restore": ("sam_restore_", "sam_cast_", "sam_restore_adamw_"),
+        "perturb": ("sam_perturb_", "sam_perturb_masters_", "sam_perturb_coded_"),
+        "restore": ("sam_restore_", "sam_cast_", "sam_restore_adamw_", "sam_decode_"),
     }[passes]
     case, plain, calls = Case(form), ops.run, []
     before = all_bits(case.model)

@@ -63,6 +63,24 @@ def fsdp2_float32() -> None:
     check(sharded(mesh, torch.float32), mesh, torch.float32, 1e-6)
 
 
+def fsdp2_ulp() -> None:
+    """A stash of codes: the shards' bits come back, and the steps are those with a copy."""
+    mesh, shards = d.mesh_of(dist.get_world_size()), {}
+    for stash in ("copy", "ulp"):
+        model = sharded(mesh, torch.float32)
+        opt = sam(model, stash=stash)
+        for number in range(2):
+            before = [p.to_local().detach().clone() for p in model.parameters()]
+            backward_on(model, mesh, torch.float32)(number)
+            opt.first_step(zero_grad=True)
+            backward_on(model, mesh, torch.float32)(number)
+            opt.restore_()
+            assert all(torch.equal(p.to_local(), w) for p, w in zip(model.parameters(), before, strict=True))
+            opt.step()
+        shards[stash] = [p.to_local().detach().clone() for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(shards["copy"], shards["ulp"], strict=True))
+
+
 def kept_unsharded() -> None:
     """set_reshard_after_backward(False): without resharding the next forward would not see what was written."""
     mesh = d.mesh_of(dist.get_world_size())
@@ -203,8 +221,8 @@ def test_every_case_is_in_the_docs() -> None:
 TWO = {
     case.__name__: case
     for case in (
-        fsdp2, fsdp2_adaptive, fsdp2_float32, kept_unsharded, evaluated_while_perturbed, plain_beside_shards, offloaded,
-        tensor_parallel,
+        fsdp2, fsdp2_adaptive, fsdp2_float32, fsdp2_ulp, kept_unsharded, evaluated_while_perturbed, plain_beside_shards,
+        offloaded, tensor_parallel,
     )
 }  # fmt: skip
 FOUR = {case.__name__: case for case in (fsdp2, hsdp, several_meshes, fsdp2_with_tensor_parallel, recipes)}

@@ -11,6 +11,7 @@ namespace fastpost {
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+inline int64_t code_size(DType dtype) { return element_size(dtype) / 2; }  // of Code<T> in params.h
 
 inline namespace FASTPOST_ISA {
 

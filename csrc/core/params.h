@@ -16,6 +16,13 @@ struct AdamW {
 // Whose squares are summed: x (gradients); (|y| + eta) x (ASAM's norm, y the weights); x - y (how far weights have moved).
 enum class Squares : int { plain, scaled, difference };
 
+// The list beside the codes of a plan: word 0 counts the elements that wanted a place, of which the first `capacity` have
+// one in the words that follow.
+struct CodeList {
+  uint64_t* words;
+  int64_t capacity;
+};
+
 inline namespace FASTPOST_ISA {
 
 // scale = high * low with low a power of two, 1 unless scale leaves float's normal range. So an element's perturbation
@@ -115,6 +122,74 @@ struct SignBits<bf16> {
 };
 template <>
 struct SignBits<f16> : SignBits<bf16> {};
+
+FASTPOST_HD uint32_t bits_of(float x) { return float_bits(x); }
+FASTPOST_HD uint16_t bits_of(bf16 x) { return x.bits; }
+FASTPOST_HD uint16_t bits_of(f16 x) { return x.bits; }
+
+template <class T>
+FASTPOST_HD T of_bits(typename SignBits<T>::type bits) {
+  T x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// -- codes: w told by its distance from w + e ------------------------------------------------------------------------------
+//
+// Bit patterns in the order of the numbers they stand for (-0 is just below +0), counted modulo 2^16 or 2^32, so that a
+// distance is exact whatever the two are. A distance that does not fit into its code goes to a list with the bits of w.
+// Three codes are no distances.
+
+template <class T>
+struct CodeOf {
+  using type = int8_t;
+};
+template <>
+struct CodeOf<float> {
+  using type = int16_t;
+};
+template <class T>
+using Code = typename CodeOf<T>::type;
+
+template <class T>
+constexpr Code<T> kListed = static_cast<Code<T>>(1u << (8 * sizeof(Code<T>) - 1));  // the list has w
+template <class T>
+constexpr Code<T> kPending = kListed<T> + 1;  // the list was full: w has not been moved yet
+template <class T>
+constexpr Code<T> kZero = kListed<T> + 2;  // w is +0, as of layers that start at zero
+
+// The place of a bit pattern in that order; its own inverse.
+template <class T>
+FASTPOST_HD typename SignBits<T>::type ordered(typename SignBits<T>::type bits) {
+  using Bits = typename SignBits<T>::type;
+  const Bits negative = static_cast<Bits>(0u - static_cast<Bits>(bits >> (8 * sizeof(T) - 1)));
+  return static_cast<Bits>(bits ^ (negative & static_cast<Bits>(~SignBits<T>::sign)));
+}
+
+template <class T>
+FASTPOST_HD Code<T> encoded(typename SignBits<T>::type before, typename SignBits<T>::type after) {
+  using Bits = typename SignBits<T>::type;
+  const Bits distance = static_cast<Bits>(ordered<T>(after) - ordered<T>(before));
+  const Code<T> code = static_cast<Code<T>>(distance);
+  const Code<T> other = before == 0 ? kZero<T> : kListed<T>;
+  return static_cast<Bits>(code) == distance && code > kZero<T> ? code : other;
+}
+
+// w; of what is listed or pending, `after` itself.
+template <class T>
+FASTPOST_HD typename SignBits<T>::type decoded(Code<T> code, typename SignBits<T>::type after) {
+  using Bits = typename SignBits<T>::type;
+  const Bits near = ordered<T>(static_cast<Bits>(ordered<T>(after) - static_cast<Bits>(code)));
+  const Bits other = code == kZero<T> ? Bits{0} : after;
+  return code > kZero<T> ? near : other;
+}
+
+// An entry of the list: where the element stands (its chunk, of 16 bits for float and 32 for others, and its place in that),
+// and the bits of w.
+template <class T>
+FASTPOST_HD uint64_t listed(int64_t chunk, int64_t place, typename SignBits<T>::type bits) {
+  return (static_cast<uint64_t>(chunk) << 16 | static_cast<uint64_t>(place)) << (8 * sizeof(T)) | bits;
+}
 
 }  // namespace FASTPOST_ISA
 }  // namespace fastpost

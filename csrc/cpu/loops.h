@@ -33,6 +33,11 @@ struct ParamsLoops {
   // first, stream: where the elements stand in their tensor, and the tensor's number; they key the random bits.
   void (*perturb)(DType, void* w, const void* g, void* stash, int64_t n, uint64_t first, uint32_t stream, const PerturbLoop&,
                   double* sums);
+  // The same with codes in the stash's place. pending: only of what found no room in the list before; sums are as if all
+  // did.
+  void (*perturb_coded)(DType, void* w, const void* g, void* codes, int64_t n, uint64_t first, uint32_t stream,
+                        int64_t chunk, const PerturbLoop&, const CodeList&, bool pending, double* sums);
+  void (*decode)(DType, void* w, const void* codes, int64_t n);
   void (*cast)(DType, void* w, const float* masters, int64_t n);
   void (*copy)(void* to, const void* from, int64_t bytes, bool stream);
   void (*negate)(DType, void* g, int64_t n);

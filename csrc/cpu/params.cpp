@@ -1,6 +1,7 @@
 // Parameter-list operations on the CPU: walks a plan with threads and folds the chunks' sums in a fixed order.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "api.h"
@@ -76,28 +77,42 @@ float* masters_of(const Plan& plan, const Chunk& chunk) {
   return reinterpret_cast<float*>(plan.at(kStash, {chunk.tensor, 0, 0})) + chunk.begin;
 }
 
-PerturbSums perturb(const Plan& plan, const Perturbation& how, double squared_norm, bool masters, const uint64_t* seed,
-                    int threads) {
+// Where the codes of a chunk begin; they are half as wide as the plan's elements.
+char* codes_of(const Plan& plan, const Chunk& chunk) {
+  return plan.at(kStash, {chunk.tensor, 0, 0}) + chunk.begin * code_size(plan.dtype());
+}
+
+PerturbLoop loop_of(const Plan& plan, const Perturbation& how, double squared_norm, bool masters, const uint64_t* seed) {
   const SplitScale scale = split_scale(how.rho / std::sqrt(squared_norm));
-  const PerturbLoop loop{scale.high,
-                         scale.low,
-                         how.adaptive,
-                         static_cast<float>(how.eta),
-                         how.compute_dtype,
-                         plan.bytes() >= kStreamBytes,
-                         masters,
-                         seed != nullptr,
-                         seed == nullptr ? 0 : *seed};
+  return {scale.high,
+          scale.low,
+          how.adaptive,
+          static_cast<float>(how.eta),
+          how.compute_dtype,
+          plan.bytes() >= kStreamBytes,
+          masters,
+          seed != nullptr,
+          seed == nullptr ? 0 : *seed};
+}
+
+// run(index of the chunk, chunk, its sums) for every chunk.
+template <class Run>
+PerturbSums summed(const Plan& plan, int threads, Run&& run) {
   std::vector<double> partial(plan.chunks().size() * kPerturbSums);
-  for_chunks(plan, threads, [&](int64_t index, const Chunk& chunk) {
-    void* stash = masters ? static_cast<void*>(masters_of(plan, chunk)) : plan.at(kStash, chunk);
-    params_loops().perturb(plan.dtype(), plan.at(kWeight, chunk), plan.at(kGrad, chunk), stash, chunk.length,
-                           static_cast<uint64_t>(chunk.begin), plan.stream(chunk.tensor), loop,
-                           &partial[index * kPerturbSums]);
-  });
+  for_chunks(plan, threads, [&](int64_t index, const Chunk& chunk) { run(index, chunk, &partial[index * kPerturbSums]); });
   double sums[kPerturbSums] = {};
   for (size_t i = 0; i < partial.size(); ++i) sums[i % kPerturbSums] += partial[i];
   return {sums[kIntendedSq], sums[kStoredSq], sums[kStoredDot], sums[kSeenSq], sums[kSeenDot], sums[kChanged]};
+}
+
+PerturbSums perturb(const Plan& plan, const Perturbation& how, double squared_norm, bool masters, const uint64_t* seed,
+                    int threads) {
+  const PerturbLoop loop = loop_of(plan, how, squared_norm, masters, seed);
+  return summed(plan, threads, [&](int64_t, const Chunk& chunk, double* sums) {
+    void* stash = masters ? static_cast<void*>(masters_of(plan, chunk)) : plan.at(kStash, chunk);
+    params_loops().perturb(plan.dtype(), plan.at(kWeight, chunk), plan.at(kGrad, chunk), stash, chunk.length,
+                           static_cast<uint64_t>(chunk.begin), plan.stream(chunk.tensor), loop, sums);
+  });
 }
 
 }  // namespace
@@ -123,6 +138,41 @@ PerturbSums sam_perturb_masters(const Plan& plan, const Perturbation& how, doubl
   if (moves(how.rho, squared_norm)) return perturb(plan, how, squared_norm, true, nullptr, threads);
   sam_cast(plan, threads);
   return {};
+}
+
+PerturbSums sam_perturb_coded(const Plan& plan, const Perturbation& how, double squared_norm, const uint64_t* seed,
+                              const CodeList& list, bool pending, int threads) {
+  if (!pending) *list.words = 0;
+  if (!moves(how.rho, squared_norm)) {
+    for_chunks(plan, threads, [&](int64_t, const Chunk& chunk) {
+      memset(codes_of(plan, chunk), 0, chunk.length * code_size(plan.dtype()));
+    });
+    return {};
+  }
+  const PerturbLoop loop = loop_of(plan, how, squared_norm, false, seed);
+  return summed(plan, threads, [&](int64_t index, const Chunk& chunk, double* sums) {
+    params_loops().perturb_coded(plan.dtype(), plan.at(kWeight, chunk), plan.at(kGrad, chunk), codes_of(plan, chunk),
+                                 chunk.length, static_cast<uint64_t>(chunk.begin), plan.stream(chunk.tensor), index, loop,
+                                 list, pending, sums);
+  });
+}
+
+void sam_decode(const Plan& plan, const CodeList& list, int threads) {
+  for_chunks(plan, threads, [&](int64_t, const Chunk& chunk) {
+    params_loops().decode(plan.dtype(), plan.at(kWeight, chunk), codes_of(plan, chunk), chunk.length);
+  });
+  const int64_t entries = std::min(static_cast<int64_t>(*list.words), list.capacity);
+  constexpr int64_t kEntries = int64_t{1} << 12;  // per task
+  with_dtype(plan.dtype(), [&](auto t) {
+    using Bits = typename SignBits<decltype(t)>::type;
+    parallel_for((entries + kEntries - 1) / kEntries, worth(plan.elements(), threads), [&](int64_t task) {
+      for (int64_t i = task * kEntries; i < std::min(entries, (task + 1) * kEntries); ++i) {
+        const uint64_t word = list.words[1 + i], where = word >> (8 * sizeof(Bits));
+        const Chunk& chunk = plan.chunks()[where >> 16];
+        reinterpret_cast<Bits*>(plan.at(kWeight, chunk))[where & 0xffffu] = static_cast<Bits>(word);
+      }
+    });
+  });
 }
 
 void sam_cast(const Plan& plan, int threads) {

@@ -181,6 +181,96 @@ void perturb_chunk(T* w, const T* g, void* stash, int64_t n, uint64_t first, uin
   }
 }
 
+// Codes of n elements; returns how many have to be listed.
+template <class T>
+int32_t encode_block(const T* before, const T* after, Code<T>* codes, int64_t n) {
+  int32_t listed = 0;
+#pragma omp simd reduction(+ : listed)
+  for (int64_t i = 0; i < n; ++i) {
+    using Bits = typename SignBits<T>::type;
+    const Code<T> code = encoded<T>(reinterpret_cast<const Bits*>(before)[i], reinterpret_cast<const Bits*>(after)[i]);
+    codes[i] = code;
+    listed += static_cast<int32_t>(code == kListed<T>);
+  }
+  return listed;
+}
+
+// Lists the elements whose code is `which`, `wanted` of them; those that find no room are pending, and stay w.
+template <class T>
+void list_block(const T* before, T* after, Code<T>* codes, int64_t n, Code<T> which, int64_t wanted, int64_t chunk,
+                int64_t begin, const CodeList& list) {
+  using Bits = typename SignBits<T>::type;
+  int64_t slot = static_cast<int64_t>(__atomic_fetch_add(list.words, static_cast<uint64_t>(wanted), __ATOMIC_RELAXED));
+  const auto put = [&](int64_t i) {
+    if (codes[i] != which) return;
+    const bool fits = slot < list.capacity;
+    codes[i] = fits ? kListed<T> : kPending<T>;
+    if (fits)
+      list.words[1 + slot] = listed<T>(chunk, begin + i, reinterpret_cast<const Bits*>(before)[i]);
+    else
+      after[i] = before[i];
+    ++slot;
+  };
+  // Few are sought, so words of 64 bits are looked at, in which one of them shows as a lane of zeros.
+  using Lane = typename SignBits<bf16>::type;
+  constexpr int64_t lanes = sizeof(uint64_t) / sizeof(Code<T>);
+  constexpr uint64_t ones = sizeof(Code<T>) == 1 ? 0x0101010101010101u : 0x0001000100010001u;
+  constexpr uint64_t sought = ones * static_cast<Lane>(sizeof(Code<T>) == 1 ? 0x80u : 0x8000u);
+  const uint64_t pattern = sought + ones * static_cast<uint64_t>(which - kListed<T>);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    uint64_t word;
+    memcpy(&word, codes + i, sizeof word);
+    word ^= pattern;
+    if (((word - ones) & ~word & sought) == 0) continue;
+    for (int64_t k = 0; k < lanes; ++k) put(i + k);
+  }
+  for (; i < n; ++i) put(i);
+}
+
+template <class T, class Seen, bool adaptive>
+void perturb_coded_chunk(T* w, const T* g, Code<T>* codes, int64_t n, uint64_t first, uint32_t stream, int64_t chunk,
+                         const PerturbLoop& how, const CodeList& list, bool pending, double* sums) {
+  T after[kBlock];
+  Code<T> fresh[kBlock];
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t m = least(kBlock, n - i);
+    int64_t waiting = 0;
+    if (pending) {
+      for (int64_t k = 0; k < m; ++k) waiting += codes[i + k] == kPending<T>;
+      if (waiting == 0) continue;
+    }
+    if constexpr (sizeof(T) == 2) {
+      if (how.stochastic) {
+        uint16_t halves[kBlock];
+        random_halves(how.seed, first + i, stream, m, halves);
+        perturb_block<T, T, Seen, adaptive, true>(after, w + i, g + i, halves, m, how, sums);
+      } else {
+        perturb_block<T, T, Seen, adaptive, false>(after, w + i, g + i, nullptr, m, how, sums);
+      }
+    } else {
+      perturb_block<T, T, Seen, adaptive, false>(after, w + i, g + i, nullptr, m, how, sums);
+    }
+    if (pending) {
+      for (int64_t k = 0; k < m; ++k)
+        if (codes[i + k] != kPending<T>) after[k] = w[i + k];
+      list_block(w + i, after, codes + i, m, kPending<T>, waiting, chunk, i, list);
+    } else {
+      const int32_t wanted = encode_block(w + i, after, fresh, m);
+      if (wanted != 0) list_block(w + i, after, fresh, m, kListed<T>, wanted, chunk, i, list);
+      copy(codes + i, fresh, m * static_cast<int64_t>(sizeof(Code<T>)), how.stream);
+    }
+    memcpy(w + i, after, m * sizeof(T));
+  }
+}
+
+template <class T>
+void decode_of(T* w, const Code<T>* codes, int64_t n) {
+  auto* bits = reinterpret_cast<typename SignBits<T>::type*>(w);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) bits[i] = decoded<T>(codes[i], bits[i]);
+}
+
 template <class T>
 void cast_of(T* w, const float* masters, int64_t n) {
 #pragma omp simd
@@ -263,6 +353,26 @@ void perturb(DType dtype, void* w, const void* g, void* stash, int64_t n, uint64
   });
 }
 
+void perturb_coded(DType dtype, void* w, const void* g, void* codes, int64_t n, uint64_t first, uint32_t stream,
+                   int64_t chunk, const PerturbLoop& how, const CodeList& list, bool pending, double* sums) {
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    with_dtype(how.compute_dtype, [&](auto s) {
+      using Seen = decltype(s);
+      const auto run = how.adaptive ? perturb_coded_chunk<T, Seen, true> : perturb_coded_chunk<T, Seen, false>;
+      run(static_cast<T*>(w), static_cast<const T*>(g), static_cast<Code<T>*>(codes), n, first, stream, chunk, how, list,
+          pending, sums);
+    });
+  });
+}
+
+void decode(DType dtype, void* w, const void* codes, int64_t n) {
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    decode_of(static_cast<T*>(w), static_cast<const Code<T>*>(codes), n);
+  });
+}
+
 void cast(DType dtype, void* w, const float* masters, int64_t n) {
   with_dtype(dtype, [&](auto t) { cast_of(static_cast<decltype(t)*>(w), masters, n); });
 }
@@ -292,7 +402,7 @@ void restore_adamw(DType dtype, void* w, const void* g, const void* stash, void*
 }  // namespace
 
 extern const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA);
-const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA) = {squares, perturb, cast,       copy,
-                                                                 negate,  scale,   flip_signs, restore_adamw};
+const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA) = {squares, perturb, perturb_coded, decode,     cast,
+                                                                 copy,    negate,  scale,         flip_signs, restore_adamw};
 
 }  // namespace fastpost::cpu

@@ -76,19 +76,107 @@ struct Held {
 template <class T, class Seen, bool stochastic>
 constexpr bool kPerturbFolds = !(stochastic && std::is_same_v<T, f16> && !std::is_same_v<T, Seen>);
 
-// Stochastic: column 3 of the table is the tensor's number, which keys its random bits.
-template <class T, class Seen, bool adaptive, bool stochastic, class List>
-__global__ void __launch_bounds__(kThreads, kPair)
+// How w is kept in column 2: before w + e is known, or when it is.
+template <class T>
+struct Copies {
+  using Kept = T;
+  static constexpr bool codes = false;
+  T* stash;
+
+  __device__ Copies(T* stash, const CodeList&, int64_t) : stash(stash) {}
+  __device__ __forceinline__ void keep(int i, const Pack<T>& held, bool wide) const { store_pack(stash + i, held, wide); }
+  __device__ __forceinline__ void keep(int i, T held) const { stash[i] = held; }
+  __device__ __forceinline__ void code(int, const Pack<T>&, Pack<T>&, bool) const {}
+  __device__ __forceinline__ void code(int, T, T&) const {}
+};
+
+// The codes of one pack, in one access where that is possible.
+template <class T>
+struct alignas(8) CodePack {
+  Code<T> value[Pack<T>::size];
+};
+
+// As codes (core/params.h). What neither a code nor the list has room for is pending, and stays w.
+template <class T>
+struct Codes {
+  using Kept = Code<T>;
+  static constexpr bool codes = true;
+  Code<T>* stash;
+  CodeList list;
+  int64_t chunk;
+
+  __device__ Codes(Code<T>* stash, const CodeList& list, int64_t chunk) : stash(stash), list(list), chunk(chunk) {}
+  __device__ __forceinline__ void keep(int, const Pack<T>&, bool) const {}
+  __device__ __forceinline__ void keep(int, T) const {}
+  // Lists `count` elements of `which` code among these; the place of the first is i.
+  template <int count>
+  __device__ __forceinline__ void enter(int i, const T (&held)[count], T (&written)[count], Code<T> (&code)[count],
+                                        Code<T> which, int wanted) const {
+    unsigned long long slot =
+        atomicAdd(reinterpret_cast<unsigned long long*>(list.words), static_cast<unsigned long long>(wanted));
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      if (code[k] != which) continue;
+      const bool fits = slot < static_cast<unsigned long long>(list.capacity);
+      if (fits)
+        list.words[1 + slot] = listed<T>(chunk, i + k, bits_of(held[k]));
+      else
+        written[k] = held[k];
+      code[k] = fits ? kListed<T> : kPending<T>;
+      ++slot;
+    }
+  }
+  template <int count>
+  __device__ __forceinline__ void encode(int i, const T (&held)[count], T (&written)[count], Code<T> (&code)[count]) const {
+    int wanted = 0;
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      code[k] = encoded<T>(bits_of(held[k]), bits_of(written[k]));
+      wanted += code[k] == kListed<T>;
+    }
+    if (wanted != 0) enter(i, held, written, code, kListed<T>, wanted);
+  }
+  __device__ __forceinline__ void code(int i, const Pack<T>& held, Pack<T>& written, bool wide) const {
+    CodePack<T> pack;
+    encode(i, held.value, written.value, pack.value);
+    put(i, pack, wide);
+  }
+  __device__ __forceinline__ void code(int i, T held, T& written) const {
+    const T before[1] = {held};
+    T after[1] = {written};
+    Code<T> code[1];
+    encode(i, before, after, code);
+    written = after[0];
+    stash[i] = code[0];
+  }
+  __device__ __forceinline__ void put(int i, const CodePack<T>& pack, bool wide) const {
+    if (wide) {
+      uint2 raw;
+      memcpy(&raw, &pack, sizeof raw);
+      __stwb(reinterpret_cast<uint2*>(stash + i), raw);
+    } else {
+#pragma unroll
+      for (int k = 0; k < Pack<T>::size; ++k) stash[i + k] = pack.value[k];
+    }
+  }
+};
+
+// Stochastic: column 3 of the table is the tensor's number, which keys its random bits. The list is of codes alone.
+// With both, 64 registers do not hold a thread's numbers, so one block has the multiprocessor to itself.
+template <class T, class Seen, bool adaptive, bool stochastic, template <class> class Keep, class List>
+__global__ void __launch_bounds__(kThreads, stochastic&& Keep<T>::codes ? 1 : kPair)
     sam_perturb_kernel(const __grid_constant__ List table, double rho, float eta, const double* __restrict__ squared_norm,
-                       const int64_t* __restrict__ seed, const SumsOf sums) {
+                       const int64_t* __restrict__ seed, const CodeList list, const SumsOf sums) {
   constexpr int size = Pack<T>::size;
-  constexpr int together = stochastic && std::is_same_v<T, f16> ? 1 : 2;  // as 64 registers allow
+  constexpr int together = (stochastic && std::is_same_v<T, f16>) || Keep<T>::codes ? 1 : 2;  // as 64 registers allow
   const Step step = step_of(rho, *squared_norm);
   const uint64_t key = stochastic ? static_cast<uint64_t>(*seed) : 0;
   const auto place = locate(table, blockIdx.x);
   T* w = place.template at<T>(0);
   const T* g = place.template at<T>(1);
-  T* stash = place.template at<T>(2);
+  using Kept = typename Keep<T>::Kept;
+  Kept* stash = place.template at<Kept>(2);
+  const Keep<T> stashed(stash, list, place.chunk);
   Moved<T, Seen> moved;
   const auto words_of = [&](int i) {
     if constexpr (stochastic)
@@ -100,9 +188,13 @@ __global__ void __launch_bounds__(kThreads, kPair)
     return adaptive ? perturbation(gradient, step.scale, before, eta) : perturbation(gradient, step.scale);
   };
   if (!step.moves) {  // w keeps its bits, which are more than its value plus zero
-    walk<T, 4>(
-        place.length, aligned(w) && aligned(stash), [&](int i, bool wide) { return load_pack(w + i, wide); },
-        [&](int i, const Pack<T>& held, bool wide) { store_pack(stash + i, held, wide); }, [&](int i) { stash[i] = w[i]; });
+    if constexpr (Keep<T>::codes)
+      for (int i = threadIdx.x; i < place.length; i += kThreads) stash[i] = 0;
+    else
+      walk<T, 4>(
+          place.length, aligned(w) && aligned(stash), [&](int i, bool wide) { return load_pack(w + i, wide); },
+          [&](int i, const Pack<T>& held, bool wide) { store_pack(stash + i, held, wide); },
+          [&](int i) { stash[i] = w[i]; });
     moved.template store<kPerturbFolds<T, Seen, stochastic>>(sums, place.chunk);
     return;
   }
@@ -110,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
       place.length, aligned(w) && aligned(g) && aligned(stash),
       [&](int i, bool wide) { return Held<T>{load_pack(w + i, wide), load_pack(g + i, wide)}; },
       [&](int i, const Held<T>& held, bool wide) {
-        store_pack(stash + i, held.ws, wide);
+        stashed.keep(i, held.ws, wide);
         const PhiloxWords words = words_of(i);
         float before[size], e[size], after[size];
         unpack(held.ws, before);
@@ -126,22 +218,107 @@ __global__ void __launch_bounds__(kThreads, kPair)
         if constexpr (!stochastic) written = rounded<T>(after);
         unpack(written, after);
         moved.add(e, before, after);
+        stashed.code(i, held.ws, written, wide);
         store_pack(w + i, written, wide);
       },
       [&](int i) {
         const T old = w[i];
-        stash[i] = old;
+        stashed.keep(i, old);
         const PhiloxWords words = words_of(i);
         const unsigned which = i % 8 / 2;  // indexing with it would put the words into local memory
         const uint32_t word =
             which < 2 ? (which == 0 ? words.word[0] : words.word[1]) : (which == 2 ? words.word[2] : words.word[3]);
         const float before = widened(old), e = step_at(before, widened(g[i]));
-        const T written =
-            stochastic ? round_randomly<T>(before + e, word >> (i % 2 * 16) & 0xffffu) : from_float<T>(before + e);
+        T written = stochastic ? round_randomly<T>(before + e, word >> (i % 2 * 16) & 0xffffu) : from_float<T>(before + e);
         moved.add({e, 0.0f}, {before, 0.0f}, {widened(written), 0.0f});
+        stashed.code(i, old, written);
         w[i] = written;
       });
   moved.template store<kPerturbFolds<T, Seen, stochastic>>(sums, place.chunk);
+}
+
+// What found no room in the list before: perturbed now, as sam_perturb_kernel would have.
+template <class T, bool adaptive, bool stochastic, class List>
+__global__ void __launch_bounds__(kThreads, kPair)
+    perturb_pending_kernel(const __grid_constant__ List table, double rho, float eta,
+                           const double* __restrict__ squared_norm, const int64_t* __restrict__ seed, const CodeList list) {
+  const Step step = step_of(rho, *squared_norm);
+  const auto place = locate(table, blockIdx.x);
+  T* w = place.template at<T>(0);
+  const T* g = place.template at<T>(1);
+  const Codes<T> stashed(place.template at<Code<T>>(2), list, place.chunk);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < place.length; i += kThreads) {
+    if (stashed.stash[i] != kPending<T>) continue;
+    const T held[1] = {w[i]};
+    const float before = widened(held[0]), gradient = widened(g[i]);
+    const float e = adaptive ? perturbation(gradient, step.scale, before, eta) : perturbation(gradient, step.scale);
+    T written[1];
+    if constexpr (stochastic) {
+      const auto words = philox(static_cast<uint64_t>(*seed), static_cast<uint64_t>(place.begin + i) / 8,
+                                static_cast<uint32_t>(place.entry->word[3]));
+      const unsigned which = i % 8 / 2;
+      const uint32_t word =
+          which < 2 ? (which == 0 ? words.word[0] : words.word[1]) : (which == 2 ? words.word[2] : words.word[3]);
+      written[0] = round_randomly<T>(before + e, word >> (i % 2 * 16) & 0xffffu);
+    } else {
+      T pair[2];  // as packs are rounded, whose NaNs have other bits
+      round_pair(before + e, before + e, pair);
+      written[0] = i < place.length / Pack<T>::size * Pack<T>::size ? pair[0] : from_float<T>(before + e);
+    }
+    Code<T> code[1] = {kPending<T>};
+    stashed.enter(i, held, written, code, kPending<T>, 1);
+    w[i] = written[0];
+    stashed.stash[i] = code[0];
+  }
+}
+
+// w from w + e and codes; what is listed or pending stays as it is.
+template <class T, class List>
+__global__ void __launch_bounds__(kThreads, kPair) decode_kernel(const __grid_constant__ List table) {
+  struct HeldCodes {
+    Pack<T> ws;
+    CodePack<T> codes;
+  };
+  const auto place = locate(table, blockIdx.x);
+  T* w = place.template at<T>(0);
+  const Code<T>* codes = place.template at<Code<T>>(1);
+  const auto origin = [](T held, Code<T> code) { return of_bits<T>(decoded<T>(code, bits_of(held))); };
+  walk<T, 2>(
+      place.length, aligned(w) && (reinterpret_cast<uintptr_t>(codes) & 7u) == 0,
+      [&](int i, bool wide) {
+        HeldCodes held;
+        held.ws = load_pack(w + i, wide);
+        if (wide) {
+          const uint2 raw = __ldcs(reinterpret_cast<const uint2*>(codes + i));
+          memcpy(&held.codes, &raw, sizeof raw);
+        } else {
+#pragma unroll
+          for (int k = 0; k < Pack<T>::size; ++k) held.codes.value[k] = codes[i + k];
+        }
+        return held;
+      },
+      [&](int i, HeldCodes& held, bool wide) {
+#pragma unroll
+        for (int k = 0; k < Pack<T>::size; ++k) held.ws.value[k] = origin(held.ws.value[k], held.codes.value[k]);
+        store_pack(w + i, held.ws, wide);
+      },
+      [&](int i) { w[i] = origin(w[i], codes[i]); });
+}
+
+// w of what is listed.
+template <class T, class List>
+__global__ void __launch_bounds__(kThreads) put_listed_kernel(const __grid_constant__ List table, const CodeList list) {
+  using Bits = typename SignBits<T>::type;
+  const uint64_t wanted = *list.words, capacity = static_cast<uint64_t>(list.capacity);
+  const uint64_t entries = wanted < capacity ? wanted : capacity;
+#pragma unroll 1
+  for (uint64_t k = uint64_t{blockIdx.x} * kThreads + threadIdx.x; k < entries; k += uint64_t{gridDim.x} * kThreads) {
+    const uint64_t word = list.words[1 + k], where = word >> (8 * sizeof(T));
+    const int64_t chunk = static_cast<int64_t>(where >> 16) - table.first_chunk;
+    if (chunk < 0 || chunk >= table.chunks) continue;  // another launch's
+    locate(table, static_cast<int>(chunk)).template at<T>(0)[where & 0xffffu] = of_bits<T>(static_cast<Bits>(word));
+  }
 }
 
 // float32 masters, as many as 16 bytes of T hold elements.
@@ -336,9 +513,18 @@ void with_types(DType dtype, DType compute_dtype, F&& body) {
 
 }  // namespace
 
-void sam_perturb(const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed,
-                 const SumRoom& room, int device, void* stream) {
-  const Call call("sam_perturb_", device, stream);
+namespace {
+
+// Weights, gradients, stash, and the number of each tensor, which keys its random bits.
+std::vector<Entry<4>> numbered_rows(const Plan& plan) {
+  auto rows = tensor_rows<4>(plan, {kWeight, kGrad, kStash, kStash});
+  for (int64_t i = 0; i < plan.tensors(); ++i) rows[i].word[3] = plan.stream(i);
+  return rows;
+}
+
+// list: null where the stash is a copy.
+void perturb(const Call& call, const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed,
+             const CodeList* list, const SumRoom& room) {
   const float eta = static_cast<float>(how.eta);
   with_types(plan.dtype(), how.compute_dtype, [&](auto t, auto s) {
     using T = decltype(t);
@@ -346,18 +532,20 @@ void sam_perturb(const Plan& plan, const Perturbation& how, const double* square
     const auto launch = [&](const auto& rows, auto stochastic, const SumsOf& sums) {
       launch_list(
           call, rows,
-          [&](auto list) {
-            using List = typename decltype(list)::type;
+          [&](auto table) {
+            using List = typename decltype(table)::type;
             constexpr bool random = decltype(stochastic)::value;
-            return how.adaptive ? sam_perturb_kernel<T, Seen, true, random, List>
-                                : sam_perturb_kernel<T, Seen, false, random, List>;
+            if (list != nullptr)
+              return how.adaptive ? sam_perturb_kernel<T, Seen, true, random, Codes, List>
+                                  : sam_perturb_kernel<T, Seen, false, random, Codes, List>;
+            return how.adaptive ? sam_perturb_kernel<T, Seen, true, random, Copies, List>
+                                : sam_perturb_kernel<T, Seen, false, random, Copies, List>;
           },
-          how.rho, eta, squared_norm, seed, sums);
+          how.rho, eta, squared_norm, seed, list == nullptr ? CodeList{} : *list, sums);
     };
     if constexpr (sizeof(T) == 2) {
       if (seed != nullptr) {
-        auto rows = tensor_rows<4>(plan, {kWeight, kGrad, kStash, kStash});
-        for (int64_t i = 0; i < plan.tensors(); ++i) rows[i].word[3] = plan.stream(i);
+        const auto rows = numbered_rows(plan);
         SumRoom here = room;
         if (!kPerturbFolds<T, Seen, true>) here.ticket = nullptr;
         return launch_sums<kSums, 4>(call, plan, rows.size(), here,
@@ -366,6 +554,49 @@ void sam_perturb(const Plan& plan, const Perturbation& how, const double* square
     }
     const auto rows = tensor_rows<3>(plan, {kWeight, kGrad, kStash});
     launch_sums<kSums, 3>(call, plan, rows.size(), room, [&](const SumsOf& sums) { launch(rows, std::false_type{}, sums); });
+  });
+}
+
+}  // namespace
+
+void sam_perturb(const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed,
+                 const SumRoom& room, int device, void* stream) {
+  perturb(Call("sam_perturb_", device, stream), plan, how, squared_norm, seed, nullptr, room);
+}
+
+void sam_perturb_coded(const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed,
+                       const CodeList& list, const SumRoom& room, int device, void* stream) {
+  perturb(Call("sam_perturb_coded_", device, stream), plan, how, squared_norm, seed, &list, room);
+}
+
+void sam_perturb_pending(const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed,
+                         const CodeList& list, int device, void* stream) {
+  const Call call("sam_perturb_coded_", device, stream);
+  const auto rows = numbered_rows(plan);
+  const float eta = static_cast<float>(how.eta);
+  with_dtype(plan.dtype(), [&](auto t) {
+    using T = decltype(t);
+    launch_list(
+        call, rows,
+        [&](auto table) {
+          using List = typename decltype(table)::type;
+          if constexpr (sizeof(T) == 2)
+            if (seed != nullptr)
+              return how.adaptive ? perturb_pending_kernel<T, true, true, List>
+                                  : perturb_pending_kernel<T, false, true, List>;
+          return how.adaptive ? perturb_pending_kernel<T, true, false, List> : perturb_pending_kernel<T, false, false, List>;
+        },
+        how.rho, eta, squared_norm, seed, list);
+  });
+}
+
+void sam_decode(const Plan& plan, const CodeList& list, int device, void* stream) {
+  const Call call("sam_decode_", device, stream);
+  const auto rows = tensor_rows<2>(plan, {kWeight, kStash});
+  with_dtype(plan.dtype(), [&](auto t) {
+    using T = decltype(t);
+    launch_list<kPieceElements>(call, rows, [](auto table) { return decode_kernel<T, typename decltype(table)::type>; });
+    launch_list(call, rows, [](auto table) { return put_listed_kernel<T, typename decltype(table)::type>; }, list);
   });
 }
 

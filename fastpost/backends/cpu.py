@@ -16,6 +16,7 @@ from fastpost.backends.serving import (
     address,
     address_and_stride,
     addresses_and_strides,
+    coded,
     contiguous,
     contiguous_floats,
     operand_dtype,
@@ -86,6 +87,29 @@ def sam_perturb_(
         _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(compute_dtype), squared, _seed(seed), _threads()
     )
     return sums
+
+
+def sam_perturb_coded_(
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype, seed: Tensor | None = None
+) -> Tensor:
+    codes = coded(bucket)
+
+    def run(pending: bool) -> Tensor:
+        sums: Tensor = native.core().cpu.sam_perturb_coded(
+            _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(compute_dtype), squared, _seed(seed),
+            codes.words.data_ptr(), codes.capacity, pending, _threads(),
+        )  # fmt: skip
+        return sums
+
+    sums = run(pending=False)
+    if codes.grown():
+        run(pending=True)
+    return sums
+
+
+def sam_decode_(bucket: Bucket) -> None:
+    codes = coded(bucket)
+    native.core().cpu.sam_decode(_plan(bucket), codes.words.data_ptr(), codes.capacity, _threads())
 
 
 def sam_perturb_masters_(

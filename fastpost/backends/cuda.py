@@ -16,6 +16,7 @@ from fastpost.backends.serving import (
     address,
     address_and_stride,
     addresses_and_strides,
+    coded,
     contiguous,
     contiguous_floats,
     number_on,
@@ -148,6 +149,29 @@ def sam_perturb_(
     squared, seed = number_on(bucket.device, squared), seed_on(bucket.device, seed)
     how = (rho, eta is not None, eta or 0.0, _dtype(compute_dtype), squared.data_ptr(), address(seed))
     return _summed(bucket, _SUMS, native.core().cuda.sam_perturb, *how)
+
+
+def sam_perturb_coded_(
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype, seed: Tensor | None = None
+) -> Tensor:
+    """Waits for the device: how many elements found no room in the list is read, and memory made for them."""
+    if _is_captured():
+        raise RuntimeError(
+            "SAM: stash='ulp' reads a count at every ascent, which a graph that is captured cannot; use stash='copy'"
+        )
+    core, codes = native.core().cuda, coded(bucket)
+    squared, seed = number_on(bucket.device, squared), seed_on(bucket.device, seed)
+    how = (rho, eta is not None, eta or 0.0, _dtype(compute_dtype), squared.data_ptr(), address(seed))
+    codes.words[:1].zero_()
+    sums = _summed(bucket, _SUMS, core.sam_perturb_coded, *how, codes.words.data_ptr(), codes.capacity)
+    if codes.grown():
+        core.sam_perturb_pending(_plan(bucket), *how, codes.words.data_ptr(), codes.capacity, *_where(bucket.device))
+    return sums
+
+
+def sam_decode_(bucket: Bucket) -> None:
+    codes = coded(bucket)
+    native.core().cuda.sam_decode(_plan(bucket), codes.words.data_ptr(), codes.capacity, *_where(bucket.device))
 
 
 def sam_perturb_masters_(

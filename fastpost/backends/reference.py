@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.backends.serving import number_on, seed_on
+from fastpost.backends.serving import coded, number_on, seed_on
 from fastpost.plan import Bucket
 from fastpost.row_tasks import DistillationTask, DivergenceTask, OperandTask
 
@@ -195,6 +195,85 @@ def sam_restore_(bucket: Bucket) -> None:
     """w = stash, bit for bit."""
     for w, stash in zip(bucket.weights, bucket.stash, strict=True):
         w.copy_(stash)
+
+
+# A stash of codes (csrc/core/params.h). Codes that are no distances: w is in the list; +0.
+_LISTED, _ZERO = 0, 2  # above the least number of the code's dtype
+
+
+@torch.no_grad()
+def sam_perturb_coded_(
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype, seed: Tensor | None = None
+) -> Tensor:
+    """As `sam_perturb_`, with the distance of w + e from w in the stash, counted in numbers of the weights' dtype.
+
+    A distance that does not fit into the stash's dtype goes to the list, as the bits of w.
+    """
+    codes = coded(bucket)
+    codes.origins = origins = [w.clone() for w in bucket.weights]
+    bucket.stashed = True
+    sums = _perturb(bucket, origins, squared, rho, eta, compute_dtype, seed)
+    entries = [torch.zeros(1, dtype=torch.int64, device=bucket.device)]
+    chunk = 0
+    for w, stash, origin in zip(bucket.weights, bucket.stash, origins, strict=True):
+        before, after = (_bits_in_memory_order(t, stash) for t in (origin, w))
+        least, bits = torch.iinfo(stash.dtype).min, 8 * w.dtype.itemsize
+        distance = _signed(_ordered(after, bits) - _ordered(before, bits), bits)
+        fits = (distance > least + _ZERO) & (distance < -least)
+        code = torch.where(before == 0, least + _ZERO, least + _LISTED)
+        code = torch.where(fits, distance, code)
+        _in_memory_order(stash).copy_(code)
+        (place,) = torch.nonzero(code == least + _LISTED, as_tuple=True)
+        entries.append(((chunk << 16) + place << bits) + before[place] % (1 << bits))
+        chunk += -(-w.numel() >> 16)
+    codes.words = torch.cat(entries)
+    codes.words[0] = codes.capacity
+    codes.origins = None
+    return sums
+
+
+@torch.no_grad()
+def sam_decode_(bucket: Bucket) -> None:
+    """w, bit for bit, from w + e, the codes and the list."""
+    codes = coded(bucket)
+    entries = codes.words[1 : 1 + int(codes.words[0])]
+    bits = 8 * bucket.dtype.itemsize
+    values, place = _signed(entries, bits), entries >> bits & ((1 << 64 - bits) - 1)
+    origins, chunk = [], 0
+    for w, stash in zip(bucket.weights, bucket.stash, strict=True):
+        after, code = _bits_in_memory_order(w, stash), _in_memory_order(stash).long()
+        least, chunks = torch.iinfo(stash.dtype).min, -(-w.numel() >> 16)
+        before = _ordered(_signed(_ordered(after, bits) - code, bits), bits)
+        before = torch.where(code > least + _ZERO, before, torch.where(code == least + _ZERO, 0, after))
+        mine = (place >> 16 >= chunk) & (place >> 16 < chunk + chunks)
+        before[place[mine] - (chunk << 16)] = values[mine]
+        chunk += chunks
+        placed = torch.empty_like(stash, dtype=torch.int32 if bits == 32 else torch.int16)
+        _in_memory_order(placed).copy_(before)
+        origins.append(placed.view(w.dtype))
+    codes.origins = origins  # before a weight is written: decoding begins with w + e
+    for w, origin in zip(bucket.weights, origins, strict=True):
+        w.copy_(origin)
+    bucket.stashed = False
+    codes.origins = None
+
+
+def _bits_in_memory_order(w: Tensor, stash: Tensor) -> Tensor:
+    """Bit patterns as signed integers, in int64 and in the order in which the stash lies in memory."""
+    placed = torch.empty_like(stash, dtype=torch.int64)
+    placed.copy_(w.resolve_neg().view(torch.int32 if w.dtype.itemsize == 4 else torch.int16))
+    return _in_memory_order(placed)
+
+
+def _signed(numbers: Tensor, bits: int) -> Tensor:
+    """Modulo 2^bits, in [-2^(bits - 1), 2^(bits - 1))."""
+    half = 1 << bits - 1
+    return (numbers + half) % (1 << bits) - half
+
+
+def _ordered(patterns: Tensor, bits: int) -> Tensor:
+    """Patterns as signed integers in the order of the numbers that they stand for; its own inverse."""
+    return torch.where(patterns < 0, patterns ^ ((1 << bits - 1) - 1), patterns)
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fastpost.plan import Bucket, CodeList
+
 # Each dtype with its name in the native core.
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -32,6 +34,12 @@ def refusal(
     if not walkable:
         return "the tensors' memory cannot be walked in step (mixed dtypes or strides that differ)"
     return None
+
+
+def coded(bucket: Bucket) -> CodeList:
+    """The list beside a stash of codes."""
+    assert bucket.codes is not None
+    return bucket.codes
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -89,6 +89,10 @@ class Layout:
         """Of the tensor of this row."""
         return self._shapes[row]
 
+    def stride(self, row: int) -> tuple[int, ...]:
+        """Of the tensor of this row."""
+        return self._strides[row]
+
     def shared_by(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors are laid out the same in every respect."""
         return all(self.change(row, t) is None for row, t in enumerate(tensors))
@@ -188,6 +192,7 @@ def has_lost_memory(w: Tensor) -> bool:
 
 
 Gradient = Callable[[Tensor], Tensor | None]
+Room = Callable[[plan.Bucket], "list[Tensor]"]  # fills the stash's column; returns what has to be kept along with it
 
 
 class ParameterBucket:
@@ -204,11 +209,12 @@ class ParameterBucket:
         walkable: whether weights and gradients can be walked by address, in step.
         sharded: whether any of them is cut over ranks.
         layout: of the weights that the bucket was built for. Those of another layout take another bucket.
+        kept: what its stash has beside the column.
         moved: whether the weights lie elsewhere than when the bucket took gradients before, or have moved since.
     """
 
     def __init__(
-        self, bucket: plan.Bucket, params: list[Tensor], group: int, key: Hashable, rows: list[int], stash: bool
+        self, bucket: plan.Bucket, params: list[Tensor], group: int, key: Hashable, rows: list[int], room: Room | None
     ) -> None:
         self.bucket = bucket
         self.params = params
@@ -224,10 +230,19 @@ class ParameterBucket:
         ops.follow(bucket, held=not self.sharded)
         self.elements = sum(p.numel() for p in bucket.weights)
         self.elements_everywhere = sum(p.numel() for p in params)
-        # The buffer is kept along with its views, so that spans know the stash's padding to be its own.
-        self._stash_buffer: Tensor | None = None
-        if stash:
-            self._stash_buffer, bucket.stash = plan.flat_like(bucket.weights)
+        self.kept: list[Tensor] = []
+        if room is not None:
+            self.keep(room)
+
+    def keep(self, room: Room) -> None:
+        """Has this stash from now on."""
+        self.kept = room(self.bucket)
+
+    @property
+    def stash_bytes(self) -> int:
+        """What is kept between the two passes so that w can be put back."""
+        codes = self.bucket.codes
+        return sum(t.nbytes for t in self.kept) + (0 if codes is None else codes.words.nbytes)
 
     def point(self, grads: list[Tensor]) -> bool:
         """Takes these gradients; False when the bucket has to be built anew."""
@@ -283,12 +298,12 @@ class BucketCache:
     """The buckets of all parameters that have a gradient; built and checked only when that set or a layout changes.
 
     Args:
-        stash: whether each bucket keeps room for a copy of its weights.
+        room: fills the stash's column of a bucket; None where nothing is stashed.
         reducer: tells which parameters are summed together.
     """
 
-    def __init__(self, stash: bool, reducer: ShardReducer) -> None:
-        self._stash = stash
+    def __init__(self, room: Room | None, reducer: ShardReducer) -> None:
+        self._room = room
         self._reducer = reducer
         self._key: tuple[int, ...] = ()
         self._buckets: list[ParameterBucket] = []
@@ -318,6 +333,11 @@ class BucketCache:
         finally:
             for b in self._buckets:
                 b.bucket.release_gradients()
+
+    @property
+    def stash_bytes(self) -> int:
+        """Of all buckets."""
+        return sum(b.stash_bytes for b in self._buckets)
 
     def hold(self, groups: list[dict[str, Any]]) -> bool:
         """Whether these groups are known to hold the very parameters that they held when `of` was entered last."""
@@ -370,7 +390,7 @@ class BucketCache:
             buckets = ops.make_buckets(weights=[weights[i] for i in rows], grads=[grads[i] for i in rows], streams=rows)
             for bucket in buckets:
                 mine = [params[i] for i in bucket.streams]
-                result.append(ParameterBucket(bucket, mine, group, key, bucket.streams, self._stash))
+                result.append(ParameterBucket(bucket, mine, group, key, bucket.streams, self._room))
         return result
 
     def _check_written(self, weights: list[Tensor]) -> None:

@@ -181,10 +181,8 @@ class FunctionalPerturbation(Perturbation):
             served; a parameter must be used through the forward of the module that owns it.
     """
 
-    stash = False
-
     def __init__(self, reducer: ShardReducer, model: nn.Module) -> None:
-        super().__init__(reducer)
+        super().__init__(reducer, None)
         self._model = model
         self._install()
 
@@ -315,7 +313,7 @@ class FunctionalPerturbation(Perturbation):
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_model": self._model, "_reducer": self._reducer, "_noted": []}
+        return {"_model": self._model, "_reducer": self._reducer, "stash": None, "_noted": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

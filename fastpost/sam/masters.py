@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from fastpost.distributed import is_sharded
 from fastpost.ops import params as ops
-from fastpost.sam.buckets import ParameterBucket, ShardReducer
+from fastpost.sam.buckets import Change, ParameterBucket, ShardReducer
 from fastpost.sam.perturbation import Perturbation, PerturbParams
 
 SERVED = (torch.bfloat16, torch.float16)  # dtypes of parameters that have masters
@@ -32,10 +32,8 @@ class MasterPerturbation(Perturbation):
         TypeError, ValueError: counts, shapes, dtypes or devices do not fit, or a weight is not the cast of its master.
     """
 
-    stash = False
-
     def __init__(self, reducer: ShardReducer, params: Any, masters: Iterable[Tensor]) -> None:
-        super().__init__(reducer)
+        super().__init__(reducer, None)
         self._given = list(params)
         self._masters = list(masters)
         self._weights = [p for group in self._given_groups() for p in group["params"]]
@@ -209,8 +207,8 @@ class MasterPerturbation(Perturbation):
     def writes(self, b: ParameterBucket) -> bool:
         return True  # a cast of the masters is w, whether or not w + e has been written
 
-    def origin(self, b: ParameterBucket, row: int) -> Tensor:
-        return self._master_of[id(b.params[row])].detach().to(b.layout.dtype)
+    def origins(self, b: ParameterBucket, changed: dict[int, Change]) -> Sequence[Tensor | None]:
+        return [self._master_of[id(p)].detach().to(b.layout.dtype) for p in b.params]
 
     def put_back(self, b: ParameterBucket) -> None:
         if any(self._misfit(p) for p in b.params):

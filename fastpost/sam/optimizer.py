@@ -87,6 +87,8 @@ class SAM(Wrapper):
             cast(master + e), restoring is a cast, and nothing is stashed.
         perturb: "stored" writes w + e over w. "functional" never writes w: the layers of `model` add what e would add to
             their outputs, so no rounding to the grid of the weights loses e (`fastpost.sam.functional`).
+        stash: how w is kept while w + e stands in its place: as a "copy"; as its distance in "ulp", which takes half of that
+            and gives it back bit for bit, if nobody writes the weights between the passes; or on the host, "cpu".
         model: the model; "functional" needs it. With it the second pass leaves the running statistics of norm layers alone,
             as `norm_stats` says.
         norm_stats: which passes move the running statistics of batch and instance norms: the "first", as in the original, or
@@ -125,6 +127,7 @@ class SAM(Wrapper):
         rounding_seed: int = 0,
         master_params: Iterable[Tensor] | None = None,
         perturb: str = "stored",
+        stash: str = "copy",
         model: nn.Module | None = None,
         norm_stats: str = "first",
         variant: Variant | None = None,
@@ -150,15 +153,17 @@ class SAM(Wrapper):
         self._group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "sam_steps": 0}
         self._adopt()
         self._scope = ScopeCache(scope)
-        self._perturbation = build_perturbation(perturb, model, rounding, rounding_seed, masters, self._reducer)
+        self._perturbation = build_perturbation(perturb, model, rounding, rounding_seed, masters, stash, self._reducer)
         self._perturbation.check(self._in_scope())
         check_sharding(self.tensors(), sync_ascent)
         self._fused: FusedRestore | None = None
         if fused_restore:
-            if not self._perturbation.stash:
+            if self._perturbation.stash is None:
                 raise ValueError(
                     "SAM: fused_restore=True steps from a stash, and perturb='functional' keeps none; nor do master_params"
                 )
+            if stash != "copy":
+                raise ValueError(f"SAM: fused_restore=True steps from a copy of w, not from stash={stash!r}; leave one out")
             check_fused_restore(self._bases)
             self._fused = FusedRestore()
         self._norm_stats: NormStats | None = None
@@ -176,7 +181,8 @@ class SAM(Wrapper):
 
     def _build_caches(self) -> None:
         """What neither copies nor pickles take along."""
-        self._ascent_buckets = BucketCache(self._perturbation.stash, self._reducer)
+        stash = self._perturbation.stash
+        self._ascent_buckets = BucketCache(stash.room if stash else None, self._reducer)
         self._guard = OverflowGuard(self._reducer)
         # A reference to itself would keep moments and the stash alive until a garbage collection.
         mine, groups = weakref.proxy(self), weakref.WeakMethod(self._groups)
@@ -445,6 +451,11 @@ class SAM(Wrapper):
                 self._warned = True
                 warnings.warn(concern, stacklevel=2)
         return report
+
+    @property
+    def stash_bytes(self) -> int:
+        """What w takes while w + e stands in its place, on this rank; 0 before the first ascent and without a stash."""
+        return self._ascent_buckets.stash_bytes
 
     @property
     def skipped_steps(self) -> int:

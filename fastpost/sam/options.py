@@ -16,6 +16,7 @@ from fastpost.sam.buckets import ShardReducer
 from fastpost.sam.functional import FunctionalPerturbation
 from fastpost.sam.masters import MasterPerturbation
 from fastpost.sam.perturbation import Perturbation, StochasticPerturbation
+from fastpost.sam.stash import build_stash
 
 
 def check_fraction(who: str, fraction: float) -> None:
@@ -228,6 +229,7 @@ def build_perturbation(
     rounding: str,
     rounding_seed: int,
     masters: MasterPerturbation | None,
+    stash: str,
     reducer: ShardReducer,
 ) -> Perturbation:
     """Raises ValueError or TypeError where the options do not go together."""
@@ -235,6 +237,10 @@ def build_perturbation(
         raise unknown("perturb", perturb, ("stored", "functional"))
     if rounding not in ("nearest", "stochastic"):
         raise unknown("rounding", rounding, ("nearest", "stochastic"))
+    kept = build_stash(stash)
+    if stash != "copy" and (masters is not None or perturb == "functional"):
+        other = "perturb='functional' writes no weight" if masters is None else "master_params hold w themselves"
+        raise ValueError(f"SAM: stash={stash!r} says how w is kept, and {other}; leave one of the two out")
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"SAM: model must be a torch.nn.Module, not {type(model).__name__}")
     if rounding == "stochastic" and (masters is not None or perturb == "functional"):
@@ -250,4 +256,4 @@ def build_perturbation(
         return FunctionalPerturbation(reducer, model)
     if masters is not None:
         return masters
-    return StochasticPerturbation(reducer, rounding_seed) if rounding == "stochastic" else Perturbation(reducer)
+    return StochasticPerturbation(reducer, kept, rounding_seed) if rounding == "stochastic" else Perturbation(reducer, kept)

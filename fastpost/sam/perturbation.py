@@ -16,7 +16,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fastpost import plan
 from fastpost.distributed import is_sharded, part_number
 from fastpost.ops import params as ops
-from fastpost.sam.buckets import ParameterBucket, ShardReducer, changes, put, refuse_changes
+from fastpost.sam.buckets import Change, Changes, ParameterBucket, ShardReducer, changes, put, refuse_changes
+from fastpost.sam.stash import Stash
 
 
 class PerturbParams(NamedTuple):
@@ -34,7 +35,7 @@ class PerturbParams(NamedTuple):
 
 
 class Perturbation:
-    """w + e written over w, with w kept aside in a buffer that is allocated once.
+    """w + e written over w, with w kept aside in a stash that is allocated once.
 
     A bucket is noted before it is written, so that an interrupt finds it whatever it interrupts. That its stash holds w is
     noted inside of the call that writes (`plan.Bucket.stashed`). Restoring is harmless where nothing was written, and may be
@@ -42,17 +43,20 @@ class Perturbation:
 
     Args:
         reducer: how ranks add up, and who learns that weights were written.
+        stash: how w is kept; None for those kinds that have it anyway.
     """
 
-    stash = True
     number = 0  # of the ascent, counted over steps: a key for random numbers
 
-    def __init__(self, reducer: ShardReducer) -> None:
+    def __init__(self, reducer: ShardReducer, stash: Stash | None) -> None:
         self._reducer = reducer
+        self.stash = stash
         self._noted: list[ParameterBucket] = []
 
     def check(self, params: Sequence[Tensor]) -> None:
         """Raises ValueError where these parameters cannot be perturbed this way."""
+        if self.stash is not None:
+            self.stash.check(params)
 
     def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The optimizer's groups with the tensors that the model computes with.
@@ -98,27 +102,46 @@ class Perturbation:
         Raises:
             WeightsChanged: without `convert`, where weights are of another dtype, shape or device than those that were
                 perturbed, or share memory. Nothing has been written.
+            RuntimeError: with `convert`, where w of some weights is lost with them. All others are w again.
         """
         if not self._noted:
             return
         written = list(filter(self.writes, self._noted))
-        found = changes(written)
+        found = self._changes(written)
         if not convert:
             refuse_changes(written, found)
+        lost = 0
         for b, changed in zip(written, found, strict=True):
             if not changed:
                 self.put_back(b)
                 continue
-            for row, p in enumerate(b.params):
-                put(p, b.bucket.weights[row], self.origin(b, row), changed.get(row))
+            for row, (p, w) in enumerate(zip(b.params, self.origins(b, changed), strict=True)):
+                if w is None:
+                    lost += 1
+                else:
+                    put(p, b.bucket.weights[row], w, changed.get(row))
+            if self.stash is not None:
+                self.stash.settle(b)
         self._close()
+        if lost:
+            raise RuntimeError(
+                f"SAM: {lost} weights were written or lost their memory between the two passes, and with stash='ulp' w is "
+                "told from w + e, which lay there. They are as they were left; all others are w again. Load these from a "
+                "checkpoint; stash='copy' keeps them"
+            )
 
     def check_weights(self) -> bool:
         """Whether every perturbed weight is laid out as it was; raises as `undo` does, and writes nothing."""
         written = list(filter(self.writes, self._noted))
-        found = changes(written)
+        found = self._changes(written)
         refuse_changes(written, found)
         return not any(found)
+
+    def _changes(self, written: list[ParameterBucket]) -> Changes:
+        found = changes(written)
+        if self.stash is not None:
+            self.stash.changes(written, found)
+        return found
 
     @contextlib.contextmanager
     def settled(self) -> Iterator[list[ParameterBucket]]:
@@ -150,9 +173,19 @@ class Perturbation:
 
     def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
         """Perturbs one bucket and returns its six sums."""
-        sums = ops.run("sam_perturb_", b.bucket, squared, *setting)
-        ops.mark_modified(b.bucket.weights)
+        sums = ops.run(self._operation(b), b.bucket, squared, *setting)
+        self._is_written(b)
         return sums
+
+    def _operation(self, b: ParameterBucket) -> str:
+        assert self.stash is not None
+        self.stash.make_ready(b)
+        return self.stash.operations(b.bucket)[0]
+
+    def _is_written(self, b: ParameterBucket) -> None:
+        ops.mark_modified(b.bucket.weights)
+        assert self.stash is not None
+        self.stash.note(b)
 
     def writes(self, b: ParameterBucket) -> bool:
         """Whether weights of this noted bucket may have been written, so that w has to be put back."""
@@ -160,12 +193,14 @@ class Perturbation:
 
     def put_back(self, b: ParameterBucket) -> None:
         """Puts w back into the weights of a bucket, which are laid out as they were."""
-        ops.run("sam_restore_", b.bucket)
+        assert self.stash is not None
+        self.stash.restore(b)
         ops.mark_modified(b.bucket.weights)
 
-    def origin(self, b: ParameterBucket, row: int) -> Tensor:
-        """w of one tensor, in the dtype and shape that it was perturbed in."""
-        return b.bucket.stash[row]
+    def origins(self, b: ParameterBucket, changed: dict[int, Change]) -> Sequence[Tensor | None]:
+        """w of a bucket's tensors in the dtype and shape that they were perturbed in; None where it is lost."""
+        assert self.stash is not None
+        return self.stash.origins(b, changed)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_noted": []}  # copies and pickles are refused while perturbed
@@ -180,11 +215,12 @@ class StochasticPerturbation(Perturbation):
         seed: with the number of the ascent, the key of the random numbers.
     """
 
-    def __init__(self, reducer: ShardReducer, seed: int) -> None:
-        super().__init__(reducer)
+    def __init__(self, reducer: ShardReducer, stash: Stash, seed: int) -> None:
+        super().__init__(reducer, stash)
         self._seed = seed
 
     def check(self, params: Sequence[Tensor]) -> None:
+        super().check(params)
         if not any(p.dtype.itemsize == 2 for p in params):
             raise ValueError("SAM: rounding='stochastic' is for 16-bit weights, and none is perturbed here")
 
@@ -192,8 +228,8 @@ class StochasticPerturbation(Perturbation):
         # Replicas draw the same numbers, or they would part; the shards of a tensor draw numbers of their own.
         key = self._seed + self.number * 0x9E3779B97F4A7C15 + part_number(b.params[0]) * 0xD1B54A32D192ED03
         seed = ops.seed_tensor(key % 2**64, b.bucket.device)
-        sums = ops.run("sam_perturb_", b.bucket, squared, *setting, seed)
-        ops.mark_modified(b.bucket.weights)
+        sums = ops.run(self._operation(b), b.bucket, squared, *setting, seed)
+        self._is_written(b)
         return sums
 
 

@@ -16,6 +16,9 @@
 #define __shared__ static
 #define __forceinline__ inline
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -96,6 +99,11 @@ inline void __threadfence() {}
 inline unsigned atomicInc(unsigned* at, unsigned most) {
   const unsigned before = *at;
   *at = before >= most ? 0 : before + 1;
+  return before;
+}
+inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long by) {
+  const unsigned long long before = *at;
+  *at = before + by;
   return before;
 }
 
