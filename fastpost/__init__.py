@@ -39,7 +39,7 @@ _HOME = {
     "backends": "fastpost.backends",
 }
 
-_PARTS = ("conformance", "distributed", "flat", "gap", "integrations", "ops", "r3f", "sam")
+_PARTS = ("anchor", "conformance", "distributed", "flat", "gap", "integrations", "ops", "r3f", "sam")
 
 __all__ = [*_HOME, "__version__"]
 
