@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from typing import Any
 
 import pytest
@@ -250,3 +252,18 @@ def test_what_is_refused() -> None:
     replaced.forward = lambda *args, **kwargs: plain(*args, **kwargs)
     with pytest.raises(ValueError, match="would call the original model"):
         Frozen.copy_of(replaced)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_forward_put_on_the_model_is_not_copied_along(fused: bool | None) -> None:
+    """A closure over the original, as TRL's fused head is, would make the model its own reference."""
+    model = tiny.build("llama", 0.0, torch.float64)
+    plain = model.forward
+
+    @functools.wraps(type(model).forward)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs)
+
+    model.forward = types.MethodType(wrapped, model)
+    copy = Frozen.copy_of(model)
+    assert float(Anchor(copy, fused_linear=fused)(moved(model), **tiny.batch_for("llama")).divergence) > 1e-3

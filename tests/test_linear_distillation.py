@@ -522,6 +522,8 @@ def test_under_checkpointing() -> None:
         ({"divergence": "js", "beta": None}, TypeError, "beta must be a number, not None"),
         ({"ce_weight": 1.0}, ValueError, "ce_weight=1 needs labels"),
         ({"ce_weight": -1.0}, ValueError, "ce_weight must be finite and >= 0"),
+        ({"ce_weighting": "dft"}, ValueError, "unknown ce_weighting 'dft'"),
+        ({"ce_weighting": "probability"}, ValueError, "weighs the cross-entropy, and ce_weight is 0"),
         ({"divergence_weight": math.nan}, ValueError, "divergence_weight must be finite"),
         ({"reduction": "mean"}, ValueError, "unknown reduction 'mean'"),
         ({"grad": "teacher"}, ValueError, "unknown grad 'teacher'"),

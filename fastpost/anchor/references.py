@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -204,21 +205,34 @@ class AdaptersOff(Reference):
 
 def _copied(root: nn.Module, shared: list[nn.Parameter]) -> nn.Module:
     """The model, sharing these weights, without gradients and with none wanted."""
-    if any(is_sharded(p) for p in root.parameters()):
-        raise ValueError("Anchor: the model is sharded; take the reference before it is, or pass a model of its own")
+    if any(is_sharded(p) for p in root.parameters()) or len({p.device for p in root.parameters()}) > 1:
+        raise ValueError(
+            "Anchor: the model is sharded or lies on several devices; take the reference before, or pass a model of its own"
+        )
     memo: dict[int, Any] = {id(p): p for p in shared}
     for p in root.parameters():
         if p.requires_grad:
             memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=False)  # deepcopy would take p.grad along
     made = copy.deepcopy(root, memo)
     for name, module in made.named_modules():
-        forward = vars(module).get("forward")
-        if forward is not None and getattr(forward, "__self__", None) is not module:
-            raise ValueError(
-                f"Anchor: the forward of {name or type(made).__name__} has been replaced by one that would call the "
-                "original model; take the reference before a library wraps the model, or pass a model of its own"
-            )
+        _own_forward(name, module)
     return made
+
+
+def _own_forward(name: str, module: nn.Module) -> None:
+    """Sees to it that a copied module runs itself: a forward that a library put on the original may call that one."""
+    forward = vars(module).get("forward")
+    if forward is None:
+        return
+    function = getattr(forward, "__func__", None)
+    if getattr(forward, "__self__", None) is module and getattr(function, "__closure__", None) is None:
+        return
+    if inspect.unwrap(forward if function is None else function) is not inspect.unwrap(type(module).forward):
+        raise ValueError(
+            f"Anchor: the forward of {name or type(module).__name__} has been replaced by one that would call the original "
+            "model; take the reference before that, or pass a model of its own"
+        )
+    del module.__dict__["forward"]  # a wrapper around the class's own (TRL's fused head, Accelerate's autocast)
 
 
 def _device(model: Any) -> torch.device | None:

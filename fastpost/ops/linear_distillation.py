@@ -180,8 +180,7 @@ def distillation_loss(
     Args:
         logits: (..., vocab) of the student; float16, bfloat16, float32 or float64.
         teacher_logits: of the same shape.
-        labels, divergence, beta, temperature, divergence_weight, ce_weight, ce_weighting, mask, reduction, ignore_index,
-            num_items, grad, memory_budget: as in `linear_distillation_loss`.
+        labels: as in `linear_distillation_loss`, and so is everything after them.
 
     Returns:
         DistillationLoss(loss, task_loss, divergence), as there.
