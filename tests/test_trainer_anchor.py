@@ -309,6 +309,9 @@ def test_what_does_not_go_together(tmp_path: Path) -> None:
     refused(ValueError, "does sam, not method='anchor'", SAMTrainer, method="anchor")
     refused(ValueError, "leave anchor_fused_linear out", PostTrainer, method="r3f+anchor", anchor_fused_linear=True)
     refused(ValueError, "r3f_fused_linear=False", PostTrainer, method="r3f+anchor", r3f_fused_linear=True)
+    functional = {"method": "sam+anchor", "sam_perturb": "functional"}
+    refused(ValueError, "a fused head has none", PostTrainer, anchor_fused_linear=True, **functional)
+    refused(ValueError, "that anchor='lora_off' runs as well", PostTrainer, anchor="lora_off", **functional)
     refused(ValueError, "anchor_model shares weights", AnchorTrainer, anchor_model=model)
     refused(ValueError, "anchor_model is for an anchor", PostTrainer, method="sam", anchor_model=model)
     routed = tiny.build("llama")
