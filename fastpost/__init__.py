@@ -30,6 +30,7 @@ _HOME = {
     "linear_js_divergence": "fastpost.ops.linear_divergence",
     "linear_r_drop_loss": "fastpost.ops.linear_divergence",
     "linear_distillation_loss": "fastpost.ops.linear_distillation",
+    "distillation_loss": "fastpost.ops.linear_distillation",
     "add_noise": "fastpost.ops.noise",
     "embedding_noise": "fastpost.ops.noise",
     "negate_grads_": "fastpost.ops.params",
@@ -38,7 +39,7 @@ _HOME = {
     "backends": "fastpost.backends",
 }
 
-_PARTS = ("conformance", "distributed", "flat", "gap", "integrations", "ops", "r3f", "sam")
+_PARTS = ("anchor", "conformance", "distributed", "flat", "gap", "integrations", "ops", "r3f", "sam")
 
 __all__ = [*_HOME, "__version__"]
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from fastpost.ops.divergence import r3f_loss as r3f_loss
     from fastpost.ops.divergence import symmetric_kl as symmetric_kl
     from fastpost.ops.jensen_shannon import js_divergence as js_divergence
+    from fastpost.ops.linear_distillation import distillation_loss as distillation_loss
     from fastpost.ops.linear_distillation import linear_distillation_loss as linear_distillation_loss
     from fastpost.ops.linear_divergence import linear_js_divergence as linear_js_divergence
     from fastpost.ops.linear_divergence import linear_r3f_loss as linear_r3f_loss

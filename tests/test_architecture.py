@@ -26,7 +26,8 @@ BELOW = {
     "sam": {"ops"},
     "r3f": {"ops"},
     "gap": {"ops"},
-    "integrations": {"ops", "sam", "r3f", "gap"},
+    "anchor": {"ops", "r3f"},
+    "integrations": {"ops", "sam", "r3f", "gap", "anchor"},
 }
 
 
@@ -115,7 +116,7 @@ def touched(source: str, method: str, hidden: set[str]) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("method", ["sam", "r3f"])
+@pytest.mark.parametrize("method", ["sam", "r3f", "anchor"])
 def test_private_names_of_a_method_stay_private(method: str) -> None:
     """Integrations, commands and benches use what a method offers to everybody who writes a trainer."""
     hidden = set().union(*(private_names(path) for path in (ROOT / "fastpost" / method).rglob("*.py")))

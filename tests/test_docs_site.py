@@ -17,7 +17,10 @@ import fastpost
 
 from . import docs
 
-WHOLE = ("fastpost", "fastpost.sam", "fastpost.r3f", "fastpost.r3f.relatives", "fastpost.gap", "fastpost.conformance")
+WHOLE = (
+    "fastpost", "fastpost.sam", "fastpost.r3f", "fastpost.r3f.relatives", "fastpost.gap", "fastpost.anchor",
+    "fastpost.conformance",
+)  # fmt: skip
 MODULES = ("fastpost.gap.losses", "fastpost.gap.zero_shot", "fastpost.gap.tasks", "fastpost.gap.harness")
 FETCHING = {("script", "src"), ("img", "src"), ("iframe", "src"), ("link", "href"), ("source", "src")}
 

@@ -24,8 +24,8 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str, *words: str) -> dict[str, An
     return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-def test_there_are_five_short_scripts() -> None:
-    names = ["fsdp2_sam.py", "gap_select.py", "hf_trainer.py", "sam_loop.py", "trl_lora_sam.py"]
+def test_there_are_six_short_scripts() -> None:
+    names = ["fsdp2_sam.py", "gap_select.py", "hf_trainer.py", "lora_anchor.py", "sam_loop.py", "trl_lora_sam.py"]
     assert sorted(path.name for path in EXAMPLES.iterdir() if path.is_file()) == names
     for name in names:
         source = (EXAMPLES / name).read_text(encoding="utf-8")
@@ -84,6 +84,22 @@ def test_trl_lora_sam(models, files, tmp_path, monkeypatch, capsys) -> None:
     assert trained
     assert all("lora_" in name for name in trained)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_lora_anchor(models, files, tmp_path, monkeypatch, capsys) -> None:
+    words = ["--model", models["causal"], "--train_file", files["text.txt"], "--kept_file", files["held.txt"]]
+    words += ["--block", "16"]
+    words += ["--rank", "2", "--max_steps", "3", "--learning_rate", "1e-2", "--anchor_kl", "0.5", "--save_strategy", "no"]
+    found = run(monkeypatch, "lora_anchor.py", *words, *QUICK, "--output_dir", str(tmp_path / "out"))
+    told = re.findall(r"anchor_kl (\S+), (\w+) text: ([\d.]+) nats ([+-][\d.]+)", capsys.readouterr().out)
+    assert [line[:2] for line in told] == [("0", "new"), ("0", "old"), ("0.5", "new"), ("0.5", "old")]
+    assert told[0][2] == told[2][2], "the second run did not begin from the same weights"
+    assert float(told[0][3]) < 0
+    assert told[0][3] != told[2][3]
+    kls = [line["anchor/kl"] for line in found["trainer"].state.log_history if "anchor/kl" in line]
+    assert min(kls) > 0  # dropout is on in the model and off in the reference
+    trained = {name for name, p in found["model"].named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in trained)
 
 
 def test_gap_select(models, files, tmp_path, monkeypatch, capsys) -> None:

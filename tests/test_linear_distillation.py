@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fastpost
 from fastpost.ops import chunks, distillation_walk, head
+from fastpost.ops.linear_distillation import How, Side, distilled
 
 from .conftest import same_bits
 from .memory import cpu_peak_bytes
@@ -68,9 +69,10 @@ def truth(
     softcap: float | None = None,
     teacher_softcap: float | None = None,
     grad: str = "student",
+    ce_weighting: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the equations, in float64, by torch's autograd."""
-    z, t = (F.linear(*leaves[k : k + 3]) for k in (0, 3))
+    """From the equations, in float64, by torch's autograd; leaves are both heads' tensors, or both logits."""
+    z, t = leaves if len(leaves) == 2 else [F.linear(*leaves[k : k + 3]) for k in (0, 3)]
     if softcap:
         z = softcap * torch.tanh(z / softcap)
     if teacher_softcap:
@@ -93,6 +95,8 @@ def truth(
     if ce_weight:
         assert labels is not None
         ce = F.cross_entropy(z.flatten(0, -2), labels.flatten(), reduction="none").reshape(rows.shape)
+        if ce_weighting == "probability":
+            ce = z.softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).detach() * ce
     rows, ce = (torch.where(counts, x, torch.zeros_like(x)) for x in (rows, ce))
     if reduction == "none":
         return divergence_weight * rows + ce_weight * ce, ce, rows
@@ -121,6 +125,7 @@ CASES: list[dict[str, Any]] = [
     {"softcap": 3.0, "teacher_softcap": 5.0, "grad": "both", "ce_weight": 1.0, "temperature": 1.5},
     {"teacher_softcap": 5.0, "grad": "both"},
     {"divergence_weight": 0.0, "ce_weight": 1.0},
+    {"divergence_weight": 0.3, "ce_weight": 2.0, "ce_weighting": "probability", "softcap": 3.0, "temperature": 1.5},
 ]
 
 
@@ -139,6 +144,55 @@ def test_values_and_gradients_in_float64(divergence: str, case: dict[str, Any]) 
     (3 * got.loss).backward()
     (3 * want[0]).backward()
     agree(ours, theirs)
+
+
+WEIGHED = {"divergence_weight": 0.3, "ce_weight": 2.0, "ce_weighting": "probability", "divergence": "reverse_kl"}
+
+
+@pytest.mark.parametrize(("reduction", "grad"), [("token", "student"), ("none", "both")])
+def test_from_logits(reduction: str, grad: str) -> None:
+    """As from hidden states, with a chunk of rows copied at a time; padding may hold anything."""
+    problem = Problem()
+    z, t = (F.linear(*problem.tensors[k : k + 3]) for k in (0, 3))
+    ours, theirs = ([x.clone().requires_grad_() for x in (z, t)] for _ in range(2))
+    how = {"reduction": reduction, "grad": grad, **WEIGHED}
+    got = fastpost.distillation_loss(*ours, problem.labels, memory_budget=LEAST, **how)
+    want = truth(theirs, problem.labels, **how)
+    torch.testing.assert_close(list(got), list(want), rtol=1e-9, atol=1e-15)
+    factors = torch.rand(want[0].shape, dtype=torch.float64)
+    for loss in (got.loss, want[0]):
+        (factors * loss).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("headless", [False, True])
+def test_a_student_without_a_teacher(headless: bool) -> None:
+    """DFT alone: the same bits as with a teacher whose divergence has no weight, without a product for one."""
+    problem = Problem(torch.float32)
+    found = []
+    for alone in (True, False):
+        tensors = [t.clone().requires_grad_() for t in problem.tensors[:3]]
+        side = Side(F.linear(*tensors)) if headless else Side(*tensors)
+        how = How(divergence_weight=0.0, ce_weight=1.0, ce_weighting="probability", memory_budget=LEAST)
+        loss = distilled("test", side, None if alone else side, problem.labels, how).loss
+        loss.backward()
+        found.append([loss.detach(), *(t.grad for t in tensors)])
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_weights_by_probability_of_labels_that_cannot_be() -> None:
+    """A label of probability 0 has weight 0, and its infinite cross-entropy adds nothing."""
+    logits = torch.tensor([[0.0, 1.0, -1e4], [2.0, 0.0, 1.0]], requires_grad=True)
+    how = {"divergence_weight": 0.0, "ce_weight": 1.0, "ce_weighting": "probability", "num_items": 1}
+    out = fastpost.distillation_loss(logits, logits.detach(), torch.tensor([2, 0]), **how)
+    out.loss.backward()
+    p = logits.detach().softmax(-1)[1, 0]
+    assert out.task_loss == pytest.approx(float(-p * p.log()), rel=1e-6)
+    assert logits.grad[0].abs().max() == 0
+    assert logits.grad[1, 0] == pytest.approx(float(p * (p - 1)), rel=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.9])
@@ -339,7 +393,7 @@ def test_operands_of_16_bits(dtype: torch.dtype) -> None:
     n = math.prod(ROWS)
     flat = [t.reshape(n, -1) if t.ndim == 3 else t for t in tensors]
     weights = torch.full((1, n), 1e-4, dtype=torch.float64)
-    how = distillation_walk.Settings(-100, "forward_kl", 0.5, 1.0, 0.0, 0.0, 64, dtype, dtype)
+    how = distillation_walk.Settings(-100, "forward_kl", 0.5, 1.0, 0.0, 0.0, False, 64, dtype, dtype)
     _, *grads = torch.ops.fastpost.linear_distillation(*flat, None, weights, *how, [True] * 6)
     for g, t in zip(grads, exact, strict=True):
         assert float((g.double() - t.grad.reshape(g.shape)).norm() / t.grad.norm()) < 2 * torch.finfo(dtype).eps
@@ -468,6 +522,8 @@ def test_under_checkpointing() -> None:
         ({"divergence": "js", "beta": None}, TypeError, "beta must be a number, not None"),
         ({"ce_weight": 1.0}, ValueError, "ce_weight=1 needs labels"),
         ({"ce_weight": -1.0}, ValueError, "ce_weight must be finite and >= 0"),
+        ({"ce_weighting": "dft"}, ValueError, "unknown ce_weighting 'dft'"),
+        ({"ce_weighting": "probability"}, ValueError, "weighs the cross-entropy, and ce_weight is 0"),
         ({"divergence_weight": math.nan}, ValueError, "divergence_weight must be finite"),
         ({"reduction": "mean"}, ValueError, "unknown reduction 'mean'"),
         ({"grad": "teacher"}, ValueError, "unknown grad 'teacher'"),

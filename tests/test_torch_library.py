@@ -95,11 +95,15 @@ def linear_samples() -> Iterator[tuple[Any, ...]]:
 
 def distillation_samples() -> Iterator[tuple[Any, ...]]:
     labels, weights = torch.randint(0, 40, (70,)), torch.rand(70, dtype=torch.float64)
-    how = (0.5, 2.0, 0.0, 0.0, 64, torch.float32, torch.float32)
+    how = (0.5, 2.0, 0.0, 0.0, False, 64, torch.float32, torch.float32)
     for divergence, counted, both in itertools.product(DIVERGENCES, (True, False), (True, False)):
         ce = (labels, torch.stack((weights, weights))) if counted else (None, weights[None])
         heads = (*tensors((70, 8), (40, 8), (40,)), *tensors((70, 6), (40, 6), (40,)))
         yield *heads, *ce, -100, divergence, *how, [True] * 3 + [both] * 3
+    weighed = (labels, torch.stack((torch.zeros_like(weights), weights)), -100, "js", *how[:4], True, *how[5:])
+    yield *tensors((70, 8), (40, 8), (40,)), None, None, None, *weighed, [True] * 3 + [False] * 3
+    logits = tensors((70, 40), (70, 40))
+    yield logits[0], None, None, logits[1], None, None, *weighed, [True, False, False] * 2
 
 
 # Arguments of every operation; a new operation has to bring its own.

@@ -51,6 +51,7 @@ def test_each_method_trains_as_the_trainer_does(models, files, tmp_path, method)
     given |= {
         f: getattr(options.arguments, f) for f in ("gradient_accumulation_steps", "r3f_eps", "r3f_seed", "logging_steps")
     }
+    given |= {f: getattr(options.arguments, f) for f in ("anchor", "anchor_kl", "anchor_ema_decay")}
     if method not in ("sam_lm", "asam"):
         given["sam_rho"] = options.arguments.sam_rho
     given |= {"lr_scheduler_type": "constant", "per_device_train_batch_size": BATCH, "optim": "adamw_torch"}
@@ -156,7 +157,7 @@ def test_gap_is_the_library_s_with_halves_that_choose_and_report(models, files, 
 # -- interrupted ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["sam", "sam+r3f"])
+@pytest.mark.parametrize("method", ["sam", "sam+r3f", "anchor"])
 def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on_as_if_nothing_had_been(
     models, files, tmp_path, capsys, monkeypatch, method
 ) -> None:

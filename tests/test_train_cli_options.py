@@ -260,7 +260,7 @@ def test_ranges() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train"], "--method is needed: none, sam, sam_lm, asam, r3f, r4f, sam+r3f, sam+r4f, tram, gap"),
+        (["train"], "--method is needed: none, sam, sam_lm, asam, r3f, r4f, sam+r3f, sam+r4f, tram, anchor, "),
         (["train", "--method", "sam"], "--train_file or --dataset says what to train on"),
         (["gap-sweep", "--limit", "3"], "fastpost gap-sweep is a study now"),
     ],

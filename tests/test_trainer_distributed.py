@@ -17,11 +17,13 @@ from torch.distributed.tensor import DTensor
 
 from fastpost import R3F
 from fastpost.integrations.r3f_trainer import RANK
-from fastpost.integrations.transformers import DriftGuard, PostTrainer, R3FTrainer, SAMTrainer
+from fastpost.integrations.transformers import AnchorTrainer, DriftGuard, PostTrainer, R3FTrainer, SAMTrainer
 from fastpost.r3f.relatives import FreeLB
 
 from . import distributed, tiny
 from .by_hand import ascended, distance, largest_difference
+from .test_anchor import with_lora
+from .test_trainer_anchor import KL, loop
 from .trainers import (
     CLIP,
     RHO,
@@ -57,9 +59,9 @@ def environment() -> None:
 
 def trained(cls: Any, mine: nn.Module, steps: int, **options: Any) -> Any:
     environment()
-    callbacks, resume = options.pop("callbacks", []), options.pop("resume", None)
+    callbacks, resume, given = options.pop("callbacks", []), options.pop("resume", None), options.pop("given", {})
     args = arguments(options.pop("output_dir", None) or tempfile.mkdtemp(), steps, ddp_backend="gloo", **options)
-    trainer = trainer_of(cls, mine, args, callbacks=callbacks)
+    trainer = trainer_of(cls, mine, args, callbacks=callbacks, **given)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -202,6 +204,10 @@ class ShardedR3F(OnCpu, R3FTrainer):
     pass
 
 
+class ShardedAnchor(OnCpu, AnchorTrainer):
+    pass
+
+
 def sharded(cls: Any, mine: nn.Module, steps: int, **options: Any) -> Any:
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"], "state_dict_type": "SHARDED_STATE_DICT"}
@@ -257,6 +263,25 @@ def fsdp2_r3f() -> float:
     return largest_difference((runs[0][name], runs[1][name]) for name in runs[0])
 
 
+def anchored(kind: str) -> float:
+    """An average of the weights, or adapters off: the loop over the batches of both ranks."""
+    mine, hand = (tiny.build("llama", 0.0, torch.float64) if kind == "ema" else with_lora() for _ in range(2))
+    options = {"anchor_kl": KL, "anchor": kind, **({"anchor_ema_decay": 0.8} if kind == "ema" else {})}
+    trained(AnchorTrainer, mine, 4, gradient_accumulation_steps=3, **options)
+    loop(hand, kind, windows(rows(), 3, 4, ranks=2))
+    return distance(mine, hand)
+
+
+def fsdp2_anchor(kind: str) -> float:
+    """A reference that is given whole, or a sharded model's own adapters off, through the fused head."""
+    hand = with_lora("causal") if kind == "lora_off" else tiny.build("causal", 0.0, torch.float64)
+    mine = with_lora("causal") if kind == "lora_off" else tiny.build("causal", 0.0, torch.float64)
+    given = {} if kind == "lora_off" else {"anchor_model": tiny.build("causal", 0.0, torch.float64)}
+    trainer = sharded(ShardedAnchor, mine, 4, anchor=kind, anchor_kl=KL, anchor_fused_linear=True, given=given)
+    loop(hand, kind, windows(rows(), 3, 4, ranks=2), kind="causal")
+    return apart(trainer, hand)
+
+
 CASES = {
     "sam 1": partial(sam, 1, 1.0),
     "sam 3": partial(sam, 3, 1.0),
@@ -269,11 +294,15 @@ CASES = {
     "freelb": freelb,
     "tram": tram,
     "drift": drift,
+    "anchor ema": partial(anchored, "ema"),
+    "anchor lora_off": partial(anchored, "lora_off"),
     "fsdp2": partial(fsdp2, 1.0),
     "fsdp2, a third": partial(fsdp2, 0.3),
     "fsdp2 resumed": fsdp2_resumed,
     "fsdp2 drift": fsdp2_drift,
     "fsdp2 r3f": fsdp2_r3f,
+    "fsdp2 anchor reference": partial(fsdp2_anchor, "reference"),
+    "fsdp2 anchor lora_off": partial(fsdp2_anchor, "lora_off"),
 }
 
 
@@ -333,3 +362,8 @@ def test_drift_of_shards_is_that_of_the_whole(outcome: distributed.Outcome) -> N
 
 def test_r3f_of_a_sharded_model(outcome: distributed.Outcome) -> None:
     assert outcome.worst("fsdp2 r3f") <= 1e-9
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "anchor" in name])
+def test_an_anchor_is_the_loop_from_the_equations(outcome: distributed.Outcome, case: str) -> None:
+    assert outcome.worst(case) <= 1e-9

@@ -25,6 +25,7 @@ COMMON = (
     "--save_strategy no"
 ).split()
 METHOD_OPTIONS = {
+    "anchor": ["--anchor_kl", "0.3", "--anchor", "ema", "--anchor_ema_decay", "0.5"],
     "none": [],
     "sam": ["--sam_rho", str(RHO)],
     "sam_lm": ["--gradient_accumulation_steps", "4"],

@@ -10,6 +10,10 @@ METHODS = {
     "sam+r3f": "both",
     "sam+r4f": "SAM and R4F",
     "tram": "adaptive SAM, whose radius is the divergence under R3F's noise",
+    "anchor": "a divergence from a reference: the start, or an average of the weights",
+    "sam+anchor": "both",
+    "r3f+anchor": "both",
+    "sam+r3f+anchor": "all three",
     "gap": "gradient ascent on one text",
 }
 
@@ -31,7 +35,8 @@ examples:
 
 what to train, and on what:
   --method METHOD        {methods[0]},
-                         {methods[1]}
+                         {methods[1]},
+                         {methods[2]}
   --model MODEL          folder or hub name; without it a small encoder
   --train_file FILE      .txt, .jsonl, .csv or .tsv (or --dataset NAME)
   --validation_file FILE default: a tenth of the training data is held out
@@ -46,8 +51,9 @@ methods:
        --sam_variant V   gsam:alpha=0.2, looksam and others
   R3F  --r3f_lambda 1.0  weight of the divergence; --r3f_eps 1e-5 the noise
        --r3f_relative V  rdrop:alpha=1, neftune and others
+       --anchor_kl 0.1   weight of the anchor; --anchor reference or ema
   GAP  --gap_steps 15    steps uphill at most; --gap_lr 5e-5
 
 --help-all lists every option, those of transformers' TrainingArguments too.
 A YAML or JSON file may hold options under the same names; typed ones win.
-""".format(methods=[", ".join(names) for names in (list(METHODS)[:6], list(METHODS)[6:])])
+""".format(methods=[", ".join(names) for names in (list(METHODS)[:6], list(METHODS)[6:11], list(METHODS)[11:])])

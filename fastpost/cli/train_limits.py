@@ -47,6 +47,8 @@ RANGES: dict[str, Range] = {
     "r3f_lambda": Range(0),
     "r3f_eps": Range(0),
     "r3f_seed": Range(),
+    "anchor_kl": Range(0),
+    "anchor_ema_decay": Range(0, 1),
 }
 # Options that count for nothing under another strategy.
 _EVERY = {"logging_steps": "logging_strategy", "save_steps": "save_strategy"}

@@ -328,6 +328,11 @@ def _why_apart(parts: Sequence[str]) -> str:
         return "none is the plain step"
     if set(parts) in ({"sam", "r3f"}, {"sam", "r4f"}):
         return f"write {'+'.join(sorted(parts, reverse=True))}"
+    joined = "+".join(part for part in ("sam", "r3f", "anchor") if part in parts)
+    if "anchor" in parts and joined.count("+") + 1 == len(parts):
+        return f"write {joined}"
+    if "anchor" in parts:
+        return "an anchor joins with sam, r3f or both, with their options for the rest"
     preset = next((part for part in parts if part in _PRESETS), None)
     if preset is not None and set(parts) == {preset, "r3f"}:
         return f"{preset} is SAM with other defaults; write --method sam+r3f {_PRESETS[preset]}"
@@ -360,7 +365,8 @@ def _refuse_of_others(method: str, asked: Iterable[str]) -> None:
             raise ValueError(f"--{name} is an option of --method gap, not of {method}; leave it out")
         part = part_of(name)
         if part is not None and part not in PARTS[method]:
-            raise ValueError(f"--{name} is an option of {part.upper()}, which --method {method} does not do; leave it out")
+            whose = "an anchor" if part == "anchor" else part.upper()
+            raise ValueError(f"--{name} is an option of {whose}, which --method {method} does not do; leave it out")
 
 
 def _check(method: str, data: DataOptions, gap: GapOptions, asked: Sequence[str]) -> None:

@@ -150,6 +150,9 @@ def tiles_of(results: Results) -> list[tuple[str, str, str]]:
     kl = results.last("r3f/symm_kl")
     if kl is not None:
         found.append(("R3F, symmetric KL", shown(kl), f"task loss {shown(results.last('r3f/task_loss'))}"))
+    held = results.last("anchor/kl")
+    if held is not None:
+        found.append(("anchor, divergence", shown(held), f"task loss {shown(results.last('anchor/task_loss'))}"))
     if OURS in results.costs:
         ours, plain, theirs = (results.costs[name].seconds for name in (OURS, PLAIN, PUBLISHED))
         found.append(

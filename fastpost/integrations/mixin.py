@@ -44,13 +44,14 @@ class PostTrainingMixin(Base):  # type: ignore[misc]
 
     _method = ""
     _goes_by_method = False  # whether `method` has to be given
+    _computes_plain_loss: tuple[type, ...] = (Trainer,)  # classes whose compute_loss is the plain cross-entropy
     _pass_info: PassInfo | None = None  # None where no SAM window is open
 
     def __init__(self, *args: Any, post_training: PostTrainingOptions | None = None, **kwargs: Any) -> None:
         refuse_stateful(type(self))
         given = next((a for a in (*args, *kwargs.values()) if isinstance(a, PostTrainingOptions)), None)
         if post_training is not None and given is not None:
-            raise ValueError(f"{type(self).__name__}: args has options of SAM and R3F already; leave post_training out")
+            raise ValueError(f"{type(self).__name__}: args has these options already; leave post_training out")
         if post_training is None:
             post_training = given or PostTrainingOptions()
         self.post_training = post_training
@@ -120,6 +121,9 @@ class PostTrainingMixin(Base):  # type: ignore[misc]
             shown |= {name: getattr(options, name) for name in _OF_SAM}
         if "r3f" in self._methods:
             shown |= {name: getattr(options, name) for name in _OF_R3F}
+        if "anchor" in self._methods:
+            shown |= {name: getattr(options, name) for name in ("anchor", "anchor_divergence", "sft_weighting")}
+            shown["anchor_kl"] = options.anchor_weight
         return {"methods": sorted(self._methods), "world_size": self.args.world_size, "options": shown}
 
     def _on_train_begin(self) -> None:
@@ -128,8 +132,28 @@ class PostTrainingMixin(Base):  # type: ignore[misc]
     def _on_step_begin(self) -> None:
         """Before the first micro-batch of an accumulation window."""
 
+    def _on_step_end(self) -> None:
+        """After the optimizer's step, before a checkpoint is saved."""
+
     def _on_epoch_end(self) -> None:
         """Also where an epoch was left in the middle of a window."""
+
+    # -- for methods with a loss ----------------------------------------------------------------------------------------
+
+    def _loss_owner(self) -> type:
+        """The class whose `compute_loss` the trainer would use without the mixins."""
+        return next(c for c in type(self).__mro__ if "compute_loss" in vars(c) and not issubclass(c, PostTrainingMixin))
+
+    def _has_router_loss(self) -> bool:
+        config = getattr(self.model, "config", None)
+        text_config = getattr(config, "get_text_config", lambda: config)()
+        return bool(getattr(text_config, "output_router_logits", False))
+
+    def _factor(self, items: Any) -> int:
+        """What undoes the mean over processes, where the divisor counts the labels of all."""
+        if items is None or not self.args.average_tokens_across_devices:
+            return 1
+        return int(self.accelerator.num_processes // self.get_tp_size())
 
 
 class PostTrainingRecord(TrainerCallback, ExportableState):
@@ -158,6 +182,9 @@ class _Housekeeping(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._on_step_begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._on_step_end()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._on_epoch_end()

@@ -1,4 +1,4 @@
-"""Options of SAM and R3F as trainers take them: one flat list of fields, for command lines and files of settings."""
+"""Options of SAM, R3F and the anchor as trainers take them: one flat list of fields, for command lines and files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastpost.errors import unknown
 from fastpost.integrations import contradictions, specs
+from fastpost.integrations.anchor_options import AnchorOptions
 from fastpost.integrations.masking import WithoutSecrets
 from fastpost.modes import check_norm_stats
 from fastpost.r3f import R3F
@@ -30,6 +31,10 @@ METHODS: dict[str, frozenset[str]] = {
     "sam+r3f": frozenset({"sam", "r3f"}),
     "sam+r4f": frozenset({"sam", "r3f"}),
     "tram": frozenset({"sam", "r3f"}),
+    "anchor": frozenset({"anchor"}),
+    "sam+anchor": frozenset({"sam", "anchor"}),
+    "r3f+anchor": frozenset({"r3f", "anchor"}),
+    "sam+r3f+anchor": frozenset({"sam", "r3f", "anchor"}),
 }
 # Options that say what is trained: one that the method does not use is refused.
 STRUCTURAL = (
@@ -46,7 +51,10 @@ NORMS = "norm_layers"  # in `sam_scope`
 
 
 def part_of(option: str) -> str | None:
-    """Which of the methods' parts an option of `PostTrainingOptions` belongs to: "sam", "r3f", or None for `method`."""
+    """Which of the methods' parts an option of `PostTrainingOptions` belongs to: "sam", "r3f", "anchor", or None for
+    `method`."""
+    if option.startswith("anchor") or option == "sft_weighting":
+        return "anchor"
     return "sam" if option.startswith("sam_") else "r3f" if option.startswith("r3f_") or option == "noise_type" else None
 
 
@@ -55,14 +63,15 @@ def _option(default: Any, text: str) -> Any:
 
 
 @dataclass(repr=False)
-class PostTrainingOptions(WithoutSecrets):
+class PostTrainingOptions(AnchorOptions, WithoutSecrets):
     """What to train with beside the plain loss; every field is an option of `PostTrainingArguments` too.
 
     Attributes:
         method: "sam", "sam_lm" (the recipe of 2110.08529: rho 0.15, ascent on a quarter of the window), "asam" (adaptive,
             rho 0.5), "r3f", "r4f" (R3F, the last layer of the head normalised), "sam+r3f", "sam+r4f", "tram" (ASAM with the
-            divergence under R3F's noise for its radius, 2310.03646: rho 1.0, no KL in the loss), "none"; None: all that the
-            trainer's class does. What a method sets is set at construction, where it was not given.
+            divergence under R3F's noise for its radius, 2310.03646: rho 1.0, no KL in the loss), "anchor", "sam+anchor",
+            "r3f+anchor", "sam+r3f+anchor", "none"; None: all that the trainer's class does. What a method sets is set at
+            construction, where it was not given.
         sam_rho: radius of the perturbation, >= 0; None is 0.05, under "sam_lm" 0.15, under "asam" 0.5, for TRAM 1.0.
         sam_adaptive, sam_eta: ASAM, and its constant.
         sam_ascent_fraction: share of the accumulation window that the ascent uses, in (0, 1]; None is 1.0, under "sam_lm"
@@ -96,6 +105,7 @@ class PostTrainingOptions(WithoutSecrets):
         r3f_spectral: R4F: divides weights of a classifier's head by their largest singular value, "last": of its last layer
             (as under "r4f"), or "all".
         r3f_spectral_mode: "exact", or "at_most", as in `fastpost.R4F`.
+        anchor_kl and the rest of the anchor's: see `AnchorOptions`.
 
     Raises:
         ValueError: an option that does not exist or is out of range; options that contradict each other.
@@ -141,7 +151,7 @@ class PostTrainingOptions(WithoutSecrets):
     def __post_init__(self) -> None:
         if self.method is not None and self.method not in METHODS:
             raise unknown("method", self.method, METHODS)
-        for name in ("sam_rho", "sam_eta", "sam_ascent_fraction", "r3f_lambda", "r3f_eps"):
+        for name in ("sam_rho", "sam_eta", "sam_ascent_fraction", "r3f_lambda", "r3f_eps", "anchor_kl", "anchor_ema_decay"):
             value = getattr(self, name)
             if isinstance(value, str):  # YAML takes 1e-5 for a text
                 try:
@@ -207,6 +217,7 @@ class PostTrainingOptions(WithoutSecrets):
         if seed is not None and not (int(seed) == seed and 0 <= seed < 2**64):
             raise ValueError(f"sam_rounding_seed must be a whole number >= 0 and < 2^64, not {seed}")
         self.build_r3f(fused_linear=bool(self.r3f_fused_linear))
+        self.check_anchor()
         if self.method is not None:
             self.refuse_unused(METHODS[self.method], f"method={self.method!r}")
         for message in contradictions.of(self):
@@ -216,12 +227,17 @@ class PostTrainingOptions(WithoutSecrets):
         """Raises ValueError for an option that says what is trained, of a part that is not done.
 
         Args:
-            parts: what is done: "sam", "r3f". who: does it, for the error.
+            parts: what is done: "sam", "r3f", "anchor". who: does it, for the error.
         """
         for f in fields(PostTrainingOptions):
             if f.name in STRUCTURAL and part_of(f.name) not in parts and getattr(self, f.name) != f.default:
                 part = str(part_of(f.name)).upper()
                 raise ValueError(f"{f.name}={getattr(self, f.name)!r}: {who} does no {part}; leave one of the two out")
+        if "anchor" not in parts and self.asks_for_anchor():
+            raise ValueError(
+                f"{who}: anchor_kl and sft_weighting are options of an anchor, and there is none; say method='anchor' (or "
+                "sam+anchor, ...) to PostTrainer, use AnchorTrainer, or leave them out"
+            )
         if "sam" in parts and "r3f" not in parts and isinstance(self.build_variant(), TRAM):
             raise ValueError(
                 f"sam_variant={self.sam_variant!r} takes R3F's divergence for its radius, and {who} does no R3F; say "

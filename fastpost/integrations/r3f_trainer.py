@@ -7,7 +7,6 @@ import copy
 from typing import Any
 
 import torch
-from transformers import Trainer
 
 from fastpost.integrations.mixin import PostTrainingMixin
 from fastpost.r3f import R4F
@@ -56,7 +55,6 @@ class R3FTrainerMixin(PostTrainingMixin):
     _method = "r3f"
     _fused_by_default = False
     _adds_to: type | None = None  # the class whose loss the divergence is added to
-    _computes_plain_loss: tuple[type, ...] = (Trainer,)  # classes whose compute_loss is the cross-entropy that R3F has too
     _r3f_step: Step | None = None
     _r3f_fed = 0
     _r3f_counted: list[dict[str, Any]]
@@ -71,8 +69,7 @@ class R3FTrainerMixin(PostTrainingMixin):
         if "r3f" not in self._methods:
             return
         who, options = type(self).__name__, self.post_training
-        others = (c for c in type(self).__mro__ if "compute_loss" in vars(c) and not issubclass(c, PostTrainingMixin))
-        owner = next(others)
+        owner = self._loss_owner()
         self._adds_to = None if owner in self._computes_plain_loss else owner
         if owner.__module__.split(".")[0] == "trl" and self._adds_to is not None:
             raise TypeError(
@@ -85,9 +82,9 @@ class R3FTrainerMixin(PostTrainingMixin):
                 f"{type(self).__name__}: compute_loss_func computes a loss of its own, which R3F would replace by "
                 "cross-entropy plus its divergence; call fastpost.symmetric_kl inside it, or leave it out"
             )
-        config = getattr(self.model, "config", None)
-        text_config = getattr(config, "get_text_config", lambda: config)()
-        if self._adds_to is None and getattr(text_config, "output_router_logits", False):
+        if "anchor" in self._methods:  # which makes the clean pass
+            self._adds_to = next(c for c in type(self).__mro__ if vars(c).get("_method") == "anchor")
+        if self._adds_to is None and self._has_router_loss():
             raise ValueError(
                 f"{type(self).__name__}: the model adds a loss of its router (output_router_logits=True) to its own, which "
                 "R3F's cross-entropy would leave out; set model.config.output_router_logits=False"
@@ -120,6 +117,8 @@ class R3FTrainerMixin(PostTrainingMixin):
     def _builds_no_logits(self) -> bool:
         """Whether what the options ask for can do without logits."""
         options = self.post_training
+        if "anchor" in self._methods:  # whose pass makes those that R3F compares
+            return False
         if "sam" in self._methods and options.sam_perturb == "functional":  # a fused head is perturbed by none of its layers
             return False
         if options.r3f_relative is not None:
@@ -258,12 +257,6 @@ class R3FTrainerMixin(PostTrainingMixin):
         if sam.sync_ascent is not False:
             share = self.accelerator.reduce(share, "mean")
         sam.variant.observe(share * self.current_gradient_accumulation_steps)
-
-    def _factor(self, items: Any) -> int:
-        """What undoes the mean over processes, where the divisor counts the labels of all."""
-        if items is None or not self.args.average_tokens_across_devices:
-            return 1
-        return int(self.accelerator.num_processes // self.get_tp_size())
 
     def _note(self, share: torch.Tensor) -> None:
         if self._pass_info is None or not self._pass_info.is_replay:

@@ -1,4 +1,4 @@
-"""SAM and R3F in transformers' Trainer (transformers 5).
+"""SAM, R3F and an anchor in transformers' Trainer (transformers 5).
 
     from fastpost.integrations.transformers import PostTrainingArguments as TrainingArguments, SAMTrainer as Trainer
 
@@ -28,6 +28,7 @@ except ImportError as error:
     ) from error
 
 from fastpost.errors import unknown
+from fastpost.integrations.anchor_trainer import AnchorTrainerMixin
 from fastpost.integrations.guards import DriftGuard, LossGuard
 from fastpost.integrations.options import PostTrainingOptions
 from fastpost.integrations.r3f_trainer import R3FTrainerMixin
@@ -35,6 +36,8 @@ from fastpost.integrations.sam_trainer import SAMTrainerMixin
 from fastpost.integrations.sharpness import SharpnessCallback
 
 __all__ = [
+    "AnchorTrainer",
+    "AnchorTrainerMixin",
     "DriftGuard",
     "LossGuard",
     "PostTrainer",
@@ -72,10 +75,17 @@ class R3FTrainer(R3FTrainerMixin, Trainer):
     """transformers' Trainer with R3F; see `R3FTrainerMixin`."""
 
 
-class PostTrainer(SAMTrainerMixin, R3FTrainerMixin, Trainer):
-    """A Trainer that goes by `args.method`: "sam", "sam_lm", "asam", "r3f", "r4f", "sam+r3f", "sam+r4f", "tram", or "none".
+class AnchorTrainer(AnchorTrainerMixin, Trainer):
+    """transformers' Trainer with an anchor; see `AnchorTrainerMixin`."""
+
+
+class PostTrainer(SAMTrainerMixin, R3FTrainerMixin, AnchorTrainerMixin, Trainer):
+    """A Trainer that goes by `args.method`: "sam", "sam_lm", "asam", "r3f", "r4f", "sam+r3f", "sam+r4f", "tram", "anchor",
+    "sam+anchor", "r3f+anchor", "sam+r3f+anchor", or "none".
 
     Under "sam+r3f" both of SAM's passes take R3F's loss, with the same noise (as with dropout_rng="same" the same masks).
+    Under "sam+anchor" both take the anchor's, whose reference is not perturbed. Under "r3f+anchor" R3F's divergence is added
+    to the anchor's loss, of logits.
 
     Raises:
         ValueError: `args.method` is None.

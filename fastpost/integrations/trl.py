@@ -1,4 +1,4 @@
-"""SAM and R3F in TRL's trainers (TRL 1): supervised fine-tuning and DPO.
+"""SAM, R3F and an anchor in TRL's trainers (TRL 1): supervised fine-tuning and DPO.
 
     from fastpost.integrations.trl import PostSFTConfig as SFTConfig, SAMSFTTrainer as SFTTrainer
 
@@ -9,6 +9,7 @@ micro-batch at w and at w + e, and theirs belong to the policy of one moment.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 try:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # type: ignore[attr-defined]  # made known lazily
@@ -17,11 +18,14 @@ except ImportError as error:
 
 from transformers import Trainer
 
+from fastpost.integrations.anchor_trainer import AnchorTrainerMixin
 from fastpost.integrations.options import PostTrainingOptions
 from fastpost.integrations.r3f_trainer import R3FTrainerMixin
 from fastpost.integrations.sam_trainer import SAMTrainerMixin
 
 __all__ = [
+    "AnchorSFTTrainer",
+    "AnchorTrainerMixin",
     "PostDPOConfig",
     "PostSFTConfig",
     "PostSFTTrainer",
@@ -65,13 +69,40 @@ class R3FSFTTrainer(R3FTrainerMixin, SFTTrainer):
 
     def _use_options(self) -> None:
         super()._use_options()
-        loss_type = getattr(self.args, "loss_type", "nll")
-        if "r3f" in self._methods and (loss_type != "nll" or self.aux_loss_enabled):
-            extra = "an auxiliary loss of its experts" if self.aux_loss_enabled else f"loss_type={loss_type!r}"
-            raise ValueError(f"{type(self).__name__}: R3F's loss would replace {extra}; it goes with loss_type='nll' alone")
+        if "r3f" in self._methods:
+            _check_plain_loss(self, "R3F")
 
 
-class PostSFTTrainer(SAMTrainerMixin, R3FSFTTrainer):
+class AnchorSFTTrainer(AnchorTrainerMixin, SFTTrainer):
+    """SFTTrainer with an anchor or DFT's weights, which like SFT itself never builds the logits.
+
+    In training the loss is the anchor's alone, so `entropy`, `mean_token_accuracy` and `num_tokens` are logged in evaluation
+    only.
+
+    Raises:
+        ValueError: another loss than "nll", or the auxiliary loss of a mixture of experts, which the anchor's would replace.
+    """
+
+    _computes_plain_loss = (SFTTrainer, Trainer)
+
+    def _use_options(self) -> None:
+        super()._use_options()
+        if "anchor" in self._methods:
+            _check_plain_loss(self, "the anchor")
+
+
+class PostSFTTrainer(SAMTrainerMixin, R3FSFTTrainer, AnchorSFTTrainer):
     """SFTTrainer that goes by `args.method`, as `fastpost.integrations.transformers.PostTrainer` does."""
 
     _goes_by_method = True
+
+
+def _check_plain_loss(trainer: Any, method: str) -> None:
+    loss_type = getattr(trainer.args, "loss_type", "nll")
+    if loss_type == "nll" and not trainer.aux_loss_enabled:
+        return
+    extra = "an auxiliary loss of its experts" if trainer.aux_loss_enabled else f"loss_type={loss_type!r}"
+    hint = "; sft_weighting='dft' is DFT there" if loss_type == "dft" and method != "R3F" else ""
+    raise ValueError(
+        f"{type(trainer).__name__}: {method}'s loss would replace {extra}; it goes with loss_type='nll' alone{hint}"
+    )

@@ -2,7 +2,7 @@
 
 One walk over chunks of rows. Each stream has a head of its own: a chunk costs a product for its logits and, where gradients
 are wanted, one to the hidden states and one to the weight. A stream without gradients costs the first alone, and its logits
-are the last that is held of it.
+are the last that is held of it. A stream without a head is logits, of which a chunk at a time is copied.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from fastpost.row_tasks import DistillationTask
 class Settings(NamedTuple):
     """A call but for its tensors, as the operation takes it.
 
-    softcap, teacher_softcap: 0: none. chunk: the most rows of a chunk. dtype, teacher_dtype: of the products' operands.
+    softcap, teacher_softcap: 0: none. by_probability: each row's cross-entropy is multiplied by its label's probability, a
+    constant. chunk: the most rows of a chunk. dtype, teacher_dtype: of the products' operands.
     """
 
     ignore_index: int
@@ -32,6 +33,7 @@ class Settings(NamedTuple):
     temperature: float
     softcap: float
     teacher_softcap: float
+    by_probability: bool
     chunk: int
     dtype: torch.dtype
     teacher_dtype: torch.dtype
@@ -98,12 +100,41 @@ class _Stream:
             self.head.weight_gradient(operand, self.x[:n], self.grad_weight, add=add, factor=factor)
 
 
+class _Logits:
+    """Logits themselves as a stream: a chunk is copied, in the dtype that rows are computed in, and its gradients back."""
+
+    def __init__(self, logits: Tensor, dtype: torch.dtype, wanted: bool) -> None:
+        self.hidden, self.work, self.wanted = logits, out_dtype(dtype), wanted
+        self.grad_hidden = torch.zeros(logits.shape if wanted else (0,), dtype=grad_dtype(logits), device=logits.device)
+        self.grad_weight, self.grad_bias = (torch.zeros(0, dtype=self.work, device=logits.device) for _ in range(2))
+
+    def take_room(self, rows: int) -> None:
+        vocab = self.hidden.shape[1]
+        self.logits = torch.empty((rows, padded(vocab)), dtype=self.work, device=self.hidden.device)[:, :vocab]
+        self.grad = self.logits
+
+    def make_logits(self, rows: slice | Tensor, n: int, live: Tensor | None) -> Tensor:
+        part = self.hidden[rows]
+        return self.logits[:n].copy_(part if live is None else torch.where(live[rows], part, part.new_zeros(())))
+
+    def carry_back(self, rows: slice | Tensor, n: int, add: bool) -> None:
+        self.grad_hidden[rows] = self.grad[:n].to(self.grad_hidden.dtype)
+
+
+def _stream(
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, softcap: float, dtype: torch.dtype, want: list[bool]
+) -> _Stream | _Logits:
+    if weight is None:
+        return _Logits(hidden, dtype, want[0])
+    return _Stream(hidden, weight, bias, softcap, dtype, want)
+
+
 def _linear_distillation(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     labels: Tensor | None,
     weights: Tensor,
@@ -113,24 +144,33 @@ def _linear_distillation(
     temperature: float,
     softcap: float,
     teacher_softcap: float,
+    by_probability: bool,
     chunk: int,
     dtype: torch.dtype,
     teacher_dtype: torch.dtype,
     want: list[bool],
 ) -> tuple[Tensor, ...]:
-    how = Settings(ignore_index, divergence, beta, temperature, softcap, teacher_softcap, chunk, dtype, teacher_dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        student = _Stream(hidden, weight, bias, softcap, dtype, want[:3])
-        teacher = _Stream(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_dtype, want[3:])
-        values = _walk(student, teacher, labels, weights, how)
-    return (
-        values, student.grad_hidden, student.grad_weight, student.grad_bias,
-        teacher.grad_hidden, teacher.grad_weight, teacher.grad_bias,
+    how = Settings(
+        ignore_index, divergence, beta, temperature, softcap, teacher_softcap, by_probability, chunk, dtype, teacher_dtype
     )  # fmt: skip
+    streams = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        streams.append(_stream(hidden, weight, bias, softcap, dtype, want[:3]))
+        if teacher_hidden is not None:
+            streams.append(_stream(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_dtype, want[3:]))
+        values = _walk(streams, labels, weights, how)
+    grads = [grad for stream in streams for grad in (stream.grad_hidden, stream.grad_weight, stream.grad_bias)]
+    if teacher_hidden is None:
+        grads += [weights.new_zeros(0, dtype=out_dtype(teacher_dtype)) for _ in range(3)]
+    return values, *grads
 
 
-def _walk(student: _Stream, teacher: _Stream, labels: Tensor | None, weights: Tensor, how: Settings) -> Tensor:
-    """All rows, a chunk at a time: their values, (kinds, rows); gradients are left in the streams."""
+def _walk(streams: list[_Stream | _Logits], labels: Tensor | None, weights: Tensor, how: Settings) -> Tensor:
+    """All rows, a chunk at a time: their values, (kinds, rows); gradients are left in the streams.
+
+    Args:
+        streams: the student and the teacher, or the student alone where no row's divergence has a weight.
+    """
     device = weights.device
     values = torch.zeros(weights.shape, dtype=torch.float64, device=device)
     used = live = None
@@ -143,17 +183,18 @@ def _walk(student: _Stream, teacher: _Stream, labels: Tensor | None, weights: Te
     if total == 0:
         return values
     size = even_chunk(total, how.chunk)
-    for stream in (student, teacher):
+    student, teacher = streams[0], streams[-1]
+    for stream in streams:
         stream.take_room(size)
     for at in range(0, total, size):
         n = min(size, total - at)
         rows = slice(at, at + n) if used is None else used[at : at + n]
-        logits, teacher_logits = (stream.make_logits(rows, n, live) for stream in (student, teacher))
+        made = [stream.make_logits(rows, n, live) for stream in streams]
         found = torch.empty((len(weights), n), dtype=torch.float64, device=device)
         here = weights[:, rows].contiguous()
         task = DistillationTask(
-            logits,
-            teacher_logits,
+            made[0],
+            made[-1],
             None if labels is None else labels[rows],
             how.ignore_index,
             here[0],
@@ -161,33 +202,55 @@ def _walk(student: _Stream, teacher: _Stream, labels: Tensor | None, weights: Te
             found[0],
             None if labels is None else found[1],
             grad_student=student.grad[:n] if student.wanted else None,
-            grad_teacher=teacher.grad[:n] if teacher.wanted else None,
+            grad_teacher=teacher.grad[:n] if teacher.wanted and teacher is not student else None,
             divergence=how.divergence,
             beta=how.beta,
             temperature=how.temperature,
             student_cap=how.softcap,
             teacher_cap=how.teacher_softcap,
         )
-        select("distillation_rows", device, logits.dtype)(task)
+        run = select("distillation_rows", device, made[0].dtype)
+        probabilities = _weigh_by_probability_(task, run) if how.by_probability else None
+        run(task)
+        if probabilities is not None:
+            found[1] = torch.where(probabilities == 0, torch.zeros_like(found[1]), found[1] * probabilities)
         values[:, rows] = found
-        for stream in (student, teacher):
+        for stream in streams:
             if stream.wanted:
                 stream.carry_back(rows, n, add=at > 0)
     return values
 
 
+def _weigh_by_probability_(task: DistillationTask, run: Any) -> Tensor:
+    """Multiplies the cross-entropy's weights by the labels' probabilities, and returns these, float64.
+
+    The rows' values are asked for once more, without gradients: a look at the logits of the chunk, and no product.
+    """
+    assert task.ce_weights is not None
+    assert task.ce_out is not None
+    known = (task.ce_weights != 0).double()
+    run(task._replace(weights=torch.zeros_like(known), ce_weights=known, grad_student=None, grad_teacher=None))
+    probabilities = torch.exp(-task.ce_out)
+    task.ce_weights.mul_(probabilities)
+    return probabilities
+
+
 def _fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor, teacher_weight: Tensor,
-    teacher_bias: Tensor | None, labels: Tensor | None, weights: Tensor, *rest: Any,
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None, teacher_bias: Tensor | None, labels: Tensor | None, weights: Tensor, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dtype, teacher_dtype, want = rest[-3:]
 
-    def gradients(hidden: Tensor, weight: Tensor, dtype: torch.dtype, want: list[bool]) -> tuple[Tensor, ...]:
+    def gradients(
+        hidden: Tensor | None, weight: Tensor | None, dtype: torch.dtype, want: list[bool]
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         work = out_dtype(dtype)
+        if hidden is None:
+            return tuple(weights.new_empty(0, dtype=work) for _ in range(3))
         return (
             hidden.new_empty(hidden.shape if want[0] else 0, dtype=grad_dtype(hidden)),
-            hidden.new_empty(weight.shape if want[1] else 0, dtype=work),
-            hidden.new_empty(weight.shape[0] if want[2] else 0, dtype=work),
+            hidden.new_empty(weight.shape if weight is not None and want[1] else 0, dtype=work),
+            hidden.new_empty(weight.shape[0] if weight is not None and want[2] else 0, dtype=work),
         )
 
     return (
@@ -198,9 +261,10 @@ def _fake(
 
 
 linear_distillation = define(
-    "linear_distillation(Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher_hidden, Tensor teacher_weight, "
+    "linear_distillation(Tensor hidden, Tensor? weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight, "
     "Tensor? teacher_bias, Tensor? labels, Tensor weights, int ignore_index, str divergence, float beta, float temperature, "
-    "float softcap, float teacher_softcap, int chunk, ScalarType dtype, ScalarType teacher_dtype, bool[] want) "
+    "float softcap, float teacher_softcap, bool by_probability, int chunk, ScalarType dtype, ScalarType teacher_dtype, "
+    "bool[] want) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_distillation,
     _fake,

@@ -13,12 +13,13 @@ from fastpost.ops.chunks import distillation_row_bytes, fitting_rows
 from fastpost.ops.distillation_walk import Settings
 from fastpost.ops.divergence import check_bounded, check_finite
 from fastpost.ops.fused_loss import fused_loss
-from fastpost.ops.head import check_head, check_number, operand_dtype
+from fastpost.ops.head import check_head, check_number, check_tensor, operand_dtype
 from fastpost.ops.reductions import item_divisor, kl_weights, out_dtype, r3f_weights
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "symmetric_kl", "js", "total_variation")
 GRADS = ("student", "both")
 REDUCTIONS = ("token", "sum", "none")
+WEIGHTINGS = ("none", "probability")
 
 
 class DistillationLoss(NamedTuple):
@@ -27,6 +28,44 @@ class DistillationLoss(NamedTuple):
     loss: Tensor
     task_loss: Tensor
     divergence: Tensor
+
+
+class Side(NamedTuple):
+    """A model's part in the loss: what reaches its head, and the head; weight None: `hidden` are its logits."""
+
+    hidden: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    softcap: float | None = None
+
+    @property
+    def vocab(self) -> int:
+        return self.hidden.shape[-1] if self.weight is None else self.weight.shape[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.hidden, self.weight, self.bias
+
+    def constant(self) -> Side:
+        weight, bias = (None if t is None else t.detach() for t in (self.weight, self.bias))
+        return Side(self.hidden.detach(), weight, bias, self.softcap)
+
+
+class How(NamedTuple):
+    """The options of `linear_distillation_loss` that are not of one model."""
+
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    divergence_weight: float = 1.0
+    ce_weight: float = 0.0
+    ce_weighting: str = "none"
+    mask: Tensor | None = None
+    reduction: str = "token"
+    ignore_index: int = -100
+    num_items: float | Tensor | None = None
+    grad: str = "student"
+    memory_budget: int = 1 << 30
 
 
 def linear_distillation_loss(
@@ -41,6 +80,7 @@ def linear_distillation_loss(
     temperature: float = 1.0,
     divergence_weight: float = 1.0,
     ce_weight: float = 0.0,
+    ce_weighting: str = "none",
     mask: Tensor | None = None,
     reduction: str = "token",
     ignore_index: int = -100,
@@ -74,6 +114,8 @@ def linear_distillation_loss(
         temperature: T > 0. The divergence is not multiplied by T^2, as Hinton's gradients would be: put that into
             divergence_weight.
         divergence_weight, ce_weight: >= 0. ce_weight needs labels.
+        ce_weighting: "none", or "probability": each row's cross-entropy is multiplied by the probability of its label, which
+            sends no gradient (DFT, 2508.05629). It costs a second look at the logits and no product.
         mask: bool of shape (...); rows where it is False do not count, as if their label were `ignore_index`.
         reduction: "token" averages over the rows that count (or divides by num_items), "sum" adds them up, "none" gives
             shape (...), zeros where a row does not count, and makes the logits a second time in the backward pass.
@@ -88,7 +130,8 @@ def linear_distillation_loss(
 
     Returns:
         DistillationLoss(loss, task_loss, divergence), float32 (float64 where an argument is); task_loss (0 without
-        ce_weight) and divergence are detached and not yet weighted. Where no row counts, the loss is 0 with zero gradients.
+        ce_weight; with ce_weighting, of the cross-entropies so weighted) and divergence are detached and not yet multiplied
+        by their weights. Where no row counts, the loss is 0 with zero gradients.
 
     Raises:
         ValueError: shapes or devices that do not fit, vocabularies of different sizes, an option that does not exist or is
@@ -97,34 +140,116 @@ def linear_distillation_loss(
         TypeError: dtypes that are not served; a DTensor.
     """
     op = "linear_distillation_loss"
-    _check(op, hidden, weight, bias, softcap, teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
-    _check_options(op, divergence, beta, temperature, divergence_weight, ce_weight, reduction, grad, labels)
-    counts, targets, scale = _rows(op, hidden, weight.shape[0], labels, mask, reduction, ignore_index, num_items)
-    each = counts * scale
-    weights = [each * divergence_weight, *([each * ce_weight] if ce_weight else [])]
-    if grad == "student":
-        teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
-        teacher_bias = None if teacher_bias is None else teacher_bias.detach()
+    for name, given in (("weight", weight), ("teacher_weight", teacher_weight)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(given).__name__}, not a tensor")
+    return distilled(
+        op,
+        Side(hidden, weight, bias, softcap),
+        Side(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap),
+        labels,
+        How(
+            divergence, beta, temperature, divergence_weight, ce_weight, ce_weighting, mask, reduction, ignore_index,
+            num_items, grad, memory_budget,
+        ),
+    )  # fmt: skip
 
-    dtypes = operand_dtype(weight, hidden), operand_dtype(teacher_weight, teacher_hidden)
+
+def distillation_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    divergence_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    ce_weighting: str = "none",
+    mask: Tensor | None = None,
+    reduction: str = "token",
+    ignore_index: int = -100,
+    num_items: float | Tensor | None = None,
+    grad: str = "student",
+    memory_budget: int = 1 << 30,
+) -> DistillationLoss:
+    """`linear_distillation_loss` from logits, for models whose head is no plain matrix.
+
+    Beside both logits and the gradients' block of that size, a chunk of rows is held.
+
+    Args:
+        logits: (..., vocab) of the student; float16, bfloat16, float32 or float64.
+        teacher_logits: of the same shape.
+        labels: as in `linear_distillation_loss`, and so is everything after them.
+
+    Returns:
+        DistillationLoss(loss, task_loss, divergence), as there.
+
+    Raises:
+        ValueError, TypeError: as there.
+    """
+    return distilled(
+        "distillation_loss",
+        Side(logits),
+        Side(teacher_logits),
+        labels,
+        How(
+            divergence, beta, temperature, divergence_weight, ce_weight, ce_weighting, mask, reduction, ignore_index,
+            num_items, grad, memory_budget,
+        ),
+    )  # fmt: skip
+
+
+def distilled(op: str, student: Side, teacher: Side | None, labels: Tensor | None, how: How) -> DistillationLoss:
+    """`linear_distillation_loss`, each side with its head or as logits.
+
+    Args:
+        op: the caller's name, for errors.
+        teacher: None: no divergence, whatever its weight.
+    """
+    if teacher is None:
+        how = how._replace(divergence_weight=0.0)
+    _check(op, student, teacher)
+    _check_options(op, how, labels)
+    counts, targets, scale = _rows(op, student, labels, how)
+    each = counts * scale
+    weights = [each * how.divergence_weight, *([each * how.ce_weight] if how.ce_weight else [])]
+    if how.grad == "student" and teacher is not None:
+        teacher = teacher.constant()
+
+    sides = [student] if teacher is None else [student, teacher]
+    dtypes = [_operands(side) for side in sides]
     if torch.float64 in dtypes:  # both streams' logits are of one dtype
-        dtypes = torch.float64, torch.float64
-    tensors = (
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias,
-        teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias,
+        dtypes = [torch.float64] * len(sides)
+    learns = [torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in side.tensors) for side in sides]
+    widths = [0 if side.weight is None else side.weight.shape[1] for side in sides]
+    per_row = distillation_row_bytes(student.vocab, list(zip(widths, dtypes, learns, strict=True)))
+    tensors = [
+        side.hidden.reshape(-1, side.hidden.shape[-1]) if k == 0 else t for side in sides for k, t in enumerate(side.tensors)
+    ]
+    chunk = fitting_rows(
+        op, math.prod(student.hidden.shape[:-1]), per_row, student.vocab, student.hidden.device, how.memory_budget
+    )
+    settings = Settings(
+        how.ignore_index, how.divergence, how.beta, how.temperature, student.softcap or 0.0, sides[-1].softcap or 0.0,
+        bool(how.ce_weight) and how.ce_weighting == "probability", chunk, dtypes[0], dtypes[-1],
     )  # fmt: skip
-    learns = [torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[k : k + 3]) for k in (0, 3)]
-    streams = [(w.shape[1], dtype, wants) for w, dtype, wants in zip((weight, teacher_weight), dtypes, learns, strict=True)]
-    vocab = weight.shape[0]
-    per_row = distillation_row_bytes(vocab, streams)
-    chunk = fitting_rows(op, len(tensors[0]), per_row, vocab, hidden.device, memory_budget)
-    how = Settings(
-        ignore_index, divergence, beta, temperature, softcap or 0.0, teacher_softcap or 0.0, chunk, *dtypes
-    )  # fmt: skip
-    value, _, values = fused_loss("distillation", how, tensors, targets if ce_weight else None, weights, reduction == "none")
+    value, _, values = fused_loss(
+        "distillation",
+        settings,
+        [*tensors, None, None, None][:6],
+        targets if how.ce_weight else None,
+        weights,
+        how.reduction == "none",
+    )
     check_finite(op, values[0])
     check_bounded(op, values[0])
-    return _result(value, values * each, hidden.shape[:-1], reduction, out_dtype(dtypes[0]))
+    return _result(value, values * each, student.hidden.shape[:-1], how.reduction, out_dtype(dtypes[0]))
+
+
+def _operands(side: Side) -> torch.dtype:
+    """What the products' operands are rounded to; of logits, what they are compared in."""
+    return out_dtype(side.hidden.dtype) if side.weight is None else operand_dtype(side.weight, side.hidden)
 
 
 def _result(
@@ -138,11 +263,11 @@ def _result(
 
 
 def _rows(
-    op: str, hidden: Tensor, vocab: int, labels: Tensor | None, mask: Tensor | None, reduction: str, ignore_index: int,
-    num_items: float | Tensor | None,
+    op: str, student: Side, labels: Tensor | None, how: How
 ) -> tuple[Tensor, Tensor | None, Tensor | float]:  # fmt: skip
     """Which rows count, as float64 (rows,); their labels; what sums over them are multiplied by."""
-    rows, device = hidden.shape[:-1], hidden.device
+    rows, device, vocab = student.hidden.shape[:-1], student.hidden.device, student.vocab
+    mask, reduction, ignore_index, num_items = how.mask, how.reduction, how.ignore_index, how.num_items
     if num_items is not None and reduction != "token":
         raise ValueError(f"{op}: num_items goes with reduction 'token', not {reduction!r}")
     masked = kl_weights(op, rows, device, mask, "sum")  # 1 and 0, checked
@@ -162,45 +287,55 @@ def _rows(
     return weights.kl_rows, weights.labels, weights.kl_scale
 
 
-def _check(
-    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, teacher_hidden: Tensor,
-    teacher_weight: Tensor, teacher_bias: Tensor | None, teacher_softcap: float | None,
-) -> None:  # fmt: skip
-    check_head(op, hidden, weight, bias, softcap)
-    check_head(op, teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, "teacher_")
-    if teacher_hidden.device != hidden.device:
-        raise ValueError(f"{op}: hidden is on {hidden.device}, teacher_hidden on {teacher_hidden.device}")
-    if teacher_hidden.shape[:-1] != hidden.shape[:-1]:
+def _check(op: str, student: Side, teacher: Side | None) -> None:
+    _check_side(op, student, "")
+    if teacher is None:
+        return
+    _check_side(op, teacher, "teacher_")
+    name = "hidden" if student.weight is not None else "logits"
+    if teacher.hidden.device != student.hidden.device:
+        raise ValueError(f"{op}: {name} is on {student.hidden.device}, teacher_{name} on {teacher.hidden.device}")
+    if teacher.hidden.shape[:-1] != student.hidden.shape[:-1]:
         raise ValueError(
-            f"{op}: hidden has shape {tuple(hidden.shape)}, teacher_hidden {tuple(teacher_hidden.shape)}; all but the last "
-            "dimension must agree"
+            f"{op}: {name} has shape {tuple(student.hidden.shape)}, teacher_{name} {tuple(teacher.hidden.shape)}; all but "
+            "the last dimension must agree"
         )
-    if weight.shape[0] != teacher_weight.shape[0]:
+    if student.vocab != teacher.vocab:
         raise ValueError(
-            f"{op}: the student's vocabulary has {weight.shape[0]:,} classes, the teacher's {teacher_weight.shape[0]:,}; "
+            f"{op}: the student's vocabulary has {student.vocab:,} classes, the teacher's {teacher.vocab:,}; "
             "pass the rows of both heads that stand for the same tokens, in one order: weight[index], teacher_weight[index]"
         )
 
 
-def _check_options(
-    op: str, divergence: str, beta: float, temperature: float, divergence_weight: float, ce_weight: float, reduction: str,
-    grad: str, labels: Tensor | None,
-) -> None:  # fmt: skip
+def _check_side(op: str, side: Side, prefix: str) -> None:
+    if side.weight is not None:
+        check_head(op, side.hidden, side.weight, side.bias, side.softcap, prefix)
+        return
+    check_tensor(op, f"{prefix}logits", side.hidden, "under tensor parallelism gather them")
+    if side.hidden.ndim < 1 or side.hidden.shape[-1] == 0:
+        raise ValueError(f"{op}: {prefix}logits have shape {tuple(side.hidden.shape)}, expected (..., vocab)")
+
+
+def _check_options(op: str, how: How, labels: Tensor | None) -> None:
     for name, given, valid in (
-        ("divergence", divergence, DIVERGENCES),
-        ("reduction", reduction, REDUCTIONS),
-        ("grad", grad, GRADS),
+        ("divergence", how.divergence, DIVERGENCES),
+        ("reduction", how.reduction, REDUCTIONS),
+        ("ce_weighting", how.ce_weighting, WEIGHTINGS),
+        ("grad", how.grad, GRADS),
     ):
         if given not in valid:
             raise unknown(name, given, valid)
-    if divergence == "js":
-        check_number(op, "beta", beta, least=0)
-    if divergence == "js" and not 0 < beta < 1:
+    if how.divergence == "js":
+        check_number(op, "beta", how.beta, least=0)
+    if how.divergence == "js" and not 0 < how.beta < 1:
         raise ValueError(
-            f"{op}: beta must lie in (0, 1), not {beta}; what GKD calls 0 and 1 are divergence='forward_kl' and 'reverse_kl'"
+            f"{op}: beta must lie in (0, 1), not {how.beta}; what GKD calls 0 and 1 are divergence='forward_kl' and "
+            "'reverse_kl'"
         )
-    check_number(op, "temperature", temperature)
-    for name, factor in (("divergence_weight", divergence_weight), ("ce_weight", ce_weight)):
+    check_number(op, "temperature", how.temperature)
+    for name, factor in (("divergence_weight", how.divergence_weight), ("ce_weight", how.ce_weight)):
         check_number(op, name, factor, least=0)
-    if ce_weight and labels is None:
-        raise ValueError(f"{op}: ce_weight={ce_weight:g} needs labels")
+    if how.ce_weight and labels is None:
+        raise ValueError(f"{op}: ce_weight={how.ce_weight:g} needs labels")
+    if how.ce_weighting != "none" and not how.ce_weight:
+        raise ValueError(f"{op}: ce_weighting={how.ce_weighting!r} weighs the cross-entropy, and ce_weight is 0")

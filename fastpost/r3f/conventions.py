@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +13,17 @@ from torch import Tensor, nn
 
 from fastpost.ops.reductions import item_divisor
 from fastpost.r3f.noise import is_encoder_decoder
+
+
+@contextlib.contextmanager
+def named(method: str) -> Iterator[None]:
+    """While open, what R3F's helpers refuse they refuse in this method's name."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        if type(error) in (ValueError, TypeError, RuntimeError) and str(error).startswith("R3F: "):
+            raise type(error)(f"{method}: {str(error).removeprefix('R3F: ')}") from None
+        raise
 
 
 def class_labels(root: Any, batch: dict[str, Any], ignore_index: int) -> Tensor:

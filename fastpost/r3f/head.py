@@ -69,6 +69,23 @@ def find_head(root: Any) -> Head:
     return Head(linear, extra if isinstance(extra, Tensor) else None, softcap, temperature / scale)
 
 
+def fused_head(model: Any, root: Any) -> Head:
+    """`find_head` of a model whose head's weight is to be used outside of its forward pass.
+
+    Args:
+        model: with its wrappers. root: without them.
+
+    Raises:
+        ValueError: as `find_head`; DistributedDataParallel that looks for unused parameters.
+    """
+    if getattr(model, "find_unused_parameters", False):
+        raise ValueError(
+            "R3F: fused_linear uses the head's weight outside of the forward pass, which DistributedDataParallel "
+            "refuses under find_unused_parameters=True; leave that off, or use fused_linear=False"
+        )
+    return find_head(root)
+
+
 class Captured:
     """The hidden states that reached the head."""
 
@@ -124,3 +141,12 @@ def hidden_of(root: Any, head: Head, output: Any, captured: Captured) -> Tensor:
         _known.add(root)
     # Untouched, the output itself: hooks that wrappers put on it then see the backward pass begin.
     return returned if head.softcap is None and head.temperature == 1 and returned.dtype == states.dtype else states
+
+
+def last_stream(model: Any, root: Any, head: Head | None, inputs: dict[str, Any]) -> Tensor:
+    """One forward pass: its logits, or with a head the hidden states that reach it, (..., width)."""
+    if head is None:
+        return logits_of(model(**inputs))
+    with bypass_head(root, head) as captured:
+        output = model(**inputs)
+    return hidden_of(root, head, output, captured)

@@ -18,7 +18,7 @@ from fastpost.ops.noise import check_noise
 from fastpost.ops.params import seed_tensor
 from fastpost.ops.reductions import R3F_REDUCTIONS, item_divisor
 from fastpost.r3f.conventions import class_labels, give_decoder_inputs, per_item, summed_cross_entropy
-from fastpost.r3f.head import Head, find_head
+from fastpost.r3f.head import Head, fused_head
 from fastpost.r3f.noise import SCALES, unwrap
 from fastpost.r3f.passes import Passes, Step, Windowed
 
@@ -225,12 +225,7 @@ class R3F(Windowed):
         give_decoder_inputs(root, inputs, labels)
 
         training = bool(getattr(model, "training", True))
-        head = find_head(root) if self.fused_linear and training else None
-        if head is not None and getattr(model, "find_unused_parameters", False):
-            raise ValueError(
-                "R3F: fused_linear uses the head's weight outside of the forward pass, which DistributedDataParallel "
-                "refuses under find_unused_parameters=True; leave that off, or use fused_linear=False"
-            )
+        head = fused_head(model, root) if self.fused_linear and training else None
         passes = Passes(self, model, root, inputs, told, labels, head, self._window or Step())
         if self.r3f_lambda == 0 or not training:
             clean = passes.run()

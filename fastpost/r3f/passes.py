@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fastpost.ops.halves import writable_halves
 from fastpost.ops.noise import fresh_seed
 from fastpost.ops.params import seed_tensor
-from fastpost.r3f.conventions import accelerators, align_labels, beside_virtual_tokens, check_rows, device_of, logits_of
-from fastpost.r3f.head import Head, bypass_head, hidden_of
+from fastpost.r3f.conventions import accelerators, align_labels, beside_virtual_tokens, check_rows, device_of
+from fastpost.r3f.head import Head, last_stream
 from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, refuse_neftune, sequence_numbers
 from fastpost.rng import RandomState
 
@@ -102,12 +102,7 @@ class Passes:
 
     def run(self, inputs: dict[str, Any] | None = None) -> Tensor:
         """One forward pass: logits, or the hidden states before the head where that is fused."""
-        inputs = self.inputs if inputs is None else inputs
-        if self.head is None:
-            return logits_of(self.model(**inputs))
-        with bypass_head(self.root, self.head) as captured:
-            output = self.model(**inputs)
-        return hidden_of(self.root, self.head, output, captured)
+        return last_stream(self.model, self.root, self.head, self.inputs if inputs is None else inputs)
 
     def both(self) -> tuple[Tensor, Tensor]:
         """Both streams, clean and noised."""

@@ -24,6 +24,7 @@ from fastpost.r3f.conventions import (
     device_of,
     give_decoder_inputs,
     logits_of,
+    named,
     per_item,
     summed_cross_entropy,
 )
@@ -140,15 +141,9 @@ class Method(Windowed):
 
     # -- for methods ----------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
+    def _named(self) -> contextlib.AbstractContextManager[None]:
         """What R3F's helpers refuse, they refuse in this method's name."""
-        try:
-            yield
-        except (ValueError, TypeError, RuntimeError) as error:
-            if type(error) in (ValueError, TypeError, RuntimeError) and str(error).startswith("R3F: "):
-                raise type(error)(f"{type(self).__name__}: {str(error).removeprefix('R3F: ')}") from None
-            raise
+        return named(type(self).__name__)
 
     def _at_least_zero(self, *names: str) -> None:
         for name in names:

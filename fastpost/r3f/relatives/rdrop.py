@@ -10,7 +10,7 @@ from torch import Tensor
 from fastpost.ops.head import check_number
 from fastpost.ops.linear_divergence import linear_r_drop_loss
 from fastpost.r3f.conventions import check_rows
-from fastpost.r3f.head import Head, bypass_head, find_head, hidden_of
+from fastpost.r3f.head import Head, fused_head, last_stream
 from fastpost.r3f.model import OPTIONS, R3FOutput
 from fastpost.r3f.relatives.base import Call, Method
 
@@ -83,21 +83,14 @@ class RDrop(Method):
 
     def _head(self, call: Call) -> Head:
         with self._named():
-            if getattr(call.model, "find_unused_parameters", False):
-                raise ValueError(
-                    "R3F: fused_linear uses the head's weight outside of the forward pass, which DistributedDataParallel "
-                    "refuses under find_unused_parameters=True; leave that off, or use fused_linear=False"
-                )
-            return find_head(call.root)
+            return fused_head(call.model, call.root)
 
     def _pass(self, call: Call, head: Head | None) -> Tensor:
         """Logits of one forward pass, or the hidden states before a head that is taken out."""
         if head is None:
             return self._clean(call)
         with self._named():
-            with bypass_head(call.root, head) as captured:
-                output = call.model(**call.inputs)
-            states = hidden_of(call.root, head, output, captured)
+            states = last_stream(call.model, call.root, head, call.inputs)
             check_rows(call.labels, states, head.linear.weight.shape[0], self.ignore_index)
         return states
 

@@ -1,0 +1,189 @@
+"""Anchor: cross-entropy plus a divergence from a reference, with logits never whole where the head is a plain matrix."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastpost.anchor.references import Frozen, Reference, check_weight
+from fastpost.errors import unknown
+from fastpost.ops.linear_distillation import DIVERGENCES, How, Side, distilled
+from fastpost.ops.reductions import item_divisor
+from fastpost.r3f.conventions import (
+    align_labels,
+    beside_virtual_tokens,
+    check_rows,
+    class_labels,
+    give_decoder_inputs,
+    named,
+)
+from fastpost.r3f.head import Head, find_head, fused_head, last_stream
+from fastpost.r3f.noise import unwrap
+
+WEIGHTINGS = ("none", "dft")
+
+
+@dataclass
+class AnchorOutput:
+    """What one call of Anchor gives back.
+
+    Attributes:
+        loss: scalar to call backward() on: task_loss + anchor_kl * divergence.
+        task_loss: the cross-entropy, weighted as asked, a detached scalar.
+        divergence: D(model, reference) before its weight, a detached scalar; 0 where there was no reference pass.
+        logits: of the model, with their graph; None where the fused head never made them.
+    """
+
+    loss: Tensor
+    task_loss: Tensor
+    divergence: Tensor
+    logits: Tensor | None
+
+
+class Anchor:
+    """Cross-entropy plus anchor_kl times a divergence from a reference, at the rows whose labels count.
+
+        L = sum over t of  c_t CE_t + anchor_kl D(p_t, q_t),  over the number of labels that count
+
+    q is the model's prediction, p the reference's, whose pass is made first, in eval mode and without a graph. c_t is 1, or
+    under weighting="dft" the probability that the model gives the label, without a gradient (DFT, 2508.05629). DFT with
+    an anchor is ASFT (2509.23753): its text writes KL(q || p), its released code has KL(p || q) with the weight 0.1.
+
+        anchor = Anchor(Frozen.copy_of(model), 0.1)
+        anchor(model, **batch).loss.backward()         # a model in training mode, a batch with labels
+        optimizer.step()
+        anchor.reference.update(model)                 # for an average
+
+    Serves the models and batches that `fastpost.R3F` serves. In eval mode the loss is plain cross-entropy, and the reference
+    is not run.
+
+    Memory: beside a training step's own, the hidden states of the reference (rows x width) and a chunk of both streams'
+    logits under `memory_budget`. Where a side has no plain head its logits are held whole; the student's gradients then take
+    as much again.
+
+    Args:
+        reference: what the model is held to; a module is taken for `Frozen(module)`. None: nothing, with anchor_kl = 0.
+        anchor_kl: weight of the divergence, >= 0. 0: no reference pass.
+        divergence: "forward_kl", KL(p || q); "reverse_kl", KL(q || p); "symmetric_kl", "js", "total_variation", as in
+            `linear_distillation_loss`.
+        beta: of "js".
+        weighting: "none" or "dft".
+        fused_linear: hidden states and head go into `linear_distillation_loss`. None: for each of the two models whose head
+            is a plain nn.Linear; the other's logits are held. True: an error where it is not. False: logits.
+        shift_labels, ignore_index: as in R3F.
+        memory_budget: bytes for a chunk of logits.
+
+    Raises:
+        ValueError, TypeError: an option that does not exist or is out of range.
+    """
+
+    def __init__(
+        self,
+        reference: Reference | nn.Module | None,
+        anchor_kl: float = 0.1,
+        *,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
+        weighting: str = "none",
+        fused_linear: bool | None = None,
+        shift_labels: bool | None = None,
+        ignore_index: int = -100,
+        memory_budget: int = 1 << 30,
+    ) -> None:
+        if isinstance(reference, nn.Module):
+            reference = Frozen(reference)
+        if reference is not None and not isinstance(reference, Reference):
+            raise TypeError(f"Anchor: reference must be a Reference, a module or None, not {type(reference).__name__}")
+        self.reference = reference
+        self.anchor_kl, self.divergence, self.beta, self.weighting = anchor_kl, divergence, beta, weighting
+        self.fused_linear, self.shift_labels, self.ignore_index = fused_linear, shift_labels, ignore_index
+        self.memory_budget = memory_budget
+        self._check()
+
+    def _check(self) -> None:
+        """Attributes may be changed between steps (schedules), so they are checked at every one."""
+        check_weight("Anchor: anchor_kl", self.anchor_kl)
+        for name, valid in (("divergence", DIVERGENCES), ("weighting", WEIGHTINGS)):
+            if getattr(self, name) not in valid:
+                raise unknown(name, getattr(self, name), valid)
+        if self.divergence == "js" and not 0 < self.beta < 1:
+            raise ValueError(f"Anchor: beta must lie in (0, 1), not {self.beta}")
+        if self.anchor_kl and self.reference is None:
+            raise ValueError(f"Anchor: anchor_kl={self.anchor_kl:g} needs a reference; give one, or anchor_kl=0")
+
+    def __call__(self, model: Any, /, *, num_items: float | Tensor | None = None, **batch: Any) -> AnchorOutput:
+        """Runs reference and model on the batch.
+
+        Args:
+            model: called as `model(**batch)` without the labels.
+            num_items: what both sums are divided by, instead of the labels of this batch that count (gradient accumulation;
+                transformers' `num_items_in_batch`, which is also taken from the batch).
+            batch: the model's inputs and `labels`, integers of shape (batch,) or (batch, time).
+
+        Raises:
+            ValueError: labels that are missing, out of range or of the wrong shape; a reference with another vocabulary or
+                other rows; what the reference refuses.
+        """
+        self._check()
+        with named("Anchor"):
+            root = unwrap(model)
+            labels = class_labels(root, batch, self.ignore_index)
+            inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
+            if num_items is None:
+                num_items = batch.get("num_items_in_batch")
+            if num_items is not None:
+                item_divisor("R3F", num_items, labels.device)  # before a model runs
+            give_decoder_inputs(root, inputs, labels)
+            _keep_no_cache(root, inputs)
+            training = bool(getattr(model, "training", True))
+            teacher = self._teacher(root, inputs) if training and self.anchor_kl else None
+            head = self._head(model, root, fused_head) if training else None
+            stream = last_stream(model, root, head, inputs)
+            labels = beside_virtual_tokens(root, labels, stream, self.ignore_index)
+            check_rows(labels, stream, stream.shape[-1] if head is None else len(head.linear.weight), self.ignore_index)
+            targets = align_labels(root, labels, stream, self.shift_labels, self.ignore_index)
+        weighting = "probability" if training and self.weighting == "dft" else "none"
+        how = How(
+            self.divergence, self.beta, divergence_weight=self.anchor_kl, ce_weight=1.0, ce_weighting=weighting,
+            ignore_index=self.ignore_index, num_items=num_items, memory_budget=self.memory_budget,
+        )  # fmt: skip
+        loss, task, divergence = distilled("Anchor", _side(stream, head), teacher, targets, how)
+        return AnchorOutput(loss, task, divergence, stream if head is None else None)
+
+    def _teacher(self, root: Any, inputs: dict[str, Any]) -> Side:
+        assert self.reference is not None
+        with self.reference.opened(root) as reference:
+            head = self._head(reference, unwrap(reference), lambda _, inner: find_head(inner))
+            return _side(last_stream(reference, unwrap(reference), head, inputs), head)
+
+    def _head(self, model: Any, root: Any, find: Any) -> Head | None:
+        if self.fused_linear is False:
+            return None
+        try:
+            found: Head = find(model, root)
+        except ValueError:
+            if self.fused_linear:
+                raise
+            return None
+        return found
+
+
+def _side(stream: Tensor, head: Head | None) -> Side:
+    """A stream and its head; logits that the model divides by a number are those of hidden states so divided."""
+    if head is None:
+        return Side(stream)
+    t, bias, cap = head.temperature, head.bias, head.softcap
+    if t == 1:
+        return Side(stream, head.linear.weight, bias, cap)
+    return Side(stream / t, head.linear.weight, None if bias is None else bias / t, None if cap is None else cap / t)
+
+
+def _keep_no_cache(root: Any, inputs: dict[str, Any]) -> None:
+    """Models fill a cache for generation unless told not to."""
+    owner = root.get_base_model() if callable(getattr(root, "get_base_model", None)) else root
+    forward = getattr(owner, "forward", None)
+    if callable(forward) and "use_cache" in inspect.signature(forward).parameters:
+        inputs.setdefault("use_cache", False)
