@@ -31,6 +31,8 @@ _HOME = {
     "linear_r_drop_loss": "fastpost.ops.linear_divergence",
     "linear_distillation_loss": "fastpost.ops.linear_distillation",
     "distillation_loss": "fastpost.ops.linear_distillation",
+    "linear_top_k_distillation_loss": "fastpost.ops.top_k_distillation",
+    "linear_top_log_probs": "fastpost.ops.top_k_distillation",
     "add_noise": "fastpost.ops.noise",
     "embedding_noise": "fastpost.ops.noise",
     "negate_grads_": "fastpost.ops.params",
@@ -62,6 +64,8 @@ if TYPE_CHECKING:
     from fastpost.ops.noise import embedding_noise as embedding_noise
     from fastpost.ops.params import flip_signs_ as flip_signs_
     from fastpost.ops.params import negate_grads_ as negate_grads_
+    from fastpost.ops.top_k_distillation import linear_top_k_distillation_loss as linear_top_k_distillation_loss
+    from fastpost.ops.top_k_distillation import linear_top_log_probs as linear_top_log_probs
     from fastpost.r3f import R3F as R3F
     from fastpost.r3f import R4F as R4F
     from fastpost.r3f import R3FOutput as R3FOutput

@@ -106,6 +106,15 @@ def distillation_samples() -> Iterator[tuple[Any, ...]]:
     yield logits[0], None, None, logits[1], None, None, *weighed, [True, False, False] * 2
 
 
+def top_k_samples() -> Iterator[tuple[Any, ...]]:
+    labels, weights = torch.randint(0, 40, (70,)), torch.rand(70, dtype=torch.float64)
+    log_probs, ids = torch.randn(70, 40).log_softmax(-1).topk(3, -1)
+    for divergence, counted, has_rest in itertools.product(DIVERGENCES, (True, False), (True, False)):
+        ce = (labels, torch.stack((weights, weights))) if counted else (None, weights[None])
+        how = (-100, divergence, 0.5, 2.0, has_rest, 0.0, 64, torch.float32)
+        yield *tensors((70, 8), (40, 8), (40,)), ids, log_probs, *ce, *how, [True, counted, True]
+
+
 # Arguments of every operation; a new operation has to bring its own.
 SAMPLES: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "squared_norm": lambda: iter([(lists(1)[0], None, 0.0), (*lists(2), 0.01)]),
@@ -120,6 +129,7 @@ SAMPLES: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "embedding_noise": embedding_samples,
     "linear_divergence": linear_samples,
     "linear_distillation": distillation_samples,
+    "linear_top_k_distillation": top_k_samples,
     "js_rows": lambda: iter(
         [(*tensors((4, 40), (4, 40)), w, x) for w in (None, torch.rand(4).double()) for x in (True, False)]
     ),

@@ -7,6 +7,7 @@ are the last that is held of it. A stream without a head is logits, of which a c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ class Settings(NamedTuple):
     teacher_dtype: torch.dtype
 
 
-class _Stream:
+class Stream:
     """A stream's hidden states and head, its gradients, and memory for one chunk after another.
 
     Args:
@@ -100,7 +101,7 @@ class _Stream:
             self.head.weight_gradient(operand, self.x[:n], self.grad_weight, add=add, factor=factor)
 
 
-class _Logits:
+class Logits:
     """Logits themselves as a stream: a chunk is copied, in the dtype that rows are computed in, and its gradients back."""
 
     def __init__(self, logits: Tensor, dtype: torch.dtype, wanted: bool) -> None:
@@ -123,10 +124,10 @@ class _Logits:
 
 def _stream(
     hidden: Tensor, weight: Tensor | None, bias: Tensor | None, softcap: float, dtype: torch.dtype, want: list[bool]
-) -> _Stream | _Logits:
+) -> Stream | Logits:
     if weight is None:
-        return _Logits(hidden, dtype, want[0])
-    return _Stream(hidden, weight, bias, softcap, dtype, want)
+        return Logits(hidden, dtype, want[0])
+    return Stream(hidden, weight, bias, softcap, dtype, want)
 
 
 def _linear_distillation(
@@ -165,33 +166,16 @@ def _linear_distillation(
     return values, *grads
 
 
-def _walk(streams: list[_Stream | _Logits], labels: Tensor | None, weights: Tensor, how: Settings) -> Tensor:
-    """All rows, a chunk at a time: their values, (kinds, rows); gradients are left in the streams.
+def _walk(streams: list[Stream | Logits], labels: Tensor | None, weights: Tensor, how: Settings) -> Tensor:
+    """All rows' values, (kinds, rows); gradients are left in the streams.
 
     Args:
         streams: the student and the teacher, or the student alone where no row's divergence has a weight.
     """
-    device = weights.device
-    values = torch.zeros(weights.shape, dtype=torch.float64, device=device)
-    used = live = None
-    if skips_rows(device):
-        counts = weights.any(0)
-        used = None if bool(counts.all()) else counts.nonzero().squeeze(-1)
-    else:  # rows that do not count may hold NaN, and 0 times NaN is not 0
-        live = weights.any(0).unsqueeze(-1)
-    total = weights.shape[1] if used is None else len(used)
-    if total == 0:
-        return values
-    size = even_chunk(total, how.chunk)
     student, teacher = streams[0], streams[-1]
-    for stream in streams:
-        stream.take_room(size)
-    for at in range(0, total, size):
-        n = min(size, total - at)
-        rows = slice(at, at + n) if used is None else used[at : at + n]
-        made = [stream.make_logits(rows, n, live) for stream in streams]
-        found = torch.empty((len(weights), n), dtype=torch.float64, device=device)
-        here = weights[:, rows].contiguous()
+
+    def compare(made: list[Tensor], rows: slice | Tensor, here: Tensor, found: Tensor) -> None:
+        n = len(made[0])
         task = DistillationTask(
             made[0],
             made[-1],
@@ -209,11 +193,51 @@ def _walk(streams: list[_Stream | _Logits], labels: Tensor | None, weights: Tens
             student_cap=how.softcap,
             teacher_cap=how.teacher_softcap,
         )
-        run = select("distillation_rows", device, made[0].dtype)
+        run = select("distillation_rows", weights.device, made[0].dtype)
         probabilities = _weigh_by_probability_(task, run) if how.by_probability else None
         run(task)
         if probabilities is not None:
             found[1] = torch.where(probabilities == 0, torch.zeros_like(found[1]), found[1] * probabilities)
+
+    return walk_chunks(streams, weights, how.chunk, compare)
+
+
+def walk_chunks(
+    streams: Sequence[Stream | Logits],
+    weights: Tensor,
+    most: int,
+    compare: Callable[[list[Tensor], slice | Tensor, Tensor, Tensor], None],
+) -> Tensor:
+    """All rows with a weight, a chunk at a time: their logits are made, compared, and their gradients carried back.
+
+    Args:
+        weights: float64 (kinds, rows).
+        most: rows of a chunk.
+        compare: is given the streams' logits of a chunk, which rows they are, their weights and room for their values,
+            (kinds, rows); leaves gradients in the `grad` of each stream that wants them.
+
+    Returns:
+        float64 (kinds, rows), the values; 0 where a row has no weight.
+    """
+    device = weights.device
+    values = torch.zeros(weights.shape, dtype=torch.float64, device=device)
+    used = live = None
+    if skips_rows(device):
+        counts = weights.any(0)
+        used = None if bool(counts.all()) else counts.nonzero().squeeze(-1)
+    else:  # rows that do not count may hold NaN, and 0 times NaN is not 0
+        live = weights.any(0).unsqueeze(-1)
+    total = weights.shape[1] if used is None else len(used)
+    if total == 0:
+        return values
+    size = even_chunk(total, most)
+    for stream in streams:
+        stream.take_room(size)
+    for at in range(0, total, size):
+        n = min(size, total - at)
+        rows = slice(at, at + n) if used is None else used[at : at + n]
+        found = torch.empty((len(weights), n), dtype=torch.float64, device=device)
+        compare([stream.make_logits(rows, n, live) for stream in streams], rows, weights[:, rows].contiguous(), found)
         values[:, rows] = found
         for stream in streams:
             if stream.wanted:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from fastpost.ops import distillation_walk, linear_rows
+from fastpost.ops import distillation_walk, linear_rows, top_k_rows
 from fastpost.ops.autograd import Function, by_operation, one_by_one, transformed, unmapped_batch
 from fastpost.ops.registry import Operation
 from fastpost.ops.rows import scale_
@@ -28,6 +28,7 @@ class Walk(NamedTuple):
 WALKS = {
     "divergence": Walk(linear_rows.linear_divergence, (2, 1, 1)),
     "distillation": Walk(distillation_walk.linear_distillation, (1, 1, 1, 1, 1, 1)),
+    "top_k_distillation": Walk(top_k_rows.linear_top_k_distillation, (1, 1, 1, 1, 1)),
 }
 
 

@@ -210,8 +210,8 @@ def distilled(op: str, student: Side, teacher: Side | None, labels: Tensor | Non
     if teacher is None:
         how = how._replace(divergence_weight=0.0)
     _check(op, student, teacher)
-    _check_options(op, how, labels)
-    counts, targets, scale = _rows(op, student, labels, how)
+    check_options(op, how, labels)
+    counts, targets, scale = counted_rows(op, student, labels, how)
     each = counts * scale
     weights = [each * how.divergence_weight, *([each * how.ce_weight] if how.ce_weight else [])]
     if how.grad == "student" and teacher is not None:
@@ -244,7 +244,7 @@ def distilled(op: str, student: Side, teacher: Side | None, labels: Tensor | Non
     )
     check_finite(op, values[0])
     check_bounded(op, values[0])
-    return _result(value, values * each, student.hidden.shape[:-1], how.reduction, out_dtype(dtypes[0]))
+    return loss_of(value, values * each, student.hidden.shape[:-1], how.reduction, out_dtype(dtypes[0]))
 
 
 def _operands(side: Side) -> torch.dtype:
@@ -252,7 +252,7 @@ def _operands(side: Side) -> torch.dtype:
     return out_dtype(side.hidden.dtype) if side.weight is None else operand_dtype(side.weight, side.hidden)
 
 
-def _result(
+def loss_of(
     value: Tensor, parts: Tensor, rows: torch.Size, reduction: str, dtype: torch.dtype
 ) -> DistillationLoss:  # fmt: skip
     """Of the weighted value and the kinds' parts of every row, (kinds, rows)."""
@@ -262,7 +262,7 @@ def _result(
     return DistillationLoss(*(t.reshape(shape).to(dtype) for t in (value, task, parts[0])))
 
 
-def _rows(
+def counted_rows(
     op: str, student: Side, labels: Tensor | None, how: How
 ) -> tuple[Tensor, Tensor | None, Tensor | float]:  # fmt: skip
     """Which rows count, as float64 (rows,); their labels; what sums over them are multiplied by."""
@@ -316,7 +316,7 @@ def _check_side(op: str, side: Side, prefix: str) -> None:
         raise ValueError(f"{op}: {prefix}logits have shape {tuple(side.hidden.shape)}, expected (..., vocab)")
 
 
-def _check_options(op: str, how: How, labels: Tensor | None) -> None:
+def check_options(op: str, how: How, labels: Tensor | None) -> None:
     for name, given, valid in (
         ("divergence", how.divergence, DIVERGENCES),
         ("reduction", how.reduction, REDUCTIONS),

@@ -1,0 +1,208 @@
+"""Distillation from the most probable classes of a teacher, as they are stored or sent: no teacher is needed in training."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastpost.errors import unknown
+from fastpost.ops.autograd import checks_values
+from fastpost.ops.chunks import distillation_row_bytes, fitting_rows, padded
+from fastpost.ops.fused_loss import fused_loss
+from fastpost.ops.head import Head, check_head, check_number, operand_dtype
+from fastpost.ops.linear_distillation import DistillationLoss, How, Side, check_options, counted_rows, loss_of
+from fastpost.ops.reductions import out_dtype
+from fastpost.ops.top_k_rows import Settings
+
+RESTS = ("one_class", "dropped")
+_ROUNDING = 1.05  # sums of probabilities up to here: logarithms that were stored in 16 bits give up to 1.01
+
+
+def linear_top_k_distillation_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    rest: str = "one_class",
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    divergence_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    mask: Tensor | None = None,
+    reduction: str = "token",
+    ignore_index: int = -100,
+    num_items: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    memory_budget: int = 1 << 30,
+) -> DistillationLoss:
+    """`linear_distillation_loss` from the k most probable classes of a teacher, as a file or a server has them.
+
+    p are the teacher's probabilities of those classes, q the student's, which are taken over its whole vocabulary. What is
+    left of both is one more class, so that D(p, q) never exceeds the divergence of the whole vocabularies, and equals it
+    where k is the whole vocabulary. Right to 1e-6 in value and gradient for float32 logits.
+
+    Args:
+        hidden: (..., width) of the student; float16, bfloat16, float32 or float64.
+        weight: (vocab, width) of the student's head.
+        teacher_ids: integers (..., k), classes in [0, vocab), each once in a row.
+        teacher_log_probs: floating point (..., k), their log-probabilities over the teacher's whole vocabulary
+            (`linear_top_log_probs`). -inf: a place is not used, whatever its id (rows of different k).
+        rest: "one_class", the rest of the vocabulary is one more class; "dropped", both models are normalised over the k
+            classes, which says nothing of how much the student gives to others.
+        temperature: T > 0, at which the log-probabilities were taken; divides the student's logits in the divergence.
+        labels, divergence, beta, divergence_weight, ce_weight, mask, reduction, ignore_index, num_items, bias, softcap,
+            memory_budget: as in `linear_distillation_loss`.
+
+    Returns:
+        DistillationLoss(loss, task_loss, divergence), as there.
+
+    Raises:
+        ValueError: as there; also, on the CPU and under FASTPOST_CHECKS=1, an id out of range or twice in a row,
+            log-probabilities above 0, NaN, or that add up to more than 1, a row without any, and an infinite divergence,
+            such as "reverse_kl" where the teacher leaves nothing to the rest.
+        TypeError: as there; ids that are no integers.
+    """
+    op = "linear_top_k_distillation_loss"
+    check_head(op, hidden, weight, bias, softcap)
+    if rest not in RESTS:
+        raise unknown("rest", rest, RESTS)
+    how = How(
+        divergence, beta, temperature, divergence_weight, ce_weight, mask=mask, reduction=reduction,
+        ignore_index=ignore_index, num_items=num_items, memory_budget=memory_budget,
+    )  # fmt: skip
+    check_options(op, how, labels)
+    side = Side(hidden, weight, bias, softcap)
+    counts, targets, scale = counted_rows(op, side, labels, how)
+    _check_teacher(op, hidden, weight, teacher_ids, teacher_log_probs, counts)
+    each = counts * scale
+    weights = [each * divergence_weight, *([each * ce_weight] if ce_weight else [])]
+
+    dtype, rows = operand_dtype(weight, hidden), math.prod(hidden.shape[:-1])
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in side.tensors)
+    copies = 2 + (softcap is not None) + (temperature != 1)  # of a chunk's logits, beside those that every stream has
+    per_row = distillation_row_bytes(side.vocab, [(weight.shape[1], dtype, learns)])
+    per_row += copies * padded(side.vocab) * out_dtype(dtype).itemsize
+    chunk = fitting_rows(op, rows, per_row, side.vocab, hidden.device, memory_budget)
+    value, _, values = fused_loss(
+        "top_k_distillation",
+        Settings(ignore_index, divergence, beta, temperature, rest == "one_class", softcap or 0.0, chunk, dtype),
+        [
+            hidden.reshape(-1, hidden.shape[-1]), weight, bias,
+            teacher_ids.reshape(rows, -1).long(), teacher_log_probs.detach().reshape(rows, -1),
+        ],
+        targets if ce_weight else None,
+        weights,
+        reduction == "none",
+    )  # fmt: skip
+    if checks_values(hidden.device) and bool((values[0] == torch.inf).any()):
+        at = int((values[0] == torch.inf).nonzero()[0])
+        raise ValueError(
+            f"{op}: in row {at} the student gives a probability to what has none in the teacher, so {divergence} is "
+            "infinite; use 'forward_kl' or 'js', or rest='dropped'"
+        )
+    return loss_of(value, values * each, hidden.shape[:-1], reduction, out_dtype(dtype))
+
+
+def _check_teacher(op: str, hidden: Tensor, weight: Tensor, ids: Tensor, log_probs: Tensor, counts: Tensor) -> None:
+    for name, t, kind in (("teacher_ids", ids, "integers"), ("teacher_log_probs", log_probs, "floating point")):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(t).__name__}, not a tensor")
+        is_integer = not t.is_floating_point() and not t.is_complex() and t.dtype != torch.bool
+        if (kind == "integers") != is_integer or (not is_integer and not t.is_floating_point()):
+            raise TypeError(f"{op}: {name} must be {kind}, not {t.dtype}")
+        if t.device != hidden.device:
+            raise ValueError(f"{op}: hidden is on {hidden.device}, {name} on {t.device}")
+        if t.ndim != hidden.ndim or t.shape[:-1] != hidden.shape[:-1] or t.shape[-1] == 0:
+            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {(*hidden.shape[:-1], 'k')} with k >= 1")
+    if ids.shape != log_probs.shape:
+        raise ValueError(
+            f"{op}: teacher_ids has shape {tuple(ids.shape)}, teacher_log_probs {tuple(log_probs.shape)}; they must agree"
+        )
+    if not checks_values(hidden.device):
+        return
+    ids, log_probs = ids.reshape(-1, ids.shape[-1]), log_probs.detach().reshape(-1, ids.shape[-1])
+    used = counts > 0
+    known = log_probs > -torch.inf
+    for faulty, told in (
+        (((ids < 0) | (ids >= weight.shape[0])).any(1), f"holds an id outside of [0, {weight.shape[0]})"),
+        (log_probs.isnan().any(1) & used, "holds a log-probability that is NaN"),
+        ((log_probs > 0).any(1) & used, "holds a log-probability above 0; pass logarithms, not probabilities or logits"),
+        (~known.any(1) & used, "holds no class of the teacher; mask it, or set its label to ignore_index"),
+        (
+            (log_probs.double().logsumexp(1) > math.log(_ROUNDING)) & used,
+            "holds probabilities that add up to more than 1; they are to be of the teacher's whole vocabulary",
+        ),
+        (_repeats(ids, known) & used, "holds an id twice"),
+    ):
+        if bool(faulty.any()):
+            raise ValueError(f"{op}: row {int(faulty.nonzero()[0])} {told}")
+
+
+def _repeats(ids: Tensor, known: Tensor) -> Tensor:
+    """Rows in which an id that is used is there twice."""
+    apart = -1 - torch.arange(ids.shape[1], device=ids.device)  # places that are not used differ from all others
+    ordered = torch.where(known, ids.long(), apart).sort(1).values
+    return (ordered[:, 1:] == ordered[:, :-1]).any(1)
+
+
+@torch.no_grad()
+def linear_top_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    memory_budget: int = 1 << 30,
+) -> tuple[Tensor, Tensor]:
+    """The k most probable classes of every row and their log-probabilities over the whole vocabulary, to be stored for
+    `linear_top_k_distillation_loss`. Logits live a chunk of rows at a time; no gradients.
+
+    Args:
+        hidden: (..., width) of the teacher; float16, bfloat16, float32 or float64.
+        weight: (vocab, width) of its head.
+        k: classes, from 1 to vocab.
+        bias, softcap, memory_budget: as in `linear_distillation_loss`.
+        temperature: T > 0; the logits are divided by it.
+
+    Returns:
+        int64 (..., k), the most probable first; float32 (..., k) (float64 where an argument is).
+
+    Raises:
+        ValueError: shapes or devices that do not fit, k or a number out of range, a budget too small for 64 rows.
+        TypeError: dtypes that are not served; a DTensor.
+    """
+    op = "linear_top_log_probs"
+    check_head(op, hidden, weight, bias, softcap)
+    check_number(op, "temperature", temperature)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= weight.shape[0]:
+        raise ValueError(f"{op}: k must be a whole number from 1 to the {weight.shape[0]:,} classes, not {k!r}")
+    dtype = operand_dtype(weight, hidden)
+    flat, head = hidden.reshape(-1, hidden.shape[-1]), Head(weight, bias, dtype)
+    vocab, work = weight.shape[0], out_dtype(dtype)
+    per_row = distillation_row_bytes(vocab, [(weight.shape[1], dtype, False)]) + padded(vocab) * work.itemsize
+    chunk = fitting_rows(op, len(flat), per_row, vocab, hidden.device, memory_budget)
+    ids = torch.empty((len(flat), k), dtype=torch.int64, device=hidden.device)
+    log_probs = torch.empty((len(flat), k), dtype=work, device=hidden.device)
+    room = torch.empty((min(chunk, len(flat)), vocab), dtype=work, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for at in range(0, len(flat), chunk):
+            part = flat[at : at + chunk]
+            logits = room[: len(part)]
+            head.products(part.to(dtype), logits)
+            if head.bias is not None:
+                logits.add_(head.bias)
+            if softcap is not None:
+                logits.div_(softcap).tanh_().mul_(softcap)
+            logits.div_(temperature)
+            largest, ids[at : at + chunk] = logits.topk(k, 1)
+            log_probs[at : at + chunk] = largest - logits.logsumexp(1, keepdim=True)
+    shape = (*hidden.shape[:-1], k)
+    return ids.reshape(shape), log_probs.reshape(shape)

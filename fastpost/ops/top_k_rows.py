@@ -1,0 +1,187 @@
+"""A teacher of whom k classes of every row are known, beside a student's output head, as torch.library sees them.
+
+The divergence is one over k + 1 classes at most: the known ones, and the rest of the vocabulary as one. So a row of the
+student's logits is read for the rest's sum alone, and the divergence and its gradient are made of k + 1 numbers, in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpost.ops.distillation_walk import Stream, walk_chunks
+from fastpost.ops.head import grad_dtype
+from fastpost.ops.reductions import out_dtype
+from fastpost.ops.registry import define
+
+
+class Settings(NamedTuple):
+    """A call but for its tensors, as the operation takes it.
+
+    has_rest: the rest of the vocabulary is a class of its own. softcap: 0: none. chunk: the most rows of a chunk. dtype: of
+    the products' operands.
+    """
+
+    ignore_index: int
+    divergence: str
+    beta: float
+    temperature: float
+    has_rest: bool
+    softcap: float
+    chunk: int
+    dtype: torch.dtype
+
+
+def _linear_top_k_distillation(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    log_probs: Tensor,
+    labels: Tensor | None,
+    weights: Tensor,
+    ignore_index: int,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    has_rest: bool,
+    softcap: float,
+    chunk: int,
+    dtype: torch.dtype,
+    want: list[bool],
+) -> tuple[Tensor, ...]:
+    how = Settings(ignore_index, divergence, beta, temperature, has_rest, softcap, chunk, dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        student = Stream(hidden, weight, bias, softcap, dtype, want[:3])
+
+        def compare(made: list[Tensor], rows: slice | Tensor, here: Tensor, found: Tensor) -> None:
+            targets = None if labels is None else labels[rows]
+            grad = student.grad[: len(made[0])] if student.wanted else None
+            _compare(made[0], ids[rows], log_probs[rows], targets, here, found, grad, how)
+
+        values = walk_chunks([student], weights, chunk, compare)
+    return (
+        values, student.grad_hidden, student.grad_weight, student.grad_bias,
+        weights.new_empty(0), weights.new_empty(0),
+    )  # fmt: skip
+
+
+def _compare(
+    logits: Tensor, ids: Tensor, log_probs: Tensor, labels: Tensor | None, weights: Tensor, found: Tensor,
+    grad: Tensor | None, how: Settings,
+) -> None:  # fmt: skip
+    """Values of some rows into `found`, gradients of their weighted sum into `grad`; `logits` are overwritten."""
+    known = log_probs > -torch.inf  # what the teacher gives no probability belongs to the rest
+    z = logits.gather(1, ids)
+    exact = torch.where(known, z.double(), -torch.inf)
+    cap = 1 - (logits / how.softcap).square_() if grad is not None and how.softcap else None  # d/dx of s tanh(x / s)
+    at_label = counts = targets = None
+    if labels is not None:
+        counts = (labels != how.ignore_index).unsqueeze(1)
+        targets = torch.where(counts, labels.unsqueeze(1), 0)
+        at_label = logits.gather(1, targets).double()
+    # From here on `logits` are those of the rest. Where an id is there twice, as padding, the one that counts wins.
+    logits.scatter_reduce_(1, ids, torch.where(known, torch.full_like(z, -torch.inf), z), "amin")
+    scaled = logits if how.temperature == 1 else logits / how.temperature
+    rest = scaled.logsumexp(1, keepdim=True).double() if how.has_rest else None
+    classes = exact / how.temperature
+    log_q = (classes if rest is None else torch.cat((classes, rest), 1)).log_softmax(1)
+    found[0], slopes = _divergence(_teacher(log_probs, rest), log_q, how)
+    slopes = slopes * (weights[0] / how.temperature).unsqueeze(1)
+    total = None
+    if at_label is not None and counts is not None:
+        plain = logits.logsumexp(1, keepdim=True).double() if rest is None or how.temperature != 1 else rest
+        total = torch.cat((exact, plain), 1).logsumexp(1, keepdim=True)
+        found[1] = torch.where(counts, total - at_label, 0.0).squeeze(1)
+    if grad is None:
+        return
+    # d/dz of a class of the rest: its share of the rest times the rest's slope; of cross-entropy its probability.
+    made = torch.zeros_like(logits) if rest is None else _shares(scaled, rest, slopes[:, -1:])
+    each = slopes[:, : ids.shape[1]]
+    if total is not None and counts is not None and targets is not None:
+        share = weights[1].unsqueeze(1) * counts
+        made.add_(_shares(logits, total, share))
+        made.scatter_add_(1, targets, -share.to(made.dtype))
+        each = each + (exact - total).exp() * share
+    made.scatter_add_(1, ids, torch.where(known, each, 0.0).to(made.dtype))
+    if cap is not None:
+        made.mul_(cap)
+    grad.copy_(made.masked_fill_(~(weights != 0).any(0).unsqueeze(1), 0))
+
+
+def _shares(logits: Tensor, log_sum: Tensor, factor: Tensor) -> Tensor:
+    """factor * exp(logits - log_sum), of which the second is float64: rounding it would round every share."""
+    largest = logits.amax(1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
+    scale = torch.where(log_sum > -torch.inf, factor * (largest.double() - log_sum).exp(), 0.0)
+    return (logits - largest).exp_().mul_(scale.to(logits.dtype))
+
+
+def _teacher(log_probs: Tensor, rest: Tensor | None) -> Tensor:
+    """log p of the classes, float64, that of the rest last. Probabilities whose sum rounding has brought above 1 are scaled
+    to 1, and without a rest they always are.
+
+    Args:
+        rest: the student's; -inf where every class of the vocabulary is known, so that rounding leaves nothing to a rest.
+    """
+    log_p = log_probs.double()
+    total = log_p.logsumexp(1, keepdim=True)
+    if rest is None:
+        return log_p - total
+    left = torch.where((total < 0) & (rest > -torch.inf), torch.log(-torch.expm1(total.clamp(max=0))), -torch.inf)
+    return torch.cat((log_p - total.clamp(min=0), left), 1)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor, how: Settings) -> tuple[Tensor, Tensor]:
+    """D(p, q) of every row and its derivative by the logits of q; float64 (n,) and (n, classes)."""
+    p, q = log_p.exp(), log_q.exp()
+    zero = torch.zeros_like(p)
+
+    def times(share: Tensor, log: Tensor) -> Tensor:
+        return torch.where(share > 0, share * log, zero)  # nothing is said of what has no share, whatever its logarithm
+
+    def through_softmax(slope: Tensor) -> Tensor:  # q * slope is given
+        return slope - q * slope.sum(1, keepdim=True)
+
+    if how.divergence == "total_variation":
+        return (p - q).abs().sum(1) / 2, through_softmax(q * (q - p).sign() / 2)
+    if how.divergence == "js":
+        log_m = (how.beta * p + (1 - how.beta) * q).log()
+        of_q = times(q, log_q - log_m)
+        value = how.beta * times(p, log_p - log_m).sum(1) + (1 - how.beta) * of_q.sum(1)
+        return value.clamp(min=0), through_softmax((1 - how.beta) * of_q)
+    value, slope = torch.zeros_like(p[:, 0]), torch.zeros_like(p)
+    if how.divergence in ("forward_kl", "symmetric_kl"):
+        value = value + times(p, log_p - log_q).sum(1).clamp(min=0)
+        slope = slope + (q - p)
+    if how.divergence in ("reverse_kl", "symmetric_kl"):
+        of_q = times(q, log_q - log_p)
+        value = value + of_q.sum(1).clamp(min=0)
+        slope = slope + through_softmax(of_q)
+    return value, slope
+
+
+def _fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, log_probs: Tensor, labels: Tensor | None,
+    weights: Tensor, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dtype, want = rest[-2:]
+    work = out_dtype(dtype)
+    return (
+        hidden.new_empty(weights.shape, dtype=torch.float64),
+        hidden.new_empty(hidden.shape if want[0] else 0, dtype=grad_dtype(hidden)),
+        hidden.new_empty(weight.shape if want[1] else 0, dtype=work),
+        hidden.new_empty(weight.shape[0] if want[2] else 0, dtype=work),
+        weights.new_empty(0),
+        weights.new_empty(0),
+    )
+
+
+linear_top_k_distillation = define(
+    "linear_top_k_distillation(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor log_probs, Tensor? labels, "
+    "Tensor weights, int ignore_index, str divergence, float beta, float temperature, bool has_rest, float softcap, "
+    "int chunk, ScalarType dtype, bool[] want) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_top_k_distillation,
+    _fake,
+)
