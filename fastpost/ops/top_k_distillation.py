@@ -56,8 +56,8 @@ def linear_top_k_distillation_loss(
         rest: "one_class", the rest of the vocabulary is one more class; "dropped", both models are normalised over the k
             classes, which says nothing of how much the student gives to others.
         temperature: T > 0, at which the log-probabilities were taken; divides the student's logits in the divergence.
-        labels, divergence, beta, divergence_weight, ce_weight, mask, reduction, ignore_index, num_items, bias, softcap,
-            memory_budget: as in `linear_distillation_loss`.
+        labels, divergence, beta, divergence_weight, ce_weight: as in `linear_distillation_loss`.
+        mask, reduction, ignore_index, num_items, bias, softcap, memory_budget: as there too.
 
     Returns:
         DistillationLoss(loss, task_loss, divergence), as there.
