@@ -70,6 +70,9 @@ def _in_sam(o: Any) -> Iterator[str]:
     ):
         if o.sam_masters and clash:
             yield f"sam_masters makes w + e by casting masters, which {other} does not do; {_LEAVE}"
+    if o.sam_stash != "copy" and (o.sam_masters or o.sam_perturb == "functional"):
+        other = "sam_masters keeps w itself" if o.sam_masters else "sam_perturb='functional' writes no weight"
+        yield f"sam_stash={o.sam_stash!r} says how w is kept, and {other}; {_LEAVE}"
     if o.sam_perturb == "functional" and o.sam_rounding == "stochastic":
         yield f"sam_perturb='functional' writes no weight, so sam_rounding='stochastic' has nothing to round; {_LEAVE}"
     if o.sam_perturb == "functional" and o.r3f_spectral is not None:

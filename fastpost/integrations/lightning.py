@@ -131,7 +131,8 @@ class SAMCallback(Callback):
         # By way of meta, where no random number is drawn.
         stand_in = torch.nn.Linear(1, 1, device="meta", dtype=torch.bfloat16).to_empty(device="cpu")
         keywords = {**self._sam_keywords(None), "scope": None, "model": stand_in}
-        SAM(stand_in.parameters(), torch.optim.SGD, lr=0.0, **keywords)
+        kept = "copy" if keywords.get("stash") == "cpu" else keywords.get("stash", "copy")  # of weights that are elsewhere
+        SAM(stand_in.parameters(), torch.optim.SGD, lr=0.0, **{**keywords, "stash": kept})
         variant = keywords.get("variant")
         if variant is not None and not variant.ascent_pass:
             raise ValueError(

@@ -20,6 +20,7 @@ from fastpost.r3f import R3F
 from fastpost.r3f.spectral import LAYERS, MODES
 from fastpost.sam import TRAM, Variant, norm_layers
 from fastpost.sam.options import Scope, check_options, scope_in
+from fastpost.sam.stash import KINDS as STASHES
 
 METHODS: dict[str, frozenset[str]] = {
     "none": frozenset(),
@@ -41,6 +42,7 @@ STRUCTURAL = (
     "sam_variant",
     "sam_perturb",
     "sam_masters",
+    "sam_stash",
     "sam_rounding_seed",
     "r3f_relative",
     "r3f_spectral",
@@ -84,6 +86,8 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
         sam_perturb: "stored" writes w + e over w; "functional" adds what e would add to the outputs of the model's layers.
         sam_masters: keep float32 masters of 16-bit weights in the optimizer, which steps and saves them; w + e and w are
             casts, and nothing is stashed (`fastpost.SAM(master_params=...)`).
+        sam_stash: how w is kept between the passes: as a "copy", as its distance from w + e in "ulp" (half the room, bit for
+            bit), or on the host ("cpu").
         sam_scope: names of the parameters to perturb, patterns with commas between ("*.lora_*"), among them "norm_layers"
             for the gains and offsets of all norm layers (SAM-ON, 2306.04226); None is all.
         sam_rounding: how w + e is stored in 16-bit weights, "nearest" or "stochastic".
@@ -121,6 +125,9 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
     sam_variant: str | None = _option(None, f"Variant of SAM and its parameters: {specs.shown(specs.VARIANTS)}.")
     sam_perturb: str = _option("stored", "stored writes w + e over w, functional adds what e does to the layers' outputs.")
     sam_masters: bool = _option(False, "float32 masters of 16-bit weights, stepped and saved by the optimizer.")
+    sam_stash: str = _option(
+        "copy", "How w is kept between the passes: copy, ulp (half the room) or cpu (the host's memory)."
+    )
     sam_scope: str | None = _option(
         None, "Patterns of parameter names to perturb, or norm_layers, with commas between; all by default."
     )
@@ -207,6 +214,7 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
         choices = {
             "sam_rounding": ("nearest", "stochastic"),
             "sam_perturb": ("stored", "functional"),
+            "sam_stash": STASHES,
             "r3f_spectral": (None, *LAYERS),
             "r3f_spectral_mode": MODES,
         }
@@ -288,6 +296,7 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
             "rounding": self.sam_rounding,
             "rounding_seed": self.sam_rounding_seed or 0,
             "perturb": self.sam_perturb,
+            "stash": self.sam_stash,
             "model": model,
             "norm_stats": self.sam_norm_stats,
             "variant": self.build_variant(loss_scale),

@@ -145,7 +145,10 @@ class SAMTrainerMixin(PostTrainingMixin):
         else:
             params = [p for group in innermost(self.optimizer).param_groups for p in group["params"]]
         if params:
-            SAM(None, torch.optim.SGD(params, lr=0.0), **self._sam_keywords())
+            keywords = self._sam_keywords()
+            if self.args.device.type != "cpu" and keywords["stash"] == "cpu":
+                keywords["stash"] = "copy"  # FSDP moves the weights to their device later
+            SAM(None, torch.optim.SGD(params, lr=0.0), **keywords)
         if self.post_training.sam_perturb == "functional":
             self._refuse_fused_head()
 

@@ -23,6 +23,7 @@ from fastpost.rng import RandomState, accelerators
 from fastpost.sam.buckets import BucketCache, ParameterBucket, ShardReducer, total_squared_norm
 from fastpost.sam.options import Scope, resolve_scope
 from fastpost.sam.perturbation import Perturbation, PerturbParams
+from fastpost.sam.stash import Stash
 from fastpost.sam.step import Gradients
 
 Loss = Callable[[Any, Any], Tensor]
@@ -301,8 +302,9 @@ class _Weights:
             )
         self.rho, self.eta, self._compute_dtype = rho, eta, compute_dtype
         self._reducer = ShardReducer()
-        self._cache = BucketCache(True, self._reducer)
-        self._perturbation = Perturbation(self._reducer)
+        stash = Stash()
+        self._cache = BucketCache(stash.room, self._reducer)
+        self._perturbation = Perturbation(self._reducer, stash)
 
     def gradients(self, value: Tensor) -> Gradients:
         """Of a loss, each in its weight's dtype; this rank's parts. `.grad` and the hooks on it are left alone, but that
