@@ -209,7 +209,8 @@ class R3FTrainerMixin(PostTrainingMixin):
             model, copy.copy(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch, **extra_args
         )
         # Divided as the trainer divides its own: what is no sum over the whole window will be divided by its length.
-        scaled = items is not None if self.loss_is_scaled_for_ga is None else self.loss_is_scaled_for_ga
+        said = getattr(self, "loss_is_scaled_for_ga", None)  # older trainers of transformers 5 do not ask
+        scaled = items is not None if said is None else said
         divergence = self._divergence_beside if self._measures_only else self.r3f.noised_divergence
         kl = divergence(model, logits_of(outputs), dict(inputs), items if scaled else None)
         kl = kl * self._factor(items if scaled else None)
