@@ -98,7 +98,8 @@ class CMakeBuild(build_ext):
         import pybind11
 
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve() / "cmake"
+        # Beside the sources where FASTPOST_BUILD_DIR says so: a compiler's cache knows files by their relative paths.
+        build = (ROOT / (os.environ.get("FASTPOST_BUILD_DIR") or Path(self.build_temp).resolve()) / "cmake").resolve()
         try:
             build.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -14,8 +14,8 @@ from torch import Tensor
 import fastpost
 from fastpost import published
 from fastpost.bench import measure
-from fastpost.cli.models import find_head
 from fastpost.cli.train_options import PARTS
+from fastpost.r3f.spectral import find_classifier
 
 Batch = dict[str, Tensor]
 Costs = dict[str, measure.Cost]
@@ -127,7 +127,7 @@ def _plain(model: Any, window: list[Batch], arguments: Any, loss_of: Loss) -> me
 
 def _published(method: str, model: Any, window: list[Batch], arguments: Any) -> measure.Step:
     if arguments.r3f_spectral is not None:
-        published.spectral_norm_last(find_head(model))
+        published.spectral_norm_last(find_classifier(model))
     loss_of = _task_loss if "r3f" not in PARTS[method] else lambda m, batch: _published_r3f(m, batch, arguments)
     if "sam" not in PARTS[method]:
         return _plain(model, window, arguments, loss_of)
@@ -155,7 +155,7 @@ def _published_r3f(model: Any, batch: Batch, arguments: Any) -> Tensor:
 def _ours(method: str, model: Any, window: list[Batch], arguments: Any) -> measure.Step:
     r3f = arguments.build_r3f(fused_linear=bool(arguments.r3f_fused_linear))
     if arguments.r3f_spectral is not None:
-        fastpost.R4F(find_head(model), layers=arguments.r3f_spectral, mode=arguments.r3f_spectral_mode)
+        fastpost.R4F(find_classifier(model), layers=arguments.r3f_spectral, mode=arguments.r3f_spectral_mode)
     loss_of = _task_loss if "r3f" not in PARTS[method] else lambda m, batch: r3f(m, **batch).loss
     if "sam" not in PARTS[method]:
         return _plain(model, window, arguments, loss_of)

@@ -117,15 +117,15 @@ def test_dft_alone_needs_no_reference(fused: bool | None) -> None:
 
 
 def test_a_reference_of_another_width_and_without_a_plain_head() -> None:
-    """GPT-2 held to a Llama whose head is a function: its logits against hidden states."""
+    """GPT-2 held to a Llama whose head is a function, and which knows of no cache: its logits against hidden states."""
 
     class Function(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
             self.inner = inner
 
-        def forward(self, **inputs: Any) -> Any:
-            return self.inner(**inputs)
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask)
 
     start = Function(tiny.build("llama", 0.0, torch.float64))
     ours, theirs = (tiny.build("causal", 0.0, torch.float64) for _ in range(2))

@@ -168,6 +168,21 @@ def test_from_logits(reduction: str, grad: str) -> None:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("reduction", ["token", "none"])
+def test_weights_by_probability_of_one_chunk_whose_rows_all_count(reduction: str) -> None:
+    """The rows' weights are the caller's own: they serve the value, and another backward pass."""
+    problem = Problem()
+    problem.labels.clamp_(min=0)
+    ours, theirs = problem.leaves(), problem.leaves()
+    how = {"reduction": reduction, **WEIGHED}
+    got, want = fused(ours, problem.labels, memory_budget=1 << 30, **how), truth(theirs, problem.labels, **how)
+    torch.testing.assert_close(list(got), list(want), rtol=1e-9, atol=1e-15)
+    for _ in range(2):
+        got.loss.sum().backward(retain_graph=True)
+    (2 * want[0]).sum().backward()
+    agree(ours, theirs)
+
+
 @pytest.mark.parametrize("headless", [False, True])
 def test_a_student_without_a_teacher(headless: bool) -> None:
     """DFT alone: the same bits as with a teacher whose divergence has no weight, without a product for one."""

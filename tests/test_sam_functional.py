@@ -177,6 +177,8 @@ def test_a_fused_head_is_refused_where_it_is_tied_too() -> None:
     """It computes with the head's weight at w, whatever the embedding does."""
     model, batch = tiny.build("causal"), tiny.batch_for("causal")
     opt, before = functional(model, lr=0.1), all_bits(model)
+    with torch.no_grad():
+        model(input_ids=batch["input_ids"])  # an evaluation tells nothing of what training passes call
     R3F(fused_linear=True, seed=1)(model, **batch).loss.backward()
     with pytest.raises(RuntimeError, match=r"the model was called and lm_head was not, which holds a tied weight"):
         opt.first_step()

@@ -346,6 +346,14 @@ def replicas() -> None:
     assert torch.allclose(grads[0] / 2, model.module.blocks[0].norm.weight.grad)
 
 
+def one_cannot() -> None:
+    model = nn.parallel.DistributedDataParallel(d.Net())
+    batches = [d.batch(0)] if dist.get_rank() == 0 else []
+    with pytest.raises((ValueError, RuntimeError), match="no batch") as raised:
+        sharpness(model, of_net, batches, 0.2)
+    assert ("rank 1 cannot measure" in str(raised.value)) == (dist.get_rank() == 0)
+
+
 def shards() -> None:
     mesh = d.mesh_of(2)
     model = d.Net()
@@ -370,6 +378,6 @@ def close_to(found: fastpost.Sharpness, expected: fastpost.Sharpness) -> None:
 
 
 def test_ranks_agree_with_one_process() -> None:
-    outcome = d.run(2, {"replicas": replicas, "shards": shards})
-    for case in ("replicas", "shards"):
+    outcome = d.run(2, {"replicas": replicas, "one_cannot": one_cannot, "shards": shards})
+    for case in ("replicas", "one_cannot", "shards"):
         outcome.of(case)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastpost
+from fastpost.ops import distillation_walk
 
 from .memory import cpu_peak_bytes
 
@@ -170,6 +171,14 @@ def test_float32_is_right_to_a_millionth(divergence: str) -> None:
     )  # fmt: skip
 
 
+def test_no_rows_have_no_loss() -> None:
+    hidden, weight = torch.zeros(0, WIDTH, requires_grad=True), torch.randn(VOCAB, WIDTH)
+    ids, log_probs = fastpost.linear_top_log_probs(hidden, weight, K)
+    out = fastpost.linear_top_k_distillation_loss(hidden, weight, ids, log_probs)
+    out.loss.backward()
+    assert out.loss.item() == 0
+
+
 def test_identical_models_have_none() -> None:
     problem = Problem()
     log_probs, ids = F.linear(*problem.tensors).log_softmax(-1).topk(K, -1)
@@ -188,7 +197,8 @@ def test_rows_of_fewer_classes(rest: str) -> None:
     problem = Problem()
     ids, log_probs = problem.known()
     log_probs[0, :, 3:] = -math.inf
-    ids[0, :, 3:] = 0
+    ids[0, :, 3:] = -1
+    ids[0, :, 4:] = 0
     log_probs[1, :, 0] = -math.inf
     ids[1, :, 0] = ids[1, :, 1]
     clean = ids.clone()
@@ -202,7 +212,12 @@ def test_rows_of_fewer_classes(rest: str) -> None:
     agree(ours, theirs)
 
 
-def test_rows_that_do_not_count_may_hold_anything_and_each_row_has_its_loss() -> None:
+@pytest.mark.parametrize("skips", [True, False])  # as on CPUs, and on GPUs
+@pytest.mark.parametrize("divergence", ["js", "total_variation"])
+def test_rows_that_do_not_count_may_hold_anything_and_each_row_has_its_loss(
+    divergence: str, skips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation_walk, "skips_rows", lambda device: skips)
     problem = Problem()
     ids, log_probs = problem.known()
     mask = torch.rand(ROWS, generator=torch.Generator().manual_seed(2)) < 0.8
@@ -211,7 +226,7 @@ def test_rows_that_do_not_count_may_hold_anything_and_each_row_has_its_loss() ->
     with torch.no_grad():
         ours[0][dead], log_probs[dead] = math.nan, math.nan
     upstream = torch.rand(ROWS, dtype=torch.float64)
-    options = {"mask": mask, "reduction": "none", "ce_weight": 0.5, "divergence": "js"}
+    options = {"mask": mask, "reduction": "none", "ce_weight": 0.5, "divergence": divergence}
     found = loss_of(ours, ids, log_probs, problem.labels, **options)
     exact = truth(theirs, ids, problem.known()[1], problem.labels, **options)
     torch.testing.assert_close(found.loss, exact[0].detach(), rtol=1e-10, atol=1e-14)

@@ -175,6 +175,16 @@ def test_masters_in_the_trainer_are_masters_in_a_loop(tmp_path: Path) -> None:
     assert again.sam.report is not None
 
 
+def test_masters_of_an_optimizer_without_a_state_are_saved(tmp_path: Path) -> None:
+    """Plain SGD keeps nothing of its own; a resumed run goes on with the same masters all the same."""
+    mine, resumed = model(dtype=torch.bfloat16), model(dtype=torch.bfloat16)
+    options = {"sam_masters": True, "optim": "sgd", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
+    trainer_of(SAMTrainer, mine, arguments(tmp_path, 4, **options)).train()
+    again = trainer_of(SAMTrainer, resumed, arguments(tmp_path, 4, **options))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(same_bits(p, q) for p, q in zip(mine.parameters(), resumed.parameters(), strict=True))
+
+
 def test_a_step_with_masters_that_overflows_is_skipped(tmp_path: Path) -> None:
     class Spoiled(SAMTrainer):
         passes = 0
@@ -490,6 +500,31 @@ def test_every_option_arrives_through_every_door(tmp_path: Path, door: Callable)
             assert getattr(built, R3FS.get(key, key)) == value
     assert PostSFTTrainer._sam_keywords is PostTrainer._sam_keywords
     assert PostSFTTrainer.compute_loss is PostTrainer.compute_loss
+
+
+def test_what_a_method_sets_follows_it() -> None:
+    options = PostTrainingOptions(method="asam")
+    for method, expected in (
+        ("sam", (0.05, False, 1.0, None)),
+        ("sam_lm", (0.15, False, 0.25, None)),
+        ("asam", (0.5, True, 1.0, None)),
+        ("sam+r4f", (0.05, False, 1.0, "last")),
+        ("tram", (1.0, True, 1.0, None)),
+        ("none", (0.05, False, 1.0, None)),
+    ):
+        options.method = method
+        options.check()
+        assert (options.sam_rho, options.sam_adaptive, options.sam_ascent_fraction, options.r3f_spectral) == expected
+        assert options.values() == PostTrainingOptions(method=method).values()
+    options.method, options.sam_variant = "sam", "looksam"
+    options.check()
+    assert options.sam_interval == 5
+    options.sam_variant, options.sam_rho = None, 0.3
+    options.check()
+    assert options.sam_interval == 1
+    options.method = "sam_lm"
+    options.check()
+    assert (options.sam_rho, options.sam_ascent_fraction) == (0.3, 0.25)  # what was given stays
 
 
 def test_every_keyword_of_sam_has_an_option() -> None:

@@ -28,6 +28,7 @@ from fastpost.cli.models import PACKAGED_MODEL, load_lm, negative_log_likelihood
 from fastpost.cli.options import Range, check, complain, names_of, option, parsed, seeds_of
 from fastpost.errors import BackendUnavailable, unknown
 from fastpost.integrations.masking import Mask
+from fastpost.r3f.spectral import find_classifier
 
 PROGRAM = "studies compare"
 METHODS = (*tuning.CLASSIFIERS, "gap")
@@ -195,7 +196,7 @@ def prepare(arguments: CompareArguments) -> Plan:
         task = tasks.load(a.task, a.data_dir, (a.train_size, a.validation_size, a.test_size))
         classifier = tuning.Classifier(a.model, len(task.labels))
         if "r4f" in methods:
-            tuning.find_head(classifier.fresh(0))
+            find_classifier(classifier.fresh(0))
         length = a.max_length or (32 if a.task == "stdlib" else 128)
         subject = tuning.Classification(classifier, task, length, device)
     corpus = small_lm.build_corpus(sizes) if "gap" in methods else None

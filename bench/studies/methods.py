@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastpost import R3F, R4F, SAM, add_noise, symmetric_kl
 from fastpost.bench.studies.tuning import Batch
-from fastpost.cli.models import find_head
 from fastpost.r3f.relatives import NEFTune, RDrop
+from fastpost.r3f.spectral import find_classifier
 from fastpost.sam import TRAM, SAMWindow
 
 PLAIN = "adamw"
@@ -60,7 +60,7 @@ class Stepper:
 
 def grouped(model: Any, lr: float, head_rate: float) -> list[dict[str, Any]]:
     """Two parameter groups: what was pretrained, and the head with the pooler before it, which start from nothing."""
-    new = [find_head(model), getattr(model.base_model, "pooler", None)]
+    new = [find_classifier(model), getattr(model.base_model, "pooler", None)]
     head = {id(p): p for module in new if module is not None for p in module.parameters()}
     body = [p for p in model.parameters() if id(p) not in head]
     return [{"params": body, "lr": lr}, {"params": list(head.values()), "lr": lr * head_rate}]
@@ -81,7 +81,7 @@ def build(
     adamw: Any = torch.optim.AdamW
     keywords = {"weight_decay": WEIGHT_DECAY, "fused": True}
     if method == "r4f":
-        R4F(find_head(model), layers="last")
+        R4F(find_classifier(model), layers="last")
     if method.startswith(("sam", "asam", "tram")):
         adaptive = method in ("asam", "tram")
         more: dict[str, Any] = {"variant": TRAM(), "rho": 1.0} if method == "tram" else {"rho": strength["rho"]}

@@ -19,13 +19,14 @@ import fastpost
 from fastpost.bench.studies import results as shared
 from fastpost.bench.studies import tasks, tuning
 from fastpost.bench.studies.results import Bars, Panel, Results, Row, Series
-from fastpost.cli.models import PACKAGED_MODEL, find_head
+from fastpost.cli.models import PACKAGED_MODEL
 from fastpost.cli.options import Range, check, complain, names_of, option, parsed, seeds_of
 from fastpost.errors import unknown
 from fastpost.ops.noise import check_noise
 from fastpost.r3f import relatives
 from fastpost.r3f.probe import POOLINGS, ProbeResult, encoder_of, features, linear_probe
 from fastpost.r3f.relatives.base import Method
+from fastpost.r3f.spectral import find_classifier
 
 PROGRAM = "studies probe"
 LISTS = ("tasks", "probes", "methods", "seeds")
@@ -174,7 +175,7 @@ def prepare(arguments: ProbeArguments) -> Plan:
     if encoder_of(first) is first:
         raise ValueError(f"--model {data[chain[0]].classifier.name}: its encoder cannot be told from its head")
     if "r4f" in methods:
-        find_head(first)
+        find_classifier(first)
     probe_of(first, data[probes[0]], a, limit=4)  # a pooling that this encoder has not, say
     return Plan(a, chain, list(dict.fromkeys(probes)), list(dict.fromkeys(methods)), seeds, data, hyper)
 

@@ -15,8 +15,9 @@ import fastpost
 from fastpost import published
 from fastpost.bench.studies.small_lm import Corpus, perplexity
 from fastpost.bench.studies.tasks import Example, Task
-from fastpost.cli.models import PACKAGED_MODEL, Loaded, find_head, loading, negative_log_likelihoods, packaged_model
+from fastpost.cli.models import PACKAGED_MODEL, Loaded, loading, negative_log_likelihoods, packaged_model
 from fastpost.modes import evaluating
+from fastpost.r3f.spectral import find_classifier
 
 CLASSIFIERS = ("adamw", "sam", "asam", "r3f", "r4f")
 
@@ -67,7 +68,7 @@ class Classifier:
         """The pretrained model in training mode; its head depends on the seed alone."""
         model: Any = copy.deepcopy(self._model)
         torch.manual_seed(seed)
-        head = find_head(model)
+        head = find_classifier(model)
         for module in head.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -149,9 +150,9 @@ def build(method: str, side: str, model: Any, hyper: Hyperparameters) -> Trainee
     keywords: dict[str, Any] = {"lr": hyper.lr, "weight_decay": hyper.weight_decay, "fused": True}
     if method == "r4f":
         if side == "fastpost":
-            fastpost.R4F(find_head(model), layers="last")
+            fastpost.R4F(find_classifier(model), layers="last")
         else:
-            published.spectral_norm_last(find_head(model))
+            published.spectral_norm_last(find_classifier(model))
     parameters = list(model.parameters())
     if method in ("sam", "asam") and side == "fastpost":
         rho = hyper.asam_rho if method == "asam" else hyper.rho

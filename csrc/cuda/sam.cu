@@ -55,6 +55,9 @@ struct Moved {
   }
 };
 
+// w + e. Fused with the product that e is, it would have other bits in one kernel than in the next.
+__device__ __forceinline__ float moved_by(float w, float e) { return __fadd_rn(w, e); }
+
 struct Step {
   bool moves;
   SplitScale scale;
@@ -211,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, stochastic&& Keep<T>::codes ? 1 : kP
 #pragma unroll
         for (int k = 0; k < size; ++k) {
           e[k] = step_at(before[k], e[k]);
-          after[k] = before[k] + e[k];
+          after[k] = moved_by(before[k], e[k]);
           if constexpr (stochastic)
             written.value[k] = round_randomly<T>(after[k], words.word[k / 2 % 4] >> (k % 2 * 16) & 0xffffu);
         }
@@ -229,7 +232,8 @@ __global__ void __launch_bounds__(kThreads, stochastic&& Keep<T>::codes ? 1 : kP
         const uint32_t word =
             which < 2 ? (which == 0 ? words.word[0] : words.word[1]) : (which == 2 ? words.word[2] : words.word[3]);
         const float before = widened(old), e = step_at(before, widened(g[i]));
-        T written = stochastic ? round_randomly<T>(before + e, word >> (i % 2 * 16) & 0xffffu) : from_float<T>(before + e);
+        T written = stochastic ? round_randomly<T>(moved_by(before, e), word >> (i % 2 * 16) & 0xffffu)
+                               : from_float<T>(moved_by(before, e));
         moved.add({e, 0.0f}, {before, 0.0f}, {widened(written), 0.0f});
         stashed.code(i, old, written);
         w[i] = written;
@@ -260,11 +264,11 @@ __global__ void __launch_bounds__(kThreads, kPair)
       const unsigned which = i % 8 / 2;
       const uint32_t word =
           which < 2 ? (which == 0 ? words.word[0] : words.word[1]) : (which == 2 ? words.word[2] : words.word[3]);
-      written[0] = round_randomly<T>(before + e, word >> (i % 2 * 16) & 0xffffu);
+      written[0] = round_randomly<T>(moved_by(before, e), word >> (i % 2 * 16) & 0xffffu);
     } else {
       T pair[2];  // as packs are rounded, whose NaNs have other bits
-      round_pair(before + e, before + e, pair);
-      written[0] = i < place.length / Pack<T>::size * Pack<T>::size ? pair[0] : from_float<T>(before + e);
+      round_pair(moved_by(before, e), moved_by(before, e), pair);
+      written[0] = i < place.length / Pack<T>::size * Pack<T>::size ? pair[0] : from_float<T>(moved_by(before, e));
     }
     Code<T> code[1] = {kPending<T>};
     stashed.enter(i, held, written, code, kPending<T>, 1);
@@ -373,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
 #pragma unroll
         for (int k = 0; k < size; ++k) {
           e[k] = step_at(before[k], e[k]);
-          after[k] = before[k] + e[k];
+          after[k] = moved_by(before[k], e[k]);
         }
         const Pack<T> written = rounded<T>(after);
         unpack(cast, before);
@@ -389,7 +393,7 @@ __global__ void __launch_bounds__(kThreads, kPair)
           return;
         }
         const float e = step_at(exact, widened(g[i]));
-        const T written = from_float<T>(exact + e);
+        const T written = from_float<T>(moved_by(exact, e));
         moved.add({e, 0.0f}, {widened(cast), 0.0f}, {widened(written), 0.0f});
         w[i] = written;
       });

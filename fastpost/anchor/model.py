@@ -135,13 +135,12 @@ class Anchor:
             if num_items is None:
                 num_items = batch.get("num_items_in_batch")
             if num_items is not None:
-                item_divisor("R3F", num_items, labels.device)  # before a model runs
+                item_divisor("Anchor", num_items, labels.device)  # before a model runs
             give_decoder_inputs(root, inputs, labels)
-            _keep_no_cache(root, inputs)
             training = bool(getattr(model, "training", True))
             teacher = self._teacher(root, inputs) if training and self.anchor_kl else None
             head = self._head(model, root, fused_head) if training else None
-            stream = last_stream(model, root, head, inputs)
+            stream = last_stream(model, root, head, _without_cache(root, inputs))
             labels = beside_virtual_tokens(root, labels, stream, self.ignore_index)
             check_rows(labels, stream, stream.shape[-1] if head is None else len(head.linear.weight), self.ignore_index)
             targets = align_labels(root, labels, stream, self.shift_labels, self.ignore_index)
@@ -157,7 +156,8 @@ class Anchor:
         assert self.reference is not None
         with self.reference.opened(root) as reference:
             head = self._head(reference, unwrap(reference), lambda _, inner: find_head(inner))
-            return _side(last_stream(reference, unwrap(reference), head, inputs), head)
+            inner = unwrap(reference)
+            return _side(last_stream(reference, inner, head, _without_cache(inner, inputs)), head)
 
     def _head(self, model: Any, root: Any, find: Any) -> Head | None:
         if self.fused_linear is False:
@@ -181,9 +181,10 @@ def _side(stream: Tensor, head: Head | None) -> Side:
     return Side(stream / t, head.linear.weight, None if bias is None else bias / t, None if cap is None else cap / t)
 
 
-def _keep_no_cache(root: Any, inputs: dict[str, Any]) -> None:
-    """Models fill a cache for generation unless told not to."""
+def _without_cache(root: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs, and what keeps the model from filling a cache for generation, where it has one."""
     owner = root.get_base_model() if callable(getattr(root, "get_base_model", None)) else root
     forward = getattr(owner, "forward", None)
     if callable(forward) and "use_cache" in inspect.signature(forward).parameters:
-        inputs.setdefault("use_cache", False)
+        return {"use_cache": False, **inputs}
+    return inputs

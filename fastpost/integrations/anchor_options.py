@@ -17,7 +17,7 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AnchorOptions:
     """What a fine-tuned model is held to, and how its tokens are weighed.
 
@@ -86,7 +86,7 @@ class AnchorOptions:
         return 0.999 if self.anchor_ema_decay is None else self.anchor_ema_decay
 
     def asks_for_anchor(self) -> bool:
-        """Whether any of these options was given; a weight of 0 takes that back."""
+        """Whether any of these options was given; False where anchor_kl is 0 and no weighting is asked for."""
         if self.anchor_kl == 0 and self.sft_weighting == "none":
             return False
         return any(getattr(self, f.name) != f.default for f in fields(AnchorOptions))

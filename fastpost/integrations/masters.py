@@ -58,7 +58,7 @@ class Masters:
     def keep(self) -> None:
         """After a step: masters are in the state, beside what the optimizer has made there."""
         for m in self.masters:
-            if m in self.optimizer.state:
+            if m in self.optimizer.state or m.grad is not None:  # plain SGD keeps nothing of its own
                 self.optimizer.state[m][NAME] = m.data
 
     @torch.no_grad()

@@ -27,7 +27,11 @@ _OF_SAM = (
     "sam_variant",
     "sam_perturb",
     "sam_masters",
+    "sam_scope",
+    "sam_rounding",
+    "sam_per_micro_batch",
 )
+_OF_ANCHOR = ("anchor", "anchor_divergence", "anchor_ema_decay", "sft_weighting")
 _OF_R3F = ("r3f_lambda", "r3f_eps", "noise_type", "r3f_relative", "r3f_spectral")
 
 
@@ -122,7 +126,9 @@ class PostTrainingMixin(Base):  # type: ignore[misc]
         if "r3f" in self._methods:
             shown |= {name: getattr(options, name) for name in _OF_R3F}
         if "anchor" in self._methods:
-            shown |= {name: getattr(options, name) for name in ("anchor", "anchor_divergence", "sft_weighting")}
+            shown |= {
+                name: getattr(options, name) for name in ("anchor", "anchor_divergence", "anchor_ema_decay", "sft_weighting")
+            }
             shown["anchor_kl"] = options.anchor_weight
         return {"methods": sorted(self._methods), "world_size": self.args.world_size, "options": shown}
 

@@ -49,6 +49,9 @@ STRUCTURAL = (
     "r3f_spectral_mode",
 )
 
+# Options whose values follow the method and the variant where they are not given.
+PRESET = ("sam_variant", "sam_rho", "sam_adaptive", "sam_ascent_fraction", "sam_interval", "r3f_lambda", "r3f_spectral")
+
 NORMS = "norm_layers"  # in `sam_scope`
 
 
@@ -72,8 +75,8 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
         method: "sam", "sam_lm" (the recipe of 2110.08529: rho 0.15, ascent on a quarter of the window), "asam" (adaptive,
             rho 0.5), "r3f", "r4f" (R3F, the last layer of the head normalised), "sam+r3f", "sam+r4f", "tram" (ASAM with the
             divergence under R3F's noise for its radius, 2310.03646: rho 1.0, no KL in the loss), "anchor", "sam+anchor",
-            "r3f+anchor", "sam+r3f+anchor", "none"; None: all that the trainer's class does. What a method sets is set at
-            construction, where it was not given.
+            "r3f+anchor", "sam+r3f+anchor", "none"; None: all that the trainer's class does. What a method sets follows
+            it where it was not given, also where it is changed between two runs.
         sam_rho: radius of the perturbation, >= 0; None is 0.05, under "sam_lm" 0.15, under "asam" 0.5, for TRAM 1.0.
         sam_adaptive, sam_eta: ASAM, and its constant.
         sam_ascent_fraction: share of the accumulation window that the ascent uses, in (0, 1]; None is 1.0, under "sam_lm"
@@ -165,14 +168,18 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
                     setattr(self, name, float(value))
                 except ValueError:
                     raise ValueError(f"{name} must be a number, not {value!r}") from None
-        self._fill_presets()
         self.check()
         further = getattr(super(), "__post_init__", None)  # of the arguments that these are mixed into
         if further is not None:
             further()
 
     def _fill_presets(self) -> None:
-        """What the method and the variant say of options that were not given."""
+        """What the method and the variant say of options that were not given; said anew where these have changed since."""
+        defaults = {f.name: f.default for f in fields(PostTrainingOptions)}
+        for name, value in vars(self).get("_filled", {}).items():
+            if getattr(self, name) == value:
+                setattr(self, name, defaults[name])
+        given = {name: getattr(self, name) for name in PRESET}
         method = self.method or ""
         if method == "tram" and self.sam_variant is None:
             self.sam_variant = "tram"
@@ -188,6 +195,7 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
             self.r3f_lambda = 0.0 if method == "tram" else 1.0
         if self.r3f_spectral is None and method in ("r4f", "sam+r4f"):
             self.r3f_spectral = LAYERS[0]
+        self._filled = {name: getattr(self, name) for name in PRESET if getattr(self, name) != given[name]}
 
     def values(self) -> dict[str, Any]:
         """The options of this class, by name."""
@@ -203,6 +211,7 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
         """
         if self.method is not None and self.method not in METHODS:
             raise unknown("method", self.method, METHODS)
+        self._fill_presets()
         for name in ("sam_rho", "sam_eta"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):

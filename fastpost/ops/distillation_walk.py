@@ -194,7 +194,9 @@ def _walk(streams: list[Stream | Logits], labels: Tensor | None, weights: Tensor
             teacher_cap=how.teacher_softcap,
         )
         run = select("distillation_rows", weights.device, made[0].dtype)
-        probabilities = _weigh_by_probability_(task, run) if how.by_probability else None
+        probabilities = _label_probabilities(task, run) if how.by_probability else None
+        if probabilities is not None:
+            task = task._replace(ce_weights=here[1] * probabilities)
         run(task)
         if probabilities is not None:
             found[1] = torch.where(probabilities == 0, torch.zeros_like(found[1]), found[1] * probabilities)
@@ -245,18 +247,13 @@ def walk_chunks(
     return values
 
 
-def _weigh_by_probability_(task: DistillationTask, run: Any) -> Tensor:
-    """Multiplies the cross-entropy's weights by the labels' probabilities, and returns these, float64.
-
-    The rows' values are asked for once more, without gradients: a look at the logits of the chunk, and no product.
-    """
+def _label_probabilities(task: DistillationTask, run: Any) -> Tensor:
+    """float64. The rows' values are asked for once more, without gradients: a look at a chunk's logits, and no product."""
     assert task.ce_weights is not None
     assert task.ce_out is not None
     known = (task.ce_weights != 0).double()
     run(task._replace(weights=torch.zeros_like(known), ce_weights=known, grad_student=None, grad_teacher=None))
-    probabilities = torch.exp(-task.ce_out)
-    task.ce_weights.mul_(probabilities)
-    return probabilities
+    return torch.exp(-task.ce_out)
 
 
 def _fake(

@@ -80,6 +80,8 @@ def linear_top_k_distillation_loss(
     side = Side(hidden, weight, bias, softcap)
     counts, targets, scale = counted_rows(op, side, labels, how)
     _check_teacher(op, hidden, weight, teacher_ids, teacher_log_probs, counts)
+    k, log_probs = teacher_ids.shape[-1], teacher_log_probs.detach()
+    ids = torch.where(log_probs > -torch.inf, teacher_ids.long(), 0)  # those of places that are not used may be anything
     each = counts * scale
     weights = [each * divergence_weight, *([each * ce_weight] if ce_weight else [])]
 
@@ -92,10 +94,7 @@ def linear_top_k_distillation_loss(
     value, _, values = fused_loss(
         "top_k_distillation",
         Settings(ignore_index, divergence, beta, temperature, rest == "one_class", softcap or 0.0, chunk, dtype),
-        [
-            hidden.reshape(-1, hidden.shape[-1]), weight, bias,
-            teacher_ids.reshape(rows, -1).long(), teacher_log_probs.detach().reshape(rows, -1),
-        ],
+        [hidden.reshape(rows, hidden.shape[-1]), weight, bias, ids.reshape(rows, k), log_probs.reshape(rows, k)],
         targets if ce_weight else None,
         weights,
         reduction == "none",
@@ -130,7 +129,7 @@ def _check_teacher(op: str, hidden: Tensor, weight: Tensor, ids: Tensor, log_pro
     used = counts > 0
     known = log_probs > -torch.inf
     for faulty, told in (
-        (((ids < 0) | (ids >= weight.shape[0])).any(1), f"holds an id outside of [0, {weight.shape[0]})"),
+        ((((ids < 0) | (ids >= weight.shape[0])) & known).any(1), f"holds an id outside of [0, {weight.shape[0]})"),
         (log_probs.isnan().any(1) & used, "holds a log-probability that is NaN"),
         ((log_probs > 0).any(1) & used, "holds a log-probability above 0; pass logarithms, not probabilities or logits"),
         (~known.any(1) & used, "holds no class of the teacher; mask it, or set its label to ignore_index"),

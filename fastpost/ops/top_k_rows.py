@@ -95,6 +95,8 @@ def _compare(
         plain = logits.logsumexp(1, keepdim=True).double() if rest is None or how.temperature != 1 else rest
         total = torch.cat((exact, plain), 1).logsumexp(1, keepdim=True)
         found[1] = torch.where(counts, total - at_label, 0.0).squeeze(1)
+    dead = ~(weights != 0).any(0)  # rows that do not count may hold anything
+    found.masked_fill_(dead, 0)
     if grad is None:
         return
     # d/dz of a class of the rest: its share of the rest times the rest's slope; of cross-entropy its probability.
@@ -108,7 +110,7 @@ def _compare(
     made.scatter_add_(1, ids, torch.where(known, each, 0.0).to(made.dtype))
     if cap is not None:
         made.mul_(cap)
-    grad.copy_(made.masked_fill_(~(weights != 0).any(0).unsqueeze(1), 0))
+    grad.copy_(made.masked_fill_(dead.unsqueeze(1), 0))
 
 
 def _shares(logits: Tensor, log_sum: Tensor, factor: Tensor) -> Tensor:

@@ -139,15 +139,15 @@ def _as_used(u: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Called:
-    """A forward hook that notes that its module was called (`ran`), and computed by its class (`yes`). Copies and pickles of
-    it note nothing of this one.
+    """A forward hook that notes, in passes with gradients, that its module computed (`yes`), or that a forward put on the
+    module handed its input on (`passed_by`), as fused heads do. Copies and pickles of it note nothing of this one.
 
     Once its optimizer is gone it takes itself off in the next forward pass. The garbage collector must not: it may run while
     torch walks through the hooks.
     """
 
     def __init__(self) -> None:
-        self.yes = self.ran = self.over = False
+        self.yes = self.passed_by = self.over = False
         self.handle: RemovableHandle | None = None
 
     def put_on(self, module: nn.Module) -> _Called:
@@ -155,8 +155,9 @@ class _Called:
         return self
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.ran = True
-        self.yes = self.yes or "forward" not in vars(module)  # fused heads put one there that hands its input on
+        if torch.is_grad_enabled():
+            self.yes = self.yes or "forward" not in vars(module)
+            self.passed_by = self.passed_by or "forward" in vars(module)
         if self.over and self.handle is not None:
             self.handle.remove()
 
@@ -261,7 +262,8 @@ class FunctionalPerturbation(Perturbation):
         wanted = {id(p) for p in params}
         called = {id(p) for module, _, hook in self._layers if hook.yes for p in module.parameters(recurse=False)}
         unused = wanted - called
-        if unused and (called or self._root.ran):  # else the first pass came before this optimizer was built
+        ran = self._root.yes or self._root.passed_by  # whatever has been put on the model itself
+        if unused and (called or ran):  # else the first pass came before this optimizer was built
             names = [name for name, p in self._model.named_parameters() if id(p) in unused]
             raise RuntimeError(
                 f"SAM: functional perturbation: {', '.join(names[:5])} got a gradient although the layer was not called: "
@@ -269,13 +271,15 @@ class FunctionalPerturbation(Perturbation):
                 "perturb='stored'"
             )
         # A head that is tied to the embedding, whose layer was called. Embeddings may be there twice and be called once.
-        silent = {module for module, _, hook in self._layers if isinstance(module, nn.Linear) and not hook.yes}
+        silent = {
+            module for module, _, hook in self._layers if isinstance(module, nn.Linear) and (hook.passed_by or not hook.yes)
+        }
         heads = [
             name
             for name, module in self._model.named_modules()
             if module in silent and any(id(p) in wanted for p in module.parameters(recurse=False))
         ]
-        if heads and self._root.ran:
+        if heads and ran:
             raise RuntimeError(
                 f"SAM: functional perturbation: the model was called and {', '.join(heads[:5])} was not, which holds a tied "
                 "weight: a fused head (fused_linear=True, linear_r3f_loss) computes with it at w. Let the model build its "
@@ -304,7 +308,7 @@ class FunctionalPerturbation(Perturbation):
             for name in ("_sam_directions", "_sam_factor"):
                 module.__dict__.pop(name, None)
         for called in (self._root, *(called for _, _, called in self._layers)):
-            called.yes = called.ran = False
+            called.yes = called.passed_by = False
         self._moved = []
         self._directions.clear()
         self._noted = []

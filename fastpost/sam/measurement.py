@@ -205,13 +205,16 @@ def sharpness(
         with kept_modes(inner), frozen_norm_stats(inner), torch.enable_grad():
             if eval_mode:
                 inner.eval()
-            found = list(batches)
-            if not found:
-                raise ValueError("sharpness: there is no batch to measure")
             study = _Study(weights, inner, loss, curvature, is_replica)
             if is_replica:  # ranks have batches of their own, and draw directions of their own
                 seed = seed * 4099 + dist.get_rank()
-            rows = [study.measure(batch, number, micro_batch_size, directions, seed) for number, batch in enumerate(found)]
+            with _raising_together(is_replica):
+                found = list(batches)
+                if not found:
+                    raise ValueError("sharpness: there is no batch to measure")
+                rows = [
+                    study.measure(batch, number, micro_batch_size, directions, seed) for number, batch in enumerate(found)
+                ]
             wholes = study.measure_full(len(found)) if full_batch else []
     finally:
         before.put()
@@ -244,6 +247,27 @@ def _gathered(rows: list[Row]) -> list[Row]:
     parts: list[list[Row]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
+
+
+@contextlib.contextmanager
+def _raising_together(is_replica: bool) -> Iterator[None]:
+    """What raises in one replica raises in all, so that none waits for it."""
+    mine: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if not is_replica:
+            raise
+        mine = error
+    if not is_replica:
+        return
+    told: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, None if mine is None else f"{type(mine).__name__}: {mine}")
+    if mine is not None:
+        raise mine
+    for rank, message in enumerate(told):
+        if message is not None:
+            raise RuntimeError(f"sharpness: rank {rank} cannot measure: {message}")
 
 
 def _innermost(model: nn.Module) -> tuple[nn.Module, bool]:

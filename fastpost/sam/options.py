@@ -142,8 +142,8 @@ def norm_layers(model: nn.Module) -> Callable[[str | None, Tensor], bool]:
 class StepScope:
     """A scope that is asked anew at each step: subclasses are predicates of (name, tensor) for the step begun last.
 
-    Before the first step they say which tensors may ever be in scope. What they say must depend on the step's number alone,
-    so that ranks agree and a resumed run goes on as it would have.
+    Until `begin` is called, the predicate is true for every tensor that may ever be drawn. What it says must depend on the
+    step's number alone, so that ranks agree and a resumed run goes on as it would have.
     """
 
     def begin(self, step: int) -> None:
@@ -163,7 +163,7 @@ class SampledLayers(StepScope):
     their gradients' norms, and its updates of drawn layers alone are left out.
 
     Args:
-        model: the model whose weights the optimizer has.
+        model: the model, of whose layers that learn the optimizer has all weights; freeze others before.
         share: of the layers, in (0, 1]; at least one is drawn.
         seed: with the step's number, the key of the random numbers.
 
@@ -182,16 +182,20 @@ class SampledLayers(StepScope):
         others = [p for p in model.parameters() if id(p) not in inside]
         self.layers = [layer for layer in (*blocks, others) if any(p.requires_grad for p in layer)]
         self.share, self.seed = share, seed
-        self.drawn = list(range(len(self.layers)))
+        self._draw(list(range(len(self.layers))))
 
     def begin(self, step: int) -> None:
         """Draws the layers of a step; `drawn` are their numbers."""
         count = max(1, round(self.share * len(self.layers)))
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63)
-        self.drawn = sorted(torch.randperm(len(self.layers), generator=generator)[:count].tolist())
+        self._draw(sorted(torch.randperm(len(self.layers), generator=generator)[:count].tolist()))
+
+    def _draw(self, numbers: list[int]) -> None:
+        self.drawn = numbers
+        self._ids = {id(p) for number in numbers for p in self.layers[number]}
 
     def __call__(self, name: str | None, p: Tensor) -> bool:
-        return any(p is q for number in self.drawn for q in self.layers[number])
+        return id(p) in self._ids
 
 
 class ScopeCache:

@@ -54,8 +54,9 @@ class Stash:
 
 
 class UlpStash(Stash):
-    """The number of floats between w and w + e: 8 bits for 16-bit weights, 16 bits for float32, and a list of w where that
-    does not fit. w comes back bit for bit, whatever it is. A group whose list would take more than a copy gets a copy.
+    """The number of floats between w and w + e: 8 bits for 16-bit weights, 16 bits for float32, and w itself in a list where
+    the distance does not fit. w comes back bit for bit, whatever it is. A group whose list would take more than a copy gets
+    a copy.
 
     It is told from w + e, so nobody may write the weights between the passes. Writing that autograd counts is refused.
     """
@@ -71,7 +72,7 @@ class UlpStash(Stash):
     def room(self, bucket: plan.Bucket) -> list[Tensor]:
         self.check(bucket.weights)
         numels = [w.numel() for w in bucket.weights]
-        if sum(-(-n >> 16) for n in numels) >> 16 and bucket.dtype == torch.float32:
+        if sum(-(-n >> 16) for n in numels) > 1 << 16 and bucket.dtype == torch.float32:
             raise ValueError(
                 "SAM: stash='ulp' serves up to 65,536 pieces of 65,536 float32 elements in a parameter group; put the "
                 "parameters into several groups, or use stash='copy'"
@@ -161,8 +162,8 @@ class HostStash(Stash):
     def make_ready(self, b: ParameterBucket) -> None:
         for there, w in zip(b.kept, b.bucket.weights, strict=True):
             there.copy_(w, non_blocking=True)
-        # Where kernels keep w before they write w + e: in its own place, that is, not at all. A list of its own, to be
-        # pointed at anew whenever weights have moved.
+        # The kernel's copy goes onto the weight itself, so it changes nothing. A list of its own, to be pointed at anew
+        # whenever weights have moved.
         b.bucket.stash = list(b.bucket.weights)
 
     @torch.no_grad()

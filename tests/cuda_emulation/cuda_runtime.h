@@ -95,6 +95,7 @@ T __ldcg(const T* at) {
 }
 
 // One fiber runs at a time, and blocks one after another.
+inline float __fadd_rn(float a, float b) { return a + b; }
 inline void __threadfence() {}
 inline unsigned atomicInc(unsigned* at, unsigned most) {
   const unsigned before = *at;
