@@ -197,6 +197,18 @@ def test_undial_is_least_where_the_adjusted_teacher_is_met() -> None:
     assert float(gradient.abs().max()) < 1e-15
 
 
+def test_undial_takes_no_notice_of_classes_that_neither_model_has() -> None:
+    logits, labels = problem()
+    teacher = TEACHER[:BATCH, :TIME]
+    padded, its_teacher = (torch.nn.functional.pad(z.detach(), (0, 2), value=-math.inf) for z in (logits, teacher))
+    padded.requires_grad_()
+    found, expected = losses.undial_loss(padded, labels, its_teacher), losses.undial_loss(logits, labels, teacher)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-14)
+    (got,), (want,) = torch.autograd.grad(found, padded), torch.autograd.grad(expected, logits)
+    assert torch.allclose(got[..., :-2], want, rtol=1e-12, atol=1e-16)
+    assert not got[..., -2:].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_rmu(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(3)
@@ -241,6 +253,8 @@ def test_shift_is_the_callers_choice() -> None:
         (lambda z, y: losses.undial_loss(z, y, z[:, 1:]), ValueError, "teacher_logits have shape"),
         (lambda z, y: losses.undial_loss(z, y, z, strength=0.0), ValueError, "strength must be finite and > 0"),
         (lambda z, y: losses.rmu_direction(5, 0.0), ValueError, "coefficient"),
+        (lambda z, y: losses.rmu_direction(0), ValueError, "width must be >= 1"),
+        (lambda z, y: losses.rmu_loss(z, torch.ones(VOCAB), retain_mask=torch.ones(2, 2)), ValueError, "retain_mask is for"),
         (lambda z, y: losses.rmu_loss(z, torch.ones(3)), ValueError, "direction has shape"),
         (lambda z, y: losses.rmu_loss(z, torch.ones(VOCAB), z), ValueError, "come together"),
         (lambda z, y: losses.rmu_loss(z, torch.ones(VOCAB), z, z[1:]), ValueError, "reference"),

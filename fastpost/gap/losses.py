@@ -229,8 +229,9 @@ def undial_loss(
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     target = teacher.to(logits.device, wide, copy=True)
     target.scatter_add_(1, labels.long().unsqueeze(1), target.new_full((len(labels), 1), -strength))
-    found: Tensor = F.cross_entropy(logits.to(wide), target.softmax(-1), reduction="sum")
-    return found / counts.sum().clamp(min=1)
+    target, known = target.softmax(-1), logits.to(wide).log_softmax(-1)
+    # A class that neither gives a probability (a padded vocabulary at -inf) adds 0, the limit of p log q.
+    return -(target * known.masked_fill(target == 0, 0)).sum() / counts.sum().clamp(min=1)
 
 
 def rmu_direction(width: int, coefficient: float = 20.0, *, seed: int = 0) -> Tensor:
@@ -244,6 +245,8 @@ def rmu_direction(width: int, coefficient: float = 20.0, *, seed: int = 0) -> Te
         (width,) float32 on the CPU.
     """
     _positive("rmu_direction", coefficient, "coefficient")
+    if width < 1:
+        raise ValueError(f"rmu_direction: width must be >= 1, not {width}")
     u = torch.rand(width, generator=torch.Generator().manual_seed(seed))
     return u * (coefficient / float(u.norm()))
 
@@ -273,6 +276,8 @@ def rmu_loss(
     """
     if (retain is None) != (reference is None):
         raise ValueError("rmu_loss: retain and reference come together, or neither")
+    if retain is None and retain_mask is not None:
+        raise ValueError("rmu_loss: retain_mask is for retain, which is missing")
     if not (math.isfinite(alpha) and alpha >= 0):
         raise ValueError(f"rmu_loss: alpha must be finite and >= 0, not {alpha}")
     if direction.shape != forget.shape[-1:]:
