@@ -311,6 +311,11 @@ def test_a_flat_loss_has_no_rise_and_no_curvature() -> None:
         ({"batches": ["text"], "micro_batch_size": 2}, ValueError, "no rows"),
         ({"loss": lambda m, b: float(loss(m, b).detach())}, TypeError, "scalar tensor, not float"),
         ({"loss": lambda m, b: loss(m, b).detach()}, TypeError, "does not depend"),
+        (
+            {"loss": lambda m, b: torch.ones((), requires_grad=True) * 2},
+            TypeError,
+            "does not depend on the weights in scope",
+        ),
         ({"loss": lambda m, b: loss(m, b) * math.inf}, ValueError, "batch 0 has loss inf"),
         ({"scope": "nothing.*"}, ValueError, "no parameter is in scope"),
         ({"model": small().requires_grad_(False)}, ValueError, "no weights that require"),

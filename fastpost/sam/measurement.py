@@ -526,6 +526,10 @@ class _Study:
         if not value.requires_grad:
             raise TypeError("sharpness: the loss does not depend on the weights: it was detached, or made under no_grad")
         gradients = self._weights.gradients(value)
+        if not gradients:
+            raise TypeError(
+                "sharpness: the loss does not depend on the weights in scope: none of them gets a gradient from it"
+            )
         return self._read(value), gradients
 
     def _read(self, value: Tensor) -> float:
