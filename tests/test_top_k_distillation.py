@@ -221,13 +221,13 @@ def test_rows_that_do_not_count_may_hold_anything_and_each_row_has_its_loss(
     problem = Problem()
     ids, log_probs = problem.known()
     mask = torch.rand(ROWS, generator=torch.Generator().manual_seed(2)) < 0.8
-    dead = ~mask | (problem.labels == -100)
+    dead, poisoned = ~mask | (problem.labels == -100), ids.clone()
     ours, theirs = problem.leaves(), problem.leaves()
     with torch.no_grad():
-        ours[0][dead], log_probs[dead] = math.nan, math.nan
+        ours[0][dead], log_probs[dead], poisoned[dead] = math.nan, math.nan, -100
     upstream = torch.rand(ROWS, dtype=torch.float64)
     options = {"mask": mask, "reduction": "none", "ce_weight": 0.5, "divergence": divergence}
-    found = loss_of(ours, ids, log_probs, problem.labels, **options)
+    found = loss_of(ours, poisoned, log_probs, problem.labels, **options)
     exact = truth(theirs, ids, problem.known()[1], problem.labels, **options)
     torch.testing.assert_close(found.loss, exact[0].detach(), rtol=1e-10, atol=1e-14)
     found.loss.backward(upstream)

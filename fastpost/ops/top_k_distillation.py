@@ -80,12 +80,14 @@ def linear_top_k_distillation_loss(
     side = Side(hidden, weight, bias, softcap)
     counts, targets, scale = counted_rows(op, side, labels, how)
     _check_teacher(op, hidden, weight, teacher_ids, teacher_log_probs, counts)
-    k, log_probs = teacher_ids.shape[-1], teacher_log_probs.detach()
-    ids = torch.where(log_probs > -torch.inf, teacher_ids.long(), 0)  # those of places that are not used may be anything
+    rows, k = len(counts), teacher_ids.shape[-1]
+    log_probs = teacher_log_probs.detach().reshape(rows, k)
+    is_used = (log_probs > -torch.inf) & (counts > 0).unsqueeze(1)
+    ids = torch.where(is_used, teacher_ids.reshape(rows, k).long(), 0)  # others may be anything
     each = counts * scale
     weights = [each * divergence_weight, *([each * ce_weight] if ce_weight else [])]
 
-    dtype, rows = operand_dtype(weight, hidden), math.prod(hidden.shape[:-1])
+    dtype = operand_dtype(weight, hidden)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in side.tensors)
     copies = 2 + (softcap is not None) + (temperature != 1)  # of a chunk's logits, beside those that every stream has
     per_row = distillation_row_bytes(side.vocab, [(weight.shape[1], dtype, learns)])
@@ -94,7 +96,7 @@ def linear_top_k_distillation_loss(
     value, _, values = fused_loss(
         "top_k_distillation",
         Settings(ignore_index, divergence, beta, temperature, rest == "one_class", softcap or 0.0, chunk, dtype),
-        [hidden.reshape(rows, hidden.shape[-1]), weight, bias, ids.reshape(rows, k), log_probs.reshape(rows, k)],
+        [hidden.reshape(rows, hidden.shape[-1]), weight, bias, ids, log_probs],
         targets if ce_weight else None,
         weights,
         reduction == "none",
@@ -129,7 +131,7 @@ def _check_teacher(op: str, hidden: Tensor, weight: Tensor, ids: Tensor, log_pro
     used = counts > 0
     known = log_probs > -torch.inf
     for faulty, told in (
-        ((((ids < 0) | (ids >= weight.shape[0])) & known).any(1), f"holds an id outside of [0, {weight.shape[0]})"),
+        ((((ids < 0) | (ids >= weight.shape[0])) & known).any(1) & used, f"holds an id outside of [0, {weight.shape[0]})"),
         (log_probs.isnan().any(1) & used, "holds a log-probability that is NaN"),
         ((log_probs > 0).any(1) & used, "holds a log-probability above 0; pass logarithms, not probabilities or logits"),
         (~known.any(1) & used, "holds no class of the teacher; mask it, or set its label to ignore_index"),
