@@ -23,8 +23,9 @@ class AnchorOptions:
 
     Attributes:
         anchor_kl: weight of the divergence from the reference, >= 0; None is 0.1, under sft_weighting="dft" 0.
-        anchor: the "reference" is the model as the first run with an anchor begins (or the trainer's `anchor_model`), a second copy of
-            what is trained; "ema", an average of the weights; "lora_off", the model with its PEFT adapters switched off.
+        anchor: the "reference" is the model as the first run with an anchor begins (or the trainer's `anchor_model`), a
+            second copy of what is trained; "ema", an average of the weights; "lora_off", the model with its PEFT adapters
+            switched off.
         anchor_divergence: "forward_kl" (reference to model), "reverse_kl", "symmetric_kl", "js" or "total_variation".
         anchor_ema_decay: of the average, in [0, 1); None is 0.999.
         anchor_fused_linear: never build the logits; None: where the head is a plain matrix, and R3F does not need logits.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 
 import torch
 from torch import Tensor
@@ -184,7 +183,7 @@ def linear_top_log_probs(
     op = "linear_top_log_probs"
     check_head(op, hidden, weight, bias, softcap)
     check_number(op, "temperature", temperature)
-    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or not 1 <= k <= weight.shape[0]:
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= weight.shape[0]:
         raise ValueError(f"{op}: k must be a whole number from 1 to the {weight.shape[0]:,} classes, not {k!r}")
     dtype = operand_dtype(weight, hidden)
     flat, head = hidden.reshape(-1, hidden.shape[-1]), Head(weight, bias, dtype)
