@@ -137,6 +137,14 @@ void launch_list(const Call& call, const std::vector<Entry<columns>>& rows, Kern
     launch_tables<Long>(call, rows, kernel_for(TypeOf<Long>{}), arguments...);
 }
 
+// The same for what is launched seldom, or waits for the device anyway: its kernels are compiled for the long table alone.
+template <int64_t chunk_size = kChunkElements, int columns, class KernelFor, class... Arguments>
+void launch_long_list(const Call& call, const std::vector<Entry<columns>>& rows, KernelFor&& kernel_for,
+                      const Arguments&... arguments) {
+  using Long = Table<columns, kLongTable<columns>, chunk_size>;
+  launch_tables<Long>(call, rows, kernel_for(TypeOf<Long>{}), arguments...);
+}
+
 // One row per tensor, with the named columns' addresses: for whatever sums or draws random numbers.
 template <int columns>
 std::vector<Entry<columns>> tensor_rows(const Plan& plan, const Column (&names)[columns]) {

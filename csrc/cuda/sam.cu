@@ -534,18 +534,24 @@ void perturb(const Call& call, const Plan& plan, const Perturbation& how, const 
     using T = decltype(t);
     using Seen = decltype(s);
     const auto launch = [&](const auto& rows, auto stochastic, const SumsOf& sums) {
+      constexpr bool random = decltype(stochastic)::value;
+      if (list != nullptr)
+        return launch_long_list(
+            call, rows,
+            [&](auto table) {
+              using List = typename decltype(table)::type;
+              return how.adaptive ? sam_perturb_kernel<T, Seen, true, random, Codes, List>
+                                  : sam_perturb_kernel<T, Seen, false, random, Codes, List>;
+            },
+            how.rho, eta, squared_norm, seed, *list, sums);
       launch_list(
           call, rows,
           [&](auto table) {
             using List = typename decltype(table)::type;
-            constexpr bool random = decltype(stochastic)::value;
-            if (list != nullptr)
-              return how.adaptive ? sam_perturb_kernel<T, Seen, true, random, Codes, List>
-                                  : sam_perturb_kernel<T, Seen, false, random, Codes, List>;
             return how.adaptive ? sam_perturb_kernel<T, Seen, true, random, Copies, List>
                                 : sam_perturb_kernel<T, Seen, false, random, Copies, List>;
           },
-          how.rho, eta, squared_norm, seed, list == nullptr ? CodeList{} : *list, sums);
+          how.rho, eta, squared_norm, seed, CodeList{}, sums);
     };
     if constexpr (sizeof(T) == 2) {
       if (seed != nullptr) {
@@ -580,7 +586,7 @@ void sam_perturb_pending(const Plan& plan, const Perturbation& how, const double
   const float eta = static_cast<float>(how.eta);
   with_dtype(plan.dtype(), [&](auto t) {
     using T = decltype(t);
-    launch_list(
+    launch_long_list(
         call, rows,
         [&](auto table) {
           using List = typename decltype(table)::type;
@@ -599,8 +605,9 @@ void sam_decode(const Plan& plan, const CodeList& list, int device, void* stream
   const auto rows = tensor_rows<2>(plan, {kWeight, kStash});
   with_dtype(plan.dtype(), [&](auto t) {
     using T = decltype(t);
-    launch_list<kPieceElements>(call, rows, [](auto table) { return decode_kernel<T, typename decltype(table)::type>; });
-    launch_list(call, rows, [](auto table) { return put_listed_kernel<T, typename decltype(table)::type>; }, list);
+    launch_long_list<kPieceElements>(call, rows,
+                                     [](auto table) { return decode_kernel<T, typename decltype(table)::type>; });
+    launch_long_list(call, rows, [](auto table) { return put_listed_kernel<T, typename decltype(table)::type>; }, list);
   });
 }
 

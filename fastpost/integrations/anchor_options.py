@@ -17,7 +17,7 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class AnchorOptions:
     """What a fine-tuned model is held to, and how its tokens are weighed.
 
