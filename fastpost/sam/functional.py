@@ -157,7 +157,7 @@ class _Called:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.is_grad_enabled():
             self.yes = self.yes or "forward" not in vars(module)
-            self.passed_by = self.passed_by or "forward" in vars(module)
+            self.passed_by = "forward" in vars(module)  # in the last of these passes
         if self.over and self.handle is not None:
             self.handle.remove()
 
