@@ -56,7 +56,7 @@ def measure(model: Any, ids: Tensor, rho: float) -> tuple[float, float, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of GAP's dialogues, as for the studies")
     parser.add_argument("--rho", type=float, nargs="+", default=[0.05, 0.15])
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 8])

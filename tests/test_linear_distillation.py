@@ -196,6 +196,14 @@ def test_a_student_without_a_teacher(headless: bool) -> None:
         loss.backward()
         found.append([loss.detach(), *(t.grad for t in tensors)])
     assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+    exact = [t.double().requires_grad_() for t in problem.tensors[:3]]
+    z, kept = F.linear(*exact)[problem.labels != -100].log_softmax(-1), problem.labels[problem.labels != -100]
+    own = z.gather(-1, kept[:, None])
+    want = -(own.exp().detach() * own).mean()
+    want.backward()
+    torch.testing.assert_close(found[0][0].double(), want.detach(), rtol=1e-5, atol=0)
+    for got, t in zip(found[0][1:], exact, strict=True):
+        torch.testing.assert_close(got.double(), t.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_weights_by_probability_of_labels_that_cannot_be() -> None:

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from fastpost.anchor.references import Frozen, Reference, check_weight
 from fastpost.errors import unknown
 from fastpost.ops.linear_distillation import DIVERGENCES, How, Side, distilled
-from fastpost.ops.reductions import item_divisor
 from fastpost.r3f.conventions import (
     align_labels,
     beside_virtual_tokens,
     check_rows,
-    class_labels,
-    give_decoder_inputs,
     named,
+    take_batch,
 )
 from fastpost.r3f.head import Head, find_head, fused_head, last_stream
 from fastpost.r3f.noise import unwrap
@@ -130,13 +128,7 @@ class Anchor:
         self._check()
         with named("Anchor"):
             root = unwrap(model)
-            labels = class_labels(root, batch, self.ignore_index)
-            inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
-            if num_items is None:
-                num_items = batch.get("num_items_in_batch")
-            if num_items is not None:
-                item_divisor("Anchor", num_items, labels.device)  # before a model runs
-            give_decoder_inputs(root, inputs, labels)
+            labels, inputs, num_items = take_batch(root, batch, self.ignore_index, num_items)
             training = bool(getattr(model, "training", True))
             teacher = self._teacher(root, inputs) if training and self.anchor_kl else None
             head = self._head(model, root, fused_head) if training else None

@@ -13,8 +13,20 @@ ANCHORS = ("reference", "ema", "lora_off")
 SFT_WEIGHTINGS = ("none", "dft", "asft")
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
+    """A field with its line of help."""
     return field(default=default, metadata={"help": text})
+
+
+def take_text_for_numbers(options: Any, *names: str) -> None:
+    """Options that came as texts become numbers: YAML takes 1e-5 for a text. Raises ValueError where one is none."""
+    for name in names:
+        value = getattr(options, name)
+        if isinstance(value, str):
+            try:
+                setattr(options, name, float(value))
+            except ValueError:
+                raise ValueError(f"{name} must be a number, not {value!r}") from None
 
 
 @dataclass(kw_only=True, repr=False)
@@ -36,21 +48,15 @@ class AnchorOptions:
         ValueError: an option that does not exist or is out of range; options that contradict each other.
     """
 
-    anchor_kl: float | None = _option(None, "Weight of the divergence from the anchor's reference, >= 0 (0.1; for dft 0).")
-    anchor: str = _option("reference", "What the model is held to: reference (its start), ema or lora_off.")
-    anchor_divergence: str = _option("forward_kl", f"The anchor's divergence: {', '.join(DIVERGENCES)}.")
-    anchor_ema_decay: float | None = _option(None, "Decay of the average that anchor=ema holds to, in [0, 1) (0.999).")
-    anchor_fused_linear: bool | None = _option(None, "The anchor without ever building logits; by default where it can be.")
-    sft_weighting: str = _option("none", "Weights of the tokens' cross-entropy: none, dft or asft (dft with an anchor).")
+    anchor_kl: float | None = option(None, "Weight of the divergence from the anchor's reference, >= 0 (0.1; for dft 0).")
+    anchor: str = option("reference", "What the model is held to: reference (its start), ema or lora_off.")
+    anchor_divergence: str = option("forward_kl", f"The anchor's divergence: {', '.join(DIVERGENCES)}.")
+    anchor_ema_decay: float | None = option(None, "Decay of the average that anchor=ema holds to, in [0, 1) (0.999).")
+    anchor_fused_linear: bool | None = option(None, "The anchor without ever building logits; by default where it can be.")
+    sft_weighting: str = option("none", "Weights of the tokens' cross-entropy: none, dft or asft (dft with an anchor).")
 
     def __post_init__(self) -> None:
-        for name in ("anchor_kl", "anchor_ema_decay"):
-            value = getattr(self, name)
-            if isinstance(value, str):  # YAML takes 1e-1 for a text
-                try:
-                    setattr(self, name, float(value))
-                except ValueError:
-                    raise ValueError(f"{name} must be a number, not {value!r}") from None
+        take_text_for_numbers(self, "anchor_kl", "anchor_ema_decay")
         self.check_anchor()
         further = getattr(super(), "__post_init__", None)  # of the arguments that these are mixed into
         if further is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastpost.errors import unknown
 from fastpost.integrations import contradictions, specs
-from fastpost.integrations.anchor_options import AnchorOptions
+from fastpost.integrations.anchor_options import AnchorOptions, option, take_text_for_numbers
 from fastpost.integrations.masking import WithoutSecrets
 from fastpost.modes import check_norm_stats
 from fastpost.r3f import R3F
@@ -61,10 +61,6 @@ def part_of(option: str) -> str | None:
     if option.startswith("anchor") or option == "sft_weighting":
         return "anchor"
     return "sam" if option.startswith("sam_") else "r3f" if option.startswith("r3f_") or option == "noise_type" else None
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(repr=False)
@@ -118,56 +114,51 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
         ValueError: an option that does not exist or is out of range; options that contradict each other.
     """
 
-    method: str | None = _option(None, f"{', '.join(METHODS)}; by default what the trainer's class does.")
-    sam_rho: float | None = _option(None, "SAM's radius, >= 0 (0.05; under sam_lm 0.15, under asam 0.5, for tram 1).")
-    sam_adaptive: bool = _option(False, "ASAM: e scaled by the weights.")
-    sam_eta: float = _option(0.0, "ASAM's constant beside |w|, >= 0.")
-    sam_ascent_fraction: float | None = _option(None, "Share of the window that the ascent uses (1.0; under sam_lm 0.25).")
-    sam_per_micro_batch: bool = _option(False, "m-SAM: each micro-batch is perturbed by its own gradient.")
-    sam_interval: int | None = _option(None, "SAM on every so many-th step (1; for looksam 5).")
-    sam_variant: str | None = _option(None, f"Variant of SAM and its parameters: {specs.shown(specs.VARIANTS)}.")
-    sam_perturb: str = _option("stored", "stored writes w + e over w, functional adds what e does to the layers' outputs.")
-    sam_masters: bool = _option(False, "float32 masters of 16-bit weights, stepped and saved by the optimizer.")
-    sam_stash: str = _option(
+    method: str | None = option(None, f"{', '.join(METHODS)}; by default what the trainer's class does.")
+    sam_rho: float | None = option(None, "SAM's radius, >= 0 (0.05; under sam_lm 0.15, under asam 0.5, for tram 1).")
+    sam_adaptive: bool = option(False, "ASAM: e scaled by the weights.")
+    sam_eta: float = option(0.0, "ASAM's constant beside |w|, >= 0.")
+    sam_ascent_fraction: float | None = option(None, "Share of the window that the ascent uses (1.0; under sam_lm 0.25).")
+    sam_per_micro_batch: bool = option(False, "m-SAM: each micro-batch is perturbed by its own gradient.")
+    sam_interval: int | None = option(None, "SAM on every so many-th step (1; for looksam 5).")
+    sam_variant: str | None = option(None, f"Variant of SAM and its parameters: {specs.shown(specs.VARIANTS)}.")
+    sam_perturb: str = option("stored", "stored writes w + e over w, functional adds what e does to the layers' outputs.")
+    sam_masters: bool = option(False, "float32 masters of 16-bit weights, stepped and saved by the optimizer.")
+    sam_stash: str = option(
         "copy", "How w is kept between the passes: copy, ulp (half the room) or cpu (the host's memory)."
     )
-    sam_scope: str | None = _option(
+    sam_scope: str | None = option(
         None, "Patterns of parameter names to perturb, or norm_layers, with commas between; all by default."
     )
-    sam_rounding: str = _option("nearest", "How 16-bit weights store w + e: nearest or stochastic.")
-    sam_rounding_seed: int | None = _option(None, "Key of the random numbers of stochastic rounding, >= 0 (0).")
-    sam_dropout_rng: str = _option("same", "Dropout masks of the two passes: same or independent.")
-    sam_norm_stats: str = _option("first", "Passes that move the running statistics of batch norm layers: first or both.")
-    sam_sync_ascent: bool | None = _option(None, "False: under DDP each process perturbs by its own gradient.")
-    r3f_lambda: float | None = _option(None, "Weight of R3F's divergence, >= 0 (1.0; under tram 0).")
-    r3f_eps: float = _option(1e-5, "Scale of R3F's noise, >= 0.")
-    noise_type: str = _option("uniform", "R3F's noise: uniform or normal.")
-    r3f_noise_scale: str = _option("absolute", "What r3f_eps is measured in: absolute, relative or neftune.")
-    r3f_grad: str = _option("both", "Branches that R3F's divergence sends gradients into: both, noised or clean.")
-    r3f_dropout: str = _option("independent", "Dropout masks of R3F's two passes: independent or shared.")
-    r3f_forward: str = _option("two_pass", "two_pass or double_batch.")
-    r3f_divergence: str = _option("symmetric_kl", "R3F's divergence: symmetric_kl or js (Jensen-Shannon).")
-    r3f_where: str = _option("encoder", "Side of an encoder-decoder that is noised: encoder, decoder or both.")
-    r3f_detach_embedding: bool = _option(True, "R3F's noised branch sends no gradient into the embedding table.")
-    r3f_seed: int | None = _option(None, "Seed of R3F's noise; by default drawn from torch's generator.")
-    r3f_embedding: str | None = _option(None, "Name of the module that embeds the input, where the model does not tell.")
-    r3f_fused_linear: bool | None = _option(None, "R3F without ever building the logits; by default in TRL's SFT only.")
-    r3f_relative: str | None = _option(
+    sam_rounding: str = option("nearest", "How 16-bit weights store w + e: nearest or stochastic.")
+    sam_rounding_seed: int | None = option(None, "Key of the random numbers of stochastic rounding, >= 0 (0).")
+    sam_dropout_rng: str = option("same", "Dropout masks of the two passes: same or independent.")
+    sam_norm_stats: str = option("first", "Passes that move the running statistics of batch norm layers: first or both.")
+    sam_sync_ascent: bool | None = option(None, "False: under DDP each process perturbs by its own gradient.")
+    r3f_lambda: float | None = option(None, "Weight of R3F's divergence, >= 0 (1.0; under tram 0).")
+    r3f_eps: float = option(1e-5, "Scale of R3F's noise, >= 0.")
+    noise_type: str = option("uniform", "R3F's noise: uniform or normal.")
+    r3f_noise_scale: str = option("absolute", "What r3f_eps is measured in: absolute, relative or neftune.")
+    r3f_grad: str = option("both", "Branches that R3F's divergence sends gradients into: both, noised or clean.")
+    r3f_dropout: str = option("independent", "Dropout masks of R3F's two passes: independent or shared.")
+    r3f_forward: str = option("two_pass", "two_pass or double_batch.")
+    r3f_divergence: str = option("symmetric_kl", "R3F's divergence: symmetric_kl or js (Jensen-Shannon).")
+    r3f_where: str = option("encoder", "Side of an encoder-decoder that is noised: encoder, decoder or both.")
+    r3f_detach_embedding: bool = option(True, "R3F's noised branch sends no gradient into the embedding table.")
+    r3f_seed: int | None = option(None, "Seed of R3F's noise; by default drawn from torch's generator.")
+    r3f_embedding: str | None = option(None, "Name of the module that embeds the input, where the model does not tell.")
+    r3f_fused_linear: bool | None = option(None, "R3F without ever building the logits; by default in TRL's SFT only.")
+    r3f_relative: str | None = option(
         None, f"A relative in R3F's place, and its parameters: {specs.shown(specs.RELATIVES, specs.OF_RELATIVES)}."
     )
-    r3f_spectral: str | None = _option(None, "Layers of a classifier's head that R4F normalises: last or all.")
-    r3f_spectral_mode: str = _option("exact", "R4F's divisor: exact, the norm, or at_most, the norm where it is above 1.")
+    r3f_spectral: str | None = option(None, "Layers of a classifier's head that R4F normalises: last or all.")
+    r3f_spectral_mode: str = option("exact", "R4F's divisor: exact, the norm, or at_most, the norm where it is above 1.")
 
     def __post_init__(self) -> None:
         if self.method is not None and self.method not in METHODS:
             raise unknown("method", self.method, METHODS)
-        for name in ("sam_rho", "sam_eta", "sam_ascent_fraction", "r3f_lambda", "r3f_eps", "anchor_kl", "anchor_ema_decay"):
-            value = getattr(self, name)
-            if isinstance(value, str):  # YAML takes 1e-5 for a text
-                try:
-                    setattr(self, name, float(value))
-                except ValueError:
-                    raise ValueError(f"{name} must be a number, not {value!r}") from None
+        take_text_for_numbers(self, "sam_rho", "sam_eta", "sam_ascent_fraction", "r3f_lambda", "r3f_eps")
+        take_text_for_numbers(self, "anchor_kl", "anchor_ema_decay")
         self.check()
         further = getattr(super(), "__post_init__", None)  # of the arguments that these are mixed into
         if further is not None:

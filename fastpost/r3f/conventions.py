@@ -116,6 +116,24 @@ def per_item(total: Tensor, num_items: float | Tensor) -> Tensor:
     return (total.double() / item_divisor("R3F", num_items, total.device)).to(total.dtype)
 
 
+def take_batch(
+    root: Any, batch: dict[str, Any], ignore_index: int, num_items: float | Tensor | None
+) -> tuple[Tensor, dict[str, Any], float | Tensor | None]:
+    """Labels, the model's inputs and what sums are divided by, checked before a model runs.
+
+    Args:
+        num_items: None: transformers' `num_items_in_batch`, where the batch has it.
+    """
+    labels = class_labels(root, batch, ignore_index)
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
+    if num_items is None:
+        num_items = batch.get("num_items_in_batch")
+    if num_items is not None:
+        item_divisor("R3F", num_items, labels.device)
+    give_decoder_inputs(root, inputs, labels)
+    return labels, inputs, num_items
+
+
 def give_decoder_inputs(root: Any, inputs: dict[str, Any], labels: Tensor) -> None:
     """An encoder-decoder makes its decoder's inputs from labels, which it is not given here.
 

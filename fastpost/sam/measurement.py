@@ -121,13 +121,13 @@ class Sharpness:
             f"sharpness: {kind}rho {self.rho:g}, {self.batches} batches{parts}, ± standard error over batches",
             f"loss {self.loss}; rises of {self.resolution:.1g} are rounding",
         ]
-        table = [("along", "rise", "curvature", "|t g|" if self.adaptive else "|g|", "seen")]
+        table: list[tuple[str, ...]] = [("along", "rise", "curvature", "|t g|" if self.adaptive else "|g|", "seen")]
         for name, title in _KINDS.items():
             around: Around | None = getattr(self, name)
             if around is not None:
                 cells = (around.rise, around.curvature, around.gradient_norm)
                 row = ("-" if cell is None else str(cell) for cell in cells)
-                table.append((title, *row, f"{around.seen.mean:.3g}"))  # type: ignore[arg-type]
+                table.append((title, *row, f"{around.seen.mean:.3g}"))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
         return "\n".join(lines)
@@ -220,15 +220,13 @@ def sharpness(
         before.put()
     if is_replica:
         rows, wholes = _gathered(rows), _gathered(wholes)
-    around = {
-        "own": _around(rows, "own_", curvature),
-        "full": _around(wholes, "", curvature) if full_batch else None,
-        "random": _around(rows, "random_", False) if directions else None,
-    }
+    own = _around(rows, "own_", curvature)
+    full = _around(wholes, "", curvature) if full_batch else None
+    random = _around(rows, "random_", False) if directions else None
     lossy = Estimate.of([row["loss"] for row in rows])
     count = int(sum(row["count"] for row in rows))
     resolution = study.eps / 2 * abs(lossy.mean)
-    return Sharpness(float(rho), adaptive, float(eta), len(rows), count, lossy, **around, resolution=resolution)  # type: ignore[arg-type]
+    return Sharpness(float(rho), adaptive, float(eta), len(rows), count, lossy, own, full, random, resolution)
 
 
 Row = dict[str, float]  # of one batch

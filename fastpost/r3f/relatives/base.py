@@ -15,18 +15,16 @@ from fastpost.errors import unknown
 from fastpost.ops.divergence import r3f_loss
 from fastpost.ops.noise import fresh_seed
 from fastpost.ops.params import seed_tensor
-from fastpost.ops.reductions import item_divisor
 from fastpost.r3f.conventions import (
     accelerators,
     align_labels,
     check_rows,
-    class_labels,
     device_of,
-    give_decoder_inputs,
     logits_of,
     named,
     per_item,
     summed_cross_entropy,
+    take_batch,
 )
 from fastpost.r3f.model import OPTIONS, R3FOutput
 from fastpost.r3f.noise import (
@@ -124,13 +122,7 @@ class Method(Windowed):
         self._check()
         with self._named():
             root = unwrap(model)
-            labels = class_labels(root, batch, self.ignore_index)
-            inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
-            if num_items is None:
-                num_items = batch.get("num_items_in_batch")
-            if num_items is not None:
-                item_divisor("R3F", num_items, labels.device)  # before the model runs
-            give_decoder_inputs(root, inputs, labels)
+            labels, inputs, num_items = take_batch(root, batch, self.ignore_index, num_items)
         call = Call(model, root, inputs, labels, num_items)
         if getattr(model, "training", True):
             with self._named():
