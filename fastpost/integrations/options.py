@@ -15,11 +15,12 @@ from fastpost.errors import unknown
 from fastpost.integrations import contradictions, specs
 from fastpost.integrations.anchor_options import AnchorOptions, option, take_text_for_numbers
 from fastpost.integrations.masking import WithoutSecrets
-from fastpost.modes import check_norm_stats
+from fastpost.norm_stats import check_norm_stats
 from fastpost.r3f import R3F
 from fastpost.r3f.spectral import LAYERS, MODES
 from fastpost.sam import TRAM, Variant, norm_layers
-from fastpost.sam.options import Scope, check_options, scope_in
+from fastpost.sam.options import check_options
+from fastpost.sam.scopes import Scope, scope_in
 from fastpost.sam.stash import KINDS as STASHES
 
 METHODS: dict[str, frozenset[str]] = {

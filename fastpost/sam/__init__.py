@@ -1,10 +1,10 @@
 """Sharpness-aware minimization."""
 
-from fastpost.modes import frozen_norm_stats
+from fastpost.norm_stats import frozen_norm_stats
 from fastpost.sam.frameworks import find_sam
 from fastpost.sam.measurement import Around, Estimate, Sharpness, sharpness
 from fastpost.sam.optimizer import SAM, ExternalSAM
-from fastpost.sam.options import SampledLayers, StepScope, norm_layers
+from fastpost.sam.scopes import SampledLayers, StepScope, norm_layers
 from fastpost.sam.step import PerturbationReport, PerturbationSums, Phase, SAMStep
 from fastpost.sam.variants import (
     GSAM,

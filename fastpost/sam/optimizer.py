@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpost import distributed
-from fastpost.modes import NormStats, check_norm_stats
+from fastpost.norm_stats import NormStats, check_norm_stats
 from fastpost.ops import params as ops
 from fastpost.rng import RandomState, accelerators
 from fastpost.sam.buckets import (
@@ -28,14 +28,9 @@ from fastpost.sam.buckets import (
 from fastpost.sam.frameworks import refuse_accumulating_closure
 from fastpost.sam.hooks import EarlyRewriting, OverflowGuard, is_on_cpu
 from fastpost.sam.masters import MasterPerturbation
-from fastpost.sam.options import (
-    Scope,
-    ScopeCache,
-    build_perturbation,
-    check_group,
-    check_options,
-)
+from fastpost.sam.options import build_perturbation, check_group, check_options
 from fastpost.sam.perturbation import FusedRestore, PerturbParams, check_fused_restore
+from fastpost.sam.scopes import Scope, ScopeCache
 from fastpost.sam.step import Gradients, PerturbationReport, PerturbationSums, Phase, SAMStep
 from fastpost.sam.variants import Variant, VariantContext
 from fastpost.sam.wrapper import Wrapper, build_bases, hooked, step_bases

@@ -1,0 +1,162 @@
+"""`sharpness`: which passes are made, on which ranks, and what becomes of their numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastpost.modes import kept_modes
+from fastpost.norm_stats import frozen_norm_stats
+from fastpost.ops import params as ops
+from fastpost.rng import RandomState, accelerators
+from fastpost.sam.measurement.results import Around, Estimate, Sharpness
+from fastpost.sam.measurement.study import Loss, Row, Study
+from fastpost.sam.measurement.weights import Weights
+from fastpost.sam.scopes import Scope
+
+
+def sharpness(
+    model: nn.Module,
+    loss: Loss,
+    batches: Iterable[Any],
+    rho: float = 0.05,
+    *,
+    adaptive: bool = False,
+    eta: float = 0.0,
+    micro_batch_size: int | None = None,
+    full_batch: bool = True,
+    directions: int = 1,
+    curvature: bool = True,
+    scope: Scope = None,
+    eval_mode: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> Sharpness:
+    """Measures how far the loss rises at w + e, and its curvature along e; every number with its error over batches.
+
+    e is SAM's, rho g / |g|, or ASAM's; nothing is trained. Weights are put back bit for bit, whatever happens; gradients,
+    modes, random generators and running statistics of norm layers stay as they were.
+
+    The curvature is a central difference of gradients, (g(w + e) - g(w - e)) e / (2 rho^2), its dot products in float64. A
+    second difference of losses would divide their rounding by rho^2; this divides that of gradients by rho. It takes no
+    second derivatives, which fused attention does not have. What it leaves out is of the order of rho^2.
+
+    It costs, for each micro-batch, three passes forward and backward, and two forward for each random direction; for each
+    batch two more forward and backward with `full_batch`. Without `curvature` a pass at w + e is forward only, and there is
+    none at w - e. Memory: a copy of the weights, and up to three of gradients' size.
+
+    Under DDP each rank measures batches of its own, and all get the result over all of them. With sharded weights (FSDP2,
+    tensor parallel) the ranks' i-th batches are one batch, and its loss is the ranks' mean. All ranks call it, sharded ones
+    with the same number of batches.
+
+    Args:
+        model: any module; under DDP `loss` is given the module inside.
+        loss: from (model, batch) to a scalar; a mean over the batch's rows, if micro-batches are to be comparable.
+        batches: read once and kept. Each counts the same, whatever its size.
+        rho: radius, > 0, in the units of the weights' global 2-norm (for ASAM of e / t).
+        adaptive, eta: ASAM's e, t = abs(w) + eta. Random directions are then scaled by t.
+        micro_batch_size: rows of a micro-batch, which is given an ascent of its own (m-sharpness); None is whole batches.
+            Batches are tensors, or mappings and sequences of tensors, with one row per example.
+        full_batch: also along the gradient of all batches together.
+        directions: random directions for each micro-batch, >= 0, uniform on the sphere that e lies on.
+        curvature: whether to measure it.
+        scope: which tensors are perturbed, as for `SAM`; by default all that require gradients.
+        eval_mode: measure in eval mode. False leaves every module in the mode that it has; the passes of a micro-batch then
+            draw the same random numbers (dropout).
+        compute_dtype: dtype that the forward pass computes in, for `seen`; None takes autocast's where it is on, else the
+            weights' own.
+        seed: of the random directions.
+
+    Raises:
+        ValueError: rho, eta or a size out of range; no batch; a loss or gradient at w that is not finite; a batch that
+            cannot be cut; FSDP1's or DeepSpeed's shards, plain weights among sharded ones, or gradients that FSDP2 has not
+            reduced yet.
+        TypeError: the loss is no scalar that depends on the weights.
+    """
+    ops.check_radius("sharpness", rho, eta)
+    if not rho > 0:
+        raise ValueError("sharpness: rho must be > 0; at radius 0 there is nothing to measure")
+    if micro_batch_size is not None and micro_batch_size < 1:
+        raise ValueError(f"sharpness: micro_batch_size must be >= 1, not {micro_batch_size}")
+    if directions < 0:
+        raise ValueError(f"sharpness: directions must be >= 0, not {directions}")
+    inner, is_replica = _innermost(model)
+    weights = Weights(inner, scope, float(rho), float(eta) if adaptive else None, compute_dtype)
+    before = RandomState(accelerators(weights.params))
+    try:
+        with kept_modes(inner), frozen_norm_stats(inner), torch.enable_grad():
+            if eval_mode:
+                inner.eval()
+            study = Study(weights, inner, loss, curvature, is_replica)
+            if is_replica:  # ranks have batches of their own, and draw directions of their own
+                seed = seed * 4099 + dist.get_rank()
+            with _raising_together(is_replica):
+                found = list(batches)
+                if not found:
+                    raise ValueError("sharpness: there is no batch to measure")
+                rows = [
+                    study.measure(batch, number, micro_batch_size, directions, seed) for number, batch in enumerate(found)
+                ]
+            wholes = study.measure_full(len(found)) if full_batch else []
+    finally:
+        before.put()
+    if is_replica:
+        rows, wholes = _gathered(rows), _gathered(wholes)
+    own = _around(rows, "own_", curvature)
+    full = _around(wholes, "", curvature) if full_batch else None
+    random = _around(rows, "random_", False) if directions else None
+    lossy = Estimate.of([row["loss"] for row in rows])
+    count = int(sum(row["count"] for row in rows))
+    resolution = study.eps / 2 * abs(lossy.mean)
+    return Sharpness(float(rho), adaptive, float(eta), len(rows), count, lossy, own, full, random, resolution)
+
+
+def _around(rows: list[Row], prefix: str, curvature: bool) -> Around:
+    def estimate(name: str) -> Estimate:
+        return Estimate.of([row[prefix + name] for row in rows])
+
+    norm = estimate("norm") if prefix + "norm" in rows[0] else None
+    return Around(estimate("rise"), estimate("curvature") if curvature else None, norm, estimate("seen"))
+
+
+def _gathered(rows: list[Row]) -> list[Row]:
+    """Those of all ranks."""
+    parts: list[list[Row]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+@contextlib.contextmanager
+def _raising_together(is_replica: bool) -> Iterator[None]:
+    """What raises in one replica raises in all, so that none waits for it."""
+    mine: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if not is_replica:
+            raise
+        mine = error
+    if not is_replica:
+        return
+    told: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, None if mine is None else f"{type(mine).__name__}: {mine}")
+    if mine is not None:
+        raise mine
+    for rank, message in enumerate(told):
+        if message is not None:
+            raise RuntimeError(f"sharpness: rank {rank} cannot measure: {message}")
+
+
+def _innermost(model: nn.Module) -> tuple[nn.Module, bool]:
+    """The module to compute with, and whether it is one of DDP's replicas. Gradients are taken from it, not through DDP."""
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, nn.parallel.DistributedDataParallel):
+        return inner.module, True
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise ValueError("sharpness: FSDP1 flattens weights out of sight; use fully_shard (FSDP2), DDP or one process")
+    return model, False
