@@ -9,7 +9,7 @@ from fastpost import SAM, flatten_parameters
 from fastpost.bench.registry import Case, Contender, Goal, Work, case, peer
 from fastpost.ops import params as ops
 from fastpost.published import PublishedSAM, foreach_sam_perturb, foreach_sam_restore
-from fastpost.sam.stash import Stash, UlpStash
+from fastpost.sam.perturbation.stash import Stash, UlpStash
 
 
 def gpt2_shapes() -> list[tuple[int, ...]]:

@@ -125,14 +125,12 @@ class CodeList:
         words: int64; the first counts the elements that wanted a place, of which as many as there are words left have one.
         origins: w itself, while it is put back by operations of which each may be interrupted; else None. In the place of a
             tensor whose w is lost stands None.
-        versions: of the weights when they had been perturbed, by which writing in between is noticed.
     """
 
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         room = 64 + elements // (256 if dtype == torch.float32 else 4096)
         self.words = torch.zeros(1 + room, dtype=torch.int64, device=device)
         self.origins: Sequence[Tensor | None] | None = None
-        self.versions: list[int] = []
 
     @property
     def capacity(self) -> int:

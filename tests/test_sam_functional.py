@@ -17,7 +17,7 @@ from fastpost import R3F, SAM
 from fastpost.backends import reference
 from fastpost.ops import params as ops
 from fastpost.sam import SAMWindow
-from fastpost.sam.functional import rule_for
+from fastpost.sam.perturbation.functional import rule_for
 
 from . import tiny
 from .memory import cpu_peak_bytes

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastpost import SAM, plan, use_backend
 from fastpost.sam import GSAM, LookSAM, SAMWindow
-from fastpost.sam.stash import HostStash, UlpStash
+from fastpost.sam.perturbation.stash import HostStash, UlpStash
 
 from .conftest import CPU_BACKENDS, DTYPES, same_bits
 from .small import X, all_bits, closure_of, loss_of, network, unchanged

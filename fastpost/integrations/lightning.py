@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from fastpost.errors import unknown
 from fastpost.integrations.options import METHODS, PostTrainingOptions
+from fastpost.integrations.stand_ins import refuse_early
 from fastpost.rng import RandomState
 from fastpost.sam import SAM, ExternalSAM, PassInfo, SAMWindow, find_sam
 
@@ -128,11 +129,8 @@ class SAMCallback(Callback):
             for name, (usual, why) in NOT_HERE.items():
                 if getattr(options, name) != usual:
                     raise ValueError(f"SAMCallback: {name}={getattr(options, name)!r}: {why}")
-        # By way of meta, where no random number is drawn.
-        stand_in = torch.nn.Linear(1, 1, device="meta", dtype=torch.bfloat16).to_empty(device="cpu")
-        keywords = {**self._sam_keywords(None), "scope": None, "model": stand_in}
-        kept = "copy" if keywords.get("stash") == "cpu" else keywords.get("stash", "copy")  # of weights that are elsewhere
-        SAM(stand_in.parameters(), torch.optim.SGD, lr=0.0, **{**keywords, "stash": kept})
+        keywords = self._sam_keywords(None)
+        refuse_early(keywords)
         variant = keywords.get("variant")
         if variant is not None and not variant.ascent_pass:
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastpost.sam.masters import SERVED
+from fastpost.sam.perturbation.masters import SERVED
 
 NAME = "sam_master"  # under which a master lies in the optimizer's state, to be saved with it
 

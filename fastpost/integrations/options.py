@@ -20,8 +20,8 @@ from fastpost.r3f import R3F
 from fastpost.r3f.spectral import LAYERS, MODES
 from fastpost.sam import TRAM, Variant, norm_layers
 from fastpost.sam.options import check_options
+from fastpost.sam.perturbation.stash import KINDS as STASHES
 from fastpost.sam.scopes import Scope, scope_in
-from fastpost.sam.stash import KINDS as STASHES
 
 METHODS: dict[str, frozenset[str]] = {
     "none": frozenset(),

@@ -13,8 +13,9 @@ import torch
 from fastpost.integrations import COMPUTE_DTYPES
 from fastpost.integrations.masters import Masters, check_weights
 from fastpost.integrations.mixin import PostTrainingMixin, accelerated_sync, innermost
+from fastpost.integrations.stand_ins import refuse_early
 from fastpost.r3f.noise import unwrap
-from fastpost.sam import SAM, ExternalSAM, PassInfo, PerturbationReport, SAMWindow
+from fastpost.sam import ExternalSAM, PassInfo, PerturbationReport, SAMWindow
 from fastpost.sam.options import RADIUS_KEYS, fill_groups
 
 STEPS_IN_BACKWARD = ("lomo", "adalomo")
@@ -145,10 +146,7 @@ class SAMTrainerMixin(PostTrainingMixin):
         else:
             params = [p for group in innermost(self.optimizer).param_groups for p in group["params"]]
         if params:
-            keywords = self._sam_keywords()
-            if self.args.device.type != "cpu" and keywords["stash"] == "cpu":
-                keywords["stash"] = "copy"  # FSDP moves the weights to their device later
-            SAM(None, torch.optim.SGD(params, lr=0.0), **keywords)
+            refuse_early(self._sam_keywords(), params, moves=self.args.device.type != "cpu")  # FSDP moves weights later
         if self.post_training.sam_perturb == "functional":
             self._refuse_fused_head()
 

@@ -1,9 +1,10 @@
 """Sharpness-aware minimization."""
 
 from fastpost.norm_stats import frozen_norm_stats
+from fastpost.sam.external import ExternalSAM
 from fastpost.sam.frameworks import find_sam
 from fastpost.sam.measurement import Around, Estimate, Sharpness, sharpness
-from fastpost.sam.optimizer import SAM, ExternalSAM
+from fastpost.sam.optimizer import SAM
 from fastpost.sam.scopes import SampledLayers, StepScope, norm_layers
 from fastpost.sam.step import PerturbationReport, PerturbationSums, Phase, SAMStep
 from fastpost.sam.variants import (

@@ -26,10 +26,15 @@ from fastpost.sam.buckets import (
     total_squared_norm,
 )
 from fastpost.sam.frameworks import refuse_accumulating_closure
-from fastpost.sam.hooks import EarlyRewriting, OverflowGuard, is_on_cpu
-from fastpost.sam.masters import MasterPerturbation
-from fastpost.sam.options import build_perturbation, check_group, check_options
-from fastpost.sam.perturbation import FusedRestore, PerturbParams, check_fused_restore
+from fastpost.sam.hooks import EarlyRewriting, OverflowGuard
+from fastpost.sam.options import check_group, check_options
+from fastpost.sam.perturbation import (
+    FusedRestore,
+    MasterPerturbation,
+    PerturbParams,
+    build_fused_restore,
+    build_perturbation,
+)
 from fastpost.sam.scopes import Scope, ScopeCache
 from fastpost.sam.step import Gradients, PerturbationReport, PerturbationSums, Phase, SAMStep
 from fastpost.sam.variants import Variant, VariantContext
@@ -81,7 +86,7 @@ class SAM(Wrapper):
         master_params: float32 masters of the 16-bit `params`, in their order. The base optimizer steps the masters; w + e is
             cast(master + e), restoring is a cast, and nothing is stashed.
         perturb: "stored" writes w + e over w. "functional" never writes w: the layers of `model` add what e would add to
-            their outputs, so no rounding to the grid of the weights loses e (`fastpost.sam.functional`).
+            their outputs, so no rounding to the grid of the weights loses e (`fastpost.sam.perturbation.functional`).
         stash: how w is kept while w + e stands in its place: as a "copy"; as its distance in "ulp", which takes half of that
             and gives it back bit for bit, if nobody writes the weights between the passes; or on the host, "cpu".
         model: the model; "functional" needs it. With it the second pass leaves the running statistics of norm layers alone,
@@ -151,16 +156,7 @@ class SAM(Wrapper):
         self._perturbation = build_perturbation(perturb, model, rounding, rounding_seed, masters, stash, self._reducer)
         self._perturbation.check(self._in_scope())
         check_sharding(self.tensors(), sync_ascent)
-        self._fused: FusedRestore | None = None
-        if fused_restore:
-            if self._perturbation.stash is None:
-                raise ValueError(
-                    "SAM: fused_restore=True steps from a stash, and perturb='functional' keeps none; nor do master_params"
-                )
-            if stash != "copy":
-                raise ValueError(f"SAM: fused_restore=True steps from a copy of w, not from stash={stash!r}; leave one out")
-            check_fused_restore(self._bases)
-            self._fused = FusedRestore()
+        self._fused = build_fused_restore(self._bases, self._perturbation, stash) if fused_restore else None
         self._norm_stats: NormStats | None = None
         self.norm_stats = norm_stats
         if model is not None:
@@ -758,76 +754,3 @@ def _leave_scaler(opt: SAM) -> None:
     """Drops what GradScaler.step has set; it does so itself only where the step succeeds."""
     for name in ("grad_scale", "found_inf"):
         vars(opt).pop(name, None)
-
-
-class ExternalSAM(SAM):
-    """SAM over the groups of an optimizer that stays what it is and is stepped by its owner.
-
-    Both passes go through this object (a `SAMWindow` drives it); then `finish_step()`, and the owner clips and steps. rho,
-    adaptive, eta and the number of steps lie in the optimizer's own groups, so they are per group and are saved with it.
-
-    Steps with a gradient that is not finite are skipped. A GradScaler finds NaN in the gradients and skips them. Without one
-    the gradients are dropped, so that the owner's step has nothing to do; for that, one flag is read per step. A fused
-    optimizer of weights on an accelerator gets `found_inf` instead, which avoids a device synchronization.
-
-    Args:
-        base_optimizer: an instance; over the masters, where `master_params` are given.
-        params: the weights of the masters, in their order; None without masters.
-        **options: as for SAM.
-    """
-
-    def __init__(self, base_optimizer: Optimizer, params: Iterable[Tensor] | None = None, **options: Any) -> None:
-        super().__init__(params, base_optimizer, **options)
-        base: Any = self.base_optimizer
-        if not hasattr(base, "_skipped_by_sam"):
-            base.register_step_pre_hook(_before_step)
-            base.register_step_post_hook(_after_step)
-        self._stepping = contextlib.ExitStack()
-        base._skipped_by_sam = False
-        base._external_sam = weakref.ref(self)
-
-    def finish_step(self, scaled: bool) -> SAMStep:
-        """Ends SAM's part in a step whose gradients are the second pass's; w is back.
-
-        Args:
-            scaled: a GradScaler will look at the gradients and skip the step itself.
-
-        Returns:
-            The step that is over: whether it `ascended`, and the `sums` of its perturbation.
-        """
-        step = self._step
-        try:
-            self._perturbation.take_gradients(scaled)
-            found_inf = self._judge_step(None)
-        finally:
-            self._close_step()
-        if found_inf is None:
-            return step
-        self._count_skipped(found_inf.sum())
-        if scaled:
-            return step
-        base: Any = self.base_optimizer
-        if not is_on_cpu(found_inf) and getattr(base, "_step_supports_amp_scaling", False):
-            base.grad_scale, base.found_inf, base._skipped_by_sam = None, found_inf, True
-        elif bool(found_inf):
-            self.zero_grad()
-        return step
-
-
-def _before_step(optimizer: Any, *_: Any) -> None:
-    sam = optimizer._external_sam()
-    if sam is not None:  # masters get the gradients as the owner has clipped them
-        sam._perturbation.take_gradients(scaled=False)
-        sam._stepping = contextlib.ExitStack()  # a step that was interrupted has left one open
-        sam._stepping.enter_context(sam._perturbation.stepping())
-
-
-def _after_step(optimizer: Any, *_: Any) -> None:
-    sam = optimizer._external_sam()
-    if sam is not None:
-        sam._stepping.close()
-    if sam is not None and sam.variant.state_names:
-        sam._context.store(sam._gradients())  # what a variant keeps is saved with the optimizer
-    if optimizer._skipped_by_sam:  # and not by a GradScaler, which clears its own
-        del optimizer.grad_scale, optimizer.found_inf
-        optimizer._skipped_by_sam = False

@@ -1,4 +1,4 @@
-"""Options of SAM and what they mean: valid values, SAM's keys in groups, kinds of perturbation."""
+"""Options of SAM and what they mean: valid values, and SAM's keys in groups."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from fastpost.errors import unknown
 from fastpost.ops import params as ops
-from fastpost.sam.buckets import ShardReducer
-from fastpost.sam.functional import FunctionalPerturbation
-from fastpost.sam.masters import MasterPerturbation
-from fastpost.sam.perturbation import Perturbation, StochasticPerturbation
-from fastpost.sam.stash import build_stash
 
 
 def check_fraction(who: str, fraction: float) -> None:
@@ -77,42 +71,3 @@ def check_group(group: dict[str, Any]) -> None:
     ops.check_number("SAM", "sam_steps", steps)
     if int(steps) != steps:
         raise ValueError(f"SAM: sam_steps counts steps, so it must be a whole number, not {steps}")
-
-
-# -- the kind of perturbation ---------------------------------------------------------------------------------------------
-
-
-def build_perturbation(
-    perturb: str,
-    model: nn.Module | None,
-    rounding: str,
-    rounding_seed: int,
-    masters: MasterPerturbation | None,
-    stash: str,
-    reducer: ShardReducer,
-) -> Perturbation:
-    """Raises ValueError or TypeError where the options do not go together."""
-    if perturb not in ("stored", "functional"):
-        raise unknown("perturb", perturb, ("stored", "functional"))
-    if rounding not in ("nearest", "stochastic"):
-        raise unknown("rounding", rounding, ("nearest", "stochastic"))
-    kept = build_stash(stash)
-    if stash != "copy" and (masters is not None or perturb == "functional"):
-        other = "perturb='functional' writes no weight" if masters is None else "master_params hold w themselves"
-        raise ValueError(f"SAM: stash={stash!r} says how w is kept, and {other}; leave one of the two out")
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"SAM: model must be a torch.nn.Module, not {type(model).__name__}")
-    if rounding == "stochastic" and (masters is not None or perturb == "functional"):
-        other = "perturb='functional' rounds no weight" if masters is None else "master_params round m + e to nearest"
-        raise ValueError(f"SAM: rounding='stochastic' has nothing to round here: {other}; leave one of the two out")
-    if perturb == "functional":
-        if masters is not None:
-            raise ValueError(
-                "SAM: perturb='functional' writes no weight, so it restores none from master_params; leave master_params out"
-            )
-        if model is None:
-            raise TypeError("SAM: perturb='functional' works inside the model's layers: pass model=")
-        return FunctionalPerturbation(reducer, model)
-    if masters is not None:
-        return masters
-    return StochasticPerturbation(reducer, kept, rounding_seed) if rounding == "stochastic" else Perturbation(reducer, kept)

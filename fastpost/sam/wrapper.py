@@ -16,8 +16,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fastpost.distributed import local
 from fastpost.sam.frameworks import imitate, wrapper_among
-from fastpost.sam.masters import MasterPerturbation
 from fastpost.sam.options import GROUP_KEYS, RADIUS_KEYS, STEPS_KEY, check_group, fill_groups
+from fastpost.sam.perturbation import MasterPerturbation
 
 
 def build_bases(

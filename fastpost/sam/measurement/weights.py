@@ -14,8 +14,8 @@ from fastpost import distributed
 from fastpost.ops import params as ops
 from fastpost.sam.buckets import BucketCache, ParameterBucket, ShardReducer, total_squared_norm
 from fastpost.sam.perturbation import Perturbation, PerturbParams
+from fastpost.sam.perturbation.stash import Stash
 from fastpost.sam.scopes import Scope, resolve_scope
-from fastpost.sam.stash import Stash
 from fastpost.sam.step import Gradients
 
 

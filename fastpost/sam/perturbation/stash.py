@@ -53,6 +53,16 @@ class Stash:
         """w is back, by way of `origins`."""
 
 
+class WatchedCodes(plan.CodeList):
+    """Codes of weights that nobody else may write.
+
+    Attributes:
+        versions: of the weights when they had been perturbed, by which writing in between is noticed.
+    """
+
+    versions: list[int]
+
+
 class UlpStash(Stash):
     """The number of floats between w and w + e: 8 bits for 16-bit weights, 16 bits for float32, and w itself in a list where
     the distance does not fit. w comes back bit for bit, whatever it is. A group whose list would take more than a copy gets
@@ -78,14 +88,14 @@ class UlpStash(Stash):
                 "parameters into several groups, or use stash='copy'"
             )
         buffer, bucket.stash = plan.flat_like(bucket.weights, plan.CODES[bucket.dtype])
-        bucket.codes = plan.CodeList(sum(numels), bucket.dtype, bucket.device)
+        bucket.codes = WatchedCodes(sum(numels), bucket.dtype, bucket.device)
         return [buffer]
 
     def operations(self, bucket: plan.Bucket) -> tuple[str, str]:
         return super().operations(bucket) if bucket.codes is None else ("sam_perturb_coded_", "sam_decode_")
 
     def make_ready(self, b: ParameterBucket) -> None:
-        codes = b.bucket.codes
+        codes = _codes(b)
         if codes is not None and 8 * codes.capacity > 1024 + b.elements * b.bucket.dtype.itemsize // 2:
             b.keep(super().room)  # weights that are small against e: a copy takes less
             b.bucket.codes = None
@@ -93,8 +103,9 @@ class UlpStash(Stash):
             codes.origins, codes.versions = None, []
 
     def note(self, b: ParameterBucket) -> None:
-        if b.bucket.codes is not None:
-            b.bucket.codes.versions = [] if b.sharded else [w._version for w in b.bucket.weights]
+        codes = _codes(b)
+        if codes is not None:
+            codes.versions = [] if b.sharded else [w._version for w in b.bucket.weights]
 
     @torch.no_grad()
     def restore(self, b: ParameterBucket) -> None:
@@ -109,7 +120,7 @@ class UlpStash(Stash):
 
     def changes(self, buckets: Sequence[ParameterBucket], found: Changes) -> None:
         for b, rows in zip(buckets, found, strict=True):
-            codes = b.bucket.codes
+            codes = _codes(b)
             if codes is None:
                 continue
             if codes.origins is not None:
@@ -143,6 +154,12 @@ class UlpStash(Stash):
         if b.bucket.codes is not None:
             b.bucket.stashed = False
             b.bucket.codes.origins = None
+
+
+def _codes(b: ParameterBucket) -> WatchedCodes | None:
+    codes = b.bucket.codes
+    assert codes is None or isinstance(codes, WatchedCodes)
+    return codes
 
 
 class HostStash(Stash):

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from fastpost.ops import params as ops
 from fastpost.ops.perturbed import plus_small, product
 from fastpost.sam.buckets import ParameterBucket, ShardReducer
-from fastpost.sam.perturbation import Perturbation, PerturbParams
+from fastpost.sam.perturbation.stored import Perturbation, PerturbParams
 
 # A layer's directions and the factor that they are multiplied with: e = factor * direction.
 Directions = dict[str, Tensor]

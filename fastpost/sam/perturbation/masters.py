@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fastpost.distributed import is_sharded
 from fastpost.ops import params as ops
 from fastpost.sam.buckets import Change, ParameterBucket, ShardReducer
-from fastpost.sam.perturbation import Perturbation, PerturbParams
+from fastpost.sam.perturbation.stored import Perturbation, PerturbParams
 
 SERVED = (torch.bfloat16, torch.float16)  # dtypes of parameters that have masters
 
