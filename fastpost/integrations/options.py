@@ -282,7 +282,7 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
             loss_scale: as for `build_variant`.
 
         Raises:
-            ValueError: no parameter's name fits `sam_scope`.
+            ValueError: no parameter's name fits a pattern of `sam_scope`.
         """
         return {
             "rho": self.sam_rho,
@@ -308,12 +308,9 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
         patterns = self.patterns()
         if patterns is None or model is None:
             return patterns
-        scopes = [norm_layers(model)] if NORMS in patterns else []
-        by_name = scope_in(model, [pattern for pattern in patterns if pattern != NORMS])
-        if by_name is not None:
-            scopes.append(by_name)
-        if not scopes:
-            raise ValueError(f"sam_scope: no parameter's name fits {self.sam_scope!r}")
+        scopes = [scope_in(model, [pattern for pattern in patterns if pattern != NORMS])]
+        if NORMS in patterns:
+            scopes.append(norm_layers(model))
         return lambda name, p: any(scope(name, p) for scope in scopes)
 
     def build_r3f(self, label_smoothing: float = 0.0, fused_linear: bool = False) -> Any:

@@ -152,6 +152,8 @@ class SAM(Wrapper):
             raise ValueError(f"SAM: master_params do not serve {type(self.variant).__name__}; use it without masters")
         self._group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "sam_steps": 0}
         self._adopt()
+        if eta and not any(group["adaptive"] for group in self._groups()):
+            raise ValueError(f"SAM: eta={eta} is ASAM's constant; say adaptive=True, here or in a group, or leave eta out")
         self._scope = ScopeCache(scope)
         self._perturbation = build_perturbation(perturb, model, rounding, rounding_seed, masters, stash, self._reducer)
         self._perturbation.check(self._in_scope())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,15 @@ def resolve_scope(scope: Scope, groups: list[dict[str, Any]]) -> set[int] | None
         groups: an optimizer's parameter groups.
 
     Raises:
-        ValueError: patterns without named parameters; nothing is in scope.
+        ValueError: patterns without named parameters; a pattern that fits no name; nothing is in scope.
     """
     if scope is None:
         return None
     patterns = [scope] if isinstance(scope, str) else [] if callable(scope) else list(scope)
     if not callable(scope) and not all("param_names" in group for group in groups):
         raise ValueError("SAM: scope by name needs named parameters: pass model.named_parameters()")
+    if "param_names" in groups[0]:
+        refuse_unused(patterns, [name for group in groups for name in group["param_names"]], "SAM: no parameter is in scope")
     chosen = set()
     for group in groups:
         names = group.get("param_names") or [None] * len(group["params"])
@@ -44,11 +46,24 @@ def fits(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def scope_in(model: nn.Module, patterns: Iterable[str]) -> Callable[[str | None, Tensor], bool] | None:
-    """A scope by the names that a model has for its parameters, where the optimizer has none; None where no name fits."""
+def refuse_unused(patterns: Iterable[str], names: Sequence[str], complaint: str) -> None:
+    """Raises ValueError for a pattern that fits no name: it is misspelt, or for another model."""
+    for pattern in patterns:
+        if not any(fits(name, [pattern]) for name in names):
+            raise ValueError(f"{complaint} {pattern!r}; correct the pattern, or leave it out")
+
+
+def scope_in(model: nn.Module, patterns: Iterable[str]) -> Callable[[str | None, Tensor], bool]:
+    """A scope by the names that a model has for its parameters, where the optimizer has none.
+
+    Raises:
+        ValueError: a pattern that fits no name.
+    """
     patterns = list(patterns)
-    inside = {id(p) for name, p in model.named_parameters() if fits(name, patterns)}
-    return (lambda name, p: id(p) in inside) if inside else None
+    named = list(model.named_parameters())
+    refuse_unused(patterns, [name for name, _ in named], "sam_scope: no parameter's name fits")
+    inside = {id(p) for name, p in named if fits(name, patterns)}
+    return lambda name, p: id(p) in inside
 
 
 def norm_layers(model: nn.Module) -> Callable[[str | None, Tensor], bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -73,18 +74,19 @@ def sharpness(
         seed: of the random directions.
 
     Raises:
-        ValueError: rho, eta or a size out of range; no batch; a loss or gradient at w that is not finite; a batch that
-            cannot be cut; FSDP1's or DeepSpeed's shards, plain weights among sharded ones, or gradients that FSDP2 has not
-            reduced yet.
-        TypeError: the loss is no scalar that depends on the weights.
+        ValueError: rho, eta or a size out of range; eta without ASAM; no batch; a loss or gradient at w that is not finite;
+            a batch that cannot be cut; FSDP1's or DeepSpeed's shards, plain weights among sharded ones, or gradients that
+            FSDP2 has not reduced yet.
+        TypeError: the loss is no scalar that depends on the weights; a size or a number of directions is no whole number.
     """
     ops.check_radius("sharpness", rho, eta)
+    if eta and not adaptive:
+        raise ValueError(f"sharpness: eta={eta} is ASAM's constant; say adaptive=True, or leave eta out")
     if not rho > 0:
         raise ValueError("sharpness: rho must be > 0; at radius 0 there is nothing to measure")
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ValueError(f"sharpness: micro_batch_size must be >= 1, not {micro_batch_size}")
-    if directions < 0:
-        raise ValueError(f"sharpness: directions must be >= 0, not {directions}")
+    if micro_batch_size is not None:
+        _check_whole("micro_batch_size", micro_batch_size, least=1)
+    _check_whole("directions", directions, least=0)
     inner, is_replica = _innermost(model)
     weights = Weights(inner, scope, float(rho), float(eta) if adaptive else None, compute_dtype)
     before = RandomState(accelerators(weights.params))
@@ -114,6 +116,13 @@ def sharpness(
     count = int(sum(row["count"] for row in rows))
     resolution = study.eps / 2 * abs(lossy.mean)
     return Sharpness(float(rho), adaptive, float(eta), len(rows), count, lossy, own, full, random, resolution)
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"sharpness: {name} must be a whole number >= {least}, not {value!r}")
+    if value < least:
+        raise ValueError(f"sharpness: {name} must be >= {least}, not {value}")
 
 
 def _around(rows: list[Row], prefix: str, curvature: bool) -> Around:
