@@ -82,6 +82,9 @@ const char* isas();
 // Sum of squares of the gradients in float64; adaptive: of (|w| + eta) * g. Not finite if and only if an element is not.
 double squared_norm(const Plan& plan, bool adaptive, double eta, int threads);
 
+// The sums of squares of the gradients that squared_norm adds up in this order: one for each chunk of the plan.
+void chunk_squares(const Plan& plan, double* sums, int threads);
+
 // Sum of squares of (weights - stash) in float64, of two lists of which neither is written.
 double squared_distance(const Plan& plan, int threads);
 

@@ -64,6 +64,12 @@ void bind_cpu(py::module_ cpu) {
       },
       py::arg("plan"), py::arg("adaptive"), py::arg("eta"), py::arg("threads"));
   cpu.def(
+      "chunk_squares",
+      [](const Plan& plan, Address sums, int threads) {
+        released(plan, [&] { cpu::chunk_squares(plan, as<double>(sums), threads); });
+      },
+      py::arg("plan"), py::arg("sums"), py::arg("threads"));
+  cpu.def(
       "squared_distance",
       [](const Plan& plan, int threads) { return as_tensor(plan, [&] { return cpu::squared_distance(plan, threads); }); },
       py::arg("plan"), py::arg("threads"));

@@ -28,6 +28,11 @@ def active() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def several() -> bool:
+    """Whether this process is one of at least two ranks."""
+    return active() and dist.get_world_size() > 1
+
+
 def _is_a(name: str, module: str, thing: object) -> bool:
     """Whether this is an instance of a class of torch whose module takes a second to import; if nobody has, it is none."""
     kind = getattr(sys.modules.get(module), name, None)

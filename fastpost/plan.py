@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CHUNK = 1 << 16  # elements, as kChunkElements in csrc/core/plan.h
 ALIGNMENT = 256  # bytes; every tensor of a flat buffer or a stash starts on this boundary
 
 

@@ -79,6 +79,7 @@ def test_there_is_nothing_to_read() -> None:
 
 OPERATIONS: dict[str, Callable[[list[Tensor], list[Tensor], list[Tensor]], object]] = {
     "squared_norm": lambda w, g, s: ops.squared_norm(g, w, eta=0.01),
+    "chunk_squares": lambda w, g, s: ops.chunk_squares(g),
     "squared_distance": lambda w, g, s: ops.squared_distance(w, s),
     "sam_perturb_": lambda w, g, s: ops.sam_perturb_(w, g, s, ops.squared_norm(g), rho=0.1, adaptive=True, eta=0.01),
     "sam_perturb_ at random": lambda w, g, s: ops.sam_perturb_(w, g, s, ops.squared_norm(g), rho=0.1, seed=3),

@@ -61,6 +61,25 @@ def test_squared_norm_is_right_to_the_last_digits(backend: str, dtype: torch.dty
     assert abs(got.item() - truth) <= 1e-13 * truth
 
 
+@pytest.mark.parametrize(("backend", "dtype"), SERVED, indirect=["backend"])
+def test_chunk_squares_are_what_squared_norm_adds_up(backend: str, dtype: torch.dtype) -> None:
+    _, grads = lists(dtype)
+    grads += [torch.randn(3, 70_000).t().to(dtype), torch.randn(6, 4).to(dtype)[:, ::2], torch.ones(0, dtype=dtype)]
+    parts = ops.chunk_squares(grads)
+    assert [part.numel() for part in parts] == [-(-g.numel() // 65_536) for g in grads]
+    for g, part in zip(grads, parts, strict=True):
+        for chunk, square in zip(flat64(g.t().contiguous() if g.ndim == 2 else g).split(65_536), part, strict=True):
+            truth = math.fsum((chunk**2).tolist())
+            if g.ndim < 2:
+                assert abs(square.item() - truth) <= 1e-13 * truth
+        alone = ops.squared_norm([g]).item()
+        assert part.sum().item() == pytest.approx(alone, rel=1e-13)
+        assert same_bits(ops.chunk_squares([g])[0], part)
+    dense = [g for g in grads if plan.dense(g)]
+    if backend == "cpu":
+        assert same_bits(torch.cat(ops.chunk_squares(dense)).cumsum(0)[-1], ops.squared_norm(dense))
+
+
 def test_squared_norm_holds_over_the_whole_range_of_float(backend: str) -> None:
     for size in (1e-42, 1e-30, 1e18, 3e38):
         g = [torch.full((1000,), size)]

@@ -63,12 +63,16 @@ double fold(const std::vector<double>& partial) {
 
 namespace {
 
-double squares(const Plan& plan, Squares what, Column x, Column y, double eta, int threads) {
-  std::vector<double> partial(plan.chunks().size());
+void squares_of_chunks(const Plan& plan, Squares what, Column x, Column y, double eta, double* sums, int threads) {
   for_chunks(plan, threads, [&](int64_t index, const Chunk& chunk) {
     const void* second = what == Squares::plain ? nullptr : plan.at(y, chunk);
-    partial[index] = params_loops().squares(plan.dtype(), what, plan.at(x, chunk), second, eta, chunk.length);
+    sums[index] = params_loops().squares(plan.dtype(), what, plan.at(x, chunk), second, eta, chunk.length);
   });
+}
+
+double squares(const Plan& plan, Squares what, Column x, Column y, double eta, int threads) {
+  std::vector<double> partial(plan.chunks().size());
+  squares_of_chunks(plan, what, x, y, eta, partial.data(), threads);
   return fold(partial);
 }
 
@@ -119,6 +123,10 @@ PerturbSums perturb(const Plan& plan, const Perturbation& how, double squared_no
 
 double squared_norm(const Plan& plan, bool adaptive, double eta, int threads) {
   return squares(plan, adaptive ? Squares::scaled : Squares::plain, kGrad, kWeight, eta, threads);
+}
+
+void chunk_squares(const Plan& plan, double* sums, int threads) {
+  squares_of_chunks(plan, Squares::plain, kGrad, kWeight, 0, sums, threads);
 }
 
 double squared_distance(const Plan& plan, int threads) {

@@ -75,6 +75,13 @@ def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
     return total
 
 
+def chunk_squares(bucket: Bucket) -> Tensor:
+    plan = _plan(bucket)
+    sums = torch.empty(plan.chunks, dtype=torch.float64)
+    native.core().cpu.chunk_squares(plan, sums.data_ptr(), _threads())
+    return sums
+
+
 def squared_distance(bucket: Bucket) -> Tensor:
     total: Tensor = native.core().cpu.squared_distance(_plan(bucket), _threads())
     return total

@@ -125,11 +125,16 @@ def _ticket(device: torch.device, index: int, stream: int) -> int:
 
 def _summed(bucket: Bucket, count: int, run: Callable[..., None], *arguments: Any) -> Tensor:
     """`count` sums over a list, by run(plan, *arguments, room, device, stream) of the core."""
+    return _sums(bucket, count, run, *arguments)[0]
+
+
+def _sums(bucket: Bucket, count: int, run: Callable[..., None], *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The same, and those of each chunk, one after another."""
     plan, where = _plan(bucket), _where(bucket.device)
     out = torch.empty(() if count == 1 else count, dtype=torch.float64, device=bucket.device)
     partial = torch.empty(count * max(plan.chunks, 1), dtype=torch.float64, device=bucket.device)
     run(plan, *arguments, (out.data_ptr(), partial.data_ptr(), _ticket(bucket.device, *where)), *where)
-    return out
+    return out, partial
 
 
 # -- params ---------------------------------------------------------------------------------------------------------------
@@ -137,6 +142,10 @@ def _summed(bucket: Bucket, count: int, run: Callable[..., None], *arguments: An
 
 def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
     return _summed(bucket, 1, native.core().cuda.squared_norm, eta is not None, eta or 0.0)
+
+
+def chunk_squares(bucket: Bucket) -> Tensor:
+    return _sums(bucket, 1, native.core().cuda.squared_norm, False, 0.0)[1][: _plan(bucket).chunks]
 
 
 def squared_distance(bucket: Bucket) -> Tensor:

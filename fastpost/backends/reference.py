@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpost.backends.serving import coded, number_on, seed_on
-from fastpost.plan import Bucket
+from fastpost.plan import CHUNK, Bucket, dense
 from fastpost.row_tasks import DistillationTask, DivergenceTask, OperandTask
 
 
@@ -43,6 +43,19 @@ def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
             scaled = scaled * (bucket.weights[i].double().abs() + eta)
         total += scaled.square().sum()
     return total
+
+
+@torch.no_grad()
+def chunk_squares(bucket: Bucket) -> Tensor:
+    """Sums of g^2 in float64 over chunks of `plan.CHUNK` elements in memory order, tensor by tensor."""
+    sums = [torch.empty(0, dtype=torch.float64, device=bucket.device)]
+    for g in bucket.grads:
+        squares = (_in_memory_order(g) if dense(g) else g.reshape(-1)).double().square()
+        whole = squares.numel() // CHUNK * CHUNK
+        sums.append(squares[:whole].view(-1, CHUNK).sum(1))
+        if whole < squares.numel():
+            sums.append(squares[whole:].sum().view(1))
+    return torch.cat(sums)
 
 
 @torch.no_grad()

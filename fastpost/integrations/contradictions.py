@@ -82,6 +82,10 @@ def _in_sam(o: Any) -> Iterator[str]:
         )
     if o.sam_rounding_seed is not None and o.sam_rounding != "stochastic":
         yield f"sam_rounding_seed={o.sam_rounding_seed} is for sam_rounding='stochastic', not {o.sam_rounding!r}; {_LEAVE}"
+    if o.sam_norm == "backward" and o.sam_adaptive:
+        yield f"sam_norm='backward' sums up the squares of g, and ASAM's norm is of t g; {_LEAVE}"
+    if o.sam_norm == "backward" and variant.overrides("direction"):
+        yield f"sam_norm='backward' sums up the squares of gradients, and {named} makes a direction of its own; {_LEAVE}"
     if o.sam_eta and not o.sam_adaptive:
         yield f"sam_eta={o.sam_eta} is ASAM's constant, and sam_adaptive is off; set it, or leave sam_eta out"
 

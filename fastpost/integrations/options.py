@@ -19,7 +19,7 @@ from fastpost.norm_stats import check_norm_stats
 from fastpost.r3f import R3F
 from fastpost.r3f.spectral import LAYERS, MODES
 from fastpost.sam import TRAM, Variant, norm_layers
-from fastpost.sam.options import check_options
+from fastpost.sam.options import NORM_IN, check_options
 from fastpost.sam.perturbation.stash import KINDS as STASHES
 from fastpost.sam.scopes import Scope, scope_in
 
@@ -93,6 +93,7 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
         sam_rounding: how w + e is stored in 16-bit weights, "nearest" or "stochastic".
         sam_rounding_seed: key of the random numbers of "stochastic", a whole number >= 0; None is 0.
         sam_dropout_rng: "same" masks in both passes, or "independent".
+        sam_norm: when the ascent's norm is summed up, in the "step" or during "backward", as `fastpost.SAM(norm=)`.
         sam_norm_stats: which passes move the running statistics of batch norm layers: the "first", or "both".
         sam_sync_ascent: under DDP, False lets each process perturb by its own gradient (the original); None averages.
         r3f_lambda: weight of the KL, >= 0; None is 1.0, under "tram" 0.
@@ -134,6 +135,7 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
     sam_rounding: str = option("nearest", "How 16-bit weights store w + e: nearest or stochastic.")
     sam_rounding_seed: int | None = option(None, "Key of the random numbers of stochastic rounding, >= 0 (0).")
     sam_dropout_rng: str = option("same", "Dropout masks of the two passes: same or independent.")
+    sam_norm: str = option("step", "When the ascent's norm is summed up: in the step, or during backward.")
     sam_norm_stats: str = option("first", "Passes that move the running statistics of batch norm layers: first or both.")
     sam_sync_ascent: bool | None = option(None, "False: under DDP each process perturbs by its own gradient.")
     r3f_lambda: float | None = option(None, "Weight of R3F's divergence, >= 0 (1.0; under tram 0).")
@@ -210,12 +212,13 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
                 raise ValueError(f"{name} must be finite and >= 0, not {value}")
         assert self.sam_ascent_fraction is not None
         assert self.sam_interval is not None
-        check_options(self.sam_ascent_fraction, self.sam_dropout_rng, self.sam_interval, None, None)
+        check_options(self.sam_ascent_fraction, self.sam_dropout_rng, self.sam_interval, None, None, "step")
         check_norm_stats("sam_norm_stats", self.sam_norm_stats)
         choices = {
             "sam_rounding": ("nearest", "stochastic"),
             "sam_perturb": ("stored", "functional"),
             "sam_stash": STASHES,
+            "sam_norm": NORM_IN,
             "r3f_spectral": (None, *LAYERS),
             "r3f_spectral_mode": MODES,
         }
@@ -299,6 +302,7 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
             "perturb": self.sam_perturb,
             "stash": self.sam_stash,
             "model": model,
+            "norm": self.sam_norm,
             "norm_stats": self.sam_norm_stats,
             "variant": self.build_variant(loss_scale),
         }

@@ -24,7 +24,7 @@ from fastpost.ops.lists import make_buckets as make_buckets
 from fastpost.ops.lists import mark_modified as mark_modified
 from fastpost.ops.lists import plus as plus
 from fastpost.ops.lists import run as run
-from fastpost.plan import Bucket
+from fastpost.plan import CHUNK, Bucket, dense
 
 NAMES_OF_SUMS = ("intended_sq", "stored_sq", "stored_dot", "seen_sq", "seen_dot", "changed")
 
@@ -38,6 +38,11 @@ def _squared_norm(buckets: Sequence[Bucket], eta: float) -> Tensor | None:
     for b in buckets:
         total = plus(total, run("squared_norm", b, known))
     return total
+
+
+def _chunk_squares(buckets: Sequence[Bucket]) -> Tensor:
+    parts = [run("chunk_squares", b) for b in buckets]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _squared_distance(buckets: Sequence[Bucket]) -> Tensor | None:
@@ -133,6 +138,12 @@ _OP_SQUARED_NORM = ListOperation(
     _scalar,
     {"grads": "grads", "weights": "weights"},
 )
+_OP_CHUNK_SQUARES = ListOperation(
+    "chunk_squares(Tensor[] grads) -> Tensor",
+    _chunk_squares,
+    lambda grads: torch.empty(sum(map(_chunks, grads)), dtype=torch.float64, device=grads[0].device),
+    {"grads": "grads"},
+)
 _OP_SQUARED_DISTANCE = ListOperation(
     "squared_distance(Tensor[] weights, Tensor[] stash) -> Tensor",
     _squared_distance,
@@ -206,6 +217,31 @@ def squared_norm(grads: Sequence[Tensor], weights: Sequence[Tensor] | None = Non
     check_radius("squared_norm", 0.0, eta)
     total: Tensor = _OP_SQUARED_NORM.call((list(grads), None if weights is None else list(weights)), eta)
     return total
+
+
+def _chunks(tensor: Tensor) -> int:
+    return -(-tensor.numel() // CHUNK)
+
+
+def chunk_squares(grads: Sequence[Tensor]) -> list[Tensor]:
+    """What `squared_norm` adds up: the sums of squares of each tensor's chunks of 65,536 elements, in memory order.
+
+    Args:
+        grads: tensors of any shapes; float16, bfloat16, float32 or float64, on any devices.
+
+    Returns:
+        For each tensor a float64 vector on its device, of one sum per chunk. They do not depend on the list that a tensor is
+        in. On the CPU `squared_norm` of a list of one dtype is, bit for bit, their sum from the first to the last.
+    """
+    alike: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+    for i, g in enumerate(grads):
+        alike.setdefault((g.device, g.dtype, dense(g) and not g.is_neg()), []).append(i)
+    found: dict[int, Tensor] = {}
+    for rows in alike.values():  # each is one bucket, so that the sums come in the tensors' order
+        tensors = [grads[i] for i in rows]
+        sums: Tensor = _OP_CHUNK_SQUARES.call((tensors,))
+        found.update(zip(rows, torch.split(sums, list(map(_chunks, tensors))), strict=True))
+    return [found[i] for i in range(len(found))]
 
 
 def squared_distance(weights: Sequence[Tensor], stash: Sequence[Tensor]) -> Tensor:

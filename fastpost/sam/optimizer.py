@@ -18,8 +18,10 @@ from fastpost import distributed
 from fastpost.norm_stats import NormStats, check_norm_stats
 from fastpost.ops import params as ops
 from fastpost.rng import RandomState, accelerators
+from fastpost.sam.backward_norm import BackwardNorm, Norms, refuse_groups, refuse_options
 from fastpost.sam.buckets import (
     BucketCache,
+    ParameterBucket,
     ShardReducer,
     WeightsChanged,
     check_sharding,
@@ -91,6 +93,8 @@ class SAM(Wrapper):
             and gives it back bit for bit, if nobody writes the weights between the passes; or on the host, "cpu".
         model: the model; "functional" needs it. With it the second pass leaves the running statistics of norm layers alone,
             as `norm_stats` says.
+        norm: when the ascent's norm is summed up: in the "step", from all gradients; or during "backward", from each as it
+            arrives, which saves a pass over them. The same number, bit for bit on the CPU.
         norm_stats: which passes move the running statistics of batch and instance norms: the "first", as in the original, or
             "both". Without `model` SAM does not know the layers: see `frozen_norm_stats`.
         variant: one of `fastpost.sam.variants`, such as `LookSAM()`; None is SAM (or ASAM).
@@ -129,13 +133,14 @@ class SAM(Wrapper):
         perturb: str = "stored",
         stash: str = "copy",
         model: nn.Module | None = None,
+        norm: str = "step",
         norm_stats: str = "first",
         variant: Variant | None = None,
         fused_restore: bool = False,
         **kwargs: Any,
     ) -> None:
         ops.check_radius("SAM", rho, eta)
-        check_options(ascent_fraction, dropout_rng, interval, compute_dtype, sync_ascent)
+        check_options(ascent_fraction, dropout_rng, interval, compute_dtype, sync_ascent, norm)
         check_norm_stats("norm_stats", norm_stats)
         self._reducer = ShardReducer()
         masters = None if master_params is None else MasterPerturbation(self._reducer, params, master_params)
@@ -159,6 +164,10 @@ class SAM(Wrapper):
         self._perturbation.check(self._in_scope())
         check_sharding(self.tensors(), sync_ascent)
         self._fused = build_fused_restore(self._bases, self._perturbation, stash) if fused_restore else None
+        self.norm = norm
+        if norm == "backward":
+            refuse_options(self.variant, scope)
+            refuse_groups(self._model_groups())
         self._norm_stats: NormStats | None = None
         self.norm_stats = norm_stats
         if model is not None:
@@ -186,7 +195,9 @@ class SAM(Wrapper):
             self.variant.state_names,
         )
         self._early = EarlyRewriting(self._rewrites_arrivals, self._gradients, self._combine)
+        self._backward_norm = BackwardNorm(self._reducer) if self.norm == "backward" else None
         self._watch()
+        self._await_ascent(self.ascends)
 
     @classmethod
     def lm(cls, params: Any, base_optimizer: Any, **kwargs: Any) -> SAM:
@@ -213,6 +224,7 @@ class SAM(Wrapper):
             if self.ascends:
                 self._perturb()
             self._step.phase = Phase.PERTURBED
+            self._await_ascent(False)
             if self._norm_stats is not None and self.variant.ascent_pass:
                 self._norm_stats.keep()
             if zero_grad:
@@ -411,6 +423,11 @@ class SAM(Wrapper):
         if not self._stepped:
             self._skip()
 
+    def await_ascent(self, comes: bool) -> None:
+        """For windows: whether the backward pass that comes next is the last one before an ascent. With norm="backward"
+        others need not be summed up; it changes nothing else."""
+        self._await_ascent(comes and self.ascends)
+
     def set_model(self, model: nn.Module) -> None:
         """Gives SAM the model whose running statistics second passes leave alone; does nothing where it has one already."""
         if self._norm_stats is None and self.norm_stats == "first":
@@ -472,6 +489,8 @@ class SAM(Wrapper):
         super().add_param_group(param_group)
         try:
             self._perturbation.check(self._in_scope())
+            if self._backward_norm is not None:
+                refuse_groups(self._model_groups())
         except BaseException:
             del self._bases[-1].param_groups[-1]
             raise
@@ -487,7 +506,7 @@ class SAM(Wrapper):
         # A scheduler or Accelerate may have put a `step` around ours, by which a copy would step this optimizer. The flag is
         # for GradScaler, and there where a wrapper steps it.
         wrapped = ("step", "_step_supports_amp_scaling")
-        left_out = ("_ascent_buckets", "_guard", "_context", "_early", *wrapped)
+        left_out = ("_ascent_buckets", "_guard", "_context", "_early", "_backward_norm", *wrapped)
         fused = None if self._fused is None else FusedRestore()  # its buckets point at these parameters
         kept = {key: value for key, value in self.__dict__.items() if key not in left_out}
         return {**kept, "_fused": fused, "_step": replace(self._step, squared_norm=None)}
@@ -539,6 +558,7 @@ class SAM(Wrapper):
         self._step = step
         self._early.forget()
         self._guard.disarm()
+        self._await_ascent(self.ascends)
         self.cycle += 1
 
     def _put_back(self, convert: bool) -> None:
@@ -579,6 +599,8 @@ class SAM(Wrapper):
         for group in self._groups():  # schedules and loaded states write there
             check_group(group)
         variant, step, groups = self.variant, self._step, self._model_groups()
+        if self._backward_norm is not None:
+            refuse_groups(groups)
         step.tensors = sum(len(group["params"]) for group in groups)
         gradient = self._direction() if variant.overrides("direction") else None
         self._scope.begin(self._groups()[0]["sam_steps"])
@@ -595,19 +617,28 @@ class SAM(Wrapper):
                     rho = -rho
                 eta = float(group["eta"]) if group["adaptive"] else None
                 settings.append(PerturbParams(rho, eta, self.compute_dtype or b.compute_dtype()))
-            squared = norm = total_squared_norm(buckets, [setting.eta for setting in settings], self._reducer)
-            radius = variant.radius()
-            if radius is not None:  # rho d / |g| is rho / sqrt(|g|^2 / d^2); where d is 0 nothing moves
-                radius = radius.to(squared.device, torch.float64)
-                norm, squared = squared + 0 * radius, squared / radius.square()
+            norms = self._norms(buckets, settings)
             if variant.keeps_gradient:
                 step.clean = {p: g.clone() for p, g in self._gradients().items()}
             self._perturbation.number = self._groups()[0]["sam_steps"] * 2**20 + step.ascents
             step.ascents += 1
-            sums = self._perturbation.apply(buckets, settings, squared)
+            sums = self._perturbation.apply(buckets, settings, norms.squared)
+            if norms.are_stale(sums):
+                self._perturbation.undo()
+                norms = self._norms(buckets, settings, anew=True)
+                sums = self._perturbation.apply(buckets, settings, norms.squared)
             step.sums = self._last_sums = PerturbationSums(sums, sum(b.elements_everywhere for b in buckets))
-            step.add_norm(norm)
+            step.add_norm(norms.judged(sums))
             self._guard.arm(step.squared_norm, self._lists)
+
+    def _norms(self, buckets: Sequence[ParameterBucket], settings: Sequence[PerturbParams], anew: bool = False) -> Norms:
+        """The norm of the ascent's gradients; `anew`: whatever backward has summed up."""
+        found = None if self._backward_norm is None or anew else self._backward_norm.norms(buckets, settings)
+        if found is None:
+            total = total_squared_norm(buckets, [setting.eta for setting in settings], self._reducer)
+            found = Norms(total, total)
+        radius = self.variant.radius()
+        return found if radius is None else found.within(radius)
 
     def _direction(self) -> Callable[[Tensor], Tensor | None]:
         """What the variant follows for each tensor. Gradients that it does not see stand for themselves, to be refused."""
@@ -635,14 +666,24 @@ class SAM(Wrapper):
         # hook of ours has run, so this is the last moment at which it can be marked; and the only one, because the scaler
         # decides by what it sees in gradients alone. Nothing happens unless an ascent awaits its second gradient and may
         # have overflowed.
-        guard = self.__dict__.get("_guard")
+        # It may write there what the norm has summed up, too, without a trace.
+        backward_norm, guard = self.__dict__.get("_backward_norm"), self.__dict__.get("_guard")
+        if backward_norm is not None:
+            backward_norm.begin(backward_norm.listens)
         if guard is not None and guard.waits:
             guard.plant_in(self.tensors)
 
     def _watch(self) -> None:
-        """Has the variant rewrite gradients as they come."""
+        """Has the variant rewrite gradients as they come, and the norm sum them up."""
+        if self._backward_norm is not None:
+            ids = self._scope.ids(self._model_groups())
+            self._backward_norm.watch([[p for p in part if ids is None or id(p) in ids] for part in self._lists()])
         if self.variant.rewrites and self.variant.overrides("descend", "between"):
             self._early.watch(self._lists())
+
+    def _await_ascent(self, comes: bool) -> None:
+        if self._backward_norm is not None:
+            self._backward_norm.begin(comes)
 
     def _rewrites_arrivals(self) -> bool:
         """Whether gradients that arrive now are this step's last and not a window's, which knows its end itself."""

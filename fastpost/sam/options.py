@@ -11,6 +11,8 @@ import torch.distributed as dist
 from fastpost.errors import unknown
 from fastpost.ops import params as ops
 
+NORM_IN = ("step", "backward")
+
 
 def check_fraction(who: str, fraction: float) -> None:
     """Raises ValueError unless the fraction lies in (0, 1]."""
@@ -25,11 +27,18 @@ def check_dropout_rng(mode: str) -> None:
 
 
 def check_options(
-    ascent_fraction: float, dropout_rng: str, interval: int, compute_dtype: torch.dtype | None, sync_ascent: bool | None
+    ascent_fraction: float,
+    dropout_rng: str,
+    interval: int,
+    compute_dtype: torch.dtype | None,
+    sync_ascent: bool | None,
+    norm: str,
 ) -> None:
     """Raises ValueError or TypeError for a value outside its range."""
     check_fraction("SAM", ascent_fraction)
     check_dropout_rng(dropout_rng)
+    if norm not in NORM_IN:
+        raise unknown("norm", norm, NORM_IN)
     if int(interval) != interval or interval < 1:
         raise ValueError(f"SAM: interval must be a whole number >= 1, not {interval}")
     if compute_dtype is not None and not compute_dtype.is_floating_point:

@@ -154,6 +154,7 @@ class SAMWindow:
         ascends = self.optimizer.ascends and self.optimizer.variant.ascent_pass
         # 0.07 * 100 is 7.000000000000001
         self._ascending = math.ceil(self.ascent_fraction * size * (1 - 1e-12)) if ascends else 0
+        self._announce()
 
     @property
     def is_open(self) -> bool:
@@ -205,10 +206,17 @@ class SAMWindow:
                 result = ascend(micro_batch, before)
             if last:
                 self.close()
+            else:
+                self._announce()
         except BaseException:
             self.abort()
             raise
         return result
+
+    def _announce(self) -> None:
+        """Says whether the next micro-batch is the ascent's last, or has an ascent of its own."""
+        number = self.fed + 1
+        self.optimizer.await_ascent(number <= self._ascending if self.per_micro_batch else number == self._ascending)
 
     def shorten(self) -> None:
         """Makes the micro-batch that is fed next the last one, as where the data end."""
