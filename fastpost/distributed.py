@@ -1,4 +1,4 @@
-"""What this rank holds of a parameter, and sums over the ranks that hold the rest: DTensor (FSDP2, tensor parallel), DDP.
+"""What this rank holds of a parameter: DTensor (FSDP2, tensor parallel), DDP. Sums over the other ranks are in `ranks.py`.
 
 Nothing here knows a method; SAM and others go through it, so that no DTensor reaches an operation.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
-
-Members = tuple[int, ...]  # the global ranks of a process group
-Sharing = tuple[Members, ...]  # the groups over which a parameter is cut, outermost mesh dimension first
 
 
 def active() -> bool:
@@ -33,7 +30,7 @@ def several() -> bool:
     return active() and dist.get_world_size() > 1
 
 
-def _is_a(name: str, module: str, thing: object) -> bool:
+def is_a(name: str, module: str, thing: object) -> bool:
     """Whether this is an instance of a class of torch whose module takes a second to import; if nobody has, it is none."""
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(thing, kind)
@@ -41,11 +38,11 @@ def _is_a(name: str, module: str, thing: object) -> bool:
 
 def is_sharded(tensor: object) -> TypeIs[DTensor]:
     """Whether a mesh of ranks holds this tensor (DTensor)."""
-    return _is_a("DTensor", "torch.distributed.tensor", tensor)
+    return is_a("DTensor", "torch.distributed.tensor", tensor)
 
 
 def _is_fully_sharded(module: object) -> TypeIs[FSDPModule]:
-    return _is_a("FSDPModule", "torch.distributed.fsdp", module)
+    return is_a("FSDPModule", "torch.distributed.fsdp", module)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -72,6 +69,14 @@ def local_gradient(p: Tensor) -> Tensor | None:
     return local(grad)
 
 
+def local_as(p: Tensor, value: Tensor) -> Tensor:
+    """This rank's part of a tensor of the whole shape of `p`, such as its momentum, cut as `p` is."""
+    if not is_sharded(p) or not is_sharded(value):
+        return value
+    with torch.no_grad():
+        return local(value.redistribute(p.device_mesh, p.placements))
+
+
 def part_number(p: Tensor) -> int:
     """Which of a parameter's parts this rank holds, counted from 0: the same on ranks that hold the same part."""
     if not is_sharded(p):
@@ -92,71 +97,6 @@ def like(p: Tensor, part: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
-
-
-class Ranks:
-    """Sums and verdicts over the ranks that share parameters.
-
-    Process groups are told apart by their members: several meshes over the same ranks cost one reduction.
-    """
-
-    def __init__(self) -> None:
-        self._groups: dict[Members, tuple[Any, str]] = {}
-
-    def sharing(self, p: Tensor) -> Sharing:
-        """The groups over which `p` is cut: the mesh dimensions that shard it, not those that replicate it.
-
-        Raises:
-            ValueError: `p` is a DTensor with a Partial placement, which holds no weights.
-        """
-        if not is_sharded(p):
-            return ()
-        cut = []
-        for dimension, placement in enumerate(p.placements):
-            if placement.is_partial():
-                raise ValueError(f"a parameter placed as {p.placements} holds terms of a sum, not weights; redistribute it")
-            group = p.device_mesh.get_group(dimension)
-            members = tuple(dist.get_process_group_ranks(group))
-            if len(members) > 1:
-                self._groups.setdefault(members, (group, p.device_mesh.device_type))
-                if not placement.is_replicate():
-                    cut.append(members)
-        return tuple(cut)
-
-    def sum(self, parts: Mapping[Sharing, Tensor]) -> Tensor:
-        """The sum of all parts, each over its groups: one reduction of one scalar or vector per group.
-
-        Parts that are cut over more dimensions are summed over their innermost first and then join the others, so FSDP2 with
-        tensor parallelism takes two reductions in all.
-
-        Args:
-            parts: from `sharing` to this rank's sum; the same keys in the same order on all ranks.
-        """
-        open_parts = dict(parts)
-        while any(open_parts):
-            deepest = max(open_parts, key=len)
-            part = self._reduce(open_parts.pop(deepest), deepest[-1], dist.ReduceOp.SUM)
-            rest = deepest[:-1]
-            known = open_parts.get(rest)
-            open_parts[rest] = part if known is None else known + part.to(known.device)
-        return open_parts[()]
-
-    def any(self, flag: Tensor) -> Tensor:
-        """The largest flag of all ranks that hold, share or repeat a parameter seen by `sharing`."""
-        for members in self._groups:
-            flag = self._reduce(flag, members, dist.ReduceOp.MAX)
-        return flag
-
-    def _reduce(self, value: Tensor, members: Members, op: Any) -> Tensor:
-        group, device_type = self._groups[members]
-        # With CPU offload the sums lie on the CPU, where a group that has only NCCL cannot reduce them.
-        serves = f"{value.device.type}:" in dist.get_backend_config(group)
-        sent = value.detach().clone() if serves else value.detach().to(device_type)
-        dist.all_reduce(sent, op=op, group=group)
-        return sent.to(value.device)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_groups": {}}  # process groups belong to this process
 
 
 def sum_before(value: int, group: dist.ProcessGroup | None = None) -> int:

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fastpost import SAM
 
@@ -151,15 +151,37 @@ def part(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).clone()
 
 
+@torch.no_grad()
+def set_weights(names: dict[Tensor, str], weights: dict[str, Tensor]) -> None:
+    """Gives parameters, sharded or not, these whole values."""
+    for p, name in names.items():
+        there = p.detach()
+        if isinstance(there, DTensor):
+            there.copy_(distribute_tensor(weights[name], there.device_mesh, there.placements))
+        else:
+            there.copy_(weights[name])
+
+
 def equations(number: int, weights: dict[str, Tensor], rho: float, eta: float | None = None) -> tuple[dict, dict, float]:
-    """e, the gradient at w + e, and the norm that normalises e: from 2010.01412 eq. 2 and 2102.11600 eq. 7, in float64."""
+    """e, the gradient at w + e, and the norm that normalises e, of a Net on a whole batch: in float64."""
     x, y = batch(number)
+
+    def loss(at: dict[str, Tensor]) -> Tensor:
+        logits = torch.func.functional_call(Net(), at, (x,))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    return ascent(loss, weights, rho, eta)
+
+
+def ascent(
+    loss: Callable[[dict[str, Tensor]], Tensor], weights: dict[str, Tensor], rho: float, eta: float | None = None
+) -> tuple[dict, dict, float]:
+    """The same of any loss of named weights: from 2010.01412 eq. 2 and 2102.11600 eq. 7."""
 
     def gradient(at: dict[str, Tensor]) -> dict[str, Tensor]:
         leaves = {name: w.detach().double().clone().requires_grad_() for name, w in at.items()}
-        logits = torch.func.functional_call(Net(), leaves, (x,))
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
-        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        found = torch.autograd.grad(loss(leaves), list(leaves.values()), allow_unused=True)
+        return {name: torch.zeros_like(w) if g is None else g for (name, w), g in zip(leaves.items(), found, strict=True)}
 
     g = gradient(weights)
     t = {name: torch.ones_like(w) if eta is None else w.abs() + eta for name, w in weights.items()}

@@ -17,7 +17,7 @@ from fastpost.backends import native
 from .conftest import CPU_BACKENDS
 
 ROOT = Path(__file__).parent.parent
-BASE = {"errors", "plan", "row_tasks", "distributed", "rng", "modes", "norm_stats"}
+BASE = {"errors", "plan", "row_tasks", "distributed", "ranks", "rng", "modes", "norm_stats"}
 # What each floor may import, beside itself and what everybody may.
 BELOW = {
     "ops": {"backends", "dispatch"},

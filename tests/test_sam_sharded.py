@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 from fastpost import SAM
+from fastpost.sam import GSAM, TRAM, WSAM, FriendlySAM, LookSAM, MomentumSAM, StableSAM
 
 from . import distributed as d
 
@@ -148,6 +149,99 @@ def hsdp() -> None:
     assert all(len(opt._reducer.key(p)[0]) == 2 for p in opt.tensors())
 
 
+def hsdp_float32() -> None:
+    """w kept as codes and as a copy: the shards' bits come back, copies of a shard stay equal, and steps are the same."""
+    mesh, shards = d.mesh_of(2, 2, names=("replicate", "shard")), {}
+    for stash in ("copy", "ulp"):
+        model = sharded(mesh, torch.float32)
+        opt = sam(model, stash=stash, adaptive=True, eta=0.01)
+        for number in range(2):
+            before = [d.part(p) for p in model.parameters()]
+            backward_on(model, mesh, torch.float32)(number)
+            opt.first_step(zero_grad=True)
+            assert not all(torch.equal(d.part(p), w) for p, w in zip(model.parameters(), before, strict=True))
+            backward_on(model, mesh, torch.float32)(number)
+            opt.restore_()
+            assert all(torch.equal(d.part(p), w) for p, w in zip(model.parameters(), before, strict=True))
+            opt.step()
+        shards[stash] = torch.cat([d.part(p).flatten() for p in model.parameters()])
+    assert torch.equal(shards["copy"], shards["ulp"])
+    copies = [torch.empty_like(shards["copy"]) for _ in range(2)]
+    dist.all_gather(copies, shards["copy"], group=mesh.get_group("replicate"))
+    assert torch.equal(*copies)
+
+
+def hsdp_overflow() -> None:
+    """On one of four ranks, whose copy of the shard is finite: all skip the step."""
+    mesh = d.mesh_of(2, 2, names=("replicate", "shard"))
+    for which in ("first", "second"):
+        model = sharded(mesh)
+        opt = SAM(model.parameters(), torch.optim.AdamW, rho=RHO, lr=LR)
+        before = [d.part(p) for p in model.parameters()]
+        for turn in ("first", "second"):
+            backward_on(model, mesh)(0)
+            if turn == which and dist.get_rank() == 3:
+                next(model.parameters()).grad.to_local().view(-1)[0] = torch.inf
+            if turn == "first":
+                opt.first_step(zero_grad=True)
+        opt.second_step(zero_grad=True)
+        assert opt.skipped_steps == 1, which
+        assert all(torch.equal(d.part(p), w) for p, w in zip(model.parameters(), before, strict=True))
+
+
+KINDS = [
+    (lambda: GSAM(alpha=0.3), {}), (lambda: WSAM(gamma=0.7), {"adaptive": True, "eta": 0.1}), (StableSAM, {}),
+    (LookSAM, {"interval": 2}), (FriendlySAM, {}), (MomentumSAM, {}),
+]  # fmt: skip
+
+
+def as_in_one_process(model: nn.Module, mesh) -> None:
+    """Each variant over AdamW, as it is in one process that has the whole model and batch."""
+    start = {name: d.whole(p) for p, name in names_of(model).items()}
+    for variant, options in KINDS:
+        lone = d.Net()
+        d.set_weights(names_of(model), start)
+        pair = []
+        for net in (model, lone):
+            opt = SAM(net.parameters(), torch.optim.AdamW, rho=RHO, lr=1e-2, eps=1e-3, variant=variant(), **options)
+            pair.append((net, opt))
+        for number in range(3):
+            for net, opt in pair:
+                opt.step(lambda net=net: backward_on(net, mesh if net is model else None)(number))  # noqa: B023
+            known = dict(lone.named_parameters())
+            for p, name in names_of(model).items():
+                assert (d.whole(p) - known[name]).abs().max() <= 1e-10, (variant, number, name)
+        d.reshard(model)
+
+
+def hsdp_variants() -> None:
+    mesh = d.mesh_of(2, 2, names=("replicate", "shard"))
+    as_in_one_process(sharded(mesh), mesh)
+
+
+def tensor_parallel_variants() -> None:
+    """Dot products over Partial gradients, which are redistributed before."""
+    as_in_one_process(parallel(d.mesh_of(dist.get_world_size())), None)
+
+
+def tensor_parallel_adaptive() -> None:
+    check(parallel(d.mesh_of(dist.get_world_size())), None, adaptive=True, eta=0.01)
+
+
+def radius_over_ranks() -> None:
+    """TRAM's ranks observe divergences of their own rows; the radius is the mean over all of them."""
+    mesh = d.mesh_of(dist.get_world_size())
+    model = sharded(mesh)
+    opt, names = sam(model, rho=1.0, variant=TRAM()), names_of(model)
+    weights = {name: d.whole(p) for p, name in names.items()}
+    e, _, _ = d.equations(0, weights, 0.3)
+    backward_on(model, mesh)(0)
+    opt.variant.observe(torch.tensor(0.2 if mesh.get_local_rank() else 0.4))
+    opt.first_step(zero_grad=True)
+    assert all((d.whole(p) - weights[name] - e[name]).abs().max() <= 1e-8 for p, name in names.items())
+    opt.restore_()
+
+
 def several_meshes() -> None:
     """Blocks over all four ranks, the root over pairs and their copies: gradients of both kinds under one norm."""
     flat, pairs = d.mesh_of(4), d.mesh_of(2, 2, names=("replicate", "shard"))
@@ -195,12 +289,20 @@ def fsdp2_with_tensor_parallel() -> None:
     assert {len(opt._reducer.key(p)) for p in opt.tensors()} == {1, 2}
 
 
+def fsdp2_with_tensor_parallel_variants() -> None:
+    mesh = d.mesh_of(2, 2, names=("dp", "tp"))
+    model = parallel(mesh["tp"])
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh["dp"])
+    as_in_one_process(model, mesh["dp"])
+
+
 def recipes() -> None:
     """docs/distributed.md: every recipe runs, and makes the step of the equations."""
     text = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
     blocks = dict(re.findall(r"^### (.+?)\n(?:.*?)^```python\n(.*?)^```", text, re.M | re.S))
-    assert list(blocks) == ["DDP", "FSDP2", "HSDP", "Tensor parallel"]
-    for title, code in blocks.items():
+    assert list(blocks) == ["DDP", "FSDP2", "HSDP", "Tensor parallel", "Pipeline", "Experts"]
+    for title, code in list(blocks.items())[:4]:  # the others: test_sam_stages.py
         mesh = None if title == "Tensor parallel" else d.mesh_of(dist.get_world_size())
         scope = {"Net": d.Net, "loss_of": d.loss_of, "batches": [d.mine(mesh, 0)], "device": "cpu"}
         exec(compile(code, f"docs/distributed.md, {title}", "exec"), scope)
@@ -211,21 +313,34 @@ def recipes() -> None:
 
 
 def test_every_case_is_in_the_docs() -> None:
+    from . import test_sam_stages as stages
     from .test_sam_sharded_training import CASES
 
     text = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
     table = text[text.index("## Which test proves it") :]
-    assert set(re.findall(r"`(\w+)`", re.sub(r"^\| [^|]*\|", "", table, flags=re.M))) == {*TWO, *FOUR, *CASES}
+    assert set(re.findall(r"`(\w+)`", re.sub(r"^\| [^|]*\|", "", table, flags=re.M))) == {
+        *TWO,
+        *FOUR,
+        *CASES,
+        *stages.TWO,
+        *stages.FOUR,
+    }
 
 
 TWO = {
     case.__name__: case
     for case in (
         fsdp2, fsdp2_adaptive, fsdp2_float32, fsdp2_ulp, kept_unsharded, evaluated_while_perturbed, plain_beside_shards,
-        offloaded, tensor_parallel,
+        offloaded, tensor_parallel, tensor_parallel_adaptive, tensor_parallel_variants, radius_over_ranks,
     )
 }  # fmt: skip
-FOUR = {case.__name__: case for case in (fsdp2, hsdp, several_meshes, fsdp2_with_tensor_parallel, recipes)}
+FOUR = {
+    case.__name__: case
+    for case in (
+        fsdp2, hsdp, hsdp_float32, hsdp_overflow, hsdp_variants, several_meshes, fsdp2_with_tensor_parallel,
+        fsdp2_with_tensor_parallel_variants, recipes,
+    )
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

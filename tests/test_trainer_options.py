@@ -451,7 +451,7 @@ ATTRIBUTES = {"r3f_relative": ("alpha", 0.5), "sam_variant": ("alpha", 0.25)}
 THE_TRAINERS = {"params", "base_optimizer", "kwargs", "model", "compute_dtype"}
 OF_THE_TRAINER = ("sam_per_micro_batch", "sam_masters")  # options that are no keyword of SAM
 NOT_IN_LIGHTNING = (*OF_THE_TRAINER, "sam_sync_ascent")
-NOT_SERVED = {"fused_restore"}
+NOT_SERVED = {"fused_restore", "norm_group"}
 
 
 def through_transformers(folder: Path, options: dict[str, Any]) -> Any:

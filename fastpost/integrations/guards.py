@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from fastpost import distributed
+from fastpost import distributed, ranks
 from fastpost.gap.guards import layer_drifts
 from fastpost.gap.weights import Snapshot
 
@@ -24,9 +24,9 @@ class _Weights:
         self._params = [p for p in model.parameters() if p.requires_grad]
         if not self._params:
             raise ValueError("the model has no trainable weights to guard")
-        self._ranks = distributed.Ranks()
+        self._ranks = ranks.Ranks()
         distributed.reshard(self._params)
-        groups: dict[distributed.Sharing, list[torch.Tensor]] = {}
+        groups: dict[ranks.Sharing, list[torch.Tensor]] = {}
         for p in self._params:
             part = distributed.local(p).detach()
             groups.setdefault(self._ranks.sharing(p), []).append(part if distributed.is_sharded(p) else p)

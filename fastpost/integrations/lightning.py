@@ -24,7 +24,9 @@ except ImportError as error:
     raise ImportError("fastpost.integrations.lightning needs lightning: pip install 'fastpost[lightning]'") from error
 
 # Keywords of SAM that say who owns what, which here is Lightning and the module.
-NOT_SERVED = frozenset({"params", "base_optimizer", "master_params", "model", "fused_restore", "sync_ascent", "kwargs"})
+NOT_SERVED = frozenset(
+    {"params", "base_optimizer", "master_params", "model", "fused_restore", "norm_group", "sync_ascent", "kwargs"}
+)
 # Options about what Lightning does itself, with the value that asks for nothing, and what to do.
 NOT_HERE = {
     "sam_masters": (

@@ -92,7 +92,7 @@ class SAMTrainerMixin(PostTrainingMixin):
     _radius: _Radius | None = None
     _masters: Masters | None = None
     _sam_sums: Any = None
-    _sam_elements = 0
+    _sam_elements: int | torch.Tensor = 0
     _concerned = False
 
     def _use_options(self) -> None:

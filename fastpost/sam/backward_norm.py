@@ -212,7 +212,7 @@ class BackwardNorm:
         for b, setting in zip(buckets, settings, strict=True):
             squares = self._squares(b)
             both.append((b.key, torch.stack((squares, squares * setting.rho**2))))
-        squared, weighted = self._reducer.total(both).unbind()
+        squared, weighted = self._reducer.total(both, (2,)).unbind()
         if squared.is_cpu and not 0 < float(squared) < math.inf:
             return None  # nothing will be perturbed that could tell
         return Norms(squared, squared, weighted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -13,34 +14,108 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastpost import distributed, plan
 from fastpost.ops import params as ops
+from fastpost.ranks import NormGroup, Ranks
 
 
 class ShardReducer:
     """Sums over the ranks that hold the other parts of sharded parameters. A process without others reduces nothing.
 
-    Plain parameters are taken to be the same on all ranks, gradients included (one process, DDP), and are not reduced over.
-    All sums are float64, scalars or vectors; nothing here waits for a device.
+    Plain parameters are taken to be the same on all ranks, gradients included (one process, DDP), and are not reduced over,
+    but over the ranks that a caller names. All sums are float64, scalars or vectors; nothing here waits for a device.
+
+    Args:
+        norm_group: the ranks that hold other parameters, as `SAM` takes it.
     """
 
-    def __init__(self) -> None:
-        self._ranks = distributed.Ranks()
+    def __init__(self, norm_group: NormGroup = None) -> None:
+        self._ranks = Ranks(norm_group)
+        self._apart = not self.named  # whether named ranks are known to hold different parameters
+
+    @property
+    def named(self) -> bool:
+        """Whether a caller has named ranks, which may make their passes at different times."""
+        return self._ranks.named
+
+    @property
+    def others(self) -> bool:
+        """Whether other ranks hold parts of these parameters, or others."""
+        return self._ranks.others
+
+    def know(self, groups: list[dict[str, Any]]) -> None:
+        """Learns who shares the parameters of these groups, so that all ranks reduce alike, whatever has a gradient."""
+        self._ranks.know(groups)
 
     def key(self, p: Tensor) -> Hashable:
         """Parameters with the same key are summed together before one reduction over the ranks that share them."""
         return self._ranks.sharing(p)
 
-    def total(self, parts: Iterable[tuple[Hashable, Tensor]]) -> Tensor:
-        """The sum of at least one part, each given with its key and reduced over the ranks that hold its other parts."""
+    def part_number(self, p: Tensor) -> int:
+        """Which of its parts this rank holds: the same on ranks that hold the same."""
+        return self._ranks.part_number(p)
+
+    def total(self, parts: Iterable[tuple[Hashable, Tensor]], shape: tuple[int, ...] = ()) -> Tensor:
+        """The sum of the parts, each given with its key and reduced over the ranks that hold its other parts.
+
+        Args:
+            parts: keys and scalars or vectors; maybe none.
+            shape: of a part.
+        """
         if distributed.active():
             sums: dict[Any, Tensor] = {}
             for key, part in parts:
                 sums[key] = sums[key] + part.to(sums[key].device) if key in sums else part
-            return self._ranks.sum(sums)
-        return functools.reduce(ops.plus, (part for _, part in parts))
+            return self._ranks.sum(sums, shape)
+        found = [part for _, part in parts]
+        return functools.reduce(ops.plus, found) if found else torch.zeros(shape, dtype=torch.float64)
+
+    def total_and_count(
+        self, parts: Sequence[tuple[Hashable, Tensor]], counts: Sequence[int], length: int
+    ) -> tuple[Tensor, int | Tensor]:
+        """`total` of vectors of this length, and of the counts that come with them, in the same reductions."""
+        if not self.others:
+            return self.total(parts, (length,)), sum(counts)
+        longer = [(key, torch.cat([part, part.new_full((1,), n)])) for (key, part), n in zip(parts, counts, strict=True)]
+        found = self.total(longer, (length + 1,))
+        return found[:-1], found[-1]
 
     def agree(self, flag: Tensor) -> Tensor:
         """1.0 where any rank's flag is, as a float32 scalar."""
         return self._ranks.any(flag)
+
+    def pool(self, values: Tensor) -> Tensor:
+        """A vector summed over all ranks that share or repeat parameters, each as often as another: its ratios are right."""
+        return self._ranks.pool(values)
+
+    def refuse_copies(self, buckets: Sequence[ParameterBucket]) -> None:
+        """Looks, once, whether ranks that a caller has named hold the same parameters, which would be counted twice.
+
+        The same gradient tells: replicas have averaged theirs, and copies of a tied weight have added theirs up.
+
+        Raises:
+            ValueError: two ranks have. Nothing has been written.
+        """
+        if self._apart:
+            return
+        grads = [(p, g) for b in buckets for p, g in zip(b.params, b.bucket.grads, strict=True) if g.numel() > 1]
+
+        def of(members: tuple[int, ...]) -> list[tuple[Any, ...]]:
+            mine = [(p, g) for p, g in grads if members in self._ranks.outer(p)]
+            wide = torch.float64
+            values = [(float(torch.linalg.vector_norm(g, dtype=wide)), float(g.sum(dtype=wide))) for _, g in mine]
+            return [(tuple(p.shape), *v) for (p, _), v in zip(mine, values, strict=True) if 0 < v[0] < math.inf]
+
+        for members, found in self._ranks.gathered(of):
+            first: dict[tuple[Any, ...], int] = {}
+            for rank, marks in zip(members, found, strict=True):
+                for mark in marks:
+                    if first.setdefault(mark, rank) != rank:
+                        raise ValueError(
+                            f"SAM: ranks {first[mark]} and {rank} of norm_group have the same gradient for a parameter of "
+                            f"shape {mark[0]}, which would count twice. norm_group names ranks that hold different "
+                            "parameters (pipeline stages, experts), not replicas; a weight tied between stages is not "
+                            "served: untie it"
+                        )
+        self._apart = True
 
     def mark_modified(self, params: Iterable[Tensor]) -> None:
         """Called after weights were written in place, by perturbing or restoring."""
@@ -204,7 +279,7 @@ class ParameterBucket:
         group: index of the parameter group.
         key: parameters whose norms are reduced over the same ranks.
         device_type: "cpu", "cuda", ...
-        elements, elements_everywhere: how many elements lie on this rank, and on all that share the parameters.
+        elements: how many lie on this rank.
         rows: where its tensors stand among all that have a gradient.
         walkable: whether weights and gradients can be walked by address, in step.
         sharded: whether any of them is cut over ranks.
@@ -229,7 +304,6 @@ class ParameterBucket:
         self._addresses = [w.data_ptr() for w in bucket.weights]
         ops.follow(bucket, held=not self.sharded)
         self.elements = sum(p.numel() for p in bucket.weights)
-        self.elements_everywhere = sum(p.numel() for p in params)
         self.kept: list[Tensor] = []
         if room is not None:
             self.keep(room)

@@ -138,8 +138,6 @@ class OverflowGuard:
             second = self._look_at(gradients)
             finite = norm is None or bad is self._verdicts[0]
             bad = second if finite else torch.maximum(bad.to(second.device), second)
-        for p in params if several else ():  # ranks that share any of them have to agree
-            self._reducer.key(p)
         return self._reducer.agree(bad)
 
     def _verdict(self, value: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from fastpost import distributed
 from fastpost.norm_stats import NormStats, check_norm_stats
 from fastpost.ops import params as ops
+from fastpost.ranks import NormGroup
 from fastpost.rng import RandomState, accelerators
 from fastpost.sam.backward_norm import BackwardNorm, Norms, refuse_groups, refuse_options
 from fastpost.sam.buckets import (
@@ -100,6 +101,9 @@ class SAM(Wrapper):
         variant: one of `fastpost.sam.variants`, such as `LookSAM()`; None is SAM (or ASAM).
         fused_restore: make AdamW's step from the stash, in one pass with the restore; equal to restore and step within
             rounding. For torch.optim.AdamW, on GPUs with fused=True or capturable=True.
+        norm_group: the ranks that hold other parameters of the same model, over which norms are summed: the process group or
+            DeviceMesh of the pipeline's stages; or a function of (name, parameter) that returns the group of each, as where
+            only experts lie apart. None where DTensors tell, and for replicas.
         **kwargs: passed to the base optimizer's class.
 
     Attributes:
@@ -137,12 +141,13 @@ class SAM(Wrapper):
         norm_stats: str = "first",
         variant: Variant | None = None,
         fused_restore: bool = False,
+        norm_group: NormGroup = None,
         **kwargs: Any,
     ) -> None:
         ops.check_radius("SAM", rho, eta)
         check_options(ascent_fraction, dropout_rng, interval, compute_dtype, sync_ascent, norm)
         check_norm_stats("norm_stats", norm_stats)
-        self._reducer = ShardReducer()
+        self._reducer = ShardReducer(norm_group)
         masters = None if master_params is None else MasterPerturbation(self._reducer, params, master_params)
         self._bases = build_bases(params, base_optimizer, kwargs, masters)
         self.ascent_fraction = ascent_fraction
@@ -161,6 +166,8 @@ class SAM(Wrapper):
             raise ValueError(f"SAM: eta={eta} is ASAM's constant; say adaptive=True, here or in a group, or leave eta out")
         self._scope = ScopeCache(scope)
         self._perturbation = build_perturbation(perturb, model, rounding, rounding_seed, masters, stash, self._reducer)
+        if self._reducer.named:
+            self._reducer.know(self._model_groups())
         self._perturbation.check(self._in_scope())
         check_sharding(self.tensors(), sync_ascent)
         self._fused = build_fused_restore(self._bases, self._perturbation, stash) if fused_restore else None
@@ -601,13 +608,13 @@ class SAM(Wrapper):
         variant, step, groups = self.variant, self._step, self._model_groups()
         if self._backward_norm is not None:
             refuse_groups(groups)
+        self._reducer.know(groups)
         step.tensors = sum(len(group["params"]) for group in groups)
         gradient = self._direction() if variant.overrides("direction") else None
         self._scope.begin(self._groups()[0]["sam_steps"])
         with self._ascent_buckets.of(groups, self._scope.ids(groups), gradient) as buckets:
-            if not buckets:
-                if variant.ascent_pass:
-                    raise RuntimeError("SAM: no parameter (in scope) has a gradient; call backward() before the ascent")
+            if not buckets and not self._reducer.others:
+                self._refuse_no_gradient()
                 return
             settings = []
             for b in buckets:
@@ -617,18 +624,22 @@ class SAM(Wrapper):
                     rho = -rho
                 eta = float(group["eta"]) if group["adaptive"] else None
                 settings.append(PerturbParams(rho, eta, self.compute_dtype or b.compute_dtype()))
+            self._reducer.refuse_copies(buckets)
             norms = self._norms(buckets, settings)
             if variant.keeps_gradient:
                 step.clean = {p: g.clone() for p, g in self._gradients().items()}
             self._perturbation.number = self._groups()[0]["sam_steps"] * 2**20 + step.ascents
             step.ascents += 1
-            sums = self._perturbation.apply(buckets, settings, norms.squared)
-            if norms.are_stale(sums):
+            done = self._perturbation.apply(buckets, settings, norms.squared)
+            if norms.are_stale(done.sums):
                 self._perturbation.undo()
                 norms = self._norms(buckets, settings, anew=True)
-                sums = self._perturbation.apply(buckets, settings, norms.squared)
-            step.sums = self._last_sums = PerturbationSums(sums, sum(b.elements_everywhere for b in buckets))
-            step.add_norm(norms.judged(sums))
+                done = self._perturbation.apply(buckets, settings, norms.squared)
+            if not buckets and not done.elements:  # on no rank
+                self._refuse_no_gradient()
+                return
+            step.sums = self._last_sums = done
+            step.add_norm(norms.judged(done.sums))
             self._guard.arm(step.squared_norm, self._lists)
 
     def _norms(self, buckets: Sequence[ParameterBucket], settings: Sequence[PerturbParams], anew: bool = False) -> Norms:
@@ -637,8 +648,12 @@ class SAM(Wrapper):
         if found is None:
             total = total_squared_norm(buckets, [setting.eta for setting in settings], self._reducer)
             found = Norms(total, total)
-        radius = self.variant.radius()
+        radius = self.variant.radius(self._context)
         return found if radius is None else found.within(radius)
+
+    def _refuse_no_gradient(self) -> None:
+        if self.variant.ascent_pass:
+            raise RuntimeError("SAM: no parameter (in scope) has a gradient; call backward() before the ascent")
 
     def _direction(self) -> Callable[[Tensor], Tensor | None]:
         """What the variant follows for each tensor. Gradients that it does not see stand for themselves, to be refused."""
@@ -687,7 +702,7 @@ class SAM(Wrapper):
 
     def _rewrites_arrivals(self) -> bool:
         """Whether gradients that arrive now are this step's last and not a window's, which knows its end itself."""
-        if self.in_window:
+        if self.in_window or self._reducer.named:  # stages end their passes at different times, and rewriting sums over all
             return False
         if self.is_perturbed:
             return self._step.ascended and self.variant.overrides("descend")
@@ -773,6 +788,7 @@ class SAM(Wrapper):
         """
         ascended, norm = self._step.ascended, self._step.squared_norm
         self._guard.disarm()
+        self._reducer.know(self._model_groups())
         if ascended or always:
             found_inf = self._guard.check(norm, found_inf, [p for group in self._groups() for p in group["params"]])
         self._notice_plain_step(ascended)

@@ -67,6 +67,11 @@ def fill_groups(groups: Iterable[dict[str, Any]], rho: float | None, adaptive: b
 
 def check_group(group: dict[str, Any]) -> None:
     """Raises TypeError or ValueError where a group holds nonsense under one of SAM's keys."""
+    if "norm_group" in group:
+        raise ValueError(
+            "SAM: norm_group is no option of a parameter group, for groups are saved and process groups cannot be; give "
+            "SAM(norm_group=) a function of (name, parameter) that returns the group of each"
+        )
     ops.check_radius("SAM", group["rho"], group["eta"])
     adaptive, steps = group["adaptive"], group["sam_steps"]
     if type(adaptive) is bool and type(steps) is int and steps >= 0:

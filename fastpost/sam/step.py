@@ -36,7 +36,7 @@ class PerturbationSums(NamedTuple):
     """What the pass that writes w + e has added up: the six sums of `ops.sam_perturb_`, and over how many elements."""
 
     sums: Tensor
-    elements: int
+    elements: int | Tensor
 
 
 @dataclass
@@ -97,7 +97,7 @@ class PerturbationReport:
         changed_fraction: share of the perturbed elements whose stored weight differs.
     """
 
-    def __init__(self, sums: Tensor, elements: int) -> None:
+    def __init__(self, sums: Tensor, elements: int | Tensor) -> None:
         intended, stored, stored_dot, seen, seen_dot, changed = sums.unbind()
         self.intended_norm = intended.sqrt()
         self.stored_norm = stored.sqrt()
@@ -106,7 +106,7 @@ class PerturbationReport:
         self.seen_norm = seen.sqrt()
         self.seen_cosine = ratio(seen_dot, (intended * seen).sqrt())
         self.seen_gain = ratio(seen_dot, intended)
-        self.changed_fraction = changed / max(elements, 1)
+        self.changed_fraction = changed / torch.as_tensor(elements).clamp(min=1)
 
     def as_dict(self) -> dict[str, float]:
         """All attributes as Python floats; waits for the device once."""

@@ -65,7 +65,16 @@ class VariantContext:
     def dot(self, a: Gradients, b: Gradients) -> Tensor:
         """Sum of a * b over all parameters that both hold, and over all ranks: a float64 scalar."""
         parts = [(self._reducer.key(p), (x.double() * b[p].double()).sum()) for p, x in a.items() if p in b]
-        return self._reducer.total(parts) if parts else torch.zeros((), dtype=torch.float64)
+        return self._reducer.total(parts)
+
+    def mean(self, total: Tensor | None, count: int) -> Tensor | None:
+        """The mean of what all ranks that share parameters have observed, from this rank's sum and number of observations: a
+        float64 scalar; None where no rank has any. Every rank has to call it."""
+        total = torch.zeros((), dtype=torch.float64) if total is None else total.double()
+        if not distributed.active():
+            return total / count if count else None
+        total, counts = self._reducer.pool(torch.stack([total, torch.full_like(total, count)])).unbind()
+        return total / counts if count or bool(counts) else None
 
     def kept(self, p: Tensor, name: str) -> Tensor:
         """What was kept for a parameter; zeros before."""
@@ -121,7 +130,7 @@ class Variant:
         """What is followed uphill in place of the gradients at w, normalised and scaled like them."""
         return gradients
 
-    def radius(self) -> Tensor | None:
+    def radius(self, context: VariantContext) -> Tensor | None:
         """A factor on rho for this step (scalar, any device); None for 1."""
         return None
 
@@ -306,7 +315,8 @@ class MomentumSAM(Variant):
             found = next((state[name] for name in self.buffers if state.get(name) is not None), None)
             if found is not None:
                 # Momentum of an optimizer that maximises is that of -L already; a direction is in settings of L.
-                result[p] = found.to(p.dtype) if id(p) in maximized else -found.to(p.dtype)
+                part = distributed.local_as(p, found).to(p.dtype)
+                result[p] = part if id(p) in maximized else -part
             elif state and p.requires_grad:
                 raise RuntimeError(
                     f"SAM: MomentumSAM found none of {', '.join(self.buffers)} in the base optimizer's state "
@@ -330,15 +340,17 @@ class TRAM(Variant):
         self._count = 0
 
     def observe(self, divergence: Tensor) -> None:
-        """Takes the divergence of one (micro-)batch; the radius is the mean over the window."""
+        """Takes the divergence of one (micro-)batch; the radius is the mean over the window, and over ranks that share
+        parameters. Pipeline stages that have none observe none."""
         value = divergence.detach().double()
         self._sum = value if self._sum is None else self._sum + value
         self._count += 1
 
-    def radius(self) -> Tensor | None:
-        if self._sum is None:
+    def radius(self, context: VariantContext) -> Tensor | None:
+        mean = context.mean(self._sum, self._count)
+        if mean is None:
             raise RuntimeError("SAM: TRAM has no radius: call observe(divergence) in the first pass of each step")
-        return self._sum / self._count
+        return mean
 
     def descend(self, context: VariantContext, clean: Gradients, second: Gradients) -> None:
         self.forget()  # what the second pass observed does not count

@@ -115,7 +115,7 @@ class Weights:
         try:
             with torch.no_grad(), self._buckets(direction) as buckets:
                 settings = [PerturbParams(rho, eta, self._compute_dtype or b.compute_dtype()) for b in buckets]
-                sums = self._perturbation.apply(buckets, settings, torch.tensor(squared, dtype=torch.float64))
+                sums = self._perturbation.apply(buckets, settings, torch.tensor(squared, dtype=torch.float64)).sums
                 origin = {p: w for b in buckets for p, w in zip(b.params, b.bucket.stash, strict=True)}
             yield Moved(self, direction, rho / math.sqrt(squared) if squared else 0.0, sums, origin)
         finally:

@@ -18,6 +18,7 @@ from fastpost.ops import params as ops
 from fastpost.ops.perturbed import plus_small, product
 from fastpost.sam.buckets import ParameterBucket, ShardReducer
 from fastpost.sam.perturbation.stored import Perturbation, PerturbParams
+from fastpost.sam.step import PerturbationSums
 
 # A layer's directions and the factor that they are multiplied with: e = factor * direction.
 Directions = dict[str, Tensor]
@@ -236,7 +237,7 @@ class FunctionalPerturbation(Perturbation):
                 "perturb='stored'"
             )
 
-    def apply(self, buckets: Any, settings: Any, squared: Tensor) -> Tensor:
+    def apply(self, buckets: Any, settings: Any, squared: Tensor) -> PerturbationSums:
         _refuse_shards([p for b in buckets for p in b.params])
         params = [p for b in buckets for p in b.params]
         if not self._checked.issuperset(map(id, params)):  # somebody has added a group to the base optimizer

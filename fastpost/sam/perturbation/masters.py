@@ -14,6 +14,7 @@ from fastpost.distributed import is_sharded
 from fastpost.ops import params as ops
 from fastpost.sam.buckets import Change, ParameterBucket, ShardReducer
 from fastpost.sam.perturbation.stored import Perturbation, PerturbParams
+from fastpost.sam.step import PerturbationSums
 
 SERVED = (torch.bfloat16, torch.float16)  # dtypes of parameters that have masters
 
@@ -187,7 +188,9 @@ class MasterPerturbation(Perturbation):
     def active(self) -> bool:
         return self._behind or super().active
 
-    def apply(self, buckets: Sequence[ParameterBucket], settings: Sequence[PerturbParams], squared: Tensor) -> Tensor:
+    def apply(
+        self, buckets: Sequence[ParameterBucket], settings: Sequence[PerturbParams], squared: Tensor
+    ) -> PerturbationSums:
         self._refuse_other_casts()
         for p in (p for b in buckets for p in b.params):
             self._refuse_misfit(p)

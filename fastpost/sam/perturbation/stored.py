@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpost.distributed import part_number
 from fastpost.ops import params as ops
 from fastpost.sam.buckets import Change, Changes, ParameterBucket, ShardReducer, changes, put, refuse_changes
 from fastpost.sam.perturbation.stash import Stash
+from fastpost.sam.step import PerturbationSums
 
 
 class PerturbParams(NamedTuple):
@@ -71,8 +71,10 @@ class Perturbation:
         """The parameters that are perturbed."""
         return [p for b in self._noted for p in b.params]
 
-    def apply(self, buckets: Sequence[ParameterBucket], settings: Sequence[PerturbParams], squared: Tensor) -> Tensor:
-        """Perturbs every bucket, or none when one fails; returns the six sums of `ops.sam_perturb_`, over all of them."""
+    def apply(
+        self, buckets: Sequence[ParameterBucket], settings: Sequence[PerturbParams], squared: Tensor
+    ) -> PerturbationSums:
+        """Perturbs every bucket, or none when one fails; returns what was added up, over all of them and all ranks."""
         parts: list[tuple[Hashable, Tensor]] = []
         try:
             for b, setting in zip(buckets, settings, strict=True):
@@ -83,7 +85,7 @@ class Perturbation:
             self.undo()
             raise
         self._wrote(buckets)
-        return self._reducer.total(parts)
+        return PerturbationSums(*self._reducer.total_and_count(parts, [b.elements for b in buckets], len(ops.NAMES_OF_SUMS)))
 
     def undo(self, convert: bool = False) -> None:
         """Puts w back, bit for bit; without a perturbation nothing happens.
@@ -221,7 +223,7 @@ class StochasticPerturbation(Perturbation):
 
     def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
         # Replicas draw the same numbers, or they would part; the shards of a tensor draw numbers of their own.
-        key = self._seed + self.number * 0x9E3779B97F4A7C15 + part_number(b.params[0]) * 0xD1B54A32D192ED03
+        key = self._seed + self.number * 0x9E3779B97F4A7C15 + self._reducer.part_number(b.params[0]) * 0xD1B54A32D192ED03
         seed = ops.seed_tensor(key % 2**64, b.bucket.device)
         sums = ops.run(self._operation(b), b.bucket, squared, *setting, seed)
         self._is_written(b)
