@@ -470,6 +470,8 @@ def fsdp2_inside() -> None:
     opt = pipe.sam(adaptive=True, eta=0.01)
     assert {len(opt._reducer.key(p)) for p in opt.tensors()} == {2}
     check(pipe, opt, eta=0.01)
+    pipe = Pipe(Schedule1F1B, "fsdp2", micro=2)  # gradients that backward has summed up are scaled by the schedule
+    check(pipe, pipe.sam(norm="backward"))
 
 
 def overflow_on_one_shard() -> None:
