@@ -1,16 +1,93 @@
-"""SAM around a whole step on the CPU: what it costs beyond its second forward and backward pass, and the fused exit."""
+"""SAM around a whole step on the CPU: what it costs beyond its second forward and backward pass, its norm and its exit."""
 
 from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastpost import SAM
 from fastpost.bench.params import gpt2_shapes
-from fastpost.bench.registry import Case, Contender, Goal, Skipped, Work, case, peer
+from fastpost.bench.registry import Case, Contender, Goal, Result, Skipped, Work, case, peer
+from fastpost.ops import params as ops
 from fastpost.sam import SAMWindow
 
 MICRO_BATCHES, TOKENS = 4, 256
+
+
+@dataclass(frozen=True)
+class Beyond(Goal):
+    """What a contender takes beyond others that are its parts, over the baseline."""
+
+    parts: tuple[str, ...] = ()
+
+    def measured(self, results: Mapping[str, Result]) -> float:
+        rounds = zip(*(results[name].seconds for name in (self.contender, self.baseline, *self.parts)), strict=True)
+        return statistics.median((whole - sum(parts)) / base for whole, base, *parts in rounds)
+
+    def describe(self) -> str:
+        return f"{self.contender} beyond its parts, over {self.baseline}"
+
+
+def smollm2_shapes() -> list[tuple[int, ...]]:
+    """The 272 tensors of SmolLM2-135M."""
+    layer = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536), (576,), (576,)]
+    return [(49152, 576), *layer * 30, (576,)]
+
+
+@case
+def sam_norm() -> Case:
+    """The norm in the step or as gradients arrive: each of SmolLM2's is written, and its hooks are called as FSDP2 does."""
+    shapes = smollm2_shapes()
+    factors = [torch.randn(shape) * 1e-3 for shape in shapes]
+    params = [nn.Parameter(torch.randn(shape) * 0.02) for shape in shapes]
+    weights = [p.detach() for p in params]
+    stash = [torch.zeros_like(w) for w in weights]
+    squared = ops.squared_norm(factors)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+
+    def backward() -> None:
+        for p, x in zip(reversed(params), reversed(factors), strict=True):
+            assert p.grad is not None
+            p.grad.copy_(x)
+            for hook in (p._post_accumulate_grad_hooks or {}).values():  # type: ignore[attr-defined]
+                hook(p)
+
+    def perturb() -> None:
+        ops.sam_perturb_(weights, factors, stash, squared, rho=0.05)
+
+    def ascent(opt: SAM) -> Work:
+        def run() -> None:
+            opt.await_ascent(True)
+            backward()
+            opt.first_step()
+            opt.restore_()
+
+        return run
+
+    names = {norm: f'gradients, first_step and restore_, norm="{norm}"' for norm in ("step", "backward")}
+    there = "sam_perturb_, sam_restore_"
+    parts = ("gradients", there)
+    return Case(
+        "where SAM's norm is summed up",
+        "SmolLM2, 272 tensors, 135M",
+        "float32",
+        [
+            peer("gradients", backward),
+            Contender("sam_perturb_", perturb),
+            Contender(there, lambda: (perturb(), ops.sam_restore_(weights, stash))),
+            *(Contender(names[norm], ascent(SAM(params, torch.optim.SGD, 0.05, norm=norm, lr=0.0))) for norm in names),
+        ],
+        [
+            Beyond(names["backward"], "sam_perturb_", dict.fromkeys(("avx512", "avx2"), 0.02), parts=parts),
+            Beyond(names["step"], "sam_perturb_", {}, parts=parts),
+            Goal(names["backward"], names["step"], {}),
+        ],
+    )
 
 
 @case

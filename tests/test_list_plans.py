@@ -31,7 +31,6 @@ SHAPES = ((5,), (3, 4), (0,), (1,), (700,))
 COLUMNS = {  # of lists: how many, and which of them are written
     "squared_norm": (1, ()),
     "squared_norm of ASAM": (2, ()),
-    "chunk_squares": (1, ()),
     "squared_distance": (2, ()),
     "sam_perturb_": (3, (0, 2)),
     "sam_perturb_ at random": (3, (0, 2)),
@@ -51,7 +50,6 @@ def eager(name: str, lists: list[list[Tensor]]) -> Tensor | None:
     calls: dict[str, Callable[..., Tensor | None]] = {
         "squared_norm": ops.squared_norm,
         "squared_norm of ASAM": functools.partial(ops.squared_norm, eta=0.01),
-        "chunk_squares": lambda a: torch.cat(ops.chunk_squares(a)),
         "squared_distance": ops.squared_distance,
         "sam_perturb_": lambda *a: ops.sam_perturb_(*a, NORM, rho=0.5),
         "sam_perturb_ at random": lambda *a: ops.sam_perturb_(*a, NORM, rho=0.5, adaptive=True, eta=0.1, seed=5),
@@ -72,7 +70,6 @@ def by_torch(name: str, lists: list[list[Tensor]]) -> Tensor | None:
     calls: dict[str, Callable[..., Tensor | None]] = {
         "squared_norm": lambda a: op.squared_norm(a, None, 0.0),
         "squared_norm of ASAM": lambda *a: op.squared_norm(*a, 0.01),
-        "chunk_squares": op.chunk_squares,
         "squared_distance": op.squared_distance,
         "sam_perturb_": lambda *a: op.sam_perturb_(*a, NORM, 0.5, False, 0.0, None),
         "sam_perturb_ at random": lambda *a: op.sam_perturb_(*a, NORM, 0.5, True, 0.1, None, torch.tensor(5)),
