@@ -83,7 +83,7 @@ class SAMCallback(Callback):
         options: PostTrainingOptions, such as `PostTrainingOptions(sam_variant="gsam:alpha=0.2")`, for options of a command
             line or a file; or leave it out and give
         **keywords: as for `fastpost.SAM`: rho, adaptive, eta, ascent_fraction, interval, scope, dropout_rng, rounding,
-            rounding_seed, compute_dtype, perturb, stash, norm_stats, variant.
+            rounding_seed, compute_dtype, perturb, stash, norm, norm_stats, variant.
 
     Attributes:
         options: the PostTrainingOptions, or None; keywords: those of `fastpost.SAM`. What is put in their place, or changed

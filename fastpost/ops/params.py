@@ -233,13 +233,16 @@ def chunk_squares(grads: Sequence[Tensor]) -> list[Tensor]:
         For each tensor a float64 vector on its device, of one sum per chunk. They do not depend on the list that a tensor is
         in. On the CPU `squared_norm` of a list of one dtype is, bit for bit, their sum from the first to the last.
     """
+    if len(grads) == 1:
+        sums: Tensor = _OP_CHUNK_SQUARES.call((list(grads),))
+        return [sums]
     alike: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
     for i, g in enumerate(grads):
         alike.setdefault((g.device, g.dtype, dense(g) and not g.is_neg()), []).append(i)
     found: dict[int, Tensor] = {}
     for rows in alike.values():  # each is one bucket, so that the sums come in the tensors' order
         tensors = [grads[i] for i in rows]
-        sums: Tensor = _OP_CHUNK_SQUARES.call((tensors,))
+        sums = _OP_CHUNK_SQUARES.call((tensors,))
         found.update(zip(rows, torch.split(sums, list(map(_chunks, tensors))), strict=True))
     return [found[i] for i in range(len(found))]
 

@@ -26,6 +26,7 @@ from fastpost.sam.variants import Variant
 
 # Bytes of gradients that are noted before they are summed up: what a core's own cache holds, and an accelerator's.
 ON_CPU, ELSEWHERE = 1 << 20, 16 << 20
+_SERVED = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 TOLERANCE = 1e-4  # of e e against rho^2, where float32's rounding leaves about 1e-7
 
 
@@ -163,23 +164,29 @@ class BackwardNorm:
         gradient = p.grad
         if gradient is None:  # another hook took it
             return
-        kind = (gradient.device, gradient.dtype, _stream(gradient.device))
-        self._noted.setdefault(kind, {})[id(p)] = p
-        size = self._bytes.get(kind, 0) + gradient.nbytes
-        self._bytes[kind] = size
-        if size >= (ON_CPU if gradient.is_cpu else ELSEWHERE):
+        kind: Hashable = gradient.dtype  # on the CPU; tuples of devices take longer than a small gradient
+        limit = ON_CPU
+        if not gradient.is_cpu:
+            kind, limit = (gradient.device, gradient.dtype, _stream(gradient.device)), ELSEWHERE
+        noted = self._noted.get(kind)
+        if noted is None:
+            noted, self._bytes[kind] = self._noted.setdefault(kind, {}), 0
+        noted[id(p)] = p
+        self._bytes[kind] += gradient.nbytes
+        if self._bytes[kind] >= limit:
             self._sum_up(kind)
 
-    @torch.no_grad()
     def _sum_up(self, kind: Hashable) -> None:
-        params = list(self._noted.pop(kind).values())
-        del self._bytes[kind]
-        found = [(p, g) for p in params if (g := _part_of_gradient(p)) is not None]
+        params = self._noted.pop(kind)
+        found = {key: g for key, p in params.items() if (g := _part_of_gradient(p)) is not None}
         if not found:
             return
-        sums = ops.chunk_squares([g for _, g in found])
-        for (p, g), mine in zip(found, sums, strict=True):
-            self._parts[id(p)] = Part(weakref.ref(g), g._version, g.data_ptr(), mine, _stream(g.device))
+        gradients = list(found.values())
+        stream = _stream(gradients[0].device)
+        with torch.no_grad():
+            sums = ops.chunk_squares(gradients)
+        for key, g, mine in zip(found, gradients, sums, strict=True):
+            self._parts[key] = Part(weakref.ref(g), g._version, g.data_ptr(), mine, stream)
 
     def _squares(self, b: ParameterBucket) -> Tensor:
         """The sum over a bucket, of the parts known and of those that are summed up now."""
@@ -221,11 +228,13 @@ class BackwardNorm:
 def _part_of_gradient(p: Tensor) -> Tensor | None:
     """This rank's part of a gradient, where it can be summed up and talks to no other rank."""
     gradient = p.grad
+    if type(gradient) is Tensor and gradient.dtype in _SERVED and gradient.layout == torch.strided:
+        return None if gradient.is_meta else gradient
     if gradient is None or (distributed.is_sharded(gradient) and _is_placed_otherwise(p, gradient)):
         return None
     part = distributed.local(gradient)
     served = type(part) is Tensor and part.layout == torch.strided and not part.is_meta
-    return part if served and part.is_floating_point() and part.dtype.itemsize > 1 else None
+    return part if served and part.dtype in _SERVED else None
 
 
 def _is_placed_otherwise(p: Any, gradient: Any) -> bool:
