@@ -21,9 +21,10 @@ typedef float FloatLanes __attribute__((vector_size(32)));
 
 template <class T>
 inline Lanes load_lanes(const T* x) {
+  float wide[8];  // elements of a vector are written one by one, those of an array all at once
+  for (int j = 0; j < 8; ++j) wide[j] = to_float(x[j]);
   FloatLanes f;
-#pragma omp simd
-  for (int j = 0; j < 8; ++j) f[j] = to_float(x[j]);
+  memcpy(&f, wide, sizeof f);
   return __builtin_convertvector(f, Lanes);
 }
 
