@@ -1,0 +1,305 @@
+"""Gradient surgery: against float64 written from the equations, in one process and over shards."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import fastpost
+from fastpost.distributed import no_sync
+from fastpost.gap import SurgeryWindow
+
+from . import distributed as processes
+
+METHODS = ("pcgrad", "gru", "sago")
+Grads = list[Tensor]
+
+
+def dot(a: Grads, b: Grads) -> Tensor:
+    return sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True))
+
+
+def off(a: Grads, b: Grads) -> Grads:
+    """a without its part along b, where they conflict (2001.06782, algorithm 1)."""
+    if dot(a, b) >= 0:
+        return [x.double() for x in a]
+    return [x.double() - dot(a, b) / dot(b, b) * y.double() for x, y in zip(a, b, strict=True)]
+
+
+def expected(method: str, f: Grads, r: Grads) -> Grads:
+    if method == "pcgrad":
+        return [x + y for x, y in zip(off(f, r), off(r, f), strict=True)]
+    if method == "gru":  # 2503.09117: the nearest to f of those with <., r> >= 0
+        return off(f, r)
+    same = [x.sign() * y.sign() >= 0 for x, y in zip(f, r, strict=True)]  # 2604.14808: f I(same) + r I(not same)
+    return [torch.where(s, x, y).double() for s, x, y in zip(same, f, r, strict=True)]
+
+
+class Sides(nn.Module):
+    """Parameters whose gradients are told: loss(side) = <g_side, w>."""
+
+    def __init__(self, f: Grads, r: Grads) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.zeros_like(g) for g in f)
+        self.told = {"forget": f, "retain": r}
+
+    def forward(self, side: str, share: float = 1.0) -> Tensor:
+        return sum((w * g).sum() * share for w, g in zip(self.weights, self.told[side], strict=True))
+
+
+def drawn(seed: int, towards: float, dtype: torch.dtype = torch.float64) -> tuple[Grads, Grads]:
+    """Two gradients, the second leaning to the first by `towards`."""
+    g = torch.Generator().manual_seed(seed)
+    f = [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((5, 3), (7,), (2, 2, 2))]
+    r = [0.7 * torch.randn(x.shape, generator=g, dtype=torch.float64) + towards * x for x in f]
+    return [x.to(dtype) for x in f], [x.to(dtype) for x in r]
+
+
+def operated(method: str, model: Sides, *sides: tuple[str, float]) -> Grads:
+    with SurgeryWindow(model, method) as window:
+        for side, share in sides:
+            window.next(side)
+            model(side, share).backward()
+    return [w.grad for w in model.weights]
+
+
+PLANS = (
+    (("forget", 1.0), ("retain", 1.0)),
+    (("retain", 1.0), ("forget", 1.0)),
+    (("forget", 0.25), ("retain", 0.5), ("forget", 0.75), ("retain", 0.5)),
+)
+
+
+@pytest.mark.parametrize("plan", range(len(PLANS)))
+@pytest.mark.parametrize("towards", [-0.4, 0.4])
+@pytest.mark.parametrize("method", METHODS)
+def test_equations(method: str, towards: float, plan: int) -> None:
+    f, r = drawn(1, towards)
+    assert (dot(f, r) < 0) == (towards < 0)
+    made = operated(method, Sides(f, r), *PLANS[plan])
+    for g, exact in zip(made, expected(method, f, r), strict=True):
+        torch.testing.assert_close(g, exact, rtol=1e-13, atol=1e-14)
+    if method == "gru" and towards < 0:
+        assert abs(dot(made, r)) <= 1e-13 * dot(r, r)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_narrow_gradients_are_rounded_once(method: str, dtype: torch.dtype) -> None:
+    f, r = drawn(2, -0.4, dtype)
+    for g, exact in zip(operated(method, Sides(f, r), *PLANS[0]), expected(method, f, r), strict=True):
+        assert g.dtype == dtype
+        # One rounding of the result; in float32 one of each term as well.
+        scale = max(float(x.double().abs().max()) for x in (*f, *r))
+        bound = torch.finfo(dtype).eps * (exact.abs() if dtype != torch.float32 else exact.abs() + 2 * scale)
+        assert bool(((g.double() - exact).abs() <= bound / 2 + 2**-22 * scale).all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_parameter_that_one_side_leaves_alone(method: str) -> None:
+    f, r = drawn(3, -0.4)
+    for side, other in (("forget", r), ("retain", f)):
+        model = Sides(f, r)
+        with SurgeryWindow([*model.weights, *model.weights], method) as window:
+            for at in ("forget", "retain"):
+                window.next(at)
+                terms = zip(model.weights, model.told[at], strict=True)
+                sum((w * g).sum() for i, (w, g) in enumerate(terms) if i or at == side).backward()
+        absent = [torch.zeros_like(other[0]), *other[1:]]
+        exact = expected(method, *((f, absent) if side == "forget" else (absent, r)))
+        for w, x in zip(model.weights, exact, strict=True):
+            torch.testing.assert_close(w.grad, x, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_overflowed_shows_and_a_zero_side_has_no_direction(method: str) -> None:
+    f, r = drawn(4, -0.4)
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        for side in (f, r):
+            kept = side[1][2].clone()
+            side[1][2] = bad
+            made = operated(method, Sides(f, r), *PLANS[0])
+            assert not all(bool(torch.isfinite(g).all()) for g in made)
+            side[1][2] = kept
+    nothing = [torch.zeros_like(x) for x in f]
+    for pair in ((f, nothing), (nothing, r)):
+        made = operated(method, Sides(*pair), *PLANS[0])
+        for g, one, two in zip(made, *pair, strict=True):
+            exact = one if method != "pcgrad" else one + two
+            assert torch.equal(g, exact)
+
+
+def test_signs_of_tiny_gradients_count() -> None:
+    tiny = torch.tensor([1e-30, -1e-30, 0.0])
+    (made,) = operated("sago", Sides([tiny], [-2 * tiny]), *PLANS[0])
+    assert torch.equal(made, -2 * tiny)
+
+
+def test_flattened_models_share_memory() -> None:
+    f, r = drawn(5, -0.4)
+    model = Sides(f, r)
+    flat = fastpost.flatten_parameters(model)
+    made = operated("pcgrad", model, *PLANS[2])
+    assert flat.intact
+    for g, exact in zip(made, expected("pcgrad", f, r), strict=True):
+        torch.testing.assert_close(g, exact, rtol=1e-13, atol=1e-14)
+
+
+def test_bad_input() -> None:
+    model = Sides(*drawn(6, -0.4))
+    with pytest.raises(ValueError, match="one of pcgrad, gru, sago"):
+        SurgeryWindow(model, "mean")
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        SurgeryWindow([], "gru")
+    window = SurgeryWindow(model, "gru")
+    with pytest.raises(RuntimeError, match="inside `with`"):
+        window.next("forget")
+    with window:
+        with pytest.raises(ValueError, match="side must be 'forget' or 'retain'"):
+            window.next("keep")
+        with pytest.raises(RuntimeError, match="already open"):
+            window.__enter__()
+        for side in ("forget", "retain"):
+            window.next(side)
+            model(side).backward()
+    with pytest.raises(RuntimeError, match="gradients already"):
+        window.__enter__()
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="no micro-batch of side 'retain'"):
+        operated("gru", model, ("forget", 1.0))
+    assert all(w.grad is None for w in model.weights)
+
+    def interrupted() -> None:
+        with window:
+            window.next("forget")
+            model("forget").backward()
+            raise KeyError
+
+    with pytest.raises(KeyError):  # a loop that raises leaves no half of a step
+        interrupted()
+    assert all(w.grad is None for w in model.weights)
+    table = nn.Embedding(4, 2, sparse=True)
+
+    def sparse() -> None:
+        with SurgeryWindow(table, "sago") as window:
+            for side in ("forget", "retain"):
+                window.next(side)
+                table(torch.tensor([1])).sum().backward()
+
+    with pytest.raises(TypeError, match="sparse=False"):
+        sparse()
+
+
+# -- two processes: every rank its own rows, the truth one float64 model with all of them -----------------------------------
+
+STEPS = (("forget", 0), ("retain", 1), ("forget", 2), ("retain", 3))
+
+
+def signed_loss(model: nn.Module, side: str, x: Tensor, y: Tensor) -> Tensor:
+    return processes.loss_of(model, x, y) * (-1 if side == "forget" else 1)
+
+
+def whole_gradient(side: str) -> Grads:
+    model = processes.Net()
+    for at, number in STEPS:
+        if at == side:
+            signed_loss(model, side, *processes.batch(number)).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def check(model: nn.Module, window: SurgeryWindow) -> None:
+    mesh = processes.mesh_of(2)
+    with window:
+        for side, number in STEPS:
+            window.next(side)
+            signed_loss(model, side, *processes.mine(mesh, number)).backward()
+    processes.reshard(model)
+    f, r = whole_gradient("forget"), whole_gradient("retain")
+    assert dot(f, r) < 0
+    for p, exact in zip(model.parameters(), expected(window.method, f, r), strict=True):
+        torch.testing.assert_close(processes.whole(p.grad), exact, rtol=1e-9, atol=1e-12)
+
+
+def fsdp2() -> None:
+    for method in METHODS:
+        model = processes.Net()
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+        check(model, SurgeryWindow(model, method))
+
+
+def partly_sharded() -> None:
+    for method in METHODS:  # the head's parameters are plain and summed by hand, so that a sum meets parts of both kinds
+        model = processes.Net()
+        for block in model.blocks:
+            fully_shard(block)
+        for p in model.head.parameters():
+            p.register_hook(_mean)
+        check(model, SurgeryWindow(model, method))
+
+
+def _mean(g: Tensor) -> Tensor:
+    torch.distributed.all_reduce(g)
+    return g / 2
+
+
+def ddp() -> None:
+    for method in METHODS:
+        for views in (False, True):
+            model = DistributedDataParallel(processes.Net(), gradient_as_bucket_view=views)
+            check(model, SurgeryWindow(model, method))
+
+
+def leave_unreduced(model: nn.Module) -> None:
+    with SurgeryWindow(model, "gru") as window:
+        window.next("forget")
+        with no_sync(model):
+            signed_loss(model, "forget", *processes.mine(processes.mesh_of(2), 0)).backward()
+        window.next("retain")
+
+
+def unreduced() -> None:
+    """A side whose last micro-batch was left unreduced is refused, at the change and at the end; no_sync before is not."""
+    mesh = processes.mesh_of(2)
+    for model in (DistributedDataParallel(processes.Net()), fully_shard(processes.Net())):
+        with pytest.raises(RuntimeError, match="have not reduced"):
+            leave_unreduced(model)
+    model = DistributedDataParallel(processes.Net())
+    with SurgeryWindow(model, "gru") as window:
+        for side in ("forget", "retain"):
+            window.next(side)
+            for number in (0, 2) if side == "forget" else (1, 3):
+                with no_sync(model) if number < 2 else contextlib.nullcontext():
+                    signed_loss(model, side, *processes.mine(mesh, number)).backward()
+    exact = expected("gru", whole_gradient("forget"), whole_gradient("retain"))
+    for p, g in zip(model.parameters(), exact, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
+
+
+CASES = {f.__name__: f for f in (fsdp2, partly_sharded, ddp, unreduced)}
+
+
+@pytest.fixture(scope="module")
+def outcome() -> processes.Outcome:
+    return processes.run(2, CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_across_processes(outcome: processes.Outcome, name: str) -> None:
+    outcome.of(name)
+
+
+def test_the_same_as_a_plain_sum_without_conflict() -> None:
+    f, r = drawn(7, 0.6)
+    model = Sides(f, r)
+    other = copy.deepcopy(model)
+    (other("forget") + other("retain")).backward()
+    made = operated("pcgrad", model, *PLANS[0])
+    assert all(torch.equal(g, w.grad) for g, w in zip(made, other.weights, strict=True))
