@@ -20,6 +20,7 @@ from fastpost.sam.variants import (
     logits_sam,
 )
 from fastpost.sam.window import PassInfo, SAMWindow
+from fastpost.sam.zeroth_order import ZerothOrderSAM
 
 __all__ = [
     "GSAM",
@@ -44,6 +45,7 @@ __all__ = [
     "StableSAM",
     "StepScope",
     "Variant",
+    "ZerothOrderSAM",
     "find_sam",
     "frozen_norm_stats",
     "logits_sam",
