@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastpost import R3FOutput
 from fastpost.ops.noise import add_noise
-from fastpost.r3f.relatives import SMART, FreeLB, HyPe, NEFTune, NoisedStudent, RDrop
+from fastpost.r3f.relatives import SMART, FreeLB, HyPe, NEFTune, NoisedStudent, RDrop, SymNoise
 from fastpost.r3f.relatives.base import Method
 from tests.conftest import same_bits
 from tests.tiny import Batch, batch_for, build, gradients, pad
@@ -25,6 +25,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "rdrop": lambda: RDrop(0.7),
     "rdrop double": lambda: RDrop(0.7, forward="double_batch"),
     "neftune": lambda: NEFTune(5, seed=SEED),
+    "symnoise": lambda: SymNoise(5, 0.7, seed=SEED),
     "smart": lambda: SMART(0.7, eps=0.05, step_size=0.1, sigma=0.02, steps=2, seed=SEED),
     "freelb": lambda: FreeLB(3, 0.3, 0.5, 0.4, seed=SEED),
     "hype": lambda: HyPe(0.05, seed=SEED),
@@ -112,6 +113,24 @@ def test_neftune(kind: str) -> None:
     assert_same(found, expected, rtol=1e-5, atol=1e-8)
     assert float(out.symm_kl) == 0
     assert same_bits(out.task_loss, out.loss.detach())
+
+
+@pytest.mark.parametrize("noise_type", ["sign", "uniform", "normal"])
+@pytest.mark.parametrize(("kind", "weight"), [("sequence", 0.0), ("causal", 0.7), ("seq2seq", 0.0)])
+def test_symnoise(kind: str, weight: float, noise_type: str) -> None:
+    oracle = Oracle(kind)
+    z = oracle.drawn("uniform" if noise_type == "sign" else noise_type, SEED)
+    z = torch.where(z > 0, 1.0, torch.where(z < 0, -1.0, 0.0)) if noise_type == "sign" else z
+    assert noise_type != "sign" or bool((z[oracle.mask].abs() == 1).all())
+    d = z * (5.0 / (oracle.mask.sum(1).double() * oracle.x.shape[-1]).sqrt())[:, None, None]
+    plus, minus = oracle(oracle.x + d), oracle(oracle.x - d)
+    kl = oracle.kl(plus, minus)
+    loss = (oracle.ce(plus) + oracle.ce(minus)) / 2 + weight * kl
+    expected = gradients(oracle.model, loss)
+    out, found = step(SymNoise(5, weight, noise_type, seed=SEED), oracle.model, oracle.batch)
+    torch.testing.assert_close(out.loss.detach(), loss.detach(), rtol=1e-7, atol=0)  # lengths go through float32
+    assert_same(found, expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(out.symm_kl, kl.detach() if weight else torch.zeros_like(kl), rtol=1e-5, atol=0)
 
 
 def test_neftune_with_the_padded_length() -> None:
@@ -296,6 +315,7 @@ def test_rdrop_refuses_heads_that_cannot_be_fused() -> None:
 
 NOTHING_ADDED: dict[str, Callable[[], Method]] = {
     "neftune": lambda: NEFTune(0.0),
+    "symnoise": lambda: SymNoise(0.0),
     "smart": lambda: SMART(0.0),
     "freelb": lambda: FreeLB(1, adv_init_mag=0.0),
     "hype": lambda: HyPe(0.0),

@@ -16,7 +16,7 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 
 from fastpost import R3F
 from fastpost.ops.noise import add_noise
-from fastpost.r3f.relatives import SMART, FreeLB, HyPe, NEFTune, NoisedStudent, RDrop
+from fastpost.r3f.relatives import SMART, FreeLB, HyPe, NEFTune, NoisedStudent, RDrop, SymNoise
 from fastpost.r3f.relatives.base import Method
 from fastpost.r3f.relatives.delta import Delta
 from fastpost.r3f.relatives.hype import find_layers
@@ -186,7 +186,8 @@ def test_gradients_of_the_model_are_left_alone(name: str) -> None:
     assert bool(
         torch.isclose(
             out.loss.detach(),
-            out.task_loss + {"rdrop": 0.7, "rdrop double": 0.7, "smart": 0.7, "student": 0.7}.get(name, 0) * out.symm_kl,
+            out.task_loss
+            + {"rdrop": 0.7, "rdrop double": 0.7, "symnoise": 0.7, "smart": 0.7, "student": 0.7}.get(name, 0) * out.symm_kl,
         )
     )
 
@@ -347,6 +348,9 @@ def test_hype_refuses_what_would_go_wrong_silently() -> None:
         (lambda: HyPe(noise_type="gauss"), "unknown noise_type 'gauss'"),
         (lambda: HyPe(eps=-1), "HyPe: eps must be finite"),
         (lambda: NoisedStudent(r3f_lambda=-1), "NoisedStudent: r3f_lambda must be"),
+        (lambda: SymNoise(-1.0), "SymNoise: alpha must be finite and >= 0"),
+        (lambda: SymNoise(r3f_lambda=math.inf), "SymNoise: r3f_lambda must be finite"),
+        (lambda: SymNoise(noise_type="signs"), "unknown noise_type 'signs'. Did you mean 'sign'?"),
         (lambda: NEFTune(seed=2**64), "seed"),
     ],
 )

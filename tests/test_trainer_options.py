@@ -214,6 +214,7 @@ def test_a_variant_with_float16s_loss_scale_gets_it() -> None:
     ("text", "relative"),
     [
         ("neftune:alpha=9", lambda: relatives.NEFTune(9.0, seed=5)),
+        ("symnoise:alpha=9,r3f_lambda=0.3", lambda: relatives.SymNoise(9.0, 0.3, seed=5)),
         ("smart:eps=0.3,sigma=0.2,steps=2", lambda: relatives.SMART(eps=0.3, sigma=0.2, steps=2, seed=5)),
         ("freelb:adv_steps=2,adv_init_mag=0.4", lambda: relatives.FreeLB(2, adv_init_mag=0.4, seed=5)),
         ("hype:eps=0.1,noise_type=uniform", lambda: relatives.HyPe(0.1, "uniform", seed=5)),
