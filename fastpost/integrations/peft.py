@@ -1,4 +1,4 @@
-"""Flatness for LoRA adapters at the price of plain training: Bi-LoRA and Flat-LoRA, over a PEFT model.
+"""Flatness for LoRA adapters at the price of plain training: Bi-LoRA, EFlat-LoRA and Flat-LoRA, over a PEFT model.
 
 SAM and R3F themselves need nothing of this: see docs/peft.md.
 """
@@ -183,6 +183,124 @@ class BiLoRA:
         if layer.training and self.auxiliary not in layer.active_adapters:
             self._activate()  # a trainer that loads a checkpoint leaves the first adapter alone
         layer.scaling[self.auxiliary] = self._scales[id(layer)] if layer.training else 0.0
+
+
+class EFlatLoRA:
+    """EFlat-LoRA: B is perturbed by a moving average of what SAM on the merged weight asks for (Deng et al. 2508.00522).
+
+    A step is one forward and one backward pass, at B + E with E the average so far. From its gradients, of each layer and
+    with ^+ for the pseudo-inverse,
+
+        G = 1/2 (dL/dB (A^T)^+ + ((B + E)^T)^+ dL/dA) / s        the merged weight's gradient, as far as A and B know it
+        E = (1 - beta) E + beta rho / |G| G A^+ / s               so that s E A is rho G / |G|, on the rows of A
+
+    (eqs. 12 to 18; later versions call it EFMLoRA). The norm is each layer's own. E begins at 0, so that the first step is a
+    plain one. G is never formed: all products are of rank 2r. E is added as the layers compute, and no weight is written, so
+    that checkpoints and merged models hold B; in eval mode, with adapters disabled or merged, there is no E::
+
+        eflat = EFlatLoRA(model, rho=0.05)
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        eflat.attach(opt)                  # reads the gradients before each step
+        ...                                # train
+        eflat.remove()
+
+    Gradients are read as the optimizer gets them: summed over micro-batches and ranks; a factor on all of them (clipping, a
+    loss scale) changes nothing. To resume, load `state_dict()`.
+
+    Args:
+        model: a PeftModel whose adapter is LoRA on matrices (no DoRA, no convolutions or embeddings), not sharded.
+        rho: radius, >= 0, in the units of each merged weight; may be changed between steps, as the paper lets it fall.
+        beta: share of the newest perturbation, in (0, 1).
+        adapter: the adapter that is trained.
+
+    Raises:
+        TypeError: not a PeftModel with LoRA; layers that have no product B A, or whose A or B does not train; sharded ones.
+        ValueError: a negative rho, beta out of range, no such adapter.
+    """
+
+    def __init__(self, model: PeftModel, rho: float = 0.05, *, beta: float = 0.9, adapter: str = "default") -> None:
+        check_radius("EFlatLoRA", rho, 0.0)
+        if not 0 < beta < 1:
+            raise ValueError(f"EFlatLoRA: beta must lie in (0, 1), not {beta}")
+        _lora_config("EFlatLoRA", model, adapter)
+        self.rho, self.beta, self.adapter = rho, beta, adapter
+        self._layers = dict(_lora_layers("EFlatLoRA", model, adapter))
+        self._hooks: list[Any] = []
+        self._moved: dict[str, Tensor] = {}  # E of each layer, (out, r)
+        for name, layer in self._layers.items():
+            for w in self._matrices(layer):
+                if is_sharded(w):
+                    raise TypeError("EFlatLoRA: the adapters are sharded; keep them out of fully_shard, or use SAM")
+                if not w.requires_grad:
+                    raise TypeError(f"EFlatLoRA: A or B of {name} does not train, and its gradient is needed")
+            if "forward" in vars(layer.lora_B[adapter]):
+                raise ValueError(f"EFlatLoRA: the forward of {name}.lora_B has been replaced already")
+        for name, layer in self._layers.items():
+            module = layer.lora_B[adapter]
+            module.forward = functools.partial(self._forward, name, module)
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Reads the gradients before each step of the optimizer.
+
+        Raises:
+            ValueError: the optimizer does not hold the adapter.
+        """
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(w) not in held for layer in self._layers.values() for w in self._matrices(layer)):
+            raise ValueError("EFlatLoRA: the optimizer lacks matrices of the adapter")
+        self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self.update()))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the gradients present into E; layers without one keep theirs, as do those where it is not finite."""
+        for name, layer in self._layers.items():
+            a, b = self._matrices(layer)
+            if a.grad is None or b.grad is None:
+                continue
+            ga, gb, s = _wide(a.grad), _wide(b.grad), float(layer.scaling[self.adapter])
+            before = self._moved.get(name, torch.zeros_like(gb))
+            right = torch.linalg.pinv(_wide(a))  # (in, r)
+            left = torch.linalg.pinv(_wide(b) + before).T  # (out, r)
+            # G = (gb right^T + left ga) / 2s = U V / 2s, of which |U V|^2 = <U^T U, V V^T>
+            u, v = torch.cat((gb, left), 1), torch.cat((right.T, ga))
+            norm = ((u.T @ u).double() * (v @ v.T).double()).sum().clamp(min=0).sqrt()
+            unit = torch.where(norm > 0, u @ (v @ right) / norm.to(u.dtype), torch.zeros_like(gb))
+            now = (1 - self.beta) * before + self.beta * self.rho / s * unit
+            self._moved[name] = torch.where(torch.isfinite(norm), now, before)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """E of each layer, by the layer's name."""
+        return {name: e.clone() for name, e in self._moved.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes on from a `state_dict()`.
+
+        Raises:
+            ValueError: it is of another model. Nothing is loaded then.
+        """
+        for name, e in state.items():
+            if name not in self._layers or e.shape != self._matrices(self._layers[name])[1].shape:
+                raise ValueError(f"EFlatLoRA: the state has E of {name}, {tuple(e.shape)}, which is no layer of this model")
+        wide = {name: self._matrices(self._layers[name])[1] for name in state}
+        self._moved = {name: e.to(wide[name].device, _wide(wide[name]).dtype, copy=True) for name, e in state.items()}
+
+    def remove(self) -> None:
+        """The layers compute with B again."""
+        for layer in self._layers.values():
+            vars(layer.lora_B[self.adapter]).pop("forward", None)
+        for hook in self._hooks:
+            hook.remove()
+        self._layers, self._hooks, self._moved = {}, [], {}
+
+    def _matrices(self, layer: Any) -> tuple[Tensor, Tensor]:
+        return layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
+
+    def _forward(self, name: str, module: Any, x: Tensor) -> Tensor:
+        e = self._moved.get(name)
+        if e is None or not module.training:
+            plain: Tensor = type(module).forward(module, x)
+            return plain
+        return nn.functional.linear(x, module.weight + e.to(module.weight), module.bias)
 
 
 class FlatLoRA:

@@ -1,0 +1,138 @@
+"""EFlat-LoRA against its equations in float64, with every matrix of full size formed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+from fastpost.integrations.peft import EFlatLoRA
+from tests.by_hand import language_loss, largest_difference, rows_of_text
+from tests.conftest import same_bits
+from tests.test_peft import RHO, lora, trained, windows
+from tests.tiny import build
+
+SCALE = 6 / 3
+
+
+def pairs(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of each layer."""
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    return {n: (m.lora_A["default"].weight, m.lora_B["default"].weight) for n, m in layers.items()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "causal"])
+def test_eflat_lora_is_its_equations(kind: str) -> None:
+    model, other = lora(kind, live=False), lora(kind, live=False)
+    eflat = EFlatLoRA(model, RHO, beta=0.7)
+    opt = torch.optim.SGD(trained(model), lr=0.5)
+    eflat.attach(opt)
+    moved = {name: torch.zeros_like(b) for name, (_, b) in pairs(other).items()}
+    for [rows] in windows(6):
+        for name, (_, b) in pairs(other).items():  # to B + E and, after the pass, back
+            b.data.add_(moved[name])
+        loss = language_loss(other, rows)
+        loss.backward()
+        for name, (a, b) in pairs(other).items():
+            of_b = b.grad @ torch.linalg.pinv(a.detach().T) / SCALE
+            of_a = torch.linalg.pinv(b.detach().T) @ a.grad / SCALE
+            g = (of_b + of_a) / 2
+            b.data.sub_(moved[name])
+            new = RHO * g / g.norm() @ torch.linalg.pinv(a.detach()) / SCALE
+            moved[name] = 0.3 * moved[name] + 0.7 * new
+        for p in trained(other):
+            p.data.sub_(0.5 * p.grad)
+            p.grad = None
+
+        ours = language_loss(model, rows)
+        assert float(ours.detach()) == pytest.approx(float(loss.detach()), rel=1e-12)
+        ours.backward()
+        opt.step()
+        opt.zero_grad()
+        state = eflat.state_dict()
+        assert state.keys() == moved.keys()
+        assert largest_difference((state[name], e) for name, e in moved.items()) <= 1e-12
+        assert largest_difference(zip(trained(model), trained(other), strict=True)) <= 1e-12
+
+
+def test_the_perturbation_raises_the_loss_is_off_in_eval_mode_and_goes_away(tmp_path: Path) -> None:
+    model = lora()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    eflat = EFlatLoRA(model, rho=0.5)
+    rows = rows_of_text(4)
+    start = float(language_loss(model, rows).detach())
+    language_loss(model, rows).backward()
+    eflat.update()
+    risen = float(language_loss(model, rows).detach())
+    assert risen > start + 0.02
+    model.eval()
+    with torch.no_grad():
+        assert float(language_loss(model, rows)) == pytest.approx(start, abs=1e-12)
+    model.train()
+    assert all(same_bits(p, before[name]) for name, p in model.named_parameters())
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(build("llama", dtype=torch.float64), tmp_path)
+    assert largest_difference((p, pairs(model)[n][1]) for n, (_, p) in pairs(again).items()) == 0
+
+    kept = eflat.state_dict()
+    eflat.remove()
+    assert float(language_loss(model, rows).detach()) == start
+    resumed = EFlatLoRA(model, rho=0.5)
+    resumed.load_state_dict(kept)
+    assert float(language_loss(model, rows).detach()) == risen
+    for p in trained(model):
+        p.grad *= 1e-3  # clipped
+    resumed.update()
+    clipped = resumed.state_dict()
+    resumed.load_state_dict(kept)
+    for p in trained(model):
+        p.grad *= 1e3
+    resumed.update()
+    assert largest_difference((clipped[n], e) for n, e in resumed.state_dict().items()) <= 1e-12
+    held = resumed.state_dict()
+    for p in trained(model):
+        p.grad.fill_(torch.inf)
+    resumed.update()
+    assert all(same_bits(held[n], e) for n, e in resumed.state_dict().items())
+
+
+def test_sixteen_bits() -> None:
+    model = lora(dtype=torch.bfloat16)
+    opt = torch.optim.AdamW(trained(model), lr=1e-3)
+    eflat = EFlatLoRA(model)
+    eflat.attach(opt)
+    for [rows] in windows(3):
+        language_loss(model, rows).backward()
+        opt.step()
+        opt.zero_grad()
+    assert all(bool(e.isfinite().all()) and bool(e.any()) for e in eflat.state_dict().values())
+
+
+def test_eflat_lora_refusals() -> None:
+    with pytest.raises(TypeError, match="PeftModel"):
+        EFlatLoRA(build("llama"))
+    with pytest.raises(ValueError, match="rho"):
+        EFlatLoRA(lora(), rho=-1)
+    for beta in (0.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="beta must lie"):
+            EFlatLoRA(lora(), beta=beta)
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        EFlatLoRA(lora(), adapter="other")
+    with pytest.raises(TypeError, match="no plain LoRA"):
+        EFlatLoRA(lora(use_dora=True))
+    model = lora()
+    eflat = EFlatLoRA(model)
+    with pytest.raises(ValueError, match="replaced already"):
+        EFlatLoRA(model)
+    with pytest.raises(ValueError, match="lacks"):
+        eflat.attach(torch.optim.SGD(trained(model)[:1], lr=0.1))
+    with pytest.raises(ValueError, match="no layer of this model"):
+        eflat.load_state_dict({"elsewhere": torch.zeros(1)})
+    frozen = lora()
+    pairs(frozen)[next(iter(pairs(frozen)))][0].requires_grad_(False)
+    with pytest.raises(TypeError, match="does not train"):
+        EFlatLoRA(frozen)
