@@ -13,6 +13,7 @@ from fastpost.sam import ZerothOrderSAM
 
 from . import distributed as processes
 from .small import Y, all_bits, closure_of, network, unchanged
+from .test_sam_decoupled import sharded
 
 X = torch.randn(32, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 RHO, LR, MU = 0.3, 0.2, 1e-3
@@ -184,7 +185,7 @@ def fsdp2() -> None:
     across(wrap)
 
 
-CASES = {f.__name__: f for f in (ddp, fsdp2)}
+CASES = {f.__name__: f for f in (ddp, fsdp2, sharded)}
 
 
 @pytest.fixture(scope="module")

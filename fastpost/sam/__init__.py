@@ -1,6 +1,7 @@
 """Sharpness-aware minimization."""
 
 from fastpost.norm_stats import frozen_norm_stats
+from fastpost.sam.decoupled import DecoupledWSAM
 from fastpost.sam.external import ExternalSAM
 from fastpost.sam.frameworks import find_sam
 from fastpost.sam.measurement import Around, Estimate, Sharpness, sharpness
@@ -28,6 +29,7 @@ __all__ = [
     "TRAM",
     "WSAM",
     "Around",
+    "DecoupledWSAM",
     "Estimate",
     "ExternalSAM",
     "FriendlySAM",

@@ -205,8 +205,8 @@ class WSAM(Variant):
 
     The second gradient g' becomes g + gamma / (1 - gamma) (g' - g), g the gradient at w. gamma = 0 is the base optimizer,
     1/2 is SAM, and above it flatness counts for more than the loss. Use it to set how much. This is the paper's coupled
-    form, whose base optimizer sees the whole gradient. Its decoupled form, which keeps the second term out of the moments,
-    equals this one for SGD without momentum.
+    form, whose base optimizer sees the whole gradient. The decoupled form, which keeps the second term out of the moments,
+    is `DecoupledWSAM`; for SGD without momentum both are the same.
 
     Args:
         gamma: in [0, 1); the authors' code takes 0.9.

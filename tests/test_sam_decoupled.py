@@ -1,0 +1,217 @@
+"""Decoupled WSAM against its equation in float64: the base optimizer on g, then a step along g' - g."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from fastpost import SAM
+from fastpost.sam import WSAM, DecoupledWSAM, ExternalSAM
+
+from . import distributed as processes
+from .small import all_bits, closure_of, network, unchanged
+from .test_sam_variants import BATCHES, LR, RHO, Problem, by_closure, by_window, loss_on, weights
+
+GAMMA = 0.8
+WEIGHT = GAMMA / (1 - GAMMA)
+
+
+def by_equation(problem: Problem, base: type, clip: float | None = None, **options: Any):
+    w = problem.w.clone().requires_grad_()
+    opt = base([w], lr=LR, **options)
+    for x in BATCHES:
+        g = problem.gradient(w.detach(), x)
+        h = problem.gradient(w.detach() + RHO * g / g.norm(), x)
+        factor = 1.0 if clip is None else min(1.0, clip / float(g.norm()))
+        w.grad = g * factor
+        opt.step()
+        up = -1 if options.get("maximize") else 1
+        with torch.no_grad():
+            w -= up * LR * WEIGHT * factor * (h - g)
+        yield w.detach().clone()
+
+
+def made(model: nn.Module, base: type, **options: Any) -> SAM:
+    wsam = DecoupledWSAM(GAMMA)
+    opt = SAM(model.parameters(), base, rho=RHO, lr=LR, variant=wsam, **options)
+    wsam.attach(opt)
+    return opt
+
+
+@pytest.mark.parametrize("form", [by_closure, by_window])
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"weight_decay": 0.1}), (torch.optim.AdamW, {"fused": True})],
+)
+def test_the_equation(base: type, options: dict[str, Any], form) -> None:
+    problem = Problem()
+    model, coupled = copy.deepcopy(problem.model), copy.deepcopy(problem.model)
+    opt = made(model, base, **options)
+    other = SAM(coupled.parameters(), base, rho=RHO, lr=LR, variant=WSAM(GAMMA), **options)
+    for x, expected in zip(BATCHES, by_equation(problem, base, **options), strict=True):
+        form(model, opt, x)
+        form(coupled, other, x)
+        assert float((weights(model) - expected).abs().max()) <= 1e-11
+    assert float((weights(model) - weights(coupled)).abs().max()) > 1e-3
+
+
+def test_for_plain_sgd_it_is_the_coupled_form() -> None:
+    problem = Problem()
+    model, coupled = copy.deepcopy(problem.model), copy.deepcopy(problem.model)
+    opts = made(model, torch.optim.SGD), SAM(coupled.parameters(), torch.optim.SGD, rho=RHO, lr=LR, variant=WSAM(GAMMA))
+    for x in BATCHES:
+        by_closure(model, opts[0], x)
+        by_closure(coupled, opts[1], x)
+        assert float((weights(model) - weights(coupled)).abs().max()) <= 1e-13
+
+
+def test_clipping_and_a_loss_scale_reach_the_sharpness() -> None:
+    problem = Problem()
+    model = copy.deepcopy(problem.model)
+    opt = made(model, torch.optim.SGD, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_factor=2.0, growth_interval=1)
+    for number, (x, expected) in enumerate(
+        zip(BATCHES, by_equation(problem, torch.optim.SGD, 0.3, momentum=0.9), strict=True)
+    ):
+        for first in (True, False):
+            scaler.scale(loss_on(model, x)).backward()
+            if first:
+                opt.first_step(zero_grad=True)
+        if number:  # else nothing is clipped, and the scaler's step unscales
+            scaler.unscale_(opt)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        else:
+            norm = float(torch.stack([p.grad.norm() for p in model.parameters()]).norm()) / scaler.get_scale()
+            for p in model.parameters():
+                p.grad.mul_(min(1.0, 0.3 / norm))
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        assert float((weights(model) - expected).abs().max()) <= 2e-7  # clip_grad_norm_ adds 1e-6 to the norm
+
+
+def test_maximize_and_steps_without_an_ascent() -> None:
+    problem = Problem()
+    model, mirror = copy.deepcopy(problem.model), copy.deepcopy(problem.model)
+    up, down = made(model, torch.optim.SGD, momentum=0.9, maximize=True), made(mirror, torch.optim.SGD, momentum=0.9)
+
+    def negated() -> Tensor:
+        loss = -loss_on(mirror, BATCHES[0])
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        by_closure(model, up, BATCHES[0])
+        down.step(negated)
+        assert float((weights(model) - weights(mirror)).abs().max()) <= 1e-13
+    plain, spaced = (copy.deepcopy(problem.model) for _ in range(2))
+    opt, sgd = made(spaced, torch.optim.SGD, interval=2), torch.optim.SGD(plain.parameters(), lr=LR)
+    by_closure(spaced, opt, BATCHES[0])
+    plain.load_state_dict(spaced.state_dict())
+    by_closure(spaced, opt, BATCHES[1])
+    loss_on(plain, BATCHES[1]).backward()
+    sgd.step()
+    assert float((weights(spaced) - weights(plain)).abs().max()) <= 1e-15
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_moves_nothing_and_a_step_given_up_leaves_nothing(fused: bool) -> None:
+    model = network()
+    opt = made(model, torch.optim.AdamW, fused=fused)
+    before, passes = all_bits(model), []
+
+    def overflowing() -> Tensor:
+        passes.append(1)
+        loss = closure_of(model)()
+        if len(passes) == 2:
+            for p in model.parameters():
+                p.grad.fill_(math.inf)
+        return loss
+
+    opt.step(overflowing)
+    assert opt.skipped_steps == 1
+    assert unchanged(model, before)
+    closure_of(model)()
+    opt.first_step(zero_grad=True)
+    closure_of(model)()
+    opt.abandon()
+    assert unchanged(model, before)
+    twin = network()
+    adamw = torch.optim.AdamW(twin.parameters(), lr=LR, fused=fused)
+    for m in (model, twin):
+        closure_of(m)()
+    opt.step()  # plain: nothing of the step given up is in it
+    adamw.step()
+    assert unchanged(model, all_bits(twin))
+
+
+def test_attaching() -> None:
+    model = network()
+    wsam = DecoupledWSAM()
+    opt = SAM(model.parameters(), torch.optim.SGD, lr=LR, variant=wsam)
+    before = all_bits(model)
+    with pytest.raises(RuntimeError, match=r"call attach\(opt\)"):
+        opt.step(closure_of(model))
+    opt.abandon()
+    assert unchanged(model, before)
+    for wrong in (torch.optim.SGD(model.parameters(), lr=LR), ExternalSAM(torch.optim.SGD(model.parameters(), lr=LR))):
+        with pytest.raises(TypeError, match="in a loop, not"):
+            wsam.attach(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="attach it once"):
+        DecoupledWSAM().attach(opt)
+    two = DecoupledWSAM()
+    bases = [torch.optim.SGD(m.parameters(), lr=LR) for m in (model[0], model[3])]
+    with pytest.raises(ValueError, match="not several"):
+        two.attach(SAM(None, bases, variant=two))
+    wsam.attach(opt)
+    with pytest.raises(ValueError, match="attach it once"):
+        wsam.attach(opt)
+    opt.step(closure_of(model))
+    other, again = copy.deepcopy((model, opt))
+    with pytest.raises(RuntimeError, match=r"call attach\(opt\)"):
+        again.step(closure_of(other))
+    again.abandon()
+    again.variant.attach(again)
+
+    fused = DecoupledWSAM()
+    one = SAM(model.parameters(), torch.optim.AdamW, lr=LR, variant=fused, fused_restore=True)
+    fused.attach(one)
+    with pytest.raises(RuntimeError, match="use fused_restore=False"):
+        one.step(closure_of(model))
+    one.abandon()
+
+    gone = weakref.ref(opt)
+    gc.disable()  # freed without a garbage collection
+    try:
+        del opt
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def sharded() -> None:
+    """For the processes of tests/test_sam_zeroth_order.py: one step on shards against the whole batch."""
+    mesh = processes.mesh_of(2)
+    model = processes.Net()
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    whole = processes.Net()
+    opts = made(model, torch.optim.AdamW), made(whole, torch.optim.AdamW)
+    for number in range(2):
+        for m, opt, data in ((model, opts[0], processes.mine(mesh, number)), (whole, opts[1], processes.batch(number))):
+            processes.loss_of(m, *data).backward()
+            opt.first_step(zero_grad=True)
+            processes.loss_of(m, *data).backward()
+            opt.second_step(zero_grad=True)
+        processes.reshard(model)
+        for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(processes.whole(p), q.detach(), rtol=1e-9, atol=1e-11)
