@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
 from fastpost import SAM
 from fastpost.sam import WSAM, DecoupledWSAM, ExternalSAM
 
-from . import distributed as processes
 from .small import all_bits, closure_of, network, unchanged
 from .test_sam_variants import BATCHES, LR, RHO, Problem, by_closure, by_window, loss_on, weights
 
@@ -195,23 +193,3 @@ def test_attaching() -> None:
         assert gone() is None
     finally:
         gc.enable()
-
-
-def sharded() -> None:
-    """For the processes of tests/test_sam_zeroth_order.py: one step on shards against the whole batch."""
-    mesh = processes.mesh_of(2)
-    model = processes.Net()
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
-    whole = processes.Net()
-    opts = made(model, torch.optim.AdamW), made(whole, torch.optim.AdamW)
-    for number in range(2):
-        for m, opt, data in ((model, opts[0], processes.mine(mesh, number)), (whole, opts[1], processes.batch(number))):
-            processes.loss_of(m, *data).backward()
-            opt.first_step(zero_grad=True)
-            processes.loss_of(m, *data).backward()
-            opt.second_step(zero_grad=True)
-        processes.reshard(model)
-        for p, q in zip(model.parameters(), whole.parameters(), strict=True):
-            torch.testing.assert_close(processes.whole(p), q.detach(), rtol=1e-9, atol=1e-11)

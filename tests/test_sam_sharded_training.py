@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastpost import SAM
 from fastpost.distributed import no_sync
-from fastpost.sam import LookSAM, SAMWindow
+from fastpost.sam import DecoupledWSAM, LookSAM, SAMWindow, ZerothOrderSAM
 
 from . import distributed as d
 from .test_sam_sharded import LR, RHO, backward_on, names_of, sam, sharded
@@ -348,12 +348,61 @@ def refused() -> None:
         pass
 
 
+def _flat(model: nn.Module) -> torch.Tensor:
+    return torch.cat([d.whole(p).flatten() for p in model.parameters()])
+
+
+def zeroth_order() -> None:
+    """DDP and FSDP2: one z on all ranks, each shard its part, and losses averaged over ranks."""
+    mesh, mu = d.mesh_of(dist.get_world_size()), 1e-3
+    for model in (DistributedDataParallel(d.Net()), sharded()):
+        zeroth = ZerothOrderSAM(2, mu)
+        opt = sam(model, variant=zeroth)
+        for number in range(2):
+            w, at, values = _flat(model), [], []
+
+            def loss(number: int = number, model: nn.Module = model, at: list = at, values: list = values) -> torch.Tensor:
+                at.append(_flat(model))
+                value = d.loss_of(model, *d.mine(mesh, number))
+                values.append(torch.stack(everywhere(value.detach())).mean())
+                return value
+
+            zeroth.estimate(opt, loss)
+            assert torch.equal(_flat(model), w)
+            assert all(torch.equal(at[0], other) for other in everywhere(at[0]))
+            slopes = [(plus - minus) / (2 * mu) for plus, minus in zip(values[::2], values[1::2], strict=True)]
+            direction = sum(slope * (there - w) / mu for slope, there in zip(slopes, at[::2], strict=True)) / 2
+            opt.first_step()
+            torch.testing.assert_close(_flat(model) - w, RHO * direction / direction.norm(), rtol=1e-9, atol=1e-12)
+            d.loss_of(model, *d.mine(mesh, number)).backward()
+            opt.second_step(zero_grad=True)
+            d.reshard(model)
+
+
+def decoupled() -> None:
+    """Decoupled WSAM on shards, against one process with the whole batch."""
+    mesh, model, whole = d.mesh_of(dist.get_world_size()), sharded(), d.Net()
+    opts = []
+    for m in (model, whole):
+        variant = DecoupledWSAM(0.8)
+        opts.append(SAM(m.parameters(), torch.optim.AdamW, rho=RHO, lr=LR, variant=variant))
+        variant.attach(opts[-1])
+    for number in range(2):
+        for m, opt, data in ((model, opts[0], d.mine(mesh, number)), (whole, opts[1], d.batch(number))):
+            d.loss_of(m, *data).backward()
+            opt.first_step(zero_grad=True)
+            d.loss_of(m, *data).backward()
+            opt.second_step(zero_grad=True)
+        d.reshard(model)
+        torch.testing.assert_close(_flat(model), _flat(whole), rtol=1e-9, atol=1e-10)
+
+
 CASES = {
     case.__name__: case
     for case in (
         ddp_averaged, ddp_each_its_own, windows, per_micro_batch, swapped_after_construction, overflow_on_one_rank,
         scaled, seen_through_mixed_precision, checkpoints, stochastic_rounding, running_statistics,
-        refused,
+        zeroth_order, decoupled, refused,
     )
 }  # fmt: skip
 

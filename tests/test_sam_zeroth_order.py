@@ -5,22 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from fastpost import SAM
 from fastpost.sam import ZerothOrderSAM
 
-from . import distributed as processes
 from .small import Y, all_bits, closure_of, network, unchanged
-from .test_sam_decoupled import sharded
 
 X = torch.randn(32, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 RHO, LR, MU = 0.3, 0.2, 1e-3
 
 
 def flat(model: nn.Module) -> Tensor:
-    return torch.cat([processes.whole(p).flatten() for p in model.parameters()])
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 class Watched:
@@ -137,62 +133,3 @@ def test_interval_faults_and_bad_input() -> None:
     with pytest.raises(RuntimeError, match="while perturbed"):
         zeroth.estimate(opt, watched)
     opt.abandon()
-
-
-# -- two processes ----------------------------------------------------------------------------------------------------------
-
-
-def across(wrap) -> None:
-    mesh = processes.mesh_of(2)
-    model = wrap(processes.Net())
-    zeroth = ZerothOrderSAM(2, MU)
-    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, variant=zeroth)
-    for number in range(2):
-        w, at, values = flat(model), [], []
-
-        def loss(number: int = number, at: list[Tensor] = at, values: list[float] = values) -> Tensor:
-            here = flat(model)
-            value = processes.loss_of(model, *processes.mine(mesh, number))
-            both = value.detach().clone()
-            torch.distributed.all_reduce(both)
-            at.append(here)
-            values.append(float(both) / 2)
-            return value
-
-        zeroth.estimate(opt, loss)
-        assert torch.equal(flat(model), w)
-        others = [torch.empty_like(at[0]) for _ in range(2)]
-        torch.distributed.all_gather(others, at[0])
-        assert torch.equal(*others)
-        d = direction(at, values, w)
-        opt.first_step()
-        torch.testing.assert_close(flat(model) - w, RHO * d / d.norm(), rtol=1e-9, atol=1e-12)
-        processes.loss_of(model, *processes.mine(mesh, number)).backward()
-        opt.second_step(zero_grad=True)
-        processes.reshard(model)
-
-
-def ddp() -> None:
-    across(DistributedDataParallel)
-
-
-def fsdp2() -> None:
-    def wrap(model: nn.Module) -> nn.Module:
-        for block in model.blocks:
-            fully_shard(block)
-        return fully_shard(model)
-
-    across(wrap)
-
-
-CASES = {f.__name__: f for f in (ddp, fsdp2, sharded)}
-
-
-@pytest.fixture(scope="module")
-def outcome() -> processes.Outcome:
-    return processes.run(2, CASES)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_across_processes(outcome: processes.Outcome, name: str) -> None:
-    outcome.of(name)

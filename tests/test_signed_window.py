@@ -15,6 +15,7 @@ from fastpost.gap import SignedWindow
 
 from . import distributed as processes
 from .test_gap import VOCABULARY, bits, same, tiny_model
+from .test_surgery import CASES as SURGERY
 
 PLAN = [(1, 1.0), (1, 1.0), (-1, 1.0), (1, 1.0), (-1, 1.0)]
 WEIGHTED = [(1, 0.7), (-1, 0.3), (-1, 0.3), (1, 2.5), (-1, 1.0)]
@@ -241,7 +242,7 @@ def fsdp2_waiting_widened() -> None:
 
 OF_DDP = (ddp_synced, ddp_no_sync, ddp_views)
 OF_FSDP2 = (fsdp2_synced, fsdp2_waiting, fsdp2_waiting_unsharded, fsdp2_waiting_widened)
-CASES = {f.__name__: f for f in (*OF_DDP, *OF_FSDP2)}
+CASES = {f.__name__: f for f in (*OF_DDP, *OF_FSDP2)} | SURGERY
 
 
 @pytest.fixture(scope="module")

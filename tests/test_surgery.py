@@ -196,7 +196,7 @@ def test_bad_input() -> None:
         sparse()
 
 
-# -- two processes: every rank its own rows, the truth one float64 model with all of them -----------------------------------
+# -- two processes, those of test_signed_window.py: every rank its own rows, the truth one float64 model with all of them
 
 STEPS = (("forget", 0), ("retain", 1), ("forget", 2), ("retain", 3))
 
@@ -283,17 +283,7 @@ def unreduced() -> None:
         torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
 
 
-CASES = {f.__name__: f for f in (fsdp2, partly_sharded, ddp, unreduced)}
-
-
-@pytest.fixture(scope="module")
-def outcome() -> processes.Outcome:
-    return processes.run(2, CASES)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_across_processes(outcome: processes.Outcome, name: str) -> None:
-    outcome.of(name)
+CASES = {f"surgery_{f.__name__}": f for f in (fsdp2, partly_sharded, ddp, unreduced)}  # run by test_signed_window.py
 
 
 def test_the_same_as_a_plain_sum_without_conflict() -> None:

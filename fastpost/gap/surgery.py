@@ -124,7 +124,8 @@ class SurgeryWindow:
         if unsynchronised or distributed.waiting_gradients(self._params):
             raise RuntimeError(
                 f"SurgeryWindow: the ranks have not reduced the gradients of side {self._side!r} yet; let the last "
-                "micro-batch before each change of sides, and before the end, synchronise (outside no_sync)"
+                "micro-batch before each change of sides, and before the end, synchronise (outside no_sync), and evaluate "
+                "outside of the window"
             )
 
     def _swap(self) -> None:
