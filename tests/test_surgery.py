@@ -171,9 +171,11 @@ def test_bad_input() -> None:
     with pytest.raises(RuntimeError, match="gradients already"):
         window.__enter__()
     model.zero_grad()
-    with pytest.raises(RuntimeError, match="no micro-batch of side 'retain'"):
+    with pytest.raises(RuntimeError, match="no gradient of side 'retain'"):
         operated("gru", model, ("forget", 1.0))
     assert all(w.grad is None for w in model.weights)
+    with pytest.raises(RuntimeError, match="no gradient of side 'forget'"), window:
+        window.next("retain")  # and no backward pass
 
     def interrupted() -> None:
         with window:
@@ -205,22 +207,22 @@ def signed_loss(model: nn.Module, side: str, x: Tensor, y: Tensor) -> Tensor:
     return processes.loss_of(model, x, y) * (-1 if side == "forget" else 1)
 
 
-def whole_gradient(side: str) -> Grads:
-    model = processes.Net()
+def whole_gradient(side: str, model: nn.Module | None = None) -> Grads:
+    model = processes.Net() if model is None else model
     for at, number in STEPS:
         if at == side:
             signed_loss(model, side, *processes.batch(number)).backward()
     return [p.grad for p in model.parameters()]
 
 
-def check(model: nn.Module, window: SurgeryWindow) -> None:
+def check(model: nn.Module, window: SurgeryWindow, whole: type = processes.Net) -> None:
     mesh = processes.mesh_of(2)
     with window:
         for side, number in STEPS:
             window.next(side)
             signed_loss(model, side, *processes.mine(mesh, number)).backward()
     processes.reshard(model)
-    f, r = whole_gradient("forget"), whole_gradient("retain")
+    f, r = whole_gradient("forget", whole()), whole_gradient("retain", whole())
     assert dot(f, r) < 0
     for p, exact in zip(model.parameters(), expected(window.method, f, r), strict=True):
         torch.testing.assert_close(processes.whole(p.grad), exact, rtol=1e-9, atol=1e-12)
@@ -250,11 +252,21 @@ def _mean(g: Tensor) -> Tensor:
     return g / 2
 
 
+class Single(nn.Linear):
+    """One parameter, whose gradient fills a bucket of DDP's."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(5)
+        super().__init__(12, 3, bias=False, dtype=torch.float64)
+
+
 def ddp() -> None:
     for method in METHODS:
         for views in (False, True):
             model = DistributedDataParallel(processes.Net(), gradient_as_bucket_view=views)
             check(model, SurgeryWindow(model, method))
+        model = DistributedDataParallel(Single(), gradient_as_bucket_view=True)
+        check(model, SurgeryWindow(model, method), Single)
 
 
 def leave_unreduced(model: nn.Module) -> None:

@@ -72,7 +72,6 @@ class SurgeryWindow:
         self.method = method
         self._open = False
         self._side: str | None = None
-        self._seen: set[str] = set()
         self._held: dict[Tensor, Tensor] = {}
 
     def __enter__(self) -> SurgeryWindow:
@@ -83,7 +82,7 @@ class SurgeryWindow:
                 "SurgeryWindow: there are gradients already, which belong to neither side; call optimizer.zero_grad() (with "
                 "set_to_none=True, its default) before the window"
             )
-        self._open, self._side, self._seen, self._held = True, None, set(), {}
+        self._open, self._side, self._held = True, None, {}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -117,7 +116,6 @@ class SurgeryWindow:
             self._check_reduced()
             self._swap()
         self._side = side
-        self._seen.add(side)
 
     def _check_reduced(self) -> None:
         unsynchronised = self._ddp is not None and not self._ddp.require_forward_param_sync
@@ -137,10 +135,14 @@ class SurgeryWindow:
 
     @torch.no_grad()
     def _finish(self) -> None:
-        missing = {FORGET, RETAIN} - self._seen
-        if missing:
-            raise RuntimeError(f"SurgeryWindow: no micro-batch of side {missing.pop()!r}; the method needs both gradients")
         self._check_reduced()
+        present = {self._side: any(p.grad is not None for p in self._params)}
+        missing = [side for side in (FORGET, RETAIN) if not present.get(side, bool(self._held))]
+        if missing:
+            raise RuntimeError(
+                f"SurgeryWindow: no gradient of side {missing[0]!r} has come; the method needs those of both, each after "
+                "its next()"
+            )
         pairs: list[tuple[Tensor, Tensor, Tensor]] = []
         for p in self._params:
             here, there = distributed.local_gradient(p), self._held.get(p)
@@ -190,10 +192,11 @@ class SurgeryWindow:
 
 
 def _has_other_writers(gradient: Tensor) -> bool:
-    """Whether a gradient lies in memory that later passes write to (DDP's buckets, flattened parameters)."""
+    """Whether a gradient may lie in memory that later passes write to: flattened parameters, and DDP's buckets, of which one
+    may be as large as its only gradient."""
     if distributed.is_sharded(gradient) or gradient.layout != torch.strided:
         return False
-    return gradient.untyped_storage().nbytes() != gradient.numel() * gradient.element_size()
+    return distributed.active() or gradient.untyped_storage().nbytes() != gradient.numel() * gradient.element_size()
 
 
 def _combine_(here: Tensor, there: Tensor, of_here: Tensor, of_there: Tensor) -> None:
