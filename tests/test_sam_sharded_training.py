@@ -133,6 +133,18 @@ def per_micro_batch() -> None:
     window.run([0, 1])
     opt.step()
     assert all((d.whole(p) - weights[n] + LR * mean[n]).abs().max() <= 1e-12 for p, n in names.items())
+    found = []
+    for views in (False, True):  # one gradient that fills its bucket
+        torch.manual_seed(3)
+        head = DistributedDataParallel(nn.Linear(12, 3, bias=False, dtype=torch.float64), gradient_as_bucket_view=views)
+        opt = sam(head)
+        step = SAMWindow(opt, lambda n, m=head: (d.loss_of(m, *d.mine(mesh, n)) / 2).backward(), per_micro_batch=True)
+        for _ in range(2):
+            step.run([0, 1])
+            opt.step()
+            opt.zero_grad()
+        found.append(head.module.weight.detach().clone())
+    assert (found[0] - found[1]).abs().max() <= 1e-12
 
 
 def swapped_after_construction() -> None:

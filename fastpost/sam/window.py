@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastpost import distributed
 from fastpost.rng import RandomState
 from fastpost.sam.frameworks import find_sam
 from fastpost.sam.optimizer import SAM
@@ -338,9 +339,11 @@ def _tensors(micro_batch: Any) -> Iterator[Tensor]:
 
 
 def _set_aside(p: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradient, taken away; and a copy of it where others may write to its memory (flattened parameters, DDP)."""
+    """The gradient, taken away; and a copy of it where others may write to its memory: flattened parameters, and DDP's
+    buckets, of which one may be as large as its only gradient."""
     gradient, p.grad = p.grad, None
     if gradient is None or gradient.layout != torch.strided:
         return gradient, None
     shared = gradient.untyped_storage().nbytes() != gradient.numel() * gradient.element_size()
-    return gradient, gradient.clone() if shared else None
+    in_bucket = distributed.active() and not distributed.is_sharded(gradient)
+    return gradient, gradient.clone() if shared or in_bucket else None
