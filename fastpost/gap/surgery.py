@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastpost import distributed
 from fastpost.ops.params import squared_distance, squared_norm
+from fastpost.ranks import Ranks, Sharing
 
 FORGET, RETAIN = "forget", "retain"
 Coefficients = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -176,8 +177,8 @@ class SurgeryWindow:
 
     def _products(self, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """|f|^2, |r|^2 and <f, r> over all parameters and ranks, float64; the last by |f - r|^2, which a kernel sums."""
-        ranks = distributed.Ranks()
-        lists: dict[distributed.Sharing, tuple[list[Tensor], list[Tensor]]] = {}
+        ranks = Ranks()
+        lists: dict[Sharing, tuple[list[Tensor], list[Tensor]]] = {}
         for p, here, there in pairs:
             near, far = lists.setdefault(ranks.sharing(p), ([], []))
             near.append(here)
