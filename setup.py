@@ -139,5 +139,5 @@ setup(
     # The two top-level folders are installed inside the package: modules called "bench" and "triton_kernels" would
     # collide with packages in wide use.
     package_dir={"fastpost.bench": "bench", "fastpost.triton_kernels": "triton_kernels"},
-    package_data={"fastpost": ["py.typed"]},
+    package_data={"fastpost": ["py.typed"], "fastpost.cli": ["train_report.html"]},
 )

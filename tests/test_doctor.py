@@ -28,7 +28,9 @@ def test_a_missing_extra_is_explained(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setitem(sys.modules, "rich.console", None)
     words = ["train", "--method", "none", "--train_file", "x.txt"]
-    assert "fastpost train needs rich" in refusal(capsys, words, main)
+    shown = python(f"import sys; sys.modules['matplotlib'] = None; from fastpost.cli import main; sys.exit(main({words}))")
+    assert (shown.returncode, shown.stderr.count("\n")) == (2, 1)
+    assert "fastpost train needs matplotlib. Run: pip install 'fastpost[cli]'" in shown.stderr
     for study in ("compare", "probe"):
         assert f"studies {study} needs rich" in refusal(capsys, [study], studies)
     assert "pip install 'fastpost[cli]'" in refusal(capsys, ["compare"], studies)
@@ -61,7 +63,7 @@ def test_doctor_json_on_a_sound_installation(capsys):
 def test_doctor_table(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert "backends" in shown
+    assert "backend cpu:" in shown
     assert "all is well" in shown
 
 
@@ -69,7 +71,7 @@ def test_doctor_without_the_packages_of_the_other_commands():
     code = "import sys; sys.modules['rich'] = None; from fastpost.cli import main; sys.exit(main([{}]))"
     shown = python(code.format("'doctor'"))
     assert shown.returncode == 0, shown.stderr
-    assert "backend cpu: yes" in shown.stdout
+    assert "backend cpu: yes" in " ".join(shown.stdout.split())
     assert "all is well" in shown.stdout
     refused = python(code.format("'bench'"))
     assert refused.returncode == 2

@@ -20,7 +20,7 @@ import transformers
 
 import fastpost
 import fastpost.published
-from fastpost.cli import main, train_checkpoints, train_data, train_options, train_page, train_run
+from fastpost.cli import main, train_checkpoints, train_data, train_options, train_report, train_run
 from fastpost.cli import models as lm
 from fastpost.integrations.transformers import PostTrainer, PostTrainingArguments
 
@@ -102,12 +102,12 @@ def test_each_method_trains_as_the_trainer_does(models, files, tmp_path, method)
 def test_sam_on_text_is_the_step_of_its_equations(models, files, tmp_path) -> None:
     """Windows of three micro-batches, in the order of the text, from the file to the saved weights."""
     words = ["train", "--method", "sam", "--model", models["still"], "--train_file", files["text.txt"], *COMMON]
-    words += ["--output_dir", str(tmp_path), "--sam_rho", str(RHO), "--max_steps", "4", "--timing_rounds", "0"]
+    words += ["--output_dir", str(tmp_path), "--sam_rho", str(RHO), "--max_steps", "4"]
     words += ["--optim", "sgd", "--weight_decay", "0", "--learning_rate", "0.3", "--gradient_accumulation_steps", "3"]
     assert main([*words, "--train_sampling_strategy", "sequential"]) == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(models["still"])
-    lines = Path(files["text.txt"]).read_text(encoding="utf-8").splitlines(keepends=True)
-    stream = tokenizer("".join(lines[: len(lines) - len(lines) // 10]))["input_ids"]  # the last tenth is held out
+    stream = tokenizer(Path(files["text.txt"]).read_text(encoding="utf-8"))["input_ids"]
+    stream = stream[: len(stream) - len(stream) // 10]  # the last tenth is held out
     blocks = torch.tensor(stream[: len(stream) // LENGTH * LENGTH]).view(-1, LENGTH)
     batches = [blocks[k : k + BATCH] for k in range(0, 12 * BATCH, BATCH)]
     start, model = (transformers.AutoModelForCausalLM.from_pretrained(models["still"]) for _ in range(2))
@@ -122,7 +122,7 @@ def test_sam_on_text_is_the_step_of_its_equations(models, files, tmp_path) -> No
 def test_gap_is_the_library_s_with_halves_that_choose_and_report(models, files, tmp_path, scored) -> None:
     words = ["train", "--method", "gap", "--model", models["causal"], "--train_file", files["texts.jsonl"], "--use_cpu"]
     words += ["--output_dir", str(tmp_path / "out"), "--text_index", "5", "--gap_steps", "4", "--gap_lr", "1e-2"]
-    words += ["--gap_max_drift", "100", "--gap_patience", "0", "--timing_rounds", "1", "--max_length", str(LENGTH)]
+    words += ["--gap_max_drift", "100", "--gap_patience", "0", "--max_length", str(LENGTH)]
     loaded = lm.load_lm(models["causal"])
     if scored == "windows":
         words += ["--validation_file", files["held.txt"]]
@@ -151,7 +151,7 @@ def test_gap_is_the_library_s_with_halves_that_choose_and_report(models, files, 
     assert [float(kept["test_untouched"]), float(kept["test_kept"])] == result.test_scores
     there = saved(tmp_path / "out")
     assert_same(there, {name: value for name, value in loaded.model.state_dict().items() if name in there})
-    assert len(Page.of(tmp_path / "out").tables["timing"]) == 3
+    assert {"state that was kept", "time of a step"} <= set(Page.of(tmp_path / "out").seen)
 
 
 # -- interrupted ------------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_a_second_ctrl_c_stops_at_once(models, files, tmp_path, capsys, monkeypa
 
 def test_the_report_of_a_run_with_everything(models, files, tmp_path, capsys) -> None:
     """One page that needs nothing beside itself, with the numbers of metrics.csv; TensorBoard has SAM's."""
-    extra = ["--timing_rounds", "2", "--report_to", "tensorboard", "--eval_strategy", "steps", "--eval_steps", "2"]
+    extra = ["--report_to", "tensorboard", "--eval_strategy", "steps", "--eval_steps", "2"]
     extra += ["--gradient_accumulation_steps", "2", "--run_name", "<b>&"]
     out = tmp_path / "out"
     assert main(words_of("sam+r3f", models, files, out, *extra)) == 0
@@ -218,9 +218,8 @@ def test_the_report_of_a_run_with_everything(models, files, tmp_path, capsys) ->
     text = (out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|url\(|@import", text)
     pictures = [base64.b64decode(a.partition("base64,")[2]) for a in page.addresses if a.startswith("data:image")]
-    assert (out / "report.png").read_bytes() in pictures
-    assert len(pictures) == len(set(pictures)) == 2
-    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert pictures == [(out / "report.png").read_bytes()]
+    assert pictures[0].startswith(b"\x89PNG")
     # numbers
     heads = page.heads["metrics"]
     assert {"step", "loss", "eval_accuracy", "sam/seen_over_intended", "sam/seen_cosine", "r3f/symm_kl"} <= set(heads)
@@ -231,17 +230,14 @@ def test_the_report_of_a_run_with_everything(models, files, tmp_path, capsys) ->
             for name in heads:
                 value = row[name]
                 assert shown[row["step"]][name] == (
-                    value if name in ("step", "sam/skipped_steps") else train_page.shown(float(value))
+                    value if name in ("step", "sam/skipped_steps") else train_report.shown(float(value))
                 )
-    timing = {cells[0]: cells[1:] for cells in page.tables["timing"]}
-    assert list(timing) == ["plain step", "published loop", "fastpost"]
-    assert timing["plain step"][1] == "1.00"
-    assert float(timing["fastpost"][1]) > 0
+    assert "time of a step" in page.seen
     listed = dict(page.tables["options"])
     assert (listed["--method"], listed["--sam_rho"], listed["--run_name"]) == ("sam+r3f", str(RHO), "<b>&")
     assert "--adam_beta1" not in listed
     assert "2 x 2 x 1 examples" in dict(page.tables["facts"])["a step"]
-    assert f"best {train_page.shown(max(float(r['eval_accuracy']) for r in rows if r['eval_accuracy']))}" in " ".join(
+    assert f"best {train_report.shown(max(float(r['eval_accuracy']) for r in rows if r['eval_accuracy']))}" in " ".join(
         page.seen
     )
     # TensorBoard
@@ -255,76 +251,6 @@ def test_the_report_of_a_run_with_everything(models, files, tmp_path, capsys) ->
     assert cosines == [(int(r["step"]), pytest.approx(float(r["sam/seen_cosine"]))) for r in rows]
     if browser := next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None):
         check_in_a_browser(browser, out, tmp_path)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("no such noise")])
-def test_what_cannot_be_timed_is_told_on_the_page(models, files, tmp_path, monkeypatch, error) -> None:
-    def fails(*_: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(train_run.step_times, "time_training", fails)
-    assert main(words_of("sam", models, files, tmp_path, "--timing_rounds", "1")) == 0
-    told = "interrupted" if error is KeyboardInterrupt else "ValueError: no such noise"
-    page = Page.of(tmp_path)
-    assert f"not timed: {told}" in page.seen
-    assert "timing" not in page.tables
-    assert len(page.tables["metrics"]) == 1
-    assert saved(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("words", "timed"),
-    [(["--sam_interval", "2"], False), (["--sam_scope", "*.weight", "--sam_per_micro_batch", "true"], True)],
-)
-def test_what_is_timed_is_what_trained(models, files, tmp_path, monkeypatch, words, timed) -> None:
-    made: list[Any] = []
-    real = fastpost.SAM
-
-    def looked_at(*args: Any, **options: Any) -> Any:
-        named = options["model"].named_parameters()
-        made.append({name.rpartition(".")[2] for name, p in named if options["scope"](name, p)})
-        return real(*args, **options)
-
-    monkeypatch.setattr(fastpost, "SAM", looked_at)
-    assert main(words_of("sam", models, files, tmp_path, "--timing_rounds", "1", *words)) == 0
-    assert made == ([{"weight"}] if timed else [])
-    assert any("not timed: with --sam_interval" in text for text in Page.of(tmp_path).seen) is not timed
-
-
-@pytest.mark.parametrize("method", ["asam", "r4f"])
-def test_asam_and_r4f_are_timed_beside_their_published_loops(models, files, tmp_path, monkeypatch, method) -> None:
-    made: list[str] = []
-    sam, head, norm = fastpost.published.PublishedSAM, fastpost.R4F, fastpost.published.spectral_norm_last
-    published = train_run.step_times.published
-    monkeypatch.setattr(
-        published, "PublishedSAM", lambda *a, **k: made.append(f"sam {k['adaptive']} {a[2]}") or sam(*a, **k)
-    )
-    monkeypatch.setattr(published, "spectral_norm_last", lambda m: made.append("norm") or norm(m))
-    monkeypatch.setattr(fastpost, "R4F", lambda *a, **k: made.append("R4F") or head(*a, **k))
-    assert main(words_of(method, models, files, tmp_path, "--timing_rounds", "1")) == 0
-    assert made == (["sam True 0.5"] if method == "asam" else ["norm", "R4F"])
-    assert len(Page.of(tmp_path).tables["timing"]) == 3
-
-
-def test_gap_s_report_is_written_when_its_timing_is_interrupted(models, files, tmp_path, monkeypatch) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_run.step_times, "time_ascent", interrupted)
-    words = ["train", "--method", "gap", "--model", models["causal"], "--train_file", files["texts.jsonl"], "--use_cpu"]
-    words += [
-        "--validation_file",
-        files["held.txt"],
-        "--max_length",
-        str(LENGTH),
-        "--timing_rounds",
-        "1",
-        "--gap_steps",
-        "2",
-    ]
-    assert main([*words, "--output_dir", str(tmp_path)]) == 0
-    assert "not timed: interrupted" in Page.of(tmp_path).seen
-    assert saved(tmp_path)
 
 
 def check_in_a_browser(browser: str, out: Path, tmp_path: Path) -> None:
@@ -359,7 +285,7 @@ def test_a_page_of_two_processes(models, files, tmp_path) -> None:
         "--train_file",
         files["text.txt"],
     ]
-    words = ["train", "--method", "sam", *COMMON, *shared, "--sam_rho", str(RHO), "--max_steps", "2", "--timing_rounds", "1"]
+    words = ["train", "--method", "sam", *COMMON, *shared, "--sam_rho", str(RHO), "--max_steps", "2"]
     ran = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "fastpost",
          *words, "--output_dir", str(tmp_path / "two"), "--save_strategy", "steps", "--save_steps", "1"],
@@ -367,7 +293,7 @@ def test_a_page_of_two_processes(models, files, tmp_path) -> None:
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.count("see ") == 1
-    one = [*words, "--timing_rounds", "0", "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")]
+    one = [*words, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")]
     assert main(one) == 0
     a, b = saved(tmp_path / "one"), saved(tmp_path / "two")
     assert largest_difference((a[name], b[name]) for name in a) < 2e-6
@@ -379,4 +305,3 @@ def test_a_page_of_two_processes(models, files, tmp_path) -> None:
         assert train_checkpoints.flaw_of(checkpoint) == "no rng_state_1.pth"
     facts = Page.of(tmp_path / "two")
     assert "2 x 1 x 2 examples" in dict(facts.tables["facts"])["a step"]
-    assert "not timed: several processes trained" in facts.seen

@@ -186,7 +186,7 @@ def test_separators_and_headers_that_are_recognised(tmp_path, name, content, not
     data = read(write(tmp_path / name, content))
     assert rows_of(data) == [("a, b", None, "yes"), ("c", None, "no")]
     assert data.notes == ((note,) if note else ())
-    assert note in data.told()
+    assert note in data.summary()
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_of_a_text_of_few_lines_the_last_tenth_of_its_tokens_is_held_out(models,
     held = [token for block in job.validation for token in block["input_ids"]]
     assert trained == ids[: 900 // LENGTH * LENGTH]
     assert held == ids[900 : 900 + 100 // LENGTH * LENGTH]
-    assert "1 text (its last tenth held out)" in job.told
+    assert "1 text (its last tenth held out)" in job.summary
     assert main(given) == 0
     gap = ["--method", "gap", "--model", models["causal"], "--train_file", str(path), "--use_cpu", "--max_length", "4"]
     found = train_gap.prepare(train_options.parse(gap)).ids[0].tolist()
@@ -338,7 +338,7 @@ def test_gap_climbs_on_texts_whatever_their_labels(models, files, tmp_path, labe
     rows = [{"text": text, "pair": "x", "label": eval(label, {"k": k})} for k, text in enumerate(texts)]
     path = write(tmp_path / "x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     words = ["train", "--method", "gap", "--model", models["causal"], "--train_file", str(path), "--use_cpu"]
-    words += ["--gap_steps", "1", "--timing_rounds", "0", "--max_length", "4", "--text_index", "3"]
+    words += ["--gap_steps", "1", "--max_length", "4", "--text_index", "3"]
     assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
     assert train_gap.prepare(train_options.parse(words[1:])).ids.shape == (1, 20)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers
 
-from fastpost.cli import main, train_gap, train_options, train_resume, train_run
+from fastpost.cli import main, train_checkpoints, train_gap, train_options, train_run
 from fastpost.cli import models as lm
 from fastpost.cli.files import replace_text
 from fastpost.integrations.transformers import PostTrainer
@@ -92,7 +93,7 @@ def test_smoothed_losses_make_no_perplexity_and_an_ascent_on_a_part_is_told(mode
 
 def test_a_text_of_gap_has_the_number_of_its_row_whatever_is_held_out(models, files, tmp_path) -> None:
     words = ["train", "--method", "gap", "--model", models["causal"], "--train_file", files["texts.jsonl"], "--use_cpu"]
-    words += ["--text_index", "2", "--gap_steps", "1", "--timing_rounds", "0", "--max_length", "4"]
+    words += ["--text_index", "2", "--gap_steps", "1", "--max_length", "4"]
     runs = [train_options.parse([*words[1:], *more]) for more in ([], ["--validation_file", files["held.txt"]])]
     found = [train_gap.prepare(run).ids for run in runs]
     texts = [json.loads(line)["text"] for line in Path(files["texts.jsonl"]).read_text(encoding="utf-8").splitlines()]
@@ -106,10 +107,14 @@ def test_a_text_of_gap_has_the_number_of_its_row_whatever_is_held_out(models, fi
         train_gap.prepare(train_options.parse([*words[1:], "--output_dir", str(out)]))
 
 
-def test_the_command_that_goes_on_names_the_newest_checkpoint_once() -> None:
-    command = "fastpost train --output_dir 'a b' --resume_from_checkpoint a/checkpoint-2 --sam_rho 0.1"
-    assert train_resume.without_resuming(command) == "fastpost train --output_dir 'a b' --sam_rho 0.1"
-    assert train_resume.without_resuming("x --resume-from-checkpoint=y z") == "x z"
+def test_the_command_that_goes_on_asks_for_the_newest_checkpoint_once(models, files, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(train_checkpoints, "newest_whole", lambda folder: folder / "checkpoint-3")
+    for resuming in ([], ["--resume_from_checkpoint", "True"], ["--resume_from_checkpoint", "a/checkpoint-2"]):
+        train_checkpoints.tell_how(train_options.parse([*words_of("sam", models, files, tmp_path)[1:], *resuming]))
+        command = capsys.readouterr().out.splitlines()[1]
+        assert command.count("--resume_from_checkpoint True") == 1
+        run = train_options.parse(shlex.split(command)[2:])
+        assert run.arguments.resume_from_checkpoint == "True"
 
 
 def test_a_full_disk_leaves_no_parts(tmp_path, monkeypatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 import re
@@ -17,10 +16,10 @@ import torch
 import transformers
 import yaml
 
+from fastpost.bench.studies.arguments import joined
 from fastpost.cli import main, train_data, train_options, train_run
 from fastpost.cli import models as lm
 from fastpost.cli.methods import METHODS
-from fastpost.cli.options import joined
 
 from .train_cli import (
     LENGTH,
@@ -143,7 +142,7 @@ def test_a_file_of_options_and_the_one_that_a_run_leaves(models, files, tmp_path
     config.write_text(
         f"method: sam\nmodel: {models['encoder']}\ntrain_file: {files['rows.jsonl']}\noutput_dir: {tmp_path / 'a'}\n"
         f"max_steps: 2\nuse_cpu: true\nsave_strategy: 'no'\n"
-        f"learning_rate: 1.0e-2\nsam_rho: 9\ntiming_rounds: 0\nmax_length: {LENGTH}\n",
+        f"learning_rate: 1.0e-2\nsam_rho: 9\nmax_length: {LENGTH}\n",
         encoding="utf-8",
     )
     assert main(["train", str(config), "--sam_rho", "0.3", "--disable-tqdm", "true"]) == 0
@@ -165,7 +164,7 @@ def test_help_is_one_screen_and_names_what_there_is(capsys) -> None:
         assert len(lines) <= 40
         assert max(map(len, lines)) < 80
         assert shown.index("examples:") < shown.index("--output_dir DIR")
-    names = {f.name for c in train_options._groups() for f in dataclasses.fields(c)}
+    names = {action.dest for action in train_options.build_parser()._actions}
     assert set(re.findall(r"--(\w+)", shown)) - {"help"} <= names
     assert "--help-all" in shown
     words = re.findall(r"--method (\S+) ", shown)
@@ -181,6 +180,8 @@ def test_lists_take_spaces_and_commas(tmp_path) -> None:
         assert run.arguments.patterns() == ["a*", "b*"]
         assert run.arguments.seed == 3
         assert run.arguments.report_to == ["tensorboard", "none"]
+    with pytest.raises(ValueError, match=r"--sam_scope.*: expected at least one argument"):
+        train_options.parse([*base, "--sam_scope"])
     assert joined(["--tasks", "-1", "x", "--lr", "2"], ("tasks",)) == ["--tasks", "-1,x", "--lr", "2"]
     assert joined(["--tasks"], ("tasks",)) == ["--tasks"]
     path = tmp_path / "run.yaml"
@@ -193,7 +194,7 @@ def test_help_all_groups_every_option_by_method() -> None:
     with redirect_stdout(printed), pytest.raises(SystemExit) as stop:
         main(["train", "--help-all"])
     assert stop.value.code == 0
-    heads = ["what to train, and on what", "SAM", "R3F", "GAP", "transformers' TrainingArguments"]
+    heads = ["what to train, and on what", "SAM", "R3F", "anchor", "GAP", "transformers' TrainingArguments"]
     parts = re.split(r"^(" + "|".join(map(re.escape, heads)) + r"):$", printed.getvalue(), flags=re.M)
     assert parts[1::2] == heads
     groups = {head: set(re.findall(r"^  --(\w+)", text, re.M)) for head, text in zip(heads, parts[2::2], strict=True)}
@@ -203,7 +204,8 @@ def test_help_all_groups_every_option_by_method() -> None:
     assert {"r3f_lambda", "r3f_eps", "noise_type"} <= groups["R3F"]
     assert {"gap_steps", "gap_lr", "gap_max_drift", "tasks", "text_index"} <= groups["GAP"]
     theirs = {f.name for f in transformers.TrainingArguments.__dataclass_fields__.values() if f.init} - {"output_dir"}
-    assert theirs <= groups[heads[4]]
+    assert {"anchor", "anchor_kl", "sft_weighting"} <= groups["anchor"]
+    assert theirs <= groups[heads[5]]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +219,7 @@ def test_help_all_groups_every_option_by_method() -> None:
         ("--method sam_lm+r3f", "--sam_rho 0.15 --sam_ascent_fraction 0.25"),
         ("", "--method is needed: none, sam, sam_lm, asam, r3f, r4f, sam+r3f, sam+r4f, tram, anchor, "),
         ("--method anchor+sam", "write sam+anchor"),
-        ("--method asam+anchor", "an anchor joins with sam, r3f or both"),
+        ("--method asam+anchor", "write --method sam+anchor --sam_adaptive True --sam_rho 0.5"),
         ("--method sam --anchor_kl 0.1", "--anchor_kl is an option of an anchor, which --method sam does not do"),
         ("--method r3f --sam_rho 0.1", "--sam_rho is an option of SAM, which --method r3f does not do"),
         ("--method sam --noise-type normal", "--noise_type is an option of R3F"),
@@ -253,7 +255,7 @@ def test_help_all_groups_every_option_by_method() -> None:
         ("--method sam --save_strategy epoch --eval_strategy no --load_best_model_at_end", "eval strategy to match"),
         ("--method sam --deepspeed nope.json", "deepspeed"),
         ("--method sam --label_column text", "text, pair and label are three columns"),
-        ("--method sam --dtype float23", "Did you mean 'float32'"),
+        ("--method sam --dtype float23", "choose from 'float32', 'bfloat16', 'auto'"),
         ("--method sam --per_device_train_batch_size 0", "--per_device_train_batch_size must be at least 1"),
         ("--method sam --label_names foo", "--label_names: fastpost train makes the batches"),
         ("--method sam --metric_for_best_model accuracies", "Did you mean 'accuracy'?"),

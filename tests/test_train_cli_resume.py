@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -21,7 +22,7 @@ import pytest
 import torch
 import transformers
 
-from fastpost.cli import main, train_checkpoints, train_options, train_resume, train_run
+from fastpost.cli import main, train_checkpoints, train_options, train_run
 from fastpost.integrations.transformers import PostTrainer, PostTrainingArguments
 
 from .train_cli import Page, assert_same, saved, table, words_of
@@ -86,13 +87,11 @@ def test_another_method_model_data_and_labels_are_named(models, files, stopped, 
     lines = Path(files["rows.jsonl"]).read_text(encoding="utf-8").splitlines()
     other = tmp_path / "rows.jsonl"
     other.write_text("\n".join([lines[1], lines[0], *lines[2:]]), encoding="utf-8")
-    assert "(training data: other rows)" in refused(
-        words_of("sam", models, {**files, "rows.jsonl": str(other)}, stopped, *RESUME)
-    )
+    error = refused(words_of("sam", models, {**files, "rows.jsonl": str(other)}, stopped, *RESUME))
+    assert re.search(r"\(training data: 20 rows \(digest (\w+)\) then, 20 rows \(digest (?!\1)\w+\) now\)", error)
     other.write_text("\n".join(lines[:-2]), encoding="utf-8")
-    assert "(training data: 20 rows then, 18 now)" in refused(
-        words_of("sam", models, {**files, "rows.jsonl": str(other)}, stopped, *RESUME)
-    )
+    error = refused(words_of("sam", models, {**files, "rows.jsonl": str(other)}, stopped, *RESUME))
+    assert re.search(r"\(training data: 20 rows .* then, 18 rows .* now\)", error)
     renamed = {"code": "fraud", "prose": "ok"}
     paths = {}
     for name in ("rows.jsonl", "held.jsonl"):
@@ -234,14 +233,14 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_incomplete_one_named(model
     harm, told = DAMAGES[damage]
     harm(stopped / "checkpoint-3")
     run = train_options.parse(words_of("sam", models, files, stopped, *EVERY, *RESUME)[1:])
-    start = train_resume.asked_for(run)
+    start = train_checkpoints.asked_for(run)
     assert start.checkpoint == str(stopped / "checkpoint-2")
     (note,) = start.notes
     assert note.startswith("checkpoint-3 is incomplete (")
     assert told in note
     run.arguments.resume_from_checkpoint = str(stopped / "checkpoint-3")
     with pytest.raises(ValueError, match=f"checkpoint-3 is incomplete: .*{told}"):
-        train_resume.asked_for(run)
+        train_checkpoints.asked_for(run)
 
 
 def test_it_goes_on_from_there_to_the_same_weights(models, files, stopped, run_of_four, capsys) -> None:
@@ -295,7 +294,8 @@ def test_r4f_resumes_with_the_weights_that_it_trains(models, files, tmp_path, be
     (cut / "model.safetensors").unlink()
     assert main(words_of("r4f", models, files, cut, *extra, *RESUME)) == 0
     assert_same(saved(whole), saved(cut))
-    assert not (whole / train_checkpoints.R4F_NAME).exists()
+    trained = "classifier.parametrizations.weight.original"  # in checkpoints, beside the weight that it computes with
+    assert (trained in saved(whole / "checkpoint-4"), trained in saved(whole)) == (True, False)
     for folder in (whole, whole / "checkpoint-4"):
         weight = saved(folder)["classifier.weight"]
         assert float(torch.linalg.matrix_norm(weight, 2)) == pytest.approx(1, abs=1e-5)
@@ -307,7 +307,7 @@ def test_r4f_resumes_with_the_weights_that_it_trains(models, files, tmp_path, be
 
 SERVER = """
 import gc, json, os, sys
-import fastpost.cli, fastpost.cli.train, fastpost.cli.train_run, fastpost.cli.train_gap, fastpost.cli.train_page
+import fastpost.cli, fastpost.cli.train, fastpost.cli.train_run, fastpost.cli.train_gap, fastpost.cli.train_report
 import matplotlib.pyplot, sklearn.metrics, rich.progress, accelerate, transformers, datasets
 from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification,
                           DataCollatorWithPadding, PreTrainedTokenizerFast)
@@ -367,7 +367,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_weights(models, f
     kills = incomplete = 0
     while kills < KILLS:
         there = train_checkpoints.checkpoints_of(out)
-        resume = RESUME if train_resume.newest_whole(out) else []
+        resume = RESUME if train_checkpoints.newest_whole(out) else []
         if there and not resume:
             shutil.rmtree(out)
         child = begin(server, [*words, *resume])
@@ -389,7 +389,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_weights(models, f
         if status == 0 or (out / "report.html").exists():
             shutil.rmtree(out)  # it had come to its end; from the beginning
     print(f"{kills} kills, after {incomplete} of which a checkpoint was incomplete")
-    child = begin(server, [*words, *(RESUME if train_resume.newest_whole(out) else [])])
+    child = begin(server, [*words, *(RESUME if train_checkpoints.newest_whole(out) else [])])
     assert end(server) == 0
     assert_same(saved(whole), saved(out))
     assert_same(saved(whole / f"checkpoint-{steps}"), saved(out / f"checkpoint-{steps}"))

@@ -164,7 +164,7 @@ def test_the_command_to_go_on_with_shows_none(models, files, tmp_path, capsys, m
 
 def test_gap_and_the_trainer_itself_still_have_them(models, files, tmp_path) -> None:
     words = ["--method", "gap", "--model", models["causal"], "--train_file", files["texts.jsonl"], "--use_cpu"]
-    words += ["--gap_steps", "1", "--timing_rounds", "0", "--max_length", "4", "--output_dir", str(tmp_path / "gap")]
+    words += ["--gap_steps", "1", "--max_length", "4", "--output_dir", str(tmp_path / "gap")]
     assert main(["train", *words, "--dataset_config", "x"]) == 2
     assert main(["train", *words]) == 0
     run = train_options.parse(words_of("sam", models, files, tmp_path, "--hub_token", TOKEN)[1:])

@@ -90,4 +90,4 @@ def test_the_command_line_writes_and_draws_it(models: Any, files: Any, tmp_path:
         "2",
     ]
     assert main(words) == 2
-    assert "--sharpness_steps is measured in training runs" in capsys.readouterr().err
+    assert "--sharpness_steps is an option of training runs" in capsys.readouterr().err

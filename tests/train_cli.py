@@ -100,8 +100,6 @@ def words_of(method: str, models: dict[str, str], files: dict[str, str], out: Pa
         "--max_steps",
         "4",
         *METHOD_OPTIONS[method],
-        "--timing_rounds",
-        "0",
         *extra,
     ]
 

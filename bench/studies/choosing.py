@@ -11,10 +11,10 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from fastpost.bench.studies.arguments import names_of, seeds_of
 from fastpost.bench.studies.methods import PLAIN
 from fastpost.bench.studies.records import Records
 from fastpost.bench.studies.study import Block
-from fastpost.cli.options import names_of, seeds_of
 
 CHOOSING_SEED = 1000  # the first of the seeds that choose; none of them reports
 

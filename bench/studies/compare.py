@@ -23,9 +23,10 @@ from fastpost.bench import measure
 from fastpost.bench.run import default_backend
 from fastpost.bench.studies import results as shared
 from fastpost.bench.studies import small_lm, smollm2, tasks, tuning
+from fastpost.bench.studies.arguments import names_of, parsed, seeds_of
 from fastpost.bench.studies.results import Bars, Panel, Results, Series
 from fastpost.cli.models import PACKAGED_MODEL, load_lm, negative_log_likelihoods
-from fastpost.cli.options import Range, check, complain, names_of, option, parsed, seeds_of
+from fastpost.cli.options import Range, check, complain, option
 from fastpost.errors import BackendUnavailable, unknown
 from fastpost.integrations.masking import Mask
 from fastpost.r3f.spectral import find_classifier

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fastpost.bench.studies import language, methods
+from fastpost.bench.studies.arguments import names_of, seeds_of
 from fastpost.bench.studies.gap_sweep import read
 from fastpost.bench.studies.lm import trained, windows
 from fastpost.bench.studies.records import Records
 from fastpost.bench.studies.study import Block, Study, data_folder, digest
-from fastpost.cli.options import names_of, seeds_of
 
 GROUP = 32  # weights that share a scale, as in GGUF's Q4
 

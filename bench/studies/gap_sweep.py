@@ -21,11 +21,12 @@ from torch import Tensor
 import fastpost
 from fastpost.bench.studies import results as shared
 from fastpost.bench.studies import small_lm
+from fastpost.bench.studies.arguments import parsed, seeds_of
 from fastpost.bench.studies.results import Panel, Results, Series
 from fastpost.cli import tables
 from fastpost.cli.files import check_folder
 from fastpost.cli.models import Loaded, load_lm, negative_log_likelihoods, windows_of
-from fastpost.cli.options import Range, check, complain, option, parsed, seeds_of
+from fastpost.cli.options import Range, check, complain, option
 from fastpost.gap.many import COLUMNS, Row, sweep
 from fastpost.gap.tasks import Suite, Task, read_task
 from fastpost.gap.zero_shot import LIMIT, mean_of

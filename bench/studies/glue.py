@@ -17,12 +17,12 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from fastpost.bench.studies import methods
+from fastpost.bench.studies.arguments import names_of
 from fastpost.bench.studies.choosing import Comparison, add_options
 from fastpost.bench.studies.records import Records
 from fastpost.bench.studies.study import Block, Study, Timer, check_apart, data_folder, digest
 from fastpost.bench.studies.tasks import Example, Task, glue_task
 from fastpost.bench.studies.tuning import Classifier, Padded, drawn, linear_schedule
-from fastpost.cli.options import names_of
 
 TASKS = ("rte", "mrpc", "cola")
 SPLITS = ("validation", "dev")

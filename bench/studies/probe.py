@@ -18,9 +18,10 @@ from torch import Tensor, nn
 import fastpost
 from fastpost.bench.studies import results as shared
 from fastpost.bench.studies import tasks, tuning
+from fastpost.bench.studies.arguments import names_of, parsed, seeds_of
 from fastpost.bench.studies.results import Bars, Panel, Results, Row, Series
 from fastpost.cli.models import PACKAGED_MODEL
-from fastpost.cli.options import Range, check, complain, names_of, option, parsed, seeds_of
+from fastpost.cli.options import Range, check, complain, option
 from fastpost.errors import unknown
 from fastpost.ops.noise import check_noise
 from fastpost.r3f import relatives

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from fastpost.cli.methods import METHODS
+from fastpost.cli.methods import HELP
 from fastpost.errors import unknown
 
 COMMANDS = {
@@ -16,13 +16,6 @@ COMMANDS = {
 }
 # Studies, which were commands once.
 MOVED = ("compare", "probe", "gap-sweep")
-# Options that a command cannot do without (one of each tuple), and what to say; checked before anything slow is imported.
-_NEEDED: dict[str, dict[tuple[str, ...], str]] = {
-    "train": {
-        ("method",): f"--method is needed: {', '.join(METHODS)}",
-        ("train_file", "dataset"): "--train_file or --dataset says what to train on; give one of the two",
-    },
-}
 # What the commands need beyond fastpost's own requirements.
 _EXTRA = ("transformers", "rich", "matplotlib", "yaml", "tokenizers", "sklearn")
 
@@ -47,10 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"fastpost: error: {unknown('command', command, COMMANDS)}", file=sys.stderr)
         return 2
-    lacking = _lacking(command, arguments)
-    if lacking:
-        print(f"fastpost {command}: error: {lacking} (`fastpost {command} --help` shows how)", file=sys.stderr)
-        return 2
+    if command == "train" and (not arguments or {"-h", "--help"} & set(arguments)):  # before anything slow is imported
+        print(HELP, end="")
+        return 0 if arguments else 2
     try:
         module = importlib.import_module(f"fastpost.cli.{command.replace('-', '_')}")
         return int(module.main(arguments))
@@ -64,11 +56,3 @@ def explain_missing(program: str, error: ModuleNotFoundError) -> int:
         raise error
     print(f"{program} needs {error.name}. Run: pip install 'fastpost[cli]'", file=sys.stderr)
     return 2
-
-
-def _lacking(command: str, words: Sequence[str]) -> str | None:
-    """What has to be said about a command line without an option that it needs; a file may hold any of them."""
-    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("-")}
-    if given & {"h", "help", "help_all", "config"} or (words and words[0].lower().endswith((".json", ".yaml", ".yml"))):
-        return None
-    return next((said for names, said in _NEEDED.get(command, {}).items() if not given & set(names)), None)

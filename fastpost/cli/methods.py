@@ -1,21 +1,10 @@
 """The methods of `fastpost train` and its first screen of help, which have to be there before torch is imported."""
 
-METHODS = {
-    "none": "the plain step",
-    "sam": "SAM",
-    "sam_lm": "SAM, rho 0.15, ascent on a quarter of the accumulation window",
-    "asam": "adaptive SAM, rho 0.5",
-    "r3f": "R3F",
-    "r4f": "R3F with a spectrally normalised head, for classifiers",
-    "sam+r3f": "both",
-    "sam+r4f": "SAM and R4F",
-    "tram": "adaptive SAM, whose radius is the divergence under R3F's noise",
-    "anchor": "a divergence from a reference: the start, or an average of the weights",
-    "sam+anchor": "both",
-    "r3f+anchor": "both",
-    "sam+r3f+anchor": "all three",
-    "gap": "gradient ascent on one text",
-}
+METHODS = (
+    *("none", "sam", "sam_lm", "asam", "r3f", "r4f"),
+    *("sam+r3f", "sam+r4f", "tram", "anchor", "sam+anchor"),
+    *("r3f+anchor", "sam+r3f+anchor", "gap"),
+)
 
 HELP = """usage: fastpost train [run.yaml] --method METHOD --train_file FILE [options]
 
@@ -45,7 +34,6 @@ what to train, and on what:
 training:
   --learning_rate, --num_train_epochs, --max_steps, --seed, --bf16,
   --per_device_train_batch_size, --gradient_accumulation_steps
-  --timing_rounds N      times N steps beside a plain step; default: 0, none
 methods:
   SAM  --sam_rho 0.05    radius of the perturbation; --sam_scope which weights
        --sam_variant V   gsam:alpha=0.2, looksam and others
@@ -56,4 +44,4 @@ methods:
 
 --help-all lists every option, those of transformers' TrainingArguments too.
 A YAML or JSON file may hold options under the same names; typed ones win.
-""".format(methods=[", ".join(names) for names in (list(METHODS)[:6], list(METHODS)[6:11], list(METHODS)[11:])])
+""".format(methods=[", ".join(names) for names in (METHODS[:6], METHODS[6:11], METHODS[11:])])

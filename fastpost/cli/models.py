@@ -63,6 +63,32 @@ def quietly() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
+def load(name: str, labels: Sequence[str] = (), dtype: str = "float32") -> tuple[Any, Any, list[str]]:
+    """From a local folder or a hub: tokenizer, model, and the names of weights that were made anew.
+
+    Args:
+        labels: names of the classes of a classifier, which are kept in its config; none for a causal language model.
+        dtype: of the weights: "float32", "bfloat16" or "auto".
+
+    Raises:
+        ValueError: nothing that can be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    auto: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    with loading(name), quietly():
+        config: Any = AutoConfig.from_pretrained(name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        if labels and set(getattr(config, "label2id", None) or ()) != set(labels):  # else the model keeps its own order
+            config.num_labels = len(labels)
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: k for k, label in enumerate(labels)}
+        if not labels and not getattr(config, "pad_token_id", None) and getattr(config, "is_encoder_decoder", False):
+            raise ValueError("an encoder-decoder does not continue text; give a causal language model")
+        model, info = auto.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+    return tokenizer, model, sorted(info["missing_keys"])
+
+
 # -- encoders ----------------------------------------------------------------------------------------------------------
 
 
@@ -93,11 +119,16 @@ def packaged_model() -> Path:
 
 @dataclass
 class Loaded:
-    """A causal language model and how it reads: text to token ids, without special tokens, and back."""
+    """A causal language model and how it reads: text to token ids, without special tokens, and back.
+
+    Attributes:
+        tokenizer: transformers'; None for a model that reads another way.
+    """
 
     model: Any
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
+    tokenizer: Any = None
 
 
 def load_lm(name: str) -> Loaded:
@@ -106,21 +137,17 @@ def load_lm(name: str) -> Loaded:
     Raises:
         ValueError: nothing that can be loaded, or no trained causal language model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    load: Any = AutoModelForCausalLM.from_pretrained
-    with loading(name):
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        model, info = load(name, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"]:
-        lacking = ", ".join(sorted(info["missing_keys"])[:5])
-        raise ValueError(f"--model {name} is no trained causal language model: it has no weights for {lacking}")
+    tokenizer, model, missing = load(name)
+    if missing:
+        raise ValueError(
+            f"--model {name} is no trained causal language model: it has no weights for {', '.join(missing[:5])}"
+        )
     check_causal(model)
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    return Loaded(model, encode, tokenizer.decode)
+    return Loaded(model, encode, tokenizer.decode, tokenizer)
 
 
 @torch.no_grad()

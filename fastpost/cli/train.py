@@ -7,36 +7,24 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
-from fastpost.cli.methods import HELP
 from fastpost.cli.options import complain
 from fastpost.integrations.masking import Mask
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; 0 when done, 2 where something is wrong with what was asked for, 130 when interrupted."""
-    if {"-h", "--help"} & set(argv):
-        print(HELP, end="")
-        return 0
-    from rich.console import Console
-
     began = time.perf_counter()
     mask = Mask(os.environ)
     try:  # a missing framework says how to install it
-        from fastpost.cli import train_gap, train_options
+        from fastpost.cli import train_checkpoints, train_gap, train_options, train_report, train_run
 
         run = train_options.parse(argv, mask)
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=120, quiet=run.arguments is not None and run.arguments.process_index > 0)
         if run.method == "gap":
             ascent = train_gap.prepare(run)
         else:
-            from fastpost.cli import train_resume, train_run
-
             job = train_run.prepare(run)
-            trainer = train_run.assemble(job, console)
+            trainer = train_run.assemble(job)
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:  # what transformers refuses, too
         if isinstance(error, ModuleNotFoundError) and not isinstance(error, importlib.metadata.PackageNotFoundError):
             raise  # the command line's own list says what to install
@@ -46,41 +34,28 @@ def main(argv: Sequence[str]) -> int:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
     try:
-        if run.method == "gap":
-            results = train_gap.carry_out(run, ascent, console)
-        else:
-            results = train_run.carry_out(job, trainer, console)
+        results = train_gap.carry_out(run, ascent) if run.method == "gap" else train_run.carry_out(job, trainer)
     except KeyboardInterrupt:
-        if run.method == "gap":
-            console.print("interrupted; GAP puts the weights back, and nothing was written. To begin again:")
-            console.print(run.command, soft_wrap=True, highlight=False, markup=False)
+        if run.method != "gap":
+            train_checkpoints.tell_how(run)
         else:
-            train_resume.tell_how(run, console)
+            print(f"interrupted; GAP puts the weights back, and nothing was written. To begin again:\n{run.command}")
         return 130
     except Exception as error:
-        if not _of_the_asker(error, gap=run.method == "gap"):
+        if not _is_users(error, gap=run.method == "gap"):
             mask.exception(error)
             raise
         complain("fastpost train", error, mask)
         return 2
-    _conclude(results, console, time.perf_counter() - began)
+    if run.arguments is None or run.arguments.process_index == 0:
+        for what, value, aside in train_report.tiles_of(results):
+            print(f"  {what}: {value} ({aside})")
+        print(f"{time.perf_counter() - began:.0f} s in all; see {results.folder / train_report.HTML_NAME}")
     return 0
 
 
-def _of_the_asker(error: Exception, gap: bool) -> bool:
+def _is_users(error: Exception, gap: bool) -> bool:
     """A disk that is full or cannot be written; a score or a text that GAP refuses. Anything else wants its traceback."""
     from safetensors import SafetensorError
 
     return isinstance(error, (OSError, SafetensorError)) or (gap and isinstance(error, ValueError))
-
-
-def _conclude(results: Any, console: Any, seconds: float) -> None:
-    from fastpost.cli.train_page import tiles_of
-    from fastpost.cli.train_report import HTML_NAME
-
-    for what, value, aside in tiles_of(results):
-        console.print(f"  {what}: [bold]{value}[/bold] ({aside})", highlight=False)
-    if results.untimed:
-        console.print(f"  step times: {results.untimed}", highlight=False, markup=False)
-    told = f"{seconds:.0f} s in all; see {results.folder / HTML_NAME}"
-    console.print(told, soft_wrap=True, highlight=False, markup=False)

@@ -1,44 +1,44 @@
-"""Checkpoints of `fastpost train`: what is written into them in addition to transformers' files, whether one is whole, and
-what of it counts where a run is resumed with other options."""
+"""Checkpoints of `fastpost train`: what is written into them in addition to transformers' files, whether one is whole, which
+one a run resumes from, and what of it counts with other options."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
+import math
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import SchedulerType, TrainerCallback
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import SchedulerType, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from fastpost.cli.models import quietly
+from fastpost.cli.train_options import Run
 from fastpost.integrations.mixin import innermost
 from fastpost.integrations.options import PostTrainingOptions, part_of
 from fastpost.integrations.transformers import PostTrainer
 from fastpost.sam.options import STEPS_KEY
 
-STATE, R4F_NAME = "trainer_state.json", "r4f.safetensors"
+STATE = "trainer_state.json"
 # What a checkpoint cannot do without, by beginnings of names: of one process or several, of FSDP and of DeepSpeed.
-_WEIGHTS = ("model.", "pytorch_model", "adapter_model.", "global_step")
-_OPTIMIZER = ("optimizer", "global_step")
-_SCHEDULE = ("scheduler.pt", "global_step")
-_GENERATORS = ("rng_state",)
-_NEEDED = {"weights": _WEIGHTS, "optimizer state": _OPTIMIZER, "schedule": _SCHEDULE, "generator states": _GENERATORS}
+_NEEDED = {
+    "weights": ("model.", "pytorch_model", "adapter_model.", "global_step"),
+    "optimizer state": ("optimizer", "global_step"),
+    "schedule": ("scheduler.pt", "global_step"),
+    "generator states": ("rng_state",),
+}
+_ANEW = "To begin a new run with a checkpoint's weights, give its folder as --model, and another --output_dir"
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, whole or not, the newest first."""
-    if not folder.is_dir():
-        return []
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir() if path.is_dir()]
-    return [path for _, path in sorted(((int(m[1]), path) for m, path in found if m), reverse=True)]
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.partition("-")[2].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
 
 
 def flaw_of(checkpoint: Path) -> str | None:
@@ -62,6 +62,10 @@ def flaw_of(checkpoint: Path) -> str | None:
     return next((f"no {what}" for what, names in _NEEDED.items() if not any(n.startswith(names) for n in there)), None)
 
 
+def newest_whole(folder: Path) -> Path | None:
+    return next((path for path in checkpoints_of(folder) if flaw_of(path) is None), None)
+
+
 def record_of(checkpoint: Path) -> dict[str, Any]:
     """What `RunRecord` wrote: `made_by` and `files`; empty for a checkpoint of another program.
 
@@ -69,22 +73,19 @@ def record_of(checkpoint: Path) -> dict[str, Any]:
         OSError: no state. ValueError: half of one.
     """
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    kept = state.get("stateful_callbacks", {}).get(RunRecord.__name__, {})
-    return dict(kept.get("attributes", {}))
+    return dict(state.get("stateful_callbacks", {}).get(RunRecord.__name__, {}).get("attributes", {}))
 
 
 class RunRecord(TrainerCallback, ExportableState):
     """Writes into the state of each checkpoint what made it, and its files with their sizes."""
 
-    def __init__(self) -> None:
-        self.made_by: dict[str, Any] = {}
+    def __init__(self, made_by: Mapping[str, str] | None = None) -> None:
+        self.made_by = dict(made_by or {})
         self.saving: Path | None = None
 
     def state(self) -> dict[str, Any]:
-        files = {}
-        if self.saving is not None:
-            paths = sorted(path for path in self.saving.rglob("*") if path.is_file() and path.name != STATE)
-            files = {path.relative_to(self.saving).as_posix(): path.stat().st_size for path in paths}
+        paths = [] if self.saving is None else sorted(path for path in self.saving.rglob("*") if path.is_file())
+        files = {path.relative_to(str(self.saving)).as_posix(): path.stat().st_size for path in paths if path.name != STATE}
         return {"args": {}, "attributes": {"made_by": self.made_by, "files": files}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -95,8 +96,6 @@ class RunTrainer(PostTrainer):
     """PostTrainer for a run that may be killed at any moment.
 
     A checkpoint never holds files of two runs: what is left of an incomplete one is removed before it is written again.
-    With R4F it holds the weights that the layer computes with, under their plain names, for `from_pretrained`; and those
-    that the optimizer trains in a file of their own.
 
     Args:
         record: of this run.
@@ -107,11 +106,6 @@ class RunTrainer(PostTrainer):
         super().__init__(*args, **kwargs)
         self.record, self.changed = record, changed
         self.add_callback(record)
-
-    @property
-    def _module(self) -> torch.nn.Module:
-        module: Any = self.model
-        return cast(torch.nn.Module, module)
 
     def rehearse(self) -> None:
         """Builds optimizer and schedule as the run will, for what they refuse; the optimizer is kept, and not stepped.
@@ -131,7 +125,19 @@ class RunTrainer(PostTrainer):
             raise ValueError("--resume_with_changes: a sharded optimizer cannot be resumed with changes")
         self.lr_scheduler, self._created_lr_scheduler = None, False
 
-    # -- saving -------------------------------------------------------------------------------------------------------------
+    def was_at_its_end(self, checkpoint: str) -> bool:
+        """Whether a checkpoint is of the run's last step, after which the Trainer would make another; it is loaded then."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+        steps = max(-(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps), 1)
+        asked = self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * steps)
+        if state.global_step < asked:
+            return False
+        self._load_from_checkpoint(checkpoint)
+        state.is_local_process_zero, state.is_world_process_zero = self.is_local_process_zero(), self.is_world_process_zero()
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return True
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -148,36 +154,21 @@ class RunTrainer(PostTrainer):
         self.accelerator.wait_for_everyone()  # the state, which says that all is there, is written next
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.r4f is None:
-            super()._save(output_dir, state_dict)
-            return
-        super()._save(output_dir, plain_state(self._module))
-        if output_dir not in (None, self.args.output_dir):
-            save_file(self._trained_weights(), Path(str(output_dir)) / R4F_NAME)
-
-    def _trained_weights(self) -> dict[str, torch.Tensor]:
-        ends = ".parametrizations.weight.original"
-        return {name: p.detach().contiguous() for name, p in self._module.state_dict().items() if name.endswith(ends)}
-
-    # -- loading ------------------------------------------------------------------------------------------------------------
+        """With R4F the weights that the head computes with are there too, under their plain names, for `from_pretrained`."""
+        if self.r4f is not None:
+            model: Any = self.model
+            layers = {name: module for name, module in model.named_modules() if is_parametrized(module)}
+            plain = {f"{at}.{name}": getattr(m, name).detach() for at, m in layers.items() for name in m.parametrizations}
+            state_dict = {**model.state_dict(), **plain}
+        super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with self._head(resume_from_checkpoint):
+        with quietly():  # about R4F's plain weights, which the model has under another name
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        with self._head(str(self.state.best_model_checkpoint)):
-            super()._load_best_model()
-
-    @contextmanager
-    def _head(self, checkpoint: str) -> Iterator[None]:
-        """Loads the head's trained weights after the others, about which transformers would warn."""
-        if self.r4f is None:
-            yield
-            return
         with quietly():
-            yield
-        self._module.load_state_dict(load_file(Path(checkpoint) / R4F_NAME), strict=False)
+            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer's own; with changed options, moments and counters are the checkpoint's, the rest is this run's."""
@@ -185,47 +176,18 @@ class RunTrainer(PostTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         step = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["global_step"]
-        optimizer, schedule = innermost(self.optimizer), self.lr_scheduler
+        optimizer = innermost(self.optimizer)
+        schedule: Any = self.lr_scheduler
         asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         if not {"optim", "optim_args", "optim_target_modules"} & set(self.changed):
             optimizer.load_state_dict(torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True))
             for group, mine in zip(optimizer.param_groups, asked, strict=True):
                 group.update({key: value for key, value in mine.items() if key != STEPS_KEY or key not in group})
-        advance(schedule, optimizer, step)
-
-
-def advance(schedule: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Sets a fresh LambdaLR to the rates that it gives after `step` steps."""
-    schedule.last_epoch, schedule._step_count = step, step + 1
-    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule._last_lr = rates
-
-
-def misfit_of(checkpoint: Path, model: torch.nn.Module) -> str | None:
-    """A weight of a checkpoint that a model does not have in that shape; None where all fit."""
-    shapes = {name: list(value.shape) for name, value in plain_state(model).items()}
-    for path in sorted(checkpoint.glob("model*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  # it is no mapping
-                if file.get_slice(name).get_shape() != shapes.get(name):
-                    return str(name)
-    return None
-
-
-def plain_state(model: torch.nn.Module) -> dict[str, Any]:
-    """A model's state under its names without parametrisations, with the weights that its layers compute with."""
-    modules = dict(model.named_modules())
-    found: dict[str, Any] = {}
-    for name, value in model.state_dict().items():
-        layer, mark, rest = name.rpartition(".parametrizations.")
-        if not mark:
-            found[name] = value
-        else:
-            weight = rest.partition(".")[0]
-            found[f"{layer}.{weight}"] = getattr(modules[layer], weight).detach()
-    return found
+        schedule.last_epoch, schedule._step_count = step, step + 1
+        rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
 
 
 # -- what made a checkpoint -------------------------------------------------------------------------------------------------
@@ -239,40 +201,136 @@ _HARMLESS = frozenset(_WORDS.split())
 _HARMLESS_BEGINNINGS = ("logging_", "log_", "save_", "eval_", "hub_", "trackio_", "dataloader_")
 
 
-def options_that_train(arguments: Any, parts: Collection[str]) -> dict[str, Any]:
-    """Those of a trainer's arguments that change what it trains, as JSON has them.
+def options_that_train(arguments: Any, parts: Collection[str]) -> dict[str, str]:
+    """Those of a trainer's arguments that change what it trains, in words.
 
     Args:
         parts: "sam", "r3f" or both: methods whose options count.
     """
-    others = [f.name for f in dataclasses.fields(PostTrainingOptions) if part_of(f.name) not in parts]
-    plain = json.loads(json.dumps(arguments.to_dict(), default=str))
+    others = [f.name for f in fields(PostTrainingOptions) if part_of(f.name) not in parts]
     return {
-        name: value
-        for name, value in plain.items()
+        name: str(value)
+        for name, value in json.loads(json.dumps(arguments.to_dict(), default=str)).items()
         if name not in (*_HARMLESS, *others)
         and (not name.startswith(_HARMLESS_BEGINNINGS) or name == "dataloader_drop_last")
     }
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Where what made a checkpoint and what resumes it differ: in words, by name. What one of them does not have (an option
-    of another method) is passed over."""
-    found = {}
-    for name in then:
-        before, after = then[name], now.get(name)
-        if before == after or name not in now:
-            continue
-        if isinstance(before, dict) and isinstance(after, dict) and "digest" in after:
-            told = f"{before['rows']} rows then, {after['rows']} now" if before["rows"] != after["rows"] else "other rows"
-            found[name] = f"{name}: {told}"
-        elif isinstance(before, list) and isinstance(after, list):
-            found[name] = f"{name}: {_listed(before)} then, {_listed(after)} now"
-        else:
-            found[name] = f"{name}: {before} then, {after} now"
-    return found
+# -- resuming ---------------------------------------------------------------------------------------------------------------
 
 
-def _listed(names: list[Any]) -> str:
-    shown = ", ".join(map(str, names[:6])) or "none"
-    return shown + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: to resume from; None: at the beginning.
+        notes: newer checkpoints that are incomplete.
+        changes: what differs from the run that made it, in words, by name.
+    """
+
+    checkpoint: str | None = None
+    notes: tuple[str, ...] = ()
+    changes: Mapping[str, str] = field(default_factory=dict)
+
+
+def asked_for(run: Run) -> Start:
+    """The checkpoint to resume from: the one named, or the newest whole one.
+
+    Raises:
+        ValueError, FileNotFoundError: there is none, it is incomplete, or one of another run is in the way.
+    """
+    asked = str(run.arguments.resume_from_checkpoint)
+    there = checkpoints_of(run.folder)
+    if asked.lower() in ("none", "false"):
+        if there:
+            flaw, whole = flaw_of(there[0]), newest_whole(run.folder)
+            how = "" if flaw is None else f", which is incomplete ({flaw})"
+            how += f"; --resume_from_checkpoint True resumes from {whole.name}" if whole else ""
+            raise ValueError(
+                f"{run.folder} holds {there[0].name} of an earlier run{how}; for another run give another --output_dir"
+            )
+        return Start()
+    if asked.lower() == "true":
+        if not there:
+            raise ValueError(f"--resume_from_checkpoint True: there is no checkpoint in {run.folder}")
+        whole = newest_whole(run.folder)
+        newer = there if whole is None else there[: there.index(whole)]
+        notes = tuple(f"{path.name} is incomplete ({flaw_of(path)})" for path in newer)
+        if whole is not None:
+            return Start(str(whole), notes)
+        raise ValueError(
+            f"--resume_from_checkpoint True: no checkpoint in {run.folder} is whole; {'; '.join(notes)}. {_ANEW}"
+        )
+    if not Path(asked).is_dir():
+        raise FileNotFoundError(f"--resume_from_checkpoint: there is no folder {asked}")
+    flaw = flaw_of(Path(asked))
+    if flaw is not None:
+        raise ValueError(f"--resume_from_checkpoint: {asked} is incomplete: {flaw}. {_ANEW}")
+    return Start(asked)
+
+
+def compared(start: Start, made_by: Mapping[str, str], run: Run, model: Any) -> Start:
+    """The start with what differs from the run that made its checkpoint; what one of the two does not have is passed over.
+
+    Args:
+        made_by: of this run, as `RunRecord` keeps it.
+        model: that is trained, whose weights have to have the checkpoint's shapes.
+
+    Raises:
+        ValueError: something differs, and the user has not asked for it or it cannot be.
+    """
+    if start.checkpoint is None:
+        return start
+    then = record_of(Path(start.checkpoint)).get("made_by", {})
+    changes = {k: f"{k}: {then[k]} then, {made_by[k]} now" for k in then if made_by.get(k, then[k]) != then[k]}
+    if "number of labels" in changes:
+        raise ValueError(f"{start.checkpoint} cannot be resumed: {changes['labels']}. {_ANEW}")
+    if not then and not run.data.resume_with_changes:
+        raise ValueError(
+            f"{start.checkpoint} does not say what made it, so whether this run fits cannot be checked; "
+            "--resume_with_changes True resumes without that check"
+        )
+    if changes and not run.data.resume_with_changes:
+        raise ValueError(
+            f"{start.checkpoint} was made by another run ({'; '.join(changes.values())}); --resume_with_changes True "
+            "resumes with the new ones, and another --output_dir begins a new run"
+        )
+    changes = changes if then else {"unknown": "what made the checkpoint is not known"}
+    if changes and (name := _misfit(Path(start.checkpoint), model, run.arguments.r3f_spectral is not None)):
+        raise ValueError(f"{start.checkpoint} cannot be resumed: the model has no weight {name} of the same shape. {_ANEW}")
+    return replace(start, changes=changes)
+
+
+def _misfit(checkpoint: Path, model: torch.nn.Module, normalised: bool) -> str | None:
+    """A weight of a checkpoint that a model does not have in that shape; None where all fit.
+
+    Args:
+        normalised: the model is to have R4F's head, whose weights have to be in the checkpoint.
+    """
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    for path in sorted(checkpoint.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            trained = [name for name in file.keys() if ".parametrizations." in name]  # noqa: SIM118  # it is no mapping
+            for name in file.keys():  # noqa: SIM118
+                if name not in trained and file.get_slice(name).get_shape() != shapes.get(name):
+                    return str(name)
+            if normalised and not trained:
+                return "parametrizations.weight.original"
+    return None
+
+
+def tell_how(run: Run) -> None:
+    """Names the command that resumes from the newest checkpoint, if there is one."""
+    last, command = newest_whole(run.folder), run.command
+    if last is None:
+        there = ", ".join(path.name for path in checkpoints_of(run.folder))
+        print(
+            "interrupted before the first whole checkpoint; nothing can be resumed. To begin again"
+            + (f", without {there} in the way:" if there else ":")
+        )
+    else:
+        print(f"interrupted; to resume from {last}, run this:")
+        resume = " --resume_from_checkpoint True"  # after whatever the command said of it before
+        command = command.removesuffix(resume) + resume
+    print(command)

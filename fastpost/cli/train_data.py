@@ -36,7 +36,8 @@ class Data:
     """Rows to train on and rows to evaluate on; `labels` is empty for text to model.
 
     Attributes:
-        by_tokens: a single text of a few lines, whose last tenth of tokens is to be held out (`streams` does it).
+        held_out: the validation rows are of the training data; of a single text there are none yet, and `streams` holds out
+            its last tokens.
         notes: what was recognised in the files.
     """
 
@@ -44,16 +45,15 @@ class Data:
     validation: list[Row]
     labels: tuple[str, ...]
     held_out: bool
-    by_tokens: bool = False
     notes: tuple[str, ...] = ()
 
-    def told(self) -> str:
+    def summary(self) -> str:
         where = "validation data as given"
         if self.held_out:
-            where = "a tenth held out by a fixed draw" if len(self.train) > 1 else "its last tenth held out"
+            where = "a tenth held out by a fixed draw" if self.validation else "its last tenth held out"
             where += ", of every label alike" if self.labels else ""
         what = f"{len(self.labels)} labels" if self.labels else "text"
-        counts = "1 text" if self.by_tokens else f"{len(self.train)} training and {len(self.validation)} validation rows"
+        counts = f"{len(self.train)} training and {len(self.validation)} validation rows" if self.validation else "1 text"
         return "; ".join((f"{counts} ({where}), {what}", *self.notes))
 
     def majority(self) -> tuple[str, float]:
@@ -85,10 +85,9 @@ def read(options: DataOptions, needs_validation: bool = True) -> Data:
         if row.label is not None and row.label not in names:
             raise unknown("label of the validation data", row.label, labels)
     held_out = not validation and needs_validation
-    by_tokens = held_out and len(train) == 1 and not labels and last_lines(train[0].text) is None
-    if held_out and not by_tokens:
+    if held_out and (len(train) > 1 or labels):
         train, validation = hold_out(train)
-    return Data(train, validation, labels, held_out, by_tokens, notes)
+    return Data(train, validation, labels, held_out, notes)
 
 
 def read_texts(options: DataOptions) -> tuple[list[str], list[str]]:
@@ -97,45 +96,16 @@ def read_texts(options: DataOptions) -> tuple[list[str], list[str]]:
     Raises:
         ValueError, ImportError: as `read`.
     """
-    alone = replace(options, pair_column="none", label_column="none")
-    train, validation, _ = _both(alone)
+    train, validation, _ = _both(replace(options, pair_column="none", label_column="none"))
     return [row.text for row in train], [row.text for row in validation]
 
 
-def _both(options: DataOptions) -> tuple[list[Row], list[Row], tuple[str, ...]]:
-    if options.dataset is not None:
-        (train, notes), (validation, others) = _from_hub(options)
-    else:
-        assert options.train_file is not None
-        train, notes = _rows_of_file(Path(options.train_file), options)
-        given = options.validation_file
-        validation, others = ([], ()) if given is None else _rows_of_file(Path(given), options)
-    return train, validation, tuple(dict.fromkeys((*notes, *others)))
-
-
-def _order(label: str) -> tuple[int, int, str]:
-    """Whole numbers by their value, before names."""
-    return (0, int(label), label) if re.fullmatch("-?[0-9]+", label) else (1, 0, label)
-
-
-def last_lines(text: str) -> tuple[str, str] | None:
-    """A text without the last tenth of its lines, and these; None where it has too few lines."""
-    lines = text.splitlines(keepends=True)
-    cut = len(lines) - len(lines) // HELD_OUT
-    parts = "".join(lines[:cut]), "".join(lines[cut:])
-    return parts if all(part.strip() for part in parts) else None
-
-
 def hold_out(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """A tenth of the rows, the same every time, and of every label alike; of a single text its last tenth, by lines.
-
-    A label's last row stays in training.
+    """A tenth of the rows, the same every time, and of every label alike; a label's last row stays in training.
 
     Raises:
         ValueError: no row can be spared.
     """
-    if len(rows) == 1 and rows[0].label is None and (parts := last_lines(rows[0].text)):
-        return [Row(parts[0])], [Row(parts[1])]
     spare = {label: min(math.ceil(count / HELD_OUT), count - 1) for label, count in Counter(r.label for r in rows).items()}
     held: set[int] = set()
     for k in random.Random(0).sample(range(len(rows)), len(rows)):
@@ -148,13 +118,31 @@ def hold_out(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     return [row for k, row in enumerate(rows) if k not in held], [row for k, row in enumerate(rows) if k in held]
 
 
+def digest(rows: Iterable[Row]) -> str:
+    """Tells other rows, or rows in another order."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(repr((row.text, row.pair, row.label)).encode())
+    return found.hexdigest()[:32]
+
+
 # -- where rows come from ---------------------------------------------------------------------------------------------------
 
 
-Read = tuple[list[Row], tuple[str, ...]]  # rows, and notes on what was recognised and what is not used
+def _both(options: DataOptions) -> tuple[list[Row], list[Row], tuple[str, ...]]:
+    """Training rows, validation rows, and notes on what was recognised and what is not used."""
+    notes: list[str] = []
+    if options.dataset is not None:
+        train, validation = _from_hub(options, notes)
+    else:
+        assert options.train_file is not None
+        train = _rows_of_file(Path(options.train_file), options, notes)
+        given = options.validation_file
+        validation = [] if given is None else _rows_of_file(Path(given), options, notes)
+    return train, validation, tuple(dict.fromkeys(notes))
 
 
-def _rows_of_file(path: Path, options: DataOptions) -> Read:
+def _rows_of_file(path: Path, options: DataOptions, notes: list[str]) -> list[Row]:
     suffix = tables.suffix_of(path)
     if suffix not in tables.KINDS:
         known = ", ".join(f"{kind} ({ending})" for ending, kind in tables.KINDS.items())
@@ -163,13 +151,13 @@ def _rows_of_file(path: Path, options: DataOptions) -> Read:
         text = tables.text_of(path)
         if not text.strip():
             raise ValueError(f"{path} holds no text")
-        return [Row(text)], ()
+        return [Row(text)]
     lines = tables.read(path, options.text_column)
-    rows, notes = _rows(lines.rows, options, str(path))
-    return rows, (lines.note, *notes) if lines.note else notes
+    notes += [lines.note] if lines.note else []
+    return _rows(lines.rows, options, str(path), notes)
 
 
-def _from_hub(options: DataOptions) -> tuple[Read, Read]:
+def _from_hub(options: DataOptions, notes: list[str]) -> tuple[list[Row], list[Row]]:
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
@@ -178,42 +166,39 @@ def _from_hub(options: DataOptions) -> tuple[Read, Read]:
     columns = (options.text_column, options.pair_column or "pair", options.label_column or "label")
     try:
         config = datasets.load_dataset_builder(name, options.dataset_config).config
-        loaded = datasets.load_dataset(name, options.dataset_config, **_as_written(config, columns))
+        as_written: dict[str, Any] = {}
+        if hasattr(config, "keep_default_na"):  # the reader of CSV: cells are what --train_file reads
+            as_written = {"keep_default_na": False, "converters": dict.fromkeys(columns, str)}
+            if "\t" in (config.sep, config.delimiter):
+                as_written["quoting"] = csv.QUOTE_NONE
+        loaded = datasets.load_dataset(name, options.dataset_config, **as_written)
     except Exception as error:  # whatever its many readers raise, the name was wrong, or what is there cannot be read
         raise ValueError(f"--dataset {name} cannot be loaded: {str(error).splitlines()[0]}") from error
     validation = options.validation_split or ("validation" if "validation" in loaded else None)
-    parts: list[Read] = []
-    for split in (options.train_split, validation):
+    parts: list[list[Row]] = [[], []]
+    for part, split in zip(parts, (options.train_split, validation), strict=True):
         if split is not None and split not in loaded:
             raise unknown(f"split of {name}", split, loaded)
-        parts.append(([], ()) if split is None else _rows_of_split(loaded[split], options, f"{name}, {split}"))
+        if split is not None:
+            part += _rows_of_split(loaded[split], options, f"{name}, {split}", notes)
     return parts[0], parts[1]
 
 
-def _as_written(config: Any, columns: Sequence[str]) -> dict[str, Any]:
-    """Options of the CSV reader by which cells are what --train_file reads; none for other readers."""
-    if not hasattr(config, "keep_default_na"):
-        return {}
-    tsv = "\t" in (config.sep, config.delimiter)
-    literal = {"quoting": csv.QUOTE_NONE} if tsv else {}
-    return {"keep_default_na": False, "converters": dict.fromkeys(columns, str), **literal}
-
-
-def _rows_of_split(split: Any, options: DataOptions, where: str) -> Read:
+def _rows_of_split(split: Any, options: DataOptions, source: str, notes: list[str]) -> list[Row]:
     named = {column: kind.names for column, kind in split.features.items() if hasattr(kind, "names")}
 
     def lines() -> Iterable[tables.Line]:
         for number, row in enumerate(split):
-            for column, names in named.items():
-                if column.strip() == (options.label_column or "label") and row[column] is not None and row[column] < 0:
-                    raise ValueError(f"{where}, row {number}: no label (-1)")
+            for column, names in named.items():  # -1: no label
                 row[column] = None if row[column] is None or row[column] < 0 else names[row[column]]
-            yield f"{where}, row {number}", {column.strip(): value for column, value in row.items()}
+            yield f"{source}, row {number}", {column.strip(): value for column, value in row.items()}
 
-    return _rows(lines(), options, where, {column.strip() for column in named})
+    return _rows(lines(), options, source, notes, {column.strip() for column in named})
 
 
-def _rows(lines: Iterable[tables.Line], options: DataOptions, source: str, labels: Collection[str] = ()) -> Read:
+def _rows(
+    lines: Iterable[tables.Line], options: DataOptions, source: str, notes: list[str], labels: Collection[str] = ()
+) -> list[Row]:
     """Rows from mappings by the names of their columns; `labels` are columns that are known to be labels."""
     found: list[Row] = []
     lines = iter(lines)
@@ -222,7 +207,9 @@ def _rows(lines: Iterable[tables.Line], options: DataOptions, source: str, label
         raise ValueError(f"{source} holds no rows")
     columns = _columns(head, options, source, labels)
     for where, line in itertools.chain(head, lines):
-        text, pair, label = (None if name is None else _cell(line, name, where) for name in columns)
+        if lacking := next((name for name in columns if name is not None and name not in line), None):
+            raise ValueError(f"{where}: there is no {lacking}")
+        text, pair, label = (None if name is None else line[name] for name in columns)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}: the {columns[0]} is empty or no text")
         if pair is not None and not isinstance(pair, str):
@@ -233,31 +220,28 @@ def _rows(lines: Iterable[tables.Line], options: DataOptions, source: str, label
             if asked is None and taken is None and line.get(usual) is not None:
                 raise ValueError(f"{where} has a {usual}, and the first row has none; say --{usual}_column, or none for it")
         found.append(Row(text, pair, None if columns[2] is None else label_of(label, where)))
-    unused = [name or "one without a name" for name in head[0][1] if name not in columns]
-    return found, (f"columns not used: {', '.join(unused)}",) if unused else ()
+    if unused := [name or "one without a name" for name in head[0][1] if name not in columns]:
+        notes.append(f"columns not used: {', '.join(unused)}")
+    return found
 
 
 def _columns(
     head: Sequence[tables.Line], options: DataOptions, source: str, labels: Collection[str]
 ) -> tuple[str, str | None, str | None]:
+    """Names of the columns of text, pair and label, None for what there is not."""
     where, first = head[0]
-    if options.text_column not in first:
-        raise unknown(f"--text_column (in {where})", options.text_column, first)
     found: list[str | None] = []
-    for asked, usual, option in (
-        (options.pair_column, "pair", "pair_column"),
-        (options.label_column, "label", "label_column"),
-    ):
-        if asked is not None and asked != "none" and asked not in first:
-            raise unknown(f"--{option} (in {where})", asked, first)
+    for usual in ("text", "pair", "label"):
+        asked = getattr(options, f"{usual}_column")
+        if asked not in (None, "none") and asked not in first:
+            raise unknown(f"--{usual}_column (in {where})", asked, first)
         found.append(None if asked == "none" else asked or (usual if usual in first else None))
-    pair, label = found
-    if options.text_column in found or (pair is not None and pair == label):
-        raise ValueError(f"{where}: text, pair and label are three columns, not {options.text_column}, {pair} and {label}")
+    text, pair, label = options.text_column, *found[1:]
+    if text in (pair, label) or (pair is not None and pair == label):
+        raise ValueError(f"{where}: text, pair and label are three columns, not {text}, {pair} and {label}")
     if label is None and options.label_column is None:
-        rows = [line for _, line in head]
-        others = [name for name in first if name not in (options.text_column, pair)]
-        like = [name for name in others if name in labels or looks_like_a_label(name, [row.get(name) for row in rows])]
+        columns = {name: [row.get(name) for _, row in head] for name in first if name not in (text, pair)}
+        like = [name for name, values in columns.items() if name in labels or looks_like_a_label(name, values)]
         if like:
             raise ValueError(
                 f"{source}: no column is called label, and {' and '.join(map(repr, like))} "
@@ -268,21 +252,7 @@ def _columns(
         raise ValueError(
             f"{where} has a {pair} but no label: pairs are classified. Say --label_column, or --pair_column none"
         )
-    return options.text_column, pair, label
-
-
-def _cell(line: Mapping[str, Any], name: str, where: str) -> Any:
-    if name not in line:
-        raise ValueError(f"{where}: there is no {name}")
-    return line[name]
-
-
-def digest(rows: Iterable[Row]) -> str:
-    """Tells other rows, or rows in another order."""
-    found = hashlib.sha256()
-    for row in rows:
-        found.update(repr((row.text, row.pair, row.label)).encode())
-    return found.hexdigest()[:32]
+    return text, pair, label
 
 
 # -- labels -----------------------------------------------------------------------------------------------------------------
@@ -297,20 +267,23 @@ _NOT_LABELS = frozenset(
 )
 
 
+def _order(label: str) -> tuple[int, int, str]:
+    """Whole numbers by their value, before names."""
+    return (0, int(label), label) if re.fullmatch("-?[0-9]+", label) else (1, 0, label)
+
+
 def looks_like_a_label(name: str, values: Sequence[Any]) -> bool:
     """By its name, or because a few short values recur; fractions and long texts are none, whatever the name."""
     words = set(re.split(r"[\W_]+", name.lower()))
-    there = [value for value in values if value is not None and value != ""]
     try:
-        names = [label_of(value, "") for value in there]
+        names = [label_of(value, "") for value in values if value is not None and value != ""]
     except ValueError:
         return False
     if not names or max(map(len, names)) > 40:
         return False
-    if words & _LABELS:
-        return True
     kinds = len(set(names))
-    return not words & _NOT_LABELS and 2 <= kinds <= 20 and len(names) >= 2 * max(kinds, 2)
+    recur = not words & _NOT_LABELS and 2 <= kinds <= 20 and len(names) >= 2 * max(kinds, 2)
+    return bool(words & _LABELS) or recur
 
 
 def label_of(value: Any, where: str) -> str:
@@ -325,10 +298,9 @@ def label_of(value: Any, where: str) -> str:
     if text.lower() in ("true", "false"):
         return text.lower()
     if isinstance(value, float) or re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", text):
-        number = float(text)
-        if not number.is_integer():
+        if not float(text).is_integer():
             raise ValueError(f"{where}: the label {text} is a number with a fraction; labels are names or whole numbers")
-        return str(int(number))
+        return str(int(float(text)))
     return text.removeprefix("+") if re.fullmatch(r"\+\d+", text) else text
 
 
@@ -351,18 +323,14 @@ def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
 def streams(data: Data, encode: Callable[[str], list[int]], end: int | None, size: int) -> tuple[list[int], list[int]]:
     """The token ids of all training and of all validation texts on end, each text followed by `end` where there are several.
 
-    Of a single text of a few lines the last tenth of its tokens is held out, and at least one block of `size`.
+    Of a single text the last tenth of its tokens is held out, and at least one block of `size`.
     """
-    if data.by_tokens:
+    if not data.validation:
         return cut(encode(data.train[0].text), size)
-    found = []
+    found: list[list[int]] = []
     for rows in (data.train, data.validation):
-        ids: list[int] = []
-        for row in rows:
-            ids += encode(row.text)
-            if end is not None and len(rows) > 1:
-                ids.append(end)
-        found.append(ids)
+        after = [] if end is None or len(rows) == 1 else [end]
+        found.append([token for row in rows for token in (*encode(row.text), *after)])
     return found[0], found[1]
 
 

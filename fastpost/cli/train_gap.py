@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,16 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from fastpost.bench import step_times
-from fastpost.cli import train_data, train_page, train_report
+from fastpost.cli import train_data, train_report
 from fastpost.cli.files import check_folder
 from fastpost.cli.models import load_lm, negative_log_likelihoods, windows_of
 from fastpost.cli.train_checkpoints import checkpoints_of
 from fastpost.cli.train_options import Run
-from fastpost.cli.train_run import keep_options, machine
+from fastpost.cli.train_run import keep_options, machine, model_fact
 from fastpost.gap.many import rows_of
-from fastpost.gap.run import GapResult
 from fastpost.gap.tasks import Suite, read_task
 
 PROBE = 8  # windows that --gap_max_kl watches
@@ -33,6 +31,7 @@ class Ascent:
         ids: the text, (1, T) on the model's device.
         choose, report: score of a model on the two halves, higher is better.
         unit: what a score is.
+        summary: of text and scores, in words.
     """
 
     model: Any
@@ -42,7 +41,7 @@ class Ascent:
     report: Callable[[Any], float]
     unit: str
     probe: Tensor | None
-    told: str
+    summary: str
 
 
 def prepare(run: Run) -> Ascent:
@@ -51,8 +50,6 @@ def prepare(run: Run) -> Ascent:
     Raises:
         ValueError, FileNotFoundError: the first thing that is wrong.
     """
-    from transformers import AutoTokenizer
-
     options, tasks = run.gap, run.gap.tasks
     if there := checkpoints_of(run.folder):
         raise ValueError(f"{run.folder} holds {there[0].name} of another run; give another --output_dir")
@@ -61,103 +58,74 @@ def prepare(run: Run) -> Ascent:
     if options.text_index >= len(texts):
         raise ValueError(f"--text_index {options.text_index}: the training data hold {len(texts)} texts, from 0")
     suite = None if tasks is None else [read_task(part.strip()) for part in tasks.split(",") if part.strip()]
-    name = str(run.data.model)
-    loaded = load_lm(name)
-    load: Any = AutoTokenizer.from_pretrained
-    tokenizer = load(name)
-    encode = train_data.encoder(tokenizer)
+    loaded = load_lm(str(run.data.model))
+    encode = train_data.encoder(loaded.tokenizer)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not run.use_cpu else None
     model = loaded.model.to(device or "cpu").eval()
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     size = min(run.data.max_length or 128, positions - 1) + 1
-    encoded, held = _held_out(texts, validation, options.text_index, encode, 2 * size, tasks is None)
+    encoded, held = encode(texts[options.text_index]), encode("\n".join(validation))
+    if suite is None and not validation:  # held out from the other texts; of a single one its last tokens
+        others = [train_data.Row(other) for k, other in enumerate(texts) if k != options.text_index]
+        if others:
+            held = encode("\n".join(row.text for row in (train_data.hold_out(others)[1] if len(others) > 1 else others)))
+        else:
+            encoded, held = train_data.cut(encoded, 2 * size)
     ids = encoded[-min(options.gap_max_tokens or positions, positions) :]
     if len(ids) < 2:
         raise ValueError(f"text {options.text_index} has {len(ids)} tokens; GAP needs at least two")
-    told = f"text {options.text_index} of {len(texts)}, its last {len(ids)} of {len(encoded)} tokens; "
+    summary = f"text {options.text_index} of {len(texts)}, its last {len(ids)} of {len(encoded)} tokens; "
     row = torch.tensor([ids], device=model.device)
     if suite is not None:
-        choose, report = Suite(suite, encode, loaded.decode, options.task_limit).halves()
-        told += f"scored on {len(suite)} tasks, half of their examples to choose and half to report"
-        return Ascent(model, tokenizer, row, choose, report, "score", None, told)
+        halves = Suite(suite, encode, loaded.decode, options.task_limit).halves()
+        summary += f"scored on {len(suite)} tasks, half of their examples to choose and half to report"
+        return Ascent(model, loaded.tokenizer, row, *halves, "score", None, summary)
     try:
         first, second = (part.to(model.device) for part in windows_of(held, size))
     except ValueError:
         raise ValueError(
             f"the validation data are less than two windows of {size} tokens; give more, or a smaller --max_length"
         ) from None
-    told += f"scored on windows of {size} tokens, {len(first)} to choose and {len(second)} to report"
+    summary += f"scored on windows of {size} tokens, {len(first)} to choose and {len(second)} to report"
     probe = first[:PROBE, :-1] if options.gap_max_kl is not None else None
-    return Ascent(model, tokenizer, row, _score_on(first), _score_on(second), "nats per token", probe, told)
+
+    def score_on(windows: Tensor) -> Callable[[Any], float]:
+        return lambda model: -float(negative_log_likelihoods(model, windows).mean())
+
+    choose, report = score_on(first), score_on(second)
+    return Ascent(model, loaded.tokenizer, row, choose, report, "nats per token", probe, summary)
 
 
-def _held_out(
-    texts: list[str], validation: list[str], index: int, encode: Callable[[str], list[int]], least: int, needed: bool
-) -> tuple[list[int], list[int]]:
-    """Token ids of the text to climb on, and of what scores it: as given, held out from the other texts, or its own end."""
-    text = texts[index]
-    if validation or not needed:
-        return encode(text), encode("\n".join(validation))
-    others = [train_data.Row(other) for k, other in enumerate(texts) if k != index]
-    if others:
-        held = train_data.hold_out(others)[1] if len(others) > 1 else others
-        return encode(text), encode("\n".join(row.text for row in held))
-    if parts := train_data.last_lines(text):
-        return encode(parts[0]), encode(parts[1])
-    return train_data.cut(encode(text), least)
-
-
-def _score_on(windows: Tensor) -> Callable[[Any], float]:
-    return lambda model: -float(negative_log_likelihoods(model, windows).mean())
-
-
-def climb(run: Run, ascent: Ascent, told: Callable[[int, int], object]) -> tuple[GapResult, list[dict[str, Any]]]:
-    """Runs the recipe; the model then holds the state that was kept. Returns the result and a row per state."""
-    result = run.gap.recipe()(
-        ascent.model, ascent.ids, evaluate=ascent.choose, test=ascent.report, probe=ascent.probe, progress=told
-    )
-    rows = [{k: v for k, v in row.items() if k not in ("text", "digest")} for row in rows_of("", ascent.ids, result)]
-    return result, rows
-
-
-def carry_out(run: Run, ascent: Ascent, console: Any) -> train_report.Results:
-    """Climbs, saves the state that was kept, times, and writes the report.
+def carry_out(run: Run, ascent: Ascent) -> train_report.Results:
+    """Climbs, saves the state that was kept, and writes the report.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; nothing is written.
     """
-    from rich.progress import Progress
-
-    size = sum(p.numel() for p in ascent.model.parameters())
+    model = ascent.model
     facts = [
-        ("model", f"{run.data.model}, {size / 1e6:.3g}M parameters in float32"),
-        ("data", f"{run.data.train_file or run.data.dataset}: {ascent.told}"),
+        ("model", model_fact(str(run.data.model), model)),
+        ("data", f"{run.data.train_file or run.data.dataset}: {ascent.summary}"),
         *machine(str(ascent.ids.device)),
     ]
     for what, value in facts[:2]:
-        console.print(f"{what}: {value}", highlight=False, markup=False, soft_wrap=True)
+        print(f"{what}: {value}")
+    changed = run.mask.value(run.changed)
+    results = train_report.Results(run.folder, run.method, run.command, changed, facts, "score", ascent.unit)
     began = time.perf_counter()
-    results = train_report.Results(run.folder, run.method, run.command, run.shown, facts, "score", ascent.unit)
-    start = copy.deepcopy(ascent.model) if run.data.timing_rounds else None
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        climbing = progress.add_task("climbing", total=run.gap.gap_steps)
-        _, results.rows = climb(run, ascent, lambda done, total: progress.update(climbing, completed=done, total=total))
-        results.seconds, results.steps = time.perf_counter() - began, len(results.rows) - 1
-        keep_options(run)
-        ascent.model.save_pretrained(run.folder)
-        ascent.tokenizer.save_pretrained(run.folder)
-        results.write_csv()
-        if start is not None:
-            timing = progress.add_task("timing a step", total=None)
-            try:
-                results.costs = step_times.time_ascent(
-                    start,
-                    ascent.ids,
-                    run.gap.recipe(),
-                    run.data.timing_rounds,
-                    lambda done, total: progress.update(timing, completed=done, total=total),
-                )
-            except KeyboardInterrupt:
-                results.untimed = "not timed: interrupted"
-    train_page.write(results)
+    with tqdm(total=run.gap.gap_steps, desc="climbing", leave=False, disable=None) as bar:
+        result = run.gap.recipe()(
+            model,
+            ascent.ids,
+            evaluate=ascent.choose,
+            test=ascent.report,
+            probe=ascent.probe,
+            progress=lambda done, total: bar.update(done - bar.n),
+        )
+    results.rows = [{k: v for k, v in row.items() if k not in ("text", "digest")} for row in rows_of("", ascent.ids, result)]
+    results.seconds, results.steps = time.perf_counter() - began, len(results.rows) - 1
+    keep_options(run)
+    model.save_pretrained(run.folder)
+    ascent.tokenizer.save_pretrained(run.folder)
+    train_report.write(results)
     return results

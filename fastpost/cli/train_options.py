@@ -3,32 +3,80 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal
 
 import torch
+from transformers import HfArgumentParser
 
 from fastpost import GAP
 from fastpost.cli.methods import METHODS
-from fastpost.cli.options import Options, Range, check, is_settings, joined, option
-from fastpost.cli.train_limits import check_numbers
+from fastpost.cli.options import Options, Range, check, is_settings, option
 from fastpost.errors import unknown
 from fastpost.integrations.masking import Mask, masked_in
-from fastpost.integrations.options import METHODS as TRAINED
-from fastpost.integrations.options import PostTrainingOptions, part_of
+from fastpost.integrations.options import METHODS as PARTS  # what the trainer does by each method
+from fastpost.integrations.options import part_of
 from fastpost.integrations.transformers import PostTrainingArguments, give_defaults, settings_of
 
-PARTS = TRAINED  # what the trainer does by each method
 # Options that take several values, with spaces or commas between.
 LISTS = ("tasks", "sam_scope", "report_to", "include_for_metrics")
-DTYPES = ("float32", "bfloat16", "auto")
 USAGE = "fastpost train [run.yaml] --method METHOD --train_file FILE [--model MODEL] [--output_dir DIR] [options]"
 DESCRIPTION = """Trains one model by one method on one data set, and writes the model, metrics.csv, report.png and
 report.html. Every option of transformers' TrainingArguments works. A YAML or JSON file may hold options under the same
 names; what is typed wins over it."""
+
+# Which numbers options may have. transformers checks few of its own before it has written files.
+_SHARE, _ONE, _SEED = Range(0, 1), Range(1), Range(0, 1 << 32, below=True)  # numpy takes no other seeds
+RANGES: dict[str, Range] = {
+    "per_device_train_batch_size": _ONE,
+    "per_device_eval_batch_size": _ONE,
+    "gradient_accumulation_steps": _ONE,
+    "max_steps": Range(1, also=(-1,)),
+    "num_train_epochs": Range(0, above=True),
+    "learning_rate": Range(0),
+    "warmup_steps": Range(0),
+    "weight_decay": Range(0),
+    "adam_beta1": Range(0, 1, below=True),
+    "adam_beta2": Range(0, 1, below=True),
+    "adam_epsilon": Range(0, above=True),  # 0 makes NaN of weights without a gradient
+    "max_grad_norm": Range(0, infinite=True),  # 0: no clipping
+    "label_smoothing_factor": _SHARE,
+    "neftune_noise_alpha": Range(0),
+    "torch_empty_cache_steps": _ONE,
+    "logging_steps": Range(0),
+    "eval_steps": Range(0),
+    "eval_delay": Range(0),
+    "eval_accumulation_steps": _ONE,
+    "save_steps": Range(0),
+    "save_total_limit": Range(-1),  # 0 and -1: no limit
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "dataloader_num_workers": Range(0),
+    "dataloader_prefetch_factor": _ONE,
+    "ddp_bucket_cap_mb": _ONE,
+    "ddp_timeout": _ONE,
+    "local_rank": Range(-1),
+    "sam_rho": Range(0),
+    "sam_eta": Range(0),
+    "sam_ascent_fraction": Range(0, 1, above=True),
+    "sam_interval": _ONE,
+    "sam_rounding_seed": Range(0, 1 << 64, below=True),
+    "r3f_lambda": Range(0),
+    "r3f_eps": Range(0),
+    "r3f_seed": Range(),
+    "anchor_kl": Range(0),
+    "anchor_ema_decay": _SHARE,
+    "max_length": Range(2),
+    "sharpness_steps": Range(0),
+    "text_index": Range(0),
+    "task_limit": Range(4),
+    "gap_patience": Range(0),
+    "gap_max_tokens": Range(0),
+}
+# Options that count for nothing under another strategy.
+_EVERY = {"logging_steps": "logging_strategy", "save_steps": "save_strategy"}
 
 
 @dataclass
@@ -55,17 +103,20 @@ class DataOptions:
         None, "column of the label; default: 'label' where there is one, and 'none' leaves it aside. With labels the model "
         "classifies, without it predicts the next token"
     )  # fmt: skip
-    dtype: str = option("float32", "of the weights as loaded: float32, bfloat16, or auto, as the checkpoint has them")
     max_length: int | None = option(None, "tokens per example or block at most; default: 128, or as many as the model takes")
+    dtype: Literal["float32", "bfloat16", "auto"] = option(
+        "float32", "of the weights as loaded: float32, bfloat16, or auto, as the checkpoint has them"
+    )
     resume_with_changes: bool = option(
         False, "resume from a checkpoint although method, data or options are not those it was made with; the new ones count"
     )
     sharpness_steps: int = option(
         0, "measures after every so many steps how far the loss of the first 8 training batches rises around w; 0: never"
     )
-    timing_rounds: int = option(
-        0, "times so many steps of this method, of a plain step and of the published loop, on copies of the model; 0: none"
-    )
+
+
+# Of these, what gap does without; and of the Trainer's options, what it takes.
+_NOT_OF_GAP, _OF_GAP_TOO = {"dtype", "resume_with_changes", "sharpness_steps"}, {"use_cpu"}
 
 
 @dataclass
@@ -119,16 +170,10 @@ class Run:
     words: list[str]
     mask: Mask
     use_cpu: bool = False
-    notes: list[str] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
         return Path(self.data.output_dir)
-
-    @property
-    def shown(self) -> dict[str, Any]:
-        """`changed`, without secrets."""
-        return dict(self.mask.value(self.changed))
 
     @property
     def command(self) -> str:
@@ -138,15 +183,12 @@ class Run:
 
 # Other defaults than transformers': a report needs points to draw, the evaluations of a run, and losses that are not finite.
 _OURS: dict[str, Any] = {"logging_steps": 0.02, "eval_strategy": "epoch", "logging_nan_inf_filter": False}
-_WITH_GAP = ("use_cpu",)  # of the Trainer's options
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Each option under one name (dashes for underscores work too), and a default where it says something."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings or action.option_strings[0] == "-h":
-            return super()._format_action_invocation(action)
         value = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
         return action.option_strings[0] + (f" [{value.strip()}]" if action.nargs == "?" else value)
 
@@ -156,30 +198,32 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def _groups() -> list[type]:
-    """A dataclass per group of options, in the order of the help."""
-    hints = get_type_hints(PostTrainingArguments)
-    own = {f.name for f in dataclasses.fields(PostTrainingOptions)}
-    taken = {f.name for c in (DataOptions, GapOptions) for f in dataclasses.fields(c)}
-    found: dict[str, list[Any]] = {"SAM": [], "R3F": [], "transformers' TrainingArguments": []}
-    for f in dataclasses.fields(PostTrainingArguments):
-        if not f.init or f.name in taken:
-            continue
-        group = list(found)[2 if f.name not in own else 0 if f.name.startswith("sam_") else 1]
-        default = (
-            {"default": f.default} if f.default_factory is dataclasses.MISSING else {"default_factory": f.default_factory}
-        )
-        if f.name in _OURS:
-            default = {"default": _OURS[f.name]}
-        found[group].append((f.name, hints[f.name], field(metadata=dict(f.metadata), **default)))
-    sam, r3f, trainer = (dataclasses.make_dataclass("Options", fields) for fields in found.values())
-    named = {"what to train, and on what": DataOptions, "SAM": sam, "R3F": r3f, "GAP": GapOptions, list(found)[2]: trainer}
-    return [_called(cls, name) for name, cls in named.items()]
-
-
-def _called(cls: type, name: str) -> type:
-    cls._argument_group_name = name  # type: ignore[attr-defined]  # by which HfArgumentParser groups
-    return cls
+def build_parser() -> Any:
+    """HfArgumentParser over all options, grouped for the help by what they belong to."""
+    make: Any = HfArgumentParser
+    parser = make(
+        (PostTrainingArguments, GapOptions, DataOptions),
+        prog="fastpost train",
+        usage=USAGE,
+        description=DESCRIPTION,
+        formatter_class=Help,
+        allow_abbrev=False,
+        exit_on_error=False,
+        add_help=False,
+        conflict_handler="resolve",  # method and output_dir are the Trainer's too
+    )
+    parser.set_defaults(**_OURS)
+    ours = {"what to train, and on what": DataOptions, "GAP": GapOptions}
+    group_of = {f.name: title for title, cls in ours.items() for f in fields(cls)}
+    titles = ("what to train, and on what", "SAM", "R3F", "anchor", "GAP", "transformers' TrainingArguments")
+    groups = {title.lower(): parser.add_argument_group(title) for title in titles}
+    for action in parser._actions:
+        if action.dest in LISTS:
+            action.nargs = "+"
+        title = group_of.get(action.dest) or part_of(action.dest) or titles[-1]
+        groups[title.lower()]._group_actions.append(action)
+    parser._action_groups = list(groups.values())
+    return parser
 
 
 def parse(argv: Sequence[str], mask: Mask | None = None) -> Run:
@@ -193,64 +237,44 @@ def parse(argv: Sequence[str], mask: Mask | None = None) -> Run:
         FileNotFoundError: a file that is not there.
         SystemExit: after --help-all.
     """
-    from transformers import HfArgumentParser
-
-    groups = _groups()
-    names = [f.name for c in groups for f in dataclasses.fields(c)]
-    make: Any = HfArgumentParser
-    parser = make(
-        groups,
-        prog="fastpost train",
-        usage=USAGE,
-        description=DESCRIPTION,
-        allow_abbrev=False,
-        exit_on_error=False,
-        formatter_class=Help,
-        add_help=False,
-    )
+    parser = build_parser()
     if {"--help-all", "--help_all"} & set(argv):
         parser.print_help()
         raise SystemExit(0)
-    words = joined(argv, LISTS)
+    names = [action.dest for action in parser._actions]
+    defaults = {name: parser.get_default(name) for name in names}
+    words = list(argv)
     mask = Mask() if mask is None else mask
     mask.add_words(words)
-    settings = _of_file(words, names)
-    mask.add(settings)
-    defaults = {name: parser.get_default(name) for name in names}
     try:
+        settings = _of_file(words, names)
+        mask.add(settings)
         give_defaults(parser, settings)
         values, rest = parser.parse_known_args(words)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    if rest:
-        raise _briefly(unknown("option", rest[0].split("=")[0], [f"--{name}" for name in names]))
-    if isinstance(values.report_to, str) and "," in values.report_to:
-        values.report_to = values.report_to.split(",")
-    values.include_for_metrics = [name for word in values.include_for_metrics for name in word.split(",")]
+        if rest:
+            raise unknown("option", rest[0].split("=")[0], [f"--{name}" for name in names])
+    except (ValueError, argparse.ArgumentError) as error:
+        told, listed, _ = str(error).partition(" Valid: ")  # of which there are too many for one line
+        raise ValueError(told + (" `fastpost train --help-all` lists all." if listed else "")) from None
+    for name in LISTS:
+        if isinstance(given := getattr(values, name), list):
+            parts = [part for word in given for part in word.split(",") if part]
+            setattr(values, name, parts if name in ("report_to", "include_for_metrics") else ",".join(parts))
     mask.add(vars(values))
     asked = [*settings, *(_name(word, names) for word in words if word.startswith("--"))]
     method = _method(values.method)
     _refuse_of_others(method, asked)
-    data, gap = _filled(DataOptions, values), _filled(GapOptions, values)
     if hidden := [name for name in asked if name in settings and masked_in(getattr(values, name))]:
         raise ValueError(
             f"{hidden[0]} in the file of options holds a secret that was masked when it was written; give it again"
         )
-    _check(method, data, gap, asked)
+    data, gap = _filled(DataOptions, values), _filled(GapOptions, values)
+    _check(method, data, gap, values, asked)
     arguments = None
     if method != "gap":
-        check_numbers(values)
-        if "r3f" in PARTS[method] and values.neftune_noise_alpha is not None:
-            raise ValueError(
-                f"--neftune_noise_alpha adds noise to the embeddings of both passes that --method {method} compares; choose "
-                "one of the two (--r3f_noise_scale neftune measures R3F's own noise as NEFTune does)"
-            )
-        if values.label_names not in (None, ["labels"]):
-            raise ValueError("--label_names: fastpost train makes the batches, and calls labels `labels`; leave it out")
-        mine = {f.name: getattr(values, f.name) for c in (groups[1], groups[2], groups[4]) for f in dataclasses.fields(c)}
         if "dataloader_pin_memory" not in asked and not torch.accelerator.is_available():
-            mine["dataloader_pin_memory"] = False  # torch would warn
-        arguments = PostTrainingArguments(output_dir=data.output_dir, method=method, **mine)
+            values.dataloader_pin_memory = False  # torch would warn
+        arguments = _filled(PostTrainingArguments, values)
         mask.add(vars(arguments))
     changed = {name: getattr(values, name) for name in dict.fromkeys(asked) if name != "config"}
     changed = {name: value for name, value in changed.items() if value != defaults.get(name)}
@@ -258,40 +282,22 @@ def parse(argv: Sequence[str], mask: Mask | None = None) -> Run:
 
 
 def _filled(cls: type[Options], values: Any) -> Options:
-    return cls(**{f.name: getattr(values, f.name) for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
+    return cls(**{f.name: getattr(values, f.name) for f in fields(cls) if f.init})  # type: ignore[arg-type]
 
 
 def _of_file(words: list[str], names: Sequence[str]) -> dict[str, Any]:
-    """The settings of a file of options, whose name is taken out of the words where it is the first of them."""
-    path: str | None = None
+    """The settings of the file of options, which may be the first word; that becomes the value of --config then."""
     if words and is_settings(words[0]):
-        path = words.pop(0)
-    for k, word in enumerate(words):
-        if word == "--config" or word.startswith("--config="):
-            if path is not None:
-                raise ValueError(
-                    f"two files of options, {path} and {words[k + 1] if k + 1 < len(words) else word}; give one"
-                )
-            path = word.partition("=")[2] or (words[k + 1] if k + 1 < len(words) else "")
-    if path is None:
-        return {}
-    try:
-        settings = settings_of(Path(path), names)
-    except ValueError as error:
-        raise _briefly(error) from None
+        words.insert(0, "--config")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", default=[])
+    paths = parser.parse_known_args(words)[0].config
+    if len(paths) > 1:
+        raise ValueError(f"two files of options, {paths[0]} and {paths[1]}; give one")
+    settings = settings_of(Path(paths[0]), names) if paths else {}
     if "config" in settings:
-        raise ValueError(f"{path}: config names another file of options; one is read")
-    for name in ("tasks", "sam_scope"):
-        value = settings.get(name)
-        if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
-            settings[name] = ",".join(value)
+        raise ValueError(f"{paths[0]}: config names another file of options; one is read")
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def _briefly(error: ValueError) -> ValueError:
-    """Without the list of all options there are."""
-    text, listed, _ = str(error).partition(" Valid: ")
-    return ValueError(text + (" `fastpost train --help-all` lists all." if listed else ""))
 
 
 def _name(word: str, names: Sequence[str]) -> str:
@@ -299,12 +305,15 @@ def _name(word: str, names: Sequence[str]) -> str:
     return name if name in names else name.removeprefix("no_")
 
 
+# -- what does not go together ------------------------------------------------------------------------------------------
+
+
 def _method(given: str | None) -> str:
     """Raises ValueError for no method, one that does not exist, or two that do not combine, with the reason."""
     if given is None:
         raise ValueError(f"--method is needed: {', '.join(METHODS)}")
-    parts = [part.strip() for part in given.split("+")]
-    if len(parts) > 1 and set(parts) <= set(METHODS) and given not in METHODS:
+    parts = {part.strip() for part in given.split("+")}
+    if given not in METHODS and len(parts) > 1 and parts <= set(METHODS):
         raise ValueError(f"--method {given}: these do not combine. {_why_apart(parts)}")
     if given not in METHODS:
         raise unknown("method", given, METHODS)
@@ -318,7 +327,7 @@ _PRESETS = {
 }
 
 
-def _why_apart(parts: Sequence[str]) -> str:
+def _why_apart(parts: Collection[str]) -> str:
     if "gap" in parts:
         return (
             "GAP climbs on one text, outside of any training run whose loss or step the other could change. One after "
@@ -326,55 +335,43 @@ def _why_apart(parts: Sequence[str]) -> str:
         )
     if "none" in parts:
         return "none is the plain step"
-    if set(parts) in ({"sam", "r3f"}, {"sam", "r4f"}):
-        return f"write {'+'.join(sorted(parts, reverse=True))}"
-    joined = "+".join(part for part in ("sam", "r3f", "anchor") if part in parts)
-    if "anchor" in parts and joined.count("+") + 1 == len(parts):
-        return f"write {joined}"
-    if "anchor" in parts:
-        return "an anchor joins with sam, r3f or both, with their options for the rest"
-    preset = next((part for part in parts if part in _PRESETS), None)
-    if preset is not None and set(parts) == {preset, "r3f"}:
-        return f"{preset} is SAM with other defaults; write --method sam+r3f {_PRESETS[preset]}"
-    if preset is not None:
-        return f"{preset} is SAM with other defaults ({_PRESETS[preset]}); choose one"
-    return "r4f is r3f with a normalised head; choose one"
+    presets = [part for part in parts if part in _PRESETS]
+    plain = {"sam" if part in _PRESETS else part for part in parts} | ({"r3f"} if "tram" in parts else set())
+    method = next((name for name in METHODS if set(name.split("+")) == plain), None)
+    if method is None or len(presets) > 1:
+        return "r4f is r3f with a normalised head; choose one" if {"r3f", "r4f"} <= plain else "choose one"
+    if presets:
+        return f"{presets[0]} is SAM with other defaults; write --method {method} {_PRESETS[presets[0]]}"
+    return f"write {method}"
 
 
-def _refuse_of_others(method: str, asked: Iterable[str]) -> None:
+def _refuse_of_others(method: str, asked: Sequence[str]) -> None:
     """Raises ValueError for the first option of a method that is not the one to train by."""
-    of_gap = {f.name for f in dataclasses.fields(GapOptions)}
-    of_data = {f.name for f in dataclasses.fields(DataOptions)}
+    of_data, of_gap = ({f.name for f in fields(cls)} for cls in (DataOptions, GapOptions))
     for name in asked:
-        if method == "gap" and name == "dtype":
-            raise ValueError("--dtype is an option of training runs; --method gap climbs in float32")
-        if method == "gap" and name == "resume_with_changes":
-            raise ValueError("--resume_with_changes: --method gap has no checkpoints; leave it out")
-        if method == "gap" and name == "sharpness_steps":
-            raise ValueError("--sharpness_steps is measured in training runs, which --method gap is not; leave it out")
+        if method == "gap" and name not in (of_data | of_gap | _OF_GAP_TOO) - _NOT_OF_GAP:
+            raise ValueError(f"--{name} is an option of training runs, which --method gap is not; leave it out")
+        if method != "gap" and name in of_gap:
+            raise ValueError(f"--{name} is an option of --method gap, not of {method}; leave it out")
         if method in ("asam", "tram") and name == "sam_adaptive":
             other = "sam" if method == "asam" else "sam+r3f --sam_variant tram"
             raise ValueError(
                 f"--sam_adaptive: --method {method} is adaptive by itself; leave it out, or say --method {other}"
             )
-        if name in of_data or (method == "gap" and (name in of_gap or name in _WITH_GAP)):
-            continue
-        if method == "gap":
-            raise ValueError(f"--{name} is an option of training runs, which --method gap is not; leave it out")
-        if name in of_gap:
-            raise ValueError(f"--{name} is an option of --method gap, not of {method}; leave it out")
         part = part_of(name)
         if part is not None and part not in PARTS[method]:
             whose = "an anchor" if part == "anchor" else part.upper()
             raise ValueError(f"--{name} is an option of {whose}, which --method {method} does not do; leave it out")
 
 
-def _check(method: str, data: DataOptions, gap: GapOptions, asked: Sequence[str]) -> None:
-    check(data, {"timing_rounds": Range(0), "sharpness_steps": Range(0), "max_length": Range(2)}, dashes=False)
+def _check(method: str, data: DataOptions, gap: GapOptions, values: Any, asked: Sequence[str]) -> None:
+    """Raises ValueError or FileNotFoundError for the first thing that is wrong."""
+    check(values, RANGES, dashes=False)
+    for name, strategy in _EVERY.items():
+        if getattr(values, strategy) == "steps" and not getattr(values, name) > 0:
+            raise ValueError(f"--{name} must be more than 0, not {getattr(values, name)} (--{strategy} is steps)")
     if (data.train_file is None) == (data.dataset is None):
         raise ValueError("--train_file or --dataset says what to train on; give one of the two")
-    if data.dtype not in DTYPES:
-        raise unknown("dtype", data.dtype, DTYPES)
     if data.dataset is not None and data.validation_file is not None:
         raise ValueError("--validation_file goes with --train_file; of a --dataset it is --validation_split")
     for name in ("dataset_config", "train_split", "validation_split"):
@@ -384,14 +381,20 @@ def _check(method: str, data: DataOptions, gap: GapOptions, asked: Sequence[str]
         path = getattr(data, name)
         if path is not None and not Path(path).is_file():
             raise FileNotFoundError(f"--{name}: no such file: {path}")
-    if method == "gap":
-        whole = {"text_index": Range(0), "task_limit": Range(4), "gap_patience": Range(0), "gap_max_tokens": Range(0)}
-        check(gap, whole, dashes=False)
-        for name in ("pair_column", "label_column"):
-            if getattr(data, name) not in (None, "none"):
-                raise ValueError(f"--{name}: --method gap reads texts, and neither pairs nor labels; leave it out")
-        gap.recipe()
-        if gap.tasks is not None and gap.gap_max_kl is not None:
-            raise ValueError("--gap_max_kl is watched on validation text, which --tasks takes the place of; leave one out")
-        if data.model is None:
-            raise ValueError("--method gap needs --model, a causal language model, a folder or hub name")
+    if method != "gap":
+        if "r3f" in PARTS[method] and values.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"--neftune_noise_alpha adds noise to the embeddings of both passes that --method {method} compares; choose "
+                "one of the two (--r3f_noise_scale neftune measures R3F's own noise as NEFTune does)"
+            )
+        if values.label_names not in (None, ["labels"]):
+            raise ValueError("--label_names: fastpost train makes the batches, and calls labels `labels`; leave it out")
+        return
+    for name in ("pair_column", "label_column"):
+        if getattr(data, name) not in (None, "none"):
+            raise ValueError(f"--{name}: --method gap reads texts, and neither pairs nor labels; leave it out")
+    gap.recipe()
+    if gap.tasks is not None and gap.gap_max_kl is not None:
+        raise ValueError("--gap_max_kl is watched on validation text, which --tasks takes the place of; leave one out")
+    if data.model is None:
+        raise ValueError("--method gap needs --model, a causal language model, a folder or hub name")
