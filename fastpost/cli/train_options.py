@@ -105,7 +105,7 @@ class DataOptions:
     )  # fmt: skip
     max_length: int | None = option(None, "tokens per example or block at most; default: 128, or as many as the model takes")
     dtype: Literal["float32", "bfloat16", "auto"] = option(
-        "float32", "of the weights as loaded: float32, bfloat16, or auto, as the checkpoint has them"
+        "float32", "of the weights as loaded; auto: as the model has them"
     )
     resume_with_changes: bool = option(
         False, "resume from a checkpoint although method, data or options are not those it was made with; the new ones count"

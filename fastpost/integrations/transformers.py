@@ -135,7 +135,10 @@ def give_defaults(parser: Any, settings: Mapping[str, Any]) -> None:
             continue
         try:
             if action.nargs in ("+", "*"):
-                value = [_as_typed(parser, action, v) for v in (value if isinstance(value, list) else [value])]
+                words = value if isinstance(value, list) else [value]
+                if any(isinstance(word, (Mapping, list)) for word in words):
+                    raise ValueError(f"{action.dest} takes words, not a mapping or lists")
+                value = [_as_typed(parser, action, word) for word in words]
             elif isinstance(value, (Mapping, list)):
                 kind = dict if isinstance(value, Mapping) else list
                 if kind not in _kinds(hints[action.dest]):
