@@ -211,7 +211,7 @@ def test_help_all_groups_every_option_by_method() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--method sam --sam_rho -1", "--sam_rho must be at least 0, not -1.0"),
+        ("--method sam --sam_rho -1", "sam_rho must be finite and >= 0, not -1.0"),
         ("--method sam --sam_roh 0.1", "unknown option '--sam_roh'. Did you mean '--sam_rho'?"),
         ("--method samlm", "unknown method 'samlm'. Did you mean 'sam_lm'?"),
         ("--method sam+gap", "--method sam+gap: these do not combine. GAP climbs on one text"),

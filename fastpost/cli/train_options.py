@@ -27,8 +27,9 @@ DESCRIPTION = """Trains one model by one method on one data set, and writes the 
 report.html. Every option of transformers' TrainingArguments works. A YAML or JSON file may hold options under the same
 names; what is typed wins over it."""
 
-# Which numbers options may have. transformers checks few of its own before it has written files.
-_SHARE, _ONE, _SEED = Range(0, 1), Range(1), Range(0, 1 << 32, below=True)  # numpy takes no other seeds
+# Which numbers options may have, of which transformers checks few before it has written files. PostTrainingOptions and GAP
+# check their own.
+_ONE, _SEED = Range(1), Range(0, 1 << 32, below=True)  # numpy takes no other seeds
 RANGES: dict[str, Range] = {
     "per_device_train_batch_size": _ONE,
     "per_device_eval_batch_size": _ONE,
@@ -42,7 +43,7 @@ RANGES: dict[str, Range] = {
     "adam_beta2": Range(0, 1, below=True),
     "adam_epsilon": Range(0, above=True),  # 0 makes NaN of weights without a gradient
     "max_grad_norm": Range(0, infinite=True),  # 0: no clipping
-    "label_smoothing_factor": _SHARE,
+    "label_smoothing_factor": Range(0, 1),
     "neftune_noise_alpha": Range(0),
     "torch_empty_cache_steps": _ONE,
     "logging_steps": Range(0),
@@ -58,16 +59,6 @@ RANGES: dict[str, Range] = {
     "ddp_bucket_cap_mb": _ONE,
     "ddp_timeout": _ONE,
     "local_rank": Range(-1),
-    "sam_rho": Range(0),
-    "sam_eta": Range(0),
-    "sam_ascent_fraction": Range(0, 1, above=True),
-    "sam_interval": _ONE,
-    "sam_rounding_seed": Range(0, 1 << 64, below=True),
-    "r3f_lambda": Range(0),
-    "r3f_eps": Range(0),
-    "r3f_seed": Range(),
-    "anchor_kl": Range(0),
-    "anchor_ema_decay": _SHARE,
     "max_length": Range(2),
     "sharpness_steps": Range(0),
     "text_index": Range(0),

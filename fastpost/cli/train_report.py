@@ -217,7 +217,7 @@ def _draw_panel(axis: Any, results: Results, title: str, what: str, columns: Map
         if not points:
             continue
         steps, values = zip(*points, strict=True)
-        marker = "o" if len(points) < 3 else "." if column != "loss" else ""
+        marker = "o" if len(points) < 3 else "." if len(points) < 30 and column != "loss" else ""
         axis.plot(steps, values, line, color=colour, label=label, marker=marker, clip_on=False)
         if errors := [error for _, error in results.points(f"{column}_se")]:
             low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
@@ -242,6 +242,8 @@ def _draw_panel(axis: Any, results: Results, title: str, what: str, columns: Map
         axis.set_ylim(-0.02, 1.02)
     if "sam/seen_over_intended" in columns:
         axis.set_ylim(-0.02, max(1.25, axis.get_ylim()[1]))
+    if "nats" in what and "score" not in columns:  # divergences
+        axis.set_ylim(bottom=0)
     if len(axis.get_legend_handles_labels()[1]) > 1:
         axis.legend()
 
