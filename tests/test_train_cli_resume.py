@@ -190,6 +190,8 @@ def test_changes_that_cannot_be_resumed_are_one_line(models, files, stopped, tmp
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    assert main(words_of("r4f", models, files, stopped, *EVERY, *RESUME, "--resume_with_changes", "True")) == 2
+    assert "checkpoint-3 cannot be resumed: it has no weights of R4F's head" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
 
 

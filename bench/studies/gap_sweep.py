@@ -106,7 +106,7 @@ def read(path: Path) -> list[str]:
     if suffix == ".json":
         raise ValueError(f"{path}: texts are CSV, TSV or JSON lines with a column `text`, or plain text")
     if suffix in tables.KINDS and suffix != ".txt":
-        texts = [row.get("text") or "" for _, row in tables.read(path, "text", "").rows]
+        texts = [row.get("text") or "" for _, row in tables.read(path, "text", "")[0]]
         if odd := next((text for text in texts if not isinstance(text, str)), None):
             raise ValueError(f"{path}: a text is no text but {odd!r}")
     else:

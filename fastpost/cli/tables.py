@@ -7,7 +7,6 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,6 @@ KINDS = {".txt": "text", ".jsonl": "JSON lines", ".csv": "CSV", ".tsv": "TSV"}
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 Line = tuple[str, Mapping[str, Any]]  # where it stands, for errors; cells by column
-
-
-@dataclass(frozen=True)
-class Lines:
-    """The rows of a file.
-
-    Attributes:
-        note: what was recognised and is not as the file's ending says; "" for nothing.
-    """
-
-    rows: list[Line]
-    note: str = ""
 
 
 def suffix_of(path: Path) -> str:
@@ -41,11 +28,12 @@ def text_of(path: Path) -> str:
     return _decoded(path).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read(path: Path, column: str, option: str = "text_column") -> Lines:
-    """The rows of a `.jsonl`, `.csv` or `.tsv` file. Names of columns are stripped.
+def read(path: Path, column: str, option: str = "text_column") -> tuple[list[Line], str]:
+    """The rows of a `.jsonl`, `.csv` or `.tsv` file, and what was recognised and is not as its ending says ("" for nothing).
 
-    A table is separated as its ending says, or else by whatever gives its first row the column asked for. A table of texts
-    and labels without a header is recognised. In TSV quotes are literal, as GLUE's files want it.
+    Names of columns are stripped. A table is separated as its ending says, or else by whatever gives its first row the
+    column asked for. A table of texts and labels without a header is recognised. In TSV quotes are
+    literal, as GLUE's files want it.
 
     Args:
         column: a column that a table has to have.
@@ -56,7 +44,7 @@ def read(path: Path, column: str, option: str = "text_column") -> Lines:
     """
     text = _decoded(path)
     if suffix_of(path) == ".jsonl":
-        return Lines(list(_json_lines(path, text)))
+        return list(_json_lines(path, text)), ""
     return _table(path, text, column, option)
 
 
@@ -84,7 +72,7 @@ def _json_lines(path: Path, text: str) -> Iterator[Line]:
         yield where, {name.strip(): value for name, value in row.items()}
 
 
-def _table(path: Path, text: str, column: str, option: str) -> Lines:
+def _table(path: Path, text: str, column: str, option: str) -> tuple[list[Line], str]:
     if "\n" not in text:
         text = text.replace("\r", "\n")  # which ended lines on old Macs
     usual = "\t" if suffix_of(path) == ".tsv" else ","
@@ -110,7 +98,7 @@ def _table(path: Path, text: str, column: str, option: str) -> Lines:
     notes = [f"columns separated by {SEPARATORS[way]}"] if way != usual else []
     if is_headless:
         notes.append(f"no header: the columns are taken as {', '.join(header)}")
-    return Lines(found if is_headless else found[1:], "; ".join(notes))
+    return found if is_headless else found[1:], "; ".join(notes)
 
 
 def _inferred_header(rows: Sequence[Sequence[str]]) -> list[str] | None:

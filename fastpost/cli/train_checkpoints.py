@@ -297,26 +297,27 @@ def compared(start: Start, made_by: Mapping[str, str], run: Run, model: Any) -> 
             "resumes with the new ones, and another --output_dir begins a new run"
         )
     changes = changes if then else {"unknown": "what made the checkpoint is not known"}
-    if changes and (name := _misfit(Path(start.checkpoint), model, run.arguments.r3f_spectral is not None)):
-        raise ValueError(f"{start.checkpoint} cannot be resumed: the model has no weight {name} of the same shape. {_ANEW}")
+    if changes and (why := _misfit(Path(start.checkpoint), model, run.arguments.r3f_spectral is not None)):
+        raise ValueError(f"{start.checkpoint} cannot be resumed: {why}. {_ANEW}")
     return replace(start, changes=changes)
 
 
-def _misfit(checkpoint: Path, model: torch.nn.Module, normalised: bool) -> str | None:
-    """A weight of a checkpoint that a model does not have in that shape; None where all fit.
+def _misfit(checkpoint: Path, model: torch.nn.Module, is_normalised: bool) -> str | None:
+    """Why a model cannot take a checkpoint's weights; None where all fit.
 
     Args:
-        normalised: the model is to have R4F's head, whose weights have to be in the checkpoint.
+        is_normalised: the model will have R4F's head, which is trained by other weights than it computes with.
     """
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     for path in sorted(checkpoint.glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
-            trained = [name for name in file.keys() if ".parametrizations." in name]  # noqa: SIM118  # it is no mapping
-            for name in file.keys():  # noqa: SIM118
-                if name not in trained and file.get_slice(name).get_shape() != shapes.get(name):
-                    return str(name)
-            if normalised and not trained:
-                return "parametrizations.weight.original"
+            names = list(file.keys())
+            plain = [name for name in names if ".parametrizations." not in name]
+            other = next((name for name in plain if file.get_slice(name).get_shape() != shapes.get(name)), None)
+        if other is not None:
+            return f"the model has no weight {other} of the same shape"
+        if is_normalised and plain == names:
+            return "it has no weights of R4F's head"
     return None
 
 

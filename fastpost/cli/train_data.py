@@ -152,9 +152,9 @@ def _rows_of_file(path: Path, options: DataOptions, notes: list[str]) -> list[Ro
         if not text.strip():
             raise ValueError(f"{path} holds no text")
         return [Row(text)]
-    lines = tables.read(path, options.text_column)
-    notes += [lines.note] if lines.note else []
-    return _rows(lines.rows, options, str(path), notes)
+    lines, note = tables.read(path, options.text_column)
+    notes += [note] if note else []
+    return _rows(lines, options, str(path), notes)
 
 
 def _from_hub(options: DataOptions, notes: list[str]) -> tuple[list[Row], list[Row]]:
