@@ -33,12 +33,13 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
+    is_first = run.arguments is None or run.arguments.process_index == 0  # of several processes one speaks
     try:
         results = train_gap.carry_out(run, ascent) if run.method == "gap" else train_run.carry_out(job, trainer)
     except KeyboardInterrupt:
-        if run.method != "gap":
+        if run.method != "gap" and is_first:
             train_checkpoints.tell_how(run)
-        else:
+        elif is_first:
             print(f"interrupted; GAP puts the weights back, and nothing was written. To begin again:\n{run.command}")
         return 130
     except Exception as error:
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
             raise
         complain("fastpost train", error, mask)
         return 2
-    if run.arguments is None or run.arguments.process_index == 0:
+    if is_first:
         for what, value, aside in train_report.tiles_of(results):
             print(f"  {what}: {value} ({aside})")
         print(f"{time.perf_counter() - began:.0f} s in all; see {results.folder / train_report.HTML_NAME}")

@@ -13,10 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+import matplotlib  # here, so that a run without it ends before it begins
 
 from fastpost.cli.files import replace_file, replace_text
 
@@ -127,7 +124,8 @@ def tiles_of(results: Results) -> list[Tile]:
         found.append(("anchor, divergence", value, f"task loss {last('anchor/task_loss')}"))
     if results.steps and math.isfinite(results.seconds):
         a_step = results.seconds / results.steps
-        found.append(("time of a step", f"{a_step * 1e3:.3g} ms", "with loading data and evaluating"))
+        told = f"{a_step:.3g} s" if a_step >= 1 else f"{a_step * 1e3:.3g} ms"
+        found.append(("time of a step", told, "with loading data and evaluating"))
     return found
 
 
@@ -187,6 +185,9 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
 
 def draw(results: Results) -> bytes:
     """The report's picture as a PNG."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     there = set(results.columns())
     panels = [panel for panel in PANELS if there & set(panel[2])]
     across = 2 if len(panels) in (2, 4) else min(len(panels), 3)
@@ -225,7 +226,7 @@ def _draw_panel(axis: Any, results: Results, title: str, what: str, columns: Map
     if "eval_accuracy" in columns and results.baseline is not None:
         axis.axhline(results.baseline, color=_TEXT, linewidth=1, linestyle=":", label="most frequent label, accuracy")
     if "sam/seen_over_intended" in columns:
-        axis.axhline(1.0, color=_FAINT, linewidth=1, linestyle="--")
+        axis.axhline(1.0, color=_FAINT, linewidth=1, linestyle="--", zorder=0)
     if "score" in columns:
         kept = next(row for row in results.rows if row["kept"])
         circle = {"color": _COLOURS[2], "markersize": 10, "fillstyle": "none", "markeredgewidth": 2}
