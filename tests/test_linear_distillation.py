@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fastpost
 from fastpost.ops import chunks, distillation_walk, head
-from fastpost.ops.linear_distillation import How, Side, distilled
+from fastpost.ops.linear_distillation import DistillationOptions, OutputLayer, distillation_loss_of
 
 from .conftest import same_bits
 from .memory import cpu_peak_bytes
@@ -190,9 +190,9 @@ def test_a_student_without_a_teacher(headless: bool) -> None:
     found = []
     for alone in (True, False):
         tensors = [t.clone().requires_grad_() for t in problem.tensors[:3]]
-        side = Side(F.linear(*tensors)) if headless else Side(*tensors)
-        how = How(divergence_weight=0.0, ce_weight=1.0, ce_weighting="probability", memory_budget=LEAST)
-        loss = distilled("test", side, None if alone else side, problem.labels, how).loss
+        layer = OutputLayer(F.linear(*tensors)) if headless else OutputLayer(*tensors)
+        options = DistillationOptions(divergence_weight=0.0, ce_weight=1.0, ce_weighting="probability", memory_budget=LEAST)
+        loss = distillation_loss_of("test", layer, None if alone else layer, problem.labels, options).loss
         loss.backward()
         found.append([loss.detach(), *(t.grad for t in tensors)])
     assert all(same_bits(a, b) for a, b in zip(*found, strict=True))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastpost.anchor.references import Frozen, Reference, check_weight
 from fastpost.errors import unknown
-from fastpost.ops.linear_distillation import DIVERGENCES, How, Side, distilled
+from fastpost.ops.linear_distillation import DIVERGENCES, DistillationOptions, OutputLayer, distillation_loss_of
 from fastpost.r3f.conventions import (
     align_labels,
     beside_virtual_tokens,
@@ -137,19 +137,19 @@ class Anchor:
             check_rows(labels, stream, stream.shape[-1] if head is None else len(head.linear.weight), self.ignore_index)
             targets = align_labels(root, labels, stream, self.shift_labels, self.ignore_index)
         weighting = "probability" if training and self.weighting == "dft" else "none"
-        how = How(
+        options = DistillationOptions(
             self.divergence, self.beta, divergence_weight=self.anchor_kl, ce_weight=1.0, ce_weighting=weighting,
             ignore_index=self.ignore_index, num_items=num_items, memory_budget=self.memory_budget,
         )  # fmt: skip
-        loss, task, divergence = distilled("Anchor", _side(stream, head), teacher, targets, how)
+        loss, task, divergence = distillation_loss_of("Anchor", _output_layer(stream, head), teacher, targets, options)
         return AnchorOutput(loss, task, divergence, stream if head is None else None)
 
-    def _teacher(self, root: Any, inputs: dict[str, Any]) -> Side:
+    def _teacher(self, root: Any, inputs: dict[str, Any]) -> OutputLayer:
         assert self.reference is not None
         with self.reference.opened(root) as reference:
             head = self._head(reference, unwrap(reference), lambda _, inner: find_head(inner))
             inner = unwrap(reference)
-            return _side(last_stream(reference, inner, head, _without_cache(inner, inputs)), head)
+            return _output_layer(last_stream(reference, inner, head, _without_cache(inner, inputs)), head)
 
     def _head(self, model: Any, root: Any, find: Any) -> Head | None:
         if self.fused_linear is False:
@@ -163,14 +163,14 @@ class Anchor:
         return found
 
 
-def _side(stream: Tensor, head: Head | None) -> Side:
+def _output_layer(stream: Tensor, head: Head | None) -> OutputLayer:
     """A stream and its head; logits that the model divides by a number are those of hidden states so divided."""
     if head is None:
-        return Side(stream)
+        return OutputLayer(stream)
     t, bias, cap = head.temperature, head.bias, head.softcap
     if t == 1:
-        return Side(stream, head.linear.weight, bias, cap)
-    return Side(stream / t, head.linear.weight, None if bias is None else bias / t, None if cap is None else cap / t)
+        return OutputLayer(stream, head.linear.weight, bias, cap)
+    return OutputLayer(stream / t, head.linear.weight, None if bias is None else bias / t, None if cap is None else cap / t)
 
 
 def _without_cache(root: Any, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class DistillationLoss(NamedTuple):
     divergence: Tensor
 
 
-class Side(NamedTuple):
+class OutputLayer(NamedTuple):
     """A model's part in the loss: what reaches its head, and the head; weight None: `hidden` are its logits."""
 
     hidden: Tensor
@@ -46,12 +46,12 @@ class Side(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.hidden, self.weight, self.bias
 
-    def constant(self) -> Side:
+    def constant(self) -> OutputLayer:
         weight, bias = (None if t is None else t.detach() for t in (self.weight, self.bias))
-        return Side(self.hidden.detach(), weight, bias, self.softcap)
+        return OutputLayer(self.hidden.detach(), weight, bias, self.softcap)
 
 
-class How(NamedTuple):
+class DistillationOptions(NamedTuple):
     """The options of `linear_distillation_loss` that are not of one model."""
 
     divergence: str = "forward_kl"
@@ -143,12 +143,12 @@ def linear_distillation_loss(
     for name, given in (("weight", weight), ("teacher_weight", teacher_weight)):
         if not isinstance(given, Tensor):
             raise TypeError(f"{op}: {name} is a {type(given).__name__}, not a tensor")
-    return distilled(
+    return distillation_loss_of(
         op,
-        Side(hidden, weight, bias, softcap),
-        Side(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap),
+        OutputLayer(hidden, weight, bias, softcap),
+        OutputLayer(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap),
         labels,
-        How(
+        DistillationOptions(
             divergence, beta, temperature, divergence_weight, ce_weight, ce_weighting, mask, reduction, ignore_index,
             num_items, grad, memory_budget,
         ),
@@ -188,68 +188,73 @@ def distillation_loss(
     Raises:
         ValueError, TypeError: as there.
     """
-    return distilled(
+    return distillation_loss_of(
         "distillation_loss",
-        Side(logits),
-        Side(teacher_logits),
+        OutputLayer(logits),
+        OutputLayer(teacher_logits),
         labels,
-        How(
+        DistillationOptions(
             divergence, beta, temperature, divergence_weight, ce_weight, ce_weighting, mask, reduction, ignore_index,
             num_items, grad, memory_budget,
         ),
     )  # fmt: skip
 
 
-def distilled(op: str, student: Side, teacher: Side | None, labels: Tensor | None, how: How) -> DistillationLoss:
-    """`linear_distillation_loss`, each side with its head or as logits.
+def distillation_loss_of(
+    op: str, student: OutputLayer, teacher: OutputLayer | None, labels: Tensor | None, options: DistillationOptions
+) -> DistillationLoss:
+    """`linear_distillation_loss`, each model with its head or as logits.
 
     Args:
         op: the caller's name, for errors.
         teacher: None: no divergence, whatever its weight.
     """
     if teacher is None:
-        how = how._replace(divergence_weight=0.0)
+        options = options._replace(divergence_weight=0.0)
     _check(op, student, teacher)
-    check_options(op, how, labels)
-    counts, targets, scale = counted_rows(op, student, labels, how)
+    check_options(op, options, labels)
+    counts, targets, scale = counted_rows(op, student, labels, options)
     each = counts * scale
-    weights = [each * how.divergence_weight, *([each * how.ce_weight] if how.ce_weight else [])]
-    if how.grad == "student" and teacher is not None:
+    weights = [each * options.divergence_weight, *([each * options.ce_weight] if options.ce_weight else [])]
+    if options.grad == "student" and teacher is not None:
         teacher = teacher.constant()
 
-    sides = [student] if teacher is None else [student, teacher]
-    dtypes = [_operands(side) for side in sides]
+    layers = [student] if teacher is None else [student, teacher]
+    dtypes = [_operands(layer) for layer in layers]
     if torch.float64 in dtypes:  # both streams' logits are of one dtype
-        dtypes = [torch.float64] * len(sides)
-    learns = [torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in side.tensors) for side in sides]
-    widths = [0 if side.weight is None else side.weight.shape[1] for side in sides]
+        dtypes = [torch.float64] * len(layers)
+    learns = [torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in layer.tensors) for layer in layers]
+    widths = [0 if layer.weight is None else layer.weight.shape[1] for layer in layers]
     per_row = distillation_row_bytes(student.vocab, list(zip(widths, dtypes, learns, strict=True)))
     tensors = [
-        side.hidden.reshape(-1, side.hidden.shape[-1]) if k == 0 else t for side in sides for k, t in enumerate(side.tensors)
+        layer.hidden.reshape(-1, layer.hidden.shape[-1]) if k == 0 else t
+        for layer in layers
+        for k, t in enumerate(layer.tensors)
     ]
     chunk = fitting_rows(
-        op, math.prod(student.hidden.shape[:-1]), per_row, student.vocab, student.hidden.device, how.memory_budget
+        op, math.prod(student.hidden.shape[:-1]), per_row, student.vocab, student.hidden.device, options.memory_budget
     )
     settings = Settings(
-        how.ignore_index, how.divergence, how.beta, how.temperature, student.softcap or 0.0, sides[-1].softcap or 0.0,
-        bool(how.ce_weight) and how.ce_weighting == "probability", chunk, dtypes[0], dtypes[-1],
+        options.ignore_index, options.divergence, options.beta, options.temperature, student.softcap or 0.0,
+        layers[-1].softcap or 0.0, bool(options.ce_weight) and options.ce_weighting == "probability", chunk, dtypes[0],
+        dtypes[-1],
     )  # fmt: skip
     value, _, values = fused_loss(
         "distillation",
         settings,
         [*tensors, None, None, None][:6],
-        targets if how.ce_weight else None,
+        targets if options.ce_weight else None,
         weights,
-        how.reduction == "none",
+        options.reduction == "none",
     )
     check_finite(op, values[0])
     check_bounded(op, values[0])
-    return loss_of(value, values * each, student.hidden.shape[:-1], how.reduction, out_dtype(dtypes[0]))
+    return loss_of(value, values * each, student.hidden.shape[:-1], options.reduction, out_dtype(dtypes[0]))
 
 
-def _operands(side: Side) -> torch.dtype:
+def _operands(layer: OutputLayer) -> torch.dtype:
     """What the products' operands are rounded to; of logits, what they are compared in."""
-    return out_dtype(side.hidden.dtype) if side.weight is None else operand_dtype(side.weight, side.hidden)
+    return out_dtype(layer.hidden.dtype) if layer.weight is None else operand_dtype(layer.weight, layer.hidden)
 
 
 def loss_of(
@@ -263,11 +268,11 @@ def loss_of(
 
 
 def counted_rows(
-    op: str, student: Side, labels: Tensor | None, how: How
+    op: str, student: OutputLayer, labels: Tensor | None, options: DistillationOptions
 ) -> tuple[Tensor, Tensor | None, Tensor | float]:  # fmt: skip
     """Which rows count, as float64 (rows,); their labels; what sums over them are multiplied by."""
     rows, device, vocab = student.hidden.shape[:-1], student.hidden.device, student.vocab
-    mask, reduction, ignore_index, num_items = how.mask, how.reduction, how.ignore_index, how.num_items
+    mask, reduction, ignore_index, num_items = options.mask, options.reduction, options.ignore_index, options.num_items
     if num_items is not None and reduction != "token":
         raise ValueError(f"{op}: num_items goes with reduction 'token', not {reduction!r}")
     masked = kl_weights(op, rows, device, mask, "sum")  # 1 and 0, checked
@@ -287,11 +292,11 @@ def counted_rows(
     return weights.kl_rows, weights.labels, weights.kl_scale
 
 
-def _check(op: str, student: Side, teacher: Side | None) -> None:
-    _check_side(op, student, "")
+def _check(op: str, student: OutputLayer, teacher: OutputLayer | None) -> None:
+    _check_layer(op, student, "")
     if teacher is None:
         return
-    _check_side(op, teacher, "teacher_")
+    _check_layer(op, teacher, "teacher_")
     name = "hidden" if student.weight is not None else "logits"
     if teacher.hidden.device != student.hidden.device:
         raise ValueError(f"{op}: {name} is on {student.hidden.device}, teacher_{name} on {teacher.hidden.device}")
@@ -307,35 +312,35 @@ def _check(op: str, student: Side, teacher: Side | None) -> None:
         )
 
 
-def _check_side(op: str, side: Side, prefix: str) -> None:
-    if side.weight is not None:
-        check_head(op, side.hidden, side.weight, side.bias, side.softcap, prefix)
+def _check_layer(op: str, layer: OutputLayer, prefix: str) -> None:
+    if layer.weight is not None:
+        check_head(op, layer.hidden, layer.weight, layer.bias, layer.softcap, prefix)
         return
-    check_tensor(op, f"{prefix}logits", side.hidden, "under tensor parallelism gather them")
-    if side.hidden.ndim < 1 or side.hidden.shape[-1] == 0:
-        raise ValueError(f"{op}: {prefix}logits have shape {tuple(side.hidden.shape)}, expected (..., vocab)")
+    check_tensor(op, f"{prefix}logits", layer.hidden, "under tensor parallelism gather them")
+    if layer.hidden.ndim < 1 or layer.hidden.shape[-1] == 0:
+        raise ValueError(f"{op}: {prefix}logits have shape {tuple(layer.hidden.shape)}, expected (..., vocab)")
 
 
-def check_options(op: str, how: How, labels: Tensor | None) -> None:
+def check_options(op: str, options: DistillationOptions, labels: Tensor | None) -> None:
     for name, given, valid in (
-        ("divergence", how.divergence, DIVERGENCES),
-        ("reduction", how.reduction, REDUCTIONS),
-        ("ce_weighting", how.ce_weighting, WEIGHTINGS),
-        ("grad", how.grad, GRADS),
+        ("divergence", options.divergence, DIVERGENCES),
+        ("reduction", options.reduction, REDUCTIONS),
+        ("ce_weighting", options.ce_weighting, WEIGHTINGS),
+        ("grad", options.grad, GRADS),
     ):
         if given not in valid:
             raise unknown(name, given, valid)
-    if how.divergence == "js":
-        check_number(op, "beta", how.beta, least=0)
-    if how.divergence == "js" and not 0 < how.beta < 1:
+    if options.divergence == "js":
+        check_number(op, "beta", options.beta, least=0)
+    if options.divergence == "js" and not 0 < options.beta < 1:
         raise ValueError(
-            f"{op}: beta must lie in (0, 1), not {how.beta}; what GKD calls 0 and 1 are divergence='forward_kl' and "
+            f"{op}: beta must lie in (0, 1), not {options.beta}; what GKD calls 0 and 1 are divergence='forward_kl' and "
             "'reverse_kl'"
         )
-    check_number(op, "temperature", how.temperature)
-    for name, factor in (("divergence_weight", how.divergence_weight), ("ce_weight", how.ce_weight)):
+    check_number(op, "temperature", options.temperature)
+    for name, factor in (("divergence_weight", options.divergence_weight), ("ce_weight", options.ce_weight)):
         check_number(op, name, factor, least=0)
-    if how.ce_weight and labels is None:
-        raise ValueError(f"{op}: ce_weight={how.ce_weight:g} needs labels")
-    if how.ce_weighting != "none" and not how.ce_weight:
-        raise ValueError(f"{op}: ce_weighting={how.ce_weighting!r} weighs the cross-entropy, and ce_weight is 0")
+    if options.ce_weight and labels is None:
+        raise ValueError(f"{op}: ce_weight={options.ce_weight:g} needs labels")
+    if options.ce_weighting != "none" and not options.ce_weight:
+        raise ValueError(f"{op}: ce_weighting={options.ce_weighting!r} weighs the cross-entropy, and ce_weight is 0")

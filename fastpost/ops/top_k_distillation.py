@@ -12,7 +12,14 @@ from fastpost.ops.autograd import checks_values
 from fastpost.ops.chunks import distillation_row_bytes, fitting_rows, padded
 from fastpost.ops.fused_loss import fused_loss
 from fastpost.ops.head import Head, check_head, check_number, operand_dtype
-from fastpost.ops.linear_distillation import DistillationLoss, How, Side, check_options, counted_rows, loss_of
+from fastpost.ops.linear_distillation import (
+    DistillationLoss,
+    DistillationOptions,
+    OutputLayer,
+    check_options,
+    counted_rows,
+    loss_of,
+)
 from fastpost.ops.reductions import out_dtype
 from fastpost.ops.top_k_rows import Settings
 
@@ -72,13 +79,13 @@ def linear_top_k_distillation_loss(
     check_head(op, hidden, weight, bias, softcap)
     if rest not in RESTS:
         raise unknown("rest", rest, RESTS)
-    how = How(
+    options = DistillationOptions(
         divergence, beta, temperature, divergence_weight, ce_weight, mask=mask, reduction=reduction,
         ignore_index=ignore_index, num_items=num_items, memory_budget=memory_budget,
     )  # fmt: skip
-    check_options(op, how, labels)
-    side = Side(hidden, weight, bias, softcap)
-    counts, targets, scale = counted_rows(op, side, labels, how)
+    check_options(op, options, labels)
+    layer = OutputLayer(hidden, weight, bias, softcap)
+    counts, targets, scale = counted_rows(op, layer, labels, options)
     _check_teacher(op, hidden, weight, teacher_ids, teacher_log_probs, counts)
     rows, k = len(counts), teacher_ids.shape[-1]
     log_probs = teacher_log_probs.detach().reshape(rows, k)
@@ -88,11 +95,11 @@ def linear_top_k_distillation_loss(
     weights = [each * divergence_weight, *([each * ce_weight] if ce_weight else [])]
 
     dtype = operand_dtype(weight, hidden)
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in side.tensors)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in layer.tensors)
     copies = 2 + (softcap is not None) + (temperature != 1)  # of a chunk's logits, beside those that every stream has
-    per_row = distillation_row_bytes(side.vocab, [(weight.shape[1], dtype, learns)])
-    per_row += copies * padded(side.vocab) * out_dtype(dtype).itemsize
-    chunk = fitting_rows(op, rows, per_row, side.vocab, hidden.device, memory_budget)
+    per_row = distillation_row_bytes(layer.vocab, [(weight.shape[1], dtype, learns)])
+    per_row += copies * padded(layer.vocab) * out_dtype(dtype).itemsize
+    chunk = fitting_rows(op, rows, per_row, layer.vocab, hidden.device, memory_budget)
     value, _, values = fused_loss(
         "top_k_distillation",
         Settings(ignore_index, divergence, beta, temperature, rest == "one_class", softcap or 0.0, chunk, dtype),
