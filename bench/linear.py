@@ -216,6 +216,65 @@ def linear_distillation() -> Case:
     )
 
 
+class StoredTeacher(Teacher):
+    """The same student, and a teacher of whom the most probable classes of every row are stored."""
+
+    CLASSES = 64
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(rows)
+        self.known = fastpost.linear_top_log_probs(*self.teacher, self.CLASSES)
+
+    def from_known(self, **options: Any) -> Work:
+        return self.step(
+            lambda hidden, weight: (
+                fastpost.linear_top_k_distillation_loss(hidden, weight, *self.known, self.labels, **options).loss
+            )
+        )
+
+    def gathered(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """The same divergence from logits held whole: log-probabilities gathered, and the rest as one class."""
+        ids, log_p = self.known
+        log_q = (hidden @ weight.T).log_softmax(-1).gather(-1, ids)
+        rest_p, rest_q = (torch.log1p(-t.exp().sum(-1, keepdim=True)) for t in (log_p, log_q))
+        given = torch.cat((log_q, rest_q), -1), torch.cat((log_p, rest_p), -1)
+        return F.kl_div(*given, reduction="batchmean", log_target=True)
+
+    @torch.no_grad()
+    def student_products(self) -> None:
+        """Three products of every chunk of the student, and nothing else."""
+        hidden, weight = (t.detach() for t in self.leaves)
+        logits, total = torch.empty(CHUNK, VOCAB), torch.zeros_like(weight)
+        for at in range(0, len(hidden), CHUNK):
+            x = hidden[at : at + CHUNK]
+            torch.mm(x, weight.T, out=logits[: len(x)])
+            torch.mm(logits[: len(x)], weight)
+            total.addmm_(logits[: len(x)].T, x)
+
+
+@case
+def linear_top_k_distillation() -> Case:
+    """Forward and backward from a teacher's 64 most probable classes; the student's hidden states and head are trained."""
+    teacher = StoredTeacher(ROWS)
+    alone, ours, whole = "its three products alone", "64 classes, forward KL", "gathered from whole logits"
+    isas = ("avx512", "avx2")
+    return Case(
+        "linear_top_k_distillation_loss, forward + backward",
+        f"{ROWS:,} x {WIDTH} x {VOCAB:,}",
+        "float32",
+        [
+            peer(alone, teacher.student_products, slow=True, peak=True),
+            Contender(ours, teacher.from_known(memory_budget=128 * MB), slow=True, peak=True),
+            peer(whole, teacher.step(teacher.gathered), slow=True, peak=True),
+        ],
+        [
+            Goal(ours, alone, dict.fromkeys(isas, 1.15)),
+            Goal(ours, whole, {}, faster=True),
+            PeakShare(ours, whole, {}),
+        ],
+    )
+
+
 @case
 def linear_distillation_memory() -> Case:
     """What is allocated under a budget of 128 MB, for one and for four thousand rows; gradients handed out are counted."""

@@ -50,9 +50,10 @@ struct OperandOptions {
 //   beta: the teacher's share in the mixture, of Divergence::js alone.
 //   temperature: divides both streams' logits in the divergence, and not in the cross-entropy.
 //   teacher_cap, student_cap: as cap above, each for its stream.
+//   smoothing: label smoothing, as above, in the cross-entropy's value as well.
 struct DistillationOptions {
   Divergence divergence;
-  double beta, temperature, teacher_cap, student_cap;
+  double beta, temperature, teacher_cap, student_cap, smoothing;
 };
 
 enum class NoiseType : int { uniform = 0, normal = 1 };

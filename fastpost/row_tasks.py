@@ -84,6 +84,7 @@ class DistillationTask(NamedTuple):
             None: not wanted.
         divergence, beta, temperature: see above.
         student_cap, teacher_cap: as `cap` in `OperandTask`, each for its stream.
+        smoothing: label smoothing in torch's convention, of the cross-entropy in `ce_out` and in the gradient.
 
     A class that is -inf in both streams does not exist. In one stream only it makes infinite what weighs it: the forward KL
     where the student lacks it, the reverse KL where the teacher does, the symmetric KL either way; such a row and one that
@@ -105,6 +106,7 @@ class DistillationTask(NamedTuple):
     temperature: float = 1.0
     student_cap: float = 0.0
     teacher_cap: float = 0.0
+    smoothing: float = 0.0
 
 
 class LossTask(NamedTuple):

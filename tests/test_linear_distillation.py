@@ -70,6 +70,7 @@ def truth(
     teacher_softcap: float | None = None,
     grad: str = "student",
     ce_weighting: str = "none",
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the equations, in float64, by torch's autograd; leaves are both heads' tensors, or both logits."""
     z, t = leaves if len(leaves) == 2 else [F.linear(*leaves[k : k + 3]) for k in (0, 3)]
@@ -94,7 +95,9 @@ def truth(
     ce = torch.zeros_like(rows)
     if ce_weight:
         assert labels is not None
-        ce = F.cross_entropy(z.flatten(0, -2), labels.flatten(), reduction="none").reshape(rows.shape)
+        log_z = z.log_softmax(-1)
+        ce = -(1 - label_smoothing) * log_z.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        ce = ce - label_smoothing * log_z.mean(-1)
         if ce_weighting == "probability":
             ce = z.softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).detach() * ce
     rows, ce = (torch.where(counts, x, torch.zeros_like(x)) for x in (rows, ce))
@@ -126,6 +129,8 @@ CASES: list[dict[str, Any]] = [
     {"teacher_softcap": 5.0, "grad": "both"},
     {"divergence_weight": 0.0, "ce_weight": 1.0},
     {"divergence_weight": 0.3, "ce_weight": 2.0, "ce_weighting": "probability", "softcap": 3.0, "temperature": 1.5},
+    {"ce_weight": 0.5, "label_smoothing": 0.1, "softcap": 3.0, "temperature": 1.5},
+    {"divergence_weight": 0.0, "ce_weight": 2.0, "label_smoothing": 0.3, "ce_weighting": "probability"},
 ]
 
 
@@ -237,8 +242,14 @@ def test_float32_is_right_to_1e_6(divergence: str, grad: str) -> None:
     problem = Problem(torch.float32)
     ours = problem.leaves()
     exact = [t.detach().double().requires_grad_() for t in ours]
-    got = fused(ours, problem.labels, divergence=divergence, ce_weight=0.5, grad=grad, temperature=1.3)
-    want = truth(exact, problem.labels, divergence=divergence, ce_weight=0.5, grad=grad, temperature=1.3)
+    how: dict[str, Any] = {
+        "divergence": divergence,
+        "ce_weight": 0.5,
+        "grad": grad,
+        "temperature": 1.3,
+        "label_smoothing": 0.1,
+    }
+    got, want = fused(ours, problem.labels, **how), truth(exact, problem.labels, **how)
     for a, b in zip(got, want, strict=True):
         assert float(a.detach()) == pytest.approx(float(b.detach()), rel=1e-6)
     got.loss.backward()
@@ -416,7 +427,7 @@ def test_operands_of_16_bits(dtype: torch.dtype) -> None:
     n = math.prod(ROWS)
     flat = [t.reshape(n, -1) if t.ndim == 3 else t for t in tensors]
     weights = torch.full((1, n), 1e-4, dtype=torch.float64)
-    how = distillation_walk.Settings(-100, "forward_kl", 0.5, 1.0, 0.0, 0.0, False, 64, dtype, dtype)
+    how = distillation_walk.Settings(-100, "forward_kl", 0.5, 1.0, 0.0, 0.0, False, 64, dtype, dtype, 0.0, "")
     _, *grads = torch.ops.fastpost.linear_distillation(*flat, None, weights, *how, [True] * 6)
     for g, t in zip(grads, exact, strict=True):
         assert float((g.double() - t.grad.reshape(g.shape)).norm() / t.grad.norm()) < 2 * torch.finfo(dtype).eps
@@ -547,6 +558,9 @@ def test_under_checkpointing() -> None:
         ({"ce_weight": -1.0}, ValueError, "ce_weight must be finite and >= 0"),
         ({"ce_weighting": "dft"}, ValueError, "unknown ce_weighting 'dft'"),
         ({"ce_weighting": "probability"}, ValueError, "weighs the cross-entropy, and ce_weight is 0"),
+        ({"ce_weight": 1.0, "label_smoothing": 1.0}, ValueError, r"label_smoothing must be in \[0, 1\)"),
+        ({"ce_weight": 1.0, "label_smoothing": -0.1}, ValueError, "label_smoothing must be finite and >= 0"),
+        ({"label_smoothing": 0.1}, ValueError, "label_smoothing=0.1 is of the cross-entropy, and ce_weight is 0"),
         ({"divergence_weight": math.nan}, ValueError, "divergence_weight must be finite"),
         ({"reduction": "mean"}, ValueError, "unknown reduction 'mean'"),
         ({"grad": "teacher"}, ValueError, "unknown grad 'teacher'"),

@@ -52,7 +52,7 @@ def truth(
     leaves: list[Tensor], ids: Tensor, log_probs: Tensor, labels: Tensor | None = None, *, rest: str = "one_class",
     divergence: str = "forward_kl", beta: float = 0.5, temperature: float = 1.0, divergence_weight: float = 1.0,
     ce_weight: float = 0.0, mask: Tensor | None = None, reduction: str = "token", num_items: float | None = None,
-    softcap: float | None = None,
+    softcap: float | None = None, label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """From the equations, over k + 1 probabilities, by torch's autograd."""
     z = F.linear(*leaves)
@@ -82,7 +82,9 @@ def truth(
     ce = torch.zeros_like(rows)
     if ce_weight:
         assert labels is not None
-        ce = F.cross_entropy(z.flatten(0, -2), labels.flatten(), reduction="none").reshape(rows.shape)
+        log_z = z.log_softmax(-1)
+        ce = -(1 - label_smoothing) * log_z.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        ce = ce - label_smoothing * log_z.mean(-1)
     rows, ce = (torch.where(counts, x, 0) for x in (rows, ce))
     if reduction == "none":
         return divergence_weight * rows + ce_weight * ce, ce, rows
@@ -104,6 +106,7 @@ CASES: list[dict[str, Any]] = [
     {"ce_weight": 0.5, "rest": "dropped"},
     {"ce_weight": 0.5, "temperature": 2.0, "softcap": 3.0},
     {"ce_weight": 0.5, "divergence_weight": 0.0},
+    {"ce_weight": 0.5, "temperature": 2.0, "softcap": 3.0, "label_smoothing": 0.1},
     {"reduction": "sum"},
     {"num_items": 11.0},
 ]

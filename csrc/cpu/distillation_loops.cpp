@@ -101,15 +101,15 @@ Terms terms_of(const float* a, const float* b, const Scratch<Share> s, int64_t n
   return {value, teacher_sum / teacher_mass, student_sum / student_mass, 0};
 }
 
-// weight * share of the divergence + task_weight * task, as an operand. u: the capped logits times slope, or anything where
+// weight * share of the divergence + task_weight * task - uniform, as an operand. logits: the capped ones, or anything where
 // slope is 0.
 template <class T, class Share>
 void gradient_of(T* out, const float* logits, const Share* share, const float* probability, double mean, float weight,
-                 const float* task, float task_weight, float slope, int64_t n) {
+                 const float* task, float task_weight, float uniform, float slope, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const float divergence = static_cast<float>(share[i] - static_cast<double>(probability[i]) * mean);
-    out[i] = from_float<T>(before_cap(weight * divergence + task_weight * task[i], logits[i] * slope));
+    out[i] = from_float<T>(before_cap(weight * divergence + (task_weight * task[i] - uniform), logits[i] * slope));
   }
 }
 
@@ -135,6 +135,13 @@ double softmax_of(const float* logits, float* probabilities, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) probabilities[i] *= scale;
   return top + log(sum);
+}
+
+double mean_of(const float* x, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  return sum / n;
 }
 
 template <Divergence kind, class Share = typename ShareOf<kind>::Type>
@@ -189,6 +196,8 @@ void distillation_row(const DistillationRow& row, double* value, double* ce) {
     }
     *ce -= row.student[row.label];
   }
+  const double label_log = -*ce;  // log-probability
+  if (labelled && row.smoothing != 0) *ce += row.smoothing * (row.student[row.label] - mean_of(row.student, n));
   if (!defined || !(diverges || labelled)) {
     const float nothing = defined ? 0.0f : NAN;
     if (grad_teacher != nullptr) fill(grad_teacher, n, nothing);
@@ -196,18 +205,21 @@ void distillation_row(const DistillationRow& row, double* value, double* ce) {
     return;
   }
   const float weight = static_cast<float>(row.weight / row.temperature), ce_weight = static_cast<float>(row.ce_weight);
+  const double uniform = labelled ? row.ce_weight * row.smoothing / n : 0;
   if (grad_student != nullptr) {
     const float slope = static_cast<float>(row.student_cap != 0 ? 1 / row.student_cap : 0);
     const float u = labelled && slope != 0 ? row.student[row.label] * slope : 0.0f;  // gradients may overwrite it
     const float* logits = slope != 0 ? row.student : task;                           // -inf times 0 would be NaN
     if (diverges)
-      gradient_of(grad_student, logits, s.student_share, s.student, terms.student_mean, weight, task, ce_weight, slope, n);
+      gradient_of(grad_student, logits, s.student_share, s.student, terms.student_mean, weight, task, ce_weight,
+                  static_cast<float>(uniform), slope, n);
     else
-      gradient_of(grad_student, logits, task, task, 0, 0.0f, task, ce_weight, slope, n);
+      gradient_of(grad_student, logits, task, task, 0, 0.0f, task, ce_weight, static_cast<float>(uniform), slope, n);
     if (labelled) {
       const int64_t i = row.label;
       const float divergence = diverges ? static_cast<float>(s.student_share[i] - s.student[i] * terms.student_mean) : 0.0f;
-      const float labelled_part = static_cast<float>(row.ce_weight * expm1(-*ce));  // p - 1, with all its digits
+      // p - 1 + smoothing - uniform, with all the digits of p - 1
+      const float labelled_part = static_cast<float>(row.ce_weight * (expm1(label_log) + row.smoothing) - uniform);
       grad_student[i] = from_float<T>(before_cap((diverges ? weight * divergence : 0.0f) + labelled_part, u));
     }
   }
@@ -215,7 +227,7 @@ void distillation_row(const DistillationRow& row, double* value, double* ce) {
   if (!diverges) return fill(grad_teacher, n, 0.0f);
   const float slope = static_cast<float>(row.teacher_cap != 0 ? 1 / row.teacher_cap : 0);
   gradient_of(grad_teacher, slope != 0 ? row.teacher : s.teacher, s.teacher_share, s.teacher, terms.teacher_mean, weight,
-              s.teacher, 0.0f, slope, n);
+              s.teacher, 0.0f, 0.0f, slope, n);
 }
 
 template <class T>

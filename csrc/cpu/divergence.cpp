@@ -169,6 +169,7 @@ void distillation_rows(const LogitRows& teacher, const LogitRows& student, const
     row.temperature = how.temperature;
     row.teacher_cap = how.teacher_cap;
     row.student_cap = how.student_cap;
+    row.smoothing = how.smoothing;
     double ce_value;
     distillation_loops().row(operand_dtype, row, &value[i], &ce_value);
     if (ce != nullptr) ce[i] = outside ? NAN : ce_value;

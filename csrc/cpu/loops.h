@@ -91,7 +91,7 @@ struct DistillationRow {
   int64_t cols, label;
   double weight, ce_weight;
   Divergence divergence;
-  double beta, temperature, teacher_cap, student_cap;
+  double beta, temperature, teacher_cap, student_cap, smoothing;
 };
 
 struct DistillationLoops {

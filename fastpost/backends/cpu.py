@@ -245,8 +245,8 @@ def distillation_rows(task: DistillationTask) -> None:
         *addresses_and_strides(task.teacher, student, task.grad_teacher, task.grad_student),
         _dtype(operand_dtype(student, task.grad_student, task.grad_teacher)), *student.shape, address(task.labels),
         task.ignore_index, address(task.weights), address(task.ce_weights), getattr(core.Divergence, task.divergence),
-        task.beta, task.temperature, task.teacher_cap, task.student_cap, address(task.value_out), address(task.ce_out),
-        _threads(),
+        task.beta, task.temperature, task.teacher_cap, task.student_cap, task.smoothing, address(task.value_out),
+        address(task.ce_out), _threads(),
     )  # fmt: skip
 
 

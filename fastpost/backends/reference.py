@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -646,21 +646,25 @@ def js_operand_rows(task: OperandTask) -> None:
         _put_operands(part, *_weighted_jensen_shannon(part.clean, part.noised, part.kl_weights))
 
 
-def distillation_of_rows(
-    student: Tensor, teacher: Tensor, divergence: str, beta: float, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per row the divergence that `DistillationTask` names, and its gradients with respect to both streams, in float64.
+class DivergenceTerms(NamedTuple):
+    """Of every class: its term of the divergence; p f'(u) and q h, which gradients are made of (`distillation_of_rows`);
+    both probabilities; whether it makes the divergence infinite."""
 
-    All of them are f-divergences: D = sum q f(u) with u = p / q and f(1) = f'(1) = 0; dD/dteacher = p (f'(u) - E_p[f'(u)]),
-    dD/dstudent = q (h - E_q[h]) with h = f(u) - u f'(u), both over the temperature.
-    """
-    a, b = teacher.double() / temperature, student.double() / temperature
-    meaningful = ~torch.stack([(z.isnan() | (z == torch.inf)).any(-1) | (z == -torch.inf).all(-1) for z in (a, b)]).any(0)
-    a, b = (torch.where(meaningful.unsqueeze(-1), z, torch.zeros_like(z)) for z in (a, b))
-    log_p, log_q = torch.log_softmax(a, dim=-1), torch.log_softmax(b, dim=-1)
+    value: Tensor
+    teacher_share: Tensor
+    student_share: Tensor
+    p: Tensor
+    q: Tensor
+    is_infinite: Tensor
+
+
+def divergence_terms(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> DivergenceTerms:
+    """What the classes add to the divergence that `DistillationTask` names, from their float64 log-probabilities."""
     p, q = log_p.exp(), log_q.exp()
-    r = torch.where((a == -torch.inf) & (b == -torch.inf), torch.zeros_like(a), log_p - log_q)
+    lacks_p, lacks_q = log_p == -torch.inf, log_q == -torch.inf
+    r = torch.where(lacks_p & lacks_q, torch.zeros_like(p), log_p - log_q)
     excess = torch.where(r.abs() < 1, q * torch.expm1(r.clamp(-1, 1)), p - q)  # p - q
+    is_infinite = torch.zeros_like(lacks_p)
     if divergence == "js":
         # ln(p / m) = -ln(beta + (1 - beta) e^-r). Where p > q its argument is at most 1, and ln(q / m) is r below it.
         ahead = r > 0
@@ -679,18 +683,33 @@ def distillation_of_rows(
         if divergence != "reverse_kl":
             terms = terms + _kl_terms(p, q, r)
             teacher_share, student_share = teacher_share + _times(p, r), student_share - excess
+            is_infinite = is_infinite | (lacks_q & ~lacks_p)
         if divergence != "forward_kl":
             terms = terms + _kl_terms(q, p, -r)
             teacher_share, student_share = teacher_share + excess, student_share - _times(q, r)
-    value = terms.sum(-1).clamp(min=0)
-    lacks = {"forward_kl": (b,), "reverse_kl": (a,), "symmetric_kl": (a, b)}.get(divergence, ())
-    for z in lacks:
-        alone = ((z == -torch.inf) & (r != 0)).any(-1)
-        value = torch.where(alone, torch.full_like(value, torch.inf), value)
+            is_infinite = is_infinite | (lacks_p & ~lacks_q)
+    return DivergenceTerms(terms, teacher_share, student_share, p, q, is_infinite)
+
+
+def distillation_of_rows(
+    student: Tensor, teacher: Tensor, divergence: str, beta: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row the divergence that `DistillationTask` names, and its gradients with respect to both streams, in float64.
+
+    All of them are f-divergences: D = sum q f(u) with u = p / q and f(1) = f'(1) = 0; dD/dteacher = p (f'(u) - E_p[f'(u)]),
+    dD/dstudent = q (h - E_q[h]) with h = f(u) - u f'(u), both over the temperature.
+    """
+    a, b = teacher.double() / temperature, student.double() / temperature
+    meaningful = ~torch.stack([(z.isnan() | (z == torch.inf)).any(-1) | (z == -torch.inf).all(-1) for z in (a, b)]).any(0)
+    a, b = (torch.where(meaningful.unsqueeze(-1), z, torch.zeros_like(z)) for z in (a, b))
+    terms = divergence_terms(torch.log_softmax(a, dim=-1), torch.log_softmax(b, dim=-1), divergence, beta)
+    value = terms.value.sum(-1).clamp(min=0)
+    value = torch.where(terms.is_infinite.any(-1), torch.full_like(value, torch.inf), value)
     value = torch.where(meaningful, value, torch.full_like(value, torch.nan))
     finite = value.isfinite().unsqueeze(-1)
     grads = (
-        (share - x * share.sum(-1, keepdim=True)) / temperature for share, x in ((student_share, q), (teacher_share, p))
+        (share - x * share.sum(-1, keepdim=True)) / temperature
+        for share, x in ((terms.student_share, terms.q), (terms.teacher_share, terms.p))
     )
     grad_student, grad_teacher = (torch.where(finite, g, torch.full_like(g, torch.nan)) for g in grads)
     return value, grad_student, grad_teacher
@@ -720,8 +739,13 @@ def distillation_rows(task: DistillationTask) -> None:
         value, *grads = distillation_of_rows(part.student, part.teacher, part.divergence, part.beta, part.temperature)
         weighs, weights = part.weights != 0, part.weights.unsqueeze(-1)
         part.value_out.copy_(torch.where(weighs, value, torch.zeros_like(value)))
-        ce, labelled = _cross_entropy_of_rows(part.student, part.labels, part.ignore_index, part.ce_weights, 0.0)
+        ce, labelled = _cross_entropy_of_rows(part.student, part.labels, part.ignore_index, part.ce_weights, part.smoothing)
         if part.ce_out is not None:
+            if part.smoothing and part.labels is not None:
+                counts = (part.labels != part.ignore_index) & (part.ce_weights != 0)
+                z = part.student.double()
+                own = z.gather(-1, torch.where(counts, part.labels, torch.zeros_like(part.labels)).unsqueeze(-1)).squeeze(-1)
+                ce = torch.where(counts, ce + part.smoothing * (own - z.mean(-1)), ce)
             part.ce_out.copy_(ce)
         grads = [torch.where(weights != 0, weights * g, torch.zeros_like(g)) for g in grads]
         grads[0] = grads[0] + labelled

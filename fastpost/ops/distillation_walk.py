@@ -7,10 +7,12 @@ are the last that is held of it. A stream without a head is logits, of which a c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastpost.dispatch import select
@@ -18,6 +20,8 @@ from fastpost.ops.chunks import even_chunk, padded, skips_rows
 from fastpost.ops.head import Head, grad_dtype, power_of_two
 from fastpost.ops.reductions import out_dtype
 from fastpost.ops.registry import define
+from fastpost.ops.vocab_parallel import group_named
+from fastpost.ops.vocab_parallel_distillation import sharded_distillation_rows
 from fastpost.row_tasks import DistillationTask
 
 
@@ -25,7 +29,8 @@ class Settings(NamedTuple):
     """A call but for its tensors, as the operation takes it.
 
     softcap, teacher_softcap: 0: none. by_probability: each row's cross-entropy is multiplied by its label's probability, a
-    constant. chunk: the most rows of a chunk. dtype, teacher_dtype: of the products' operands.
+    constant. chunk: the most rows of a chunk. dtype, teacher_dtype: of the products' operands. smoothing: of the labels.
+    group: the name of the ranks' that share the vocabulary; "": it is whole.
     """
 
     ignore_index: int
@@ -38,6 +43,8 @@ class Settings(NamedTuple):
     chunk: int
     dtype: torch.dtype
     teacher_dtype: torch.dtype
+    smoothing: float = 0.0
+    group: str = ""
 
 
 class Stream:
@@ -149,10 +156,13 @@ def _linear_distillation(
     chunk: int,
     dtype: torch.dtype,
     teacher_dtype: torch.dtype,
+    smoothing: float,
+    group: str,
     want: list[bool],
 ) -> tuple[Tensor, ...]:
     how = Settings(
-        ignore_index, divergence, beta, temperature, softcap, teacher_softcap, by_probability, chunk, dtype, teacher_dtype
+        ignore_index, divergence, beta, temperature, softcap, teacher_softcap, by_probability, chunk, dtype, teacher_dtype,
+        smoothing, group,
     )  # fmt: skip
     streams = []
     with torch.autocast(hidden.device.type, enabled=False):
@@ -160,6 +170,10 @@ def _linear_distillation(
         if teacher_hidden is not None:
             streams.append(_stream(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_dtype, want[3:]))
         values = _walk(streams, labels, weights, how)
+    if group:  # each rank's columns have given their part of the hidden states' gradients
+        for stream in streams:
+            if isinstance(stream, Stream) and stream.want_hidden:
+                dist.all_reduce(stream.grad_hidden, group=group_named(group))
     grads = [grad for stream in streams for grad in (stream.grad_hidden, stream.grad_weight, stream.grad_bias)]
     if teacher_hidden is None:
         grads += [weights.new_zeros(0, dtype=out_dtype(teacher_dtype)) for _ in range(3)]
@@ -173,6 +187,7 @@ def _walk(streams: list[Stream | Logits], labels: Tensor | None, weights: Tensor
         streams: the student and the teacher, or the student alone where no row's divergence has a weight.
     """
     student, teacher = streams[0], streams[-1]
+    group = group_named(how.group) if how.group else None
 
     def compare(made: list[Tensor], rows: slice | Tensor, here: Tensor, found: Tensor) -> None:
         n = len(made[0])
@@ -192,8 +207,13 @@ def _walk(streams: list[Stream | Logits], labels: Tensor | None, weights: Tensor
             temperature=how.temperature,
             student_cap=how.softcap,
             teacher_cap=how.teacher_softcap,
+            smoothing=how.smoothing,
         )
-        run = select("distillation_rows", weights.device, made[0].dtype)
+        run: Callable[[DistillationTask], object] = (
+            select("distillation_rows", weights.device, made[0].dtype)
+            if group is None
+            else functools.partial(sharded_distillation_rows, group=group)
+        )
         probabilities = _label_probabilities(task, run) if how.by_probability else None
         if probabilities is not None:
             task = task._replace(ce_weights=here[1] * probabilities)
@@ -252,7 +272,9 @@ def _label_probabilities(task: DistillationTask, run: Any) -> Tensor:
     assert task.ce_weights is not None
     assert task.ce_out is not None
     known = (task.ce_weights != 0).double()
-    run(task._replace(weights=torch.zeros_like(known), ce_weights=known, grad_student=None, grad_teacher=None))
+    run(
+        task._replace(weights=torch.zeros_like(known), ce_weights=known, grad_student=None, grad_teacher=None, smoothing=0.0)
+    )
     return torch.exp(-task.ce_out)
 
 
@@ -260,7 +282,7 @@ def _fake(
     hidden: Tensor, weight: Tensor | None, bias: Tensor | None, teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None, teacher_bias: Tensor | None, labels: Tensor | None, weights: Tensor, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    dtype, teacher_dtype, want = rest[-3:]
+    dtype, teacher_dtype, _, _, want = rest[-5:]
 
     def gradients(
         hidden: Tensor | None, weight: Tensor | None, dtype: torch.dtype, want: list[bool]
@@ -285,7 +307,7 @@ linear_distillation = define(
     "linear_distillation(Tensor hidden, Tensor? weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight, "
     "Tensor? teacher_bias, Tensor? labels, Tensor weights, int ignore_index, str divergence, float beta, float temperature, "
     "float softcap, float teacher_softcap, bool by_probability, int chunk, ScalarType dtype, ScalarType teacher_dtype, "
-    "bool[] want) "
+    "float smoothing, str group, bool[] want) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_distillation,
     _fake,

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastpost.errors import unknown
@@ -20,6 +21,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "symmetric_kl", "js", "total_variatio
 GRADS = ("student", "both")
 REDUCTIONS = ("token", "sum", "none")
 WEIGHTINGS = ("none", "probability")
+_SHARDED = "under tensor parallelism pass its local part, .to_local(), and vocab_group="
 
 
 class DistillationLoss(NamedTuple):
@@ -66,6 +68,8 @@ class DistillationOptions(NamedTuple):
     num_items: float | Tensor | None = None
     grad: str = "student"
     memory_budget: int = 1 << 30
+    label_smoothing: float = 0.0
+    vocab_group: dist.ProcessGroup | None = None
 
 
 def linear_distillation_loss(
@@ -81,6 +85,7 @@ def linear_distillation_loss(
     divergence_weight: float = 1.0,
     ce_weight: float = 0.0,
     ce_weighting: str = "none",
+    label_smoothing: float = 0.0,
     mask: Tensor | None = None,
     reduction: str = "token",
     ignore_index: int = -100,
@@ -91,6 +96,7 @@ def linear_distillation_loss(
     teacher_softcap: float | None = None,
     grad: str = "student",
     memory_budget: int = 1 << 30,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> DistillationLoss:
     """The divergence of a student from a teacher over the whole vocabulary, both from hidden states and their output heads.
 
@@ -116,6 +122,8 @@ def linear_distillation_loss(
         divergence_weight, ce_weight: >= 0. ce_weight needs labels.
         ce_weighting: "none", or "probability": each row's cross-entropy is multiplied by the probability of its label, which
             sends no gradient (DFT, 2508.05629). It costs a second look at the logits and no product.
+        label_smoothing: in [0, 1), in torch's convention (the weight of the uniform distribution in the target of the
+            cross-entropy). With ce_weighting, the smoothed cross-entropy is what the probability weighs.
         mask: bool of shape (...); rows where it is False do not count, as if their label were `ignore_index`.
         reduction: "token" averages over the rows that count (or divides by num_items), "sum" adds them up, "none" gives
             shape (...), zeros where a row does not count, and makes the logits a second time in the backward pass.
@@ -127,6 +135,9 @@ def linear_distillation_loss(
         grad: "student": the teacher is a constant, and nothing is computed or kept for its gradients; "both": gradients of
             the divergence flow into the teacher's arguments as well, where they require them.
         memory_budget: bytes for what is held of the logits, as in `linear_r3f_loss`.
+        vocab_group: process group whose ranks hold one slice of the vocabulary each, in the order of their ranks, of both
+            heads' weights and biases; hidden states are the same on all of them, labels are of the whole vocabulary.
+            Gradients of hidden states are summed over the group. The rows are then torch operations in float64.
 
     Returns:
         DistillationLoss(loss, task_loss, divergence), float32 (float64 where an argument is); task_loss (0 without
@@ -150,7 +161,7 @@ def linear_distillation_loss(
         labels,
         DistillationOptions(
             divergence, beta, temperature, divergence_weight, ce_weight, ce_weighting, mask, reduction, ignore_index,
-            num_items, grad, memory_budget,
+            num_items, grad, memory_budget, label_smoothing, vocab_group,
         ),
     )  # fmt: skip
 
@@ -166,12 +177,14 @@ def distillation_loss(
     divergence_weight: float = 1.0,
     ce_weight: float = 0.0,
     ce_weighting: str = "none",
+    label_smoothing: float = 0.0,
     mask: Tensor | None = None,
     reduction: str = "token",
     ignore_index: int = -100,
     num_items: float | Tensor | None = None,
     grad: str = "student",
     memory_budget: int = 1 << 30,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> DistillationLoss:
     """`linear_distillation_loss` from logits, for models whose head is no plain matrix.
 
@@ -180,7 +193,8 @@ def distillation_loss(
     Args:
         logits: (..., vocab) of the student; float16, bfloat16, float32 or float64.
         teacher_logits: of the same shape.
-        labels: as in `linear_distillation_loss`, and so is everything after them.
+        labels: as in `linear_distillation_loss`, and so is everything after them. Under a vocab_group both logits are this
+            rank's columns.
 
     Returns:
         DistillationLoss(loss, task_loss, divergence), as there.
@@ -195,7 +209,7 @@ def distillation_loss(
         labels,
         DistillationOptions(
             divergence, beta, temperature, divergence_weight, ce_weight, ce_weighting, mask, reduction, ignore_index,
-            num_items, grad, memory_budget,
+            num_items, grad, memory_budget, label_smoothing, vocab_group,
         ),
     )  # fmt: skip
 
@@ -237,7 +251,8 @@ def distillation_loss_of(
     settings = Settings(
         options.ignore_index, options.divergence, options.beta, options.temperature, student.softcap or 0.0,
         layers[-1].softcap or 0.0, bool(options.ce_weight) and options.ce_weighting == "probability", chunk, dtypes[0],
-        dtypes[-1],
+        dtypes[-1], float(options.label_smoothing),
+        "" if options.vocab_group is None else options.vocab_group.group_name,
     )  # fmt: skip
     value, _, values = fused_loss(
         "distillation",
@@ -286,7 +301,8 @@ def counted_rows(
     if masked is not None and isinstance(labels, Tensor) and labels.shape == rows:
         labels = torch.where(masked.reshape(rows).to(labels.device) != 0, labels, torch.full_like(labels, ignore_index))
     weights = r3f_weights(
-        op, rows, vocab, device, labels, r3f_lambda=1.0, reduction="token" if reduction == "token" else "sum",
+        op, rows, vocab if options.vocab_group is None else None, device, labels, r3f_lambda=1.0,
+        reduction="token" if reduction == "token" else "sum",
         ignore_index=ignore_index, num_items=num_items, label_smoothing=0.0,
     )  # fmt: skip
     return weights.kl_rows, weights.labels, weights.kl_scale
@@ -314,9 +330,9 @@ def _check(op: str, student: OutputLayer, teacher: OutputLayer | None) -> None:
 
 def _check_layer(op: str, layer: OutputLayer, prefix: str) -> None:
     if layer.weight is not None:
-        check_head(op, layer.hidden, layer.weight, layer.bias, layer.softcap, prefix)
+        check_head(op, layer.hidden, layer.weight, layer.bias, layer.softcap, prefix, _SHARDED)
         return
-    check_tensor(op, f"{prefix}logits", layer.hidden, "under tensor parallelism gather them")
+    check_tensor(op, f"{prefix}logits", layer.hidden, _SHARDED)
     if layer.hidden.ndim < 1 or layer.hidden.shape[-1] == 0:
         raise ValueError(f"{op}: {prefix}logits have shape {tuple(layer.hidden.shape)}, expected (..., vocab)")
 
@@ -340,7 +356,12 @@ def check_options(op: str, options: DistillationOptions, labels: Tensor | None) 
     check_number(op, "temperature", options.temperature)
     for name, factor in (("divergence_weight", options.divergence_weight), ("ce_weight", options.ce_weight)):
         check_number(op, name, factor, least=0)
+    check_number(op, "label_smoothing", options.label_smoothing, least=0)
+    if options.label_smoothing >= 1:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1), not {options.label_smoothing}")
     if options.ce_weight and labels is None:
         raise ValueError(f"{op}: ce_weight={options.ce_weight:g} needs labels")
     if options.ce_weighting != "none" and not options.ce_weight:
         raise ValueError(f"{op}: ce_weighting={options.ce_weighting!r} weighs the cross-entropy, and ce_weight is 0")
+    if options.label_smoothing and not options.ce_weight:
+        raise ValueError(f"{op}: label_smoothing={options.label_smoothing:g} is of the cross-entropy, and ce_weight is 0")

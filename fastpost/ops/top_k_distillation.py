@@ -40,6 +40,7 @@ def linear_top_k_distillation_loss(
     temperature: float = 1.0,
     divergence_weight: float = 1.0,
     ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
     mask: Tensor | None = None,
     reduction: str = "token",
     ignore_index: int = -100,
@@ -63,7 +64,7 @@ def linear_top_k_distillation_loss(
         rest: "one_class", the rest of the vocabulary is one more class; "dropped", both models are normalised over the k
             classes, which says nothing of how much the student gives to others.
         temperature: T > 0, at which the log-probabilities were taken; divides the student's logits in the divergence.
-        labels, divergence, beta, divergence_weight, ce_weight: as in `linear_distillation_loss`.
+        labels, divergence, beta, divergence_weight, ce_weight, label_smoothing: as in `linear_distillation_loss`.
         mask, reduction, ignore_index, num_items, bias, softcap, memory_budget: as there too.
 
     Returns:
@@ -82,6 +83,7 @@ def linear_top_k_distillation_loss(
     options = DistillationOptions(
         divergence, beta, temperature, divergence_weight, ce_weight, mask=mask, reduction=reduction,
         ignore_index=ignore_index, num_items=num_items, memory_budget=memory_budget,
+        label_smoothing=label_smoothing,
     )  # fmt: skip
     check_options(op, options, labels)
     layer = OutputLayer(hidden, weight, bias, softcap)
@@ -102,7 +104,10 @@ def linear_top_k_distillation_loss(
     chunk = fitting_rows(op, rows, per_row, layer.vocab, hidden.device, memory_budget)
     value, _, values = fused_loss(
         "top_k_distillation",
-        Settings(ignore_index, divergence, beta, temperature, rest == "one_class", softcap or 0.0, chunk, dtype),
+        Settings(
+            ignore_index, divergence, beta, temperature, rest == "one_class", softcap or 0.0, chunk, dtype,
+            float(label_smoothing),
+        ),
         [hidden.reshape(rows, hidden.shape[-1]), weight, bias, ids, log_probs],
         targets if ce_weight else None,
         weights,

@@ -21,7 +21,7 @@ class Settings(NamedTuple):
     """A call but for its tensors, as the operation takes it.
 
     has_rest: the rest of the vocabulary is a class of its own. softcap: 0: none. chunk: the most rows of a chunk. dtype: of
-    the products' operands.
+    the products' operands. smoothing: of the labels.
     """
 
     ignore_index: int
@@ -32,6 +32,7 @@ class Settings(NamedTuple):
     softcap: float
     chunk: int
     dtype: torch.dtype
+    smoothing: float = 0.0
 
 
 def _linear_top_k_distillation(
@@ -50,9 +51,10 @@ def _linear_top_k_distillation(
     softcap: float,
     chunk: int,
     dtype: torch.dtype,
+    smoothing: float,
     want: list[bool],
 ) -> tuple[Tensor, ...]:
-    how = Settings(ignore_index, divergence, beta, temperature, has_rest, softcap, chunk, dtype)
+    how = Settings(ignore_index, divergence, beta, temperature, has_rest, softcap, chunk, dtype, smoothing)
     with torch.autocast(hidden.device.type, enabled=False):
         student = Stream(hidden, weight, bias, softcap, dtype, want[:3])
 
@@ -82,6 +84,8 @@ def _compare(
         counts = (labels != how.ignore_index).unsqueeze(1)
         targets = torch.where(counts, labels.unsqueeze(1), 0)
         at_label = logits.gather(1, targets).double()
+        if how.smoothing:  # of the target, which is at the label and everywhere
+            at_label = (1 - how.smoothing) * at_label + how.smoothing * logits.mean(1, keepdim=True, dtype=torch.float64)
     # From here on `logits` are those of the rest. Where an id is there twice, as padding, the one that counts wins.
     logits.scatter_reduce_(1, ids, torch.where(known, torch.full_like(z, -torch.inf), z), "amin")
     scaled = logits if how.temperature == 1 else logits / how.temperature
@@ -105,7 +109,9 @@ def _compare(
     if total is not None and counts is not None and targets is not None:
         share = weights[1].unsqueeze(1) * counts
         made.add_(_shares(logits, total, share))
-        made.scatter_add_(1, targets, -share.to(made.dtype))
+        if how.smoothing:
+            made.sub_((share * (how.smoothing / made.shape[1])).to(made.dtype))
+        made.scatter_add_(1, targets, ((how.smoothing - 1) * share).to(made.dtype))
         each = each + (exact - total).exp() * share
     made.scatter_add_(1, ids, torch.where(known, each, 0.0).to(made.dtype))
     if cap is not None:
@@ -168,7 +174,7 @@ def _fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, log_probs: Tensor, labels: Tensor | None,
     weights: Tensor, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    dtype, want = rest[-2:]
+    dtype, _, want = rest[-3:]
     work = out_dtype(dtype)
     return (
         hidden.new_empty(weights.shape, dtype=torch.float64),
@@ -183,7 +189,7 @@ def _fake(
 linear_top_k_distillation = define(
     "linear_top_k_distillation(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor log_probs, Tensor? labels, "
     "Tensor weights, int ignore_index, str divergence, float beta, float temperature, bool has_rest, float softcap, "
-    "int chunk, ScalarType dtype, bool[] want) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int chunk, ScalarType dtype, float smoothing, bool[] want) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_top_k_distillation,
     _fake,
 )

@@ -23,6 +23,15 @@ def group_named(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
 
 
+def check_labels(labels: Tensor | None, ignore_index: int, vocab: Tensor) -> None:
+    """Refuses labels outside the whole vocabulary; on the CPU, where looking waits for nothing."""
+    if labels is None or labels.device.type != "cpu":
+        return
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+    if bool(outside.any()):
+        raise ValueError(f"label {int(labels[outside][0])} is outside a vocabulary of {int(vocab)}")
+
+
 class _Sums(NamedTuple):
     """What a row adds up over the whole vocabulary, each float64 (rows,); exponentials without the row's maxima."""
 
@@ -51,12 +60,9 @@ def sharded_operand_rows(task: OperandTask, group: dist.ProcessGroup) -> None:
         raise ValueError("a head that is cut across ranks has no cross-entropy of the noised stream; gather its weight")
     clean, noised, labels, ignore_index, kl_weights, ce_weights = task[:6]
     kl_out, ce_out, first, second, smoothing, cap, teaches = task[6:13]
-    top, start, vocab = _agreed(clean, noised, group)
-    if labels is not None and clean.device.type == "cpu":
-        outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
-        if bool(outside.any()):
-            raise ValueError(f"label {int(labels[outside][0])} is outside a vocabulary of {int(vocab)}")
-    own = _own(labels, start, clean.shape[1])
+    top, start, vocab = agree(clean, noised, group)
+    check_labels(labels, ignore_index, vocab)
+    own = own_labels(labels, start, clean.shape[1])
     sums = _summed(clean, noised, top, own, bool(smoothing), group)
 
     shift = torch.log1p(sums.gap / sums.noised)  # log of the ratio of the normalisers, the maxima taken off
@@ -78,7 +84,7 @@ def sharded_operand_rows(task: OperandTask, group: dist.ProcessGroup) -> None:
         ce_out.copy_(ce)
 
     forward = (sums.gap_moment + sums.noised_moment) / sums.clean - shift  # KL(p || q)
-    for block in _blocks(clean) if first is not None or second is not None else ():
+    for block in row_blocks(clean) if first is not None or second is not None else ():
         a, b = clean[block], noised[block]
         d, w1, w2, _ = _parts(a, b, top[:, block])
         dtype = a.dtype
@@ -110,7 +116,7 @@ def sharded_operand_rows(task: OperandTask, group: dist.ProcessGroup) -> None:
             second[block] = noised_grad
 
 
-def _agreed(clean: Tensor, noised: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+def agree(clean: Tensor, noised: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Over all ranks: both streams' maxima (2, rows), 0 for a row without a class; this rank's first column; all columns."""
     rows, columns = clean.shape
     largest = torch.stack((clean.amax(-1), noised.amax(-1)))
@@ -129,7 +135,7 @@ def _summed(
 ) -> _Sums:
     sums = torch.zeros(len(_Sums._fields), len(clean), dtype=torch.float64, device=clean.device)
     here = _Sums(*sums.unbind())  # views
-    for block in _blocks(clean):
+    for block in row_blocks(clean):
         a, b = clean[block], noised[block]
         d, w1, w2, u = _parts(a, b, top[:, block])
         alone = (a == -torch.inf) != (b == -torch.inf)
@@ -144,13 +150,13 @@ def _summed(
     return here
 
 
-def _blocks(clean: Tensor) -> list[slice]:
+def row_blocks(clean: Tensor) -> list[slice]:
     rows, columns = clean.shape
     step = max(1, _BLOCK.get(clean.device.type, _BLOCK_ELSEWHERE) // columns)
     return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
 
 
-def _own(labels: Tensor | None, first: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:
+def own_labels(labels: Tensor | None, first: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:
     """Which rows' labels are columns of this rank, and which column (some column where not): (rows,), (rows, 1)."""
     if labels is None:
         return None
