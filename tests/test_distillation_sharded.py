@@ -19,7 +19,7 @@ import fastpost
 
 from . import distributed as d
 
-ROWS, WIDTH, TEACHER_WIDTH, VOCAB = 130, 12, 20, 103
+ROWS, WIDTH, TEACHER_WIDTH, VOCAB = 130, 12, 20, 129
 DIVERGENCES = ("forward_kl", "reverse_kl", "symmetric_kl", "js", "total_variation")
 
 
@@ -44,7 +44,7 @@ def tensors(dtype: torch.dtype, apart: float | None = None) -> tuple[list[Tensor
 
 
 def columns() -> Tensor:
-    """This rank's, of 103 over 2: parts of different width."""
+    """This rank's, of 129 over 2: parts of different width, rows of which take different memory."""
     return torch.arange(VOCAB).tensor_split(dist.get_world_size())[dist.get_rank()]
 
 
@@ -121,6 +121,38 @@ def vocab_from_logits() -> None:
         out.loss.backward()
     for a, b in zip(whole, mine, strict=True):
         torch.testing.assert_close(b.grad, a.grad[:, columns()], rtol=1e-9, atol=1e-14)  # type: ignore[index]
+
+
+def vocab_of_a_stored_teacher() -> None:
+    """The teacher's most probable classes lie on either rank, or all on one."""
+    given, labels = tensors(torch.float64)
+    log_probs, ids = F.linear(*given[3:]).log_softmax(-1).topk(7, -1)
+    ids[0, 4:], log_probs[0, 4:] = -1, -torch.inf
+    ids[1] = torch.arange(7)
+    variants: list[dict[str, Any]] = [
+        {"temperature": 2.0, "ce_weight": 0.5, "label_smoothing": 0.1},
+        {"rest": "dropped", "softcap": 4.0, "ce_weight": 0.5},
+        {"reduction": "none"},
+    ]
+    for divergence, options in itertools.product(DIVERGENCES, variants):
+        found = []
+        for columns_, group in ((slice(None), None), (columns(), dist.group.WORLD)):
+            hidden, weight, bias = (t.clone().requires_grad_() for t in (given[0], given[1][columns_], given[2][columns_]))
+            out = fastpost.linear_top_k_distillation_loss(
+                hidden, weight, ids, log_probs, labels, bias=bias, divergence=divergence, beta=0.3, vocab_group=group,
+                memory_budget=520_000, **options,
+            )  # fmt: skip
+            (2 * out.loss).sum().backward()
+            found.append([*out, hidden.grad, weight.grad, bias.grad])
+        whole, mine = found
+        whole[4:] = [t[columns()] for t in whole[4:]]  # type: ignore[index]
+        for a, b in zip(whole, mine, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-13)
+    ids[2, 0] = VOCAB + 1
+    with pytest.raises(ValueError, match=rf"row 2 holds an id outside of \[0, {VOCAB}\)"):
+        fastpost.linear_top_k_distillation_loss(
+            given[0], given[1][columns()], ids, log_probs, labels, vocab_group=dist.group.WORLD
+        )
 
 
 def vocab_masked() -> None:
@@ -238,7 +270,8 @@ def fsdp2_sharded_weight() -> None:
 CASES = {
     case.__name__: case
     for case in (
-        vocab_in_float64, vocab_in_float32, vocab_of_identical_models, vocab_from_logits, vocab_masked, vocab_errors,
+        vocab_in_float64, vocab_in_float32, vocab_of_identical_models, vocab_from_logits, vocab_of_a_stored_teacher,
+        vocab_masked, vocab_errors,
         fsdp2_head_in_its_own_group, fsdp2_head_in_the_root, fsdp2_activation_checkpointing, fsdp2_sharded_weight,
     )
 }  # fmt: skip

@@ -128,7 +128,7 @@ def fsdp2_head_resharded() -> None:
 
 # -- a vocabulary cut across ranks ----------------------------------------------------------------------------------------
 
-WIDTH, VOCAB, ROWS = 16, 103, 130
+WIDTH, VOCAB, ROWS = 16, 129, 130
 
 
 class Problem:
@@ -149,7 +149,7 @@ class Problem:
 def cut(apart: float, dtype: torch.dtype, tolerance: float, **options: Any) -> None:
     problem = Problem(apart, dtype)
     rank, size = dist.get_rank(), dist.get_world_size()
-    columns = torch.arange(VOCAB).tensor_split(size)[rank]  # 103 over 2 or 4: parts of different width
+    columns = torch.arange(VOCAB).tensor_split(size)[rank]  # 129 over 2 or 4: parts of different width
     whole = [t.clone().requires_grad_() for t in problem.tensors]
     mine = [t.clone() for t in problem.tensors[:2]] + [t[columns].clone() for t in problem.tensors[2:]]
     for t in mine:

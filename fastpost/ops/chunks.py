@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 
 # Where fresh memory has to be paged in (CPUs), a chunk that is written again and again is faster than one that holds all.
 _MOST_ROWS = {"cpu": 1024}
@@ -39,13 +40,20 @@ def row_bytes(vocab: int, width: int, dtype: torch.dtype) -> int:
     return 2 * padded(vocab) * logits + width * (3 * dtype.itemsize + 5 * work)
 
 
-def chunk_rows(op: str, rows: int, vocab: int, width: int, dtype: torch.dtype, device: torch.device, budget: int) -> int:
+def chunk_rows(
+    op: str, rows: int, vocab: int, width: int, dtype: torch.dtype, device: torch.device, budget: int,
+    group: dist.ProcessGroup | None = None,
+) -> int:  # fmt: skip
     """The most rows that a chunk may have under a budget in bytes: all of them where they fit, but on CPUs 1,024.
+
+    Args:
+        group: ranks that hold a slice of the vocabulary each. They walk their rows together, so that the widest slice
+            decides for all; asking waits for the device.
 
     Raises:
         ValueError: the budget holds fewer than 64 rows, and fewer than there are.
     """
-    return fitting_rows(op, rows, row_bytes(vocab, width, dtype), vocab, device, budget)
+    return fitting_rows(op, rows, row_bytes(vocab, width, dtype), vocab, device, budget, group)
 
 
 def distillation_row_bytes(vocab: int, streams: Sequence[tuple[int, torch.dtype, bool]]) -> int:
@@ -62,8 +70,15 @@ def distillation_row_bytes(vocab: int, streams: Sequence[tuple[int, torch.dtype,
     return total
 
 
-def fitting_rows(op: str, rows: int, per_row: int, vocab: int, device: torch.device, budget: int) -> int:
+def fitting_rows(
+    op: str, rows: int, per_row: int, vocab: int, device: torch.device, budget: int,
+    group: dist.ProcessGroup | None = None,
+) -> int:  # fmt: skip
     """`chunk_rows` of rows of which each costs so many bytes."""
+    if group is not None:
+        most = torch.tensor(per_row, device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        per_row = int(most)
     least = max(min(_LEAST_ROWS, rows), 1)
     fitting = int(budget) // per_row
     if fitting < least:

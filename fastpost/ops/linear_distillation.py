@@ -21,7 +21,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "symmetric_kl", "js", "total_variatio
 GRADS = ("student", "both")
 REDUCTIONS = ("token", "sum", "none")
 WEIGHTINGS = ("none", "probability")
-_SHARDED = "under tensor parallelism pass its local part, .to_local(), and vocab_group="
+SHARDED = "under tensor parallelism pass its local part, .to_local(), and vocab_group="
 
 
 class DistillationLoss(NamedTuple):
@@ -246,8 +246,9 @@ def distillation_loss_of(
         for k, t in enumerate(layer.tensors)
     ]
     chunk = fitting_rows(
-        op, math.prod(student.hidden.shape[:-1]), per_row, student.vocab, student.hidden.device, options.memory_budget
-    )
+        op, math.prod(student.hidden.shape[:-1]), per_row, student.vocab, student.hidden.device, options.memory_budget,
+        options.vocab_group,
+    )  # fmt: skip
     settings = Settings(
         options.ignore_index, options.divergence, options.beta, options.temperature, student.softcap or 0.0,
         layers[-1].softcap or 0.0, bool(options.ce_weight) and options.ce_weighting == "probability", chunk, dtypes[0],
@@ -330,9 +331,9 @@ def _check(op: str, student: OutputLayer, teacher: OutputLayer | None) -> None:
 
 def _check_layer(op: str, layer: OutputLayer, prefix: str) -> None:
     if layer.weight is not None:
-        check_head(op, layer.hidden, layer.weight, layer.bias, layer.softcap, prefix, _SHARDED)
+        check_head(op, layer.hidden, layer.weight, layer.bias, layer.softcap, prefix, SHARDED)
         return
-    check_tensor(op, f"{prefix}logits", layer.hidden, _SHARDED)
+    check_tensor(op, f"{prefix}logits", layer.hidden, SHARDED)
     if layer.hidden.ndim < 1 or layer.hidden.shape[-1] == 0:
         raise ValueError(f"{op}: {prefix}logits have shape {tuple(layer.hidden.shape)}, expected (..., vocab)")
 

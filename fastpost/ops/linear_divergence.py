@@ -14,12 +14,7 @@ from fastpost.ops.divergence import check_bounded, check_finite
 from fastpost.ops.fused_loss import fused_loss
 from fastpost.ops.head import check_head, check_number, check_tensor, operand_dtype
 from fastpost.ops.linear_rows import ROW_KERNELS, Settings
-from fastpost.ops.reductions import (
-    R3FLoss,
-    kl_weights,
-    out_dtype,
-    r3f_weights,
-)
+from fastpost.ops.reductions import R3FLoss, kl_weights, out_dtype, r3f_weights
 
 GRADS = ("both", "noised", "clean")
 
@@ -51,7 +46,7 @@ def _run(
     dtype = operand_dtype(weight, hidden, noised)
     flat = [t.reshape(-1, t.shape[-1]) for t in (hidden, noised)]
     vocab, width = weight.shape
-    chunk = chunk_rows(op, len(flat[0]), vocab, width, dtype, hidden.device, memory_budget)
+    chunk = chunk_rows(op, len(flat[0]), vocab, width, dtype, hidden.device, memory_budget, group)
     how = Settings(
         ignore_index, smoothing, softcap or 0.0, temperature, chunk, grad, dtype, "" if group is None else group.group_name,
         divergence, both_classify,

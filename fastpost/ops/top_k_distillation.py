@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastpost.errors import unknown
@@ -13,6 +14,7 @@ from fastpost.ops.chunks import distillation_row_bytes, fitting_rows, padded
 from fastpost.ops.fused_loss import fused_loss
 from fastpost.ops.head import Head, check_head, check_number, operand_dtype
 from fastpost.ops.linear_distillation import (
+    SHARDED,
     DistillationLoss,
     DistillationOptions,
     OutputLayer,
@@ -48,6 +50,7 @@ def linear_top_k_distillation_loss(
     bias: Tensor | None = None,
     softcap: float | None = None,
     memory_budget: int = 1 << 30,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> DistillationLoss:
     """`linear_distillation_loss` from the k most probable classes of a teacher, as a file or a server has them.
 
@@ -66,6 +69,7 @@ def linear_top_k_distillation_loss(
         temperature: T > 0, at which the log-probabilities were taken; divides the student's logits in the divergence.
         labels, divergence, beta, divergence_weight, ce_weight, label_smoothing: as in `linear_distillation_loss`.
         mask, reduction, ignore_index, num_items, bias, softcap, memory_budget: as there too.
+        vocab_group: as there; ids are of the whole vocabulary, and they and the log-probabilities are the same on all ranks.
 
     Returns:
         DistillationLoss(loss, task_loss, divergence), as there.
@@ -77,18 +81,19 @@ def linear_top_k_distillation_loss(
         TypeError: as there; ids that are no integers.
     """
     op = "linear_top_k_distillation_loss"
-    check_head(op, hidden, weight, bias, softcap)
+    check_head(op, hidden, weight, bias, softcap, sharded=SHARDED)
     if rest not in RESTS:
         raise unknown("rest", rest, RESTS)
     options = DistillationOptions(
         divergence, beta, temperature, divergence_weight, ce_weight, mask=mask, reduction=reduction,
         ignore_index=ignore_index, num_items=num_items, memory_budget=memory_budget,
-        label_smoothing=label_smoothing,
+        label_smoothing=label_smoothing, vocab_group=vocab_group,
     )  # fmt: skip
     check_options(op, options, labels)
     layer = OutputLayer(hidden, weight, bias, softcap)
     counts, targets, scale = counted_rows(op, layer, labels, options)
-    _check_teacher(op, hidden, weight, teacher_ids, teacher_log_probs, counts)
+    vocab = None if vocab_group is not None else weight.shape[0]  # of a vocabulary cut across ranks, checked later
+    _check_teacher(op, hidden, vocab, teacher_ids, teacher_log_probs, counts)
     rows, k = len(counts), teacher_ids.shape[-1]
     log_probs = teacher_log_probs.detach().reshape(rows, k)
     is_used = (log_probs > -torch.inf) & (counts > 0).unsqueeze(1)
@@ -101,12 +106,12 @@ def linear_top_k_distillation_loss(
     copies = 2 + (softcap is not None) + (temperature != 1)  # of a chunk's logits, beside those that every stream has
     per_row = distillation_row_bytes(layer.vocab, [(weight.shape[1], dtype, learns)])
     per_row += copies * padded(layer.vocab) * out_dtype(dtype).itemsize
-    chunk = fitting_rows(op, rows, per_row, layer.vocab, hidden.device, memory_budget)
+    chunk = fitting_rows(op, rows, per_row, layer.vocab, hidden.device, memory_budget, vocab_group)
     value, _, values = fused_loss(
         "top_k_distillation",
         Settings(
             ignore_index, divergence, beta, temperature, rest == "one_class", softcap or 0.0, chunk, dtype,
-            float(label_smoothing),
+            float(label_smoothing), "" if vocab_group is None else vocab_group.group_name,
         ),
         [hidden.reshape(rows, hidden.shape[-1]), weight, bias, ids, log_probs],
         targets if ce_weight else None,
@@ -122,7 +127,7 @@ def linear_top_k_distillation_loss(
     return loss_of(value, values * each, hidden.shape[:-1], reduction, out_dtype(dtype))
 
 
-def _check_teacher(op: str, hidden: Tensor, weight: Tensor, ids: Tensor, log_probs: Tensor, counts: Tensor) -> None:
+def _check_teacher(op: str, hidden: Tensor, vocab: int | None, ids: Tensor, log_probs: Tensor, counts: Tensor) -> None:
     for name, t, kind in (("teacher_ids", ids, "integers"), ("teacher_log_probs", log_probs, "floating point")):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} is a {type(t).__name__}, not a tensor")
@@ -142,8 +147,9 @@ def _check_teacher(op: str, hidden: Tensor, weight: Tensor, ids: Tensor, log_pro
     ids, log_probs = ids.reshape(-1, ids.shape[-1]), log_probs.detach().reshape(-1, ids.shape[-1])
     used = counts > 0
     known = log_probs > -torch.inf
+    most = math.inf if vocab is None else vocab
     for faulty, told in (
-        ((((ids < 0) | (ids >= weight.shape[0])) & known).any(1) & used, f"holds an id outside of [0, {weight.shape[0]})"),
+        ((((ids < 0) | (ids >= most)) & known).any(1) & used, f"holds an id outside of [0, {most})"),
         (log_probs.isnan().any(1) & used, "holds a log-probability that is NaN"),
         ((log_probs > 0).any(1) & used, "holds a log-probability above 0; pass logarithms, not probabilities or logits"),
         (~known.any(1) & used, "holds no class of the teacher; mask it, or set its label to ignore_index"),
