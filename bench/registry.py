@@ -15,6 +15,7 @@ Work = Callable[[], object]
 
 # How a contender was timed. What a GPU does and what the host does before it are two numbers, and look like two.
 CLOCK = "host clock"  # on the CPU, around the call
+PROCESSOR = "processor clock"  # the processor's time in all threads of the process, for a machine that others use as well
 KERNEL = "kernel"  # on the device alone: all of the work was queued before any of it began
 REPLAY = "kernel, replayed"  # the same from a captured graph, for more launches than a queue holds
 WALL = "wall"  # from an idle device to an idle device, host included, because the case asks for that
@@ -85,7 +86,7 @@ class Result:
         bytes: as the contender says.
         seconds: of each round, as `timing` says.
         host: host seconds until the call came back, from calls of their own; empty where `seconds` are that.
-        timing: CLOCK, KERNEL, REPLAY, WALL or HOST_BOUND.
+        timing: CLOCK, PROCESSOR, KERNEL, REPLAY, WALL or HOST_BOUND.
         backend: what served it.
         peak, launches: bytes allocated at most and number of launches, where asked for.
         missing: why it was not run; there are no seconds then.

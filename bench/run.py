@@ -135,6 +135,7 @@ def run(
     device: str = "cpu",
     seconds: float = float("inf"),
     heap: str | None = None,
+    processor: bool = False,
     backend: str | None = None,
 ) -> Outcome:
     """Measures the cases, prints a table each and writes the CSV after every case.
@@ -148,6 +149,7 @@ def run(
         seconds: begin no further case after this time.
         heap: on the CPU, a key of HEAPS: every case runs in a process of its own, whose allocator does that, so that no case
             depends on what ran before it. None: in this process, as it is.
+        processor: on the CPU, time is the processor's, so that others who use the machine count less.
         backend: what serves fastpost's calls, all of them: one that it cannot serve fails. None: `default_backend`.
 
     Raises:
@@ -157,12 +159,12 @@ def run(
     place = torch.device(device)
     backend = backend or default_backend(device)
     with dispatch.use_backend(backend):
-        return _run(names, rounds, output, console, place, seconds, heap, backend)
+        return _run(names, rounds, output, console, place, seconds, heap, backend, processor)
 
 
 def _run(
     names: Sequence[str], rounds: int, output: Path | None, console: Console, place: torch.device, seconds: float,
-    heap: str | None, backend: str,
+    heap: str | None, backend: str, processor: bool,
 ) -> Outcome:  # fmt: skip
     if place.index is not None:
         torch.cuda.set_device(place)  # events and streams are the current device's
@@ -180,9 +182,9 @@ def _run(
             continue
         try:
             if heap is None:
-                new = _one(name, build, rounds, place, where, console)
+                new = _one(name, build, rounds, place, where, console, processor)
             else:
-                new = _in_a_process(heap, name, rounds, where)
+                new = _in_a_process(heap, name, rounds, where, processor)
         except Skipped as reason:
             outcome.skipped.append(name)
             console.print(f"{name}: skipped: {escape(str(reason))}\n")
@@ -222,11 +224,12 @@ def _one(
     place: torch.device,
     where: dict[str, object],
     console: Console,
+    processor: bool = False,
 ) -> list[dict[str, object]]:
     """Builds and measures one case; its inputs are gone when this returns."""
     before = torch.get_num_threads()
     if place.type == "cpu":
-        case, clock = build(), HostClock()
+        case, clock = build(), HostClock(processor)
         limit = float("inf")
         if case.threads:
             torch.set_num_threads(case.threads)
@@ -256,12 +259,14 @@ def _without_memory(case: Case) -> Case:
     return replace(case, contenders=contenders, goals=[g for g in case.goals if not isinstance(g, PeakMemory)])
 
 
-def _in_a_process(heap: str, name: str, rounds: int, where: dict[str, object]) -> list[dict[str, object]]:
+def _in_a_process(
+    heap: str, name: str, rounds: int, where: dict[str, object], processor: bool
+) -> list[dict[str, object]]:  # fmt: skip
     before = {key: os.environ.get(key) for key in HEAPS[heap]}
     os.environ.update(HEAPS[heap])  # the allocator reads them when the process starts
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            return process.submit(_alone, name, rounds, where).result()
+            return process.submit(_alone, name, rounds, where, processor).result()
     finally:
         for key, value in before.items():
             if value is None:
@@ -270,10 +275,10 @@ def _in_a_process(heap: str, name: str, rounds: int, where: dict[str, object]) -
                 os.environ[key] = value
 
 
-def _alone(name: str, rounds: int, where: dict[str, object]) -> list[dict[str, object]]:
+def _alone(name: str, rounds: int, where: dict[str, object], processor: bool) -> list[dict[str, object]]:
     (build,) = load([name]).values()
     with dispatch.use_backend(str(where["backend"])):
-        return _one(name, build, rounds, torch.device("cpu"), where, Console())
+        return _one(name, build, rounds, torch.device("cpu"), where, Console(), processor)
 
 
 def listing(names: Sequence[str], rounds: int, device: str) -> list[str]:

@@ -468,6 +468,13 @@ def test_tables_are_read_back_and_other_files_refused(tmp_path: Path) -> None:
         table.read(other)
 
 
+def test_the_processor_s_time_is_taken_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks, waiting = iter([1.0, 1.25]), Contender("x", lambda: None)
+    monkeypatch.setattr(clocks.time, "process_time", lambda: next(ticks))
+    assert HostClock(processor=True).once(waiting) == 0.25
+    assert [HostClock(which).timing(waiting) for which in (True, False)] == ["processor clock", "host clock"]
+
+
 def test_a_round_of_short_calls_is_divided_by_them_and_other_processes_report(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     short = Contender("short", lambda: ran.append("run"), before=lambda: ran.append("before"), calls=5)

@@ -25,6 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="on the CPU: freed memory stays with the process, as in a long run's heap, so that nobody pays for fresh pages",
     )
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="on the CPU: count the processor's time, not the clock's, on a machine that others use as well",
+    )
     parser.add_argument("--output", type=Path, help="write a CSV here, after every case")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a goal is missed")
     options = parser.parse_args(argv)
@@ -47,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.keep_memory and kind == "cuda":
         parser.error("--keep-memory is about the CPU's allocator")
+    if options.processor_time and kind == "cuda":
+        parser.error("--processor-time is about the CPU")
     if kind == "cuda":
         import torch
 
@@ -62,6 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{error} `--backend reference` times the reference implementation, in rows that say so.")
     heap = None if kind == "cuda" else "kept" if options.keep_memory else "returned"
     outcome = run.run(
-        options.names, rounds, options.output, device=options.device, seconds=options.seconds, heap=heap, backend=backend
+        options.names,
+        rounds,
+        options.output,
+        device=options.device,
+        seconds=options.seconds,
+        heap=heap,
+        processor=options.processor_time,
+        backend=backend,
     )
     return 1 if outcome.failed or (options.strict and not outcome) else 0
