@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/benchmarks.md and docs/studies.md from the CSV files of `bench/data`; draws figures.
+"""Writes the tables of README.md and of pages under docs from the CSV files of `bench/data`; draws figures.
 
 Run `python -m fastpost.bench.pages` in the root of the repository. A page holds a table between the lines
 `<!-- table: NAME -->` and `<!-- end of table -->`, and a figure between `<!-- figure: NAME: CAPTION -->` and
@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastpost.bench import features, scaling_figure, table
 from fastpost.bench import peers as bench_peers
-from fastpost.bench import scaling_figure, table
 from fastpost.bench.studies import figures, verdicts
 from fastpost.bench.table import NOT_MEASURED
 
 DATA = Path(__file__).parent / "data"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/studies.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/studies.md", "docs/features.md")
 TABLE = re.compile(r"(?P<head><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<tail><!-- end of table -->)", re.S)
 FIGURE = re.compile(
     r"(?P<head><!-- figure: (?P<name>[\w-]+): (?P<caption>[^>]*) -->\n).*?(?P<tail><!-- end of figure -->)", re.S
@@ -249,6 +249,38 @@ def h200_steps() -> list[tuple[str, ...]]:
     return [("work", "against", "goal", "measured"), *((r.work, r.against, r.limit(H200), r.cell(H200)) for r in STEPS_H200)]
 
 
+DISTILLATION = "cpu-distillation.csv"
+OF_DISTILLATION = "linear_distillation_loss, forward + backward"
+OF_TOP_K = "linear_top_k_distillation_loss, forward + backward"
+OF_RELATIVES = "linear_r_drop_loss and linear_js_divergence, forward + backward"
+SMALL = "forward KL under 128 MB"
+DISTILLATION_ROWS = (
+    *(Row(name, "time of its four products alone", OF_DISTILLATION, (f"{name} over its four products alone",))
+      for name in ("forward KL", SMALL, "reverse KL", "Jensen-Shannon", "total variation", "forward KL + cross-entropy")),
+    Row("forward KL", "whole logits and `F.kl_div`, times as fast", OF_DISTILLATION,
+        ("forward KL faster than F.kl_div on whole logits",)),
+    Row(SMALL, "whole logits and `F.kl_div`, times as fast", OF_DISTILLATION, (f"{SMALL} faster than",)),
+    Row(SMALL, "peak memory of whole logits and `F.kl_div`", OF_DISTILLATION, (f"peak memory of {SMALL}",)),
+    Row("a teacher's 64 most probable classes, under 128 MB", "time of its three products alone", OF_TOP_K,
+        ("64 classes, forward KL over its three products alone",)),
+    Row("same", "gathered from whole logits, times as fast", OF_TOP_K, ("64 classes, forward KL faster than",)),
+    Row("same", "peak memory of whole logits", OF_TOP_K, ("peak memory of",)),
+    *(Row(name, "time of its three products alone", OF_RELATIVES, (f"{name} over its three products alone",))
+      for name in ("linear_r_drop_loss", "linear_js_divergence")),
+    Row("linear_r_drop_loss", "R-Drop's formula on whole logits, times as fast", OF_RELATIVES,
+        ("linear_r_drop_loss faster",)),
+    *(Row(f"forward KL under 128 MB, {rows} rows", "peak memory, gradients included",
+          "linear_distillation_loss under 128 MB, forward + backward", (f"peak memory of {rows} rows",))
+      for rows in ("1,024", "4,096")),
+)  # fmt: skip
+
+
+def distillation() -> list[tuple[str, ...]]:
+    """What was measured of it, goals and verdicts; a row that no run has is left out."""
+    rows = [(r.work, r.against, r.limit(DISTILLATION), r.cell(DISTILLATION)) for r in DISTILLATION_ROWS]
+    return [("work", "against", "goal", "measured"), *(row for row in rows if row[3])]
+
+
 PEERS = "cpu-peers.csv"
 PEER_CASES = ("a step of SAM less the model, beside libraries", "a whole step of SAM, beside libraries")
 
@@ -285,6 +317,8 @@ TABLES: dict[str, Callable[[], list[tuple[str, ...]]]] = {
     "h200": h200,
     "h200-steps": h200_steps,
     "peers": peers,
+    "distillation": distillation,
+    **features.TABLES,
     **verdicts.TABLES,
 }
 
