@@ -64,6 +64,8 @@ def step(what: str, command: list[str | Path], log: Path, cwd: Path, **env: str)
     """Runs a command with these variables besides the environment's; returns its output."""
     kept = {k: v for k, v in os.environ.items() if k not in ("CC", "CFLAGS", "CXXFLAGS", "LDFLAGS", "PYTHONPATH")}
     kept["PATH"] += f":{Path(sys.executable).parent}"  # CMake's and Ninja's place where no virtual environment is active
+    if shutil.which("ccache"):  # ":static" compiles what the compiler's own build did
+        kept["CMAKE_CXX_COMPILER_LAUNCHER"] = "ccache"
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,

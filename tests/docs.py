@@ -2,12 +2,17 @@
 
 The blocks of a page run one after the other in one namespace, in an empty folder. Tracebacks show lines of the page. A block
 that cannot run in one process says so in a comment right before it, `<!-- not run: the reason -->`.
+
+`python -m tests.docs docs/tutorial.md` runs all blocks of a page, these too, and puts what they print into the `text` blocks
+that follow them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
+import io
 import os
 import re
 import sys
@@ -111,3 +116,34 @@ def run(page: str) -> dict[str, Any]:
         finally:
             os.chdir(here)
     return module.__dict__
+
+
+class _Shown(io.StringIO):
+    """Keeps what is printed, and shows it."""
+
+    def write(self, content: str) -> int:
+        print(content, end="", file=sys.stderr, flush=True)
+        return super().write(content)
+
+
+def quote(page: str) -> None:
+    """Runs all Python blocks of a page in one namespace; the text blocks right after them become what they print."""
+    lines = text(page).splitlines(keepends=True)
+    found, namespace, written = blocks(page), {"__name__": "page"}, 0
+    for block, after in zip(found, [*found[1:], None], strict=True):
+        if block.language != "python":
+            continue
+        with contextlib.redirect_stdout(_Shown()) as printed:
+            exec(compile("\n" * (block.line - 1) + block.code, page, "exec"), namespace)
+        if after is not None and after.language == "text":
+            old = after.code.count("\n")
+            new = printed.getvalue().splitlines(keepends=True)
+            start = after.line - 1 + written
+            lines[start : start + old] = new
+            written += len(new) - old
+    (ROOT / page).write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    for page in sys.argv[1:]:
+        quote(page)

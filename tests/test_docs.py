@@ -27,7 +27,7 @@ def test_python_blocks_run(page: str) -> None:
 
 def test_blocks_that_are_not_run_here_are_few_and_run_elsewhere() -> None:
     left_out = [(page, block) for page in docs.PAGES for block in docs.blocks(page) if block.reason is not None]
-    assert len(left_out) <= 8
+    assert len(left_out) <= 16
     for page, block in left_out:
         assert block.reason is not None
         assert block.language == "python", (page, block.line)

@@ -116,9 +116,10 @@ CALLS = ["closure", "context", "window", "there_and_back"]
 @pytest.mark.parametrize(
     ("form", "calls", "served", "every"),
     [
-        *((form, "two_calls", "cpu", 1) for form in FORMS),
-        *(("stored", calls, "cpu", 1) for calls in CALLS),
-        *((form, calls, "cpu", 7) for form in FORMS[1:] for calls in CALLS),  # what these two share was covered above
+        ("stored", "two_calls", "cpu", 1),
+        *((form, "two_calls", "cpu", 2) for form in FORMS[1:]),
+        *(("stored", calls, "cpu", 2) for calls in CALLS),
+        *((form, calls, "cpu", 13) for form in FORMS[1:] for calls in CALLS),  # what these two share was covered above
         ("stored", "two_calls", "reference", 1),
         ("ulp", "two_calls", "reference", 2),
         *(("stored", "two_calls", served, 40) for served in CPU_BACKENDS if served == "triton"),  # in a run of its own
