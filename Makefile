@@ -49,8 +49,9 @@ demo: $(DEMO)/.built
 # The operations' tests, which run once per way of executing the kernels: Triton's interpreter, and the CUDA source on the CPU.
 operations := tests/test_params.py tests/test_rounding.py tests/test_restore_adamw.py tests/test_noise.py tests/test_divergence.py
 
-# A process per core with a thread each, a file of tests in one process. The operations run once more with all threads.
-side_by_side := --numprocesses auto --dist loadfile
+# A process per core with a thread each, a file of tests in one process, the longest first (tests/conftest.py). The operations
+# run once more with all threads.
+side_by_side := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.model $(VENV)/.triton-3.6 dist/.built
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(side_by_side)

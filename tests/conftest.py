@@ -44,6 +44,13 @@ else:
     CPU_BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# The files that take longest come first, so that several processes end at the same time.
+LONGEST = (
+    "build_matrix", "sam_interrupts", "train_cli", "gpurun", "vectorised", "bench", "train_cli_options", "conformance",
+    "trainer_distributed", "train_cli_resume", "compare", "triton_compiled", "studies", "torch_library", "bench_curves",
+    "sam_sharded", "sam_stages", "r3f_sharded", "build",
+)  # fmt: skip
+
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The raw bits, so that NaN payloads and signed zeros count."""
@@ -53,6 +60,11 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(bits(a), bits(b)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)

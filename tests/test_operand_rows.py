@@ -94,10 +94,15 @@ RULES: list[dict[str, Any]] = [
 ]
 
 
+# Triton's interpreter is slow, and a kernel's sums do not know the dtype of what it writes: each of both once.
+APART = [(1e-2, torch.float32), (1.0, torch.bfloat16)]
+if "triton" not in CPU_BACKENDS:
+    APART = [*APART, (1e-2, torch.bfloat16), (1.0, torch.float32)]
+
+
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("cols", COLS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("apart", [1e-2, 1.0])
+@pytest.mark.parametrize(("apart", "dtype"), APART)
 def test_against_the_equations(backend: str, rule: dict[str, Any], cols: int, dtype: torch.dtype, apart: float) -> None:
     weights = torch.rand(2, ROWS, dtype=torch.float64) + 0.1
     for want, labelled in (
