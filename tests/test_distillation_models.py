@@ -70,7 +70,7 @@ def test_lora_on_the_body() -> None:
 
 
 def test_lora_on_the_head() -> None:
-    """The head's weight is W + BA, and its gradient reaches both adapters."""
+    """The head's weight is W + B A, and its gradient reaches both adapters."""
     model = adapted("q_proj", "lm_head")
     head: Any = model.get_base_model().lm_head  # type: ignore[operator]
     teacher = hidden_of(model).detach() + 0.1, head.base_layer.weight.clone()

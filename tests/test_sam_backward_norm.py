@@ -343,7 +343,7 @@ def test_copies_have_hooks_of_their_own_and_none_are_left_behind(duplicate: Call
 def test_what_contradicts_it_is_refused() -> None:
     layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     for options, words in (
-        ({"norm": "bakward"}, "Did you mean 'backward'"),
+        ({"norm": "backwards"}, "Did you mean 'backward'"),
         ({"adaptive": True}, "ASAM"),
         ({"variant": FriendlySAM()}, "FriendlySAM makes a direction of its own"),
         ({"variant": MomentumSAM()}, "MomentumSAM makes a direction of its own"),

@@ -588,7 +588,7 @@ def test_every_variant_and_relative_is_an_option() -> None:
         ({"r3f_relative": "hype:dropout=maybe"}, "dropout of hype must be true or false, not 'maybe'"),
         ({"r3f_relative": "neftune:seed=1"}, "unknown parameter of neftune 'seed'"),
         ({"sam_perturb": "functionl"}, "Did you mean 'functional'?"),
-        ({"sam_norm": "bakward"}, "Did you mean 'backward'?"),
+        ({"sam_norm": "backwards"}, "Did you mean 'backward'?"),
         ({"sam_norm": "backward", "sam_adaptive": True}, "ASAM's norm is of t g"),
         ({"sam_norm": "backward", "sam_variant": "friendlysam"}, "makes a direction of its own"),
         ({"sam_stash": "ulps"}, "Did you mean 'ulp'?"),
