@@ -93,8 +93,10 @@ class Ranks:
         if key == self._key:
             return
         self._outer = {id(p): self._named_for(name, p) for name, p in found} if self.named else {}
-        sharings = [(self.sharing(p), p.requires_grad) for _, p in found]
-        self._known = tuple(dict.fromkeys(sharing for sharing, learns in sharings if learns))
+        sharings = [(self.sharing(p), p) for _, p in found]
+        # A stage that is frozen as a whole adds nothing to a sum, but other stages wait for it there.
+        taking_part = (sharing if p.requires_grad else self.outer(p) for sharing, p in sharings)
+        self._known = tuple(dict.fromkeys(filter(None, taking_part)))
         self._key = key
 
     def outer(self, p: Tensor) -> Sharing:

@@ -31,7 +31,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastpost import SAM
-from fastpost.sam import GSAM, TRAM, WSAM, FriendlySAM, LookSAM, MomentumSAM, SAMWindow, StableSAM
+from fastpost.sam import GSAM, TRAM, WSAM, FriendlySAM, LookSAM, MomentumSAM, SAMWindow, StableSAM, ZerothOrderSAM
 
 from . import distributed as d
 from . import expert_parallel
@@ -288,6 +288,21 @@ def nothing_in_scope_here() -> None:
         opt.first_step()
 
 
+def frozen_here() -> None:
+    """A stage that is frozen as a whole takes part in every sum, and the others' step is theirs."""
+    w = nn.Parameter(torch.zeros(3, dtype=torch.float64), requires_grad=dist.get_rank() == 1)
+    g = torch.tensor([0.0, 3.0, 4.0], dtype=torch.float64)
+    for given in (dist.group.WORLD, lambda name, p: dist.group.WORLD):
+        opt = SAM([w], torch.optim.SGD, rho=RHO, lr=0.0, norm_group=given)
+        if w.requires_grad:
+            w.grad = g.clone()
+        opt.first_step()
+        assert abs(float(opt.report.intended_norm) - RHO) <= 1e-14
+        assert (w - RHO * g / 5 * dist.get_rank()).abs().max() <= 1e-15
+        opt.second_step()
+        assert not w.any()
+
+
 def overflow_on_one_stage() -> None:
     for which in ("first", "second"):
         pipe = Pipe()
@@ -397,6 +412,8 @@ def refused_groups() -> None:
             params = [nn.Parameter(distribute_tensor(torch.ones(3), mesh, placements))]
         with pytest.raises(ValueError, match=r"twice.*DTensor.*leave meshes of DTensors out"):
             sam(mesh, params)
+    with pytest.raises(ValueError, match="ZerothOrderSAM does not serve norm_group"):
+        SAM(net.parameters(), torch.optim.SGD, lr=LR, norm_group=mesh, variant=ZerothOrderSAM())
     # Replicas, and a tied weight whose copies have added up their gradients.
     opt = sam(mesh)
     d.loss_of(net, *d.batch(0)).backward()
@@ -495,7 +512,7 @@ TWO = {
     case.__name__: case
     for case in (
         gpipe, one_forward_one_backward, two_stages_on_a_rank, group_by_function, variants, tram, nothing_in_scope_here,
-        overflow_on_one_stage, other_stashes_and_kinds, stages_round_apart, scaled_stages, copies, refused_groups,
+        frozen_here, overflow_on_one_stage, other_stashes_and_kinds, stages_round_apart, scaled_stages, copies, refused_groups,
     )
 }  # fmt: skip
 FOUR = {

@@ -158,6 +158,8 @@ class SAM(Wrapper):
         self.variant = Variant() if variant is None else variant
         if not isinstance(self.variant, Variant):
             raise TypeError(f"SAM: variant must be an instance of fastpost.sam.Variant, not {variant!r}")
+        if norm_group is not None and not self.variant.serves_norm_group:
+            raise ValueError(f"SAM: {type(self.variant).__name__} does not serve norm_group; leave one of the two out")
         if masters is not None and type(self.variant) is not Variant:
             raise ValueError(f"SAM: master_params do not serve {type(self.variant).__name__}; use it without masters")
         self._group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "sam_steps": 0}

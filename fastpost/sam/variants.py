@@ -118,6 +118,7 @@ class Variant:
             backward pass, so that the caller clips what they made; where further passes add to the gradients, again after
             each, with all that there is so far.
         state_names: tensors kept per parameter from step to step, in `state[p]`; each begins with "sam_".
+        serves_norm_group: whether it is right where ranks hold other parameters of the model.
     """
 
     ascent_pass = True
@@ -125,6 +126,7 @@ class Variant:
     scales_must_agree = False
     rewrites = True
     state_names: tuple[str, ...] = ()
+    serves_norm_group = True
 
     def direction(self, context: VariantContext, gradients: Gradients) -> Gradients:
         """What is followed uphill in place of the gradients at w, normalised and scaled like them."""

@@ -36,9 +36,12 @@ class ZerothOrderSAM(Variant):
         probes: q, >= 1.
         mu: how far a probe goes, > 0, in the units of a single weight. Weights of 16 bits round it: take more than an ulp.
         seed: key of z, together with the number of the step; the same on all ranks.
+
+    Pipeline stages and experts in plain tensors (`norm_group`) are refused.
     """
 
     ascent_pass = False
+    serves_norm_group = False  # losses are the mean over all ranks, and a stage may have none; z is the same on all stages
 
     def __init__(self, probes: int = 1, mu: float = 1e-3, seed: int = 0) -> None:
         if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
