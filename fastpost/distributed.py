@@ -69,6 +69,14 @@ def local_gradient(p: Tensor) -> Tensor | None:
     return local(grad)
 
 
+def has_other_writers(gradient: Tensor) -> bool:
+    """Whether a gradient may lie in memory that later passes write to: flattened parameters, and DDP's buckets, of which one
+    may be as large as its only gradient."""
+    if is_sharded(gradient) or gradient.layout != torch.strided:
+        return False
+    return active() or gradient.untyped_storage().nbytes() != gradient.numel() * gradient.element_size()
+
+
 def local_as(p: Tensor, value: Tensor) -> Tensor:
     """This rank's part of a tensor of the whole shape of `p`, such as its momentum, cut as `p` is."""
     if not is_sharded(p) or not is_sharded(value):

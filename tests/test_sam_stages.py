@@ -512,7 +512,8 @@ TWO = {
     case.__name__: case
     for case in (
         gpipe, one_forward_one_backward, two_stages_on_a_rank, group_by_function, variants, tram, nothing_in_scope_here,
-        frozen_here, overflow_on_one_stage, other_stashes_and_kinds, stages_round_apart, scaled_stages, copies, refused_groups,
+        frozen_here, overflow_on_one_stage, other_stashes_and_kinds, stages_round_apart, scaled_stages, copies,
+        refused_groups,
     )
 }  # fmt: skip
 FOUR = {

@@ -132,7 +132,7 @@ class SurgeryWindow:
             distributed.local_gradient(p)  # sums still to be made over ranks are made now
             gradient, p.grad = p.grad, self._held.pop(p, None)
             if gradient is not None:
-                self._held[p] = gradient.clone() if _has_other_writers(gradient) else gradient
+                self._held[p] = gradient.clone() if distributed.has_other_writers(gradient) else gradient
 
     @torch.no_grad()
     def _finish(self) -> None:
@@ -190,14 +190,6 @@ class SurgeryWindow:
             sums[key] = torch.stack(squares)
         forgotten, retained, apart = ranks.sum(sums).unbind()
         return torch.stack((forgotten, retained, (forgotten + retained - apart) / 2))
-
-
-def _has_other_writers(gradient: Tensor) -> bool:
-    """Whether a gradient may lie in memory that later passes write to: flattened parameters, and DDP's buckets, of which one
-    may be as large as its only gradient."""
-    if distributed.is_sharded(gradient) or gradient.layout != torch.strided:
-        return False
-    return distributed.active() or gradient.untyped_storage().nbytes() != gradient.numel() * gradient.element_size()
 
 
 def _combine_(here: Tensor, there: Tensor, of_here: Tensor, of_there: Tensor) -> None:

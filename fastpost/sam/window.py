@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -339,11 +338,8 @@ def _tensors(micro_batch: Any) -> Iterator[Tensor]:
 
 
 def _set_aside(p: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradient, taken away; and a copy of it where others may write to its memory: flattened parameters, and DDP's
-    buckets, of which one may be as large as its only gradient."""
+    """The gradient, taken away; and a copy of it where later passes may write to its memory."""
     gradient, p.grad = p.grad, None
-    if gradient is None or gradient.layout != torch.strided:
+    if gradient is None or not distributed.has_other_writers(gradient):
         return gradient, None
-    shared = gradient.untyped_storage().nbytes() != gradient.numel() * gradient.element_size()
-    in_bucket = distributed.active() and not distributed.is_sharded(gradient)
-    return gradient, gradient.clone() if shared or in_bucket else None
+    return gradient, gradient.clone()

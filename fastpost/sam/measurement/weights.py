@@ -96,7 +96,7 @@ class Weights:
                 if self.eta is not None:
                     product *= (origin[p].double().abs() + self.eta).square()
                 parts.append((self._reducer.key(p), product.sum()))
-        return self._reducer.total(parts) if parts else torch.zeros((), dtype=torch.float64)
+        return self._reducer.total(parts)
 
     def squared_norm(self, direction: Gradients) -> float:
         """|g|^2, or |t g|^2."""
