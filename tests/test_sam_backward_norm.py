@@ -241,7 +241,7 @@ WAYS: dict[str, Callable[[SAM, nn.Module], None]] = {
 @pytest.mark.parametrize(
     "options",
     [{}, {"scope": ["3.*"]}, {"interval": 2}, {"variant": GSAM()}, {"perturb": "functional"}, {"stash": "ulp"}],
-    ids=str,
+    ids=lambda options: ",".join(options),
 )
 def test_training_is_that_of_the_other_norm(options: dict[str, Any]) -> None:
     models = []

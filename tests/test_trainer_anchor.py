@@ -42,7 +42,9 @@ def model_of(kind: str) -> Any:
     return with_lora() if kind == "lora" else tiny.build("llama", 0.0, torch.float64)
 
 
-def loss_of(model: Any, reference: Any, batch: Any, items: float, dft: bool = False) -> tuple[Tensor, Tensor]:
+def loss_of(
+    model: Any, reference: Any, batch: Any, items: float, dft: bool = False, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """CE plus KL * KL(reference || model) over the labels of the whole window, from the equations; and that divergence."""
     labels = batch["labels"][:, 1:]
     counts = labels != -100
@@ -50,9 +52,10 @@ def loss_of(model: Any, reference: Any, batch: Any, items: float, dft: bool = Fa
     log_q = model(**inputs).logits[:, :-1][counts].log_softmax(-1)
     with torch.no_grad():
         log_p = reference(**inputs).logits[:, :-1][counts].log_softmax(-1)
-    ce = F.nll_loss(log_q, labels[counts], reduction="none")
+    nll = F.nll_loss(log_q, labels[counts], reduction="none")
+    ce = (1 - smoothing) * nll - smoothing * log_q.mean(-1)
     if dft:
-        ce = ce * (-ce).exp().detach()
+        ce = ce * (-nll).exp().detach()
     kl = (log_p.exp() * (log_p - log_q)).sum()
     return (ce.sum() + KL * kl) / items, kl.detach() / items
 
@@ -68,7 +71,15 @@ def adam(model: Any) -> torch.optim.Optimizer:
 
 
 def loop(
-    model: Any, anchor: str, steps: Any, *, decay: float = 0.8, dft: bool = False, rho: float = 0.0, kind: str = "llama"
+    model: Any,
+    anchor: str,
+    steps: Any,
+    *,
+    decay: float = 0.8,
+    dft: bool = False,
+    rho: float = 0.0,
+    kind: str = "llama",
+    smoothing: float = 0.0,
 ) -> list[float]:
     """Training by hand over the batches of all ranks, with SAM where rho is given; the divergence of each step."""
     reference = tiny.build(kind, 0.0, torch.float64) if anchor == "lora_off" else copy.deepcopy(model)
@@ -77,7 +88,7 @@ def loop(
     opt, params = adam(model), trained(model)
     for window in steps:
         items, batches = items_of(window), [batch for mine in window for batch in mine]
-        both = [loss_of(model, reference, batch, items, dft) for batch in batches]
+        both = [loss_of(model, reference, batch, items, dft, smoothing) for batch in batches]
         found.append(float(sum(kl for _, kl in both)))
         grads = torch.autograd.grad(sum(loss for loss, _ in both), params)
         if rho:
@@ -109,13 +120,16 @@ def options_of(anchor: str, **further: Any) -> dict[str, Any]:
         ("lora", "reference", {}),
         ("lora", "lora_off", {"sft_weighting": "asft"}),
         ("lora", "ema", {}),
+        ("full", "reference", {"label_smoothing_factor": 0.2}),
+        ("lora", "lora_off", {"label_smoothing_factor": 0.1, "sft_weighting": "asft"}),
     ],
 )
 def test_training_is_the_loop_by_hand(tmp_path: Path, kind: str, anchor: str, further: dict[str, Any]) -> None:
     mine, hand = model_of(kind), model_of(kind)
     trainer = trainer_of(AnchorTrainer, mine, arguments(tmp_path, 5, **options_of(anchor, **further)))
     trainer.train()
-    kls = loop(hand, anchor, windows(rows(), 3, 5), dft="sft_weighting" in further)
+    smoothing = further.get("label_smoothing_factor", 0.0)
+    kls = loop(hand, anchor, windows(rows(), 3, 5), dft="sft_weighting" in further, smoothing=smoothing)
     assert distance(mine, hand) <= 1e-9
     assert distance(mine, model_of(kind)) > 1e-3
     assert logged(trainer, "anchor/kl") == pytest.approx(kls, rel=1e-6, abs=1e-12)
@@ -303,7 +317,6 @@ def test_what_does_not_go_together(tmp_path: Path) -> None:
     refused(TypeError, "Own has a loss of its own", OverOwn)
     refused(TypeError, "put R3FTrainerMixin before", Behind)
     refused(TypeError, "compute_loss_func computes a loss", AnchorTrainer, compute_loss_func=lambda *a, **k: 0)
-    refused(ValueError, "knows no label_smoothing_factor", AnchorTrainer, label_smoothing_factor=0.1)
     refused(ValueError, "and there is none", SAMTrainer, anchor_kl=0.1)
     refused(ValueError, "and there is none", PostTrainer, method="sam", sft_weighting="dft")
     refused(ValueError, "does sam, not method='anchor'", SAMTrainer, method="anchor")

@@ -69,6 +69,8 @@ class Anchor:
             `linear_distillation_loss`.
         beta: of "js".
         weighting: "none" or "dft".
+        label_smoothing: in [0, 1), of the cross-entropy in training, in torch's convention. With "dft" the probability
+            weighs the smoothed cross-entropy.
         fused_linear: hidden states and head go into `linear_distillation_loss`. None: for each of the two models whose head
             is a plain nn.Linear; the other's logits are held. True: an error where it is not. False: logits.
         shift_labels, ignore_index: as in R3F.
@@ -86,6 +88,7 @@ class Anchor:
         divergence: str = "forward_kl",
         beta: float = 0.5,
         weighting: str = "none",
+        label_smoothing: float = 0.0,
         fused_linear: bool | None = None,
         shift_labels: bool | None = None,
         ignore_index: int = -100,
@@ -97,6 +100,7 @@ class Anchor:
             raise TypeError(f"Anchor: reference must be a Reference, a module or None, not {type(reference).__name__}")
         self.reference = reference
         self.anchor_kl, self.divergence, self.beta, self.weighting = anchor_kl, divergence, beta, weighting
+        self.label_smoothing = label_smoothing
         self.fused_linear, self.shift_labels, self.ignore_index = fused_linear, shift_labels, ignore_index
         self.memory_budget = memory_budget
         self._check()
@@ -109,6 +113,8 @@ class Anchor:
                 raise unknown(name, getattr(self, name), valid)
         if self.divergence == "js" and not 0 < self.beta < 1:
             raise ValueError(f"Anchor: beta must lie in (0, 1), not {self.beta}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"Anchor: label_smoothing must lie in [0, 1), not {self.label_smoothing}")
         if self.anchor_kl and self.reference is None:
             raise ValueError(f"Anchor: anchor_kl={self.anchor_kl:g} needs a reference; give one, or anchor_kl=0")
 
@@ -140,6 +146,7 @@ class Anchor:
         options = DistillationOptions(
             self.divergence, self.beta, divergence_weight=self.anchor_kl, ce_weight=1.0, ce_weighting=weighting,
             ignore_index=self.ignore_index, num_items=num_items, memory_budget=self.memory_budget,
+            label_smoothing=self.label_smoothing if training else 0.0,
         )  # fmt: skip
         loss, task, divergence = distillation_loss_of("Anchor", _output_layer(stream, head), teacher, targets, options)
         return AnchorOutput(loss, task, divergence, stream if head is None else None)

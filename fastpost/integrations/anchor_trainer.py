@@ -38,7 +38,7 @@ class AnchorTrainerMixin(PostTrainingMixin):
 
     Raises:
         TypeError: a loss of the trainer's own, or a `compute_loss_func`; R3F's mixin behind this one.
-        ValueError: label smoothing, a loss of a router, DeepSpeed, FSDP1; under FSDP an average or a copy of the start.
+        ValueError: a loss of a router, DeepSpeed, FSDP1; under FSDP an average or a copy of the start.
     """
 
     _method = "anchor"
@@ -87,8 +87,6 @@ class AnchorTrainerMixin(PostTrainingMixin):
                 f"{name}: compute_loss_func computes a loss of its own, which the anchor's would replace; call "
                 "fastpost.linear_distillation_loss inside it, or leave it out"
             )
-        if self.label_smoother is not None:
-            raise ValueError(f"{name}: the anchor's cross-entropy knows no label_smoothing_factor; leave it at 0")
         if self._has_router_loss():
             raise ValueError(
                 f"{name}: the model adds a loss of its router (output_router_logits=True) to its own, which the anchor's "
@@ -171,6 +169,7 @@ class AnchorTrainerMixin(PostTrainingMixin):
             options.anchor_weight,
             divergence=options.anchor_divergence,
             weighting="none" if options.sft_weighting == "none" else "dft",
+            label_smoothing=0.0 if self.label_smoother is None else self.args.label_smoothing_factor,
             fused_linear=fused,
         )
         if isinstance(self._anchor_reference, MovingAverage):
