@@ -118,8 +118,8 @@ def of_fastpost(problem: Problem, **options: Any) -> Tensor:
     if options.pop("teaches", False):
         options["grad"] = "both"
     if top_k:
-        known = fastpost.linear_top_log_probs(teacher_hidden, teacher_weight, top_k)
-        return fastpost.linear_top_k_distillation_loss(hidden, weight, *known, labels, **options).loss
+        *known, rest = fastpost.linear_top_log_probs(teacher_hidden, teacher_weight, top_k)
+        return fastpost.linear_top_k_distillation_loss(hidden, weight, *known, labels, teacher_rest=rest, **options).loss
     return fastpost.linear_distillation_loss(
         hidden, weight, teacher_hidden, teacher_weight, labels, vocab_group=group, **options
     ).loss

@@ -223,12 +223,14 @@ class StoredTeacher(Teacher):
 
     def __init__(self, rows: int) -> None:
         super().__init__(rows)
-        self.known = fastpost.linear_top_log_probs(*self.teacher, self.CLASSES)
+        *self.known, self.rest = fastpost.linear_top_log_probs(*self.teacher, self.CLASSES)
 
     def from_known(self, **options: Any) -> Work:
         return self.step(
             lambda hidden, weight: (
-                fastpost.linear_top_k_distillation_loss(hidden, weight, *self.known, self.labels, **options).loss
+                fastpost.linear_top_k_distillation_loss(
+                    hidden, weight, *self.known, self.labels, teacher_rest=self.rest, **options
+                ).loss
             )
         )
 

@@ -86,7 +86,8 @@ def local_as(p: Tensor, value: Tensor) -> Tensor:
 
 
 def part_number(p: Tensor) -> int:
-    """Which of a parameter's parts this rank holds, counted from 0: the same on ranks that hold the same part."""
+    """Which of a parameter's parts this rank holds, counted from 0: the same on ranks that hold the same part. Meshes alone
+    count; `Ranks.part_number` knows the ranks that a caller names as well."""
     if not is_sharded(p):
         return 0
     coordinate = p.device_mesh.get_coordinate()

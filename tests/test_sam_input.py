@@ -52,6 +52,9 @@ BAD = {
     "rho inf": (lambda: SAM(P, torch.optim.SGD, rho=math.inf), ValueError, "rho"),
     "rho of a group": (lambda: SAM([{"params": P, "rho": -1.0}], torch.optim.SGD), ValueError, "rho"),
     "eta": (lambda: SAM(P, torch.optim.SGD, eta=-1.0), ValueError, "eta"),
+    "eta without ASAM, in a group": (
+        lambda: SAM([{"params": P, "eta": 0.01}], torch.optim.SGD), ValueError, "give it adaptive=True"
+    ),
     "eta without ASAM": (lambda: SAM(P, torch.optim.SGD, eta=0.01), ValueError, "say adaptive=True"),
     "pattern that fits nothing": (
         lambda: SAM([("a", P[0])], torch.optim.SGD, scope=["a", "b.*"]),

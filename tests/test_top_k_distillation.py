@@ -180,8 +180,8 @@ def test_float32_is_right_to_a_millionth(divergence: str) -> None:
 
 def test_no_rows_have_no_loss() -> None:
     hidden, weight = torch.zeros(0, WIDTH, requires_grad=True), torch.randn(VOCAB, WIDTH)
-    ids, log_probs = fastpost.linear_top_log_probs(hidden, weight, K)
-    out = fastpost.linear_top_k_distillation_loss(hidden, weight, ids, log_probs)
+    ids, log_probs, rest = fastpost.linear_top_log_probs(hidden, weight, K)
+    out = fastpost.linear_top_k_distillation_loss(hidden, weight, ids, log_probs, teacher_rest=rest)
     out.loss.backward()
     assert out.loss.item() == 0
 
@@ -263,20 +263,81 @@ def test_top_log_probs(softcap: float | None) -> None:
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     expected, at = (z / 1.5).log_softmax(-1).topk(K, -1)
     hidden, weight, bias = problem.leaves()
-    ids, log_probs = fastpost.linear_top_log_probs(
+    ids, log_probs, rest = fastpost.linear_top_log_probs(
         hidden, weight, K, bias=bias, softcap=softcap, temperature=1.5, memory_budget=LEAST
     )
     assert torch.equal(ids, at)
     assert not log_probs.requires_grad
     torch.testing.assert_close(log_probs, expected, rtol=1e-12, atol=0)
+    others = (z / 1.5).log_softmax(-1).scatter(-1, at, -math.inf).logsumexp(-1)
+    torch.testing.assert_close(rest, others, rtol=1e-12, atol=0)
+    assert bool((fastpost.linear_top_log_probs(hidden, weight, VOCAB).rest == -math.inf).all())
     for k in (0, VOCAB + 1, True, 2.0):
         with pytest.raises(ValueError, match=f"k must be a whole number from 1 to the {VOCAB} classes"):
             fastpost.linear_top_log_probs(hidden, weight, k)  # type: ignore[arg-type]
 
 
+def of_logarithms(log_p: Tensor, log_q: Tensor, divergence: str) -> Tensor:
+    """The divergence of each row, from logarithms, which hold what is too small beside 1."""
+    p, q = log_p.exp(), log_q.exp()
+    forward, reverse = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return {
+        "forward_kl": forward,
+        "reverse_kl": reverse,
+        "symmetric_kl": forward + reverse,
+        "js": ((p * (log_p - log_m)).sum(-1) + (q * (log_q - log_m)).sum(-1)) / 2,
+        "total_variation": (p - q).abs().sum(-1) / 2,
+    }[divergence]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("k", [8, 199, 200])
+def test_a_teacher_that_leaves_little_to_the_rest(divergence: str, k: int) -> None:
+    """In float32 the known classes' probabilities add up to 1 in many of these rows, and the rest is rounding alone."""
+    teacher, hidden, weight = 16 * torch.randn(64, 200), 2 * torch.randn(64, 200), torch.eye(200)  # logits as they are
+    ids, log_probs, rest = fastpost.linear_top_log_probs(teacher, weight, k)
+    assert log_probs.dtype == rest.dtype == torch.float32
+    assert k == 200 or bool((log_probs.double().exp().sum(-1) >= 1).any())
+    log_p = teacher.double().log_softmax(-1)
+    known = log_p.gather(-1, ids)
+    assert bool(((log_probs.double() - known).abs() <= 1.01 * known.abs() * 2**-24 + 1e-9).all())
+    left = log_p.scatter(-1, ids, -math.inf).logsumexp(-1)
+    torch.testing.assert_close(rest.double(), left, rtol=1e-6, atol=0)
+
+    ours, theirs = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    out = fastpost.linear_top_k_distillation_loss(ours, weight, ids, log_probs, teacher_rest=rest, divergence=divergence)
+    q = theirs.log_softmax(-1)
+    log_p = torch.cat((known, left[:, None]), -1)
+    log_q = torch.cat((q.gather(-1, ids), q.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)), -1)
+    if k == 200:
+        log_p, log_q = log_p[:, :-1], log_q[:, :-1]
+    exact = of_logarithms(log_p, log_q, divergence).mean()
+    torch.testing.assert_close(out.loss.double(), exact.detach(), rtol=1e-6, atol=0)
+    out.loss.backward()
+    exact.backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert bool(((ours.grad.double() - theirs.grad).abs() <= 1e-6 * theirs.grad.abs().amax(-1, keepdim=True)).all())
+
+
+def test_a_rest_that_does_not_fit_is_refused() -> None:
+    hidden, weight = torch.randn(4, WIDTH), torch.randn(VOCAB, WIDTH)
+    ids, log_probs, rest = fastpost.linear_top_log_probs(hidden, weight, K)
+    for error, message, options in (
+        (ValueError, "add up to a probability other than 1", {"teacher_rest": rest.exp()}),
+        (ValueError, "add up to a probability other than 1", {"teacher_rest": torch.full_like(rest, -30.0)}),
+        (ValueError, "expected \\(4,\\)", {"teacher_rest": rest[:2]}),
+        (TypeError, "must be a tensor of floating point", {"teacher_rest": 0.5}),
+        (ValueError, "leave teacher_rest out", {"teacher_rest": rest, "rest": "dropped"}),
+    ):
+        with pytest.raises(error, match=message):
+            fastpost.linear_top_k_distillation_loss(hidden, weight, ids, log_probs, **options)
+
+
 def test_memory_is_the_budget_s() -> None:
     hidden, weight = torch.randn(4096, 16, requires_grad=True), torch.randn(4001, 16, requires_grad=True)
-    ids, log_probs = fastpost.linear_top_log_probs(hidden, weight, 8)
+    ids, log_probs, _ = fastpost.linear_top_log_probs(hidden, weight, 8)
 
     def step() -> None:
         fastpost.linear_top_k_distillation_loss(hidden, weight, ids, log_probs, memory_budget=12_000_000).loss.backward()
@@ -316,7 +377,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"log_probs": lambda t: t.log_softmax(-1), "divergence": "reverse_kl"},
         ValueError,
-        "has none in the teacher, so reverse_kl is infinite; use 'forward_kl'",
+        "has none in the teacher, so reverse_kl is infinite; give teacher_rest",
     ),
     ({"memory_budget": 1000}, ValueError, "memory_budget of 1,000 bytes"),
 ]

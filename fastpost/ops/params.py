@@ -231,7 +231,8 @@ def chunk_squares(grads: Sequence[Tensor]) -> list[Tensor]:
 
     Returns:
         For each tensor a float64 vector on its device, of one sum per chunk. They do not depend on the list that a tensor is
-        in. On the CPU `squared_norm` of a list of one dtype is, bit for bit, their sum from the first to the last.
+        in. On the CPU `squared_norm` of a list of one dtype is their sum from the first to the last: bit for bit, but for
+        float64, of which it keeps more digits.
     """
     if len(grads) == 1:
         sums: Tensor = _OP_CHUNK_SQUARES.call((list(grads),))

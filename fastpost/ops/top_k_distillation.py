@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,19 @@ from fastpost.ops.linear_distillation import (
 from fastpost.ops.reductions import out_dtype
 from fastpost.ops.top_k_rows import Settings
 
+
+class TopLogProbs(NamedTuple):
+    """A teacher's most probable classes, as `linear_top_log_probs` returns them.
+
+    Attributes:
+        ids: int64 (..., k). log_probs: (..., k). rest: (...), the log-probability of all other classes together.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    rest: Tensor
+
+
 RESTS = ("one_class", "dropped")
 _ROUNDING = 1.05  # sums of probabilities up to here: logarithms that were stored in 16 bits give up to 1.01
 
@@ -36,6 +50,7 @@ def linear_top_k_distillation_loss(
     teacher_log_probs: Tensor,
     labels: Tensor | None = None,
     *,
+    teacher_rest: Tensor | None = None,
     rest: str = "one_class",
     divergence: str = "forward_kl",
     beta: float = 0.5,
@@ -64,6 +79,8 @@ def linear_top_k_distillation_loss(
         teacher_ids: integers (..., k), classes in [0, vocab), each once in a row.
         teacher_log_probs: floating point (..., k), their log-probabilities over the teacher's whole vocabulary
             (`linear_top_log_probs`). -inf: a place is not used, whatever its id (rows of different k).
+        teacher_rest: floating point (...), the log-probability of all other classes together. None: what the known ones
+            leave to 1, which is rounding alone where they are nearly all: 1e-7 of float32, 1e-2 of 16 bits.
         rest: "one_class", the rest of the vocabulary is one more class; "dropped", both models are normalised over the k
             classes, which says nothing of how much the student gives to others.
         temperature: T > 0, at which the log-probabilities were taken; divides the student's logits in the divergence.
@@ -76,8 +93,9 @@ def linear_top_k_distillation_loss(
 
     Raises:
         ValueError: as there; also, on the CPU and under FASTPOST_CHECKS=1, an id out of range or twice in a row,
-            log-probabilities above 0, NaN, or that add up to more than 1, a row without any, and an infinite divergence,
-            such as "reverse_kl" where the teacher leaves nothing to the rest.
+            log-probabilities above 0, NaN, or that add up to more than 1 (with `teacher_rest`: to something else than 1), a
+            row without any, and an infinite divergence, such as "reverse_kl" where the teacher leaves nothing to the rest;
+            `teacher_rest` with rest="dropped".
         TypeError: as there; ids that are no integers.
     """
     op = "linear_top_k_distillation_loss"
@@ -94,6 +112,8 @@ def linear_top_k_distillation_loss(
     counts, targets, scale = counted_rows(op, layer, labels, options)
     vocab = None if vocab_group is not None else weight.shape[0]  # of a vocabulary cut across ranks, checked later
     _check_teacher(op, hidden, vocab, teacher_ids, teacher_log_probs, counts)
+    if teacher_rest is not None:
+        _check_rest(op, hidden, teacher_log_probs, teacher_rest, rest, counts)
     rows, k = len(counts), teacher_ids.shape[-1]
     log_probs = teacher_log_probs.detach().reshape(rows, k)
     is_used = (log_probs > -torch.inf) & (counts > 0).unsqueeze(1)
@@ -113,7 +133,7 @@ def linear_top_k_distillation_loss(
             ignore_index, divergence, beta, temperature, rest == "one_class", softcap or 0.0, chunk, dtype,
             float(label_smoothing), "" if vocab_group is None else vocab_group.group_name,
         ),
-        [hidden.reshape(rows, hidden.shape[-1]), weight, bias, ids, log_probs],
+        [hidden.reshape(rows, hidden.shape[-1]), weight, bias, ids, _with_rest(log_probs, teacher_rest)],
         targets if ce_weight else None,
         weights,
         reduction == "none",
@@ -122,7 +142,7 @@ def linear_top_k_distillation_loss(
         at = int((values[0] == torch.inf).nonzero()[0])
         raise ValueError(
             f"{op}: in row {at} the student gives a probability to what has none in the teacher, so {divergence} is "
-            "infinite; use 'forward_kl' or 'js', or rest='dropped'"
+            "infinite; give teacher_rest (linear_top_log_probs has it), use 'forward_kl' or 'js', or rest='dropped'"
         )
     return loss_of(value, values * each, hidden.shape[:-1], reduction, out_dtype(dtype))
 
@@ -163,6 +183,35 @@ def _check_teacher(op: str, hidden: Tensor, vocab: int | None, ids: Tensor, log_
             raise ValueError(f"{op}: row {int(faulty.nonzero()[0])} {told}")
 
 
+def _check_rest(op: str, hidden: Tensor, log_probs: Tensor, of_rest: Tensor, rest: str, counts: Tensor) -> None:
+    if rest == "dropped":
+        raise ValueError(f"{op}: rest='dropped' leaves the rest out; leave teacher_rest out, or take rest='one_class'")
+    if not isinstance(of_rest, Tensor) or not of_rest.is_floating_point():
+        raise TypeError(f"{op}: teacher_rest must be a tensor of floating point numbers")
+    if of_rest.device != hidden.device or of_rest.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{op}: teacher_rest has shape {tuple(of_rest.shape)} on {of_rest.device}, expected "
+            f"{tuple(hidden.shape[:-1])} on {hidden.device}"
+        )
+    if not checks_values(hidden.device):
+        return
+    total = _with_rest(log_probs.detach().reshape(len(counts), log_probs.shape[-1]), of_rest).double().logsumexp(1)
+    faulty = ~(total.abs() < math.log(_ROUNDING)) & (counts > 0)
+    if bool(faulty.any()):
+        raise ValueError(
+            f"{op}: in row {int(faulty.nonzero()[0])} the known classes and teacher_rest add up to a probability other than "
+            "1; teacher_rest is the logarithm of what the known ones leave"
+        )
+
+
+def _with_rest(log_probs: Tensor, of_rest: Tensor | None) -> Tensor:
+    """The rest's log-probability as a last column, where there is one."""
+    if of_rest is None:
+        return log_probs
+    dtype = torch.promote_types(log_probs.dtype, of_rest.dtype)
+    return torch.cat((log_probs.to(dtype), of_rest.detach().to(dtype).reshape(-1, 1)), 1)
+
+
 def _repeats(ids: Tensor, known: Tensor) -> Tensor:
     """Rows in which an id that is used is there twice."""
     apart = -1 - torch.arange(ids.shape[1], device=ids.device)  # places that are not used differ from all others
@@ -180,9 +229,9 @@ def linear_top_log_probs(
     softcap: float | None = None,
     temperature: float = 1.0,
     memory_budget: int = 1 << 30,
-) -> tuple[Tensor, Tensor]:
-    """The k most probable classes of every row and their log-probabilities over the whole vocabulary, to be stored for
-    `linear_top_k_distillation_loss`. Logits live a chunk of rows at a time; no gradients.
+) -> TopLogProbs:
+    """The k most probable classes of every row and their log-probabilities over the whole vocabulary, and that of all others
+    together, to be stored for `linear_top_k_distillation_loss`. Logits live a chunk of rows at a time; no gradients.
 
     Args:
         hidden: (..., width) of the teacher; float16, bfloat16, float32 or float64.
@@ -192,7 +241,8 @@ def linear_top_log_probs(
         temperature: T > 0; the logits are divided by it.
 
     Returns:
-        int64 (..., k), the most probable first; float32 (..., k) (float64 where an argument is).
+        TopLogProbs(ids, log_probs, rest): int64 (..., k), the most probable first; float32 (..., k) and (...) (float64 where
+        an argument is), right to their last digit, the rest to 1e-6. -inf where all classes are known.
 
     Raises:
         ValueError: shapes or devices that do not fit, k or a number out of range, a budget too small for 64 rows.
@@ -210,6 +260,7 @@ def linear_top_log_probs(
     chunk = fitting_rows(op, len(flat), per_row, vocab, hidden.device, memory_budget)
     ids = torch.empty((len(flat), k), dtype=torch.int64, device=hidden.device)
     log_probs = torch.empty((len(flat), k), dtype=work, device=hidden.device)
+    of_rest = torch.empty(len(flat), dtype=work, device=hidden.device)
     room = torch.empty((min(chunk, len(flat)), vocab), dtype=work, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for at in range(0, len(flat), chunk):
@@ -220,8 +271,15 @@ def linear_top_log_probs(
                 logits.add_(head.bias)
             if softcap is not None:
                 logits.div_(softcap).tanh_().mul_(softcap)
-            logits.div_(temperature)
             largest, ids[at : at + chunk] = logits.topk(k, 1)
-            log_probs[at : at + chunk] = largest - logits.logsumexp(1, keepdim=True)
-    shape = (*hidden.shape[:-1], k)
-    return ids.reshape(shape), log_probs.reshape(shape)
+            classes = (largest.double() - largest[:, :1].double()) / temperature
+            # What is left is small beside 1: it is summed up by itself, at its own scale.
+            logits.scatter_(1, ids[at : at + chunk], -torch.inf)
+            peak = logits.amax(1, keepdim=True).clamp_(min=torch.finfo(work).min)
+            left = logits.sub_(peak).div_(temperature).exp_().sum(1, keepdim=True).double().log()
+            left += (peak.double() - largest[:, :1].double()) / temperature
+            total = torch.cat((classes, left), 1).logsumexp(1, keepdim=True)
+            log_probs[at : at + chunk] = classes - total
+            of_rest[at : at + chunk] = (left - total).squeeze(1)
+    shape = hidden.shape[:-1]
+    return TopLogProbs(ids.reshape(*shape, k), log_probs.reshape(*shape, k), of_rest.reshape(shape))

@@ -101,7 +101,7 @@ def _linear_top_k_distillation(
         columns = Columns(weight, group_named(group) if group else None)
         if columns.group is not None:
             check_labels(labels, ignore_index, columns.vocab)
-            _check_ids(ids, log_probs, weights, columns.vocab)
+            _check_ids(ids, log_probs[:, : ids.shape[1]], weights, columns.vocab)
 
         def compare(made: list[Tensor], rows: slice | Tensor, here: Tensor, found: Tensor) -> None:
             targets = None if labels is None else labels[rows]
@@ -131,7 +131,7 @@ def _compare(
     grad: Tensor | None, columns: Columns, how: Settings,
 ) -> None:  # fmt: skip
     """Values of some rows into `found`, gradients of their weighted sum into `grad`; `logits` are overwritten."""
-    known = log_probs > -torch.inf  # what the teacher gives no probability belongs to the rest
+    known = log_probs[:, : ids.shape[1]] > -torch.inf  # what the teacher gives no probability belongs to the rest
     is_here, place = columns.places(ids)
     z = logits.gather(1, place)
     cap = 1 - (logits / how.softcap).square_() if grad is not None and how.softcap else None  # d/dx of s tanh(x / s)
@@ -154,7 +154,7 @@ def _compare(
     rest = columns.logsumexp(scaled) if how.has_rest else None
     classes = exact / how.temperature
     log_q = (classes if rest is None else torch.cat((classes, rest), 1)).log_softmax(1)
-    found[0], slopes = _divergence(_teacher(log_probs, rest), log_q, how)
+    found[0], slopes = _divergence(_teacher(log_probs, rest, log_probs.shape[1] > ids.shape[1]), log_q, how)
     slopes = slopes * (weights[0] / how.temperature).unsqueeze(1)
     total = None
     if at_label is not None and counts is not None:
@@ -188,14 +188,18 @@ def _shares(logits: Tensor, log_sum: Tensor, factor: Tensor) -> Tensor:
     return (logits - largest).exp_().mul_(scale.to(logits.dtype))
 
 
-def _teacher(log_probs: Tensor, rest: Tensor | None) -> Tensor:
+def _teacher(log_probs: Tensor, rest: Tensor | None, holds_rest: bool) -> Tensor:
     """log p of the classes, float64, that of the rest last. Probabilities whose sum rounding has brought above 1 are scaled
-    to 1, and without a rest they always are.
+    to 1, and where all are known, or there is no rest, they always are.
 
     Args:
         rest: the student's; -inf where every class of the vocabulary is known, so that rounding leaves nothing to a rest.
+        holds_rest: the last of log_probs is the rest's.
     """
     log_p = log_probs.double()
+    if holds_rest and rest is not None:
+        log_p[:, -1:].masked_fill_(rest == -torch.inf, -torch.inf)
+        return log_p.log_softmax(1)
     total = log_p.logsumexp(1, keepdim=True)
     if rest is None:
         return log_p - total

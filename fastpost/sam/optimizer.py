@@ -95,7 +95,7 @@ class SAM(Wrapper):
         model: the model; "functional" needs it. With it the second pass leaves the running statistics of norm layers alone,
             as `norm_stats` says.
         norm: when the ascent's norm is summed up: in the "step", from all gradients; or during "backward", from each as it
-            arrives, which saves a pass over them. The same number, bit for bit on the CPU.
+            arrives, which saves a pass over them. The same number, bit for bit on the CPU up to float32.
         norm_stats: which passes move the running statistics of batch and instance norms: the "first", as in the original, or
             "both". Without `model` SAM does not know the layers: see `frozen_norm_stats`.
         variant: one of `fastpost.sam.variants`, such as `LookSAM()`; None is SAM (or ASAM).
@@ -250,7 +250,9 @@ class SAM(Wrapper):
             RuntimeError: there was no first_step.
         """
         if not self.is_perturbed:
-            raise RuntimeError("SAM: second_step() without first_step()")
+            raise RuntimeError(
+                "SAM: second_step() without first_step(); where end_ascent() has put w back already, step() ends the step"
+            )
         self.step()
         if zero_grad:
             self.zero_grad()

@@ -59,10 +59,25 @@ GROUP_KEYS = (*RADIUS_KEYS, STEPS_KEY)
 
 
 def fill_groups(groups: Iterable[dict[str, Any]], rho: float | None, adaptive: bool, eta: float, sam_steps: int = 0) -> None:
-    """Gives groups the keys of SAM that they lack."""
+    """Gives groups the keys of SAM that they lack.
+
+    Raises:
+        ValueError: a group has an eta of its own and is not adaptive.
+    """
     for group in groups:
+        if STEPS_KEY not in group:  # a new one, not one that was saved
+            refuse_unused_eta(group, adaptive)
         for key, value in zip(GROUP_KEYS, (rho, adaptive, eta, sam_steps), strict=True):
             group.setdefault(key, value)
+
+
+def refuse_unused_eta(group: dict[str, Any], adaptive: bool) -> None:
+    """Raises ValueError where a new group has an eta of its own and is not adaptive."""
+    eta = group.get("eta")
+    if isinstance(eta, int | float) and eta > 0 and not group.get("adaptive", adaptive):
+        raise ValueError(
+            f"SAM: a group's eta={eta} is ASAM's constant, and the group is not adaptive; give it adaptive=True"
+        )
 
 
 def check_group(group: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fastpost.distributed import local
 from fastpost.sam.frameworks import imitate, wrapper_among
-from fastpost.sam.options import GROUP_KEYS, RADIUS_KEYS, STEPS_KEY, check_group, fill_groups
+from fastpost.sam.options import GROUP_KEYS, RADIUS_KEYS, STEPS_KEY, check_group, fill_groups, refuse_unused_eta
 from fastpost.sam.perturbation import MasterPerturbation
 
 
@@ -316,6 +316,7 @@ class Wrapper(Optimizer):
         self._refuse_while_perturbed("add_param_group()")
         steps = self._groups()[0]["sam_steps"]
         check_group({**self._group_defaults, **param_group})
+        refuse_unused_eta(param_group, self._group_defaults["adaptive"])
         self._bases[-1].add_param_group(param_group)
         self._bases[-1].param_groups[-1].update(sam_steps=steps)
 
