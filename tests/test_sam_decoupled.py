@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fastpost import SAM
-from fastpost.sam import WSAM, DecoupledWSAM, ExternalSAM
+from fastpost.sam import WSAM, DecoupledWSAM, ExternalSAM, SAMWindow
 
-from .small import all_bits, closure_of, network, unchanged
+from .conftest import same_bits
+from .small import X, all_bits, closure_of, loss_of, network, unchanged
 from .test_sam_variants import BATCHES, LR, RHO, Problem, by_closure, by_window, loss_on, weights
 
 GAMMA = 0.8
@@ -151,6 +152,128 @@ def test_an_overflow_moves_nothing_and_a_step_given_up_leaves_nothing(fused: boo
     assert unchanged(model, all_bits(twin))
 
 
+def by_two_calls(opt: SAM, backward, scaler) -> None:
+    backward(0)
+    opt.first_step(zero_grad=True)
+    backward(1)
+    opt.second_step(zero_grad=True)
+
+
+def by_a_closure(opt: SAM, backward, scaler) -> None:
+    passes = iter((0, 1))
+    opt.step(lambda: backward(next(passes)))
+
+
+def by_perturbed(opt: SAM, backward, scaler) -> None:
+    backward(0)
+    with opt.perturbed():
+        backward(1)
+    opt.step()
+
+
+def by_a_window(opt: SAM, backward, scaler) -> None:
+    SAMWindow(opt, lambda _: backward(int(opt.is_perturbed))).run([0, 1])
+    opt.step()
+
+
+def by_scaler(opt: SAM, backward, scaler) -> None:
+    with opt.perturbed() if backward(0) is not None else pytest.fail("no loss"):
+        backward(1)
+    scaler.step(opt)
+
+
+def by_unscaling(opt: SAM, backward, scaler) -> None:
+    with opt.perturbed() if backward(0) is not None else pytest.fail("no loss"):
+        backward(1)
+    scaler.unscale_(opt)
+    scaler.step(opt)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("form", [by_two_calls, by_a_closure, by_perturbed, by_a_window, by_scaler, by_unscaling])
+def test_a_second_gradient_that_overflows_in_backward_skips_the_step(form, fused: bool, dtype: torch.dtype) -> None:
+    model = network().to(dtype)
+    opt = made(model, torch.optim.AdamW, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if form in (by_scaler, by_unscaling) else None
+    before = all_bits(model)
+    factors = [1.0, math.inf]
+
+    def backward(second: int) -> Tensor:
+        loss = loss_of(model, X.to(dtype)) * factors[second]
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        return loss
+
+    for number in (1, 2):
+        form(opt, backward, scaler)
+        if scaler is not None:
+            scaler.update()
+            assert scaler.get_scale() == 4.0 / 2**number
+        opt.zero_grad()
+        assert opt.skipped_steps == number
+        assert unchanged(model, before)
+        assert not opt.base_optimizer.state
+        factors = [math.inf, 1.0]  # and then the first one
+    factors = [1.0, 1.0]
+    form(opt, backward, scaler)
+    assert opt.skipped_steps == 2
+    assert not any(same_bits(a, p) for a, p in zip(before, model.parameters(), strict=True))
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_finite_gradients_whose_difference_overflows_skip_the_step() -> None:
+    model = network()
+    opt = made(model, torch.optim.SGD)
+    before = all_bits(model)
+    for g in (3e38, -3e38):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, g)
+        if g > 0:
+            opt.first_step(zero_grad=True)
+    opt.second_step()
+    assert opt.skipped_steps == 1
+    assert unchanged(model, before)
+
+
+def test_an_overflow_that_is_clipped_away_leaves_no_sharpness() -> None:
+    model = network()
+    opt = made(model, torch.optim.SGD)
+    closure_of(model)()
+    with opt.perturbed():
+        (loss_of(model) * math.inf).backward()
+    assert all(bool(p.grad.isnan().all()) for p in model.parameters())
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad.fill_(1.0)
+    opt.step()
+    assert opt.skipped_steps == 0
+    for w, p in zip(before, model.parameters(), strict=True):
+        assert torch.equal(p, w - LR)
+
+
+def test_a_gradient_removed_after_the_second_pass_stays_missing() -> None:
+    problem = Problem()
+    model = copy.deepcopy(problem.model)
+    opt = made(model, torch.optim.SGD)
+    w, x = problem.w, BATCHES[0]
+    g = problem.gradient(w, x)
+    h = problem.gradient(w + RHO * g / g.norm(), x)
+    loss_on(model, x).backward()
+    with opt.perturbed():
+        loss_on(model, x).backward()
+    *_, last = model.parameters()
+    last.grad = None
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.mul_(0.5)
+    before = last.detach().clone()
+    opt.step()
+    assert same_bits(last, before)
+    expected = w - LR * 0.5 * (g + WEIGHT * (h - g))
+    kept = len(w) - last.numel()
+    assert float((weights(model) - expected)[:kept].abs().max()) <= 1e-13
+
+
 def test_attaching() -> None:
     model = network()
     wsam = DecoupledWSAM()
@@ -179,12 +302,18 @@ def test_attaching() -> None:
     again.abandon()
     again.variant.attach(again)
 
-    fused = DecoupledWSAM()
-    one = SAM(model.parameters(), torch.optim.AdamW, lr=LR, variant=fused, fused_restore=True)
-    fused.attach(one)
-    with pytest.raises(RuntimeError, match="use fused_restore=False"):
-        one.step(closure_of(model))
-    one.abandon()
+    with pytest.raises(ValueError, match="DecoupledWSAM does not serve fused_restore"):
+        SAM(model.parameters(), torch.optim.AdamW, lr=LR, variant=DecoupledWSAM(), fused_restore=True)
+    with pytest.raises(TypeError, match="DecoupledWSAM: gamma must be a number, not 'a'"):
+        DecoupledWSAM("a")  # type: ignore[arg-type]
+    before = all_bits(model)
+    closure_of(model)()
+    opt.first_step(zero_grad=True)
+    closure_of(model)()
+    with pytest.raises(RuntimeError, match="stepped at w"):
+        opt.base_optimizer.step()
+    opt.abandon()
+    assert unchanged(model, before)
 
     gone = weakref.ref(opt)
     gc.disable()  # freed without a garbage collection

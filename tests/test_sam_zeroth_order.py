@@ -106,6 +106,9 @@ def test_interval_faults_and_bad_input() -> None:
     for mu in (0.0, -1.0, float("inf")):
         with pytest.raises(ValueError, match="mu must be finite and > 0"):
             ZerothOrderSAM(mu=mu)
+    for wrong in ({"seed": "s"}, {"seed": True}, {"mu": "s"}):
+        with pytest.raises(TypeError, match=f"ZerothOrderSAM: {next(iter(wrong))} must be a"):
+            ZerothOrderSAM(**wrong)  # type: ignore[arg-type]
     model = network().double()
     zeroth = ZerothOrderSAM()
     opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, interval=2, variant=zeroth)
@@ -120,6 +123,18 @@ def test_interval_faults_and_bad_input() -> None:
     with pytest.raises(KeyError):
         zeroth.estimate(opt, breaks)
     assert unchanged(model, bits)
+    with pytest.raises(TypeError, match="whose variant it is, not SGD"):
+        zeroth.estimate(opt.base_optimizer, watched)  # type: ignore[arg-type]
+    for variant in (None, ZerothOrderSAM()):
+        with pytest.raises(ValueError, match="this is not the optimizer's variant"):
+            zeroth.estimate(SAM(model.parameters(), torch.optim.SGD, lr=LR, variant=variant), watched)
+    with pytest.raises(TypeError, match="must be a function"):
+        zeroth.estimate(opt, 1.0)  # type: ignore[arg-type]
+    assert not watched.at
+    for returned, found in ((1.0, "float"), (None, "NoneType"), (torch.ones(2), r"shape \(2,\)")):
+        with pytest.raises(TypeError, match=f"must return a scalar tensor, not .*{found}"):
+            zeroth.estimate(opt, lambda returned=returned: returned)
+        assert unchanged(model, bits)
     zeroth.estimate(opt, lambda: watched() * float("inf"))  # an overflow skips the step, as one of a first gradient does
     opt.step(closure_of(model, X))
     assert unchanged(model, bits)

@@ -322,16 +322,19 @@ def test_a_flat_loss_has_no_rise_and_no_curvature() -> None:
         ({"directions": 1.5}, TypeError, "directions must be a whole number"),
         ({"directions": "2"}, TypeError, "directions must be a whole number"),
         ({"micro_batch_size": 2.0}, TypeError, "micro_batch_size must be a whole number"),
+        ({"seed": "x"}, TypeError, "seed must be a whole number, not 'x'"),
+        ({"model": loss, "loss": small()}, TypeError, "in this order, not function and Sequential"),
         ({"scope": "nothing.*"}, ValueError, "no parameter is in scope"),
         ({"model": small().requires_grad_(False)}, ValueError, "no weights that require"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type, words: str) -> None:
     given = {"model": small(), "loss": loss, "batches": [data(0)], **change}
-    before = all_bits(given["model"])
+    model = given["model"] if isinstance(given["model"], nn.Module) else given["loss"]
+    before = all_bits(model)
     with pytest.raises(error, match=words):
         sharpness(**given)
-    assert unchanged(given["model"], before)
+    assert unchanged(model, before)
 
 
 # -- in several processes ---------------------------------------------------------------------------------------------------

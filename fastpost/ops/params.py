@@ -191,11 +191,16 @@ def check_radius(op: str, rho: float, eta: float) -> None:
         check_number(op, name, value)
 
 
-def check_number(op: str, name: str, value: object) -> None:
-    """Raises unless the value is a real number or a tensor of one (TypeError), finite and not negative (ValueError)."""
+def check_real(op: str, name: str, value: object) -> None:
+    """Raises TypeError unless the value is a real number or a tensor of one."""
     one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
     if not one and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{op}: {name} must be a number, not {value!r}")
+
+
+def check_number(op: str, name: str, value: object) -> None:
+    """Raises unless the value is a real number or a tensor of one (TypeError), finite and not negative (ValueError)."""
+    check_real(op, name, value)
     number = float(value)  # type: ignore[arg-type]
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{op}: {name} must be finite and >= 0, not {number}")

@@ -26,20 +26,26 @@ class DecoupledWSAM(WSAM):
         wsam.attach(opt)
 
     lr is that of the parameter's group. A factor that the caller puts on all gradients after the second pass (unscaling,
-    clipping) is put on g' - g as well: what clips sees g. Two copies of the gradients are held between the second pass and
-    the step. In 16-bit weights a step is rounded twice. Not for trainers, whose optimizer is stepped by others. A copy or a
-    pickle of the optimizer is to be attached again.
+    `clip_grad_norm_`) is put on g' - g as well: what clips sees g. `clip_grad_value_` has no common factor: g' - g is then
+    scaled by the ratio of the norms, so clip by norm instead. A parameter whose gradient is removed after the second pass
+    stays where it is. Where g' is not finite, nor is what is left in `.grad`, and the whole step is skipped.
+
+    Two copies of the gradients are held between the second pass and the step. In 16-bit weights a step is rounded twice. Not
+    for trainers, whose optimizer is stepped by others, nor with `fused_restore`. A copy or a pickle of the optimizer is to
+    be attached again.
 
     Args:
         gamma: in [0, 1), as in `WSAM`.
     """
+
+    serves_fused_restore = False  # which steps before w is back
 
     def __init__(self, gamma: float = 0.9) -> None:
         super().__init__(gamma)
         self._attached = False
         self._sharpness: Gradients = {}
         self._context: VariantContext | None = None
-        self._squared: Tensor | None = None  # of g, as it came out of the second pass
+        self._squares: Gradients = {}  # of each parameter's g, as it came out of the second pass: float64 scalars
         self._factor: Tensor | None = None
 
     def attach(self, optimizer: SAM) -> None:
@@ -71,16 +77,18 @@ class DecoupledWSAM(WSAM):
     def descend(self, context: VariantContext, clean: Gradients, second: Gradients) -> None:
         if not self._attached:
             raise RuntimeError("SAM: DecoupledWSAM steps beside the base optimizer; call attach(opt) after building SAM")
-        self._sharpness = {}
+        at_w = {p: clean[p] if p in clean else torch.zeros_like(g) for p, g in second.items()}
+        sharpness = {p: g - at_w[p] for p, g in second.items()}
+        finite = torch.isfinite(context.dot(sharpness, sharpness))  # not where g or g' overflowed, nor where g' - g does
         for p, g in second.items():
-            at_w = clean[p] if p in clean else torch.zeros_like(g)
-            self._sharpness[p] = g - at_w
-            g.copy_(at_w)
-        self._context, self._squared = context, context.dot(second, second)
+            g.copy_(torch.where(finite.to(g.device), at_w[p], torch.nan))  # for all who look for overflows
+        self._squares = {p: g.double().square().sum() for p, g in second.items()}
+        self._context, self._sharpness = context, sharpness
 
     def forget(self) -> None:
         self._sharpness = {}
-        self._context = self._squared = self._factor = None
+        self._squares = {}
+        self._context = self._factor = None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(type(self)(self.gamma))  # base optimizers are copied without their hooks
@@ -89,12 +97,20 @@ class DecoupledWSAM(WSAM):
     def _before(self, base: Any, perturbed: bool) -> None:
         """Finds out by which factor the gradients have changed since the second pass."""
         self._factor = None
-        if self._context is None or self._squared is None:
+        if self._context is None:
             return
         if perturbed:
-            raise RuntimeError("SAM: DecoupledWSAM steps from w; use fused_restore=False. opt.abandon() gives this step up")
+            raise RuntimeError(
+                "SAM: DecoupledWSAM steps from w, and the base optimizer was stepped at w + e; call the SAM's step(). "
+                "opt.abandon() gives this step up"
+            )
         held = {p: g for p in self._sharpness if (g := distributed.local_gradient(p)) is not None}
-        factor = ratio(self._context.dot(held, held), self._squared).sqrt()
+        self._sharpness = {p: self._sharpness[p] for p in held}
+        squares = {p: self._squares[p] for p in held}
+        before = self._context.dot(squares, {p: torch.ones_like(square) for p, square in squares.items()})
+        factor = ratio(self._context.dot(held, held), before).sqrt()
+        # Not after an overflow that somebody has removed from the gradients.
+        factor = torch.where(torch.isfinite(before), factor, 0.0)
         scale, found_inf = getattr(base, "grad_scale", None), getattr(base, "found_inf", None)
         if scale is not None:  # comes off in the base optimizer's own step
             factor = factor / scale.to(factor)

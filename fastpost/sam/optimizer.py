@@ -160,6 +160,8 @@ class SAM(Wrapper):
             raise TypeError(f"SAM: variant must be an instance of fastpost.sam.Variant, not {variant!r}")
         if norm_group is not None and not self.variant.serves_norm_group:
             raise ValueError(f"SAM: {type(self.variant).__name__} does not serve norm_group; leave one of the two out")
+        if fused_restore and not self.variant.serves_fused_restore:
+            raise ValueError(f"SAM: {type(self.variant).__name__} does not serve fused_restore; leave one of the two out")
         if masters is not None and type(self.variant) is not Variant:
             raise ValueError(f"SAM: master_params do not serve {type(self.variant).__name__}; use it without masters")
         self._group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "sam_steps": 0}

@@ -8,7 +8,6 @@ outside of the optimizer: `logits_sam` and `FunctionalSAM`.
 from __future__ import annotations
 
 import functools
-import math
 from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastpost import distributed
+from fastpost.ops import params as ops
 from fastpost.sam.buckets import ShardReducer
 from fastpost.sam.step import Gradients, ratio
 
@@ -119,6 +119,7 @@ class Variant:
             each, with all that there is so far.
         state_names: tensors kept per parameter from step to step, in `state[p]`; each begins with "sam_".
         serves_norm_group: whether it is right where ranks hold other parameters of the model.
+        serves_fused_restore: whether it is right where w comes back in the base optimizer's step, and not before.
     """
 
     ascent_pass = True
@@ -127,6 +128,7 @@ class Variant:
     rewrites = True
     state_names: tuple[str, ...] = ()
     serves_norm_group = True
+    serves_fused_restore = True
 
     def direction(self, context: VariantContext, gradients: Gradients) -> Gradients:
         """What is followed uphill in place of the gradients at w, normalised and scaled like them."""
@@ -218,6 +220,7 @@ class WSAM(Variant):
     scales_must_agree = True
 
     def __init__(self, gamma: float = 0.9) -> None:
+        ops.check_real(type(self).__name__, "gamma", gamma)
         if not 0 <= gamma < 1:
             raise ValueError(f"WSAM: gamma must lie in [0, 1), not {gamma}")
         self.gamma = gamma
@@ -277,6 +280,7 @@ class FriendlySAM(Variant):
         self, sigma: float = 1.0, decay: float = 0.9, loss_scale: Callable[[], float | Tensor] | None = None
     ) -> None:
         self.sigma = _not_negative("FriendlySAM", "sigma", sigma)
+        ops.check_real("FriendlySAM", "decay", decay)
         if not 0 <= decay < 1:
             raise ValueError(f"FriendlySAM: decay must lie in [0, 1), not {decay}")
         self.decay = decay
@@ -362,8 +366,7 @@ class TRAM(Variant):
 
 
 def _not_negative(who: str, name: str, value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{who}: {name} must be finite and >= 0, not {value}")
+    ops.check_number(who, name, value)
     return value
 
 

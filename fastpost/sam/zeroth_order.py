@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpost import distributed
+from fastpost.ops import params as ops
 from fastpost.rng import RandomState
 from fastpost.sam.step import Gradients
 from fastpost.sam.variants import Variant, VariantContext
@@ -46,8 +47,11 @@ class ZerothOrderSAM(Variant):
     def __init__(self, probes: int = 1, mu: float = 1e-3, seed: int = 0) -> None:
         if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
             raise ValueError(f"ZerothOrderSAM: probes must be a whole number >= 1, not {probes!r}")
+        ops.check_real("ZerothOrderSAM", "mu", mu)
         if not (math.isfinite(mu) and mu > 0):
             raise ValueError(f"ZerothOrderSAM: mu must be finite and > 0, not {mu!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"ZerothOrderSAM: seed must be a whole number, not {seed!r}")
         self.probes, self.mu, self.seed = probes, mu, seed
         self._step = 0
         self._slopes: Tensor | None = None  # (probes,), float64
@@ -67,8 +71,13 @@ class ZerothOrderSAM(Variant):
                 `sync_ascent=False`.
 
         Raises:
+            TypeError: not a SAM, or `loss` is no function or returns something else than a scalar tensor.
+            ValueError: the SAM has another variant.
             RuntimeError: the weights are perturbed.
         """
+        self._check_optimizer(optimizer)
+        if not callable(loss):
+            raise TypeError(f"ZerothOrderSAM: loss must be a function that returns a scalar tensor, not {loss!r}")
         if optimizer.is_perturbed:
             raise RuntimeError("ZerothOrderSAM: estimate() while perturbed; it comes before first_step(), at w")
         self.forget()
@@ -87,7 +96,7 @@ class ZerothOrderSAM(Variant):
                         distributed.local(p).copy_(torch.add(w, self._noise(p, index, probe), alpha=away))
                     _written(p for _, p in tensors)
                     random.put()
-                    values.append(loss().detach().double())
+                    values.append(_scalar(loss()))
                 slopes.append((values[0] - values[1]) / (2 * self.mu))
         finally:
             for (_, p), w in zip(tensors, kept, strict=True):
@@ -99,6 +108,20 @@ class ZerothOrderSAM(Variant):
             dist.all_reduce(stacked)
             stacked /= dist.get_world_size()
         self._slopes = stacked
+
+    def _check_optimizer(self, optimizer: object) -> None:
+        from fastpost.sam.optimizer import SAM  # which imports variants
+
+        if not isinstance(optimizer, SAM):
+            raise TypeError(
+                f"ZerothOrderSAM: estimate() takes the fastpost.SAM whose variant it is, not {type(optimizer).__name__}; "
+                "of a wrapper such as Accelerate's give its .optimizer"
+            )
+        if optimizer.variant is not self:
+            raise ValueError(
+                f"ZerothOrderSAM: this is not the optimizer's variant, which is a {type(optimizer.variant).__name__}; "
+                "build it as SAM(..., variant=zeroth), and of a copy of the optimizer call estimate() of its own variant"
+            )
 
     def direction(self, context: VariantContext, gradients: Gradients) -> Gradients:
         if self._slopes is None:
@@ -129,6 +152,13 @@ class ZerothOrderSAM(Variant):
 def _moved(tensors: Iterable[Tensor]) -> Iterable[tuple[int, Tensor]]:
     """The tensors that probes move, numbered."""
     return ((i, p) for i, p in enumerate(tensors) if p.requires_grad and p.is_floating_point())
+
+
+def _scalar(value: object) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"ZerothOrderSAM: loss must return a scalar tensor, not {found}")
+    return value.detach().double().reshape(())
 
 
 def _written(tensors: Iterable[Tensor]) -> None:

@@ -77,8 +77,15 @@ def sharpness(
         ValueError: rho, eta or a size out of range; eta without ASAM; no batch; a loss or gradient at w that is not finite;
             a batch that cannot be cut; FSDP1's or DeepSpeed's shards, plain weights among sharded ones, or gradients that
             FSDP2 has not reduced yet.
-        TypeError: the loss is no scalar that depends on the weights; a size or a number of directions is no whole number.
+        TypeError: the loss is no scalar that depends on the weights; a size, a number of directions or the seed is no whole
+            number; model and loss are swapped.
     """
+    if not isinstance(model, nn.Module) or not callable(loss):
+        raise TypeError(
+            "sharpness: it takes a torch.nn.Module, a function of (model, batch) and the batches, in this order, not "
+            f"{type(model).__name__} and {type(loss).__name__}"
+        )
+    _check_whole("seed", seed)
     ops.check_radius("sharpness", rho, eta)
     if eta and not adaptive:
         raise ValueError(f"sharpness: eta={eta} is ASAM's constant; say adaptive=True, or leave eta out")
@@ -118,10 +125,11 @@ def sharpness(
     return Sharpness(float(rho), adaptive, float(eta), len(rows), count, lossy, own, full, random, resolution)
 
 
-def _check_whole(name: str, value: object, least: int) -> None:
+def _check_whole(name: str, value: object, least: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"sharpness: {name} must be a whole number >= {least}, not {value!r}")
-    if value < least:
+        bound = "" if least is None else f" >= {least}"
+        raise TypeError(f"sharpness: {name} must be a whole number{bound}, not {value!r}")
+    if least is not None and value < least:
         raise ValueError(f"sharpness: {name} must be >= {least}, not {value}")
 
 
