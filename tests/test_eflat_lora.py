@@ -100,6 +100,19 @@ def test_the_perturbation_raises_the_loss_is_off_in_eval_mode_and_goes_away(tmp_
     assert all(same_bits(held[n], e) for n, e in resumed.state_dict().items())
 
 
+def test_a_state_from_before_the_first_step_begins_at_zero() -> None:
+    model, rows = lora(), rows_of_text(4)
+    eflat = EFlatLoRA(model, rho=0.5)
+    fresh = eflat.state_dict()
+    assert fresh.keys() == pairs(model).keys()
+    assert not any(bool(e.any()) for e in fresh.values())
+    start = language_loss(model, rows)
+    start.backward()
+    eflat.update()
+    eflat.load_state_dict(fresh)
+    assert same_bits(language_loss(model, rows).detach(), start.detach())
+
+
 def test_sixteen_bits() -> None:
     model = lora(dtype=torch.bfloat16)
     opt = torch.optim.AdamW(trained(model), lr=1e-3)
@@ -130,8 +143,23 @@ def test_eflat_lora_refusals() -> None:
         EFlatLoRA(model)
     with pytest.raises(ValueError, match="lacks"):
         eflat.attach(torch.optim.SGD(trained(model)[:1], lr=0.1))
+    with pytest.raises(TypeError, match="beta must be a number, not 'a'"):
+        EFlatLoRA(lora(), beta="a")
     with pytest.raises(ValueError, match="no layer of this model"):
         eflat.load_state_dict({"elsewhere": torch.zeros(1)})
+    language_loss(model, rows_of_text(4)).backward()
+    eflat.update()
+    state = eflat.state_dict()
+    first, *rest = state
+    for kept in ({}, {name: state[name] for name in rest}):
+        with pytest.raises(ValueError, match=rf"lacks E of {len(state) - len(kept)} of {len(state)} layers \({first}"):
+            eflat.load_state_dict(kept)
+    with pytest.raises(ValueError, match=f"E of {first} in the state is not finite"):
+        eflat.load_state_dict({**state, first: state[first] * torch.nan})
+    for wrong, found in ((None, "not NoneType"), ({**state, first: 0.0}, f"E of {first} must be a tensor")):
+        with pytest.raises(TypeError, match=found):
+            eflat.load_state_dict(wrong)
+    assert all(same_bits(e, state[name]) for name, e in eflat.state_dict().items())
     frozen = lora()
     pairs(frozen)[next(iter(pairs(frozen)))][0].requires_grad_(False)
     with pytest.raises(TypeError, match="does not train"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from fastpost.distributed import is_sharded
-from fastpost.ops.params import check_radius
+from fastpost.ops.params import check_radius, check_real
 from fastpost.ops.perturbed import noised_linear
 
 try:
@@ -220,6 +220,7 @@ class EFlatLoRA:
 
     def __init__(self, model: PeftModel, rho: float = 0.05, *, beta: float = 0.9, adapter: str = "default") -> None:
         check_radius("EFlatLoRA", rho, 0.0)
+        check_real("EFlatLoRA", "beta", beta)
         if not 0 < beta < 1:
             raise ValueError(f"EFlatLoRA: beta must lie in (0, 1), not {beta}")
         _lora_config("EFlatLoRA", model, adapter)
@@ -269,18 +270,37 @@ class EFlatLoRA:
             self._moved[name] = torch.where(torch.isfinite(norm), now, before)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """E of each layer, by the layer's name."""
-        return {name: e.clone() for name, e in self._moved.items()}
+        """E of each layer, by the layer's name; zeros where there is none yet."""
+        state = {}
+        for name, layer in self._layers.items():
+            e = self._moved.get(name)
+            state[name] = torch.zeros_like(_wide(self._matrices(layer)[1])) if e is None else e.clone()
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Goes on from a `state_dict()`.
 
         Raises:
-            ValueError: it is of another model. Nothing is loaded then.
+            TypeError: not a mapping of tensors.
+            ValueError: it is of another model, lacks a layer, or is not finite. Nothing is loaded then.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"EFlatLoRA: load_state_dict() takes what state_dict() returned, not {type(state).__name__}")
         for name, e in state.items():
+            if not isinstance(e, Tensor) or not e.is_floating_point():
+                found = e.dtype if isinstance(e, Tensor) else type(e).__name__
+                raise TypeError(f"EFlatLoRA: E of {name} must be a tensor in floating point, not {found}")
             if name not in self._layers or e.shape != self._matrices(self._layers[name])[1].shape:
                 raise ValueError(f"EFlatLoRA: the state has E of {name}, {tuple(e.shape)}, which is no layer of this model")
+            if not bool(e.isfinite().all()):
+                raise ValueError(f"EFlatLoRA: E of {name} in the state is not finite; load an older state")
+        missing = [name for name in self._layers if name not in state]
+        if missing:
+            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise ValueError(
+                f"EFlatLoRA: the state lacks E of {len(missing)} of {len(self._layers)} layers ({shown}); load what "
+                "state_dict() returned, or build a fresh EFlatLoRA to begin at E = 0"
+            )
         wide = {name: self._matrices(self._layers[name])[1] for name in state}
         self._moved = {name: e.to(wide[name].device, _wide(wide[name]).dtype, copy=True) for name, e in state.items()}
 
