@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 _CLOSE = 0.65  # of difflib's ratio; farther names mislead
 
@@ -14,6 +15,19 @@ class NativeUnavailable(ImportError):
 
 class BackendUnavailable(RuntimeError):
     """A backend that was asked for by name cannot serve this call."""
+
+
+def no_file(path: Path) -> FileNotFoundError:
+    """For a path that is no file; where it is a folder, that is said."""
+    return FileNotFoundError(f"{path} is a folder, not a file" if path.is_dir() else f"no such file: {path}")
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
+    """For a file of another encoding: where, and how it is converted."""
+    return ValueError(
+        f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8, from Latin-1 by "
+        f"iconv -f LATIN1 -t UTF-8 {path} > NEW"
+    )
 
 
 def nearest(given: object, known: Iterable[str]) -> str:

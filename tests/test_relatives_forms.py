@@ -364,6 +364,14 @@ def test_bad_types() -> None:
         FreeLB(backward=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="NEFTune: embedding must be a module"):
         NEFTune(embedding=3)
+    with pytest.raises(TypeError, match="SymNoise: alpha must be a number, not '5'"):
+        SymNoise(alpha="5")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="SymNoise: seed must be a whole number or None, not 'a'"):
+        SymNoise(seed="a")
+    with pytest.raises(TypeError, match=r"SymNoise: no option 'fused_linear'\. Valid: alpha, r3f_lambda, noise_type,"):
+        SymNoise(fused_linear=True)
+    with pytest.raises(TypeError, match=r"FreeLB: no option 'adv_stepps'. Did you mean 'adv_steps'\?"):
+        FreeLB(adv_stepps=3)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastpost
 from fastpost.distributed import no_sync
-from fastpost.gap import SurgeryWindow
+from fastpost.gap import SignedWindow, SurgeryWindow
 
 from . import distributed as processes
 
@@ -157,6 +157,10 @@ def test_bad_input() -> None:
         SurgeryWindow(model, "mean")
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
         SurgeryWindow([], "gru")
+    for wrong in ("m", 3, torch.ones(2), model.named_parameters()):
+        for window_of in (lambda m: SurgeryWindow(m, "gru"), SignedWindow):
+            with pytest.raises(TypeError, match=f"must be a torch.nn.Module or its parameters, not {type(wrong).__name__}"):
+                window_of(wrong)
     window = SurgeryWindow(model, "gru")
     with pytest.raises(RuntimeError, match="inside `with`"):
         window.next("forget")

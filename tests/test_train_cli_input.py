@@ -124,7 +124,7 @@ def test_labels_that_a_hub_data_set_names(tmp_path) -> None:
         ("x.txt", " \n", "holds no text"),
         ("x.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n', "a single row of each label, so"),
         ("x.parquet", "", "Known: text"),
-        ("x.csv", b"text\n\xff\n", "not UTF-8"),
+        ("x.csv", b"text\n\xff\n", r"x\.csv: not UTF-8 \(.* at byte 5\); save it as UTF-8, from Latin-1 by iconv -f LATIN1"),
     ],
 )  # fmt: skip
 def test_broken_data_name_file_and_line(tmp_path, name, content, message) -> None:
@@ -247,6 +247,7 @@ def test_help_all_groups_every_option_by_method() -> None:
         ("--method dropout", "unknown method 'dropout'. Valid: none, sam,"),
         ("--method sam --sam_radius_of_the_ball 1", "unknown option '--sam_radius_of_the_ball'. `fastpost train --help-"),
         ("--method sam --validation_file nowhere.txt", "--validation_file: no such file: nowhere.txt"),
+        ("--method sam --validation_file .", "--validation_file: . is a folder, not a file"),
         ("--method sam --dataset x", "give one of the two"),
         ("--method sam --resume_from_checkpoint True", "there is no checkpoint in"),
         ("--method sam --config missing.yaml", "no such file: missing.yaml"),
@@ -335,6 +336,11 @@ def test_encoders_are_no_language_models(models, files, tmp_path, capsys) -> Non
 
 def test_keys_of_a_file_and_models_that_data_need(models, files, tmp_path, capsys) -> None:
     config = tmp_path / "run.json"
+    empty = tmp_path / "empty.yaml"
+    for content, message in ((b"# nothing\n", "holds no settings"), (b"seed: \xff\n", "not UTF-8 (")):
+        empty.write_bytes(content)
+        assert main(["train", str(empty)]) == 2
+        assert f"empty.yaml{'' if content[0] == 35 else ':'} {message}" in capsys.readouterr().err
     config.write_text('{"method": "sam", "r3f_lambd": 1.0}', encoding="utf-8")
     assert main(["train", str(config)]) == 2
     assert "Did you mean 'r3f_lambda'?" in capsys.readouterr().err

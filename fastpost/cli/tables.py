@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastpost.errors import nearest
+from fastpost.errors import nearest, not_utf8
 
 KINDS = {".txt": "text", ".jsonl": "JSON lines", ".csv": "CSV", ".tsv": "TSV"}
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
@@ -52,7 +52,7 @@ def _decoded(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise not_utf8(path, error) from None
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Line]:

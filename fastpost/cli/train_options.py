@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 from fastpost import GAP
 from fastpost.cli.methods import METHODS
 from fastpost.cli.options import Options, Range, check, is_settings, option
-from fastpost.errors import unknown
+from fastpost.errors import no_file, unknown
 from fastpost.integrations.masking import Mask, masked_in
 from fastpost.integrations.options import METHODS as PARTS  # what the trainer does by each method
 from fastpost.integrations.options import part_of
@@ -371,7 +371,7 @@ def _check(method: str, data: DataOptions, gap: GapOptions, values: Any, asked: 
     for name in ("train_file", "validation_file"):
         path = getattr(data, name)
         if path is not None and not Path(path).is_file():
-            raise FileNotFoundError(f"--{name}: no such file: {path}")
+            raise FileNotFoundError(f"--{name}: {no_file(Path(path))}")
     if method != "gap":
         if "r3f" in PARTS[method] and values.neftune_noise_alpha is not None:
             raise ValueError(

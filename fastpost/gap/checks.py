@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastpost.distributed import is_sharded
 
@@ -93,3 +93,24 @@ def _quantised(model: nn.Module) -> str | None:
         if not adapted:
             return f"{method}, without adapters"
     return None
+
+
+def trained_parameters(who: str, model: object) -> list[Tensor]:
+    """The parameters of a module, or those given, that require gradients; a tied weight counts once.
+
+    Raises:
+        TypeError: neither a module nor parameters. ValueError: none requires a gradient.
+    """
+    wrong = TypeError(f"{who}: model must be a torch.nn.Module or its parameters, not {type(model).__name__}")
+    parameters = model.parameters() if isinstance(model, nn.Module) else model
+    if not isinstance(parameters, Iterable) or isinstance(parameters, Tensor):
+        raise wrong
+    found: dict[int, Tensor] = {}
+    for p in parameters:
+        if not isinstance(p, Tensor):
+            raise wrong
+        if p.requires_grad:
+            found[id(p)] = p
+    if not found:
+        raise ValueError(f"{who}: no parameter requires a gradient")
+    return list(found.values())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpost import distributed
+from fastpost.gap.checks import trained_parameters
 from fastpost.ops.params import negate_
 
 
@@ -35,14 +36,12 @@ class SignedWindow:
         model: a module, or parameters.
 
     Raises:
+        TypeError: neither a module nor parameters.
         ValueError: no parameter requires a gradient.
     """
 
     def __init__(self, model: nn.Module | Iterable[Tensor]) -> None:
-        parameters = model.parameters() if isinstance(model, nn.Module) else model
-        self._params = list({id(p): p for p in parameters if p.requires_grad}.values())  # a tied weight counts once
-        if not self._params:
-            raise ValueError("SignedWindow: no parameter requires a gradient")
+        self._params = trained_parameters("SignedWindow", model)
         self._factor = 1.0
         self._open = False
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpost import distributed
+from fastpost.gap.checks import trained_parameters
 from fastpost.ops.params import squared_distance, squared_norm
 from fastpost.ranks import Ranks, Sharing
 
@@ -58,16 +59,14 @@ class SurgeryWindow:
         method: "pcgrad", "gru" or "sago".
 
     Raises:
+        TypeError: neither a module nor parameters.
         ValueError: another method, or no parameter requires a gradient.
     """
 
     def __init__(self, model: nn.Module | Iterable[Tensor], method: str) -> None:
         if method not in METHODS:
             raise ValueError(f"SurgeryWindow: method must be one of {', '.join(METHODS)}, not {method!r}")
-        parameters = model.parameters() if isinstance(model, nn.Module) else model
-        self._params = list({id(p): p for p in parameters if p.requires_grad}.values())  # a tied weight counts once
-        if not self._params:
-            raise ValueError("SurgeryWindow: no parameter requires a gradient")
+        self._params = trained_parameters("SurgeryWindow", model)
         inner = getattr(model, "_orig_mod", model)  # torch.compile
         self._ddp = inner if isinstance(inner, nn.parallel.DistributedDataParallel) else None
         self.method = method

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fastpost.errors import no_file, not_utf8
 from fastpost.gap.zero_shot import LIMIT, Choice, Encode, Score, choice_accuracy, dialogue_f1, mean_of
 
 ANSWERS = ("yes", "maybe", "no")  # of PubMedQA
@@ -52,7 +53,7 @@ def read_task(path: str | Path) -> Task:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise no_file(path)
     suffix = path.suffix.lower()
     try:
         if suffix == ".json":
@@ -64,6 +65,8 @@ def read_task(path: str | Path) -> Task:
             return Task(path.stem, questions=_pubmed_qa(path))
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}") from None
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
     raise ValueError(f"{path}: dialogues are .json, questions with choices .jsonl, PubMedQA .csv")

@@ -27,7 +27,7 @@ except ImportError as error:
         "pip install 'fastpost[transformers]'"
     ) from error
 
-from fastpost.errors import unknown
+from fastpost.errors import no_file, not_utf8, unknown
 from fastpost.integrations.anchor_trainer import AnchorTrainerMixin
 from fastpost.integrations.guards import DriftGuard, LossGuard
 from fastpost.integrations.options import PostTrainingOptions
@@ -173,7 +173,7 @@ def settings_of(path: Path, names: Sequence[str]) -> dict[str, Any]:
         FileNotFoundError: no such file. ValueError: neither JSON nor YAML, no mapping, or a key that is none of `names`.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise no_file(path)
     import yaml  # type: ignore[import-untyped]
 
     try:
@@ -183,8 +183,12 @@ def settings_of(path: Path, names: Sequence[str]) -> dict[str, Any]:
         at = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         told = ", ".join(part for part in (error.context, error.problem) if part)
         raise ValueError(f"{path}: {told}{at}") from None
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    if settings is None:
+        raise ValueError(f"{path} holds no settings; write one a line, such as seed: 1")
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected keys and values, found {type(settings).__name__}")
     for key in settings:

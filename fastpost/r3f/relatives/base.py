@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpost.errors import unknown
+from fastpost.errors import nearest, unknown
 from fastpost.ops.divergence import r3f_loss
 from fastpost.ops.noise import fresh_seed
-from fastpost.ops.params import seed_tensor
+from fastpost.ops.params import check_number, seed_tensor
 from fastpost.r3f.conventions import (
     accelerators,
     align_labels,
@@ -85,12 +85,17 @@ class Method(Windowed):
         shift_labels: bool | None = None,
         seed: int | None = None,
         ignore_index: int = -100,
+        **others: Any,
     ) -> None:
+        for other in others:
+            raise self._no_option(other)
         if embedding is not None and not isinstance(embedding, nn.Module | str):
             raise TypeError(
                 f"{type(self).__name__}: embedding must be a module, a module's name or None, not {type(embedding).__name__}"
             )
         if seed is not None:
+            if isinstance(seed, bool) or not isinstance(seed, int):
+                raise TypeError(f"{type(self).__name__}: seed must be a whole number or None, not {seed!r}")
             seed_tensor(seed, torch.device("cpu"))
         self.embedding, self.shift_labels, self.ignore_index = embedding, shift_labels, ignore_index
         self.seed, self.step = seed, 0
@@ -131,6 +136,12 @@ class Method(Windowed):
         logits = self._clean(call)
         return self._plain(call, logits)
 
+    def _no_option(self, given: str) -> TypeError:
+        signatures = (inspect.signature(cls.__init__) for cls in (type(self), Method))
+        known = [p.name for s in signatures for p in list(s.parameters.values())[1:] if p.kind is not p.VAR_KEYWORD]
+        names = list(dict.fromkeys(known))
+        return TypeError(f"{type(self).__name__}: no option {given!r}.{nearest(given, names)} Valid: {', '.join(names)}.")
+
     # -- for methods ----------------------------------------------------------------------------------------------------
 
     def _named(self) -> contextlib.AbstractContextManager[None]:
@@ -139,9 +150,7 @@ class Method(Windowed):
 
     def _at_least_zero(self, *names: str) -> None:
         for name in names:
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{type(self).__name__}: {name} must be finite and >= 0, not {value}")
+            check_number(type(self).__name__, name, getattr(self, name))
 
     def _whole(self, name: str) -> None:
         value = getattr(self, name)
