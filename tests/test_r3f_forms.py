@@ -392,6 +392,9 @@ def test_bad_batches_fail_before_anything_runs() -> None:
         r3f(plain, ids=IDS, labels=CLASSES)
     with pytest.raises(ValueError, match=r"unknown embedding 'word'\. Did you mean 'words'\?"):
         R3F(embedding="word")(plain, ids=IDS, labels=CLASSES)
+    for name, kind in (("seed", "whole number"), ("eps", "number"), ("r3f_lambda", "number")):
+        with pytest.raises(TypeError, match=f"R3F: {name} must be a {kind}, not 'a'"):
+            R3F(**{name: "a"})
     with pytest.raises(TypeError, match="embedding must be a module"):
         R3F(embedding=3)  # type: ignore[arg-type]
     assert passes.calls == passes_of_one.calls == passes_of_plain.calls == 0

@@ -366,7 +366,7 @@ def test_bad_types() -> None:
         NEFTune(embedding=3)
     with pytest.raises(TypeError, match="SymNoise: alpha must be a number, not '5'"):
         SymNoise(alpha="5")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="SymNoise: seed must be a whole number or None, not 'a'"):
+    with pytest.raises(TypeError, match="SymNoise: seed must be a whole number, not 'a'"):
         SymNoise(seed="a")
     with pytest.raises(TypeError, match=r"SymNoise: no option 'fused_linear'\. Valid: alpha, r3f_lambda, noise_type,"):
         SymNoise(fused_linear=True)

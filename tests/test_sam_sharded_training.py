@@ -407,6 +407,15 @@ def decoupled() -> None:
             opt.second_step(zero_grad=True)
         d.reshard(model)
         torch.testing.assert_close(_flat(model), _flat(whole), rtol=1e-9, atol=1e-10)
+    before = _flat(model)
+    for factor in (1.0, float("inf") if dist.get_rank() == 1 else 1.0):  # on one rank, in the second pass
+        (d.loss_of(model, *d.mine(mesh, 2)) * factor).backward()
+        if not opts[0].is_perturbed:
+            opts[0].first_step(zero_grad=True)
+    opts[0].second_step()
+    assert opts[0].skipped_steps == 1
+    d.reshard(model)
+    torch.testing.assert_close(_flat(model), before, rtol=0, atol=0)
 
 
 CASES = {

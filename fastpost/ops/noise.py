@@ -11,16 +11,16 @@ from torch import Tensor
 from fastpost.dispatch import select, strict
 from fastpost.errors import unknown
 from fastpost.ops.autograd import Function, batched, one_by_one
-from fastpost.ops.params import seed_tensor
+from fastpost.ops.params import check_number, seed_tensor
 from fastpost.ops.registry import define
 
 NOISE_TYPES = ("uniform", "normal")
 
 
 def check_noise(op: str, eps: float, noise_type: str) -> None:
-    """Raises ValueError for a negative or non-finite eps or a noise type that does not exist."""
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"{op}: eps must be finite and >= 0, not {eps}")
+    """Raises ValueError for a negative or non-finite eps or a noise type that does not exist, TypeError for no number."""
+    if not (type(eps) is float and 0 <= eps < math.inf):  # as nearly always
+        check_number(op, "eps", eps)
     if noise_type not in NOISE_TYPES:
         raise unknown("noise_type", noise_type, NOISE_TYPES)
 

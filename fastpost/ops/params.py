@@ -198,6 +198,12 @@ def check_real(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be a number, not {value!r}")
 
 
+def check_whole(op: str, name: str, value: object) -> None:
+    """Raises TypeError unless the value is a whole number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{op}: {name} must be a whole number, not {value!r}")
+
+
 def check_number(op: str, name: str, value: object) -> None:
     """Raises unless the value is a real number or a tensor of one (TypeError), finite and not negative (ValueError)."""
     check_real(op, name, value)

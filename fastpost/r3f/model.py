@@ -15,7 +15,7 @@ from fastpost.ops.head import check_number
 from fastpost.ops.jensen_shannon import js_divergence
 from fastpost.ops.linear_divergence import linear_r3f_loss
 from fastpost.ops.noise import check_noise
-from fastpost.ops.params import seed_tensor
+from fastpost.ops.params import check_real, check_whole, seed_tensor
 from fastpost.ops.reductions import R3F_REDUCTIONS, item_divisor
 from fastpost.r3f.conventions import class_labels, give_decoder_inputs, per_item, summed_cross_entropy
 from fastpost.r3f.head import Head, fused_head
@@ -155,6 +155,7 @@ class R3F(Windowed):
         if embedding is not None and not isinstance(embedding, nn.Module | str):
             raise TypeError(f"R3F: embedding must be a module, a module's name or None, not {type(embedding).__name__}")
         if seed is not None:
+            check_whole("R3F", "seed", seed)
             seed_tensor(seed, torch.device("cpu"))
 
     @classmethod
@@ -179,6 +180,7 @@ class R3F(Windowed):
     def _check(self) -> None:
         """Attributes may be changed between steps (schedules), so they are checked at every one."""
         check_noise("R3F", self.eps, self.noise_type)
+        check_real("R3F", "r3f_lambda", self.r3f_lambda)
         if not (math.isfinite(self.r3f_lambda) and self.r3f_lambda >= 0):
             raise ValueError(f"R3F: r3f_lambda must be finite and >= 0, not {self.r3f_lambda}")
         for name, valid in OPTIONS.items():

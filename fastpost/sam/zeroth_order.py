@@ -50,9 +50,8 @@ class ZerothOrderSAM(Variant):
         ops.check_real("ZerothOrderSAM", "mu", mu)
         if not (math.isfinite(mu) and mu > 0):
             raise ValueError(f"ZerothOrderSAM: mu must be finite and > 0, not {mu!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"ZerothOrderSAM: seed must be a whole number, not {seed!r}")
-        self.probes, self.mu, self.seed = probes, mu, seed
+        ops.check_whole("ZerothOrderSAM", "seed", seed)
+        self.probes, self.mu, self.seed = probes, mu, int(seed)
         self._step = 0
         self._slopes: Tensor | None = None  # (probes,), float64
 

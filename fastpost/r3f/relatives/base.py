@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastpost.errors import nearest, unknown
 from fastpost.ops.divergence import r3f_loss
 from fastpost.ops.noise import fresh_seed
-from fastpost.ops.params import check_number, seed_tensor
+from fastpost.ops.params import check_number, check_whole, seed_tensor
 from fastpost.r3f.conventions import (
     accelerators,
     align_labels,
@@ -94,8 +94,7 @@ class Method(Windowed):
                 f"{type(self).__name__}: embedding must be a module, a module's name or None, not {type(embedding).__name__}"
             )
         if seed is not None:
-            if isinstance(seed, bool) or not isinstance(seed, int):
-                raise TypeError(f"{type(self).__name__}: seed must be a whole number or None, not {seed!r}")
+            check_whole(type(self).__name__, "seed", seed)
             seed_tensor(seed, torch.device("cpu"))
         self.embedding, self.shift_labels, self.ignore_index = embedding, shift_labels, ignore_index
         self.seed, self.step = seed, 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -85,7 +84,7 @@ def sharpness(
             "sharpness: it takes a torch.nn.Module, a function of (model, batch) and the batches, in this order, not "
             f"{type(model).__name__} and {type(loss).__name__}"
         )
-    _check_whole("seed", seed)
+    ops.check_whole("sharpness", "seed", seed)
     ops.check_radius("sharpness", rho, eta)
     if eta and not adaptive:
         raise ValueError(f"sharpness: eta={eta} is ASAM's constant; say adaptive=True, or leave eta out")
@@ -125,11 +124,9 @@ def sharpness(
     return Sharpness(float(rho), adaptive, float(eta), len(rows), count, lossy, own, full, random, resolution)
 
 
-def _check_whole(name: str, value: object, least: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        bound = "" if least is None else f" >= {least}"
-        raise TypeError(f"sharpness: {name} must be a whole number{bound}, not {value!r}")
-    if least is not None and value < least:
+def _check_whole(name: str, value: int, least: int) -> None:
+    ops.check_whole("sharpness", name, value)
+    if value < least:
         raise ValueError(f"sharpness: {name} must be >= {least}, not {value}")
 
 
