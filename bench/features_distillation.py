@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -248,24 +249,28 @@ def right(loss: Loss, options: dict[str, Any]) -> tuple[str, str]:
     problem, options = Problem.make(), dict(options)
     if options.pop("ignored", False):
         problem.labels[::3] = -100
-    if options.pop("group", False):
-        options["group"] = group()
     ours, exact = problem.leaves(), problem.leaves()
-    value, want = loss(ours, **options), truth(exact, **options)
-    value.backward()  # type: ignore[no-untyped-call]
-    want.backward()  # type: ignore[no-untyped-call]
+    with group() if options.pop("group", False) else contextlib.nullcontext() as ranks:
+        if ranks is not None:
+            options["group"] = ranks
+        value, want = loss(ours, **options), truth(exact, **options)
+        value.backward()  # type: ignore[no-untyped-call]
+        want.backward()  # type: ignore[no-untyped-call]
     off = [abs(float(value.detach()) / float(want.detach()) - 1)]
     off += [float((a.grad - b.grad).norm() / b.grad.norm()) for a, b in zip(ours[:2], exact[:2], strict=True)]  # type: ignore[operator, union-attr]
     return ("yes" if max(off) < TOLERANCE else "no"), f"value off by {off[0]:.0e}, gradients by {max(off[1:]):.0e}"
 
 
-def group() -> Any:
+@contextlib.contextmanager
+def group() -> Iterator[Any]:
     """A process group of this process alone: it shows that there is such an option, tests show that it is right."""
     import torch.distributed as dist
 
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return dist.group.WORLD
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 def teaches(loss: Loss) -> tuple[str, str]:

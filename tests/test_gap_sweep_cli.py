@@ -119,7 +119,7 @@ def test_what_only_running_shows_is_one_line_too(texts: Path, tmp_path: Path, ca
     (tmp_path / "taken").write_text("")
     for more, message in (
         (["--model", str(tmp_path), "--held_out", str(short)], "cannot be loaded"),
-        (["--held_out", str(short)], "--held-out holds"),
+        (["--held_out", str(short)], "less than two windows"),
         (["--held_out", str(latin)], "latin.txt: not UTF-8"),
         (["--texts", str(rows)], "texts are CSV, TSV or JSON lines with a column `text`, or plain text"),
         (["--texts", str(tmp_path / "word.jsonl")], "no texts to climb on"),

@@ -6,6 +6,7 @@ import copy
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -152,8 +153,12 @@ def test_parameters_added_between_steps(options: dict) -> None:
     more = {"perturb": "functional", "model": model} if functional else {}
     named = dict(model.named_parameters())
     old = [(n, p) for n, p in named.items() if not n.startswith("4.")]
-    opt = SAM(old, torch.optim.SGD, rho=0.5, lr=0.1, **options, **more)
-    opt.step(closure_of(model))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        opt = SAM(old, torch.optim.SGD, rho=0.5, lr=0.1, **options, **more)
+        opt.step(closure_of(model))
+    assert all("'4.*' of scope fits no parameter" in str(w.message) for w in told)
+    assert len(told) == ("scope" in options)
     opt.add_param_group({"params": [(n, p) for n, p in named.items() if n.startswith("4.")]})
     opt.zero_grad()
     loss_of(model).backward()

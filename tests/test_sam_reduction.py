@@ -21,14 +21,15 @@ class OtherRank(ShardReducer):
 
     verdict = 0.0
 
-    def __init__(self) -> None:
+    def __init__(self, norm_group: None = None) -> None:
+        super().__init__(norm_group)
         self.written: list[int] = []
 
     def key(self, p: Tensor) -> Hashable:
         return p.ndim  # two kinds of sharding in one optimizer
 
-    def total(self, parts: Iterable[tuple[Hashable, Tensor]]) -> Tensor:
-        return 2 * super().total(parts)
+    def total(self, parts: Iterable[tuple[Hashable, Tensor]], shape: tuple[int, ...] = ()) -> Tensor:
+        return 2 * super().total(parts, shape)
 
     def agree(self, flag: Tensor) -> Tensor:
         return torch.maximum(flag, torch.full_like(flag, self.verdict))

@@ -95,7 +95,7 @@ def linear_samples() -> Iterator[tuple[Any, ...]]:
 
 def distillation_samples() -> Iterator[tuple[Any, ...]]:
     labels, weights = torch.randint(0, 40, (70,)), torch.rand(70, dtype=torch.float64)
-    how = (0.5, 2.0, 0.0, 0.0, False, 64, torch.float32, torch.float32)
+    how = (0.5, 2.0, 0.0, 0.0, False, 64, torch.float32, torch.float32, 0.1, "")
     for divergence, counted, both in itertools.product(DIVERGENCES, (True, False), (True, False)):
         ce = (labels, torch.stack((weights, weights))) if counted else (None, weights[None])
         heads = (*tensors((70, 8), (40, 8), (40,)), *tensors((70, 6), (40, 6), (40,)))
@@ -111,7 +111,7 @@ def top_k_samples() -> Iterator[tuple[Any, ...]]:
     log_probs, ids = torch.randn(70, 40).log_softmax(-1).topk(3, -1)
     for divergence, counted, has_rest in itertools.product(DIVERGENCES, (True, False), (True, False)):
         ce = (labels, torch.stack((weights, weights))) if counted else (None, weights[None])
-        how = (-100, divergence, 0.5, 2.0, has_rest, 0.0, 64, torch.float32)
+        how = (-100, divergence, 0.5, 2.0, has_rest, 0.0, 64, torch.float32, 0.1, "")
         yield *tensors((70, 8), (40, 8), (40,)), ids, log_probs, *ce, *how, [True, counted, True]
 
 

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from fastpost.integrations.mixin import innermost
 from fastpost.integrations.transformers import R3FTrainer, SAMTrainer
-from fastpost.sam import optimizer
+from fastpost.sam import external
 
 from . import tiny
 from .by_hand import distance
@@ -60,7 +60,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(
     """
     scaler = told == "scaler"
     if told == "found_inf":
-        monkeypatch.setattr(optimizer, "is_on_cpu", lambda norm: False)
+        monkeypatch.setattr(external, "is_on_cpu", lambda norm: False)
     args = arguments(tmp_path, 4, gradient_accumulation_steps=2, optim=optim)
     trainer = trainer_of(Spoiled, tiny.build("causal"), args)
     trainer.spoil = frozenset({spoil})

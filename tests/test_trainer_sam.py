@@ -17,7 +17,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArgum
 
 from fastpost.integrations.options import PostTrainingOptions
 from fastpost.integrations.transformers import SAMTrainer, SAMTrainerMixin, Seq2SeqPostTrainingArguments
-from fastpost.sam import hooks, optimizer
+from fastpost.sam import external, hooks
 
 from . import tiny
 from .by_hand import ascended, distance
@@ -265,7 +265,7 @@ class Reads(TorchDispatchMode):
 
 def test_nothing_is_read_that_the_trainer_does_not_read(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With weights and flags taken for an accelerator's, and a fused optimizer, which is told of an overflow there."""
-    for module in (optimizer, hooks):
+    for module in (external, hooks):
         monkeypatch.setattr(module, "is_on_cpu", lambda norm: False)
     options = {"optim": "adamw_torch_fused", "gradient_accumulation_steps": 3, "logging_steps": 100}
     found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,15 +22,16 @@ def resolve_scope(scope: Scope, groups: list[dict[str, Any]]) -> set[int] | None
         groups: an optimizer's parameter groups.
 
     Raises:
-        ValueError: patterns without named parameters; a pattern that fits no name; nothing is in scope.
+        ValueError: patterns without named parameters; nothing is in scope.
+
+    Warns:
+        UserWarning: a pattern fits no name. It may be misspelt, or for parameters that are added later.
     """
     if scope is None:
         return None
     patterns = [scope] if isinstance(scope, str) else [] if callable(scope) else list(scope)
     if not callable(scope) and not all("param_names" in group for group in groups):
         raise ValueError("SAM: scope by name needs named parameters: pass model.named_parameters()")
-    if "param_names" in groups[0]:
-        refuse_unused(patterns, [name for group in groups for name in group["param_names"]], "SAM: no parameter is in scope")
     chosen = set()
     for group in groups:
         names = group.get("param_names") or [None] * len(group["params"])
@@ -38,6 +40,11 @@ def resolve_scope(scope: Scope, groups: list[dict[str, Any]]) -> set[int] | None
                 chosen.add(id(p))
     if not chosen:
         raise ValueError(f"SAM: no parameter is in scope {scope if callable(scope) else patterns!r}")
+    for pattern in _unused(patterns, [name for group in groups for name in group.get("param_names", ())]):
+        warnings.warn(
+            f"SAM: the pattern {pattern!r} of scope fits no parameter; correct it, unless parameters are added later",
+            stacklevel=2,
+        )
     return chosen
 
 
@@ -46,11 +53,9 @@ def fits(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def refuse_unused(patterns: Iterable[str], names: Sequence[str], complaint: str) -> None:
-    """Raises ValueError for a pattern that fits no name: it is misspelt, or for another model."""
-    for pattern in patterns:
-        if not any(fits(name, [pattern]) for name in names):
-            raise ValueError(f"{complaint} {pattern!r}; correct the pattern, or leave it out")
+def _unused(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
+    """The patterns that fit no name."""
+    return [pattern for pattern in patterns if not any(fits(name, [pattern]) for name in names)]
 
 
 def scope_in(model: nn.Module, patterns: Iterable[str]) -> Callable[[str | None, Tensor], bool]:
@@ -61,7 +66,8 @@ def scope_in(model: nn.Module, patterns: Iterable[str]) -> Callable[[str | None,
     """
     patterns = list(patterns)
     named = list(model.named_parameters())
-    refuse_unused(patterns, [name for name, _ in named], "sam_scope: no parameter's name fits")
+    for pattern in _unused(patterns, [name for name, _ in named]):
+        raise ValueError(f"sam_scope: no parameter's name fits {pattern!r}; correct the pattern, or leave it out")
     inside = {id(p) for name, p in named if fits(name, patterns)}
     return lambda name, p: id(p) in inside
 
