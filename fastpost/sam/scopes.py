@@ -13,19 +13,20 @@ from torch import Tensor, nn
 Scope = Callable[[str | None, Tensor], bool] | Iterable[str] | None
 
 
-def resolve_scope(scope: Scope, groups: list[dict[str, Any]]) -> set[int] | None:
+def resolve_scope(scope: Scope, groups: list[dict[str, Any]], grows: bool = False) -> set[int] | None:
     """Ids of the tensors in scope; None for all.
 
     Args:
         scope: a predicate of (name, tensor), where the name is None unless parameters are named; patterns as in fnmatch; or
             None.
         groups: an optimizer's parameter groups.
+        grows: parameters may be added later, which a pattern that fits none now may be for.
 
     Raises:
-        ValueError: patterns without named parameters; nothing is in scope.
+        ValueError: patterns without named parameters; nothing is in scope; a pattern that fits no name, unless `grows`.
 
     Warns:
-        UserWarning: a pattern fits no name. It may be misspelt, or for parameters that are added later.
+        UserWarning: that, where `grows`.
     """
     if scope is None:
         return None
@@ -41,6 +42,8 @@ def resolve_scope(scope: Scope, groups: list[dict[str, Any]]) -> set[int] | None
     if not chosen:
         raise ValueError(f"SAM: no parameter is in scope {scope if callable(scope) else patterns!r}")
     for pattern in _unused(patterns, [name for group in groups for name in group.get("param_names", ())]):
+        if not grows:
+            raise ValueError(f"SAM: no parameter is in scope {pattern!r}; correct the pattern, or leave it out")
         warnings.warn(
             f"SAM: the pattern {pattern!r} of scope fits no parameter; correct it, unless parameters are added later",
             stacklevel=2,
@@ -167,6 +170,6 @@ class ScopeCache:
             return None
         key = tuple(id(p) for group in groups for p in group["params"])
         if key != self._key:
-            self._ids = resolve_scope(self._scope, groups)
+            self._ids = resolve_scope(self._scope, groups, grows=True)
             self._key = key
         return self._ids
