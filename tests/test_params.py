@@ -61,7 +61,7 @@ def test_squared_norm_is_right_to_the_last_digits(backend: str, dtype: torch.dty
     assert abs(got.item() - truth) <= 1e-13 * truth
 
 
-@pytest.mark.parametrize(("backend", "dtype"), SERVED, indirect=["backend"])
+@pytest.mark.parametrize(("backend", "dtype"), [case for case in SERVED if case[0] != "triton"], indirect=["backend"])
 def test_chunk_squares_are_what_squared_norm_adds_up(backend: str, dtype: torch.dtype) -> None:
     _, grads = lists(dtype)
     turned, gaps = torch.randn(3, 70_000).t().to(dtype), torch.randn(6, 4).to(dtype)[:, ::2]
