@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -170,14 +171,14 @@ class Teacher:
         return F.kl_div((hidden @ weight.T).log_softmax(-1), target, reduction="batchmean", log_target=True)
 
     @torch.no_grad()
-    def products(self) -> None:
+    def products(self, of_teacher: bool = True) -> None:
         """Three products of every chunk of the student and one of the teacher, and nothing else."""
         hidden, weight = (t.detach() for t in self.leaves)
-        logits = torch.empty(CHUNK, VOCAB)
-        total = torch.zeros_like(weight)
+        logits, total = torch.empty(CHUNK, VOCAB), torch.zeros_like(weight)
         for at in range(0, len(hidden), CHUNK):
             x, teacher = hidden[at : at + CHUNK], self.teacher[0][at : at + CHUNK]
-            torch.mm(teacher, self.teacher[1].T, out=logits[: len(x)])
+            if of_teacher:
+                torch.mm(teacher, self.teacher[1].T, out=logits[: len(x)])
             torch.mm(x, weight.T, out=logits[: len(x)])
             torch.mm(logits[: len(x)], weight)
             total.addmm_(logits[: len(x)].T, x)
@@ -242,17 +243,6 @@ class StoredTeacher(Teacher):
         given = torch.cat((log_q, rest_q), -1), torch.cat((log_p, rest_p), -1)
         return F.kl_div(*given, reduction="batchmean", log_target=True)
 
-    @torch.no_grad()
-    def student_products(self) -> None:
-        """Three products of every chunk of the student, and nothing else."""
-        hidden, weight = (t.detach() for t in self.leaves)
-        logits, total = torch.empty(CHUNK, VOCAB), torch.zeros_like(weight)
-        for at in range(0, len(hidden), CHUNK):
-            x = hidden[at : at + CHUNK]
-            torch.mm(x, weight.T, out=logits[: len(x)])
-            torch.mm(logits[: len(x)], weight)
-            total.addmm_(logits[: len(x)].T, x)
-
 
 @case
 def linear_top_k_distillation() -> Case:
@@ -265,7 +255,7 @@ def linear_top_k_distillation() -> Case:
         f"{ROWS:,} x {WIDTH} x {VOCAB:,}",
         "float32",
         [
-            peer(alone, teacher.student_products, slow=True, peak=True),
+            peer(alone, functools.partial(teacher.products, of_teacher=False), slow=True, peak=True),
             Contender(ours, teacher.from_known(memory_budget=128 * MB), slow=True, peak=True),
             peer(whole, teacher.step(teacher.gathered), slow=True, peak=True),
         ],

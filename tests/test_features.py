@@ -53,7 +53,7 @@ def test_names_are_found_and_not_invented() -> None:
 
 
 def test_reasons_hold_no_address_and_no_path() -> None:
-    told = features.without_places("ERROR: no x in https://host.example/simple/x/ or /opt/wheels/x.whl\nmore")
+    told = features.without_places("ERROR: no x in https://host.example/simple/x/ or /some/folder/x.whl\nmore")
     assert told == "ERROR: no x in ... or ..."
     assert all(row["detail"] == features.without_places(row["detail"]) for row in features.read())
 
