@@ -273,6 +273,12 @@ void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRo
                   const double* kl_weights, const double* ce_weights, const OperandOptions& how, double* kl, double* ce,
                   int device, void* stream);
 
+// Operands are float32 or bfloat16.
+void distillation_rows(const LogitRows& teacher, const LogitRows& student, const LogitRows& grad_teacher,
+                       const LogitRows& grad_student, DType operand_dtype, int64_t rows, int64_t cols, const int64_t* labels,
+                       int64_t ignore_index, const double* weights, const double* ce_weights, const DistillationOptions& how,
+                       double* value, double* ce, int device, void* stream);
+
 // items: the number that both sums are divided by (0 gives 0), on the device; null: how says it all. room: 4 * rows doubles.
 // loss, task, divergence: a float each on the device; null: not wanted. Labels that are no class and divergences that are
 // not finite show in the values.

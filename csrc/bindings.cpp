@@ -514,6 +514,24 @@ void bind_cuda(py::module_ cuda) {
       py::arg("smoothing"), py::arg("cap"), py::arg("teaches"), py::arg("noised_classifies"), py::arg("kl"), py::arg("ce"),
       py::arg("device"), py::arg("stream"), Released());
   cuda.def(
+      "distillation_rows",
+      [](Address teacher, int64_t teacher_stride, Address student, int64_t student_stride, Address grad_teacher,
+         int64_t grad_teacher_stride, Address grad_student, int64_t grad_student_stride, DType operand_dtype, int64_t rows,
+         int64_t cols, Address labels, int64_t ignore_index, Address weights, Address ce_weights, Divergence divergence,
+         double beta, double temperature, double teacher_cap, double student_cap, double smoothing, Address value,
+         Address ce, int device, Address stream) {
+        cuda::distillation_rows({as(teacher), teacher_stride}, {as(student), student_stride},
+                               {as(grad_teacher), grad_teacher_stride}, {as(grad_student), grad_student_stride},
+                               operand_dtype, rows, cols, as<int64_t>(labels), ignore_index, as<double>(weights),
+                               as<double>(ce_weights), {divergence, beta, temperature, teacher_cap, student_cap, smoothing},
+                               as<double>(value), as<double>(ce), device, as(stream));
+      },
+      py::arg("teacher"), py::arg("teacher_stride"), py::arg("student"), py::arg("student_stride"), py::arg("grad_teacher"),
+      py::arg("grad_teacher_stride"), py::arg("grad_student"), py::arg("grad_student_stride"), py::arg("operand_dtype"),
+      py::arg("rows"), py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("weights"),
+      py::arg("ce_weights"), py::arg("divergence"), py::arg("beta"), py::arg("temperature"), py::arg("teacher_cap"),
+      py::arg("student_cap"), py::arg("smoothing"), py::arg("value"), py::arg("ce"), py::arg("device"), py::arg("stream"));
+  cuda.def(
       "row_losses",
       [](py::handle clean, py::handle noised, py::handle labels, py::handle mask, int64_t ignore_index, double kl_scale,
          double ce_scale, bool averaged, bool kl_everywhere, double kl_weight, py::handle grad_clean, py::handle grad_noised,

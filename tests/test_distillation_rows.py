@@ -15,8 +15,8 @@ from fastpost.row_tasks import DistillationTask
 
 from .conftest import CPU_BACKENDS, same_bits
 
-if CPU_BACKENDS != ("reference", "cpu"):
-    pytest.skip("a row kernel of the CPU's core and the reference alone", allow_module_level=True)
+if CPU_BACKENDS == ("triton",):
+    pytest.skip("Triton has no such kernel", allow_module_level=True)
 
 Array = np.ndarray
 DIVERGENCES = ("forward_kl", "reverse_kl", "symmetric_kl", "js", "total_variation")

@@ -47,13 +47,22 @@ FASTPOST_HD float kl_term(float x, float y, float s) {
   return select(fabsf(s) < 0.5f, x * series, (y - x) + weighted_log(x, s));
 }
 
+// x / y within 2 ulp, without what a GPU takes for subnormal numbers.
+FASTPOST_HD float quotient(float x, float y) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(x, y);
+#else
+  return x / y;
+#endif
+}
+
 // log y for y = 1 + w > 0, of which w keeps the digits near 0 and y elsewhere.
 FASTPOST_HD float log_of(float w, float y) {
   const uint32_t bits = float_bits(y);
   const int32_t exponent = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;  // y = 2^exponent [sqrt(1/2), sqrt(2))
   const float mantissa = bits_float(bits - (static_cast<uint32_t>(exponent) << 23));
   const float m = select(exponent == 0, w, mantissa - 1.0f);
-  const float s = m / (2.0f + m);
+  const float s = quotient(m, 2.0f + m);
   const float z = s * s;
   const float half = s + s * (z * (1.0f / 3 + z * (1.0f / 5 + z * (1.0f / 7 + z * (1.0f / 9)))));
   return 0x1.62e43p-1f * static_cast<float>(exponent) + 2.0f * half;
@@ -65,6 +74,13 @@ struct Mixture {
   double most_teacher, most_student;
 };
 
+inline Mixture mixture_of(double beta) {
+  return {static_cast<float>(beta), static_cast<float>(1 - beta), -log(beta), -log1p(-beta)};
+}
+
+// The divergence of streams that have nothing in common, beyond which rounding may not go.
+inline double most_of(double beta) { return -beta * log(beta) - (1 - beta) * log1p(-beta); }
+
 // ln(p / m) and ln(q / m): of the two the greater is at most -ln of its share in m, the lesser |r| below it. They keep their
 // digits near 0 and, where a class belongs to one stream, near that most.
 FASTPOST_HD void share_logs(float r, const Mixture& mixture, double* teacher_log, double* student_log) {
@@ -73,8 +89,8 @@ FASTPOST_HD void share_logs(float r, const Mixture& mixture, double* teacher_log
   const float own = select(ahead, mixture.beta, mixture.rest), other = select(ahead, mixture.rest, mixture.beta);
   const float u = exp_nonpositive(-size);  // the lesser over the greater
   const float less = select(size < 0.5f, -expm1_small(-size), 1.0f - u);
-  const float w = select(far, other * u / own, -other * less);  // m over own times the greater, or over it, less 1
-  const float v = own * (less / u);                             // m over the lesser, less 1
+  const float w = select(far, other * quotient(u, own), -other * less);  // m over own times the greater, or over it, less 1
+  const float v = own * quotient(less, u);                             // m over the lesser, less 1
   const double is_far = select(far, 1.0f, 0.0f), is_ahead = select(ahead, 1.0f, 0.0f);
   const double most = is_ahead * mixture.most_teacher + (1 - is_ahead) * mixture.most_student;
   const double greater = is_far * most - log_of(w, 1.0f + w);
@@ -83,6 +99,16 @@ FASTPOST_HD void share_logs(float r, const Mixture& mixture, double* teacher_log
   const double lesser = (1 - is_direct) * (greater - size) - is_direct * direct;
   *teacher_log = is_ahead * greater + (1 - is_ahead) * lesser;
   *student_log = is_ahead * lesser + (1 - is_ahead) * greater;
+}
+
+// All KL divergences at once: forward KL(p|q) + reverse KL(q|p), for weights that run time knows. In the gradients r - E[r]
+// is the same for r less any number: above and below are r less one near E_p[r] and one near E_q[r]. All three are finite.
+FASTPOST_HD void kl_share(float r, float above, float below, float p, float q, float forward, float reverse, float* term,
+                          float* teacher, float* student) {
+  const float excess = far_excess(r, p, q);
+  *term = forward * kl_term(p, q, r) + reverse * kl_term(q, p, -r);
+  *teacher = forward * (p * above) + reverse * excess;
+  *student = -(reverse * (q * below) + forward * excess);
 }
 
 // How the gradients' parts are kept: Jensen-Shannon's lie near a constant where classes belong to one stream.

@@ -151,11 +151,10 @@ Terms divergence_of(const DistillationRow& row, const Scratch<Share>& s, const E
       sums_of(row.teacher, row.student, s.teacher, s.student, row.cols, extent.teacher_max, extent.student_max, shift);
   const bool near = fabs(sums.excess) < 0.5 * sums.student;
   const double log_ratio = near ? log1p(sums.excess / sums.student) : log(sums.teacher / sums.student);
-  const Mixture mixture = {static_cast<float>(row.beta), static_cast<float>(1 - row.beta), -log(row.beta),
-                           -log1p(-row.beta)};
+  const Mixture mixture = mixture_of(row.beta);
   Terms terms = terms_of<kind>(row.teacher, row.student, s, row.cols, shift, log_ratio, static_cast<float>(1 / sums.teacher),
                                static_cast<float>(1 / sums.student), mixture);
-  const double most = kind == Divergence::js ? row.beta * mixture.most_teacher + (1 - row.beta) * mixture.most_student
+  const double most = kind == Divergence::js                ? most_of(row.beta)
                       : kind == Divergence::total_variation ? 1
                                                             : INFINITY;  // what rounding may not go beyond
   terms.value = terms.value < 0 ? 0 : terms.value > most ? most : terms.value;

@@ -106,21 +106,12 @@ __device__ __forceinline__ void go_on(Work& work) {
   work.start = {};
 }
 
-// What a row's sums say, on all lanes of a warp that have them: three of them work out a logarithm each.
-__device__ __forceinline__ RowMeaning meaning_by_warp(const RowPart& sums) {
-  return meaning_of(sums, [](double clean, double noised, double ratio) -> Logs {
-    const int lane = threadIdx.x % kWarp;
-    const double found = log(lane == 0 ? clean : lane == 1 ? noised : ratio);
-    return {__shfl_sync(0xffffffffu, found, 0), __shfl_sync(0xffffffffu, found, 1), __shfl_sync(0xffffffffu, found, 2)};
-  });
-}
-
 // On one thread: what the sums come to.
 template <class T, bool operand>
 __device__ __forceinline__ void judge(const RowPart& sums, const RowMeaning& row, const Room& room, Work& work, int64_t cols,
                                       const OperandRule& rule) {
   work.next = Next::done;
-  if (room.undefined || room.infinite) {
+  if (room.undefined || room.clean_lacks || room.noised_lacks) {
     if (work.streams == Streams::both) {
       work.kl = room.undefined ? NAN : INFINITY;
       work.undefined = true;
@@ -167,6 +158,7 @@ template <class T, class O, bool operand>
 __device__ __forceinline__ void wide_row(const Rows& r, const OperandRule& rule, int64_t first) {
   __shared__ Room room;
   __shared__ Work work;
+  constexpr Unscaled scale;
   const int64_t row = first + blockIdx.x;
   if (threadIdx.x == 0) set_up<T>(work, r, rule, row);
   __syncthreads();
@@ -176,14 +168,14 @@ __device__ __forceinline__ void wide_row(const Rows& r, const OperandRule& rule,
   if (diverges() || classifies()) {
 #pragma unroll 1
     for (;;) {
-      if (threadIdx.x == 0) room.undefined = room.infinite = room.huge = false;
+      if (threadIdx.x == 0) room.clear();
       __syncthreads();
       const Streams streams = uniform(work.streams);
       const T* a = row_of<T>(streams == Streams::noised ? r.noised : r.clean, row);
       const T* b = row_of<T>(streams == Streams::clean ? r.clean : r.noised, row);
-      const RowPart sums = gathered(part_of(a, b, r.cols, work.start, room), room);
+      const RowPart sums = gathered(part_of(a, b, r.cols, scale, work.start, room), scale, room);
       if (threadIdx.x < kWarp) {
-        const RowMeaning meaning = meaning_by_warp(sums);
+        const RowMeaning meaning = meaning_by_warp(sums, scale);
         if (threadIdx.x == 0) judge<T, operand>(sums, meaning, room, work, r.cols, rule);
       }
       __syncthreads();
@@ -306,11 +298,6 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 }
 
 constexpr int64_t kPiece = int64_t{1} << 13;  // elements of contiguous gradients that a block scales at a time
-
-int64_t narrow_blocks(int64_t rows) {
-  constexpr int64_t per_block = kNarrowThreads / kWarp;
-  return std::min((rows + per_block - 1) / per_block, kMostBlocks);
-}
 
 }  // namespace
 

@@ -11,6 +11,11 @@ namespace fastpost::cuda {
 constexpr int64_t kNarrow = 1024;  // columns from which on a row is wide
 constexpr int kNarrowThreads = 256;
 
+inline int64_t narrow_blocks(int64_t rows) {
+  constexpr int64_t per_block = kNarrowThreads / kWarp;
+  return std::min((rows + per_block - 1) / per_block, kMostBlocks);
+}
+
 // Gradients are of type O; operand: as the rule has them.
 template <class T, class O, bool operand>
 __device__ __forceinline__ void narrow_rows(const Rows& r, const OperandRule& rule) {

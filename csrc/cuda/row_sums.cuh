@@ -41,7 +41,10 @@ struct Room {
   double far[4][kRowThreads];  // rarely used, so not in registers
   float clean_unit[kRowThreads];
   Ahead ahead;
-  bool undefined, infinite, huge;  // a NaN or +inf; a class that one stream rules out and the other does not; see Start
+  bool undefined, huge;            // a NaN or +inf; see Start
+  bool clean_lacks, noised_lacks;  // a class that the other stream has
+
+  __device__ __forceinline__ void clear() { undefined = huge = clean_lacks = noised_lacks = false; }
 };
 
 // The weight that a tile may have before its thread moves its centre: in sums of the block's first tiles, and then of the
@@ -49,21 +52,25 @@ struct Room {
 constexpr float kMoreThanFirst = 0.5f, kMoreThanOwn = 64.0f;
 
 struct TileSums {
-  float noised, excess, noised_delta, excess_delta;
+  float noised, second, noised_delta, excess_delta;
+
+  // Adds a pair. e: its noised exponential.
+  __device__ __forceinline__ void add(float e, float delta) {
+    const float weighted = e * delta, squared = weighted * delta, rest = expm1_rest(delta);
+    noised += e;
+    noised_delta += weighted;
+    second = fmaf(squared, rest, second);
+    excess_delta = fmaf(squared, fmaf(rest, delta, 1.0f), excess_delta);
+  }
 };
 
 // Adds a near pair. furthest: the largest |delta| so far, or NaN.
-template <bool exact>
-__device__ __forceinline__ void add_near(float a, float b, float unit, float centre, TileSums& sums, float& furthest) {
-  const float delta = delta_of<exact>(a, b, centre);
+template <bool exact, class S>
+__device__ __forceinline__ void add_near(float a, float b, float unit, float centre, const S& scale, TileSums& sums,
+                                         float& furthest) {
+  const float delta = delta_of<exact>(a, b, centre) * scale.inverse;
   furthest = max_or_nan(furthest, fabsf(delta));
-  const float e = exp2_fast(fmaf(b, kLog2e, -unit));
-  const float weighted = e * delta;
-  const float excess = weighted * expm1_ratio(delta);
-  sums.noised += e;
-  sums.noised_delta += weighted;
-  sums.excess += excess;
-  sums.excess_delta = fmaf(excess, delta, sums.excess_delta);
+  sums.add(exp2_fast(fmaf(b, scale.log2e, -unit)), delta);
 }
 
 // A tile's sums where pairs may be near or far.
@@ -75,18 +82,19 @@ struct MixedSums {
   __device__ __forceinline__ void add(float delta, float e_a, float e_b) {
     furthest = max_or_nan(furthest, fabsf(delta));
     const bool far = fabsf(delta) > kNear;
-    const float weighted = far ? 0.0f : e_b * delta;
-    const float excess = weighted * expm1_ratio(far ? 0.0f : delta);
-    near.noised += far ? 0.0f : e_b;
-    near.noised_delta += weighted;
-    near.excess += excess;
-    near.excess_delta = fmaf(excess, delta, near.excess_delta);
+    near.add(far ? 0.0f : e_b, far ? 0.0f : delta);
     e_a = far ? e_a : 0.0f;
     e_b = far ? e_b : 0.0f;
     clean += e_a;
     noised += e_b;
     clean_delta = fmaf(e_a, delta, clean_delta);
     noised_delta = fmaf(e_b, delta, noised_delta);
+  }
+  // Adds a pair of which one exponential is 0: what its delta is does not matter to a divergence that is finite.
+  __device__ __forceinline__ void add_single(float e_a, float e_b) {
+    furthest = max_or_nan(furthest, 2 * kNear);
+    clean += e_a;
+    noised += e_b;
   }
 };
 
@@ -98,7 +106,7 @@ struct Walk {
 
   __device__ __forceinline__ void add(const TileSums& sums) {
     near.noised += sums.noised;
-    near.excess += sums.excess;
+    near.second += sums.second;
     near.noised_delta += sums.noised_delta;
     near.excess_delta += sums.excess_delta;
   }
@@ -159,52 +167,61 @@ struct Top {
   }
 };
 
-// Takes the units and the centre that a heavy tile asks for. Returns whether it did.
-template <class T>
-__device__ __forceinline__ bool recentre(const Top& top, Walk& walk, Room& room, const Start& start) {
-  const float largest = top.noised * kLog2e, clean_largest = top.clean * kLog2e;
+// Takes the units and the centre that a heavy tile asks for; the unit alone where only one stream has its heaviest class.
+// Returns whether it did. Until one has, the clean stream's unit is any number.
+template <class T, class S>
+__device__ __forceinline__ bool recentre(const Top& top, Walk& walk, Room& room, const Start& start, const S& scale) {
+  const float largest = top.noised * scale.log2e, clean_largest = top.clean * scale.log2e;
   const float clean_unit = room.clean_unit[threadIdx.x], difference = top.clean_there - top.noised;
   const bool heavy = exp2_fast(largest - walk.unit) * (kTilePacks * Pack<T>::size) > walk.limit &&
-                     fabsf(difference) < INFINITY && (top.noised < kHuge<T> || start.huge);
-  const bool clean_heavy = clean_largest - clean_unit > 4 && (top.clean < kHuge<T> || start.huge);
+                     (top.noised * scale.inverse < kHuge<T> || start.huge);
+  const bool clean_heavy = (clean_largest - clean_unit > 4 || (walk.limit == 0 && clean_largest > -FLT_MAX)) &&
+                           (top.clean * scale.inverse < kHuge<T> || start.huge);
   if (heavy || clean_heavy)
     walk.keep(moved(walk.part(room), heavy ? rintf(largest) : walk.unit, clean_heavy ? rintf(clean_largest) : clean_unit,
-                    heavy ? difference : walk.centre),
+                    heavy && fabsf(difference) < INFINITY ? difference : walk.centre, scale),
               room);
   return heavy;
 }
 
 // e^x / 2^unit to within 2^-22 and a rounding, however small: the near way's exponent has fewer bits after the point the
 // further below its unit it lies.
-__device__ __forceinline__ float exp_in_units(float x, float unit) {
-  const float exponent = fmaxf(rintf(fmaf(x, kLog2e, -unit)), -126.0f);
-  return exp2_fast(fmaf(x, kLog2e, -(unit + exponent))) * exp2_fast(exponent);
+template <class S>
+__device__ __forceinline__ float exp_in_units(float x, float unit, const S& scale) {
+  const float exponent = fmaxf(rintf(fmaf(x, scale.log2e, -unit)), -126.0f);
+  return exp2_fast(fmaf(x, scale.log2e, -(unit + exponent))) * exp2_fast(exponent);
 }
 
 // A tile with care. furthest: the largest |delta|.
-template <class T>
+template <class T, class S>
 __device__ __forceinline__ void sum_carefully(const T* row_a, const T* row_b, const Cut<T>& cut, int round, bool wide,
-                                              Walk& walk, Room& room, const Start& start, float& furthest) {
+                                              const S& scale, Walk& walk, Room& room, const Start& start,
+                                              float& furthest) {
   Top top{-INFINITY, -INFINITY, -INFINITY};
   for_pairs(row_a, row_b, cut, round, wide, start, [&](float a, float b) { top.see(a, b); });
-  const bool moves = recentre<T>(top, walk, room, start);
+  const bool moves = recentre<T>(top, walk, room, start, scale);
 
   const float clean_unit = room.clean_unit[threadIdx.x];
   MixedSums sums;
   for_pairs(row_a, row_b, cut, round, wide, start, [&](float a, float b) {
     if (!(fabsf(a - b) < INFINITY)) {
-      if (!(a < INFINITY) || !(b < INFINITY))
-        room.undefined = true;
-      else if (a != b)
-        room.infinite = true;
-      a = b = -FLT_MAX;  // no weight
+      const bool defined = a < INFINITY && b < INFINITY;
+      if (!defined) room.undefined = true;
+      if (!defined || a == b) a = b = -FLT_MAX;  // no weight
     }
-    if (fmaxf(a, b) >= kHuge<T> && !start.huge) {
+    if (fmaxf(a, b) * scale.inverse >= kHuge<T> && !start.huge) {
       room.huge = true;
       a = b = -FLT_MAX;
     }
-    const float delta = delta_of<sizeof(T) == 4>(a, b, walk.centre);
-    sums.add(delta, fabsf(delta) > kNear ? exp_in_units(a, clean_unit) : 0.0f, exp_in_units(b, walk.unit));
+    const float delta = delta_of<sizeof(T) == 4>(a, b, walk.centre) * scale.inverse;
+    const bool single = !(fabsf(delta) < INFINITY), far = single || fabsf(delta) > kNear;
+    const float e_a = far ? exp_in_units(a, clean_unit, scale) : 0.0f, e_b = exp_in_units(b, walk.unit, scale);
+    if (single) {
+      (a < b ? room.clean_lacks : room.noised_lacks) = true;
+      sums.add_single(e_a, e_b);
+    } else {
+      sums.add(delta, e_a, e_b);
+    }
   });
   walk.add(sums, room);
   if (moves) walk.limit = kMoreThanOwn * (sums.near.noised + sums.noised);
@@ -213,8 +230,8 @@ __device__ __forceinline__ void sum_carefully(const T* row_a, const T* row_b, co
 
 // Begins where the block's first tiles, which are there, have their weight: in units of their heaviest pair, at the mean of
 // their differences.
-template <class T>
-__device__ __forceinline__ void survey(Walk& walk, Room& room) {
+template <class T, class S>
+__device__ __forceinline__ void survey(Walk& walk, Room& room, const S& scale) {
   const int warp = threadIdx.x / kWarp;
   const auto for_pairs = [&](auto&& pair) {
 #pragma unroll
@@ -234,13 +251,13 @@ __device__ __forceinline__ void survey(Walk& walk, Room& room) {
 #pragma unroll
   for (int w = 1; w < kWarps; ++w)
     if (room.seed[w].noised > best.noised) best = room.seed[w];
-  const float unit = rintf(best.noised * kLog2e), difference = best.clean - best.noised;
+  const float unit = rintf(best.noised * scale.log2e), difference = best.clean - best.noised;
   walk.limit = 0;
-  if (!(fabsf(best.noised) < kHuge<T> && fabsf(difference) < kHuge<T>)) return;  // a later tile may know better
+  if (!(fabsf(best.noised * scale.inverse) < kHuge<T> && fabsf(difference * scale.inverse) < kHuge<T>)) return;  // a later tile may know better
 
   float weight = 0, mean = 0;
   for_pairs([&](float a, float b) {
-    const float e = exp2_fast(fmaf(b, kLog2e, -unit)), delta = a - b - difference;
+    const float e = exp2_fast(fmaf(b, scale.log2e, -unit)), delta = a - b - difference;
     if (fabsf(delta) < INFINITY) {
       weight += e;
       mean = fmaf(e, delta, mean);
@@ -259,16 +276,16 @@ __device__ __forceinline__ void survey(Walk& walk, Room& room) {
   walk.unit = unit;
   walk.centre = difference + mean / weight;
   walk.limit = kMoreThanFirst * weight;
-  room.clean_unit[threadIdx.x] = rintf(best.clean * kLog2e);
+  room.clean_unit[threadIdx.x] = rintf(best.clean * scale.log2e);
 }
 
 // Rounds of whole packs the near way, from `round` on. Returns the first that was not done, with the way it asks for. asked:
 // its tile and the next are on their way already.
-template <class T, bool exact>
-__device__ __forceinline__ int sum_near(const T* a, const T* b, const Cut<T>& cut, int round, int wide_rounds, Walk& walk,
-                                        Way& way, Ahead& ahead, bool asked) {
+template <class T, bool exact, class S>
+__device__ __forceinline__ int sum_near(const T* a, const T* b, const Cut<T>& cut, int round, int wide_rounds,
+                                        const S& scale, Walk& walk, Way& way, Ahead& ahead, bool asked) {
   if (round >= wide_rounds) return round;
-  const float least = sizeof(T) == 4 && !exact ? kCoarse * fabsf(walk.centre) : -1.0f;
+  const float least = sizeof(T) == 4 && !exact ? kCoarse * fabsf(walk.centre) * scale.inverse : -1.0f;
   if (!asked) {
     ahead.ask(cut, round, a, b);
     ahead.ask(cut, round + 1, a, b);
@@ -283,7 +300,7 @@ __device__ __forceinline__ int sum_near(const T* a, const T* b, const Cut<T>& cu
       const Pack<T> x = ahead.get<T>(round, u), y = ahead.get<T>(round, kTilePacks + u);
 #pragma unroll
       for (int k = 0; k < cut.size; ++k)
-        add_near<exact>(widened(x.value[k]), widened(y.value[k]), walk.unit, walk.centre, sums, furthest);
+        add_near<exact>(widened(x.value[k]), widened(y.value[k]), walk.unit, walk.centre, scale, sums, furthest);
     }
     const bool coarse = furthest < least || (least > 0 && round == cut.whole_rounds());
     if (__any_sync(0xffffffffu, sums.noised > walk.limit || !(furthest <= kNear) || coarse)) {
@@ -302,9 +319,9 @@ constexpr float kMoreClean = 16;
 
 // Rounds of whole packs whose pairs are near or far, from `round` on. Returns the first that was not done: because it wants
 // care, or because the near way's turn has come again.
-template <class T>
-__device__ __forceinline__ int sum_far(const T* a, const T* b, const Cut<T>& cut, int round, int wide_rounds, Walk& walk,
-                                       Way& way, Room& room) {
+template <class T, class S>
+__device__ __forceinline__ int sum_far(const T* a, const T* b, const Cut<T>& cut, int round, int wide_rounds, const S& scale,
+                                       Walk& walk, Way& way, Room& room) {
   if (round >= wide_rounds) return round;
   const float clean_unit = room.clean_unit[threadIdx.x];
   room.ahead.ask(cut, round, a, b);
@@ -319,8 +336,8 @@ __device__ __forceinline__ int sum_far(const T* a, const T* b, const Cut<T>& cut
 #pragma unroll
       for (int k = 0; k < cut.size; ++k) {
         const float ak = widened(x.value[k]), bk = widened(y.value[k]);
-        sums.add(delta_of<sizeof(T) == 4>(ak, bk, walk.centre), exp2_fast(fmaf(ak, kLog2e, -clean_unit)),
-                 exp2_fast(fmaf(bk, kLog2e, -walk.unit)));
+        sums.add(delta_of<sizeof(T) == 4>(ak, bk, walk.centre) * scale.inverse,
+                 exp2_fast(fmaf(ak, scale.log2e, -clean_unit)), exp2_fast(fmaf(bk, scale.log2e, -walk.unit)));
       }
     }
     if (__any_sync(0xffffffffu, sums.near.noised + sums.noised > walk.limit || !(sums.furthest < INFINITY) ||
@@ -336,8 +353,9 @@ __device__ __forceinline__ int sum_far(const T* a, const T* b, const Cut<T>& cut
 }
 
 // This thread's part of a row. All threads of the block call it together.
-template <class T>
-__device__ __forceinline__ RowPart part_of(const T* a, const T* b, int64_t cols, const Start& start, Room& room) {
+template <class T, class S>
+__device__ __forceinline__ RowPart part_of(const T* a, const T* b, int64_t cols, const S& scale, const Start& start,
+                                           Room& room) {
   constexpr bool can_be_exact = sizeof(T) == 4;  // differences of 16-bit logits are
   const Cut<T> cut(a, cols);
   const bool wide = aligned(b + cut.head);
@@ -364,22 +382,22 @@ __device__ __forceinline__ RowPart part_of(const T* a, const T* b, int64_t cols,
       }
     }
     room.ahead.wait();
-    survey<T>(walk, room);
+    survey<T>(walk, room, scale);
   }
   int round = 0;
 #pragma unroll 1
   while (round < rounds) {
-    if (way == Way::near) round = sum_near<T, false>(a, b, cut, round, wide_rounds, walk, way, room.ahead, asked);
+    if (way == Way::near) round = sum_near<T, false>(a, b, cut, round, wide_rounds, scale, walk, way, room.ahead, asked);
     asked = false;
     if (can_be_exact && way == Way::exact)
-      round = sum_near<T, can_be_exact>(a, b, cut, round, wide_rounds, walk, way, room.ahead, false);
+      round = sum_near<T, can_be_exact>(a, b, cut, round, wide_rounds, scale, walk, way, room.ahead, false);
     if (way == Way::far) {
-      round = sum_far(a, b, cut, round, wide_rounds, walk, way, room);
+      round = sum_far(a, b, cut, round, wide_rounds, scale, walk, way, room);
       if (way == Way::near) continue;
     }
     if (round >= rounds) break;
     float furthest;
-    sum_carefully(a, b, cut, round++, wide, walk, room, start, furthest);
+    sum_carefully(a, b, cut, round++, wide, scale, walk, room, start, furthest);
     const bool far = __any_sync(0xffffffffu, furthest > kNear);
     if (!start.careful && (far || way == Way::far)) way = far ? Way::far : Way::near;
   }
@@ -387,12 +405,13 @@ __device__ __forceinline__ RowPart part_of(const T* a, const T* b, int64_t cols,
 }
 
 // The sums of a warp, in the units of its heaviest part, on all lanes.
-__device__ __forceinline__ RowPart gathered(RowPart part) {
+template <class S>
+__device__ __forceinline__ RowPart gathered(RowPart part, const S& scale) {
   const float weight = part.unit + log2f(static_cast<float>(part.near.noised + part.far.noised));
   const bool heaviest = weight == warp_max(weight);
   const float unit = value_of_first(heaviest, part.unit), centre = value_of_first(heaviest, part.centre);
-  part = moved(part, unit, warp_max(part.clean_unit), centre);
-  part.near = {warp_sum(part.near.noised), warp_sum(part.near.excess), warp_sum(part.near.noised_delta),
+  part = moved(part, unit, warp_max(part.clean_unit), centre, scale);
+  part.near = {warp_sum(part.near.noised), warp_sum(part.near.second), warp_sum(part.near.noised_delta),
                warp_sum(part.near.excess_delta)};
   if (__any_sync(0xffffffffu, part.far.clean != 0 || part.far.noised != 0))
     part.far = {warp_sum(part.far.clean), warp_sum(part.far.noised), warp_sum(part.far.clean_delta),
@@ -401,10 +420,11 @@ __device__ __forceinline__ RowPart gathered(RowPart part) {
 }
 
 // The sums of the block, on all lanes of the first warp.
-__device__ __forceinline__ RowPart gathered(RowPart part, Room& room) {
+template <class S>
+__device__ __forceinline__ RowPart gathered(RowPart part, const S& scale, Room& room) {
 #pragma unroll 1
   for (int level = 0; level < 2; ++level) {
-    part = gathered(part);
+    part = gathered(part, scale);
     if (level == 1) break;
     if (threadIdx.x % kWarp == 0) room.part[threadIdx.x / kWarp] = part;
     __syncthreads();
@@ -412,6 +432,16 @@ __device__ __forceinline__ RowPart gathered(RowPart part, Room& room) {
     part = threadIdx.x < kWarps ? room.part[threadIdx.x] : RowPart{0, -FLT_MAX, 0, {}, {}};
   }
   return part;
+}
+
+// What a row's sums say, on all lanes of a warp that have them: three of them work out a logarithm each.
+template <class S>
+__device__ __forceinline__ RowMeaning meaning_by_warp(const RowPart& sums, const S& scale) {
+  return meaning_of(sums, scale, [](double clean, double noised, double ratio) -> Logs {
+    const int lane = threadIdx.x % kWarp;
+    const double found = log(lane == 0 ? clean : lane == 1 ? noised : ratio);
+    return {__shfl_sync(0xffffffffu, found, 0), __shfl_sync(0xffffffffu, found, 1), __shfl_sync(0xffffffffu, found, 2)};
+  });
 }
 
 // The largest logits of both streams, on all threads.

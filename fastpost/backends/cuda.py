@@ -26,7 +26,7 @@ from fastpost.backends.serving import (
 )
 from fastpost.dispatch import strict
 from fastpost.plan import Bucket
-from fastpost.row_tasks import DivergenceTask, LossTask, OperandTask
+from fastpost.row_tasks import DistillationTask, DivergenceTask, LossTask, OperandTask
 
 _FEW_ROWS = 1 << 16  # whose weights and sums one block makes in next to no time
 _SUMS = 6  # of a perturbation, as in fastpost.ops.params.NAMES_OF_SUMS
@@ -315,6 +315,17 @@ def operand_rows(task: OperandTask) -> None:
         address(task.kl_weights), address(task.ce_weights),
         task.smoothing, task.cap, task.teaches, task.noised_classifies, address(task.kl_out),
         address(task.ce_out), *_where(clean.device),
+    )  # fmt: skip
+
+
+def distillation_rows(task: DistillationTask) -> None:
+    core, student = native.core(), task.student
+    core.cuda.distillation_rows(
+        *addresses_and_strides(task.teacher, student, task.grad_teacher, task.grad_student),
+        _dtype(operand_dtype(student, task.grad_student, task.grad_teacher)), *student.shape, address(task.labels),
+        task.ignore_index, address(task.weights), address(task.ce_weights), getattr(core.Divergence, task.divergence),
+        task.beta, task.temperature, task.teacher_cap, task.student_cap, task.smoothing, address(task.value_out),
+        address(task.ce_out), *_where(student.device),
     )  # fmt: skip
 
 

@@ -1,0 +1,234 @@
+// A teacher's and a student's row once its sums are known (row_sums.cuh): the terms of its divergence, and its gradients,
+// from the equations of core/distillation.h. A tile of either has one way, with exact differences and both exponentials.
+#pragma once
+
+#include <cfloat>
+#include <type_traits>
+
+#include "core/distillation.h"
+#include "core/pair_sums.h"
+#include "cuda/fast_math.cuh"
+#include "cuda/row_gradients.cuh"
+#include "cuda/row_tiles.cuh"
+
+namespace fastpost::cuda {
+
+// Divergences that share their loops.
+enum class Family : int { kl, js, total_variation };
+
+// What is asked of all rows. forward, reverse: how much of each KL.
+struct FDivergence {
+  Family family;
+  float forward, reverse;
+  Mixture mixture;
+  double most;  // what its value may not go beyond
+};
+
+template <Family family>
+using ShareIn = std::conditional_t<family == Family::js, double, float>;
+
+// A class: r = log p - log q, less what it is on average where classes weigh p (above) and q (below).
+struct Pair {
+  float r, above, below, p, q;
+};
+
+// A number in the place of infinities, whose classes have no weight in a row that has gradients.
+__device__ __forceinline__ float finite(float x) { return fminf(fmaxf(x, -FLT_MAX), FLT_MAX); }
+
+// A class's term, and what its gradients are made of.
+template <Family family>
+__device__ __forceinline__ void share_of(const Pair& pair, const FDivergence& how, float* term, ShareIn<family>* teacher,
+                                         ShareIn<family>* student) {
+  const auto [r, above, below, p, q] = pair;
+  if constexpr (family == Family::js)
+    divergence_share<Divergence::js>(r, p, q, how.mixture, term, teacher, student);
+  else if constexpr (family == Family::total_variation)
+    divergence_share<Divergence::total_variation>(r, p, q, how.mixture, term, teacher, student);
+  else
+    kl_share(finite(r), finite(above), finite(below), p, q, how.forward, how.reverse, term, teacher, student);
+}
+
+// run(std::integral_constant<Family, ...>{}); all threads take the same branch.
+template <class Run>
+__device__ __forceinline__ void with_family(Family family, Run&& run) {
+  if (family == Family::kl)
+    run(std::integral_constant<Family, Family::kl>{});
+  else if (family == Family::js)
+    run(std::integral_constant<Family, Family::js>{});
+  else
+    run(std::integral_constant<Family, Family::total_variation>{});
+}
+
+// A number with more digits than a float has.
+struct TwoFloats {
+  float high, low;
+
+  __device__ __forceinline__ void set(double x) {
+    high = static_cast<float>(x);
+    low = static_cast<float>(x - high);
+  }
+  // What d + error is away from it.
+  __device__ __forceinline__ float from(float d, float error) const { return (d - high) + (error - low); }
+};
+
+// share - probability * mean, with its digits where a class has nearly all of a row.
+__device__ __forceinline__ float less_mean(float share, float probability, const TwoFloats& mean) {
+  return fmaf(-probability, mean.low, fmaf(-probability, mean.high, share));
+}
+__device__ __forceinline__ float less_mean(double share, float probability, const TwoFloats& mean) {
+  return static_cast<float>(share - static_cast<double>(probability) * (static_cast<double>(mean.high) + mean.low));
+}
+
+// What all threads have to know of a row.
+struct Comparison {
+  float inverse, log2e;                   // of the temperature, see Scale
+  float teacher_origin, student_origin;  // subtracted from all logits first
+  TwoFloats equal, above, below;          // the differences where these of a pair are 0
+  float teacher_unit, student_unit, teacher_scale, student_scale;  // of probabilities
+  TwoFloats teacher_mean, student_mean;   // E_p[g], E_q[h]
+  float weight;  // of the divergence, over the temperature
+  // The student's cross-entropy: its weight is in the scale. flat: what label smoothing takes from each class.
+  float task_origin, task_unit, task_scale, flat;
+  int64_t label;     // -1: none
+  float label_task;  // its part of the gradient
+  float teacher_slope, student_slope;  // 1 / cap, or 0
+};
+
+// Of a class that neither stream has: no probability, and no difference.
+__device__ __forceinline__ Pair compare(float a, float b, const Comparison& c) {
+  a -= c.teacher_origin;
+  b -= c.student_origin;
+  const float d = a - b, error = fabsf(d) < INFINITY ? difference_error(a, b, d) : 0.0f;
+  const bool exists = !(a == b && b == -INFINITY);
+  return {exists ? c.equal.from(d, error) * c.inverse : 0.0f, exists ? c.above.from(d, error) * c.inverse : 0.0f,
+          exists ? c.below.from(d, error) * c.inverse : 0.0f,
+          c.teacher_scale * exp2_fast(fmaf(a, c.log2e, -c.teacher_unit)),
+          c.student_scale * exp2_fast(fmaf(b, c.log2e, -c.student_unit))};
+}
+
+// With respect to the logit before its cap, whose derivative is 1 - (logit / cap)^2.
+__device__ __forceinline__ float uncapped(float gradient, float logit, float slope) {
+  const float u = fmaxf(logit, -FLT_MAX) * slope;  // 0 times -inf has to be 0
+  return fmaf(-u * u, gradient, gradient);
+}
+
+// What the cross-entropy adds to a student's class.
+__device__ __forceinline__ float task_gradient(float b, const Comparison& c) {
+  return fmaf(c.task_scale, exp2_fast(fmaf(b - c.task_origin, kLog2e, -c.task_unit)), -c.flat);
+}
+
+struct PairGradient {
+  float teacher, student;
+};
+
+// task: the cross-entropy's part.
+template <Family family>
+__device__ __forceinline__ PairGradient differentiate(float a, float b, const Comparison& c, const FDivergence& how,
+                                                      float task) {
+  const Pair pair = compare(a, b, c);
+  float term;
+  ShareIn<family> teacher, student;
+  share_of<family>(pair, how, &term, &teacher, &student);
+  return {uncapped(c.weight * less_mean(teacher, pair.p, c.teacher_mean), a, c.teacher_slope),
+          uncapped(fmaf(c.weight, less_mean(student, pair.q, c.student_mean), task), b, c.student_slope)};
+}
+
+// visit(i, classes, x, y) for this thread's packs, round by round: the last first, whose columns may still be in a cache, or
+// the first; single columns come last. i: its first column; classes: how many it has. What is missing has no weight.
+template <class Visit>
+__device__ __forceinline__ void for_packs(const float* a, const float* b, const Cut<float>& cut, bool backwards, Ahead& ahead,
+                                          Visit&& visit) {
+  const int rounds = cut.rounds(), all = cut.rounds_with_singles();
+  const bool wide = aligned(b + cut.head);
+  const auto round_of = [&](int k) { return backwards && k < rounds ? rounds - 1 - k : k; };
+  const auto ask = [&](int k) {
+    if (wide && k < rounds)
+      ahead.ask(cut, round_of(k), a, b);
+    else
+      end_group();
+  };
+  ask(0);
+  ask(1);
+#pragma unroll 1
+  for (int k = 0; k < all; ++k) {
+    const int round = round_of(k);
+    ahead.wait();
+    if (!wide || round == rounds) {
+#pragma unroll 1
+      for (int u = 0; u < kTilePacks; ++u) {
+        ahead.put(round, u, load_some(a, cut, round, u, true));
+        ahead.put(round, kTilePacks + u, load_some(b, cut, round, u, wide));
+      }
+    }
+    const int64_t single = round == rounds ? cut.single() : -1;
+#pragma unroll 1
+    for (int u = 0; u < kTilePacks; ++u) {
+      const int64_t i = round < rounds ? cut.column(round, u) : single;
+      const int classes = round < rounds ? (cut.has(round, u) ? cut.size : 0) : (u == 0 && single >= 0 ? 1 : 0);
+      visit(i, classes, ahead.get<float>(round, u), ahead.get<float>(round, kTilePacks + u));
+    }
+    ask(k + 2);
+  }
+  ahead.stop();
+}
+
+// The divergence's sum, those of both streams' shares, and of their probabilities: means of the very floats that gradients
+// are made of.
+struct TermSums {
+  double value, teacher, student, teacher_mass, student_mass;
+};
+
+template <Family family>
+__device__ __forceinline__ TermSums sum_terms(const float* a, const float* b, int64_t cols, const Comparison& c,
+                                              const FDivergence& how, Ahead& ahead) {
+  const Cut<float> cut(a, cols);
+  TermSums sums = {};
+  const auto add = [&](float x, float y) {
+    const Pair pair = compare(x, y, c);
+    float term;
+    ShareIn<family> teacher, student;
+    share_of<family>(pair, how, &term, &teacher, &student);
+    sums.value += term;
+    sums.teacher += teacher;
+    sums.student += student;
+    sums.teacher_mass += pair.p;
+    sums.student_mass += pair.q;
+  };
+  for_packs(a, b, cut, true, ahead, [&](int64_t, int, const Pack<float>& x, const Pack<float>& y) {
+#pragma unroll
+    for (int k = 0; k < x.size; ++k) add(x.value[k], y.value[k]);
+  });
+  return sums;
+}
+
+// classes: how many of the pack's there are.
+template <class O>
+__device__ __forceinline__ void store_some(O* to, int classes, const Pack<float>& pack, bool wide) {
+  if (classes == pack.size)
+    store_as(to, pack, wide);
+  else if (classes == 1)
+    to[0] = from_float<O>(pack.value[0]);
+}
+
+// Each thread writes only what it has read, so gradients may take the logits' place. A null gradient is not wanted.
+template <Family family, class O>
+__device__ __forceinline__ void write_gradients(const float* a, const float* b, O* grad_a, O* grad_b, int64_t cols,
+                                                const Comparison& c, const FDivergence& how, bool backwards, Ahead& ahead) {
+  const Cut<float> cut(a, cols);
+  const bool wide_a = aligned(grad_a + cut.head), wide_b = aligned(grad_b + cut.head);
+  for_packs(a, b, cut, backwards, ahead, [&](int64_t i, int classes, const Pack<float>& x, const Pack<float>& y) {
+    Pack<float> teacher, student;
+    const int64_t label = c.label - i;
+#pragma unroll
+    for (int k = 0; k < x.size; ++k) {
+      const float task = label == k ? c.label_task : task_gradient(y.value[k], c);
+      const PairGradient d = differentiate<family>(x.value[k], y.value[k], c, how, task);
+      teacher.value[k] = d.teacher;
+      student.value[k] = d.student;
+    }
+    if (grad_a != nullptr) store_some(grad_a + i, classes, teacher, wide_a);
+    if (grad_b != nullptr) store_some(grad_b + i, classes, student, wide_b);
+  });
+}
+
+}  // namespace fastpost::cuda
