@@ -163,6 +163,8 @@ def test_beta(backend: str, beta: float, apart: float) -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_gradients_are_rounded_once(backend: str, divergence: str, dtype: torch.dtype) -> None:
+    if backend == "cuda" and dtype == torch.float16:
+        pytest.skip("float16 operands are made of float32 gradients, whose largest has to be known")
     student, teacher = streams(5003, 1.0)
     _, _, *wide = run(student, teacher, divergence=divergence)
     _, _, *narrow = run(student, teacher, divergence=divergence, dtype=dtype)
@@ -196,7 +198,7 @@ def test_caps(backend: str, divergence: str) -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_identical_rows_are_exactly_nothing(backend: str, divergence: str) -> None:
     student = streams(5003, 0.0)[0].round()
-    temperature = 1.7 if backend == "cpu" else 2.0  # by which the reference divides first
+    temperature = 2.0 if backend == "reference" else 1.7  # by which the reference divides first
     for shift in (0.0, 4.0):  # which a softmax does not see, and float32 holds here
         value, _, *grads = run(student, student + shift, divergence=divergence, beta=0.3, temperature=temperature)
         assert not value.any()

@@ -42,6 +42,9 @@ FASTPOST_HD uint32_t select_bits(uint32_t mask, uint32_t if_true, uint32_t if_fa
 FASTPOST_HD uint32_t mask_of(bool condition) { return 0u - static_cast<uint32_t>(condition); }
 
 FASTPOST_HD float select(bool condition, float if_true, float if_false) {
+#if defined(__CUDA_ARCH__)
+  return condition ? if_true : if_false;
+#endif
   return bits_float(select_bits(mask_of(condition), float_bits(if_true), float_bits(if_false)));
 }
 

@@ -1,6 +1,6 @@
 // Rows of a teacher's and a student's logits on CUDA. A wide row is read by one block: once for all sums, which say what a
-// KL is, and once for the gradients; in between once more for the terms of what the sums do not say (Jensen-Shannon, total
-// variation, means that lie far off the sums' centre). Narrow rows are a warp's work.
+// KL is, and once for the gradients; in between once more for what the sums do not say: the terms of Jensen-Shannon and of
+// total variation, and a KL's mean for a teacher that has gradients. Narrow rows are a warp's work.
 #include <stdexcept>
 
 #include "api.h"
@@ -72,9 +72,6 @@ struct DistillationWork {
   double terms[5][kWarps];
 };
 
-// The distance of the teacher's mean from the sums' centre from which on it may have lost digits.
-constexpr double kFarMean = 1.0 / 64;
-
 __device__ __forceinline__ void set_up(DistillationWork& work, const Distillation& d, int64_t row) {
   work = {};
   work.asked = asked_of(d, row);
@@ -142,6 +139,7 @@ __device__ __forceinline__ void judge(DistillationWork& work, const Distillation
     Comparison& c = work.row;
     c.inverse = scale.inverse;
     c.log2e = scale.log2e;
+    c.lowest = -FLT_MAX / fmaxf(scale.inverse, 1.0f);
     c.teacher_origin = work.start.clean_origin;
     c.student_origin = work.start.noised_origin;
     c.equal.set(sums.centre + row.log_ratio * d.temperature);
@@ -150,10 +148,10 @@ __device__ __forceinline__ void judge(DistillationWork& work, const Distillation
     scale_by(row.clean, sums.clean_unit, 1, &c.teacher_unit, &c.teacher_scale);
     scale_by(row.noised, sums.unit, 1, &c.student_unit, &c.student_scale);
     work.value = bounded(how.forward * row.clean_kl + how.reverse * row.noised_kl, how.most);
-    // A mean far from 0 has lost the digits that the share of a class with nearly all of the teacher leaves of it. The
-    // student's is near 0, because that is where the sums have their centre.
-    const bool coarse = how.forward != 0 && d.grad_teacher.address != nullptr && fabs(row.clean_mean) > kFarMean;
-    work.has_terms = how.family != Family::kl || coarse;
+    // A KL's gradient to the teacher wants the mean of r where classes weigh p, from the very floats that it is made of: they
+    // may all be far from the sums' centre, which is where the student has its weight.
+    const bool far = how.forward != 0 && d.grad_teacher.address != nullptr;
+    work.has_terms = how.family != Family::kl || far;
   }
   work.start = {};
   work.sums = both && work.asked.ce_weight != 0 && !(defined && plain) ? Sums::student : Sums::none;
@@ -281,7 +279,8 @@ __device__ __forceinline__ double exp_of(float x, float top, double inverse) {
 
 __device__ __forceinline__ Pair compare(float a, float b, const NarrowRow& n) {
   const bool exists = !(a == b && b == -INFINITY);
-  const double r = exists ? delta_of(a, b, n) - n.log_ratio : 0;
+  const double difference = exists ? delta_of(a, b, n) - n.log_ratio : 0;
+  const double r = fmin(fmax(difference, -0x1p100), 0x1p100);  // where a class has no weight in a row that has gradients
   return {static_cast<float>(r), static_cast<float>(r - n.above), static_cast<float>(r - n.below),
           static_cast<float>(exp_of(a, n.teacher_max, n.inverse) / n.teacher_sum),
           static_cast<float>(exp_of(b, n.student_max, n.inverse) / n.student_sum)};

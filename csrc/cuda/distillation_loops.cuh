@@ -32,9 +32,6 @@ struct Pair {
   float r, above, below, p, q;
 };
 
-// A number in the place of infinities, whose classes have no weight in a row that has gradients.
-__device__ __forceinline__ float finite(float x) { return fminf(fmaxf(x, -FLT_MAX), FLT_MAX); }
-
 // A class's term, and what its gradients are made of.
 template <Family family>
 __device__ __forceinline__ void share_of(const Pair& pair, const FDivergence& how, float* term, ShareIn<family>* teacher,
@@ -45,7 +42,7 @@ __device__ __forceinline__ void share_of(const Pair& pair, const FDivergence& ho
   else if constexpr (family == Family::total_variation)
     divergence_share<Divergence::total_variation>(r, p, q, how.mixture, term, teacher, student);
   else
-    kl_share(finite(r), finite(above), finite(below), p, q, how.forward, how.reverse, term, teacher, student);
+    kl_share(r, above, below, p, q, how.forward, how.reverse, term, teacher, student);
 }
 
 // run(std::integral_constant<Family, ...>{}); all threads take the same branch.
@@ -83,6 +80,7 @@ __device__ __forceinline__ float less_mean(double share, float probability, cons
 struct Comparison {
   float inverse, log2e;                   // of the temperature, see Scale
   float teacher_origin, student_origin;  // subtracted from all logits first
+  float lowest;                          // what stands in for -inf, so that no difference is infinite
   TwoFloats equal, above, below;          // the differences where these of a pair are 0
   float teacher_unit, student_unit, teacher_scale, student_scale;  // of probabilities
   TwoFloats teacher_mean, student_mean;   // E_p[g], E_q[h]
@@ -94,14 +92,12 @@ struct Comparison {
   float teacher_slope, student_slope;  // 1 / cap, or 0
 };
 
-// Of a class that neither stream has: no probability, and no difference.
+// A class that neither stream has gets any difference, but no probability.
 __device__ __forceinline__ Pair compare(float a, float b, const Comparison& c) {
-  a -= c.teacher_origin;
-  b -= c.student_origin;
-  const float d = a - b, error = fabsf(d) < INFINITY ? difference_error(a, b, d) : 0.0f;
-  const bool exists = !(a == b && b == -INFINITY);
-  return {exists ? c.equal.from(d, error) * c.inverse : 0.0f, exists ? c.above.from(d, error) * c.inverse : 0.0f,
-          exists ? c.below.from(d, error) * c.inverse : 0.0f,
+  a = fmaxf(a - c.teacher_origin, c.lowest);
+  b = fmaxf(b - c.student_origin, c.lowest);
+  const float d = a - b, error = difference_error(a, b, d);
+  return {c.equal.from(d, error) * c.inverse, c.above.from(d, error) * c.inverse, c.below.from(d, error) * c.inverse,
           c.teacher_scale * exp2_fast(fmaf(a, c.log2e, -c.teacher_unit)),
           c.student_scale * exp2_fast(fmaf(b, c.log2e, -c.student_unit))};
 }
@@ -117,20 +113,23 @@ __device__ __forceinline__ float task_gradient(float b, const Comparison& c) {
   return fmaf(c.task_scale, exp2_fast(fmaf(b - c.task_origin, kLog2e, -c.task_unit)), -c.flat);
 }
 
-struct PairGradient {
-  float teacher, student;
-};
-
-// task: the cross-entropy's part.
 template <Family family>
-__device__ __forceinline__ PairGradient differentiate(float a, float b, const Comparison& c, const FDivergence& how,
-                                                      float task) {
+__device__ __forceinline__ float teacher_gradient(float a, float b, const Comparison& c, const FDivergence& how) {
   const Pair pair = compare(a, b, c);
   float term;
   ShareIn<family> teacher, student;
   share_of<family>(pair, how, &term, &teacher, &student);
-  return {uncapped(c.weight * less_mean(teacher, pair.p, c.teacher_mean), a, c.teacher_slope),
-          uncapped(fmaf(c.weight, less_mean(student, pair.q, c.student_mean), task), b, c.student_slope)};
+  return uncapped(c.weight * less_mean(teacher, pair.p, c.teacher_mean), a, c.teacher_slope);
+}
+
+// task: the cross-entropy's part.
+template <Family family>
+__device__ __forceinline__ float student_gradient(float a, float b, const Comparison& c, const FDivergence& how, float task) {
+  const Pair pair = compare(a, b, c);
+  float term;
+  ShareIn<family> teacher, student;
+  share_of<family>(pair, how, &term, &teacher, &student);
+  return uncapped(fmaf(c.weight, less_mean(student, pair.q, c.student_mean), task), b, c.student_slope);
 }
 
 // visit(i, classes, x, y) for this thread's packs, round by round: the last first, whose columns may still be in a cache, or
@@ -217,17 +216,22 @@ __device__ __forceinline__ void write_gradients(const float* a, const float* b, 
   const Cut<float> cut(a, cols);
   const bool wide_a = aligned(grad_a + cut.head), wide_b = aligned(grad_b + cut.head);
   for_packs(a, b, cut, backwards, ahead, [&](int64_t i, int classes, const Pack<float>& x, const Pack<float>& y) {
-    Pack<float> teacher, student;
-    const int64_t label = c.label - i;
+    Pack<float> out;
+    if (grad_b != nullptr) {
+      const int64_t from = c.label - i;
+      const int label = from >= 0 && from < x.size ? static_cast<int>(from) : -1;
 #pragma unroll
-    for (int k = 0; k < x.size; ++k) {
-      const float task = label == k ? c.label_task : task_gradient(y.value[k], c);
-      const PairGradient d = differentiate<family>(x.value[k], y.value[k], c, how, task);
-      teacher.value[k] = d.teacher;
-      student.value[k] = d.student;
+      for (int k = 0; k < x.size; ++k) {
+        const float task = k == label ? c.label_task : task_gradient(y.value[k], c);
+        out.value[k] = student_gradient<family>(x.value[k], y.value[k], c, how, task);
+      }
+      store_some(grad_b + i, classes, out, wide_b);
     }
-    if (grad_a != nullptr) store_some(grad_a + i, classes, teacher, wide_a);
-    if (grad_b != nullptr) store_some(grad_b + i, classes, student, wide_b);
+    if (grad_a != nullptr) {
+#pragma unroll
+      for (int k = 0; k < x.size; ++k) out.value[k] = teacher_gradient<family>(x.value[k], y.value[k], c, how);
+      store_some(grad_a + i, classes, out, wide_a);
+    }
   });
 }
 
