@@ -521,10 +521,10 @@ void bind_cuda(py::module_ cuda) {
          double beta, double temperature, double teacher_cap, double student_cap, double smoothing, Address value,
          Address ce, int device, Address stream) {
         cuda::distillation_rows({as(teacher), teacher_stride}, {as(student), student_stride},
-                               {as(grad_teacher), grad_teacher_stride}, {as(grad_student), grad_student_stride},
-                               operand_dtype, rows, cols, as<int64_t>(labels), ignore_index, as<double>(weights),
-                               as<double>(ce_weights), {divergence, beta, temperature, teacher_cap, student_cap, smoothing},
-                               as<double>(value), as<double>(ce), device, as(stream));
+                                {as(grad_teacher), grad_teacher_stride}, {as(grad_student), grad_student_stride},
+                                operand_dtype, rows, cols, as<int64_t>(labels), ignore_index, as<double>(weights),
+                                as<double>(ce_weights), {divergence, beta, temperature, teacher_cap, student_cap, smoothing},
+                                as<double>(value), as<double>(ce), device, as(stream));
       },
       py::arg("teacher"), py::arg("teacher_stride"), py::arg("student"), py::arg("student_stride"), py::arg("grad_teacher"),
       py::arg("grad_teacher_stride"), py::arg("grad_student"), py::arg("grad_student_stride"), py::arg("operand_dtype"),

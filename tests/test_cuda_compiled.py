@@ -40,6 +40,8 @@ HOT = {
     "narrow_rows_kernel": (128, ""),
     "wide_operands_kernel": (84, "LDG"),
     "narrow_operands_kernel": (128, ""),
+    "wide_distillation_kernel": (84, "LDG"),
+    "narrow_distillation_kernel": (128, ""),
     "scale_rows_kernel": (128, "LDG STG"),
     "scale_gradients_kernel": (128, "LDG STG"),
     "weigh_rows_kernel": (64, ""),
@@ -118,6 +120,19 @@ def test_instructions_per_pair_of_logits(hopper: dict[str, Loops], dtype: str, f
     asking = sums - near("MUFU.EX2", 4, 0)  # for a later tile, which cheaper rounds leave out
     assert sums / pairs <= forward
     assert (gradients + asking) / pairs <= backward
+
+
+# Of a teacher and a student, with a temperature: the sums near each other, and exactly where a constant lies between them;
+# a KL's gradient to the student, which is a pack of four pairs with what the walk costs. Memory's time for the latter, which
+# writes too, is 82 instructions in bfloat16.
+@needs_cuda
+@pytest.mark.parametrize(("dtype", "forward", "backward"), [("kernelIf", 28, 68), ("4bf16E", 28, 68)], ids=["f32", "bf16"])
+def test_instructions_per_pair_of_distillation(hopper: dict[str, Loops], dtype: str, forward: int, backward: int) -> None:
+    loops = kernel(hopper, "wide_distillation_kernel", dtype)
+    sums = [r.total() for r in loops.rounds("LDGSTS", 4) if (count(r, "MUFU", "EX2"), count(r, "LDS", "128")) == (8, 4)]
+    assert min(sums) / 8 <= forward
+    gradients = [r for r in loops.rounds("STG", 1) if count(r, "MUFU", "EX2") == 12 and not count(r, "DADD")]
+    assert min(r.total() for r in gradients) / 4 <= backward
 
 
 # The hardware rounds pairs, so a round's elements are twice its conversions. work: what each element needs at least once, so

@@ -90,7 +90,7 @@ FASTPOST_HD void share_logs(float r, const Mixture& mixture, double* teacher_log
   const float u = exp_nonpositive(-size);  // the lesser over the greater
   const float less = select(size < 0.5f, -expm1_small(-size), 1.0f - u);
   const float w = select(far, other * quotient(u, own), -other * less);  // m over own times the greater, or over it, less 1
-  const float v = own * quotient(less, u);                             // m over the lesser, less 1
+  const float v = own * quotient(less, u);                               // m over the lesser, less 1
   const double is_far = select(far, 1.0f, 0.0f), is_ahead = select(ahead, 1.0f, 0.0f);
   const double most = is_ahead * mixture.most_teacher + (1 - is_ahead) * mixture.most_student;
   const double greater = is_far * most - log_of(w, 1.0f + w);

@@ -58,8 +58,8 @@ FASTPOST_HD float expm1_rest(float x) {
 // (e^x - 1) / x, likewise.
 FASTPOST_HD float expm1_ratio(float x) { return fmaf(expm1_rest(x), x, 1.0f); }
 
-// Sums over near pairs: e^b and e^b (e^delta - 1), both times delta as well, but of e^b (e^delta - 1) without delta only what
-// is of second order, e^b (e^delta - 1 - delta): both directions of the KL come from that.
+// Sums over near pairs: e^b and e^b (e^delta - 1), both times delta as well, but of e^b (e^delta - 1) without delta only
+// what is of second order, e^b (e^delta - 1 - delta): both directions of the KL come from that.
 struct NearSums {
   double noised, second, noised_delta, excess_delta;
 
@@ -153,7 +153,8 @@ template <class S, class LogsOf>
 FASTPOST_HD RowMeaning meaning_of(const RowPart& part, const S& scale, const LogsOf& logs_of) {
   const NearSums& near = part.near;
   const FarSums& far = part.far;
-  const double factor = clean_factor(part.unit, part.centre, part.clean_unit, scale);  // may be 0 or infinite if all pairs are far
+  const double factor =
+      clean_factor(part.unit, part.centre, part.clean_unit, scale);  // may be 0 or infinite if all pairs are far
   const bool any_near = near.noised > 0, any_far = far.clean > 0;
   RowMeaning row;
   row.clean = (any_near ? factor * (near.noised + near.excess()) : 0) + far.clean;

@@ -53,7 +53,8 @@ __device__ __forceinline__ double at_label(const Asked& asked, double minus_log,
   return asked.ce_weight * (expm1(-minus_log) + smoothing);
 }
 
-// -- wide rows --------------------------------------------------------------------------------------------------------------
+// -- wide rows
+// --------------------------------------------------------------------------------------------------------------
 
 // Whose sums are next: of both streams, or of the student against itself without a temperature, for its cross-entropy.
 enum class Sums : int { both, student, none };
@@ -95,7 +96,8 @@ __device__ __forceinline__ void scale_by(double sum, float unit, double weight, 
 }
 
 // The student's cross-entropy, from sums without a temperature.
-__device__ __forceinline__ void classify(DistillationWork& work, const RowPart& sums, const RowMeaning& row, double smoothing) {
+__device__ __forceinline__ void classify(DistillationWork& work, const RowPart& sums, const RowMeaning& row,
+                                         double smoothing) {
   if (work.asked.ce_weight == 0) return;
   // The origin and the label's logit first: both may be too large for a logarithm next to them to keep its digits.
   const double origin = work.start.noised_origin;
@@ -148,8 +150,8 @@ __device__ __forceinline__ void judge(DistillationWork& work, const Distillation
     scale_by(row.clean, sums.clean_unit, 1, &c.teacher_unit, &c.teacher_scale);
     scale_by(row.noised, sums.unit, 1, &c.student_unit, &c.student_scale);
     work.value = bounded(how.forward * row.clean_kl + how.reverse * row.noised_kl, how.most);
-    // A KL's gradient to the teacher wants the mean of r where classes weigh p, from the very floats that it is made of: they
-    // may all be far from the sums' centre, which is where the student has its weight.
+    // A KL's gradient to the teacher wants the mean of r where classes weigh p, from the very floats that it is made of:
+    // they may all be far from the sums' centre, which is where the student has its weight.
     const bool far = how.forward != 0 && d.grad_teacher.address != nullptr;
     work.has_terms = how.family != Family::kl || far;
   }
@@ -175,8 +177,8 @@ __device__ __forceinline__ void fill(O* x, int64_t cols, float value) {
 
 // One block, one row. Without a divergence the student stands in for the teacher.
 template <class O>
-__global__ void __launch_bounds__(kRowThreads, 3) wide_distillation_kernel(const __grid_constant__ Distillation d,
-                                                                           int64_t first) {
+__global__ void __launch_bounds__(kRowThreads, 3)
+    wide_distillation_kernel(const __grid_constant__ Distillation d, int64_t first) {
   __shared__ Room room;
   __shared__ DistillationWork work;
   const int64_t row = first + blockIdx.x;
@@ -259,7 +261,8 @@ __global__ void __launch_bounds__(kRowThreads, 3) wide_distillation_kernel(const
   }
 }
 
-// -- narrow rows ------------------------------------------------------------------------------------------------------------
+// -- narrow rows
+// ------------------------------------------------------------------------------------------------------------
 
 // What all lanes know of a narrow row.
 struct NarrowRow {
@@ -318,8 +321,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 2) narrow_distillation_kernel(
     n.student_max = warp_max(n.student_max);
     bad = __any_sync(0xffffffffu, bad) || n.teacher_max == -INFINITY || n.student_max == -INFINITY;
     bad_student = __any_sync(0xffffffffu, bad_student) || n.student_max == -INFINITY;
-    const bool infinite =
-        is_infinite(how, __any_sync(0xffffffffu, teacher_lacks), __any_sync(0xffffffffu, student_lacks));
+    const bool infinite = is_infinite(how, __any_sync(0xffffffffu, teacher_lacks), __any_sync(0xffffffffu, student_lacks));
     const bool compares = diverges && !bad && !infinite;
     n.centre = static_cast<double>(n.teacher_max) - n.student_max;
     double excess = 0, teacher_delta = 0, student_delta = 0;
@@ -436,9 +438,23 @@ void distillation_rows(const LogitRows& teacher, const LogitRows& student, const
   const Call call("distillation_rows", device, stream);
   if (rows == 0) return;
   const auto slope_of = [](double cap) { return cap != 0 ? 1 / cap : 0; };
-  const Distillation work{teacher, student, grad_teacher, grad_student, rows, cols, labels, ignore_index, weights, ce_weights,
-                          value, ce, divergence_of(how), how.temperature, slope_of(how.teacher_cap),
-                          slope_of(how.student_cap), how.smoothing};
+  const Distillation work{teacher,
+                          student,
+                          grad_teacher,
+                          grad_student,
+                          rows,
+                          cols,
+                          labels,
+                          ignore_index,
+                          weights,
+                          ce_weights,
+                          value,
+                          ce,
+                          divergence_of(how),
+                          how.temperature,
+                          slope_of(how.teacher_cap),
+                          slope_of(how.student_cap),
+                          how.smoothing};
   const auto launch = [&](auto t) {
     using O = decltype(t);
     if (cols < kNarrow)

@@ -78,17 +78,17 @@ __device__ __forceinline__ float less_mean(double share, float probability, cons
 
 // What all threads have to know of a row.
 struct Comparison {
-  float inverse, log2e;                   // of the temperature, see Scale
+  float inverse, log2e;                  // of the temperature, see Scale
   float teacher_origin, student_origin;  // subtracted from all logits first
   float lowest;                          // what stands in for -inf, so that no difference is infinite
-  TwoFloats equal, above, below;          // the differences where these of a pair are 0
+  TwoFloats equal, above, below;         // the differences where these of a pair are 0
   float teacher_unit, student_unit, teacher_scale, student_scale;  // of probabilities
-  TwoFloats teacher_mean, student_mean;   // E_p[g], E_q[h]
-  float weight;  // of the divergence, over the temperature
+  TwoFloats teacher_mean, student_mean;                            // E_p[g], E_q[h]
+  float weight;                                                    // of the divergence, over the temperature
   // The student's cross-entropy: its weight is in the scale. flat: what label smoothing takes from each class.
   float task_origin, task_unit, task_scale, flat;
-  int64_t label;     // -1: none
-  float label_task;  // its part of the gradient
+  int64_t label;                       // -1: none
+  float label_task;                    // its part of the gradient
   float teacher_slope, student_slope;  // 1 / cap, or 0
 };
 
@@ -124,7 +124,8 @@ __device__ __forceinline__ float teacher_gradient(float a, float b, const Compar
 
 // task: the cross-entropy's part.
 template <Family family>
-__device__ __forceinline__ float student_gradient(float a, float b, const Comparison& c, const FDivergence& how, float task) {
+__device__ __forceinline__ float student_gradient(float a, float b, const Comparison& c, const FDivergence& how,
+                                                  float task) {
   const Pair pair = compare(a, b, c);
   float term;
   ShareIn<family> teacher, student;
@@ -135,8 +136,8 @@ __device__ __forceinline__ float student_gradient(float a, float b, const Compar
 // visit(i, classes, x, y) for this thread's packs, round by round: the last first, whose columns may still be in a cache, or
 // the first; single columns come last. i: its first column; classes: how many it has. What is missing has no weight.
 template <class Visit>
-__device__ __forceinline__ void for_packs(const float* a, const float* b, const Cut<float>& cut, bool backwards, Ahead& ahead,
-                                          Visit&& visit) {
+__device__ __forceinline__ void for_packs(const float* a, const float* b, const Cut<float>& cut, bool backwards,
+                                          Ahead& ahead, Visit&& visit) {
   const int rounds = cut.rounds(), all = cut.rounds_with_singles();
   const bool wide = aligned(b + cut.head);
   const auto round_of = [&](int k) { return backwards && k < rounds ? rounds - 1 - k : k; };

@@ -195,8 +195,7 @@ __device__ __forceinline__ float exp_in_units(float x, float unit, const S& scal
 // A tile with care. furthest: the largest |delta|.
 template <class T, class S>
 __device__ __forceinline__ void sum_carefully(const T* row_a, const T* row_b, const Cut<T>& cut, int round, bool wide,
-                                              const S& scale, Walk& walk, Room& room, const Start& start,
-                                              float& furthest) {
+                                              const S& scale, Walk& walk, Room& room, const Start& start, float& furthest) {
   Top top{-INFINITY, -INFINITY, -INFINITY};
   for_pairs(row_a, row_b, cut, round, wide, start, [&](float a, float b) { top.see(a, b); });
   const bool moves = recentre<T>(top, walk, room, start, scale);
@@ -253,7 +252,8 @@ __device__ __forceinline__ void survey(Walk& walk, Room& room, const S& scale) {
     if (room.seed[w].noised > best.noised) best = room.seed[w];
   const float unit = rintf(best.noised * scale.log2e), difference = best.clean - best.noised;
   walk.limit = 0;
-  if (!(fabsf(best.noised * scale.inverse) < kHuge<T> && fabsf(difference * scale.inverse) < kHuge<T>)) return;  // a later tile may know better
+  if (!(fabsf(best.noised * scale.inverse) < kHuge<T> && fabsf(difference * scale.inverse) < kHuge<T>))
+    return;  // a later tile may know better
 
   float weight = 0, mean = 0;
   for_pairs([&](float a, float b) {
