@@ -15,7 +15,9 @@ import fastpost
 from fastpost.bench.divergence import kl_div_both_ways
 from fastpost.bench.params_cuda import COPY, DTYPES, also_triton, copy_of, from_liger, name_of, only_triton
 from fastpost.bench.registry import Bandwidth, Case, Contender, Floor, Goal, PeakMemory, Target, Work, cuda_case, peer
+from fastpost.dispatch import select
 from fastpost.published import fairseq_symmetric_kl
+from fastpost.row_tasks import DistillationTask
 
 PAIRS = 1 << 28  # positions of one stream
 WIDTHS = (16384, 50257, 128256)
@@ -93,6 +95,41 @@ def kl_forward(at: Target, variant: Variant) -> Case:
     return Case(
         "symmetric_kl, forward", shape_of(rows, cols, apart), name_of(dtype), contenders, goals,
         bytes=2 * size, work=5, memory=4 * size + 12 * rows * cols,
+    )  # fmt: skip
+
+
+@cuda_case(**{f"{cols}_{kind}": (cols, kind) for cols in WIDTHS[1:] for kind in ("forward_kl", "reverse_kl", "js")})
+def distillation_rows(at: Target, variant: tuple[int, str]) -> Case:
+    """The row kernel of distillation alone: float32 logits of both streams, the student's gradients in bfloat16.
+
+    Floor: Jensen-Shannon reads both streams three times, a KL twice; gradients are written once.
+    """
+    cols, kind = variant
+    rows, cols, size = sizes(at, cols, torch.float32)
+    rows, size = max(1, rows // 4), size // rows * max(1, rows // 4)
+    readings = 3 if kind == "js" else 2
+
+    def contenders() -> list[Contender]:
+        student = at.randn(rows, cols, std=3.0)
+        teacher = student + at.randn(rows, cols)
+        gradient = torch.empty_like(student, dtype=torch.bfloat16)
+        weights = torch.ones(rows, dtype=torch.float64, device=at.device)
+        task = DistillationTask(
+            student, teacher, None, -100, weights, None, torch.empty_like(weights), None, gradient, divergence=kind
+        )
+
+        def work() -> None:
+            select("distillation_rows", student.device, student.dtype)(task)
+
+        return [copy_of(student), Contender(kind, work, 2 * size, peak=True)]
+
+    goals: list[Goal] = [
+        Floor(kind, COPY, {} if kind == "js" else {"cuda": 1.15}, bytes=readings * 2 * size + size // 2),
+        PeakMemory(kind, "", {"cuda": 0.1}, per=rows * cols),
+    ]
+    return Case(
+        f"distillation_rows, {kind}", shape_of(rows, cols, 1.0), "float32", contenders, goals,
+        bytes=2 * size, work=7, memory=4 * size,
     )  # fmt: skip
 
 

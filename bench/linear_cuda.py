@@ -68,6 +68,74 @@ class Head:
             total.addmm_(logits.T, x)
 
 
+class Teacher:
+    """A student and a teacher of one vocabulary, each with a head of its own, in bfloat16. The teacher is not trained."""
+
+    def __init__(self, at: Target, rows: int, width: int, vocab: int) -> None:
+        def stream() -> list[Tensor]:
+            return [t.to(torch.bfloat16) for t in (at.randn(rows, width), at.randn(vocab, width, std=width**-0.5))]
+
+        self.leaves, self.teacher = [t.requires_grad_() for t in stream()], stream()
+        self.labels = torch.randint(0, vocab, (rows,), device=at.device)
+
+    def step(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Work:
+        return lambda: torch.autograd.grad(loss(*self.leaves), self.leaves)
+
+    def fused(self, divergence: str) -> Work:
+        return self.step(
+            lambda hidden, weight: (
+                fastpost.linear_distillation_loss(hidden, weight, *self.teacher, self.labels, divergence=divergence).loss
+            )
+        )
+
+    def published(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Knowledge distillation as torch's documentation writes it."""
+        with torch.no_grad():
+            target = (self.teacher[0] @ self.teacher[1].T).float().log_softmax(-1)
+        return F.kl_div((hidden @ weight.T).float().log_softmax(-1), target, reduction="batchmean", log_target=True)
+
+    @torch.no_grad()
+    def products(self) -> None:
+        """Three products of every chunk of the student and one of the teacher, and nothing else."""
+        hidden, weight = (t.detach() for t in self.leaves)
+        total, vocab = torch.zeros_like(weight), len(weight)
+        room = torch.empty(CHUNK, -(-vocab // 64) * 64, dtype=weight.dtype, device=weight.device)[:, :vocab]
+        for at in range(0, len(hidden), CHUNK):
+            x, teacher = hidden[at : at + CHUNK], self.teacher[0][at : at + CHUNK]
+            torch.mm(teacher, self.teacher[1].T, out=room[: len(x)])
+            logits = torch.mm(x, weight.T, out=room[: len(x)])
+            logits @ weight
+            total.addmm_(logits.T, x)
+
+
+@cuda_case(**SHAPES)
+def linear_distillation_cuda(at: Target, shape: tuple[int, int, int]) -> Case:
+    """Forward and backward of divergences between two heads, the student's hidden states and weight trained."""
+    rows, width, vocab = at.size(shape[0], 70), at.size(shape[1], 8), at.size(shape[2], 30)
+    alone, published = "its four products alone", "F.kl_div on whole logits"
+    names = {"forward KL": "forward_kl", "reverse KL": "reverse_kl", "Jensen-Shannon": "js"}
+    outputs = vocab * width * 6 + 2 * rows * width
+
+    def contenders() -> list[Contender]:
+        teacher = Teacher(at, rows, width, vocab)
+        return [
+            peer(alone, teacher.products),
+            *(Contender(name, teacher.fused(kind), peak=True, launches=True) for name, kind in names.items()),
+            peer(published, teacher.step(teacher.published), slow=True, peak=True),
+        ]
+
+    goals: list[Goal] = [
+        *(Goal(name, alone, {"cuda": 1.15}) for name in names if name != "Jensen-Shannon"),
+        Goal("Jensen-Shannon", alone, {}),
+        Goal("forward KL", published, {"cuda": 1.0}, faster=True),
+        PeakMemory("forward KL", "", {"cuda": ((1 << 30) + outputs) / MB + 64}, per=MB),
+    ]
+    return Case(
+        "linear_distillation_loss, forward + backward", f"{rows:,} x {width:,} x {vocab:,}", "bfloat16", contenders, goals,
+        bytes=4 * rows * vocab, work=30, memory=60 * rows * vocab + 10 * vocab * width, seconds=2,
+    )  # fmt: skip
+
+
 @cuda_case(**SHAPES)
 def linear_r3f(at: Target, shape: tuple[int, int, int]) -> Case:
     """Forward and backward of the loss, hidden states and weight trained."""

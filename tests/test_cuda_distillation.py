@@ -57,7 +57,13 @@ def test_everything_at_once(divergence: str, temperature: float) -> None:
     student, teacher = (t.clamp(-9.5, 9.5) for t in streams(5003, 2.0))
     labels = torch.tensor([3, 5002, -100, 0])
     weights = torch.rand(2, ROWS, dtype=torch.float64) + 0.1
-    options = {"divergence": divergence, "temperature": temperature, "smoothing": 0.1, "student_cap": 12.0, "teacher_cap": 10.0}
+    options = {
+        "divergence": divergence,
+        "temperature": temperature,
+        "smoothing": 0.1,
+        "student_cap": 12.0,
+        "teacher_cap": 10.0,
+    }
     want, to_student, to_teacher = truth(student, teacher, divergence, temperature=temperature)
     before = (12.0 * torch.atanh(student.double() / 12.0)).requires_grad_()
     z = 12.0 * torch.tanh(before / 12.0)
@@ -123,7 +129,9 @@ def test_classes_of_one_stream_in_wide_rows(divergence: str, temperature: float)
                 continue
             want, *gradients = truth(student, teacher, divergence, temperature=temperature)
             assert float(value) == pytest.approx(float(want[0]), rel=1e-6)
-            for got, expected in zip(run(student, teacher, divergence=divergence, temperature=temperature)[2:], gradients, strict=True):
+            for got, expected in zip(
+                run(student, teacher, divergence=divergence, temperature=temperature)[2:], gradients, strict=True
+            ):
                 there = np.isfinite(expected)
                 apart = np.linalg.norm(got.double().numpy()[there] - expected[there])
                 assert apart < 1e-6 * np.linalg.norm(expected[there]) + 1e-13
