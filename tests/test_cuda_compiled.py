@@ -81,6 +81,8 @@ def test_every_kernel_keeps_its_budget_and_its_wide_accesses(arch: str) -> None:
         registers, accesses = HOT[kind]
         if "Lb1ENS1_5Codes" in name:  # random bits and codes in one kernel, which shares its multiprocessor with none
             registers = 128
+        if kind == "wide_distillation_kernel" and arch == "sm_80":  # two blocks share a multiprocessor
+            registers = 128
         assert complaints(line, bodies[name], registers, accesses=accesses) == [], name
     assert seen == set(HOT)
 

@@ -175,9 +175,16 @@ __device__ __forceinline__ void fill(O* x, int64_t cols, float value) {
   for (int64_t i = threadIdx.x; i < cols; i += kRowThreads) x[i] = from_float<O>(value);
 }
 
+// Blocks that share a multiprocessor: what registers hold without a stack.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kWideBlocks = 2;
+#else
+constexpr int kWideBlocks = 3;
+#endif
+
 // One block, one row. Without a divergence the student stands in for the teacher.
 template <class O>
-__global__ void __launch_bounds__(kRowThreads, 3)
+__global__ void __launch_bounds__(kRowThreads, kWideBlocks)
     wide_distillation_kernel(const __grid_constant__ Distillation d, int64_t first) {
   __shared__ Room room;
   __shared__ DistillationWork work;
