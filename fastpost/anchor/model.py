@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastpost.anchor.context import InContext, Teaching, teaching, without_context
 from fastpost.anchor.references import Frozen, Reference, check_weight
 from fastpost.errors import unknown
 from fastpost.ops.linear_distillation import DIVERGENCES, DistillationOptions, OutputLayer, distillation_loss_of
@@ -29,8 +30,8 @@ class AnchorOutput:
     """What one call of Anchor gives back.
 
     Attributes:
-        loss: scalar to call backward() on: task_loss + anchor_kl * divergence.
-        task_loss: the cross-entropy, weighted as asked, a detached scalar.
+        loss: scalar to call backward() on: ce_weight * task_loss + anchor_kl * divergence.
+        task_loss: the cross-entropy, its tokens weighted as asked, a detached scalar; 0 where ce_weight is 0.
         divergence: D(model, reference) before its weight, a detached scalar; 0 where there was no reference pass.
         logits: of the model, with their graph; None where the fused head never made them.
     """
@@ -44,7 +45,7 @@ class AnchorOutput:
 class Anchor:
     """Cross-entropy plus anchor_kl times a divergence from a reference, at the rows whose labels count.
 
-        L = sum over t of  c_t CE_t + anchor_kl D(p_t, q_t),  over the number of labels that count
+        L = sum over t of  ce_weight c_t CE_t + anchor_kl D(p_t, q_t),  over the number of labels that count
 
     q is the model's prediction, p the reference's, whose pass is made first, in eval mode and without a graph. c_t is 1, or
     under weighting="dft" the probability that the model gives the label, without a gradient (DFT, 2508.05629). DFT with
@@ -54,6 +55,8 @@ class Anchor:
         anchor(model, **batch).loss.backward()         # a model in training mode, a batch with labels
         optimizer.step()
         anchor.reference.update(model)                 # for an average
+
+    Self-distillation from a context is `Anchor(InContext(...), 1.0, ce_weight=0.0)`, on batches that `InContext` describes.
 
     Serves the models and batches that `fastpost.R3F` serves. In eval mode the loss is plain cross-entropy, and the reference
     is not run.
@@ -69,6 +72,7 @@ class Anchor:
             `linear_distillation_loss`.
         beta: of "js".
         weighting: "none" or "dft".
+        ce_weight: weight of the cross-entropy, >= 0; 0 leaves the divergence alone.
         label_smoothing: in [0, 1), of the cross-entropy in training, in torch's convention. With "dft" the probability
             weighs the smoothed cross-entropy.
         fused_linear: hidden states and head go into `linear_distillation_loss`. None: for each of the two models whose head
@@ -88,6 +92,7 @@ class Anchor:
         divergence: str = "forward_kl",
         beta: float = 0.5,
         weighting: str = "none",
+        ce_weight: float = 1.0,
         label_smoothing: float = 0.0,
         fused_linear: bool | None = None,
         shift_labels: bool | None = None,
@@ -100,7 +105,7 @@ class Anchor:
             raise TypeError(f"Anchor: reference must be a Reference, a module or None, not {type(reference).__name__}")
         self.reference = reference
         self.anchor_kl, self.divergence, self.beta, self.weighting = anchor_kl, divergence, beta, weighting
-        self.label_smoothing = label_smoothing
+        self.ce_weight, self.label_smoothing = ce_weight, label_smoothing
         self.fused_linear, self.shift_labels, self.ignore_index = fused_linear, shift_labels, ignore_index
         self.memory_budget = memory_budget
         self._check()
@@ -108,6 +113,7 @@ class Anchor:
     def _check(self) -> None:
         """Attributes may be changed between steps (schedules), so they are checked at every one."""
         check_weight("Anchor: anchor_kl", self.anchor_kl)
+        check_weight("Anchor: ce_weight", self.ce_weight)
         for name, valid in (("divergence", DIVERGENCES), ("weighting", WEIGHTINGS)):
             if getattr(self, name) not in valid:
                 raise unknown(name, getattr(self, name), valid)
@@ -115,6 +121,9 @@ class Anchor:
             raise ValueError(f"Anchor: beta must lie in (0, 1), not {self.beta}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"Anchor: label_smoothing must lie in [0, 1), not {self.label_smoothing}")
+        if not self.ce_weight and (not self.anchor_kl or self.label_smoothing or self.weighting != "none"):
+            what = "anchor_kl=0 leaves no loss" if not self.anchor_kl else "weighting and label_smoothing weigh nothing"
+            raise ValueError(f"Anchor: ce_weight=0 leaves the cross-entropy out, so {what}; leave one of them out")
         if self.anchor_kl and self.reference is None:
             raise ValueError(f"Anchor: anchor_kl={self.anchor_kl:g} needs a reference; give one, or anchor_kl=0")
 
@@ -125,7 +134,8 @@ class Anchor:
             model: called as `model(**batch)` without the labels.
             num_items: what both sums are divided by, instead of the labels of this batch that count (gradient accumulation;
                 transformers' `num_items_in_batch`, which is also taken from the batch).
-            batch: the model's inputs and `labels`, integers of shape (batch,) or (batch, time).
+            batch: the model's inputs and `labels`, integers of shape (batch,) or (batch, time); for a teacher in a context,
+                the fields that `InContext` describes.
 
         Raises:
             ValueError: labels that are missing, out of range or of the wrong shape; a reference with another vocabulary or
@@ -134,29 +144,40 @@ class Anchor:
         self._check()
         with named("Anchor"):
             root = unwrap(model)
-            labels, inputs, num_items = take_batch(root, batch, self.ignore_index, num_items)
+            own = without_context(batch) if isinstance(self.reference, InContext) else batch
+            labels, inputs, num_items = take_batch(root, own, self.ignore_index, num_items)
             training = bool(getattr(model, "training", True))
-            teacher = self._teacher(root, inputs) if training and self.anchor_kl else None
+            teacher, seen = self._teacher(root, inputs, labels, batch) if training and self.anchor_kl else (None, None)
             head = self._head(model, root, fused_head) if training else None
             stream = last_stream(model, root, head, _without_cache(root, inputs))
             labels = beside_virtual_tokens(root, labels, stream, self.ignore_index)
             check_rows(labels, stream, stream.shape[-1] if head is None else len(head.linear.weight), self.ignore_index)
+            labels = labels.to(stream.device)
             targets = align_labels(root, labels, stream, self.shift_labels, self.ignore_index)
+            if seen is not None and teacher is not None:
+                teacher = teacher._replace(hidden=seen.rows_for(teacher.hidden, stream, shifted=targets is not labels))
         weighting = "probability" if training and self.weighting == "dft" else "none"
         options = DistillationOptions(
-            self.divergence, self.beta, divergence_weight=self.anchor_kl, ce_weight=1.0, ce_weighting=weighting,
-            ignore_index=self.ignore_index, num_items=num_items, memory_budget=self.memory_budget,
+            self.divergence, self.beta, divergence_weight=self.anchor_kl, ce_weight=self.ce_weight if training else 1.0,
+            ce_weighting=weighting, ignore_index=self.ignore_index, num_items=num_items, memory_budget=self.memory_budget,
             label_smoothing=self.label_smoothing if training else 0.0,
         )  # fmt: skip
         loss, task, divergence = distillation_loss_of("Anchor", _output_layer(stream, head), teacher, targets, options)
         return AnchorOutput(loss, task, divergence, stream if head is None else None)
 
-    def _teacher(self, root: Any, inputs: dict[str, Any]) -> OutputLayer:
+    def _teacher(
+        self, root: Any, inputs: dict[str, Any], labels: Tensor, batch: dict[str, Any]
+    ) -> tuple[OutputLayer, Teaching | None]:
+        """The reference's stream and head, and of a teacher in a context what it has read."""
         assert self.reference is not None
         with self.reference.opened(root) as reference:
-            head = self._head(reference, unwrap(reference), lambda _, inner: find_head(inner))
             inner = unwrap(reference)
-            return _output_layer(last_stream(reference, inner, head, _without_cache(inner, inputs)), head)
+            head = self._head(reference, inner, lambda _, inner: find_head(inner))
+            seen = None
+            if isinstance(self.reference, InContext):
+                seen = teaching(root, inner, batch, inputs, labels, self.ignore_index)
+                inputs = seen.inputs
+            return _output_layer(last_stream(reference, inner, head, _without_cache(inner, inputs)), head), seen
 
     def _head(self, model: Any, root: Any, find: Any) -> Head | None:
         if self.fused_linear is False:

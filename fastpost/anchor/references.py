@@ -203,6 +203,19 @@ class AdaptersOff(Reference):
                     p.requires_grad_(trained)
 
 
+class Live(Reference):
+    """The model itself as it is now, in eval mode: for a teacher that reads more than the model does (`InContext`).
+
+    Between SAM's passes the model is w + e, and so is this. Without a context, and without dropout, its divergence is 0.
+    """
+
+    @contextlib.contextmanager
+    def opened(self, model: Any) -> Iterator[Any]:
+        """As the base says."""
+        with torch.no_grad(), evaluating(model):
+            yield model
+
+
 def _copied(root: nn.Module, shared: list[nn.Parameter]) -> nn.Module:
     """The model, sharing these weights, without gradients and with none wanted."""
     if any(is_sharded(p) for p in root.parameters()) or len({p.device for p in root.parameters()}) > 1:

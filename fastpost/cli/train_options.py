@@ -378,6 +378,12 @@ def _check(method: str, data: DataOptions, gap: GapOptions, values: Any, asked: 
                 f"--neftune_noise_alpha adds noise to the embeddings of both passes that --method {method} compares; choose "
                 "one of the two (--r3f_noise_scale neftune measures R3F's own noise as NEFTune does)"
             )
+        if "anchor" in PARTS[method] and values.anchor == "context":
+            raise ValueError(
+                "--anchor context: fastpost train joins texts and cuts them into blocks, of which none has a context of its "
+                "own; AnchorTrainer and AnchorSFTTrainer take examples with context_input_ids. Or take --anchor reference, "
+                "ema or lora_off"
+            )
         if values.label_names not in (None, ["labels"]):
             raise ValueError("--label_names: fastpost train makes the batches, and calls labels `labels`; leave it out")
         return

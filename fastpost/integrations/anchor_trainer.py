@@ -9,7 +9,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastpost.anchor import AdaptersOff, Anchor, Frozen, MovingAverage, Reference
+from fastpost.anchor import (
+    AdaptersOff,
+    Anchor,
+    ContextCollator,
+    Frozen,
+    InContext,
+    Live,
+    MovingAverage,
+    Reference,
+    without_context,
+)
+from fastpost.anchor.context import FIELDS
 from fastpost.integrations.mixin import PostTrainingMixin
 
 AVERAGE = "anchor_ema.safetensors"  # in each checkpoint
@@ -27,6 +38,10 @@ class AnchorTrainerMixin(PostTrainingMixin):
     where a run is resumed: give it the same start again. Weights that are frozen then (LoRA's base) are not copied. An
     average takes a step after each of the optimizer's and is saved in checkpoints; a resumed run goes on bit for bit.
 
+    Under anchor="context" training examples have `context_input_ids` (tokens in front of `input_ids`), or the teacher's
+    whole row, `teacher_input_ids` with `teacher_labels`, of any length; a `ContextCollator` is put around the trainer's
+    collator.
+
     At logging steps it logs `anchor/kl`, the divergence before its weight, and `anchor/task_loss`, averaged over the steps
     since the last time.
 
@@ -42,9 +57,11 @@ class AnchorTrainerMixin(PostTrainingMixin):
     """
 
     _method = "anchor"
+    _signature_columns: Any  # of the Trainer
+    data_collator: Any
     anchor: Anchor | None = None
     _anchor_reference: Reference | None = None
-    _anchor_taken: tuple[Any, str | None] = (None, None)  # the model that the reference was taken of, and its kind
+    _anchor_taken: tuple[Any, tuple[str, str] | None] = (None, None)  # the model that it was taken of, and its kind
     _anchor_sums: torch.Tensor | None = None
     _anchor_logged_at = 0
 
@@ -69,8 +86,8 @@ class AnchorTrainerMixin(PostTrainingMixin):
 
     def _check_anchor(self, name: str) -> None:
         options = self.post_training
-        if self._anchor_given is not None and options.anchor != "reference":
-            raise ValueError(f"{name}: anchor_model is the reference of anchor='reference', not of {options.anchor!r}")
+        if self._anchor_given is not None and options.held_to != "reference":
+            raise ValueError(f"{name}: anchor_model is the reference of anchor='reference', not of {options.held_to!r}")
         trained = {id(p) for p in self.model.parameters() if p.requires_grad} if self.model is not None else set()
         if self._anchor_given is not None and any(id(p) in trained for p in self._anchor_given.parameters()):
             raise ValueError(
@@ -109,10 +126,26 @@ class AnchorTrainerMixin(PostTrainingMixin):
                 f"{name}: sam_perturb='functional' perturbs in the layers' outputs, and a fused head has none; leave "
                 "anchor_fused_linear out, or take sam_perturb='stored'"
             )
-        if self._functional and options.anchor == "lora_off":
+        if self._functional and options.held_to == "lora_off":
             raise ValueError(
                 f"{name}: sam_perturb='functional' perturbs in layers that anchor='lora_off' runs as well; take "
                 "sam_perturb='stored', or anchor='reference'"
+            )
+        if "sam" in self._methods and options.held_to == "live":
+            raise ValueError(
+                f"{name}: between SAM's passes the model is w + e, and anchor_teacher='live' would teach from there; take "
+                "'ema', 'reference' or 'lora_off'"
+            )
+        if options.ce_weight == 0 and self.label_smoother is not None:
+            raise ValueError(
+                f"{name}: label_smoothing_factor={self.args.label_smoothing_factor} smooths the cross-entropy, which "
+                "anchor_ce=0 (the default of anchor='context') leaves out; leave one of the two out"
+            )
+        packs = [word for word in ("packing", "padding_free") if getattr(self.args, word, False)]
+        if packs and self._takes_contexts:
+            raise ValueError(
+                f"{name}: {packs[0]} puts several examples into a row, and a context stands in front of one; leave it off, "
+                "or take another anchor"
             )
         if "r3f" in self._methods and options.anchor_fused_linear:
             raise ValueError(f"{name}: R3F compares the logits of the anchor's pass; leave anchor_fused_linear out, or R3F")
@@ -126,12 +159,12 @@ class AnchorTrainerMixin(PostTrainingMixin):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if getattr(plugin, "fsdp_version", 2) == 1:
             raise ValueError(f"{name}: FSDP1 keeps weights in flat buffers of its own; use FSDP2 (version 2)")
-        if options.anchor_weight and options.anchor == "ema":
+        if options.anchor_weight and options.held_to == "ema":
             raise ValueError(
                 f"{name}: anchor='ema' averages whole weights, and under FSDP no rank has them; use 'lora_off', or "
                 "'reference' with anchor_model="
             )
-        if options.anchor_weight and options.anchor == "reference" and self._anchor_given is None:
+        if options.anchor_weight and options.held_to == "reference" and self._anchor_given is None:
             raise ValueError(
                 f"{name}: under FSDP the start is not whole on every rank, to be copied; pass the reference as "
                 "anchor_model=, or use 'lora_off'"
@@ -141,16 +174,30 @@ class AnchorTrainerMixin(PostTrainingMixin):
         options = self.post_training
         if not options.anchor_weight:
             return None
-        if options.anchor == "lora_off":
+        made = self._weights_to_hold_to(model, options.held_to)
+        return InContext(made) if options.anchor == "context" else made
+
+    def _weights_to_hold_to(self, model: nn.Module, kind: str) -> Reference:
+        if kind == "live":
+            return Live()
+        if kind == "lora_off":
             return AdaptersOff()
-        if options.anchor == "ema":
-            return MovingAverage(model, options.ema_decay)
+        if kind == "ema":
+            return MovingAverage(model, self.post_training.ema_decay)
         return Frozen.copy_of(model) if self._anchor_given is None else Frozen(self._anchor_given)
+
+    @property
+    def _average(self) -> MovingAverage | None:
+        """The average of the weights, where the run has one."""
+        held = self._anchor_reference
+        held = held.weights if isinstance(held, InContext) else held
+        return held if isinstance(held, MovingAverage) else None
 
     def _renew_reference(self, model: nn.Module) -> None:
         """Takes the reference where there is none yet of this model and kind."""
         options = self.post_training
-        wanted = (model, options.anchor if options.anchor_weight else None)
+        kind = (options.anchor, options.held_to) if options.anchor_weight else None
+        wanted = (model, kind)
         if self._anchor_taken[0] is not model or self._anchor_taken[1] != wanted[1]:
             self._anchor_reference, self._anchor_taken = self._take_reference(model), wanted
 
@@ -169,19 +216,47 @@ class AnchorTrainerMixin(PostTrainingMixin):
             options.anchor_weight,
             divergence=options.anchor_divergence,
             weighting="none" if options.sft_weighting == "none" else "dft",
+            ce_weight=options.ce_weight,
             label_smoothing=0.0 if self.label_smoother is None else self.args.label_smoothing_factor,
             fused_linear=fused,
         )
-        if isinstance(self._anchor_reference, MovingAverage):
-            self._anchor_reference.decay = options.ema_decay
+        if self._average is not None:
+            self._average.decay = options.ema_decay
+
+    # -- batches ------------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        """As the trainer's own; under anchor="context" with the contexts of the examples."""
+        if not self._takes_contexts:
+            return super().get_train_dataloader()
+        self._set_signature_columns_if_needed()
+        columns, collator = self._signature_columns, self.data_collator
+        # Only for these batches: what evaluates has no use for contexts, and the trainer drops them.
+        self._signature_columns, self.data_collator = [*columns, *FIELDS], ContextCollator(collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self._signature_columns, self.data_collator = columns, collator
+
+    @property
+    def _takes_contexts(self) -> bool:
+        options = self.post_training
+        return "anchor" in self._methods and options.anchor == "context" and options.anchor_weight > 0
+
+    def _own_inputs(self, inputs: Any) -> dict[str, Any]:
+        found = super()._own_inputs(inputs)
+        return without_context(found) if self._takes_contexts else found
+
+    # -- a step -------------------------------------------------------------------------------------------------------------
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **extra_args: Any
     ) -> Any:
         """The anchor's loss in training, the trainer's own in evaluation."""
         if "anchor" not in self._methods or not model.training:
+            own = self._own_inputs(inputs) if self._takes_contexts else inputs
             return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **extra_args
+                model, own, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **extra_args
             )
         assert self.anchor is not None
         items = num_items_in_batch if self.model_accepts_loss_kwargs else None
@@ -200,21 +275,21 @@ class AnchorTrainerMixin(PostTrainingMixin):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if isinstance(self._anchor_reference, MovingAverage) and self.args.should_save:
-            state = {name: t.contiguous() for name, t in self._anchor_reference.state_dict().items()}
+        if self._average is not None and self.args.should_save:
+            state = {name: t.contiguous() for name, t in self._average.state_dict().items()}
             save_file(state, str(Path(output_dir) / AVERAGE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not isinstance(self._anchor_reference, MovingAverage):
+        if checkpoint is None or self._average is None:
             return
         path = Path(checkpoint) / AVERAGE
         if not path.is_file():
             raise ValueError(
-                f"{checkpoint} holds no average of the weights ({AVERAGE}): it was saved without anchor='ema'; resume it as "
-                "it was made, or train from its weights anew"
+                f"{checkpoint} holds no average of the weights ({AVERAGE}): it was saved without one (anchor='ema'); resume "
+                "it as it was made, or train from its weights anew"
             )
-        self._anchor_reference.load_state_dict(load_file(str(path)))
+        self._average.load_state_dict(load_file(str(path)))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the anchor's lines to those of a logging step."""

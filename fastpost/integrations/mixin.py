@@ -31,7 +31,7 @@ _OF_SAM = (
     "sam_rounding",
     "sam_per_micro_batch",
 )
-_OF_ANCHOR = ("anchor", "anchor_divergence", "anchor_ema_decay", "sft_weighting")
+_OF_ANCHOR = ("anchor", "anchor_teacher", "anchor_divergence", "anchor_ema_decay", "sft_weighting")
 _OF_R3F = ("r3f_lambda", "r3f_eps", "noise_type", "r3f_relative", "r3f_spectral")
 
 
@@ -126,10 +126,8 @@ class PostTrainingMixin(Base):  # type: ignore[misc]
         if "r3f" in self._methods:
             shown |= {name: getattr(options, name) for name in _OF_R3F}
         if "anchor" in self._methods:
-            shown |= {
-                name: getattr(options, name) for name in ("anchor", "anchor_divergence", "anchor_ema_decay", "sft_weighting")
-            }
-            shown["anchor_kl"] = options.anchor_weight
+            shown |= {name: getattr(options, name) for name in _OF_ANCHOR}
+            shown |= {"anchor_kl": options.anchor_weight, "anchor_ce": options.ce_weight}
         return {"methods": sorted(self._methods), "world_size": self.args.world_size, "options": shown}
 
     def _on_train_begin(self) -> None:
@@ -149,6 +147,10 @@ class PostTrainingMixin(Base):  # type: ignore[misc]
     def _loss_owner(self) -> type:
         """The class whose `compute_loss` the trainer would use without the mixins."""
         return next(c for c in type(self).__mro__ if "compute_loss" in vars(c) and not issubclass(c, PostTrainingMixin))
+
+    def _own_inputs(self, inputs: Any) -> dict[str, Any]:
+        """A batch as the model takes it; a method that reads more of it takes that out here."""
+        return dict(inputs)
 
     def _has_router_loss(self) -> bool:
         config = getattr(self.model, "config", None)

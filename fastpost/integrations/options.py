@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastpost.errors import unknown
 from fastpost.integrations import contradictions, specs
+from fastpost.integrations.anchor_options import NUMBERS as ANCHOR_NUMBERS
 from fastpost.integrations.anchor_options import AnchorOptions, option, take_text_for_numbers
 from fastpost.integrations.masking import WithoutSecrets
 from fastpost.norm_stats import check_norm_stats
@@ -161,7 +162,7 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
         if self.method is not None and self.method not in METHODS:
             raise unknown("method", self.method, METHODS)
         take_text_for_numbers(self, "sam_rho", "sam_eta", "sam_ascent_fraction", "r3f_lambda", "r3f_eps")
-        take_text_for_numbers(self, "anchor_kl", "anchor_ema_decay")
+        take_text_for_numbers(self, *ANCHOR_NUMBERS)
         self.check()
         further = getattr(super(), "__post_init__", None)  # of the arguments that these are mixed into
         if further is not None:

@@ -212,7 +212,7 @@ class R3FTrainerMixin(PostTrainingMixin):
         said = getattr(self, "loss_is_scaled_for_ga", None)  # older trainers of transformers 5 do not ask
         scaled = items is not None if said is None else said
         divergence = self._divergence_beside if self._measures_only else self.r3f.noised_divergence
-        kl = divergence(model, logits_of(outputs), dict(inputs), items if scaled else None)
+        kl = divergence(model, logits_of(outputs), self._own_inputs(inputs), items if scaled else None)
         kl = kl * self._factor(items if scaled else None)
         steps = self.current_gradient_accumulation_steps
         if scaled and items is None:

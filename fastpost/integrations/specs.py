@@ -17,6 +17,13 @@ VARIANTS: dict[str, type] = {
     if isinstance(cls, type) and issubclass(cls, Variant) and cls is not Variant
 }
 RELATIVES: dict[str, type] = {name.lower(): getattr(relatives, name) for name in sorted(relatives.__all__, key=str.lower)}
+# Variants that a trainer's loop cannot serve, and what does.
+OF_LOOPS: dict[str, str] = {
+    "zerothordersam": "estimates its direction from losses, in a call before each step; in a loop of your own build "
+    "SAM(..., variant=ZerothOrderSAM()). A trainer's variant with one gradient is momentumsam",
+    "decoupledwsam": "steps beside the base optimizer, and a trainer steps its own; in a loop of your own build SAM(..., "
+    "variant=DecoupledWSAM()) and attach it. A trainer's form is wsam, which for SGD without momentum is the same",
+}
 OF_RELATIVES = ("embedding", "seed", "fused_linear")  # parameters that are options of R3F already
 
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -62,6 +69,8 @@ def build(option: str, text: str, classes: Mapping[str, type], **given: Any) -> 
     """
     name = name_in(text)
     _, colon, rest = text.partition(":")
+    if classes is VARIANTS and name in OF_LOOPS:
+        raise ValueError(f"{option}: {name} {OF_LOOPS[name]}")
     if name not in classes:
         raise unknown(option, name, classes)
     cls = classes[name]
