@@ -220,7 +220,7 @@ def test_help_all_groups_every_option_by_method() -> None:
         ("", "--method is needed: none, sam, sam_lm, asam, r3f, r4f, sam+r3f, sam+r4f, tram, anchor, "),
         ("--method anchor+sam", "write sam+anchor"),
         ("--method asam+anchor", "write --method sam+anchor --sam_adaptive True --sam_rho 0.5"),
-        ("--method anchor --anchor context --train_file {jsonl}", "cuts them into blocks, of which none has a context"),
+        ("--method anchor --anchor context", "cuts them into blocks, of which none has a context"),
         ("--method sam --anchor_kl 0.1", "--anchor_kl is an option of an anchor, which --method sam does not do"),
         ("--method r3f --sam_rho 0.1", "--sam_rho is an option of SAM, which --method r3f does not do"),
         ("--method sam --noise-type normal", "--noise_type is an option of R3F"),
