@@ -39,6 +39,7 @@ FAMILIES = (
     "linear",
     "gap",
     "trainer",
+    "anchor",
     "host_cost",
     "steps",
     "scaling",
