@@ -219,6 +219,7 @@ TABLES = {
     "features-distillation": lambda: table("distillation"),
     "features-regularisers": lambda: table("regularisers"),
     "features-unlearning": lambda: table("unlearning"),
+    "features-surgery": lambda: table("gradient surgery"),
     "features-absent": absent,
     "features-provenance": provenance,
 }

@@ -16,6 +16,8 @@ REGULARISERS = {
     "SMART": r"(?-i:SMART)",
     "FreeLB": r"freelb",
     "NEFTune": r"neftune",
+    "SymNoise": r"sym_?noise",
+    "HyPe": r"(?-i:HyPe(?!r))",
 }
 UNLEARNING = {
     "gradient ascent": r"(?:grad(?:ient)?_?)ascent|^ascent_loss",
@@ -27,10 +29,17 @@ UNLEARNING = {
     "SatImp": r"satimp",
     "UNDIAL": r"undial",
 }
+# fastpost has one window for all three; a GRU elsewhere is a recurrent layer.
+SURGERY = {
+    "PCGrad": r"pc_?grad|surgery_?window",
+    "GRU (rectified gradients)": r"gru_?(?:unlearn|rectif|project)|surgery_?window",
+    "SAGO": r"(?:^|_)sago|(?-i:SAGO)|surgery_?window",
+}
 FAMILIES = {
     "regularisers": (REGULARISERS, ("fastpost", "trl", "transformers", "liger_kernel", "pytorch_optimizer", "smart_pytorch",
                                     "fairseq")),
     "unlearning": (UNLEARNING, ("fastpost", "trl", "transformers", "open_unlearning")),
+    "gradient surgery": (SURGERY, ("fastpost", "pytorch_optimizer", "trl", "transformers", "open_unlearning")),
 }  # fmt: skip
 
 

@@ -45,9 +45,13 @@ def test_names_are_found_and_not_invented() -> None:
     for pattern, names, others in (
         ("R-Drop", ("RDrop", "linear_r_drop_loss"), ("r_dropout", "MaskFormerDropPath")),
         ("NPO", ("npo_loss", "NPOTrainer"), ("snapshot",)),
+        ("SymNoise", ("SymNoise", "sym_noise"), ("asymmetric_noise",)),
+        ("HyPe", ("HyPe",), ("HyperNet", "hyperparameters")),
+        ("GRU (rectified gradients)", ("SurgeryWindow",), ("GRU", "GRUCell")),
+        ("SAGO", ("SAGO", "sago_combine"), ("Massago",)),
         ("SMART", ("SMARTLoss",), ("autocast_smart_context_manager",)),
     ):
-        regex = {**features_names.REGULARISERS, **features_names.UNLEARNING}[pattern]
+        regex = {**features_names.REGULARISERS, **features_names.UNLEARNING, **features_names.SURGERY}[pattern]
         assert all(re.search(regex, name, re.IGNORECASE) for name in names), pattern
         assert not any(re.search(regex, name, re.IGNORECASE) for name in others), pattern
 
