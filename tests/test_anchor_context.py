@@ -248,13 +248,16 @@ def collate(examples: list[Any]) -> dict[str, Tensor]:
     return {name: t for name, t in made.items() if "context" not in name}
 
 
-def loop(model: Any, kind: str, rows: list[Any], steps: int, *, ce: float = 0.0, rho: float = 0.0) -> list[float]:
-    """Training by hand, 3 micro-batches a step; the divergence of each step."""
+def loop(
+    model: Any, kind: str, rows: list[Any], steps: int, *, ce: float = 0.0, rho: float = 0.0, batches: int = 3
+) -> list[float]:
+    """Training by hand, so many micro-batches a step; the divergence of each step."""
     teacher = {"live": model, "lora_off": tiny.build("llama", 0.0, torch.float64)}.get(kind) or copy.deepcopy(model)
     params, found = [p for p in model.parameters() if p.requires_grad], []
     full = len(params) == len(list(model.parameters()))
     opt = optimizer_of(model) if full else torch.optim.AdamW(params, lr=1e-2, weight_decay=0.05)
-    epoch = [rows[i : i + 3 * BATCH] for i in range(0, len(rows), 3 * BATCH)]
+    size = batches * BATCH
+    epoch = [rows[i : i + size] for i in range(0, len(rows), size)]
     for step in range(steps):
         window = epoch[step % len(epoch)]
 

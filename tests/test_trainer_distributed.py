@@ -20,7 +20,7 @@ from fastpost.integrations.r3f_trainer import RANK
 from fastpost.integrations.transformers import AnchorTrainer, DriftGuard, PostTrainer, R3FTrainer, SAMTrainer
 from fastpost.r3f.relatives import FreeLB
 
-from . import distributed, tiny
+from . import distributed, test_anchor_context, tiny
 from .by_hand import ascended, distance, largest_difference
 from .test_anchor import with_lora
 from .test_trainer_anchor import KL, loop
@@ -272,6 +272,16 @@ def anchored(kind: str) -> float:
     return distance(mine, hand)
 
 
+def in_context() -> float:
+    """A teacher that reads a context; each rank's batch has contexts of its own."""
+    mine, hand = (tiny.build("llama", 0.0, torch.float64) for _ in range(2))
+    data = test_anchor_context.texts(12)
+    options = test_anchor_context.options_of("ema", gradient_accumulation_steps=1)
+    trained(AnchorTrainer, mine, 4, **options, given={"data": data, "data_collator": test_anchor_context.collate})
+    test_anchor_context.loop(hand, "ema", data, 4, batches=2)
+    return distance(mine, hand)
+
+
 def fsdp2_anchor(kind: str) -> float:
     """A reference that is given whole, or a sharded model's own adapters off, through the fused head."""
     hand = with_lora("causal") if kind == "lora_off" else tiny.build("causal", 0.0, torch.float64)
@@ -295,6 +305,7 @@ CASES = {
     "tram": tram,
     "drift": drift,
     "anchor ema": partial(anchored, "ema"),
+    "anchor context": in_context,
     "anchor lora_off": partial(anchored, "lora_off"),
     "fsdp2": partial(fsdp2, 1.0),
     "fsdp2, a third": partial(fsdp2, 0.3),
