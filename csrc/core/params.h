@@ -109,15 +109,17 @@ FASTPOST_HD void adamw_update(const AdamWStep& step, float gradient, float& w, f
 }
 
 template <class T>
-struct SignBits;  // the element as an integer, and its sign bit
+struct SignBits;  // the element as an integer, with and without a sign of its own, and its sign bit
 template <>
 struct SignBits<float> {
   using type = uint32_t;
+  using number = int32_t;
   static constexpr uint32_t sign = 0x80000000u;
 };
 template <>
 struct SignBits<bf16> {
   using type = uint16_t;
+  using number = int16_t;
   static constexpr uint16_t sign = 0x8000u;
 };
 template <>
@@ -162,17 +164,24 @@ constexpr Code<T> kZero = kListed<T> + 2;  // w is +0, as of layers that start a
 template <class T>
 FASTPOST_HD typename SignBits<T>::type ordered(typename SignBits<T>::type bits) {
   using Bits = typename SignBits<T>::type;
-  const Bits negative = static_cast<Bits>(0u - static_cast<Bits>(bits >> (8 * sizeof(T) - 1)));
+  const Bits negative = static_cast<Bits>(static_cast<typename SignBits<T>::number>(bits) >> (8 * sizeof(T) - 1));
   return static_cast<Bits>(bits ^ (negative & static_cast<Bits>(~SignBits<T>::sign)));
+}
+
+// The distance, or kListed where it does not fit.
+template <class T>
+FASTPOST_HD Code<T> distance_code(typename SignBits<T>::type before, typename SignBits<T>::type after) {
+  using Bits = typename SignBits<T>::type;
+  const Bits distance = static_cast<Bits>(ordered<T>(after) - ordered<T>(before));
+  // Compared at the width of T: for a comparison of codes GCC converts to and fro.
+  constexpr Bits least = static_cast<Bits>(kZero<T> + 1), count = static_cast<Bits>((Bits{1} << (4 * sizeof(T))) - 3);
+  return static_cast<Code<T>>(static_cast<Bits>(distance - least) < count ? distance : static_cast<Bits>(kListed<T>));
 }
 
 template <class T>
 FASTPOST_HD Code<T> encoded(typename SignBits<T>::type before, typename SignBits<T>::type after) {
-  using Bits = typename SignBits<T>::type;
-  const Bits distance = static_cast<Bits>(ordered<T>(after) - ordered<T>(before));
-  const Code<T> code = static_cast<Code<T>>(distance);
-  const Code<T> other = before == 0 ? kZero<T> : kListed<T>;
-  return static_cast<Bits>(code) == distance && code > kZero<T> ? code : other;
+  const Code<T> code = distance_code<T>(before, after);
+  return code == kListed<T> && before == 0 ? kZero<T> : code;
 }
 
 // w; of what is listed or pending, `after` itself.

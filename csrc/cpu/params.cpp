@@ -173,11 +173,16 @@ void sam_decode(const Plan& plan, const CodeList& list, int threads) {
   constexpr int64_t kEntries = int64_t{1} << 12;  // per task
   with_dtype(plan.dtype(), [&](auto t) {
     using Bits = typename SignBits<decltype(t)>::type;
+    const auto place = [&](uint64_t word) {
+      const uint64_t where = word >> (8 * sizeof(Bits));
+      return reinterpret_cast<Bits*>(plan.at(kWeight, plan.chunks()[where >> 16])) + (where & 0xffffu);
+    };
     parallel_for((entries + kEntries - 1) / kEntries, worth(plan.elements(), threads), [&](int64_t task) {
-      for (int64_t i = task * kEntries; i < std::min(entries, (task + 1) * kEntries); ++i) {
-        const uint64_t word = list.words[1 + i], where = word >> (8 * sizeof(Bits));
-        const Chunk& chunk = plan.chunks()[where >> 16];
-        reinterpret_cast<Bits*>(plan.at(kWeight, chunk))[where & 0xffffu] = static_cast<Bits>(word);
+      const uint64_t* words = list.words + 1;
+      constexpr int64_t kAhead = 16;  // the list is in no order that a cache would guess
+      for (int64_t i = task * kEntries, end = std::min(entries, (task + 1) * kEntries); i < end; ++i) {
+        if (i + kAhead < end) __builtin_prefetch(place(words[i + kAhead]), 1);
+        *place(words[i]) = static_cast<Bits>(words[i]);
       }
     });
   });

@@ -115,10 +115,10 @@ void random_halves(uint64_t seed, uint64_t first, uint32_t stream, int64_t n, ui
     }
 }
 
-// from: the weights themselves, or their float masters.
-template <class T, class From, class Seen, bool adaptive, bool stochastic>
+// from: the weights themselves, or their float masters. held: where to keep the weights, if anywhere.
+template <class T, class From, class Seen, bool adaptive, bool stochastic, bool keep = false>
 void perturb_block(T* w, const From* from, const T* __restrict g, const uint16_t* __restrict halves, int64_t n,
-                   const PerturbLoop& how, double* sums) {
+                   const PerturbLoop& how, double* sums, T* __restrict held = nullptr) {
   constexpr bool cast = !__is_same(T, Seen);  // otherwise the forward sees what is stored
   const SplitScale scale{how.scale_high, how.scale_low};
   float intended = 0, stored = 0, dot = 0, seen = 0, seen_dot = 0;
@@ -126,12 +126,14 @@ void perturb_block(T* w, const From* from, const T* __restrict g, const uint16_t
 #pragma omp simd reduction(+ : intended, stored, dot, seen, seen_dot, changed)
   for (int64_t i = 0; i < n; ++i) {
     const float exact = to_float(from[i]);
-    const float before = to_float(from_float<T>(exact));
+    float before = exact;
+    if constexpr (!__is_same(T, From)) before = to_float(from_float<T>(exact));
     float e;
     if constexpr (adaptive)
       e = perturbation(to_float(g[i]), scale, exact, how.eta);
     else
       e = perturbation(to_float(g[i]), scale);
+    if constexpr (keep) memcpy(held + i, from + i, sizeof(T));
     // A T of its own, kept from here to there, would be a struct: GCC then leaves the loop scalar.
     if constexpr (stochastic)
       w[i] = round_randomly<T>(exact + e, halves[i]);
@@ -182,57 +184,93 @@ void perturb_chunk(T* w, const T* g, void* stash, int64_t n, uint64_t first, uin
   }
 }
 
-// Codes of n elements; returns how many have to be listed.
 template <class T>
-int32_t encode_block(const T* before, const T* after, Code<T>* codes, int64_t n) {
-  int32_t listed = 0;
-#pragma omp simd reduction(+ : listed)
-  for (int64_t i = 0; i < n; ++i) {
-    using Bits = typename SignBits<T>::type;
-    const Code<T> code = encoded<T>(reinterpret_cast<const Bits*>(before)[i], reinterpret_cast<const Bits*>(after)[i]);
-    codes[i] = code;
-    listed += static_cast<int32_t>(code == kListed<T>);
+void encode_block(const T* before, const T* after, Code<T>* __restrict codes, int64_t n) {
+  using Bits = typename SignBits<T>::type;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    codes[i] = distance_code<T>(reinterpret_cast<const Bits*>(before)[i], reinterpret_cast<const Bits*>(after)[i]);
+}
+
+// Which of 64 codes are `which`, a bit each.
+inline uint64_t places_of(const int8_t* codes, int8_t which) {
+  uint64_t places = 0;
+#if defined(__AVX512BW__)
+  places = _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(codes), _mm512_set1_epi8(which));
+#elif defined(__SSE2__)
+  for (int k = 0; k < 64; k += 16) {
+    const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + k));
+    const int found = _mm_movemask_epi8(_mm_cmpeq_epi8(some, _mm_set1_epi8(which)));
+    places |= static_cast<uint64_t>(static_cast<uint32_t>(found)) << k;
   }
-  return listed;
+#else
+  for (int k = 0; k < 64; ++k) places |= static_cast<uint64_t>(codes[k] == which) << k;
+#endif
+  return places;
+}
+
+inline uint64_t places_of(const int16_t* codes, int16_t which) {
+  uint64_t places = 0;
+#if defined(__AVX512BW__)
+  for (int k = 0; k < 64; k += 32)
+    places |= static_cast<uint64_t>(_mm512_cmpeq_epi16_mask(_mm512_loadu_si512(codes + k), _mm512_set1_epi16(which))) << k;
+#elif defined(__SSE2__)
+  for (int k = 0; k < 64; k += 16) {
+    const auto* some = reinterpret_cast<const __m128i*>(codes + k);
+    const __m128i sought = _mm_set1_epi16(which);
+    const __m128i low = _mm_cmpeq_epi16(_mm_loadu_si128(some), sought);
+    const int found = _mm_movemask_epi8(_mm_packs_epi16(low, _mm_cmpeq_epi16(_mm_loadu_si128(some + 1), sought)));
+    places |= static_cast<uint64_t>(static_cast<uint32_t>(found)) << k;
+  }
+#else
+  for (int k = 0; k < 64; ++k) places |= static_cast<uint64_t>(codes[k] == which) << k;
+#endif
+  return places;
+}
+
+// Calls body with each place whose code is `which`.
+template <class C, class F>
+inline void for_places(const C* codes, int64_t n, C which, F&& body) {
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64)
+    for (uint64_t places = places_of(codes + i, which); places != 0; places &= places - 1) body(i + __builtin_ctzll(places));
+  for (; i < n; ++i)
+    if (codes[i] == which) body(i);
+}
+
+// Gives weights that are +0 their own code; returns how many codes are still `which`.
+template <class T>
+int64_t code_zeros(const T* before, Code<T>* codes, int64_t n) {
+  int64_t wanted = 0;
+  for_places(codes, n, kListed<T>, [&](int64_t i) {
+    const bool zero = bits_of(before[i]) == 0;
+    codes[i] = zero ? kZero<T> : kListed<T>;
+    wanted += !zero;
+  });
+  return wanted;
 }
 
 // Lists the elements whose code is `which`, `wanted` of them; those that find no room are pending, and stay w.
 template <class T>
 void list_block(const T* before, T* after, Code<T>* codes, int64_t n, Code<T> which, int64_t wanted, int64_t chunk,
                 int64_t begin, const CodeList& list) {
-  using Bits = typename SignBits<T>::type;
+  if (wanted == 0) return;
   int64_t slot = static_cast<int64_t>(__atomic_fetch_add(list.words, static_cast<uint64_t>(wanted), __ATOMIC_RELAXED));
-  const auto put = [&](int64_t i) {
-    if (codes[i] != which) return;
+  for_places(codes, n, which, [&](int64_t i) {
     const bool fits = slot < list.capacity;
     codes[i] = fits ? kListed<T> : kPending<T>;
     if (fits)
-      list.words[1 + slot] = listed<T>(chunk, begin + i, reinterpret_cast<const Bits*>(before)[i]);
+      list.words[1 + slot] = listed<T>(chunk, begin + i, bits_of(before[i]));
     else
       after[i] = before[i];
     ++slot;
-  };
-  // Few are sought, so words of 64 bits are looked at, in which one of them shows as a lane of zeros.
-  using Lane = typename SignBits<bf16>::type;
-  constexpr int64_t lanes = sizeof(uint64_t) / sizeof(Code<T>);
-  constexpr uint64_t ones = sizeof(Code<T>) == 1 ? 0x0101010101010101u : 0x0001000100010001u;
-  constexpr uint64_t sought = ones * static_cast<Lane>(sizeof(Code<T>) == 1 ? 0x80u : 0x8000u);
-  const uint64_t pattern = sought + ones * static_cast<uint64_t>(which - kListed<T>);
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    uint64_t word;
-    memcpy(&word, codes + i, sizeof word);
-    word ^= pattern;
-    if (((word - ones) & ~word & sought) == 0) continue;
-    for (int64_t k = 0; k < lanes; ++k) put(i + k);
-  }
-  for (; i < n; ++i) put(i);
+  });
 }
 
 template <class T, class Seen, bool adaptive>
 void perturb_coded_chunk(T* w, const T* g, Code<T>* codes, int64_t n, uint64_t first, uint32_t stream, int64_t chunk,
                          const PerturbLoop& how, const CodeList& list, bool pending, double* sums) {
-  T after[kBlock];
+  T held[kBlock];
   Code<T> fresh[kBlock];
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t m = least(kBlock, n - i);
@@ -241,27 +279,25 @@ void perturb_coded_chunk(T* w, const T* g, Code<T>* codes, int64_t n, uint64_t f
       for (int64_t k = 0; k < m; ++k) waiting += codes[i + k] == kPending<T>;
       if (waiting == 0) continue;
     }
+    bool done = false;
     if constexpr (sizeof(T) == 2) {
       if (how.stochastic) {
         uint16_t halves[kBlock];
         random_halves(how.seed, first + i, stream, m, halves);
-        perturb_block<T, T, Seen, adaptive, true>(after, w + i, g + i, halves, m, how, sums);
-      } else {
-        perturb_block<T, T, Seen, adaptive, false>(after, w + i, g + i, nullptr, m, how, sums);
+        perturb_block<T, T, Seen, adaptive, true, true>(w + i, w + i, g + i, halves, m, how, sums, held);
+        done = true;
       }
-    } else {
-      perturb_block<T, T, Seen, adaptive, false>(after, w + i, g + i, nullptr, m, how, sums);
     }
+    if (!done) perturb_block<T, T, Seen, adaptive, false, true>(w + i, w + i, g + i, nullptr, m, how, sums, held);
     if (pending) {
       for (int64_t k = 0; k < m; ++k)
-        if (codes[i + k] != kPending<T>) after[k] = w[i + k];
-      list_block(w + i, after, codes + i, m, kPending<T>, waiting, chunk, i, list);
+        if (codes[i + k] != kPending<T>) w[i + k] = held[k];
+      list_block(held, w + i, codes + i, m, kPending<T>, waiting, chunk, i, list);
     } else {
-      const int32_t wanted = encode_block(w + i, after, fresh, m);
-      if (wanted != 0) list_block(w + i, after, fresh, m, kListed<T>, wanted, chunk, i, list);
+      encode_block(held, w + i, fresh, m);
+      list_block(held, w + i, fresh, m, kListed<T>, code_zeros(held, fresh, m), chunk, i, list);
       copy(codes + i, fresh, m * static_cast<int64_t>(sizeof(Code<T>)), how.stream);
     }
-    memcpy(w + i, after, m * sizeof(T));
   }
 }
 
