@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from fastpost.distributed import is_sharded
-from fastpost.ops.params import check_radius, check_real
+from fastpost.ops.params import check_radius
 from fastpost.ops.perturbed import noised_linear
+from fastpost.ops.scalars import check_real
 
 try:
     from peft import LoraConfig, PeftModel

@@ -7,14 +7,12 @@ and the loss, and gradients are summed over chunks before they are rounded.
 from __future__ import annotations
 
 import functools
-import math
-import numbers
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpost.distributed import is_sharded
+from fastpost.ops.scalars import POSITIVE, check_number
 
 _SLICE_BYTES = 1 << 25  # of what is held beside the operands: the weight in float32 on CPUs, parts of dW on GPUs
 
@@ -71,21 +69,7 @@ def check_head(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: {prefix}bias has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}")
     if softcap is not None:
-        check_number(op, f"{prefix}softcap", softcap)
-
-
-SMALLEST = 1e-30  # below it a logit divided by a number leaves float32
-
-
-def check_number(op: str, name: str, value: Any, least: float = SMALLEST) -> None:
-    """Refuses what is no finite number of at least so much, and a tensor that would be given no gradient."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise TypeError(f"{op}: {name} is a tensor that requires a gradient, and gets none: pass float({name})")
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
-        raise TypeError(f"{op}: {name} must be a number, not {value!r}")
-    number = float(value)
-    if not (math.isfinite(number) and number >= least):
-        raise ValueError(f"{op}: {name} must be finite and {'>= 0' if least == 0 else '> 0'}, not {value}")
+        check_number(op, f"{prefix}softcap", softcap, POSITIVE)
 
 
 def check_tensor(op: str, name: str, t: Tensor | None, sharded: str) -> None:

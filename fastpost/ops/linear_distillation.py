@@ -14,8 +14,9 @@ from fastpost.ops.chunks import distillation_row_bytes, fitting_rows
 from fastpost.ops.distillation_walk import Settings
 from fastpost.ops.divergence import check_bounded, check_finite
 from fastpost.ops.fused_loss import fused_loss
-from fastpost.ops.head import check_head, check_number, check_tensor, operand_dtype
+from fastpost.ops.head import check_head, check_tensor, operand_dtype
 from fastpost.ops.reductions import item_divisor, kl_weights, out_dtype, r3f_weights
+from fastpost.ops.scalars import POSITIVE, check_number
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "symmetric_kl", "js", "total_variation")
 GRADS = ("student", "both")
@@ -348,16 +349,16 @@ def check_options(op: str, options: DistillationOptions, labels: Tensor | None) 
         if given not in valid:
             raise unknown(name, given, valid)
     if options.divergence == "js":
-        check_number(op, "beta", options.beta, least=0)
+        check_number(op, "beta", options.beta)
     if options.divergence == "js" and not 0 < options.beta < 1:
         raise ValueError(
             f"{op}: beta must lie in (0, 1), not {options.beta}; what GKD calls 0 and 1 are divergence='forward_kl' and "
             "'reverse_kl'"
         )
-    check_number(op, "temperature", options.temperature)
+    check_number(op, "temperature", options.temperature, POSITIVE)
     for name, factor in (("divergence_weight", options.divergence_weight), ("ce_weight", options.ce_weight)):
-        check_number(op, name, factor, least=0)
-    check_number(op, "label_smoothing", options.label_smoothing, least=0)
+        check_number(op, name, factor)
+    check_number(op, "label_smoothing", options.label_smoothing)
     if options.label_smoothing >= 1:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1), not {options.label_smoothing}")
     if options.ce_weight and labels is None:

@@ -12,9 +12,10 @@ from fastpost.errors import unknown
 from fastpost.ops.chunks import chunk_rows
 from fastpost.ops.divergence import check_bounded, check_finite
 from fastpost.ops.fused_loss import fused_loss
-from fastpost.ops.head import check_head, check_number, check_tensor, operand_dtype
+from fastpost.ops.head import check_head, check_tensor, operand_dtype
 from fastpost.ops.linear_rows import ROW_KERNELS, Settings
 from fastpost.ops.reductions import R3FLoss, kl_weights, out_dtype, r3f_weights
+from fastpost.ops.scalars import POSITIVE, check_number
 
 GRADS = ("both", "noised", "clean")
 
@@ -31,7 +32,7 @@ def _check(
         raise ValueError(f"{op}: hidden is on {hidden.device}, {second} on {noised.device}")
     if hidden.shape != noised.shape:
         raise ValueError(f"{op}: hidden has shape {tuple(hidden.shape)}, {second} {tuple(noised.shape)}; they must agree")
-    check_number(op, "temperature", temperature)
+    check_number(op, "temperature", temperature, POSITIVE)
     if grad not in GRADS:
         raise unknown("grad", grad, GRADS)
 
@@ -271,7 +272,7 @@ def linear_r_drop_loss(
     """
     op = "linear_r_drop_loss"
     _check(op, hidden, second_hidden, weight, bias, softcap, temperature, "both", "second_hidden")
-    check_number(op, "alpha", alpha, least=0)
+    check_number(op, "alpha", alpha)
     weights = r3f_weights(
         op,
         hidden.shape[:-1],

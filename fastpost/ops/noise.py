@@ -11,8 +11,9 @@ from torch import Tensor
 from fastpost.dispatch import select, strict
 from fastpost.errors import unknown
 from fastpost.ops.autograd import Function, batched, one_by_one
-from fastpost.ops.params import check_number, seed_tensor
+from fastpost.ops.params import seed_tensor
 from fastpost.ops.registry import define
+from fastpost.ops.scalars import check_number
 
 NOISE_TYPES = ("uniform", "normal")
 

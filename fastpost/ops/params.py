@@ -8,7 +8,6 @@ by element in shape, dtype and device.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -24,6 +23,9 @@ from fastpost.ops.lists import make_buckets as make_buckets
 from fastpost.ops.lists import mark_modified as mark_modified
 from fastpost.ops.lists import plus as plus
 from fastpost.ops.lists import run as run
+from fastpost.ops.scalars import check_number as check_number
+from fastpost.ops.scalars import check_real as check_real
+from fastpost.ops.scalars import check_whole as check_whole
 from fastpost.plan import CHUNK, Bucket, dense
 
 NAMES_OF_SUMS = ("intended_sq", "stored_sq", "stored_dot", "seen_sq", "seen_dot", "changed")
@@ -189,27 +191,6 @@ def check_radius(op: str, rho: float, eta: float) -> None:
         return  # as nearly always, and the rest takes as long as a small kernel
     for name, value in (("rho", rho), ("eta", eta)):
         check_number(op, name, value)
-
-
-def check_real(op: str, name: str, value: object) -> None:
-    """Raises TypeError unless the value is a real number or a tensor of one."""
-    one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
-    if not one and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-        raise TypeError(f"{op}: {name} must be a number, not {value!r}")
-
-
-def check_whole(op: str, name: str, value: object) -> None:
-    """Raises TypeError unless the value is a whole number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{op}: {name} must be a whole number, not {value!r}")
-
-
-def check_number(op: str, name: str, value: object) -> None:
-    """Raises unless the value is a real number or a tensor of one (TypeError), finite and not negative (ValueError)."""
-    check_real(op, name, value)
-    number = float(value)  # type: ignore[arg-type]
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{op}: {name} must be finite and >= 0, not {number}")
 
 
 def squared_norm(grads: Sequence[Tensor], weights: Sequence[Tensor] | None = None, *, eta: float = 0.0) -> Tensor:

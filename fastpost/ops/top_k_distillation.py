@@ -13,7 +13,7 @@ from fastpost.errors import unknown
 from fastpost.ops.autograd import checks_values
 from fastpost.ops.chunks import distillation_row_bytes, fitting_rows, padded
 from fastpost.ops.fused_loss import fused_loss
-from fastpost.ops.head import Head, check_head, check_number, operand_dtype
+from fastpost.ops.head import Head, check_head, operand_dtype
 from fastpost.ops.linear_distillation import (
     SHARDED,
     DistillationLoss,
@@ -24,6 +24,7 @@ from fastpost.ops.linear_distillation import (
     loss_of,
 )
 from fastpost.ops.reductions import out_dtype
+from fastpost.ops.scalars import POSITIVE, check_number
 from fastpost.ops.top_k_rows import Settings
 
 
@@ -250,7 +251,7 @@ def linear_top_log_probs(
     """
     op = "linear_top_log_probs"
     check_head(op, hidden, weight, bias, softcap)
-    check_number(op, "temperature", temperature)
+    check_number(op, "temperature", temperature, POSITIVE)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= weight.shape[0]:
         raise ValueError(f"{op}: k must be a whole number from 1 to the {weight.shape[0]:,} classes, not {k!r}")
     dtype = operand_dtype(weight, hidden)

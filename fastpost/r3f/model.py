@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from fastpost.errors import unknown
 from fastpost.ops.divergence import r3f_loss, symmetric_kl
-from fastpost.ops.head import check_number
 from fastpost.ops.jensen_shannon import js_divergence
 from fastpost.ops.linear_divergence import linear_r3f_loss
 from fastpost.ops.noise import check_noise
-from fastpost.ops.params import check_real, check_whole, seed_tensor
+from fastpost.ops.params import seed_tensor
 from fastpost.ops.reductions import R3F_REDUCTIONS, item_divisor
+from fastpost.ops.scalars import POSITIVE, check_number, check_real, check_whole
 from fastpost.r3f.conventions import class_labels, give_decoder_inputs, per_item, summed_cross_entropy
 from fastpost.r3f.head import Head, fused_head
 from fastpost.r3f.noise import SCALES, unwrap
@@ -187,7 +187,7 @@ class R3F(Windowed):
             given = getattr(self, name)
             if given not in valid and not (name == "reduction" and given is None):
                 raise unknown(name, given, valid)
-        check_number("R3F", "memory_budget", self.memory_budget)
+        check_number("R3F", "memory_budget", self.memory_budget, POSITIVE)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"R3F: label_smoothing must be in [0, 1), not {self.label_smoothing}")
         if self.divergence == "js" and self.grad != "both":

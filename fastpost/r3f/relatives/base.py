@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastpost.errors import nearest, unknown
 from fastpost.ops.divergence import r3f_loss
 from fastpost.ops.noise import fresh_seed
-from fastpost.ops.params import check_number, check_whole, seed_tensor
+from fastpost.ops.params import seed_tensor
+from fastpost.ops.scalars import check_number, check_whole
 from fastpost.r3f.conventions import (
     accelerators,
     align_labels,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.ops.head import check_number
 from fastpost.ops.linear_divergence import linear_r_drop_loss
+from fastpost.ops.scalars import POSITIVE, check_number
 from fastpost.r3f.conventions import check_rows
 from fastpost.r3f.head import Head, fused_head, last_stream
 from fastpost.r3f.model import OPTIONS, R3FOutput
@@ -61,7 +61,7 @@ class RDrop(Method):
     def _check(self) -> None:
         self._at_least_zero("alpha")
         self._one_of("forward", FORWARDS)
-        check_number("RDrop", "memory_budget", self.memory_budget)
+        check_number("RDrop", "memory_budget", self.memory_budget, POSITIVE)
 
     def _train(self, call: Call) -> R3FOutput:
         head = self._head(call) if self.fused_linear else None
