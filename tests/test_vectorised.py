@@ -24,7 +24,15 @@ SOURCES = ("params", "noise", "divergence", "distillation")
 
 # The loops that carry an operation, and how many each function has: a loop that loses its mark is not passed over.
 HOT = {
-    "params": {"perturb_block": 1, "negate_of": 1, "scale_of": 1, "flip_signs_of": 2, "restore_adamw_of": 1},
+    "params": {
+        "perturb_block": 1,
+        "encode_block": 1,
+        "decode_of": 1,
+        "negate_of": 1,
+        "scale_of": 1,
+        "flip_signs_of": 2,
+        "restore_adamw_of": 1,
+    },
     "noise": {"draw": 4, "add_noise_to": 2},  # words, uniform, normal, interleaved; conversion, sum
     "divergence": {
         "extent_of": 1,
