@@ -292,13 +292,22 @@ std::vector<PyObject*> kept(const py::tuple& objects) {
 void bind_tensors(py::module_ m) {
   m.def(
       "attach",
-      [](py::object exchange, py::tuple plain, py::tuple observers, py::object grad_enabled, py::object increment_version,
-         py::object float64_tensor, py::object is_neg) {
+      [](py::object exchange, py::tuple plain, py::tuple observers, py::object grad_enabled, py::object set_grad_enabled,
+         py::object increment_version, py::object float64_tensor, py::object is_neg) {
         attach({exchange.release().ptr(), kept(plain), kept(observers), grad_enabled.release().ptr(),
-                increment_version.release().ptr(), float64_tensor.release().ptr(), is_neg.release().ptr()});
+                set_grad_enabled.release().ptr(), increment_version.release().ptr(), float64_tensor.release().ptr(),
+                is_neg.release().ptr()});
       },
-      py::arg("exchange"), py::arg("plain"), py::arg("observers"), py::arg("grad_enabled"), py::arg("increment_version"),
-      py::arg("float64_tensor"), py::arg("is_neg"));
+      py::arg("exchange"), py::arg("plain"), py::arg("observers"), py::arg("grad_enabled"), py::arg("set_grad_enabled"),
+      py::arg("increment_version"), py::arg("float64_tensor"), py::arg("is_neg"));
+  m.def(
+      "without_grad",
+      [](py::handle function, py::tuple arguments, py::dict keywords) {
+        PyObject* found = without_grad(function.ptr(), arguments.ptr(), keywords.ptr());
+        if (found == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(found);
+      },
+      py::arg("function"), py::arg("arguments"), py::arg("keywords"));
   m.def("needs_dispatcher", [](py::tuple arguments) { return needs_dispatcher(arguments.ptr()); }, py::arg("arguments"));
   py::class_<TensorLists>(m, "TensorLists")
       .def(py::init(

@@ -238,6 +238,24 @@ bool needs_dispatcher(PyObject* arguments) {
   return false;
 }
 
+PyObject* without_grad(PyObject* function, PyObject* arguments, PyObject* keywords) {
+  const bool recorded = recording();
+  if (recorded && !Ref(PyObject_CallOneArg(torch.set_grad_enabled, Py_False))) return nullptr;
+  PyObject* result = PyObject_Call(function, arguments, keywords);
+  if (!recorded) return result;
+  PyObject *type = nullptr, *value = nullptr, *trace = nullptr;
+  PyErr_Fetch(&type, &value, &trace);
+  if (Ref(PyObject_CallOneArg(torch.set_grad_enabled, Py_True))) {
+    PyErr_Restore(type, value, trace);
+    return result;
+  }
+  Py_XDECREF(type);
+  Py_XDECREF(value);
+  Py_XDECREF(trace);
+  Py_XDECREF(result);
+  return nullptr;
+}
+
 bool number(PyObject* object, double& value) {
   TensorLayout layout;
   if (table != nullptr && read(object, false, layout) && layout.dimensions == 0 && layout.dtype == key(kDouble) &&

@@ -43,6 +43,9 @@ class Ranks:
             dimensions, for all parameters; or a function of (name, parameter) that returns the one of each, several
             (outermost first), or None. The name is None where parameters have none.
 
+    Attributes:
+        others: whether a parameter that `know` has seen is cut over several ranks.
+
     Raises:
         ValueError: no process group is initialised, or this rank is outside of the group.
         TypeError: it is neither a process group nor a mesh nor a function.
@@ -56,6 +59,7 @@ class Ranks:
         self._known: tuple[Sharing, ...] = ()
         self._key: tuple[tuple[int, bool], ...] = ()
         self._everybodys: Sharing | None = None
+        self.others = False
         if norm_group is None:
             return
         if not active():
@@ -70,11 +74,6 @@ class Ranks:
     def named(self) -> bool:
         """Whether the caller has named ranks that hold other parameters."""
         return self._given is not None
-
-    @property
-    def others(self) -> bool:
-        """Whether a parameter that `know` has seen is cut over several ranks."""
-        return any(self._known)
 
     def know(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Learns who holds the parameters of these groups (an optimizer's).
@@ -97,6 +96,7 @@ class Ranks:
         # A stage that is frozen as a whole adds nothing to a sum, but other stages wait for it there.
         taking_part = (sharing if p.requires_grad else self.outer(p) for sharing, p in sharings)
         self._known = tuple(dict.fromkeys(filter(None, taking_part)))
+        self.others = bool(self._known)
         self._key = key
 
     def outer(self, p: Tensor) -> Sharing:

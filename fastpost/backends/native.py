@@ -71,6 +71,7 @@ def _attach(core: Any) -> None:
         plain=(torch.Tensor, torch.nn.Parameter),
         observers=observers,
         grad_enabled=torch.is_grad_enabled,
+        set_grad_enabled=torch._C._set_grad_enabled,
         increment_version=torch._C._increment_version,
         float64_tensor=functools.partial(torch.tensor, dtype=torch.float64),
         is_neg=torch.Tensor.is_neg,

@@ -91,7 +91,7 @@ def check_memory(op: str, name: str, tensors: Sequence[Tensor]) -> None:
 
 def mark_modified(tensors: Iterable[Tensor]) -> None:
     """Tells autograd that these tensors were written behind its back."""
-    torch.autograd.graph.increment_version(tensors if isinstance(tensors, list) else list(tensors))
+    torch._C._increment_version(tensors if isinstance(tensors, list) else list(tensors))
 
 
 # -- buckets --------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ kernels. Arguments have been checked by the functions in `fastpost.ops` that cal
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -25,6 +26,23 @@ def eager(args: tuple[Any, ...]) -> bool:
         args: tensors, lists of tensors and anything else.
     """
     return not is_dynamo_compiling() and native.failure() is None and not native.core().needs_dispatcher(args)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def without_grad(function: Function) -> Function:
+    """The function, called without autograd recording, as by `torch.no_grad()`, whose Python takes as long as several small
+    kernels. No interrupt can leave autograd off: the core turns it off and on again."""
+    through_torch = torch.no_grad()(function)
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling() or native.failure() is not None:
+            return through_torch(*args, **kwargs)
+        return native.core().without_grad(function, args, kwargs)
+
+    return cast("Function", called)
 
 
 class Operation:

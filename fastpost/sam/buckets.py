@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -60,19 +58,18 @@ class ShardReducer:
             parts: keys and scalars or vectors; maybe none.
             shape: of a part.
         """
-        if distributed.active():
-            sums: dict[Any, Tensor] = {}
-            for key, part in parts:
-                sums[key] = sums[key] + part.to(sums[key].device) if key in sums else part
-            return self._ranks.sum(sums, shape)
-        found = [part for _, part in parts]
-        return functools.reduce(ops.plus, found) if found else torch.zeros(shape, dtype=torch.float64)
+        sums: dict[Any, Tensor] = {}
+        for key, part in parts:
+            sums[key] = ops.plus(sums.get(key), part)
+        if len(sums) == 1 and () in sums and not self._ranks.others:
+            return sums[()]
+        return self._ranks.sum(sums, shape)
 
     def total_and_count(
         self, parts: Sequence[tuple[Hashable, Tensor]], counts: Sequence[int], length: int
     ) -> tuple[Tensor, int | Tensor]:
         """`total` of vectors of this length, and of the counts that come with them, in the same reductions."""
-        if not self.others:
+        if not self._ranks.others:
             return self.total(parts, (length,)), sum(counts)
         longer = [(key, torch.cat([part, part.new_full((1,), n)])) for (key, part), n in zip(parts, counts, strict=True)]
         found = self.total(longer, (length + 1,))
@@ -116,11 +113,6 @@ class ShardReducer:
                             "served: untie it"
                         )
         self._apart = True
-
-    def mark_modified(self, params: Iterable[Tensor]) -> None:
-        """Called after weights were written in place, by perturbing or restoring."""
-        if distributed.active():
-            distributed.reshard(params)
 
 
 def check_sharding(params: Iterable[Tensor], sync_ascent: bool | None) -> None:
@@ -383,12 +375,10 @@ class BucketCache:
         self._buckets: list[ParameterBucket] = []
         self._selection: ops.Selection | None = None  # where every gradient is a parameter's own
 
-    @contextlib.contextmanager
-    def of(
+    def take(
         self, groups: list[dict[str, Any]], scope: set[int] | None, gradient: Gradient | None = None
-    ) -> Iterator[list[ParameterBucket]]:
-        """Buckets of the tensors in scope (ids, or None for all), pointing at their gradients inside of the block. After it
-        they hold none: what the caller drops between two passes must be free for the second.
+    ) -> list[ParameterBucket]:
+        """Buckets of the tensors in scope, pointing at their gradients until `release`, whatever comes in between.
 
         Args:
             groups: parameter groups.
@@ -398,15 +388,18 @@ class BucketCache:
         Raises:
             TypeError, ValueError: a tensor cannot be perturbed. Nothing has been written.
         """
-        try:
-            if gradient is not None or not self._taken(groups, scope):
-                self._take(groups, scope, gradient)
-            if any(b.moved for b in self._buckets):
+        if gradient is not None or not self._taken(groups, scope):
+            self._take(groups, scope, gradient)
+        for b in self._buckets:
+            if b.moved:
                 self._check_written([w for b in self._buckets for w in b.bucket.weights])
-            yield self._buckets
-        finally:
-            for b in self._buckets:
-                b.bucket.release_gradients()
+                break
+        return self._buckets
+
+    def release(self) -> None:
+        """The buckets hold no gradients: what the caller drops between two passes must be free for the second."""
+        for b in self._buckets:
+            b.bucket.release_gradients()
 
     @property
     def stash_bytes(self) -> int:
@@ -414,17 +407,18 @@ class BucketCache:
         return sum(b.stash_bytes for b in self._buckets)
 
     def hold(self, groups: list[dict[str, Any]]) -> bool:
-        """Whether these groups are known to hold the very parameters that they held when `of` was entered last."""
+        """Whether these groups are known to hold the very parameters that they held when `take` was called last."""
         return self._selection is not None and self._selection.same_tensors(_params(groups, None))
 
     def _taken(self, groups: list[dict[str, Any]], scope: set[int] | None) -> bool:
         """Whether the buckets are those of the step before and have taken the parameters' gradients, all in a few calls."""
         if self._selection is None or not self._selection.same(_params(groups, scope)):
             return False
-        if all(b.take_gradients() for b in self._buckets):
-            return True
-        self._forget()  # some have followed weights that moved, and would not say so again
-        return False
+        for b in self._buckets:
+            if not b.take_gradients():
+                self._forget()  # some have followed weights that moved, and would not say so again
+                return False
+        return True
 
     def _forget(self) -> None:
         self._key, self._buckets = (), []
@@ -503,5 +497,5 @@ def _check_served(weights: list[Tensor], grads: list[Tensor]) -> None:
 
 def total_squared_norm(buckets: Sequence[ParameterBucket], etas: Sequence[float | None], reducer: ShardReducer) -> Tensor:
     """Squared norm of all gradients, scaled by abs(w) + eta where there is an eta, over all ranks: a float64 scalar."""
-    norms = [ops.run("squared_norm", b.bucket, eta) for b, eta in zip(buckets, etas, strict=True)]
-    return reducer.total(zip((b.key for b in buckets), norms, strict=True))
+    norms = [(b.key, ops.run("squared_norm", b.bucket, eta)) for b, eta in zip(buckets, etas, strict=True)]
+    return reducer.total(norms)

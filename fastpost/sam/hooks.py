@@ -69,6 +69,7 @@ class OverflowGuard:
         self._reducer = reducer
         self._verdicts = torch.zeros((), device="cpu"), torch.ones((), device="cpu")  # never written
         self._norm: Tensor | None = None
+        self._finite: Tensor | None = None  # a norm that has been looked at; reading takes as long as a small kernel
         self._hooks = ParameterHooks()
 
     def arm(self, norm: Tensor | None, params: Callable[[], list[list[Tensor]]]) -> None:
@@ -78,8 +79,8 @@ class OverflowGuard:
             norm: squared norm of the ascent gradients; None where there was no ascent.
             params: returns lists of those that may get a second gradient.
         """
-        if norm is None or (is_on_cpu(norm) and math.isfinite(norm)):
-            self._norm = None
+        if norm is None or norm is self._finite or (is_on_cpu(norm) and math.isfinite(norm)):
+            self._norm, self._finite = None, norm
             return
         self._norm = norm
         self._hook(params())
@@ -129,32 +130,31 @@ class OverflowGuard:
         bad = self._verdict(norm)
         if found_inf is not None:
             return self._reducer.agree(torch.maximum(found_inf.float(), bad.to(found_inf.device)))
-        several = distributed.active()
-        if several:
-            gradients = [g for p in params if (g := distributed.local_gradient(p)) is not None]
-        else:
-            gradients = ops.gradients_of(params)
+        gradients = ops.gradients_of(params)
         if gradients:
-            second = self._look_at(gradients)
+            second = self._look_at(gradients, params)
             finite = norm is None or bad is self._verdicts[0]
             bad = second if finite else torch.maximum(bad.to(second.device), second)
         return self._reducer.agree(bad)
 
     def _verdict(self, value: Tensor | None) -> Tensor:
         """1.0 where a real scalar is not finite, else 0.0: float32, on its device."""
-        if value is None or is_on_cpu(value):
-            return self._verdicts[value is not None and not math.isfinite(value)]
+        if value is None or value is self._finite:
+            return self._verdicts[0]
+        if is_on_cpu(value):
+            return self._verdicts[not math.isfinite(value)]
         return (~torch.isfinite(value)).float()
 
-    @torch.no_grad()
-    def _look_at(self, gradients: list[Tensor]) -> Tensor:
-        """1.0 where an element of one of them is not finite, else 0.0: float32, on the first one's device."""
-        plain = set(map(type, gradients)) == {Tensor}
+    @ops.without_grad
+    def _look_at(self, gradients: list[Tensor], params: list[Tensor]) -> Tensor:
+        """1.0 where an element of one of these parameters' gradients is not finite, else 0.0: float32, on the first one's
+        device."""
         try:
-            if plain:
+            if set(map(type, gradients)) == {Tensor}:
                 return self._verdict(ops.squared_norm(gradients))
         except (TypeError, ValueError):  # some are sparse, complex or without data
             pass
+        gradients = [g for p in params if (g := distributed.local_gradient(p)) is not None]
         served = [g for g in gradients if _is_served(g)]
         found = [self._verdict(ops.squared_norm(served))] if served else []
         found += [(~is_finite(g)).float() for g in gradients if not _is_served(g)]

@@ -208,7 +208,7 @@ class SAM(Wrapper):
         self._early = EarlyRewriting(self._rewrites_arrivals, self._gradients, self._combine)
         self._backward_norm = BackwardNorm(self._reducer) if self.norm == "backward" else None
         self._watch()
-        self._await_ascent(self.ascends)
+        self.await_ascent(True)
 
     @classmethod
     def lm(cls, params: Any, base_optimizer: Any, **kwargs: Any) -> SAM:
@@ -217,7 +217,7 @@ class SAM(Wrapper):
 
     # -- the two passes -----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @ops.without_grad
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturbs the weights by the gradients present: w is kept aside, w + e takes its place.
 
@@ -235,7 +235,7 @@ class SAM(Wrapper):
             if self.ascends:
                 self._perturb()
             self._step.phase = Phase.PERTURBED
-            self._await_ascent(False)
+            self.await_ascent(False)
             if self._norm_stats is not None and self.variant.ascent_pass:
                 self._norm_stats.keep()
             if zero_grad:
@@ -439,7 +439,8 @@ class SAM(Wrapper):
     def await_ascent(self, comes: bool) -> None:
         """For windows: whether the backward pass that comes next is the last one before an ascent. With norm="backward"
         others need not be summed up; it changes nothing else."""
-        self._await_ascent(comes and self.ascends)
+        if self._backward_norm is not None:
+            self._backward_norm.begin(comes and self.ascends)
 
     def set_model(self, model: nn.Module) -> None:
         """Gives SAM the model whose running statistics second passes leave alone; does nothing where it has one already."""
@@ -539,7 +540,7 @@ class SAM(Wrapper):
 
     def _lists(self) -> list[list[Tensor]]:
         """The same, a list for each group."""
-        return [group["params"] for group in self._model_groups()]
+        return [group["params"] for group in self._perturbation.groups(self._groups())]
 
     def _model_groups(self) -> list[dict[str, Any]]:
         """The groups with the tensors that the model computes with, which masters are not."""
@@ -571,7 +572,7 @@ class SAM(Wrapper):
         self._step = step
         self._early.forget()
         self._guard.disarm()
-        self._await_ascent(self.ascends)
+        self.await_ascent(True)
         self.cycle += 1
 
     def _put_back(self, convert: bool) -> None:
@@ -609,16 +610,19 @@ class SAM(Wrapper):
     # -- the ascent ---------------------------------------------------------------------------------------------------
 
     def _perturb(self) -> None:
-        for group in self._groups():  # schedules and loaded states write there
+        owned = self._groups()
+        for group in owned:  # schedules and loaded states write there
             check_group(group)
-        variant, step, groups = self.variant, self._step, self._model_groups()
+        variant, step, groups = self.variant, self._step, self._perturbation.groups(owned)
+        number: int = owned[0]["sam_steps"]
         if self._backward_norm is not None:
             refuse_groups(groups)
         self._reducer.know(groups)
         step.tensors = sum(len(group["params"]) for group in groups)
         gradient = self._direction() if variant.overrides("direction") else None
-        self._scope.begin(self._groups()[0]["sam_steps"])
-        with self._ascent_buckets.of(groups, self._scope.ids(groups), gradient) as buckets:
+        self._scope.begin(number)
+        try:
+            buckets = self._ascent_buckets.take(groups, self._scope.ids(groups), gradient)
             if not buckets and not self._reducer.others:
                 self._refuse_no_gradient()
                 return
@@ -634,7 +638,7 @@ class SAM(Wrapper):
             norms = self._norms(buckets, settings)
             if variant.keeps_gradient:
                 step.clean = {p: g.clone() for p, g in self._gradients().items()}
-            self._perturbation.number = self._groups()[0]["sam_steps"] * 2**20 + step.ascents
+            self._perturbation.number = number * 2**20 + step.ascents
             step.ascents += 1
             done = self._perturbation.apply(buckets, settings, norms.squared)
             if norms.are_stale(done.sums):
@@ -647,6 +651,8 @@ class SAM(Wrapper):
             step.sums = self._last_sums = done
             step.add_norm(norms.judged(done.sums))
             self._guard.arm(step.squared_norm, self._lists)
+        finally:
+            self._ascent_buckets.release()
 
     def _norms(self, buckets: Sequence[ParameterBucket], settings: Sequence[PerturbParams], anew: bool = False) -> Norms:
         """The norm of the ascent's gradients; `anew`: whatever backward has summed up."""
@@ -701,10 +707,6 @@ class SAM(Wrapper):
             self._backward_norm.watch([[p for p in part if ids is None or id(p) in ids] for part in self._lists()])
         if self.variant.rewrites and self.variant.overrides("descend", "between"):
             self._early.watch(self._lists())
-
-    def _await_ascent(self, comes: bool) -> None:
-        if self._backward_norm is not None:
-            self._backward_norm.begin(comes)
 
     def _rewrites_arrivals(self) -> bool:
         """Whether gradients that arrive now are this step's last and not a window's, which knows its end itself."""

@@ -117,14 +117,13 @@ def step_bases(bases: Sequence[Optimizer], scale: Tensor | None, found_inf: Tens
     """
     if found_inf is None:
         for base in bases:
-            base.step()
+            step_alone(base)
         return 0
-    takes_it = all(getattr(base, "_step_supports_amp_scaling", False) for base in bases)
-    if not found_inf.is_cpu and takes_it:
+    if not found_inf.is_cpu and all(getattr(base, "_step_supports_amp_scaling", False) for base in bases):
         for base in cast("list[Any]", bases):
             base.grad_scale, base.found_inf = scale, found_inf
             try:
-                base.step()
+                step_alone(base)
             finally:
                 del base.grad_scale, base.found_inf
         return found_inf.sum()
@@ -139,26 +138,42 @@ def step_bases(bases: Sequence[Optimizer], scale: Tensor | None, found_inf: Tens
         if scale is not None:
             grads = [local(p.grad) for group in base.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_div_(grads, scale)
-        base.step()
+        step_alone(base)
     return 0
 
 
+# torch wraps the step of every class of optimizers, with hooks and a range for profilers, which takes as long as several
+# small kernels. Where nobody listens the wrapped function is called at once.
+
 Step = TypeVar("Step", bound=Callable[..., Any])
+_WRAPPED_BY_TORCH = Optimizer.profile_hook_step(lambda: None).__code__
+
+
+def listened(optimizer: Any) -> bool:
+    """Whether somebody listens to this optimizer's steps: hooks of its own or of all optimizers, a profiler."""
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or profiler_enabled())
 
 
 def hooked(step: Step) -> Step:
-    """`step` as torch wraps that of every optimizer, with hooks and a range for profilers; called at once where nobody
-    listens, since the range takes as long as several small kernels and the base optimizer's step has its own."""
+    """`step` as torch wraps that of every optimizer."""
     through_torch = Optimizer.profile_hook_step(step)
 
     @functools.wraps(step)
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        listened = own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or profiler_enabled()
-        return (through_torch if listened else step)(self, *args, **kwargs)
+        return (through_torch if listened(self) else step)(self, *args, **kwargs)
 
     called.hooked = True  # type: ignore[attr-defined]  # torch wraps it no more
     return cast("Step", called)
+
+
+def step_alone(base: Optimizer) -> None:
+    """`base.step()`; what others have put around it, on the object or in its class, is called as well."""
+    step: Any = type(base).step
+    if "step" in vars(base) or getattr(step, "__code__", None) is not _WRAPPED_BY_TORCH or listened(base):
+        base.step()
+    else:
+        step.__wrapped__(base)
 
 
 class Wrapper(Optimizer):

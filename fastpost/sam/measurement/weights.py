@@ -142,5 +142,9 @@ class Weights:
                 found[p] = z if self.eta is None else z.mul_(w.abs().add_(self.eta))
             return found, float(self._reducer.total(parts))
 
-    def _buckets(self, direction: Gradients) -> contextlib.AbstractContextManager[list[ParameterBucket]]:
-        return self._cache.of(self._groups, self._ids, direction.get)
+    @contextlib.contextmanager
+    def _buckets(self, direction: Gradients) -> Iterator[list[ParameterBucket]]:
+        try:
+            yield self._cache.take(self._groups, self._ids, direction.get)
+        finally:
+            self._cache.release()

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastpost.ops import params as ops
 from fastpost.ops.perturbed import plus_small, product
 from fastpost.sam.buckets import ParameterBucket, ShardReducer
 from fastpost.sam.perturbation.stored import Perturbation, PerturbParams
@@ -287,7 +286,7 @@ class FunctionalPerturbation(Perturbation):
                 "logits, leave the weight out with scope=, or use perturb='stored'"
             )
 
-    def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
+    def _prepare(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Iterable[Any]:
         # float16 ends at 65,504, which a product with elements of about 1 may reach.
         room_above = 5 if setting.compute_dtype == torch.float16 else 0
         factor = 2.0 ** (round(math.log2(abs(setting.rho) / self._unit)) + room_above) if setting.rho else 1.0
@@ -299,7 +298,10 @@ class FunctionalPerturbation(Perturbation):
                 u = self._room[id(p)] = torch.empty_like(w, dtype=dtype, requires_grad=False)
             room.append(u)
             self._directions[id(p)] = (u, factor)
-        return ops.run("sam_direction_", b.bucket, room, squared, setting.rho, setting.eta, factor)
+        return ("sam_direction_", room, squared, setting.rho, setting.eta, factor)
+
+    def _is_written(self, b: ParameterBucket) -> None:
+        """No weight is."""
 
     def undo(self, convert: bool = False) -> None:
         """The layers compute at w again. No weight was written, so whatever has become of the weights is right."""

@@ -196,11 +196,9 @@ class MasterPerturbation(Perturbation):
             self._refuse_misfit(p)
         return super().apply(buckets, settings, squared)
 
-    def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
+    def _prepare(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Iterable[Any]:
         self._point(b)
-        sums = ops.run("sam_perturb_masters_", b.bucket, squared, *setting)
-        ops.mark_modified(b.bucket.weights)
-        return sums
+        return ("sam_perturb_masters_", squared, *setting)
 
     def undo(self, convert: bool = False) -> None:
         super().undo(convert)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastpost import distributed
 from fastpost.ops import params as ops
 from fastpost.sam.buckets import Change, Changes, ParameterBucket, ShardReducer, changes, put, refuse_changes
 from fastpost.sam.perturbation.stash import Stash
@@ -80,7 +81,9 @@ class Perturbation:
             for b, setting in zip(buckets, settings, strict=True):
                 b.bucket.stashed = False
                 self._noted.append(b)
-                parts.append((b.key, self.write(b, setting, squared.to(b.bucket.device))))
+                operation, *arguments = self._prepare(b, setting, squared.to(b.bucket.device))
+                parts.append((b.key, ops.run(operation, b.bucket, *arguments)))
+                self._is_written(b)
         except BaseException:  # a later bucket failed: the earlier ones must not stay perturbed
             self.undo()
             raise
@@ -105,7 +108,7 @@ class Perturbation:
             return
         written = list(filter(self.writes, self._noted))
         found = self._changes(written)
-        if not convert:
+        if not convert and any(found):
             refuse_changes(written, found)
         lost = 0
         for b, changed in zip(written, found, strict=True):
@@ -165,24 +168,22 @@ class Perturbation:
         self._noted = []
 
     def _wrote(self, buckets: Sequence[ParameterBucket]) -> None:
-        self._reducer.mark_modified(p for b in buckets for p in b.params)
+        sharded = [p for b in buckets if b.sharded for p in b.params]
+        if sharded:
+            distributed.reshard(sharded)
         torch.clear_autocast_cache()  # or an enclosing autocast region would go on with its casts of the old weights
 
-    def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
-        """Perturbs one bucket and returns its six sums."""
-        sums = ops.run(self._operation(b), b.bucket, squared, *setting)
-        self._is_written(b)
-        return sums
-
-    def _operation(self, b: ParameterBucket) -> str:
+    def _prepare(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Iterable[Any]:
+        """Makes ready to perturb one bucket; returns the operation's name and its arguments. It returns the six sums."""
         assert self.stash is not None
         self.stash.make_ready(b)
-        return self.stash.operations(b.bucket)[0]
+        return (self.stash.operations(b.bucket)[0], squared, *setting)
 
     def _is_written(self, b: ParameterBucket) -> None:
+        """The operation has perturbed a bucket."""
         ops.mark_modified(b.bucket.weights)
-        assert self.stash is not None
-        self.stash.note(b)
+        if self.stash is not None:
+            self.stash.note(b)
 
     def writes(self, b: ParameterBucket) -> bool:
         """Whether weights of this noted bucket may have been written, so that w has to be put back."""
@@ -221,10 +222,7 @@ class StochasticPerturbation(Perturbation):
         if not any(p.dtype.itemsize == 2 for p in params):
             raise ValueError("SAM: rounding='stochastic' is for 16-bit weights, and none is perturbed here")
 
-    def write(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Tensor:
+    def _prepare(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Iterable[Any]:
         # Replicas draw the same numbers, or they would part; the shards of a tensor draw numbers of their own.
         key = self._seed + self.number * 0x9E3779B97F4A7C15 + self._reducer.part_number(b.params[0]) * 0xD1B54A32D192ED03
-        seed = ops.seed_tensor(key % 2**64, b.bucket.device)
-        sums = ops.run(self._operation(b), b.bucket, squared, *setting, seed)
-        self._is_written(b)
-        return sums
+        return (*super()._prepare(b, setting, squared), ops.seed_tensor(key % 2**64, b.bucket.device))
