@@ -54,7 +54,71 @@ double value_of(py::handle object) {
   return value;
 }
 
+// Asks torch only where more than one would be used.
+int threads_of(const Plan& plan) {
+  if (plan.elements() < kWorthThreads) return 1;
+  const int threads = num_threads();
+  if (threads < 1) throw py::error_already_set();
+  return threads;
+}
+
+DType dtype_of(const Plan& plan, py::handle dtype) {
+  DType found = plan.dtype();
+  if (!dtype.is_none() && !dtype_named(dtype.ptr(), found)) throw py::error_already_set();
+  return found;
+}
+
+// Operations on a list of one bucket as torch.ops.fastpost has them: a plan, and the arguments behind the schema's lists. An
+// eager call comes here with nothing of Python in between.
+void bind_cpu_lists(py::module_ lists) {
+  lists.def("squared_norm", [](const Plan& plan, double eta) {
+    const int threads = threads_of(plan);
+    return as_tensor(plan, [&] { return cpu::squared_norm(plan, plan.has(kWeight), eta, threads); });
+  });
+  lists.def("sam_perturb_", [](const Plan& plan, py::handle squared_norm, double rho, bool adaptive, double eta,
+                               py::handle compute_dtype, py::handle seed) {
+    const Perturbation how{rho, adaptive, eta, dtype_of(plan, compute_dtype)};
+    const double squared = value_of(squared_norm);
+    const bool random = !seed.is_none();
+    uint64_t key = 0;
+    if (random && !whole_number(seed.ptr(), key)) throw py::error_already_set();
+    const int threads = threads_of(plan);
+    return as_tensor(plan, [&] { return cpu::sam_perturb(plan, how, squared, random ? &key : nullptr, threads); });
+  });
+  lists.def("sam_restore_", [](const Plan& plan) {
+    const int threads = threads_of(plan);
+    released(plan, [&] { cpu::sam_restore(plan, threads); });
+  });
+}
+
+// A divergence of two streams of plain tensors on the CPU, reduced as symmetric_kl and js_divergence reduce it: a float32
+// scalar. None where autograd would record the call or the core cannot say, and then nothing was done.
+py::object kl_loss(bool jensen_shannon, py::handle clean, py::handle noised, py::handle mask, py::handle reduction) {
+  const auto is = [&](const char* name) { return PyUnicode_CompareWithASCIIString(reduction.ptr(), name) == 0; };
+  const bool known = PyUnicode_Check(reduction.ptr());
+  const bool batchmean = known && is("batchmean"), mean = known && !batchmean && is("mean");
+  if (!(batchmean || mean || (known && is("sum")))) return py::none();
+  RowTensors t;
+  if (!read_unrecorded_rows(clean.ptr(), noised.ptr(), mask.ptr(), t)) return py::none();
+  const RowReduction how{batchmean ? 1.0 / static_cast<double>(t.batch) : 1.0, 1, mean, false, 1};
+  const bool small = t.rows * t.cols < kWorthReleasing;
+  const int threads = small ? 1 : num_threads();
+  if (threads < 1) throw py::error_already_set();
+  std::optional<py::gil_scoped_release> release;
+  if (!small) release.emplace();
+  const RowLosses losses = cpu::row_losses(jensen_shannon, t.clean, t.noised, t.grad_clean, t.grad_noised, t.dtype, t.rows,
+                                           t.cols, nullptr, 0, t.mask, how, threads);
+  release.reset();
+  if (!losses.served || !losses.divergences.empty()) return py::none();
+  PyObject* loss = float32_scalar(losses.loss);
+  if (loss == nullptr) throw py::error_already_set();
+  return py::make_tuple(py::reinterpret_steal<py::object>(loss));
+}
+
 void bind_cpu(py::module_ cpu) {
+  bind_cpu_lists(cpu.def_submodule("lists"));
+  cpu.def("kl_loss", &kl_loss, py::arg("jensen_shannon"), py::arg("clean"), py::arg("noised"), py::arg("mask"),
+          py::arg("reduction"));
   cpu.def("isa", &cpu::isa);
   cpu.def("isas", &cpu::isas);
   cpu.def(
@@ -293,13 +357,14 @@ void bind_tensors(py::module_ m) {
   m.def(
       "attach",
       [](py::object exchange, py::tuple plain, py::tuple observers, py::object grad_enabled, py::object set_grad_enabled,
-         py::object increment_version, py::object float64_tensor, py::object is_neg) {
+         py::object increment_version, py::object float64_tensor, py::object is_neg, py::object num_threads,
+         py::tuple dtypes) {
         attach({exchange.release().ptr(), kept(plain), kept(observers), grad_enabled.release().ptr(),
                 set_grad_enabled.release().ptr(), increment_version.release().ptr(), float64_tensor.release().ptr(),
-                is_neg.release().ptr()});
+                is_neg.release().ptr(), num_threads.release().ptr(), kept(dtypes)});
       },
       py::arg("exchange"), py::arg("plain"), py::arg("observers"), py::arg("grad_enabled"), py::arg("set_grad_enabled"),
-      py::arg("increment_version"), py::arg("float64_tensor"), py::arg("is_neg"));
+      py::arg("increment_version"), py::arg("float64_tensor"), py::arg("is_neg"), py::arg("num_threads"), py::arg("dtypes"));
   m.def(
       "without_grad",
       [](py::handle function, py::tuple arguments, py::dict keywords) {

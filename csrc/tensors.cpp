@@ -267,6 +267,29 @@ bool number(PyObject* object, double& value) {
   return PyErr_Occurred() == nullptr;
 }
 
+bool whole_number(PyObject* tensor, uint64_t& value) {
+  static PyObject* const item = name("item");
+  const Ref found(PyObject_CallMethodNoArgs(tensor, item));
+  if (found) value = PyLong_AsUnsignedLongLongMask(found.get());
+  return PyErr_Occurred() == nullptr;
+}
+
+bool dtype_named(PyObject* object, DType& dtype) {
+  const auto found = std::find(torch.dtypes.begin(), torch.dtypes.end(), object);
+  if (found == torch.dtypes.end()) {
+    PyErr_Format(PyExc_TypeError, "the CPU's kernels compute nothing in %R", object);
+    return false;
+  }
+  dtype = static_cast<DType>(found - torch.dtypes.begin());
+  return true;
+}
+
+int num_threads() {
+  const Ref found(PyObject_CallNoArgs(torch.num_threads));
+  const long threads = found ? PyLong_AsLong(found.get()) : 0;
+  return threads < 1 ? 0 : static_cast<int>(threads);
+}
+
 namespace {
 
 // A tensor on the CPU that owns its values; a scalar where there is one.
@@ -377,10 +400,18 @@ bool read_rows(PyObject* clean, PyObject* noised, PyObject* labels, PyObject* ma
   tensors.cols = like.shape[last];
   tensors.rows = 1;
   for (int64_t d = 0; d < last; ++d) tensors.rows *= like.shape[d];
+  tensors.batch = last > 0 ? like.shape[0] : 1;
   const bool readable = same(noised, tensors.noised) && (grad_clean == Py_None || same(grad_clean, tensors.grad_clean)) &&
                         (grad_noised == Py_None || same(grad_noised, tensors.grad_noised)) && tensors.rows != 0 &&
                         column_of(labels, like, kLong, tensors.labels) && column_of(mask, like, kBool, tensors.mask);
   return readable && !(tensors.in_place() && overlap(tensors));
+}
+
+bool read_unrecorded_rows(PyObject* clean, PyObject* noised, PyObject* mask, RowTensors& tensors) {
+  if (!read_rows(clean, noised, Py_None, mask, Py_None, Py_None, tensors)) return false;
+  if (recording() && (is_true(requires_grad().of(clean)) || is_true(requires_grad().of(noised)))) return false;
+  TensorLayout layout;
+  return read_layout(clean, false, layout) && layout.device == key(kCpu);
 }
 
 bool read_gradients(PyObject* first, PyObject* second, PyObject* factor, RowTensors& tensors, const float*& by) {

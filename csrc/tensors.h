@@ -56,6 +56,8 @@ struct Torch {
   PyObject* increment_version;       // a function of a list of tensors, whose version counters it raises
   PyObject* float64_tensor;          // a function that makes a tensor on the CPU of a tuple of floats, or of one float
   PyObject* is_neg;                  // a function of a tensor: whether its values are those in memory with the sign turned
+  PyObject* num_threads;             // a function without arguments: how many threads an operation may use
+  std::vector<PyObject*> dtypes;     // those of DType, in its order
 };
 void attach(Torch torch);
 
@@ -70,6 +72,15 @@ PyObject* without_grad(PyObject* function, PyObject* arguments, PyObject* keywor
 // The value of a number, or of a tensor of one element; false with a Python error.
 bool number(PyObject* object, double& value);
 
+// The value of a tensor of one int64; false with a Python error.
+bool whole_number(PyObject* tensor, uint64_t& value);
+
+// The dtype that torch's object stands for; false with a Python error where kernels do not know it.
+bool dtype_named(PyObject* object, DType& dtype);
+
+// How many threads torch's operations may use; 0 with a Python error.
+int num_threads();
+
 // A float64 tensor on the CPU that holds these values; a scalar where there is one. A new reference, or null with an error.
 PyObject* float64_tensor(const double* values, int count);
 
@@ -80,6 +91,7 @@ PyObject* float32_scalar(double value);
 struct RowTensors {
   DType dtype;
   int64_t rows, cols;
+  int64_t batch;  // the length of the first dimension; 1 where there are classes alone
   LogitRows clean, noised, grad_clean, grad_noised;
   const int64_t* labels;
   const bool* mask;
@@ -97,6 +109,9 @@ struct RowTensors {
 // requires a gradient is no reason.
 bool read_rows(PyObject* clean, PyObject* noised, PyObject* labels, PyObject* mask, PyObject* grad_clean,
                PyObject* grad_noised, RowTensors& tensors);
+
+// The same without labels and gradients, for the CPU. False as well where autograd would record the call.
+bool read_unrecorded_rows(PyObject* clean, PyObject* noised, PyObject* mask, RowTensors& tensors);
 
 // Reads one or two gradients of rows, which lie as above, and the float32 scalar on their device that they are to be
 // multiplied by. second: None: one.

@@ -116,9 +116,9 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     plain = lists_of.ListPlan.__init__
 
-    def spy(self: Any, body: Any, *args: Any) -> None:
+    def spy(self: Any, name: str, body: Any, *args: Any) -> None:
         made.append(body.__name__)
-        plain(self, body, *args)
+        plain(self, name, body, *args)
 
     monkeypatch.setattr(lists_of.ListPlan, "__init__", spy)
     return made

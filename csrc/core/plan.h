@@ -17,7 +17,8 @@ namespace fastpost {
 enum Column : int { kWeight = 0, kGrad = 1, kStash = 2, kFirst = 3, kSecond = 4 };
 constexpr int kColumns = 5;
 constexpr int64_t kChunkElements = int64_t{1} << 16;
-constexpr int64_t kTensorAlignment = 256;  // bytes; every tensor of a flat buffer or stash starts on this boundary
+constexpr int64_t kWorthThreads = int64_t{1} << 15;  // elements; for less no thread is woken
+constexpr int64_t kTensorAlignment = 256;            // bytes; every tensor of a flat buffer or stash starts on this boundary
 
 struct Chunk {
   int64_t tensor;

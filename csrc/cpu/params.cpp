@@ -15,8 +15,7 @@ namespace {
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
 constexpr int64_t kPieceBytes = int64_t{256} << 10;  // of a span, per task
 
-// Work too small to be worth waking a thread for.
-int worth(int64_t elements, int threads) { return elements < (int64_t{1} << 15) ? 1 : threads; }
+int worth(int64_t elements, int threads) { return elements < kWorthThreads ? 1 : threads; }
 
 // body(index of the chunk, chunk) for every chunk; a task is a run of them.
 template <class F>

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,13 @@ from fastpost.backends.serving import (
 )
 from fastpost.plan import Bucket
 from fastpost.row_tasks import DistillationTask, DivergenceTask, LossTask, OperandTask
+
+
+def whole_operation(name: str) -> Any | None:
+    """The core's function that does all of an operation of `torch.ops.fastpost` on lists of one bucket, if it has one; it
+    takes the native plan and the schema's arguments behind the lists."""
+    return getattr(native.core().cpu.lists, name, None)
+
 
 _HUGE = 4 << 20  # bytes from which a buffer holds at least one aligned huge page
 
@@ -272,6 +279,12 @@ def row_losses(task: LossTask, grad_clean: Tensor | None, grad_noised: Tensor | 
     """
     found: tuple[Tensor, ...] | None = native.core().cpu.row_losses(*task[:-1], grad_clean, grad_noised, _threads())
     return found
+
+
+def kl_loss(jensen_shannon: bool) -> Callable[..., tuple[Tensor] | None]:
+    """The core's function of (clean, noised, mask, reduction) that does all of `symmetric_kl` or `js_divergence` where
+    autograd does not record. It returns None, and nothing is written, as `row_losses`."""
+    return functools.partial(native.core().cpu.kl_loss, jensen_shannon)
 
 
 def scale_gradients_(first: Tensor, second: Tensor | None, factor: Tensor) -> bool:

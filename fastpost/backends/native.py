@@ -75,4 +75,6 @@ def _attach(core: Any) -> None:
         increment_version=torch._C._increment_version,
         float64_tensor=functools.partial(torch.tensor, dtype=torch.float64),
         is_neg=torch.Tensor.is_neg,
+        num_threads=torch.get_num_threads,
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),  # in the order of csrc/core/dtype.h
     )

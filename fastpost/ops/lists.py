@@ -25,7 +25,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from fastpost import plan
 from fastpost.backends import native
-from fastpost.dispatch import forced, select
+from fastpost.dispatch import forced, select, shortcut
 from fastpost.ops.registry import define, eager
 
 Lists = tuple["list[Tensor] | None", ...]  # one per argument that is a list, in the schema's order
@@ -199,16 +199,20 @@ class ListPlan:
     """The buckets of a call's lists, for calls to come; holds no tensor between them.
 
     Args:
+        name: of the operation.
+        body: takes the buckets and the schema's arguments behind the lists.
         columns: which columns of a bucket the lists fill.
+        lists: of the first call.
     """
 
-    def __init__(self, body: Callable[..., Any], columns: Sequence[str], lists: Lists) -> None:
+    def __init__(self, name: str, body: Callable[..., Any], columns: Sequence[str], lists: Lists) -> None:
+        self._name = name
         self._body = body
         self._columns = columns
         self.buckets = make_buckets(streams=None, **dict(zip(columns, lists, strict=True)))
         self._by_tensor: list[plan.Bucket] = []  # those whose backends take tensors, not addresses
 
-    def settle(self, known: Any) -> tuple[Callable[..., Any], list[plan.Bucket] | None]:
+    def settle(self, known: Any) -> tuple[Callable[..., Any], Any]:
         """After the first call, which has shown what backends work from: how to serve the next (see `ListPlans::keep`).
 
         Args:
@@ -224,7 +228,15 @@ class ListPlan:
                 for buffer in bucket.flat_buffers():
                     known.require_alive(weakref.ref(buffer))
             bucket.drop()
-        return (self._with_tensors, None) if self._by_tensor else (self._body, self.buckets)
+        if self._by_tensor:
+            return self._with_tensors, None
+        if len(self.buckets) == 1:
+            (bucket,) = self.buckets
+            whole = shortcut("whole_operation", bucket.device, bucket.dtype)
+            serve = None if whole is None else whole(self._name)
+            if serve is not None:
+                return serve, bucket.kept_plan
+        return self._body, self.buckets
 
     def _with_tensors(self, lists: Lists, args: tuple[Any, ...]) -> Any:
         for bucket in self._by_tensor:
@@ -281,7 +293,7 @@ class ListOperation:
             return self._by_dispatcher(lists, args)
         self._check(lists)
         backend, known = forced(), native.core().TensorLists(lists, self._written_bits)
-        made = ListPlan(self._body, self._columns, lists)
+        made = ListPlan(self.name, self._body, self._columns, lists)
         result = self._body(made.buckets, *args)
         self._plans.keep(known, *made.settle(known), backend)
         self._wrote(lists)

@@ -6,6 +6,7 @@ the way of `rows.py`, which gives the same values.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from fastpost.dispatch import select, shortcut
+from fastpost.dispatch import forced, select, shortcut
 from fastpost.ops.autograd import by_operation, transformed, unmapped_batch
 from fastpost.ops.lists import mark_modified
 from fastpost.ops.rows import ONCE, scale_
@@ -40,11 +41,25 @@ def kl_losses(
         written. Where gradients have taken the logits' place, and a divergence is known not to be finite, the divergences
         of all rows follow, float64, to be refused if need be.
     """
-    if is_dynamo_compiling() or reduction not in _KL_REDUCTIONS or not isinstance(clean, Tensor):
+    if is_dynamo_compiling():
+        return None
+    unrecorded = _kl_loss(jensen_shannon, forced())
+    if unrecorded is not None and forward_ad._current_level < 0:
+        value: tuple[Tensor, ...] | None = unrecorded(clean, noised, mask, reduction)
+        if value is not None:
+            return value
+    if reduction not in _KL_REDUCTIONS or not isinstance(clean, Tensor):
         return None
     scale = 1.0 / (clean.shape[0] or 1) if reduction == "batchmean" and clean.ndim > 1 else 1.0
     task = LossTask(jensen_shannon, clean, noised, None, mask, -100, scale, 1.0, reduction == "mean")
     return _losses(task, inplace, lambda clean, noised, _, mask: whole(clean, noised, mask, reduction))
+
+
+@functools.cache
+def _kl_loss(jensen_shannon: bool, forced: str | None) -> Callable[..., tuple[Tensor, ...] | None] | None:
+    """What does all of a divergence that autograd does not record, on the CPU; None where no backend does."""
+    whole = shortcut("kl_loss", torch.device("cpu"), torch.float32)
+    return None if whole is None else whole(jensen_shannon)
 
 
 def r3f_losses(
