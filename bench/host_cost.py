@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import fastpost
 from fastpost import SAM, SAMWindow
+from fastpost.bench import gap
 from fastpost.bench.params import Parameters, rounds, sam
-from fastpost.bench.registry import Case, Contender, Goal, HostTime, Work, case, peer
+from fastpost.bench.registry import Case, Contender, Goal, HostTime, Work, at_heap, case, peer
 from fastpost.ops import params as ops
 from fastpost.published import PublishedSAM, fairseq_symmetric_kl, foreach_sam_perturb, foreach_sam_restore
 
@@ -268,6 +269,33 @@ def host_cost_step() -> Case:
         ],
         threads=1,
     )
+
+
+def gap_case(pages: str, limit: float) -> Case:
+    """Steps of GAP on a short text and the way back, beside the plain loop: what is left to gain lies around the passes."""
+    plain, ours = gap.sides(64)
+    return Case(
+        f"host time of {gap.STEPS} steps of GAP, {pages}",
+        f"64 tokens, {gap.SIZE}",
+        "float32",
+        [plain, ours],
+        [Goal(ours.name, plain.name, at_most(limit))],
+        threads=1,
+    )
+
+
+@case
+@at_heap("returned")
+def host_cost_gap_fresh() -> Case:
+    """Memory that is freed goes back to the system."""
+    return gap_case("fresh pages", 0.82)
+
+
+@case
+@at_heap("kept")
+def host_cost_gap_kept() -> Case:
+    """Memory that is freed stays with the process."""
+    return gap_case("kept heap", 0.93)
 
 
 # What runs in processes of their own that have imported torch: what is there before the clock starts, and what it times.

@@ -310,12 +310,23 @@ class Target:
 CASES: dict[str, Callable[[], Case]] = {}
 # The same for accelerators; their inputs are allocated by Case.build().
 CUDA_CASES: dict[str, Callable[[Target], Case]] = {}
+HEAP_OF: dict[str, str] = {}  # of the CPU's cases that are about one heap: which, by name
 
 
 def case(build: Callable[[], Case]) -> Callable[[], Case]:
     """Registers a builder for the CPU under its own name."""
     CASES[build.__name__] = build
     return build
+
+
+def at_heap(heap: str) -> Callable[[Callable[[], Case]], Callable[[], Case]]:
+    """For a case that is about what the allocator does: a key of `run.HEAPS`, whatever the run is told."""
+
+    def register(build: Callable[[], Case]) -> Callable[[], Case]:
+        HEAP_OF[build.__name__] = heap
+        return build
+
+    return register
 
 
 def cuda_case(**variants: object) -> Callable[[Callable[..., Case]], Callable[..., Case]]:

@@ -24,7 +24,7 @@ from fastpost import dispatch
 from fastpost.backends import native
 from fastpost.bench import machine
 from fastpost.bench.clocks import DeviceClock, HostClock, measure
-from fastpost.bench.registry import CASES, CUDA_CASES, Case, PeakMemory, Skipped, Target
+from fastpost.bench.registry import CASES, CUDA_CASES, HEAP_OF, Case, PeakMemory, Skipped, Target
 from fastpost.bench.table import HIT, MISS, NOT_MEASURED, bound_by_the_host, rows, show, summary, write
 from fastpost.errors import unknown
 
@@ -185,7 +185,8 @@ def _run(
             if heap is None:
                 new = _one(name, build, rounds, place, where, console, processor)
             else:
-                new = _in_a_process(heap, name, rounds, where, processor)
+                own = HEAP_OF.get(name, heap)
+                new = _in_a_process(own, name, rounds, where | {"heap": own}, processor)
         except Skipped as reason:
             outcome.skipped.append(name)
             console.print(f"{name}: skipped: {escape(str(reason))}\n")

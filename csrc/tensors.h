@@ -168,6 +168,7 @@ class TensorLists {
   bool visit(PyObject* columns, bool recorded, Visit&& each) const;
   bool look(size_t index, PyObject* tensor, bool recorded, TensorLayout& layout) const;
   bool same_layout(const Known& known, const TensorLayout& layout) const;
+  void ask_for(size_t index, PyObject* tensor) const;
   bool follows(size_t index, size_t column, const TensorLayout& layout, unsigned& moved);
   bool settle(unsigned moved);
   bool apart(size_t column) const;
@@ -180,7 +181,8 @@ class TensorLists {
   std::vector<Known> known_;                  // by column and row
   std::vector<uintptr_t> addresses_, found_;  // found_: room for those of a look that may fail halfway
   std::vector<int64_t> sizes_;
-  std::vector<PyObject*> held_;  // by column and row; none where they are not held
+  std::vector<const void*> shapes_;  // where the shapes lay that were read last; only ever asked for
+  std::vector<PyObject*> held_;      // by column and row; none where they are not held
   std::vector<Bound> bound_;
   std::vector<Ref> buffers_;
 };

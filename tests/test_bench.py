@@ -487,17 +487,18 @@ def test_a_round_of_short_calls_is_divided_by_them_and_other_processes_report(mo
 
 def test_the_beginning_of_names_stands_for_all_of_them() -> None:
     names = set(run.load(["host_cost"]))
-    assert names == {f"host_cost_{what}" for what in ("params", "kl", "first_step", "small_tensors", "step", "import")}
+    cases = ("params", "kl", "first_step", "small_tensors", "step", "gap_fresh", "gap_kept", "import")
+    assert names == {f"host_cost_{what}" for what in cases}
     assert list(run.load(["noise", "host_cost_kl", "host_cost"]))[:2] == ["noise", "host_cost_kl"]
     with pytest.raises(ValueError, match="unknown bench 'host_co'"):
         run.load(["host_co"])
 
 
-@pytest.mark.parametrize("name", sorted(set(run.load(["host_cost"])) - {"host_cost_import"}))
+@pytest.mark.parametrize("name", ["params", "kl", "first_step", "small_tensors", "step"])
 def test_host_costs_run_on_one_thread(name: str, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     output = tmp_path / "host.csv"
-    assert not run.run([name], 1, output, Console(file=io.StringIO())).failed
+    assert not run.run([f"host_cost_{name}"], 1, output, Console(file=io.StringIO())).failed
     assert torch.get_num_threads() == before
     with output.open() as file:
         rows = list(csv.DictReader(file))
@@ -505,6 +506,21 @@ def test_host_costs_run_on_one_thread(name: str, tmp_path: Path) -> None:
     assert all(float(row["median_ms"]) > 0 for row in rows if row["contender"])
     assert {row["result"] for row in rows if row["goal"]} <= {"hit", "MISS", "info"}
     assert {row["backend"] for row in rows} == {"torch", "cpu"}
+
+
+def test_a_case_about_a_heap_has_that_heap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    heaps = []
+
+    def alone(heap: str, name: str, rounds: int, where: dict[str, object], processor: bool) -> list[dict[str, object]]:
+        heaps.append((name, heap, where["heap"]))
+        raise registry.Skipped("asked for its heap only")
+
+    monkeypatch.setattr(run, "_in_a_process", alone)
+    names = ["host_cost_gap_fresh", "host_cost_gap_kept", "host_cost_kl"]
+    for heap in ("returned", "kept"):
+        run.run(names, 1, tmp_path / "host.csv", Console(file=io.StringIO()), heap=heap)
+    own = [("host_cost_gap_fresh", "returned", "returned"), ("host_cost_gap_kept", "kept", "kept")]
+    assert heaps == [*own, ("host_cost_kl", "returned", "returned"), *own, ("host_cost_kl", "kept", "kept")]
 
 
 def test_a_first_use_is_timed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

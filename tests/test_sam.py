@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from typing import Any
 
 import pytest
 import torch
@@ -259,3 +261,59 @@ def test_scope_by_name_and_by_predicate() -> None:
 
 def test_every_backend_is_exercised() -> None:
     assert all(fastpost.backends()[name].available for name in CPU_BACKENDS)
+
+
+class Counted(torch.optim.SGD):
+    """A step of its own around SGD's, which functools.wraps makes look like one that torch has wrapped."""
+
+    steps = 0
+
+    @functools.wraps(torch.optim.SGD.step)
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        type(self).steps += 1
+        return super().step(*args, **kwargs)
+
+
+def test_the_base_optimizer_steps_as_a_whole_whoever_has_wrapped_it() -> None:
+    """Hooks, a method of a derived class and one that is put on the object (schedulers do that) are called; a profiler sees
+    the step. What nobody listens to is left out."""
+    w = torch.ones(3, requires_grad=True)
+    opt = SAM([w], Counted, rho=0.1, lr=0.1)
+    base, seen = opt.base_optimizer, []
+
+    def step() -> None:
+        for turn in (opt.first_step, opt.second_step):
+            w.grad = torch.ones(3)
+            turn()
+
+    step()
+    assert Counted.steps == 1
+    opt = SAM([w], torch.optim.SGD, rho=0.1, lr=0.1)
+    base = opt.base_optimizer
+    hook = base.register_step_post_hook(lambda *_: seen.append("hook"))
+    step()
+    hook.remove()
+    assert seen == ["hook"]
+    plain = base.step
+    base.step = lambda *args: (seen.append("object"), plain(*args))  # type: ignore[method-assign]
+    step()
+    del base.step
+    assert seen == ["hook", "object"]
+    with torch.profiler.profile() as profile:
+        step()
+    assert "Optimizer.step#SGD.step" in {event.key for event in profile.key_averages()}
+    before = w.detach().clone()
+    step()
+    assert not torch.equal(w, before)
+
+
+def test_autograd_records_again_after_a_first_step_whatever_happens_in_it() -> None:
+    w = torch.ones(3, requires_grad=True)
+    opt = SAM([w], torch.optim.SGD, rho=0.1, lr=0.1)
+    with pytest.raises(RuntimeError, match="no parameter"):
+        opt.first_step()
+    assert torch.is_grad_enabled()
+    w.grad = torch.ones(3)
+    with torch.no_grad():
+        opt.first_step()
+        assert not torch.is_grad_enabled()

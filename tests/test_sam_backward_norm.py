@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from fastpost import SAM, SAMWindow
 from fastpost.ops import params as ops
 from fastpost.sam import GSAM, TRAM, FriendlySAM, MomentumSAM, SampledLayers
+from fastpost.sam.backward_norm import Norms
+from fastpost.sam.buckets import ShardReducer
 
 from . import distributed as d
 from .conftest import CPU_BACKENDS, same_bits
@@ -408,3 +410,35 @@ def test_in_two_processes() -> None:
     outcome = d.run(2, cases)
     for name in cases:
         outcome.of(name)
+
+
+def test_with_masters_the_norm_is_that_of_the_weights_gradients() -> None:
+    """Two steps, bit for bit those of norm="step": hooks are on the 16-bit weights, which get the gradients."""
+    done = []
+    for norm in ("step", "backward"):
+        params = tensors(torch.bfloat16)
+        masters = [p.detach().float() for p in params]
+        opt = SAM(params, torch.optim.SGD, lr=0.1, rho=RHO, norm=norm, master_params=masters)
+        for _ in range(2):
+            backward(params)
+            opt.first_step(zero_grad=True)
+            backward(params)
+            opt.second_step(zero_grad=True)
+        done.append([*(p.detach() for p in params), *masters])
+    assert_equal(*done)
+
+
+class LastOfTwo:
+    """What a reducer of two ranks knows on one of them, where the other's norms are stale."""
+
+    def agree(self, flag: Tensor) -> Tensor:
+        return torch.ones_like(flag)
+
+
+def test_norms_that_are_stale_on_another_rank_are_stale_here() -> None:
+    one = torch.ones((), dtype=torch.float64)
+    norms = Norms(one, one, one)
+    sums = torch.ones(6, dtype=torch.float64)
+    assert not norms.are_stale(sums, ShardReducer())
+    with pytest.warns(UserWarning, match="gradients were written after backward"):
+        assert norms.are_stale(sums, LastOfTwo())  # type: ignore[arg-type]

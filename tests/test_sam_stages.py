@@ -31,7 +31,18 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastpost import SAM
-from fastpost.sam import GSAM, TRAM, WSAM, FriendlySAM, LookSAM, MomentumSAM, SAMWindow, StableSAM, ZerothOrderSAM
+from fastpost.sam import (
+    GSAM,
+    TRAM,
+    WSAM,
+    DecoupledWSAM,
+    FriendlySAM,
+    LookSAM,
+    MomentumSAM,
+    SAMWindow,
+    StableSAM,
+    ZerothOrderSAM,
+)
 
 from . import distributed as d
 from . import expert_parallel
@@ -228,12 +239,16 @@ def variants() -> None:
         (LookSAM, {"interval": 2}),
         (FriendlySAM, {"adaptive": True, "eta": 0.1}),
         (MomentumSAM, {"momentum": 0.9}),
+        (lambda: DecoupledWSAM(gamma=0.7), {}),
     ]
     for i, (variant, options) in enumerate(kinds):
         form = FORMS[i % len(FORMS)] if variant is not MomentumSAM else _windows
         pipe, net = Pipe(), d.Net()
         opt = pipe.sam(variant=variant(), **options)
         lone = SAM(net.parameters(), torch.optim.SGD, rho=RHO, lr=LR, variant=variant(), **options)
+        for sam in (opt, lone):
+            if isinstance(sam.variant, DecoupledWSAM):
+                sam.variant.attach(sam)
         whole = dict(net.named_parameters())
         for number in range(4):
             form(pipe.backward, opt, number)

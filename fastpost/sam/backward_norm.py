@@ -82,14 +82,16 @@ class Norms(NamedTuple):
         expected = (self.weighted / self.squared).to(sums.device)
         return (sums[0] - expected).abs() > TOLERANCE * expected
 
-    def are_stale(self, sums: Tensor) -> bool:
-        """Whether they are not those of the gradients that perturbing has read; False where asking waits for a device.
+    def are_stale(self, sums: Tensor, reducer: ShardReducer) -> bool:
+        """Whether they are not those of the gradients that perturbing has read, on any rank; False where asking waits for a
+        device.
 
         Args:
             sums: as `Perturbation.apply` returns them.
+            reducer: by which all ranks come to one answer, or some would sum up anew alone.
         """
         missed = self._missed(sums)
-        if missed is None or not missed.is_cpu or not bool(missed):
+        if missed is None or not missed.is_cpu or not bool(reducer.agree(missed.float())):
             return False
         warnings.warn(
             "SAM: gradients were written after backward where autograd does not see it, as through .grad.data; "

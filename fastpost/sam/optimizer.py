@@ -641,7 +641,7 @@ class SAM(Wrapper):
             self._perturbation.number = number * 2**20 + step.ascents
             step.ascents += 1
             done = self._perturbation.apply(buckets, settings, norms.squared)
-            if norms.are_stale(done.sums):
+            if norms.are_stale(done.sums, self._reducer):
                 self._perturbation.undo()
                 norms = self._norms(buckets, settings, anew=True)
                 done = self._perturbation.apply(buckets, settings, norms.squared)
