@@ -225,8 +225,9 @@ class ListPlans {
   // there is no such plan or torch has to see the call; null with an error.
   PyObject* call(PyObject* columns, PyObject* arguments, PyObject* backend);
 
-  // A plan: what the lists looked like, and the function to call with the buckets and a call's arguments. Where `buckets` is
-  // None it takes the lists and the tuple of arguments. backend: compared by identity with that of a call.
+  // A plan: what the lists looked like, and the function to call with the buckets (or the one bucket's native plan) and a
+  // call's arguments. Where `buckets` is None it takes the lists and the tuple of arguments. backend: compared by identity
+  // with that of a call.
   void keep(TensorLists* lists, PyObject* owner, PyObject* serve, PyObject* buckets, PyObject* backend);
 
  private:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastpost
+from fastpost.ops import params as ops
 from fastpost.ops import registry, row_losses
 from fastpost.ops.autograd import Function
 
@@ -155,3 +158,37 @@ def test_forward_mode_needs_no_tensor_that_requires_a_gradient() -> None:
             assert tangent.item() == pytest.approx(expected.item(), rel=1e-6)
             noise = fastpost.add_noise(forward_ad.make_dual(clean, move), 1e-2, seed=1)
             assert torch.equal(forward_ad.unpack_dual(noise).tangent, move)
+
+
+def inside(work: Callable[[], object]) -> list[str]:
+    """The functions of fastpost that a call passes, in order."""
+    package, found = str(Path(fastpost.__file__).parent), []
+
+    def profile(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            found.append(frame.f_code.co_name)
+
+    sys.setprofile(profile)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_a_call_that_is_known_passes_few_functions() -> None:
+    """All that the core can do by itself it does in one call."""
+    w, g, stash = ([torch.ones(5)] for _ in range(3))
+    norm = ops.squared_norm(g)
+    clean, noised = streams(torch.float32)
+    calls = {
+        "squared_norm": lambda: ops.squared_norm(g),
+        "sam_perturb_": lambda: ops.sam_perturb_(w, g, stash, norm, rho=0.1),
+        "sam_restore_": lambda: ops.sam_restore_(w, stash),
+        "symmetric_kl": lambda: fastpost.symmetric_kl(clean, noised, mask=MASK),
+    }
+    for name, call in calls.items():
+        call()
+        checks = ["check_radius"] if name in ("squared_norm", "sam_perturb_") else []
+        way = ["kl_losses", "forced"] if name == "symmetric_kl" else [*checks, "call", "forced"]
+        assert inside(call) == [name, *way]

@@ -6,6 +6,8 @@ csrc/tensors.h (`TensorLists::refresh`). The way down:
 
     public function -> ListOperation.call -> ListPlans.call (in the core) -> body -> a backend's function -> the core
 
+or, where the backend offers the whole operation on one bucket, from `ListPlans.call` straight on in the core.
+
 A call that torch has to see (torch.compile, torch.func, fake tensors, modes, subclasses, profilers) goes through its
 dispatcher instead:
 
