@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
@@ -61,8 +62,10 @@ class ShardReducer:
         sums: dict[Any, Tensor] = {}
         for key, part in parts:
             sums[key] = ops.plus(sums.get(key), part)
-        if len(sums) == 1 and () in sums and not self._ranks.others:
+        if len(sums) == 1 and () in sums and not self._ranks.others:  # as nearly always
             return sums[()]
+        if sums and not distributed.active():
+            return functools.reduce(ops.plus, sums.values())
         return self._ranks.sum(sums, shape)
 
     def total_and_count(
@@ -113,6 +116,11 @@ class ShardReducer:
                             "served: untie it"
                         )
         self._apart = True
+
+    def mark_modified(self, params: Iterable[Tensor]) -> None:
+        """Called after weights were written in place, by perturbing or restoring."""
+        if distributed.active():
+            distributed.reshard(params)
 
 
 def check_sharding(params: Iterable[Tensor], sync_ascent: bool | None) -> None:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpost import distributed
 from fastpost.ops import params as ops
 from fastpost.sam.buckets import Change, Changes, ParameterBucket, ShardReducer, changes, put, refuse_changes
 from fastpost.sam.perturbation.stash import Stash
@@ -168,9 +167,7 @@ class Perturbation:
         self._noted = []
 
     def _wrote(self, buckets: Sequence[ParameterBucket]) -> None:
-        sharded = [p for b in buckets if b.sharded for p in b.params]
-        if sharded:
-            distributed.reshard(sharded)
+        self._reducer.mark_modified(p for b in buckets for p in b.params)
         torch.clear_autocast_cache()  # or an enclosing autocast region would go on with its casts of the old weights
 
     def _prepare(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Iterable[Any]:
