@@ -33,6 +33,7 @@ DEMO := .venv-demo
 
 $(DEMO)/.built: requirements/constraints.txt requirements/model.txt requirements/language-model.txt $(native)
 	@$(PYTHON) -c 'import sys; sys.exit("make demo needs Python 3.11 or newer: make demo PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@echo "setting up $(DEMO): a minute or two, and the downloads (1.7 GB installed with torch for CPUs)"
 	$(PYTHON) -m venv $(DEMO)
 	FASTPOST_CUDA=$${FASTPOST_CUDA:-$$(nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0)} $(DEMO)/bin/pip install --quiet \
 		--constraint requirements/constraints.txt --editable ".[cli]"

@@ -32,9 +32,9 @@ COLUMNS = ("kind", "method", "side", "seed", "step", "seconds", "peak_mib", "val
 RHO = 0.05
 # Ways to keep w + e in bfloat16: options of SAM, and their names in the picture.
 WAYS: dict[str, tuple[dict[str, Any], str]] = {
-    "nearest": ({}, "nearest\n(usual)"),
+    "nearest": ({}, "rounded to\nnearest (usual)"),
     "stochastic": ({"rounding": "stochastic", "rounding_seed": 0}, "stochastic\nrounding"),
-    "functional": ({"perturb": "functional"}, "functional"),
+    "functional": ({"perturb": "functional"}, "functional\n(never stored)"),
 }
 TUNED = ("adamw", "sam", "r3f")
 NAMES = {"adamw": "AdamW", "sam": "SAM", "r3f": "R3F"}
@@ -46,7 +46,7 @@ class Sizes:
 
     Attributes:
         rows, tokens: of the language model's batch. rounds: timed steps of each side.
-        seeds, train, test, epochs: of fine-tuning.
+        seeds, train, test, epochs: of fine-tuning. length: tokens of an example at most.
         climb, windows: GAP's steps, and windows of text that choose and that report, each.
     """
 
@@ -56,9 +56,10 @@ class Sizes:
     seeds: int = 3
     train: int = 64
     test: int = 240
-    epochs: int = 6
-    climb: int = 8
-    windows: int = 16
+    epochs: int = 4
+    length: int = 24
+    climb: int = 6
+    windows: int = 12
 
 
 QUICK = Sizes(rows=1, tokens=48, rounds=1, seeds=2, train=32, test=96, epochs=3, climb=3, windows=4)
@@ -76,7 +77,7 @@ class Demo:
         self.corpus = small_lm.encoded_corpus(texts, loaded.encode, sizes.tokens, sizes.windows, "the standard library")
         self.language = tuning.Language("SmolLM2-135M", loaded, self.corpus, sizes.tokens, device)
         task = tasks.load("stdlib", None, (sizes.train, 8, sizes.test))
-        self.task = tuning.Classification(tuning.Classifier(None, len(task.labels)), task, 32, device)
+        self.task = tuning.Classification(tuning.Classifier(None, len(task.labels)), task, sizes.length, device)
 
     def run(self) -> None:
         for part in (self.steps, self.bits, self.tune, self.climb):
@@ -106,16 +107,14 @@ class Demo:
 
     def bits(self) -> None:
         """What the forward pass sees of SAM's perturbation with weights in bfloat16, and how far the loss rises."""
-        self.bars.start("SmolLM2: SAM in bfloat16", len(WAYS) + 1)
+        self.bars.start("SmolLM2: SAM in bfloat16", len(WAYS))
         batch = next(self.language.batches(1, 1, 1))
         model = self.model.to(torch.bfloat16)
         for done, (way, (options, _)) in enumerate(WAYS.items(), start=1):
             seen, rise = perturbed(model, batch, options)
             self.results.add(kind="bits", method=way, **seen, rise=rise)
             self.bars.advance(done)
-        self.model = model.float()  # the weights that bfloat16 has: all ways are compared at one point
-        self.results.about["rise_in_float32"] = perturbed(self.model, batch, {})[1]
-        self.bars.advance(len(WAYS) + 1)
+        self.model = model.float()
 
     def tune(self) -> None:
         """MiniLM fine-tuned on few examples."""
@@ -133,19 +132,19 @@ class Demo:
         """GAP on the language model: the loss of text that chooses the state, and of text that reports it, at every step."""
         self.bars.start("SmolLM2: GAP", self.sizes.climb)
         choose, report = (windows.to(self.device) for windows in (self.corpus.validation, self.corpus.test))
-        reported: list[float] = []
+        reported: list[torch.Tensor] = []
 
         def score(model: Any) -> float:
-            reported.append(float(negative_log_likelihoods(model, report, 4).mean()))
+            reported.append(negative_log_likelihoods(model, report, 4))
             return -float(negative_log_likelihoods(model, choose, 4).mean())
 
         gap = fastpost.GAP(n_steps=self.sizes.climb, patience=None)
         text = self.corpus.climb[0].to(self.device)
         result = gap(self.model.eval(), text, evaluate=score, progress=self.bars.advance)
         for step, (score_then, other) in enumerate(zip(result.scores, reported, strict=True)):
-            self.results.add(kind="gap", step=step, chosen=-score_then, value=other)
-        spread = negative_log_likelihoods(self.model, report, 4)
-        self.results.about["gap"] = {"kept": result.best_step, "error": float(spread.std()) / math.sqrt(len(spread))}
+            self.results.add(kind="gap", step=step, chosen=-score_then, value=float(other.mean()))
+        change = reported[-1] - reported[0]  # window by window: what the windows differ in does not count as error
+        self.results.about["gap"] = {"kept": result.best_step, "error": float(change.std()) / math.sqrt(len(change))}
         result.rollback()
 
 
@@ -197,37 +196,50 @@ def table(results: Results, tested: int) -> Any:
             mib = [f", {row['peak_mib']:,.0f} MiB" if row["peak_mib"] is not None else "" for row in (theirs, ours)]
             ratio = f"{theirs['seconds'] / ours['seconds']:.2f} times as fast"
             told = [f"{row['seconds'] * 1e3:,.0f} ms{more}" for row, more in zip((theirs, ours), mib, strict=True)]
-            lines.append((f"SmolLM2, step of {NAMES[method]}", f"published {told[0]}", f"fastpost {told[1]}", ratio))
-    rise = results.about.get("rise_in_float32", math.nan)
+            lines.append((f"SmolLM2, a step of {NAMES[method]}", f"published loop {told[0]}", f"fastpost {told[1]}", ratio))
     for row in results.where(kind="bits"):
-        seen = f"seen {row['along']:.2f} of e, noise {row['beside']:.2f}"
-        told = f"loss {row['rise']:+.3f}, float32 {rise:+.3f}"
-        lines.append((f"SAM in bfloat16, {row['method']}", "meant 1.00 of e, noise 0.00", seen, told))
+        arrived, noise = f"{row['along']:.0%} of the perturbation seen", f"rounding noise {row['beside']:.2f} times as long"
+        lines.append((f"SAM in bfloat16, {row['method']}", arrived, noise, verdict(row["along"], row["beside"])))
     for method in TUNED:
         if results.where(kind="tune", method=method):
             mean, error = accuracy(results, method, tested)
-            seeds = len(results.where(kind="tune", method=method))
-            shown = f"{mean:.1%} ± {error * 100:.1f}"
-            lines.append((f"MiniLM fine-tuned, {NAMES[method]}", "test accuracy", shown, f"{seeds} seeds"))
+            shown = f"{mean:.1%} ± {error * 100:.1f} points"
+            seeds = f"{len(results.where(kind='tune', method=method))} seeds, {tested} examples"
+            lines.append((f"MiniLM fine-tuned, {NAMES[method]}", "test accuracy", shown, seeds))
     states = results.where(kind="gap")
     if states:
-        kept = results.about["gap"]["kept"]
-        change = f"{states[0]['value']:.4f} → {states[kept]['value']:.4f} ± {results.about['gap']['error']:.4f}"
-        lines.append(("SmolLM2, GAP", "held-out nats per token", change, f"step {kept} of {len(states) - 1} kept"))
+        kept, start, end = results.about["gap"]["kept"], states[0]["value"], states[-1]["value"]
+        change = f"after {len(states) - 1} steps {end - start:+.3f} ± {2 * results.about['gap']['error']:.3f}"
+        told = f"state {kept} kept: {states[kept]['value'] - start:+.3f}"
+        lines.append(("SmolLM2, GAP", f"held-out loss {start:.3f} nats per token", change, told))
     return shared.table("fastpost demo", ("what", "", "", ""), lines, left=3)
+
+
+def verdict(along: float, beside: float) -> str:
+    """What bfloat16 did to SAM's perturbation, in words."""
+    if along < 0.9:
+        return "a part is lost"
+    return "all arrives, in noise" if beside > 0.1 else "all arrives"
 
 
 def note(results: Results, sizes: Sizes, device: str) -> str:
     """What this can and cannot show, in one paragraph."""
-    where = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else torch.cuda.get_device_name(device)
     return (
-        f"The first two lines hold on this machine ({where}): medians of {sizes.rounds} step(s) of {sizes.rows} x "
-        f"{sizes.tokens} tokens, both sides in turns around the same AdamW; other work on the machine disturbs them. "
-        "Memory is the peak above the weights. The 16-bit lines are about one gradient. The accuracies do not rank methods: "
-        f"{sizes.train} training and {sizes.test} test examples, ± two standard errors, and hyper-parameters that were not "
-        "searched. GAP's line is one text; its ± is the standard error of the held-out loss itself. Whether the methods "
-        "help is measured with more data and seeds in docs/studies.md."
+        f"The first two lines hold on this machine ({where(device)}): medians of {sizes.rounds} step(s) of {sizes.rows} x "
+        f"{sizes.tokens} tokens, both sides in turns around the same AdamW. Other work on the machine disturbs them. "
+        "Memory is the peak above the weights. SAM steps to w + e: the lines on bfloat16 say how much of e the model sees "
+        "once w + e is rounded, for one gradient. Stochastic rounding's noise has no direction, so e survives it on "
+        f"average. The accuracies do not rank methods: {sizes.train} training and {sizes.test} test examples, and "
+        "hyper-parameters that were not searched. GAP climbs on one text; other text chooses the state, and state 0 is the "
+        "model as it was, kept when no step helps. Each ± is two standard errors. Whether the methods help is measured with "
+        "more data and seeds in docs/studies.md."
     )
+
+
+def where(device: str) -> str:
+    """The device, in words."""
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s'[: threads - 1]}" if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 def panels(results: Results, sizes: Sizes) -> list[Panel]:
@@ -249,18 +261,17 @@ def panels(results: Results, sizes: Sizes) -> list[Panel]:
         notes = [(x + 0.4 * k - 0.2, values[k][x], f"{values[k][x]:.2f}") for k in (0, 1) for x in range(len(rows))]
         found.append(Panel(title, bars, y=unit, ticks=[NAMES[method] for method in methods], notes=notes))
     bits = results.where(kind="bits")
-    if bits:
-        series, notes = [], []
-        for k, (column, label, colour) in enumerate(
-            (("along", "the perturbation e (should be 1)", "C2"), ("beside", "rounding noise beside it (should be 0)", "C3"))
-        ):
-            at = [x + 0.4 * k - 0.2 for x in range(len(bits))]
-            values = [row[column] for row in bits]
-            series.append(Series(values, at, label, colour, is_bar=0.38))
-            notes += [(x, v, f"{v:.2f}") for x, v in zip(at, values, strict=True)]
-        title = "SAM with weights in bfloat16:\nwhat the model sees, in units of e"
-        ticks = [WAYS[row["method"]][1] for row in bits]
-        found.append(Panel(title, series, y="length / length of e", ticks=ticks, notes=notes, level=(1.0, "")))
+    in_bfloat16 = "SAM in bfloat16: "
+    for column, scale, form, level, colour, y, title in (
+        ("along", 100, "{:.0f}%", 100, "C2", "%", "how much of the perturbation\nthe model sees (should be 100%)"),
+        ("beside", 1, "{:.2f}", 0, "C3", "lengths of the perturbation", "rounding noise on top\n(should be 0)"),
+    ):
+        if bits:
+            values = [scale * row[column] for row in bits]
+            notes = [(x, value, form.format(value)) for x, value in enumerate(values)]
+            series = [Series(values, colour=colour, is_bar=0.6)]
+            ticks = [WAYS[row["method"]][1] for row in bits]
+            found.append(Panel(in_bfloat16 + title, series, y=y, ticks=ticks, notes=notes, level=(level, "")))
     tuned = [method for method in TUNED if results.where(kind="tune", method=method)]
     if tuned:
         found.append(_tuned(results, sizes, tuned))
@@ -272,9 +283,9 @@ def panels(results: Results, sizes: Sizes) -> list[Panel]:
             Panel(
                 "GAP on SmolLM2: loss of other text\nafter each step uphill (lower is better)",
                 [
-                    Series(chosen, label="text that chooses the step", colour="0.6", marker="."),
-                    Series(reported, label="held-out text", colour=2, marker="."),
-                    Series([reported[kept]], [kept], "the step that is kept", 3, line="", marker="o",
+                    Series(chosen, label="text that chooses the state", colour="0.6", marker="."),
+                    Series(reported, label="held-out text, which is reported", colour=2, marker="."),
+                    Series([reported[kept]], [kept], "the state that is kept", 3, line="", marker="o",
                            look={"markersize": 11, "fillstyle": "none", "markeredgewidth": 2}),
                 ],
                 "step uphill", "change of nats per token", level=(0.0, ""), steps=True,
@@ -288,7 +299,7 @@ def _tuned(results: Results, sizes: Sizes, methods: Sequence[str]) -> Panel:
     values = [(k + 0.15, 100 * v) for k, m in enumerate(methods) for v in results.values("value", kind="tune", method=m)]
     means, errors = ([100 * pair[k] for pair in pairs] for k in (0, 1))
     return Panel(
-        f"MiniLM fine-tuned on {sizes.train} examples\n(higher is better; bars that overlap rank nothing)",
+        f"MiniLM fine-tuned on {sizes.train} examples\n(higher is better; overlapping bars do not rank)",
         [
             Series(means, label="mean ± two standard errors", line="", marker="s", error=errors, look={"markersize": 7}),
             Series([y for _, y in values], [x for x, _ in values], "single seeds", 1, line="", marker="."),
@@ -339,7 +350,8 @@ def main(argv: Sequence[str]) -> int:
         results.about["seconds"] = round(time.perf_counter() - began, 1)
         results.save()
         if results.rows:
-            shared.plot(results.png, panels(results, sizes), "fastpost demo", across=3)
+            title = f"fastpost demo: SmolLM2-135M and MiniLM on this machine ({where(device)})"
+            shared.plot(results.png, panels(results, sizes), title, across=3)
             console.print(table(results, sizes.test))
             console.print(note(results, sizes, device))
             told = f"{results.about['seconds']:.0f} s; picture: {results.png}; numbers: {results.csv}"
