@@ -180,21 +180,23 @@ def scaling_processes(size: int) -> Case:
     )  # fmt: skip
 
 
-def in_processes(count: int, by_sam: bool) -> float:
-    """Seconds of a step in `count` processes: the first one's median."""
+def in_processes(count: int, by_sam: bool, width: int = WIDTH) -> float:
+    """Seconds of a step in `count` processes: the first one's median. `width` is that of the network's layers."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, context.Pool(count) as pool:
-        return pool.starmap(_trained, [(rank, count, by_sam, f"{folder}/meeting") for rank in range(count)], chunksize=1)[0]
+        return pool.starmap(
+            _trained, [(rank, count, by_sam, width, f"{folder}/meeting") for rank in range(count)], chunksize=1
+        )[0]
 
 
-def _trained(rank: int, count: int, by_sam: bool, meeting: str) -> float:
+def _trained(rank: int, count: int, by_sam: bool, width: int, meeting: str) -> float:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
-    model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(WIDTH, WIDTH), nn.GELU())))
+    model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(width, width), nn.GELU())))
     parallel = nn.parallel.DistributedDataParallel(model)
     base = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    x = torch.randn(BATCH, WIDTH)
+    x = torch.randn(BATCH, width)
 
     def backward() -> Tensor:
         loss: Tensor = parallel(x).square().mean()

@@ -51,7 +51,7 @@ def test_what_does_not_fit_into_memory_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("by_sam", [False, True])
 def test_processes_report_the_time_of_a_step(by_sam: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 0 < scaling.in_processes(2, by_sam) < 60
+    assert 0 < scaling.in_processes(2, by_sam, width=16) < 60
 
 
 def test_a_library_that_does_not_import_is_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ import pytest
 from . import build_matrix
 
 
-@pytest.mark.parametrize("build", build_matrix.DEFAULT)
+# "g++" compiles what "g++:static" does, and links it as the core is that all other tests run on.
+@pytest.mark.parametrize("build", [build for build in build_matrix.DEFAULT if build != "g++"])
 def test_it_builds_without_a_warning_and_passes_the_operations_tests(build: str) -> None:
     try:
         build_matrix.compiler(build)

@@ -57,7 +57,7 @@ def test_every_part(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert shown.count("│\n") == 9
-    assert "do not rank methods: 16 training and 16 test examples" in shown
+    assert "do not rank methods: 16 training and 16 test examples" in " ".join(shown.split())
 
 
 def test_what_bfloat16_leaves_of_the_perturbation(llama: str) -> None:
@@ -84,6 +84,12 @@ def test_error_bars_hold_the_test_set_and_the_seeds(tmp_path: Path) -> None:
     mean, error = demo.accuracy(made, "sam", 100)
     assert mean == pytest.approx(0.5)
     assert error == pytest.approx(2 * (0.25 / 100 + 0.02 / 2) ** 0.5)
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.95, False), (0.4, True)])
+def test_times_of_a_busy_machine_are_not_to_be_gone_by(tmp_path: Path, share: float, told: bool) -> None:
+    made = results.Results(tmp_path, "demo", demo.COLUMNS, {"processor_share": share})
+    assert demo.note(made, SMALL, "cpu").startswith("This machine was busy, the steps had 40%") == told
 
 
 def test_what_was_finished_is_kept(words, tmp_path, monkeypatch, capsys) -> None:

@@ -353,7 +353,7 @@ def end(server: subprocess.Popen[str]) -> int:
     return int(server.stdout.readline())
 
 
-KILLS = int(os.environ.get("FASTPOST_KILLS", "30"))
+KILLS = int(os.environ.get("FASTPOST_KILLS", "16"))
 
 
 def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_weights(models, files, tmp_path, server) -> None:

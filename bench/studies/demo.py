@@ -87,6 +87,7 @@ class Demo:
     def steps(self) -> None:
         """One step of SAM and one of R3F on the language model, published loop and fastpost in turns."""
         batch = next(self.language.batches(self.sizes.rows, 1, 0))
+        wall, processor = time.perf_counter(), time.process_time()
         hyper = tuning.Hyperparameters(lr=0.0, weight_decay=0.0, rho=RHO, fused_linear=True)  # the model stays what it is
         for method in ("sam", "r3f"):
 
@@ -104,6 +105,8 @@ class Demo:
             costs = measure.costs(sides, self.sizes.rounds, self.bars.advance, device=self.device)
             for side, cost in costs.items():
                 self.results.add(kind="step", method=method, side=side, seconds=cost.seconds, peak_mib=cost.peak_mib)
+        had = (time.process_time() - processor) / (time.perf_counter() - wall) / torch.get_num_threads()
+        self.results.about["processor_share"] = round(had, 2)
 
     def bits(self) -> None:
         """What the forward pass sees of SAM's perturbation with weights in bfloat16, and how far the loss rises."""
@@ -224,7 +227,9 @@ def verdict(along: float, beside: float) -> str:
 
 def note(results: Results, sizes: Sizes, device: str) -> str:
     """What this can and cannot show, in one paragraph."""
-    return (
+    had = results.about.get("processor_share", 1.0)
+    busy = f"This machine was busy, the steps had {had:.0%} of its processors: do not go by their times. "
+    return (busy if device == "cpu" and had < 0.7 else "") + (
         f"The first two lines hold on this machine ({where(device)}): medians of {sizes.rounds} step(s) of {sizes.rows} x "
         f"{sizes.tokens} tokens, both sides in turns around the same AdamW. Other work on the machine disturbs them. "
         "Memory is the peak above the weights. SAM steps to w + e: the lines on bfloat16 say how much of e the model sees "

