@@ -4,6 +4,7 @@
 
 HELD_OUT.txt is cut into blocks: every other one chooses the state, those between report it. Scored on the blocks that chose,
 a text can only gain, whatever it is.
+It needs: pip install ".[transformers]"
 """
 
 import sys

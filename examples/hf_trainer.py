@@ -3,6 +3,7 @@
     python examples/hf_trainer.py --model MODEL --train_file ROWS.csv --method sam+r3f --sam_rho 0.05 --r3f_lambda 1.0
 
 Every option of TrainingArguments works, and so does torchrun. --method is none, sam, sam_lm, asam, r3f or sam+r3f.
+It needs: pip install ".[cli]" datasets
 """
 
 import argparse

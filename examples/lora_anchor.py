@@ -4,6 +4,7 @@
 
 Trains twice from one start, without and with an anchor: the model's own predictions with its adapters switched off. Every
 option of TrainingArguments works, and so do the anchor's (--anchor_divergence reverse_kl, --sft_weighting asft, ...).
+It needs: pip install ".[peft]"
 """
 
 import argparse

@@ -4,6 +4,7 @@
 
 Each line of ROWS.jsonl holds "text", or "prompt" and "completion", or "messages". Every option of SFTConfig works, and so
 does torchrun. The adapters stay in float32, so that SAM's perturbation is not lost where the base is in bfloat16.
+It needs: pip install ".[trl,peft]"
 """
 
 import argparse
