@@ -20,7 +20,7 @@ from fastpost.bench.studies import figures, verdicts
 from fastpost.bench.table import NOT_MEASURED
 
 DATA = Path(__file__).parent / "data"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/studies.md", "docs/features.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/studies.md", "docs/features.md", "docs/anchor.md")
 TABLE = re.compile(r"(?P<head><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<tail><!-- end of table -->)", re.S)
 FIGURE = re.compile(
     r"(?P<head><!-- figure: (?P<name>[\w-]+): (?P<caption>[^>]*) -->\n).*?(?P<tail><!-- end of figure -->)", re.S
@@ -293,6 +293,21 @@ def distillation() -> list[tuple[str, ...]]:
     return [("work", "against", "goal", "measured"), *(row for row in rows if row[3])]
 
 
+ANCHOR = "cpu-anchor.csv"
+OF_ANCHOR = "gradients of an anchored step"
+ANCHOR_ROWS = (
+    Row("anchored by KL to the reference", "time of a plain step", OF_ANCHOR, ("anchored over plain",)),
+    Row("same", "time of a plain step and the reference's layers", OF_ANCHOR, ("anchored over plain, and",)),
+    Row("same", "whole logits and `F.kl_div`, times as fast", OF_ANCHOR, ("anchored faster than whole logits",)),
+    Row("same", "peak memory of whole logits and `F.kl_div`", OF_ANCHOR, ("peak memory of anchored",)),
+    Row("taught from a context", "time of a plain step", OF_ANCHOR, ("taught from a context over plain",)),
+)
+
+
+def anchor() -> list[tuple[str, ...]]:
+    return [("work", "against", "measured"), *((r.work, r.against, r.cell(ANCHOR)) for r in ANCHOR_ROWS)]
+
+
 PEERS = "cpu-peers.csv"
 PEER_CASES = ("a step of SAM less the model, beside libraries", "a whole step of SAM, beside libraries")
 
@@ -330,6 +345,7 @@ TABLES: dict[str, Callable[[], list[tuple[str, ...]]]] = {
     "h200-steps": h200_steps,
     "peers": peers,
     "distillation": distillation,
+    "anchor": anchor,
     **features.TABLES,
     **verdicts.TABLES,
 }

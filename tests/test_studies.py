@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -797,17 +798,44 @@ def test_collapse_is_the_chain_of_probes(data: Path, encoder: Path, tmp_path: Pa
     rows = records.read(output)
     # Before the chain both tasks are probed; after each stage too, and the stage's own head is scored.
     assert len(rows) == 3 * 2 * (2 + 2 * (2 + 1))
-    last = {"stage": 2, "task": "cola", "kind": "probe"}
-    for method in ("r3f", "r4f"):
-        found = analysis.probed(rows, method)
+    assert analysis.probed_tasks(rows) == ["cola", "rte"]
+    for task, method in itertools.product(analysis.probed_tasks(rows), ("r3f", "r4f")):
+        found = analysis.probed(rows, task, method)
         assert found is not None
         assert found.n == "2 x 24"
+        last = {"stage": 2, "task": task, "kind": "probe"}
         of = {m: {r["seed"]: r for r in rows if r["method"] == m and r["hyper"] == last} for m in (method, "adamw")}
         gains = [of[method][s]["scores"]["accuracy"] - of["adamw"][s]["scores"]["accuracy"] for s in (0, 1)]
         assert found.mean == pytest.approx(100 * np.mean(gains))
     before = output.read_bytes()
     assert run("collapse", *options, "--methods", "adamw,r3f,r4f") == 0
     assert output.read_bytes() == before
+
+
+def test_a_probe_that_sees_nothing_in_the_untouched_encoder_gives_no_verdict(tmp_path: Path) -> None:
+    def told(before: float) -> list[str]:
+        def row(method: str, seed: int, stage: int, right: str) -> dict[str, Any]:
+            hyper = {"stage": stage, "task": "cola", "kind": "probe"}
+            scores = {"accuracy": before if stage == 0 else right.count("1") / 4, "majority": 0.5}
+            return {
+                "method": method,
+                "seed": seed,
+                "hyper": hyper,
+                "scores": scores,
+                "examples": right,
+                "setup": {"tasks": "cola"},
+            }
+
+        rows = [
+            row(method, seed, stage, "1111" if method == "r3f" and stage else "0101")
+            for method in ("adamw", "r3f", "r4f")
+            for seed in (0, 1, 2)
+            for stage in (0, 1)
+        ]
+        return [cells[-1] for cells in verdicts._collapse(rows)]
+
+    assert told(0.75)[1] == analysis.NOT_SEEN
+    assert told(0.5) == [analysis.NO_SIGNAL] * 2
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from fastpost.bench.studies import methods, records
 from fastpost.bench.studies.records import Row
 
 DATA = Path(__file__).parent.parent / "data"
-CONFIRMED, NOT_SEEN, OPPOSITE, NOT_RUN = "confirmed", "not seen", "opposite", "not run"
+CONFIRMED, NOT_SEEN, OPPOSITE, NOT_RUN, NO_SIGNAL = "confirmed", "not seen", "opposite", "not run", "no signal"
 CHOOSING = "choose_"  # what scores that choose are called by; none of them is reported
 
 
@@ -259,16 +259,29 @@ def retained(rows: list[Row], score: str, bits: int, method: str = "sam", other:
     return estimate([np.subtract(of[method][s]["examples"][score], of[other][s]["examples"][score]).tolist() for s in seeds])
 
 
-def probed(rows: list[Row], method: str, other: str = methods.PLAIN) -> Estimate | None:
-    """Of a `collapse` study: by how many points a probe of the first task, after the whole chain, exceeds the other's."""
-    probes = [row for row in rows if row["hyper"]["kind"] == "probe" and row["examples"]]
-    if not probes:
-        return None
-    last = max(row["hyper"]["stage"] for row in probes)
-    first = probes[0]["setup"]["tasks"].split(",")[0]
-    wanted = {"stage": last, "task": first, "kind": "probe"}
+def probed(rows: list[Row], task: str, method: str, other: str = methods.PLAIN) -> Estimate | None:
+    """Of a `collapse` study: by how many points a probe of a task, after the whole chain, exceeds the other's."""
+    probes = _probes(rows, task)
+    last = max((row["hyper"]["stage"] for row in probes), default=0)
     of = {
-        m: {r["seed"]: r["examples"] for r in probes if r["method"] == m and r["hyper"] == wanted} for m in (method, other)
+        m: {r["seed"]: r["examples"] for r in probes if r["method"] == m and r["hyper"]["stage"] == last}
+        for m in (method, other)
     }
     seeds = sorted(of[method].keys() & of[other].keys())
     return estimate([[100.0 * (int(a) - int(b)) for a, b in zip(of[method][s], of[other][s], strict=True)] for s in seeds])
+
+
+def probed_tasks(rows: list[Row]) -> list[str]:
+    """The tasks of a `collapse` study, in the chain's order."""
+    probes = [row for row in rows if row["hyper"]["kind"] == "probe"]
+    return probes[0]["setup"]["tasks"].split(",") if probes else []
+
+
+def sees_nothing(rows: list[Row], task: str) -> bool:
+    """Whether a probe of the untouched encoder is no better than naming the most frequent label: nothing can get lost."""
+    scores = [row["scores"] for row in _probes(rows, task) if row["hyper"]["stage"] == 0]
+    return all(score["accuracy"] <= score["majority"] for score in scores)
+
+
+def _probes(rows: list[Row], task: str) -> list[Row]:
+    return [row for row in rows if row["hyper"]["kind"] == "probe" and row["hyper"]["task"] == task and row["examples"]]

@@ -123,12 +123,18 @@ def r3f(folder: Path = analysis.DATA) -> Table:
         line("A step costs 4/3 of a plain one", "time of a step over AdamW's, less than 1.5",
              analysis.price(rows, "r3f"), " times", 1.5, -1),
         *_lm(folder, "Noise regularises language models too (2310.03646)", "r3f"),
-        *(
-            line("Representations collapse less", f"probe of the first task after the chain: {NAMES[method]} less AdamW",
-                 analysis.probed(collapsed, method), " points")
-            for method in ("r3f", "r4f")
-        ),
+        *(_collapse(collapsed) or [line("Representations collapse less", "probes after a chain of tasks", None)]),
     ]  # fmt: skip
+
+
+def _collapse(rows: list[Row]) -> Table:
+    found: Table = []
+    for task in analysis.probed_tasks(rows):
+        for method in ("r3f", "r4f"):
+            measured = f"probe of {TASKS.get(task, task)} after the chain: {NAMES[method]} less AdamW"
+            told = line("Representations collapse less", measured, analysis.probed(rows, task, method), " points")
+            found.append((*told[:-1], analysis.NO_SIGNAL) if analysis.sees_nothing(rows, task) else told)
+    return found
 
 
 def gap(folder: Path = analysis.DATA) -> Table:
