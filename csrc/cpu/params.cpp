@@ -165,24 +165,30 @@ PerturbSums sam_perturb_coded(const Plan& plan, const Perturbation& how, double 
 }
 
 void sam_decode(const Plan& plan, const CodeList& list, int threads) {
-  for_chunks(plan, threads, [&](int64_t, const Chunk& chunk) {
-    params_loops().decode(plan.dtype(), plan.at(kWeight, chunk), codes_of(plan, chunk), chunk.length);
-  });
+  const uint64_t* words = list.words + 1;
   const int64_t entries = std::min(static_cast<int64_t>(*list.words), list.capacity);
-  constexpr int64_t kEntries = int64_t{1} << 12;  // per task
   with_dtype(plan.dtype(), [&](auto t) {
     using Bits = typename SignBits<decltype(t)>::type;
-    const auto place = [&](uint64_t word) {
-      const uint64_t where = word >> (8 * sizeof(Bits));
-      return reinterpret_cast<Bits*>(plan.at(kWeight, plan.chunks()[where >> 16])) + (where & 0xffffu);
+    const auto where = [&](int64_t entry) { return words[entry] >> (8 * sizeof(Bits)); };  // its chunk, and 16 bits in that
+    // The list's runs of entries of one chunk, so that they are put in while the chunk is in the cache.
+    struct Run {
+      int64_t begin, end, next;
     };
-    parallel_for((entries + kEntries - 1) / kEntries, worth(plan.elements(), threads), [&](int64_t task) {
-      const uint64_t* words = list.words + 1;
-      constexpr int64_t kAhead = 16;  // the list is in no order that a cache would guess
-      for (int64_t i = task * kEntries, end = std::min(entries, (task + 1) * kEntries); i < end; ++i) {
-        if (i + kAhead < end) __builtin_prefetch(place(words[i + kAhead]), 1);
-        *place(words[i]) = static_cast<Bits>(words[i]);
+    std::vector<Run> runs;
+    std::vector<int64_t> latest(plan.chunks().size(), -1);
+    for (int64_t i = 0; i < entries; ++i) {
+      if (i == 0 || where(i) >> 16 != where(i - 1) >> 16) {
+        int64_t& run = latest[where(i) >> 16];
+        runs.push_back({i, i, run});
+        run = static_cast<int64_t>(runs.size()) - 1;
       }
+      runs.back().end = i + 1;
+    }
+    for_chunks(plan, threads, [&](int64_t index, const Chunk& chunk) {
+      Bits* w = reinterpret_cast<Bits*>(plan.at(kWeight, chunk));
+      params_loops().decode(plan.dtype(), w, codes_of(plan, chunk), chunk.length);
+      for (int64_t run = latest[index]; run >= 0; run = runs[run].next)
+        for (int64_t i = runs[run].begin; i < runs[run].end; ++i) w[where(i) & 0xffffu] = static_cast<Bits>(words[i]);
     });
   });
 }

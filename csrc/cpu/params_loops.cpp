@@ -66,8 +66,9 @@ double squares_of(const T* x, const T* y, double eta, int64_t n) {
   return fold((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
 }
 
-// Copies past the caches when asked to: a stash is not read again before a whole forward and backward pass.
-void copy(void* to, const void* from, int64_t bytes, bool stream) {
+// Copies past the caches when asked to: a stash is not read again before a whole forward and backward pass. Other threads
+// see it once it is fenced; a fence waits for memory, so it stands behind a chunk and not behind each block.
+void copy_unfenced(void* to, const void* from, int64_t bytes, bool stream) {
   char* out = static_cast<char*>(to);
   const char* in = static_cast<const char*>(from);
 #if defined(__x86_64__)
@@ -89,11 +90,21 @@ void copy(void* to, const void* from, int64_t bytes, bool stream) {
 #endif
     }
     memcpy(out + i, in + i, bytes - i);
-    _mm_sfence();
     return;
   }
 #endif
   memcpy(out, in, bytes);
+}
+
+void fence([[maybe_unused]] bool stream) {
+#if defined(__x86_64__)
+  if (stream) _mm_sfence();
+#endif
+}
+
+void copy(void* to, const void* from, int64_t bytes, bool stream) {
+  copy_unfenced(to, from, bytes, stream);
+  fence(stream);
 }
 
 // 16 random bits per element, for n elements from one that is a multiple of 8.
@@ -171,7 +182,7 @@ void perturb_chunk(T* w, const T* g, void* stash, int64_t n, uint64_t first, uin
         continue;
       }
     }
-    copy(static_cast<T*>(stash) + i, w + i, m * sizeof(T), how.stream);
+    copy_unfenced(static_cast<T*>(stash) + i, w + i, m * sizeof(T), how.stream);
     if constexpr (sizeof(T) == 2) {
       if (how.stochastic) {
         uint16_t halves[kBlock];
@@ -182,6 +193,7 @@ void perturb_chunk(T* w, const T* g, void* stash, int64_t n, uint64_t first, uin
     }
     perturb_block<T, T, Seen, adaptive, false>(w + i, w + i, g + i, nullptr, m, how, sums);
   }
+  fence(how.stream);
 }
 
 template <class T>
@@ -257,6 +269,8 @@ void list_block(const T* before, T* after, Code<T>* codes, int64_t n, Code<T> wh
   if (wanted == 0) return;
   int64_t slot = static_cast<int64_t>(__atomic_fetch_add(list.words, static_cast<uint64_t>(wanted), __ATOMIC_RELAXED));
   for_places(codes, n, which, [&](int64_t i) {
+    constexpr int64_t kAhead = 64;  // stores wait in order for lines that nobody has read before
+    __builtin_prefetch(list.words + 1 + slot + kAhead, 1);
     const bool fits = slot < list.capacity;
     codes[i] = fits ? kListed<T> : kPending<T>;
     if (fits)
@@ -296,9 +310,10 @@ void perturb_coded_chunk(T* w, const T* g, Code<T>* codes, int64_t n, uint64_t f
     } else {
       encode_block(held, w + i, fresh, m);
       list_block(held, w + i, fresh, m, kListed<T>, code_zeros(held, fresh, m), chunk, i, list);
-      copy(codes + i, fresh, m * static_cast<int64_t>(sizeof(Code<T>)), how.stream);
+      copy_unfenced(codes + i, fresh, m * static_cast<int64_t>(sizeof(Code<T>)), how.stream);
     }
   }
+  fence(how.stream);
 }
 
 template <class T>
