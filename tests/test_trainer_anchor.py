@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +294,35 @@ def test_bad_options_are_refused_when_they_are_given(tmp_path: Path, options: di
 def test_weights_that_were_not_given() -> None:
     assert [AnchorOptions(sft_weighting=name).anchor_weight for name in ("none", "dft", "asft")] == [0.1, 0.0, 0.1]
     assert AnchorOptions(anchor_kl="1e-2").anchor_weight == 0.01  # type: ignore[arg-type]
-    assert not AnchorOptions(anchor_kl=0.0, anchor="lora_off").asks_for_anchor()  # as in a sweep over the weight
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"anchor_kl": 0.0}, "anchor_kl=0.0"),  # that it is nothing is said without the option as well
+        ({"anchor_kl": 0.0, "anchor_ce": 0.5}, "anchor_kl=0.0 and anchor_ce=0.5"),
+        ({"anchor_ce": 0.5}, "anchor_ce=0.5"),
+        ({"anchor": "ema", "anchor_ema_decay": 0.5}, "anchor='ema' and anchor_ema_decay=0.5"),
+        (
+            {"anchor_kl": 0.0, "anchor_ce": 1.0, "anchor": "context", "anchor_teacher": "live"},
+            "anchor_kl=0.0 and anchor_ce=1.0 and anchor='context' and anchor_teacher='live'",
+        ),
+        ({"anchor_divergence": "js"}, "anchor_divergence='js'"),
+        ({"anchor_fused_linear": False}, "anchor_fused_linear=False"),
+        ({"sft_weighting": "dft"}, "sft_weighting='dft'"),
+    ],
+)
+def test_options_that_no_method_would_read_are_named(tmp_path: Path, options: dict[str, Any], named: str) -> None:
+    message = re.escape(
+        f"method='sam' does no anchor and would not read {named}; say a method with an anchor, such as method='sam+anchor'"
+    )
+    with pytest.raises(ValueError, match=message):
+        PostTrainingOptions(method="sam", **options)
+    with pytest.raises(ValueError, match=message):
+        PostTrainingArguments(str(tmp_path), use_cpu=True, method="sam", **options)
+    with pytest.raises(ValueError, match=re.escape(f"SAMTrainer does no anchor and would not read {named}; ")):
+        trainer_of(SAMTrainer, tiny.build("llama"), arguments(tmp_path, 1, **options))
+    assert PostTrainingOptions(method="sam+anchor", **options).method == "sam+anchor"
 
 
 def test_what_does_not_go_together(tmp_path: Path) -> None:
@@ -317,8 +346,8 @@ def test_what_does_not_go_together(tmp_path: Path) -> None:
     refused(TypeError, "Own has a loss of its own", OverOwn)
     refused(TypeError, "put R3FTrainerMixin before", Behind)
     refused(TypeError, "compute_loss_func computes a loss", AnchorTrainer, compute_loss_func=lambda *a, **k: 0)
-    refused(ValueError, "and there is none", SAMTrainer, anchor_kl=0.1)
-    refused(ValueError, "and there is none", PostTrainer, method="sam", sft_weighting="dft")
+    refused(ValueError, "would not read anchor_kl=0.1", SAMTrainer, anchor_kl=0.1)
+    refused(ValueError, "would not read sft_weighting=.dft.", PostTrainer, method="sam", sft_weighting="dft")
     refused(ValueError, "does sam, not method='anchor'", SAMTrainer, method="anchor")
     refused(ValueError, "leave anchor_fused_linear out", PostTrainer, method="r3f+anchor", anchor_fused_linear=True)
     refused(ValueError, "r3f_fused_linear=False", PostTrainer, method="r3f+anchor", r3f_fused_linear=True)

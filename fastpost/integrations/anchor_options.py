@@ -133,8 +133,6 @@ class AnchorOptions:
         """Whose weights the reference has: `anchor`, of a teacher in a context `anchor_teacher` or what that is."""
         return (self.anchor_teacher or "ema") if self.anchor == "context" else self.anchor
 
-    def asks_for_anchor(self) -> bool:
-        """Whether any of these options was given; False where anchor_kl is 0 and no weighting is asked for."""
-        if self.anchor_kl == 0 and self.sft_weighting == "none":
-            return False
-        return any(getattr(self, f.name) != f.default for f in fields(AnchorOptions))
+    def anchor_options_given(self) -> list[str]:
+        """Names of those of these options that are not at their defaults, in their order."""
+        return [f.name for f in fields(AnchorOptions) if getattr(self, f.name) != f.default]

@@ -246,10 +246,12 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
             if f.name in STRUCTURAL and part_of(f.name) not in parts and getattr(self, f.name) != f.default:
                 part = str(part_of(f.name)).upper()
                 raise ValueError(f"{f.name}={getattr(self, f.name)!r}: {who} does no {part}; leave one of the two out")
-        if "anchor" not in parts and self.asks_for_anchor():
+        if "anchor" not in parts and (given := self.anchor_options_given()):
+            named = " and ".join(f"{name}={getattr(self, name)!r}" for name in given)
+            joined = "+".join((*(part for part in ("sam", "r3f") if part in parts), "anchor"))
             raise ValueError(
-                f"{who}: anchor_kl and sft_weighting are options of an anchor, and there is none; say method='anchor' (or "
-                "sam+anchor, ...) to PostTrainer, use AnchorTrainer, or leave them out"
+                f"{who} does no anchor and would not read {named}; say a method with an anchor, such as method={joined!r}, "
+                f"to PostTrainer, or leave {'it' if len(given) == 1 else 'them'} out"
             )
         if "sam" in parts and "r3f" not in parts and isinstance(self.build_variant(), TRAM):
             raise ValueError(
