@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpost.anchor.references import Frozen, Reference
+from fastpost.ops.autograd import checks_values, waits
 from fastpost.r3f.noise import is_encoder_decoder
 
 PREFIX = ("context_input_ids", "context_attention_mask")
@@ -36,6 +37,9 @@ class InContext(Reference):
     - `teacher_input_ids`, `teacher_labels` (both (batch, length)) and perhaps `teacher_attention_mask`: the teacher's whole
       rows, for a context inside of a chat's turns. The tokens that count are the same ones, in the same order, as in
       `labels`.
+
+    Other tokens are an error where the batch is on the CPU, as in `ContextCollator`. On other devices looking waits for the
+    device, and only FASTPOST_CHECKS=1 asks for it; without it the model is taught from the wrong rows.
 
     The teacher's rows are packed to the left, so that positions run on from the context and padding is never seen.
 
@@ -107,20 +111,23 @@ def teaching(
 
     Raises:
         ValueError: no context, other inputs than tokens and their mask, shapes that do not fit, a row longer than the model
-            has positions; on the CPU, tokens that count and differ.
+            has positions; on the CPU, and under FASTPOST_CHECKS=1, tokens that count and differ.
     """
     _check_model(root, inputs, labels)
     labels = labels.to(inputs["input_ids"].device)
     rows = with_teacher({**inputs, "labels": labels, **_fields(batch)}, ignore_index)
     ids, mask = rows["teacher_input_ids"], rows["teacher_attention_mask"]
-    most = _positions(reference)
-    if most is not None and ids.shape[1] > most:
-        raise ValueError(
-            f"InContext: a teacher's row has {ids.shape[1]} tokens, and the model {most} positions; shorten the contexts or "
-            "the texts, which have to fit together"
-        )
-    further = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
     place = _places(rows["teacher_labels"] != ignore_index, labels != ignore_index)
+    most = _positions(reference)
+    if most is not None and ids.shape[1] > most:  # too wide, perhaps by padding alone
+        longest = _longest(mask)
+        if longest > most:
+            raise ValueError(
+                f"InContext: a teacher's row has {longest} tokens, and the model {most} positions; shorten the contexts or "
+                "the texts, which have to fit together"
+            )
+        ids, mask = ids[:, :longest], mask[:, :longest]
+    further = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
     return Teaching({**further, "input_ids": ids, "attention_mask": mask}, place)
 
 
@@ -132,7 +139,8 @@ def with_teacher(batch: Mapping[str, Any], ignore_index: int = -100) -> dict[str
         batch: as `InContext` has it.
 
     Raises:
-        ValueError: shapes that do not fit; on the CPU, tokens that count in one of both and not in the other, or differ.
+        ValueError: shapes that do not fit; on the CPU, and under FASTPOST_CHECKS=1, tokens that count in one of both and not
+            in the other, or differ.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     fields = _fields(batch)
@@ -153,13 +161,13 @@ def with_teacher(batch: Mapping[str, Any], ignore_index: int = -100) -> dict[str
                 f"{tuple(teacher_ids.shape)}; they must agree"
             )
     order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    if mask.device.type == "cpu":  # elsewhere the longest row is not known without a wait
-        order = order[:, : max(int(mask.sum(1).max()), 1)]
+    if not waits(mask.device):  # elsewhere the longest row is not known without a wait
+        order = order[:, : _longest(mask)]
     teacher_ids, teacher_labels, mask = (t.gather(1, order) for t in (teacher_ids, teacher_labels, mask))
     teacher_ids = teacher_ids.masked_fill(~mask, 0)
     teacher_labels = teacher_labels.masked_fill(~mask, ignore_index)
-    if mask.device.type == "cpu":
-        _check_tokens(teacher_labels, labels, ignore_index)
+    if checks_values(mask.device):
+        _check_tokens(teacher_labels.cpu(), labels.cpu(), ignore_index)
     rest = without_context(batch)
     return {**rest, **dict(zip(WHOLE, (teacher_ids, teacher_labels, mask.long()), strict=True))}
 
@@ -234,6 +242,11 @@ def _mask(mask: Any, ids: Tensor, what: str, rows: int) -> Tensor:
         given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"InContext: {name}attention_mask has shape {given}; expected {tuple(ids.shape)}, as the tokens")
     return mask != 0
+
+
+def _longest(mask: Tensor) -> int:
+    """Tokens of the longest row, at least 1."""
+    return max(int(mask.sum(1).max()), 1)
 
 
 def _check_model(root: Any, inputs: Mapping[str, Any], labels: Tensor) -> None:

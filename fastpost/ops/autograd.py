@@ -27,9 +27,14 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or transformed()
 
 
+def waits(device: torch.device) -> bool:
+    """Whether looking at tensors' values waits for the device."""
+    return device.type != "cpu"
+
+
 def checks_values(device: torch.device) -> bool:
     """Whether to look at tensors' values: where that waits for nothing, and everywhere under FASTPOST_CHECKS=1."""
-    return (device.type == "cpu" or strict()) and not traced()
+    return (not waits(device) or strict()) and not traced()
 
 
 def by_operation() -> bool:
