@@ -17,7 +17,8 @@ from .train_cli import LENGTH, WORDS, words_of
 
 
 def read(path: Path, **given: Any) -> train_data.Data:
-    return train_data.read(train_options.DataOptions(train_file=str(path), **given), needs_validation=False)
+    """None of the rows is held out, because the same ones are given to validate on."""
+    return train_data.read(train_options.DataOptions(train_file=str(path), validation_file=str(path), **given))
 
 
 def write(path: Path, content: str) -> Path:
@@ -116,8 +117,8 @@ def through_every_door(folder: Path, rows: list[tuple[str, str]]) -> dict[str, t
         found[name] = read(write(folder / str(number) / name, content))
         if name == name.lower():
             write(folder / f"hub{number}" / f"train{Path(name).suffix}", content)
-            options = train_options.DataOptions(dataset=str(folder / f"hub{number}"))
-            found[f"--dataset {name}"] = train_data.read(options, needs_validation=False)
+            options = train_options.DataOptions(dataset=str(folder / f"hub{number}"), validation_split="train")
+            found[f"--dataset {name}"] = train_data.read(options)
     return found
 
 
@@ -243,8 +244,8 @@ def test_a_carriage_return_inside_a_field_adds_no_row(tmp_path) -> None:
     expected = [("a\rb", None, "yes"), ("c\r\nd", None, "no")]
     assert rows_of(read(write(tmp_path / "x.csv", content))) == expected
     write(tmp_path / "hub" / "train.csv", content)
-    options = train_options.DataOptions(dataset=str(tmp_path / "hub"))
-    assert rows_of(train_data.read(options, needs_validation=False)) == expected
+    options = train_options.DataOptions(dataset=str(tmp_path / "hub"), validation_split="train")
+    assert rows_of(train_data.read(options)) == expected
     assert rows_of(read(write(tmp_path / "x.tsv", "text\tlabel\na\rb\tyes\nc\tno\r\n"))) == [
         ("a\rb", None, "yes"),
         ("c", None, "no"),

@@ -35,6 +35,11 @@ def options(**given: Any) -> train_options.DataOptions:
     return train_options.DataOptions(**given)
 
 
+def every_row(path: Path, **given: Any) -> train_data.Data:
+    """None is held out, because the same rows are given to validate on."""
+    return train_data.read(options(train_file=str(path), validation_file=str(path), **given))
+
+
 def test_the_same_rows_from_every_form(tmp_path) -> None:
     rows = [(f"a text, {k}", f'say "{k}"', ("yes", "no", "it is")[k % 3]) for k in range(21)]
     folder = tmp_path / "data"
@@ -70,7 +75,7 @@ def test_labels_of_numbers_are_in_their_order_and_a_model_keeps_its_own(models, 
     path.write_text(
         "".join(json.dumps({"text": "a", "label": n}) + "\n" for n in ("²", "01", "--5", "1", "2")), encoding="utf-8"
     )
-    assert train_data.read(options(train_file=str(path)), needs_validation=False).labels == ("01", "1", "2", "--5", "²")
+    assert every_row(path).labels == ("01", "1", "2", "--5", "²")
     config = transformers.AutoConfig.from_pretrained(
         models["encoder"], id2label={0: "prose", 1: "code"}, label2id={"prose": 0, "code": 1}
     )
@@ -303,10 +308,10 @@ def test_files_of_options_in_the_words_of_yaml_and_json(models, files, tmp_path,
 def test_columns_without_a_name_and_pairs_that_are_nowhere(tmp_path) -> None:
     table, rows = tmp_path / "x.csv", tmp_path / "x.jsonl"
     table.write_text("v1,v2,,\nham,a text,,\nspam,another,,\n")
-    data = train_data.read(options(train_file=str(table), text_column="v2", label_column="v1"), needs_validation=False)
+    data = every_row(table, text_column="v2", label_column="v1")
     assert [row.label for row in data.train] == ["ham", "spam"]
     rows.write_text("".join(json.dumps({"text": "a", "pair": None, "label": k}) + "\n" for k in range(2)))
-    assert [row.pair for row in train_data.read(options(train_file=str(rows)), needs_validation=False).train] == [None, None]
+    assert [row.pair for row in every_row(rows).train] == [None, None]
 
 
 def test_half_a_file_of_weights_and_short_models(models, files, tmp_path, capsys) -> None:
@@ -353,10 +358,10 @@ def test_keys_of_a_file_and_models_that_data_need(models, files, tmp_path, capsy
 def test_only_line_ends_end_a_row_and_pairs_are_in_both_files(tmp_path) -> None:
     table = tmp_path / "table.csv"
     table.write_text('text,label\na\u2028b\x0cc,yes\n"d\ne",no\n', encoding="utf-8", newline="")
-    found = train_data.read(options(train_file=str(table)), needs_validation=False)
+    found = every_row(table)
     assert [row.text for row in found.train] == ["a\u2028b\x0cc", "d\ne"]
     pairs = tmp_path / "pairs.csv"
     pairs.write_text("text,pair,label\na,b,yes\nc,d,no\n")
     for one, other in ((table, pairs), (pairs, table)):
         with pytest.raises(ValueError, match="differ in having pairs"):
-            train_data.read(options(train_file=str(one), validation_file=str(other)), needs_validation=True)
+            train_data.read(options(train_file=str(one), validation_file=str(other)))

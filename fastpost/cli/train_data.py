@@ -62,11 +62,8 @@ class Data:
         return label, sum(row.label == label for row in self.validation) / len(self.validation)
 
 
-def read(options: DataOptions, needs_validation: bool = True) -> Data:
-    """The data that the options name.
-
-    Args:
-        needs_validation: False leaves all rows to training where no validation data are given.
+def read(options: DataOptions) -> Data:
+    """The data that the options name; where no validation data are given, some of the training data are held out.
 
     Raises:
         ValueError: a broken row (file and line are named), a missing column, a column that looks like a label and is not
@@ -84,7 +81,7 @@ def read(options: DataOptions, needs_validation: bool = True) -> Data:
             raise ValueError("training and validation data differ in having labels; see --label_column")
         if row.label is not None and row.label not in names:
             raise unknown("label of the validation data", row.label, labels)
-    held_out = not validation and needs_validation
+    held_out = not validation
     if held_out and (len(train) > 1 or labels):
         train, validation = hold_out(train)
     return Data(train, validation, labels, held_out, notes)
