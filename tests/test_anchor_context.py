@@ -303,10 +303,18 @@ def collate(examples: list[Any]) -> dict[str, Tensor]:
 
 
 def loop(
-    model: Any, kind: str, rows: list[Any], steps: int, *, ce: float = 0.0, rho: float = 0.0, batches: int = 3
+    model: Any,
+    kind: str,
+    rows: list[Any],
+    steps: int,
+    *,
+    ce: float = 0.0,
+    rho: float = 0.0,
+    batches: int = 3,
+    base: str = "llama",
 ) -> list[float]:
     """Training by hand, so many micro-batches a step; the divergence of each step."""
-    teacher = {"live": model, "lora_off": tiny.build("llama", 0.0, torch.float64)}.get(kind) or copy.deepcopy(model)
+    teacher = {"live": model, "lora_off": tiny.build(base, 0.0, torch.float64)}.get(kind) or copy.deepcopy(model)
     params, found = [p for p in model.parameters() if p.requires_grad], []
     full = len(params) == len(list(model.parameters()))
     opt = optimizer_of(model) if full else torch.optim.AdamW(params, lr=1e-2, weight_decay=0.05)

@@ -272,13 +272,13 @@ def anchored(kind: str) -> float:
     return distance(mine, hand)
 
 
-def in_context() -> float:
-    """A teacher that reads a context; each rank's batch has contexts of its own."""
-    mine, hand = (tiny.build("llama", 0.0, torch.float64) for _ in range(2))
+def in_context(kind: str) -> float:
+    """A teacher that reads a context, of either weights; each rank's batch has contexts of its own."""
+    mine, hand = (test_anchor_context.model_of(kind) for _ in range(2))
     data = test_anchor_context.texts(12)
-    options = test_anchor_context.options_of("ema", gradient_accumulation_steps=1)
+    options = test_anchor_context.options_of(kind, gradient_accumulation_steps=1)
     trained(AnchorTrainer, mine, 4, **options, given={"data": data, "data_collator": test_anchor_context.collate})
-    test_anchor_context.loop(hand, "ema", data, 4, batches=2)
+    test_anchor_context.loop(hand, kind, data, 4, batches=2)
     return distance(mine, hand)
 
 
@@ -289,6 +289,19 @@ def fsdp2_anchor(kind: str) -> float:
     given = {} if kind == "lora_off" else {"anchor_model": tiny.build("causal", 0.0, torch.float64)}
     trainer = sharded(ShardedAnchor, mine, 4, anchor=kind, anchor_kl=KL, anchor_fused_linear=True, given=given)
     loop(hand, kind, windows(rows(), 3, 4, ranks=2), kind="causal")
+    return apart(trainer, hand)
+
+
+def fsdp2_context(kind: str) -> float:
+    """The same of a teacher that reads a context, or the sharded model itself."""
+    mine, hand, given = (
+        with_lora("causal") if kind == "lora_off" else tiny.build("causal", 0.0, torch.float64) for _ in "abc"
+    )
+    options = {"anchor": "context", "anchor_teacher": kind, "anchor_kl": test_anchor_context.KL, "anchor_fused_linear": True}
+    data = {"data": test_anchor_context.texts(12), "data_collator": test_anchor_context.collate}
+    data |= {"anchor_model": given} if kind == "reference" else {}
+    trainer = sharded(ShardedAnchor, mine, 3, **options, given=data)
+    test_anchor_context.loop(hand, kind, data["data"], 3, batches=6, base="causal")
     return apart(trainer, hand)
 
 
@@ -305,7 +318,7 @@ CASES = {
     "tram": tram,
     "drift": drift,
     "anchor ema": partial(anchored, "ema"),
-    "anchor context": in_context,
+    **{f"anchor context, {kind}": partial(in_context, kind) for kind in ("ema", "reference", "live", "lora_off")},
     "anchor lora_off": partial(anchored, "lora_off"),
     "fsdp2": partial(fsdp2, 1.0),
     "fsdp2, a third": partial(fsdp2, 0.3),
@@ -314,6 +327,7 @@ CASES = {
     "fsdp2 r3f": fsdp2_r3f,
     "fsdp2 anchor reference": partial(fsdp2_anchor, "reference"),
     "fsdp2 anchor lora_off": partial(fsdp2_anchor, "lora_off"),
+    **{f"fsdp2 anchor context, {kind}": partial(fsdp2_context, kind) for kind in ("reference", "live", "lora_off")},
 }
 
 
