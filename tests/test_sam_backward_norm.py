@@ -9,6 +9,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from fastpost import SAM, SAMWindow
 from fastpost.ops import params as ops
 from fastpost.sam import GSAM, TRAM, FriendlySAM, MomentumSAM, SampledLayers
-from fastpost.sam.backward_norm import Norms
+from fastpost.sam.backward_norm import BackwardNorm, Norms
 from fastpost.sam.buckets import ShardReducer
 
 from . import distributed as d
@@ -428,17 +429,85 @@ def test_with_masters_the_norm_is_that_of_the_weights_gradients() -> None:
     assert_equal(*done)
 
 
-class LastOfTwo:
-    """What a reducer of two ranks knows on one of them, where the other's norms are stale."""
+class LastOfTwo(ShardReducer):
+    """What a reducer of two ranks knows on one of them: this is what the other has to say.
+
+    Args:
+        stale: whether the other's norms are stale.
+        sums: of the other.
+    """
+
+    others = True
+
+    def __init__(self, stale: bool = False, sums: Tensor | None = None) -> None:
+        super().__init__()
+        self.made: list[str] = []
+        self.sums = sums
+        self._stale = stale
+
+    def total(self, parts: Any, shape: tuple[int, ...] = ()) -> Tensor:
+        self.made.append(f"sum of {shape}")
+        found = [part for _, part in parts] + ([] if self.sums is None else [self.sums])
+        self.sums = torch.stack(found).sum(0)
+        return self.sums
 
     def agree(self, flag: Tensor) -> Tensor:
-        return torch.ones_like(flag)
+        self.made.append("agree")
+        return torch.maximum(flag, flag.new_tensor(self._stale))
 
 
 def test_norms_that_are_stale_on_another_rank_are_stale_here() -> None:
     one = torch.ones((), dtype=torch.float64)
-    norms = Norms(one, one, one)
+    norms = Norms(one, one, one, True)
     sums = torch.ones(6, dtype=torch.float64)
     assert not norms.are_stale(sums, ShardReducer())
     with pytest.warns(UserWarning, match="gradients were written after backward"):
-        assert norms.are_stale(sums, LastOfTwo())  # type: ignore[arg-type]
+        assert norms.are_stale(sums, LastOfTwo(stale=True))
+
+
+class OnADevice(Tensor):
+    """A tensor that says it is not on the CPU."""
+
+    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+
+
+class Summed(BackwardNorm):
+    """Of a rank whose only bucket has this sum of squares; of one without buckets where there is none."""
+
+    def __init__(self, reducer: ShardReducer, squares: Tensor | None) -> None:
+        super().__init__(reducer)
+        self.squares = squares
+
+    def _squares(self, b: Any) -> Tensor:
+        assert self.squares is not None
+        return self.squares
+
+    def ascend(self, factor: float) -> tuple[Norms | None, Tensor | None]:
+        """The norms, and what they are judged to be where perturbing reads `factor` times these squares."""
+        bucket, setting = SimpleNamespace(key=(), device_type="xpu"), SimpleNamespace(rho=1.0)
+        there = self.squares is not None
+        norms = self.norms([bucket] if there else [], [setting] if there else [])  # type: ignore[list-item]
+        if norms is None:
+            return None, None
+        ee = factor * norms.squared / norms.squared
+        assert not norms.are_stale(ee.reshape(1), self._reducer)
+        return norms, norms.judged(ee.reshape(1))
+
+
+@pytest.mark.parametrize(("squares", "factor"), [(4.0, 1.0), (4.0, 2.0), (0.0, 1.0), (math.inf, 1.0)])
+def test_a_rank_without_gradients_makes_no_reduction_alone(squares: float, factor: float) -> None:
+    """Its sums are on the CPU, where they could be read, and the others' are on a device."""
+    first = LastOfTwo()
+    one, judged = Summed(first, torch.tensor(squares, dtype=torch.float64).as_subclass(OnADevice)).ascend(factor)
+    assert first.sums is not None
+    second = LastOfTwo(sums=first.sums.as_subclass(Tensor))
+    other, its = Summed(second, None).ascend(factor)
+    assert first.made == second.made == ["sum of (3,)"]
+    assert one is not None
+    assert other is not None
+    assert other.squared.is_cpu
+    assert not one.squared.is_cpu
+    assert judged is not None
+    assert its is not None
+    assert torch.equal(judged.isnan(), its.isnan())
+    assert bool(its.isfinite()) == (factor == 1 and math.isfinite(squares))

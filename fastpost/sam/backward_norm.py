@@ -63,16 +63,18 @@ class Norms(NamedTuple):
         norm: its square, which is not finite where a gradient, or a variant's radius, is not.
         squared: what perturbing divides by.
         weighted: the sum of rho^2 |g|^2 over buckets with radii of their own; None where the norm was summed up just now.
+        readable: whether on all ranks it can be read without waiting for a device; all have the same answer.
     """
 
     norm: Tensor
     squared: Tensor
     weighted: Tensor | None = None
+    readable: bool = False
 
     def within(self, radius: Tensor) -> Norms:
         """With a factor d on rho: rho d / |g| is rho / sqrt(|g|^2 / d^2); where d is 0 nothing moves."""
         radius = radius.to(self.squared.device, torch.float64)
-        return Norms(self.norm + 0 * radius, self.squared / radius.square(), self.weighted)
+        return self._replace(norm=self.norm + 0 * radius, squared=self.squared / radius.square())
 
     def _missed(self, sums: Tensor) -> Tensor | None:
         """Whether e e, summed up from the gradients that perturbing has read, is not what these norms make it: somebody has
@@ -84,14 +86,14 @@ class Norms(NamedTuple):
 
     def are_stale(self, sums: Tensor, reducer: ShardReducer) -> bool:
         """Whether they are not those of the gradients that perturbing has read, on any rank; False where asking waits for a
-        device.
+        device, on any rank: all ask the others, or none does.
 
         Args:
             sums: as `Perturbation.apply` returns them.
             reducer: by which all ranks come to one answer, or some would sum up anew alone.
         """
         missed = self._missed(sums)
-        if missed is None or not missed.is_cpu or not bool(reducer.agree(missed.float())):
+        if missed is None or not self.readable or not bool(reducer.agree(missed.float())):
             return False
         warnings.warn(
             "SAM: gradients were written after backward where autograd does not see it, as through .grad.data; "
@@ -101,11 +103,9 @@ class Norms(NamedTuple):
         return True
 
     def judged(self, sums: Tensor) -> Tensor:
-        """`norm`; on accelerators NaN where it is stale, so that the step is skipped."""
-        missed = self._missed(sums)
-        return (
-            self.norm if missed is None or missed.is_cpu else torch.where(missed.to(self.norm.device), torch.nan, self.norm)
-        )
+        """`norm`; NaN where nobody has asked and it is stale, so that the step is skipped."""
+        missed = None if self.readable else self._missed(sums)
+        return self.norm if missed is None else torch.where(missed.to(self.norm.device), torch.nan, self.norm)
 
 
 class Part(NamedTuple):
@@ -217,14 +217,20 @@ class BackwardNorm:
         """The norm over all ranks; None where it has to be summed up anew to be known."""
         for kind in list(self._noted):
             self._sum_up(kind)
-        both = []
+        others = self._reducer.others
+        sums = []
         for b, setting in zip(buckets, settings, strict=True):
             squares = self._squares(b)
-            both.append((b.key, torch.stack((squares, squares * setting.rho**2))))
-        squared, weighted = self._reducer.total(both, (2,)).unbind()
-        if squared.is_cpu and not 0 < float(squared) < math.inf:
+            parts = [squares, squares * setting.rho**2]
+            if others:
+                # A rank without buckets has its sums on the CPU: whether all ranks have is summed up as well.
+                parts.append(torch.full_like(squares, b.device_type != "cpu"))
+            sums.append((b.key, torch.stack(parts)))
+        squared, weighted, *elsewhere = self._reducer.total(sums, (2 + others,)).unbind()
+        readable = squared.is_cpu and not any(map(float, elsewhere))
+        if readable and not 0 < float(squared) < math.inf:
             return None  # nothing will be perturbed that could tell
-        return Norms(squared, squared, weighted)
+        return Norms(squared, squared, weighted, readable)
 
 
 def _part_of_gradient(p: Tensor) -> Tensor | None:
