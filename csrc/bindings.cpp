@@ -68,27 +68,50 @@ DType dtype_of(const Plan& plan, py::handle dtype) {
   return found;
 }
 
+// What a call of Python says of a perturbation: a number or a tensor of one, torch's dtype or None for the plan's own, a
+// tensor of one int64 or None to round to nearest.
+struct PerturbCall {
+  PerturbCall(const Plan& plan, py::handle squared_norm, double rho, bool adaptive, double eta, py::handle compute_dtype,
+              py::handle seed)
+      : how{rho, adaptive, eta, dtype_of(plan, compute_dtype)}, squared(value_of(squared_norm)), random(!seed.is_none()) {
+    if (random && !whole_number(seed.ptr(), key)) throw py::error_already_set();
+    threads = threads_of(plan);
+  }
+  const uint64_t* seed() const { return random ? &key : nullptr; }
+
+  Perturbation how;
+  double squared;
+  bool random;
+  uint64_t key = 0;
+  int threads;
+};
+
+py::object squared_norm(const Plan& plan, bool adaptive, double eta) {
+  const int threads = threads_of(plan);
+  return as_tensor(plan, [&] { return cpu::squared_norm(plan, adaptive, eta, threads); });
+}
+
+py::object sam_perturb(Plan& plan, py::handle squared_norm, double rho, bool adaptive, double eta, py::handle compute_dtype,
+                       py::handle seed) {
+  const PerturbCall call(plan, squared_norm, rho, adaptive, eta, compute_dtype, seed);
+  return as_tensor(plan, [&] {
+    const PerturbSums sums = cpu::sam_perturb(plan, call.how, call.squared, call.seed(), call.threads);
+    plan.stashed = true;
+    return sums;
+  });
+}
+
+void sam_restore(const Plan& plan) {
+  const int threads = threads_of(plan);
+  released(plan, [&] { cpu::sam_restore(plan, threads); });
+}
+
 // Operations on a list of one bucket as torch.ops.fastpost has them: a plan, and the arguments behind the schema's lists. An
 // eager call comes here with nothing of Python in between.
 void bind_cpu_lists(py::module_ lists) {
-  lists.def("squared_norm", [](const Plan& plan, double eta) {
-    const int threads = threads_of(plan);
-    return as_tensor(plan, [&] { return cpu::squared_norm(plan, plan.has(kWeight), eta, threads); });
-  });
-  lists.def("sam_perturb_", [](const Plan& plan, py::handle squared_norm, double rho, bool adaptive, double eta,
-                               py::handle compute_dtype, py::handle seed) {
-    const Perturbation how{rho, adaptive, eta, dtype_of(plan, compute_dtype)};
-    const double squared = value_of(squared_norm);
-    const bool random = !seed.is_none();
-    uint64_t key = 0;
-    if (random && !whole_number(seed.ptr(), key)) throw py::error_already_set();
-    const int threads = threads_of(plan);
-    return as_tensor(plan, [&] { return cpu::sam_perturb(plan, how, squared, random ? &key : nullptr, threads); });
-  });
-  lists.def("sam_restore_", [](const Plan& plan) {
-    const int threads = threads_of(plan);
-    released(plan, [&] { cpu::sam_restore(plan, threads); });
-  });
+  lists.def("squared_norm", [](const Plan& plan, double eta) { return squared_norm(plan, plan.has(kWeight), eta); });
+  lists.def("sam_perturb_", &sam_perturb);
+  lists.def("sam_restore_", &sam_restore);
 }
 
 // A divergence of two streams of plain tensors on the CPU, reduced as symmetric_kl and js_divergence reduce it: a float32
@@ -121,12 +144,7 @@ void bind_cpu(py::module_ cpu) {
           py::arg("reduction"));
   cpu.def("isa", &cpu::isa);
   cpu.def("isas", &cpu::isas);
-  cpu.def(
-      "squared_norm",
-      [](const Plan& plan, bool adaptive, double eta, int threads) {
-        return as_tensor(plan, [&] { return cpu::squared_norm(plan, adaptive, eta, threads); });
-      },
-      py::arg("plan"), py::arg("adaptive"), py::arg("eta"), py::arg("threads"));
+  cpu.def("squared_norm", &squared_norm, py::arg("plan"), py::arg("adaptive"), py::arg("eta"));
   cpu.def(
       "chunk_squares",
       [](const Plan& plan, Address sums, int threads) {
@@ -137,36 +155,22 @@ void bind_cpu(py::module_ cpu) {
       "squared_distance",
       [](const Plan& plan, int threads) { return as_tensor(plan, [&] { return cpu::squared_distance(plan, threads); }); },
       py::arg("plan"), py::arg("threads"));
-  cpu.def(
-      "sam_perturb",
-      [](Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, py::handle squared_norm,
-         std::optional<uint64_t> seed, int threads) {
-        const Perturbation how{rho, adaptive, eta, compute_dtype};
-        const double squared = value_of(squared_norm);
-        return as_tensor(plan, [&] {
-          const PerturbSums sums = cpu::sam_perturb(plan, how, squared, seed ? &*seed : nullptr, threads);
-          plan.stashed = true;
-          return sums;
-        });
-      },
-      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
-      py::arg("squared_norm"), py::arg("seed"), py::arg("threads"));
+  cpu.def("sam_perturb", &sam_perturb, py::arg("plan"), py::arg("squared_norm"), py::arg("rho"), py::arg("adaptive"),
+          py::arg("eta"), py::arg("compute_dtype"), py::arg("seed"));
   cpu.def(
       "sam_perturb_coded",
-      [](Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, py::handle squared_norm,
-         std::optional<uint64_t> seed, Address list, int64_t capacity, bool pending, int threads) {
-        const Perturbation how{rho, adaptive, eta, compute_dtype};
-        const double squared = value_of(squared_norm);
+      [](Plan& plan, py::handle squared_norm, double rho, bool adaptive, double eta, py::handle compute_dtype,
+         py::handle seed, Address list, int64_t capacity, bool pending) {
+        const PerturbCall call(plan, squared_norm, rho, adaptive, eta, compute_dtype, seed);
         return as_tensor(plan, [&] {
-          const PerturbSums sums = cpu::sam_perturb_coded(plan, how, squared, seed ? &*seed : nullptr,
-                                                          {as<uint64_t>(list), capacity}, pending, threads);
+          const PerturbSums sums = cpu::sam_perturb_coded(plan, call.how, call.squared, call.seed(),
+                                                          {as<uint64_t>(list), capacity}, pending, call.threads);
           plan.stashed = true;
           return sums;
         });
       },
-      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
-      py::arg("squared_norm"), py::arg("seed"), py::arg("list"), py::arg("capacity"), py::arg("pending"),
-      py::arg("threads"));
+      py::arg("plan"), py::arg("squared_norm"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"),
+      py::arg("compute_dtype"), py::arg("seed"), py::arg("list"), py::arg("capacity"), py::arg("pending"));
   cpu.def(
       "sam_decode",
       [](Plan& plan, Address list, int64_t capacity, int threads) {
@@ -178,20 +182,16 @@ void bind_cpu(py::module_ cpu) {
       py::arg("plan"), py::arg("list"), py::arg("capacity"), py::arg("threads"));
   cpu.def(
       "sam_perturb_masters",
-      [](const Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, py::handle squared_norm,
-         int threads) {
-        const Perturbation how{rho, adaptive, eta, compute_dtype};
-        const double squared = value_of(squared_norm);
-        return as_tensor(plan, [&] { return cpu::sam_perturb_masters(plan, how, squared, threads); });
+      [](const Plan& plan, py::handle squared_norm, double rho, bool adaptive, double eta, py::handle compute_dtype) {
+        const PerturbCall call(plan, squared_norm, rho, adaptive, eta, compute_dtype, py::none());
+        return as_tensor(plan, [&] { return cpu::sam_perturb_masters(plan, call.how, call.squared, call.threads); });
       },
-      py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
-      py::arg("squared_norm"), py::arg("threads"));
+      py::arg("plan"), py::arg("squared_norm"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"),
+      py::arg("compute_dtype"));
   cpu.def(
       "sam_cast", [](const Plan& plan, int threads) { released(plan, [&] { cpu::sam_cast(plan, threads); }); },
       py::arg("plan"), py::arg("threads"));
-  cpu.def(
-      "sam_restore", [](const Plan& plan, int threads) { released(plan, [&] { cpu::sam_restore(plan, threads); }); },
-      py::arg("plan"), py::arg("threads"));
+  cpu.def("sam_restore", &sam_restore, py::arg("plan"));
   cpu.def(
       "sam_restore_adamw",
       [](const Plan& plan, double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
@@ -357,14 +357,16 @@ void bind_tensors(py::module_ m) {
   m.def(
       "attach",
       [](py::object exchange, py::tuple plain, py::tuple observers, py::object grad_enabled, py::object set_grad_enabled,
-         py::object increment_version, py::object float64_tensor, py::object is_neg, py::object num_threads,
-         py::tuple dtypes) {
+         py::object function_modes, py::object past_modes, py::object increment_version, py::object float64_tensor,
+         py::object is_neg, py::object num_threads, py::tuple dtypes) {
         attach({exchange.release().ptr(), kept(plain), kept(observers), grad_enabled.release().ptr(),
-                set_grad_enabled.release().ptr(), increment_version.release().ptr(), float64_tensor.release().ptr(),
-                is_neg.release().ptr(), num_threads.release().ptr(), kept(dtypes)});
+                set_grad_enabled.release().ptr(), function_modes.release().ptr(), past_modes.release().ptr(),
+                increment_version.release().ptr(), float64_tensor.release().ptr(), is_neg.release().ptr(),
+                num_threads.release().ptr(), kept(dtypes)});
       },
       py::arg("exchange"), py::arg("plain"), py::arg("observers"), py::arg("grad_enabled"), py::arg("set_grad_enabled"),
-      py::arg("increment_version"), py::arg("float64_tensor"), py::arg("is_neg"), py::arg("num_threads"), py::arg("dtypes"));
+      py::arg("function_modes"), py::arg("past_modes"), py::arg("increment_version"), py::arg("float64_tensor"),
+      py::arg("is_neg"), py::arg("num_threads"), py::arg("dtypes"));
   m.def(
       "without_grad",
       [](py::handle function, py::tuple arguments, py::dict keywords) {

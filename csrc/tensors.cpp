@@ -238,22 +238,57 @@ bool needs_dispatcher(PyObject* arguments) {
   return false;
 }
 
+namespace {
+
+// An error that was set, kept aside while other calls are made.
+class KeptError {
+ public:
+  KeptError() { PyErr_Fetch(&type_, &value_, &trace_); }
+  ~KeptError() {
+    Py_XDECREF(type_);
+    Py_XDECREF(value_);
+    Py_XDECREF(trace_);
+  }
+  KeptError(const KeptError&) = delete;
+  KeptError& operator=(const KeptError&) = delete;
+  void restore() {
+    PyErr_Restore(std::exchange(type_, nullptr), std::exchange(value_, nullptr), std::exchange(trace_, nullptr));
+  }
+
+ private:
+  PyObject *type_ = nullptr, *value_ = nullptr, *trace_ = nullptr;
+};
+
+// Autograd records from now on, or does not; false with an error where that has failed. No mode of torch sees it, whose
+// Python could raise before or after it is done.
+bool record(bool on) {
+  static PyObject *const enter = name("__enter__"), *const leave = name("__exit__");
+  Ref unseen;
+  const Ref modes(PyObject_CallNoArgs(torch.function_modes));
+  if (!modes) return false;
+  if (PyObject_IsTrue(modes.get()) != 0) {
+    unseen = Ref(PyObject_CallNoArgs(torch.past_modes));
+    if (!unseen || !Ref(PyObject_CallMethodNoArgs(unseen.get(), enter))) return false;
+  }
+  const bool done(Ref(PyObject_CallOneArg(torch.set_grad_enabled, on ? Py_True : Py_False)));
+  if (!unseen) return done;
+  KeptError error;
+  if (!Ref(PyObject_CallMethodObjArgs(unseen.get(), leave, Py_None, Py_None, Py_None, nullptr))) return false;
+  error.restore();
+  return done;
+}
+
+}  // namespace
+
 PyObject* without_grad(PyObject* function, PyObject* arguments, PyObject* keywords) {
   const bool recorded = recording();
-  if (recorded && !Ref(PyObject_CallOneArg(torch.set_grad_enabled, Py_False))) return nullptr;
-  PyObject* result = PyObject_Call(function, arguments, keywords);
-  if (!recorded) return result;
-  PyObject *type = nullptr, *value = nullptr, *trace = nullptr;
-  PyErr_Fetch(&type, &value, &trace);
-  if (Ref(PyObject_CallOneArg(torch.set_grad_enabled, Py_True))) {
-    PyErr_Restore(type, value, trace);
-    return result;
-  }
-  Py_XDECREF(type);
-  Py_XDECREF(value);
-  Py_XDECREF(trace);
-  Py_XDECREF(result);
-  return nullptr;
+  if (recorded && !record(false)) return nullptr;
+  Ref result(PyObject_Call(function, arguments, keywords));
+  if (!recorded) return result.release();
+  KeptError error;
+  if (!record(true)) return nullptr;
+  error.restore();
+  return result.release();
 }
 
 bool number(PyObject* object, double& value) {

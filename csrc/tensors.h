@@ -53,6 +53,8 @@ struct Torch {
   std::vector<PyObject*> observers;  // functions without arguments; where one returns true, torch has to see each call
   PyObject* grad_enabled;            // a function without arguments: whether autograd records
   PyObject* set_grad_enabled;        // a function of a bool: it records from now on, or does not
+  PyObject* function_modes;          // a function without arguments: how many modes see what Python calls of torch
+  PyObject* past_modes;              // a function that makes a context manager, under which they do not
   PyObject* increment_version;       // a function of a list of tensors, whose version counters it raises
   PyObject* float64_tensor;          // a function that makes a tensor on the CPU of a tuple of floats, or of one float
   PyObject* is_neg;                  // a function of a tensor: whether its values are those in memory with the sign turned
@@ -65,8 +67,8 @@ void attach(Torch torch);
 // transformation is on, autograd would record it, or a tensor is no plain one.
 bool needs_dispatcher(PyObject* arguments);
 
-// function(*arguments, **keywords), while autograd does not record; then it does as it did. A new reference, or null with an
-// error.
+// function(*arguments, **keywords), while autograd does not record; then it does as it did. No mode of torch sees it turned
+// off and on. A new reference, or null with an error.
 PyObject* without_grad(PyObject* function, PyObject* arguments, PyObject* keywords);
 
 // The value of a number, or of a tensor of one element; false with a Python error.

@@ -147,12 +147,12 @@ def test_a_radius_passes_six_functions_from_sam_to_the_kernel(monkeypatch: pytes
     core = native.core().cpu
     plain, walks = core.sam_perturb, []
 
-    def perturb(plan: Any, rho: float, *rest: Any) -> Any:
+    def perturb(plan: Any, squared: Any, rho: float, *rest: Any) -> Any:
         assert rho == 0.375
         frames = [frame.frame for frame in inspect.stack()]
         inside = [f.f_code.co_name for f in frames if Path(f.f_code.co_filename).is_relative_to(ROOT / "fastpost")]
         walks.append(inside[::-1])
-        return plain(plan, rho, *rest)
+        return plain(plan, squared, rho, *rest)
 
     monkeypatch.setattr(core, "sam_perturb", perturb)
     w = torch.ones(3, requires_grad=True)

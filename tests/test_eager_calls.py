@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 import fastpost
 from fastpost.ops import params as ops
@@ -192,3 +193,62 @@ def test_a_call_that_is_known_passes_few_functions() -> None:
         checks = ["check_radius"] if name in ("squared_norm", "sam_perturb_") else []
         way = ["kl_losses", "forced"] if name == "symmetric_kl" else [*checks, "call", "forced"]
         assert inside(call) == [name, *way]
+
+
+class Raises(TorchFunctionMode):
+    """A mode that raises where autograd is turned off or on, before or after it is done."""
+
+    def __init__(self, on: bool, done: bool, error: BaseException) -> None:
+        super().__init__()
+        self._on, self._done, self._error = on, done, error
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raises = func is torch._C._set_grad_enabled and args[0] is self._on
+        result = func(*args, **(kwargs or {})) if self._done or not raises else None
+        if raises:
+            raise self._error
+        return result
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a mode")], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("on", [False, True])
+def test_no_mode_can_leave_autograd_off(on: bool, done: bool, error: BaseException) -> None:
+    @registry.without_grad
+    def work(fails: bool) -> bool:
+        if fails:
+            raise ValueError("ours")
+        return torch.is_grad_enabled()
+
+    with Raises(on, done, error):
+        assert work(False) is False
+        assert torch.is_grad_enabled()
+        with pytest.raises(ValueError, match="ours") as found:
+            work(True)
+    assert found.value.__context__ is None
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        assert work(False) is False
+        assert not torch.is_grad_enabled()
+
+
+def test_a_mode_that_the_function_leaves_behind_does_not_see_autograd_turned_on() -> None:
+    mode = Raises(True, False, KeyboardInterrupt())
+    try:
+        registry.without_grad(mode.__enter__)()
+        assert torch.is_grad_enabled()
+    finally:
+        mode.__exit__(None, None, None)
+
+
+def test_modes_see_what_is_called_without_autograd() -> None:
+    seen = []
+
+    class Notes(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Notes():
+        registry.without_grad(lambda: torch.zeros(1).neg_())()
+    assert seen == [torch.zeros, Tensor.neg_]

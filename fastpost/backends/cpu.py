@@ -78,7 +78,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def squared_norm(bucket: Bucket, eta: float | None) -> Tensor:
-    total: Tensor = native.core().cpu.squared_norm(_plan(bucket), eta is not None, eta or 0.0, _threads())
+    total: Tensor = native.core().cpu.squared_norm(_plan(bucket), eta is not None, eta or 0.0)
     return total
 
 
@@ -98,7 +98,7 @@ def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:
     sums: Tensor = native.core().cpu.sam_perturb(
-        _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(compute_dtype), squared, _seed(seed), _threads()
+        _plan(bucket), squared, rho, eta is not None, eta or 0.0, compute_dtype, seed
     )
     return sums
 
@@ -110,8 +110,8 @@ def sam_perturb_coded_(
 
     def run(pending: bool) -> Tensor:
         sums: Tensor = native.core().cpu.sam_perturb_coded(
-            _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(compute_dtype), squared, _seed(seed),
-            codes.words.data_ptr(), codes.capacity, pending, _threads(),
+            _plan(bucket), squared, rho, eta is not None, eta or 0.0, compute_dtype, seed,
+            codes.words.data_ptr(), codes.capacity, pending,
         )  # fmt: skip
         return sums
 
@@ -130,7 +130,7 @@ def sam_perturb_masters_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype
 ) -> Tensor:
     sums: Tensor = native.core().cpu.sam_perturb_masters(
-        _plan(bucket), rho, eta is not None, eta or 0.0, _dtype(compute_dtype), squared, _threads()
+        _plan(bucket), squared, rho, eta is not None, eta or 0.0, compute_dtype
     )
     return sums
 
@@ -140,7 +140,7 @@ def sam_cast_(bucket: Bucket) -> None:
 
 
 def sam_restore_(bucket: Bucket) -> None:
-    native.core().cpu.sam_restore(_plan(bucket), _threads())
+    native.core().cpu.sam_restore(_plan(bucket))
 
 
 def sam_restore_adamw_(

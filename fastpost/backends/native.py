@@ -72,6 +72,8 @@ def _attach(core: Any) -> None:
         observers=observers,
         grad_enabled=torch.is_grad_enabled,
         set_grad_enabled=torch._C._set_grad_enabled,
+        function_modes=torch._C._len_torch_function_stack,
+        past_modes=torch._C.DisableTorchFunction,
         increment_version=torch._C._increment_version,
         float64_tensor=functools.partial(torch.tensor, dtype=torch.float64),
         is_neg=torch.Tensor.is_neg,

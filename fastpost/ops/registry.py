@@ -33,7 +33,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def without_grad(function: Function) -> Function:
     """The function, called without autograd recording, as by `torch.no_grad()`, whose Python takes as long as several small
-    kernels. No interrupt can leave autograd off: the core turns it off and on again."""
+    kernels. For whatever a step calls.
+
+    The core turns autograd off and on again, past torch's modes: neither an interrupt nor a mode's error can leave it
+    off. Without the core, and in what is compiled, it is `torch.no_grad()`.
+    """
     through_torch = torch.no_grad()(function)
 
     @functools.wraps(function)

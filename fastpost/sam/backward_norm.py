@@ -178,6 +178,7 @@ class BackwardNorm:
         if self._bytes[kind] >= limit:
             self._sum_up(kind)
 
+    @ops.without_grad
     def _sum_up(self, kind: Hashable) -> None:
         params = self._noted.pop(kind)
         found = {key: g for key, p in params.items() if (g := _part_of_gradient(p)) is not None}
@@ -185,8 +186,7 @@ class BackwardNorm:
             return
         gradients = list(found.values())
         stream = _stream(gradients[0].device)
-        with torch.no_grad():
-            sums = ops.chunk_squares(gradients)
+        sums = ops.chunk_squares(gradients)
         for key, g, mine in zip(found, gradients, sums, strict=True):
             self._parts[key] = Part(weakref.ref(g), g._version, g.data_ptr(), mine, stream)
 

@@ -245,7 +245,7 @@ def refuse_changes(buckets: Sequence[ParameterBucket], found: Changes) -> None:
         )
 
 
-@torch.no_grad()
+@ops.without_grad
 def put(p: Tensor, w: Tensor, values: Tensor, change: Change | None) -> None:
     """Writes values into the parameter `p` whose part on this rank is `w`, converted; into memory of its own if need be."""
     if change is None or change.in_place:

@@ -168,7 +168,7 @@ def _is_served(gradient: Tensor) -> bool:
     return False
 
 
-@torch.no_grad()
+@ops.without_grad
 def _plant(grad: Tensor, norm: Tensor) -> bool:
     """Adds NaN to one element where the norm is not finite, else 0; returns whether there was any."""
     values = values_of(grad)
@@ -272,7 +272,7 @@ class EarlyRewriting:
         # DDP and FSDP2 put the last gradients in place in callbacks of their own, made during the pass or by each other.
         _at_the_end(lambda: _at_the_end(self._finish))
 
-    @torch.no_grad()
+    @ops.without_grad
     def _finish(self) -> None:
         self._pass = -1
         if self.done or not _call(self._wanted):
@@ -286,7 +286,7 @@ class EarlyRewriting:
             self._changes[p] = Change(p.grad, g, g - plain.pop(p))
         self.done = True
 
-    @torch.no_grad()
+    @ops.without_grad
     def _take_back(self, p: Tensor) -> None:
         change = self._changes.pop(p, None)
         if change is not None and p.grad is change.gradient:

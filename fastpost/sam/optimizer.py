@@ -76,8 +76,8 @@ class SAM(Wrapper):
         ascent_fraction: share of a window of micro-batches that the ascent uses, in (0, 1]; read by windows and trainers.
         scope: which tensors are perturbed: a predicate of (name, tensor), or patterns such as "*.lora_*"; None is all. Names
             are known when `params` are named (`model.named_parameters()`). A `StepScope` is asked anew at each step.
-        compute_dtype: dtype that the forward pass computes in, for the report's "seen"; None takes autocast's where autocast
-            is on, else the weights' own.
+        compute_dtype: dtype that the forward pass computes in, for the report's "seen": float32, bfloat16 or float16, and
+            float64 where all weights are; None takes autocast's where autocast is on, else the weights' own.
         dropout_rng: "same" gives both passes of `step(closure)` the same random numbers, as in the original; "independent"
             does not.
         interval: SAM on every interval-th step, the base optimizer on the others; `opt.ascends` says which one comes next.
@@ -626,6 +626,8 @@ class SAM(Wrapper):
             if not buckets and not self._reducer.others:
                 self._refuse_no_gradient()
                 return
+            if self.compute_dtype is not None:
+                ops.check_compute_dtype("SAM", self.compute_dtype, (b.bucket.dtype for b in buckets))
             settings = []
             for b in buckets:
                 group = groups[b.group]
@@ -812,7 +814,7 @@ class SAM(Wrapper):
             self._skipped = self._skipped + skipped
 
 
-@torch.no_grad()  # where it ends is torch's code: an interrupt at the end of a `with` of ours would leave gradients off
+@ops.without_grad
 def _without_grad(hook: Callable[..., None], *args: Any) -> None:
     hook(*args)
 

@@ -174,7 +174,7 @@ class MasterPerturbation(Perturbation):
         """The weights are the casts of their masters now, by this optimizer's own writing, unless there are misfits."""
         self._written = None if any(map(self._misfit, self._weights)) else self._state_of_weights()
 
-    @torch.no_grad()
+    @ops.without_grad
     def _cast(self) -> None:
         """The weights become the casts of their masters."""
         for w, m in self._pairs():

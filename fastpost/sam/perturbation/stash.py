@@ -107,7 +107,7 @@ class UlpStash(Stash):
         if codes is not None:
             codes.versions = [] if b.sharded else [w._version for w in b.bucket.weights]
 
-    @torch.no_grad()
+    @ops.without_grad
     def restore(self, b: ParameterBucket) -> None:
         codes = b.bucket.codes
         if codes is None or codes.origins is None:
@@ -130,7 +130,7 @@ class UlpStash(Stash):
                 if w._version != version:
                     rows[row] = WRITTEN
 
-    @torch.no_grad()
+    @ops.without_grad
     def origins(self, b: ParameterBucket, changed: dict[int, Change]) -> Sequence[Tensor | None]:
         codes = b.bucket.codes
         if codes is None:
@@ -175,7 +175,7 @@ class HostStash(Stash):
         self.check(bucket.weights)
         return [torch.empty_like(w, device="cpu", pin_memory=w.is_cuda, requires_grad=False) for w in bucket.weights]
 
-    @torch.no_grad()
+    @ops.without_grad
     def make_ready(self, b: ParameterBucket) -> None:
         for there, w in zip(b.kept, b.bucket.weights, strict=True):
             there.copy_(w, non_blocking=True)
@@ -183,7 +183,7 @@ class HostStash(Stash):
         # whenever weights have moved.
         b.bucket.stash = list(b.bucket.weights)
 
-    @torch.no_grad()
+    @ops.without_grad
     def restore(self, b: ParameterBucket) -> None:
         for there, w in zip(b.kept, b.bucket.weights, strict=True):
             w.copy_(there, non_blocking=True)
