@@ -205,6 +205,26 @@ def test_perturb_reports_what_a_cast_forward_sees(backend: str, seen: torch.dtyp
     assert w.shape == e.shape
 
 
+@pytest.mark.parametrize("seen", [torch.float64, torch.float8_e4m3fn, torch.int32, torch.complex64], ids=str)
+def test_a_dtype_that_no_kernel_computes_in_is_refused_alike_at_every_call(backend: str, seen: torch.dtype) -> None:
+    w, g, stash = [torch.ones(3)], [torch.ones(3)], [torch.zeros(3)]
+    squared, words = ops.squared_norm(g), f"must be torch.float32, torch.bfloat16 or torch.float16, .*, not {seen}; leave it"
+    for _ in range(3):  # a plan is kept after two calls
+        with pytest.raises(TypeError, match="sam_perturb_: compute_dtype " + words):
+            ops.sam_perturb_(w, g, stash, squared, rho=0.5, compute_dtype=seen)
+        assert torch.equal(w[0], torch.ones(3))
+        assert torch.equal(stash[0], torch.zeros(3))
+        ops.sam_perturb_(w, g, stash, squared, rho=0.5)
+        ops.sam_restore_(w, stash)
+        stash[0].zero_()
+
+
+def test_float64_weights_are_seen_in_float64() -> None:
+    w, g, stash = ([torch.ones(3, dtype=torch.float64)] for _ in range(3))
+    sums = ops.sam_perturb_(w, g, stash, ops.squared_norm(g), rho=0.5, compute_dtype=torch.float64)
+    assert sums[3] == sums[1]
+
+
 @pytest.mark.parametrize("size", [1e-41, 1e-25, 1e25, 1e37])
 def test_perturb_keeps_its_digits_for_tiny_and_huge_gradients(backend: str, size: float) -> None:
     g = [torch.linspace(0.5, 1.0, 999).mul(size)]

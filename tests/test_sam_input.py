@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from .conftest import bits
 from .small import loss_of, network
 
 
-def with_gradients() -> tuple[nn.Module, SAM]:
+def with_gradients(**options: Any) -> tuple[nn.Module, SAM]:
     model = network()
-    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, **options)
     loss_of(model).backward()
     return model, opt
 
@@ -60,6 +61,12 @@ BAD = {
     "interval": (lambda: SAM(P, torch.optim.SGD, interval=0), ValueError, "interval"),
     "dropout": (lambda: SAM(P, torch.optim.SGD, dropout_rng="sam"), ValueError, "Did you mean 'same'"),
     "compute dtype": (lambda: SAM(P, torch.optim.SGD, compute_dtype=torch.int32), TypeError, "compute_dtype"),
+    "compute dtype of 8 bits": (
+        lambda: SAM(P, torch.optim.SGD, compute_dtype=torch.float8_e5m2), TypeError, "SAM: compute_dtype .*torch.float8"
+    ),
+    "compute dtype wider than the weights": (
+        lambda: with_gradients(compute_dtype=torch.float64)[1].first_step(), TypeError, "SAM: compute_dtype .*torch.float64;"
+    ),
     "scope without names": (lambda: SAM(P, torch.optim.SGD, scope=["a"]), ValueError, "named_parameters"),
     "empty scope": (lambda: SAM([("a", P[0])], torch.optim.SGD, scope=["b"]), ValueError, "no parameter is in scope"),
     "no parameters": (lambda: SAM([], torch.optim.SGD), ValueError, "empty parameter list"),

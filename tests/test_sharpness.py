@@ -322,6 +322,7 @@ def test_a_flat_loss_has_no_rise_and_no_curvature() -> None:
         ({"directions": 1.5}, TypeError, "directions must be a whole number"),
         ({"directions": "2"}, TypeError, "directions must be a whole number"),
         ({"micro_batch_size": 2.0}, TypeError, "micro_batch_size must be a whole number"),
+        ({"compute_dtype": torch.float8_e5m2}, TypeError, "sharpness: compute_dtype must be .*, not torch.float8_e5m2"),
         ({"seed": "x"}, TypeError, "seed must be a whole number, not 'x'"),
         ({"model": loss, "loss": small()}, TypeError, "in this order, not function and Sequential"),
         ({"scope": "nothing.*"}, ValueError, "no parameter is in scope"),

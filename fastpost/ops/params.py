@@ -194,6 +194,27 @@ def check_radius(op: str, rho: float, eta: float) -> None:
         check_number(op, name, value)
 
 
+_COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_compute_dtype(op: str, compute_dtype: torch.dtype, weights: Iterable[torch.dtype]) -> None:
+    """Raises TypeError unless every backend can say what a forward pass in this dtype sees.
+
+    Args:
+        op: what to name.
+        compute_dtype: what was given.
+        weights: the dtypes of the weights, as far as they are known.
+    """
+    if compute_dtype in _COMPUTED_IN:
+        return
+    if compute_dtype is torch.float64 and all(dtype is torch.float64 for dtype in weights):
+        return
+    raise TypeError(
+        f"{op}: compute_dtype must be torch.float32, torch.bfloat16 or torch.float16, and torch.float64 only where all "
+        f"weights are, not {compute_dtype}; leave it out for the weights' own"
+    )
+
+
 def squared_norm(grads: Sequence[Tensor], weights: Sequence[Tensor] | None = None, *, eta: float = 0.0) -> Tensor:
     """Sum of squares over a whole list of tensors.
 
@@ -276,7 +297,8 @@ def sam_perturb_(
             passes their total.
         rho: radius, >= 0.
         adaptive, eta: ASAM and its constant.
-        compute_dtype: dtype that the forward pass computes in (default: the weights' own).
+        compute_dtype: dtype that the forward pass computes in (default: the weights' own): float32, bfloat16 or float16;
+            float64 where all weights are.
         seed: round 16-bit weights at random, away from zero with the probability that keeps the mean; None is to nearest.
             Element e (in memory order) of tensor t takes half e % 2 of word e % 8 // 2 of Philox4x32-10(seed, e // 8, t).
             Wider weights are rounded to nearest all the same.
@@ -288,9 +310,9 @@ def sam_perturb_(
         the stash is written in every case.
     """
     check_radius("sam_perturb_", rho, eta)
-    if compute_dtype is not None and not compute_dtype.is_floating_point:
-        raise TypeError(f"sam_perturb_: compute_dtype must be a floating-point dtype, not {compute_dtype}")
     lists = (list(weights), list(grads), list(stash))
+    if compute_dtype is not None:
+        check_compute_dtype("sam_perturb_", compute_dtype, (w.dtype for w in lists[0]))
     key = None if seed is None else seed_tensor(seed, squared_norm.device)
     sums: Tensor = _OP_SAM_PERTURB_.call(lists, squared_norm, rho, adaptive, eta, compute_dtype, key)
     return sums

@@ -41,8 +41,8 @@ def check_options(
         raise unknown("norm", norm, NORM_IN)
     if int(interval) != interval or interval < 1:
         raise ValueError(f"SAM: interval must be a whole number >= 1, not {interval}")
-    if compute_dtype is not None and not compute_dtype.is_floating_point:
-        raise TypeError(f"SAM: compute_dtype must be a floating-point dtype, not {compute_dtype}")
+    if compute_dtype is not None:
+        ops.check_compute_dtype("SAM", compute_dtype, ())  # of the weights only buckets know
     if sync_ascent is not None and not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             f"SAM: sync_ascent={sync_ascent} says how ranks share the ascent, but no process group is initialised; call "

@@ -150,7 +150,11 @@ _WRAPPED_BY_TORCH = Optimizer.profile_hook_step(lambda: None).__code__
 
 
 def listened(optimizer: Any) -> bool:
-    """Whether somebody listens to this optimizer's steps: hooks of its own or of all optimizers, a profiler."""
+    """Whether somebody listens to this optimizer's steps: hooks of its own or of all optimizers, a profiler.
+
+    Observers of the whole process (a standalone `torch.profiler.ExecutionTraceObserver`) do not show here: torch has no
+    query for them. They see the step's operations without the range `Optimizer.step#...`.
+    """
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or profiler_enabled())
 

@@ -77,7 +77,7 @@ def sharpness(
             a batch that cannot be cut; FSDP1's or DeepSpeed's shards, plain weights among sharded ones, or gradients that
             FSDP2 has not reduced yet.
         TypeError: the loss is no scalar that depends on the weights; a size, a number of directions or the seed is no whole
-            number; model and loss are swapped.
+            number; model and loss are swapped; no kernel computes in `compute_dtype`.
     """
     if not isinstance(model, nn.Module) or not callable(loss):
         raise TypeError(

@@ -50,6 +50,8 @@ class Weights:
         self.params = [p for _, p in named if self._ids is None or id(p) in self._ids]
         if not self.params:
             raise ValueError("sharpness: the model has no weights that require gradients")
+        if compute_dtype is not None:
+            ops.check_compute_dtype("sharpness", compute_dtype, (p.dtype for p in self.params))
         if any(hasattr(p, "ds_id") for p in self.params):
             raise ValueError("sharpness: DeepSpeed's ZeRO-3 keeps weights out of sight; use FSDP2, DDP or one process")
         sharded = [distributed.is_sharded(p) for p in self.params]
