@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
+from zlib import crc32
 
 import fastpost
 
@@ -34,10 +35,11 @@ def _traced(work: Callable[[], object], at_line: Callable[[FrameType], None]) ->
         gc.enable()
 
 
-def lines(work: Callable[[], object]) -> list[int]:
-    """Runs `work` and returns which of the lines that it executes to interrupt, counted from 0.
+def lines(work: Callable[[], object]) -> dict[int, int]:
+    """Runs `work` and returns which of the lines that it executes to interrupt, counted from 0, in their order.
 
-    Every line, where it is executed for the first and for the last time; in between are loops over parameters.
+    Every line, where it is executed for the first and for the last time; in between are loops over parameters. Each comes
+    with a number that a line has wherever it is executed.
     """
     first: dict[tuple[CodeType, int], int] = {}
     last: dict[tuple[CodeType, int], int] = {}
@@ -51,7 +53,8 @@ def lines(work: Callable[[], object]) -> list[int]:
         count += 1
 
     _traced(work, at_line)
-    return sorted({*first.values(), *last.values()})
+    places = {at: line for found in (first, last) for line, at in found.items()}
+    return {at: crc32(f"{places[at][0].co_filename}:{places[at][1]}".encode()) for at in sorted(places)}
 
 
 def interrupted(work: Callable[[], object], at: int) -> bool:
