@@ -80,8 +80,8 @@ class DistillationTask(NamedTuple):
         ignore_index: the label of rows without a cross-entropy.
         weights, ce_weights: float64 (rows,); ce_weights None: no cross-entropy. What has weight 0 is not looked at.
         value_out, ce_out: float64 (rows,), where the values go; ce_out None: not wanted.
-        grad_student, grad_teacher: where gradients go, of the logits' or of a narrower dtype; may be the logits themselves,
-            None: not wanted.
+        grad_student, grad_teacher: where gradients go, of the logits' or of a narrower dtype, both of one; may be the logits
+            themselves, None: not wanted.
         divergence, beta, temperature: see above.
         student_cap, teacher_cap: as `cap` in `OperandTask`, each for its stream.
         smoothing: label smoothing in torch's convention, of the cross-entropy in `ce_out` and in the gradient.

@@ -77,5 +77,13 @@ def addresses_and_strides(*blocks: Tensor | None) -> list[int]:
 
 
 def operand_dtype(logits: Tensor, *operands: Tensor | None) -> torch.dtype:
-    """Of the operands that are wanted, the logits' where none is."""
-    return next((operand.dtype for operand in operands if operand is not None), logits.dtype)
+    """Of the operands that are wanted, the logits' where none is.
+
+    Raises:
+        ValueError: they differ, and a kernel would write past the narrower one's memory.
+    """
+    dtypes = {operand.dtype: None for operand in operands if operand is not None} or {logits.dtype: None}
+    if len(dtypes) > 1:
+        names = " and ".join(sorted((str(dtype).removeprefix("torch.") for dtype in dtypes), reverse=True))
+        raise ValueError(f"gradients of {names}: a kernel writes them in one dtype; make both the wider one")
+    return next(iter(dtypes))

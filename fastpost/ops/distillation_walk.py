@@ -61,6 +61,8 @@ class Stream:
         self.head = Head(weight, bias, dtype)
         self.want_hidden, self.want_weight, self.want_bias = want
         self.wanted = any(want)
+        # Of its logits' gradients as a kernel writes them. float16 has to know its largest first.
+        self.logit_grad_dtype = self.head.work if dtype == torch.float16 else dtype
         (vocab, width), work, device = weight.shape, self.head.work, hidden.device
         # Zeros: rows that do not count are walked by nobody.
         self.grad_hidden = torch.zeros(hidden.shape if self.want_hidden else (0,), dtype=grad_dtype(hidden), device=device)
@@ -73,10 +75,10 @@ class Stream:
         vocab, width = head.weight.shape
         self.x = torch.empty((rows, width), dtype=head.dtype, device=device)
         self.logits = torch.empty((rows, padded(vocab)), dtype=head.work, device=device)[:, :vocab]
-        # Gradients take the logits' place where they are of their dtype. float16 has to know its largest first.
+        # Gradients take the logits' place where they are of their dtype.
         apart = self.wanted and head.dtype != head.work
         self.operand = torch.empty_like(self.logits, dtype=head.dtype) if apart else self.logits
-        self.grad = self.logits if head.dtype == torch.float16 else self.operand
+        self.grad = self.operand if self.operand.dtype == self.logit_grad_dtype else self.logits
         self.carried = torch.empty((rows if self.want_hidden else 0, width), dtype=head.work, device=device)
 
     def make_logits(self, rows: slice | Tensor, n: int, live: Tensor | None) -> Tensor:
@@ -98,6 +100,8 @@ class Stream:
             # It ends at 6e-8, where the gradients of a mean over tokens lie.
             factor = power_of_two(grad)
             torch.mul(grad, factor, out=operand)
+        elif grad.dtype != operand.dtype:
+            operand.copy_(grad)
         if self.want_hidden:
             carried = self.carried[:n]
             self.head.hidden_gradient(operand, carried)
@@ -113,6 +117,7 @@ class Logits:
 
     def __init__(self, logits: Tensor, dtype: torch.dtype, wanted: bool) -> None:
         self.hidden, self.work, self.wanted = logits, out_dtype(dtype), wanted
+        self.logit_grad_dtype = self.work
         self.grad_hidden = torch.zeros(logits.shape if wanted else (0,), dtype=grad_dtype(logits), device=logits.device)
         self.grad_weight, self.grad_bias = (torch.zeros(0, dtype=self.work, device=logits.device) for _ in range(2))
 
@@ -169,6 +174,10 @@ def _linear_distillation(
         streams.append(_stream(hidden, weight, bias, softcap, dtype, want[:3]))
         if teacher_hidden is not None:
             streams.append(_stream(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_dtype, want[3:]))
+        learning = [stream for stream in streams if stream.wanted]
+        if len({stream.logit_grad_dtype for stream in learning}) > 1:  # kernels write both streams' in one
+            for stream in learning:
+                stream.logit_grad_dtype = torch.float32
         values = _walk(streams, labels, weights, how)
     if group:  # each rank's columns have given their part of the hidden states' gradients
         for stream in streams:
