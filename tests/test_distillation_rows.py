@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fastpost.dispatch import select
+from fastpost.ops import linear_distillation
+from fastpost.ops.linear_distillation import DistillationOptions, OutputLayer, distillation_loss_of
 from fastpost.row_tasks import DistillationTask
 
 from .conftest import CPU_BACKENDS, same_bits
@@ -286,6 +288,92 @@ def test_rows_that_mean_nothing_stay_by_themselves(backend: str, divergence: str
     for g, w in zip(grads, whole[2:], strict=True):
         assert bool(g[1:3].isnan().all())
         assert same_bits(g[[0, 3]], w[[0, 3]])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("cols", [40, 1201])
+def test_nan_is_heard_of_wherever_it_lies(backend: str, divergence: str, cols: int) -> None:
+    for temperature in (0.32, 2.0):
+        for column in (0, cols // 2, cols - 1):
+            for lacking in (0, 1):
+                pair = streams(cols, 1.0)
+                pair[lacking][:, column] = math.nan
+                value, _, *grads = run(*pair, divergence=divergence, temperature=temperature)
+                assert all(bool(found.isnan().all()) for found in (value, *grads))
+
+
+# At 1 / 0.32 and 1 / 0.76 the lowest number, divided by its own scale, is rounded beyond the lowest.
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [0.32, 0.76, 1.0])
+@pytest.mark.parametrize("cols", [300, 2000])
+def test_classes_of_one_stream(backend: str, divergence: str, temperature: float, cols: int) -> None:
+    """Missing in one stream, where that is finite: in passing, and the one that the other stream is sure of."""
+    for missing_in, infinite in enumerate(INFINITE[divergence]):
+        for sure in (None, 40.0):
+            pair = streams(cols, 2.0)
+            pair[missing_in][:, 5] = -math.inf
+            if sure is not None:
+                pair[1 - missing_in][:, 5] = sure
+            value, _, *found = run(*pair, divergence=divergence, temperature=temperature)
+            if infinite:
+                assert bool((value == math.inf).all())
+                continue
+            want, *expected = truth(*pair, divergence, temperature=temperature)
+            np.testing.assert_allclose(value, want, rtol=1e-6)
+            # Logarithms of dozens are rounded to float32, and the gradients of streams that have hardly anything in common
+            # vanish for Jensen-Shannon and total variation.
+            allowed, floor = (1e-6, 0.0) if sure is None else (2e-6, 1e-7)
+            for g, e in zip(found, expected, strict=True):
+                assert np.linalg.norm(g.double().numpy() - e) <= allowed * np.linalg.norm(e) + floor
+
+
+HEADS = (torch.float32, torch.bfloat16, torch.float16, None)  # of the operands; None: logits
+
+
+@pytest.mark.parametrize("student_dtype", HEADS)
+@pytest.mark.parametrize("teacher_dtype", HEADS)
+def test_streams_that_both_learn_may_have_operands_of_two_dtypes(
+    backend: str, monkeypatch: pytest.MonkeyPatch, student_dtype: torch.dtype | None, teacher_dtype: torch.dtype | None
+) -> None:
+    """As on GPUs, which multiply 16-bit operands as they are."""
+    monkeypatch.setattr(linear_distillation, "operand_dtype", lambda weight, *hidden: weight.dtype)
+    layers, logits = [], []
+    for dtype in (student_dtype, teacher_dtype):
+        x, w = (t.to(dtype or torch.float32) for t in (torch.randn(6, 8), torch.randn(1100, 8)))
+        given = (x.float() @ w.float().t(),) if dtype is None else (x, w)
+        layers.append(OutputLayer(*(t.requires_grad_() for t in given)))
+        logits.append(x.detach().double() @ w.detach().double().t())
+    options = DistillationOptions(temperature=2.0, reduction="sum", grad="both")
+    distillation_loss_of("test", *layers, None, options).loss.backward()
+    _, *expected = truth(*logits, "forward_kl", temperature=2.0)
+    for layer, to_logits in zip(layers, expected, strict=True):
+        allowed = 2e-6 if layer.hidden.dtype == torch.float32 else 1e-2
+        if layer.weight is None:
+            want = [to_logits]
+        else:
+            x, w = (t.detach().double().numpy() for t in (layer.hidden, layer.weight))
+            want = [to_logits @ w, to_logits.T @ x]
+        for tensor, gradient in zip(layer.tensors, want, strict=False):
+            assert tensor is not None
+            assert tensor.grad is not None
+            assert error(tensor.grad, gradient) < allowed
+
+
+def test_gradients_of_two_dtypes_are_refused_before_anything_is_written(backend: str) -> None:
+    """By kernels, which write both streams' in one."""
+    student, teacher = streams(300, 1.0)
+    value = torch.full((ROWS,), math.nan, dtype=torch.float64)
+    for dtypes in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        grads = [torch.full_like(student, math.nan, dtype=dtype) for dtype in dtypes]
+        task = DistillationTask(student, teacher, None, -100, torch.ones_like(value), None, value.clone(), None, *grads)
+        distil = select("distillation_rows", student.device, student.dtype)
+        if backend == "reference":
+            distil(task)
+            assert not any(bool(g.isnan().any()) for g in grads)
+            continue
+        with pytest.raises(ValueError, match="gradients of float32 and bfloat16: a kernel writes them in one dtype"):
+            distil(task)
+        assert all(bool(found.isnan().all()) for found in (task.value_out, *grads))
 
 
 def test_labels_outside_have_no_cross_entropy() -> None:

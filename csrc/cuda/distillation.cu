@@ -46,7 +46,8 @@ __device__ __forceinline__ bool is_infinite(const FDivergence& how, bool teacher
   return (how.forward != 0 && student_lacks) || (how.reverse != 0 && teacher_lacks);
 }
 
-__device__ __forceinline__ double bounded(double value, double most) { return fmin(fmax(value, 0.0), most); }
+// NaN stays NaN.
+__device__ __forceinline__ double bounded(double value, double most) { return value < 0 ? 0 : value > most ? most : value; }
 
 // The cross-entropy's gradient at the label, short of its uniform part: p - 1 + smoothing with all the digits of p - 1.
 __device__ __forceinline__ double at_label(const Asked& asked, double minus_log, double smoothing) {
@@ -141,7 +142,6 @@ __device__ __forceinline__ void judge(DistillationWork& work, const Distillation
     Comparison& c = work.row;
     c.inverse = scale.inverse;
     c.log2e = scale.log2e;
-    c.lowest = -FLT_MAX / fmaxf(scale.inverse, 1.0f);
     c.teacher_origin = work.start.clean_origin;
     c.student_origin = work.start.noised_origin;
     c.equal.set(sums.centre + row.log_ratio * d.temperature);
@@ -290,7 +290,7 @@ __device__ __forceinline__ double exp_of(float x, float top, double inverse) {
 __device__ __forceinline__ Pair compare(float a, float b, const NarrowRow& n) {
   const bool exists = !(a == b && b == -INFINITY);
   const double difference = exists ? delta_of(a, b, n) - n.log_ratio : 0;
-  const double r = fmin(fmax(difference, -0x1p100), 0x1p100);  // where a class has no weight in a row that has gradients
+  const double r = fmin(fmax(difference, -double{kMostLog}), double{kMostLog});
   return {static_cast<float>(r), static_cast<float>(r - n.above), static_cast<float>(r - n.below),
           static_cast<float>(exp_of(a, n.teacher_max, n.inverse) / n.teacher_sum),
           static_cast<float>(exp_of(b, n.student_max, n.inverse) / n.student_sum)};

@@ -78,10 +78,9 @@ __device__ __forceinline__ float less_mean(double share, float probability, cons
 
 // What all threads have to know of a row.
 struct Comparison {
-  float inverse, log2e;                  // of the temperature, see Scale
-  float teacher_origin, student_origin;  // subtracted from all logits first
-  float lowest;                          // what stands in for -inf, so that no difference is infinite
-  TwoFloats equal, above, below;         // the differences where these of a pair are 0
+  float inverse, log2e;                                            // of the temperature, see Scale
+  float teacher_origin, student_origin;                            // subtracted from all logits first
+  TwoFloats equal, above, below;                                   // the differences where these of a pair are 0
   float teacher_unit, student_unit, teacher_scale, student_scale;  // of probabilities
   TwoFloats teacher_mean, student_mean;                            // E_p[g], E_q[h]
   float weight;                                                    // of the divergence, over the temperature
@@ -92,13 +91,19 @@ struct Comparison {
   float teacher_slope, student_slope;  // 1 / cap, or 0
 };
 
-// A class that neither stream has gets any difference, but no probability.
+// What a pair's differences may not go beyond: there one stream lacks the class, and in a row that has gradients nothing but
+// 0 weighs it. The most that a float holds would not do, as probabilities are rounded above 1.
+constexpr float kMostLog = 0x1p100f;
+
+__device__ __forceinline__ float clamped(float r) { return fminf(fmaxf(r, -kMostLog), kMostLog); }
+
+// The lowest number stands in for -inf: a class that neither stream has gets any difference, but no probability.
 __device__ __forceinline__ Pair compare(float a, float b, const Comparison& c) {
-  a = fmaxf(a - c.teacher_origin, c.lowest);
-  b = fmaxf(b - c.student_origin, c.lowest);
+  a = fmaxf(a - c.teacher_origin, -FLT_MAX);
+  b = fmaxf(b - c.student_origin, -FLT_MAX);
   const float d = a - b, error = difference_error(a, b, d);
-  return {c.equal.from(d, error) * c.inverse, c.above.from(d, error) * c.inverse, c.below.from(d, error) * c.inverse,
-          c.teacher_scale * exp2_fast(fmaf(a, c.log2e, -c.teacher_unit)),
+  return {clamped(c.equal.from(d, error) * c.inverse), clamped(c.above.from(d, error) * c.inverse),
+          clamped(c.below.from(d, error) * c.inverse), c.teacher_scale * exp2_fast(fmaf(a, c.log2e, -c.teacher_unit)),
           c.student_scale * exp2_fast(fmaf(b, c.log2e, -c.student_unit))};
 }
 
