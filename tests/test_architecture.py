@@ -83,6 +83,21 @@ def test_kernels_know_neither_fastpost_nor_torch() -> None:
         assert ("native." in text) <= (path in ("fastpost/ops/lists.py", "fastpost/ops/registry.py")), path
 
 
+def test_what_needs_the_emulated_core_is_run_on_it() -> None:
+    """By the step of `make test` that sets CUDA_EMULATION: tests that are skipped elsewhere, and those that they build on,
+    which say what every backend promises."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    (step,) = (line for line in makefile.splitlines() if "CUDA_EMULATION=1" in line)
+    (operations,) = re.findall(r"^operations := (.*)$", makefile, re.M)
+    run = set(step.replace("$(operations)", operations).split())
+    needing = set()
+    for path, text in sources("tests", ".py").items():
+        if re.search(r"^\w+ = pytest\.mark\.skipif\(not emulation\.enabled\(\)", text, re.M):
+            needing |= {path, *(f"tests/{name}.py" for name in re.findall(r"^from \.(test_\w+) import", text, re.M))}
+    assert {"tests/test_cuda_rows.py", "tests/test_divergence.py"} <= needing
+    assert needing <= run, needing - run
+
+
 def private_names(path: Path) -> set[str]:
     """The functions, methods, classes and attributes that a file keeps to itself."""
     found = set()
