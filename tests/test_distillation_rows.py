@@ -327,6 +327,25 @@ def test_classes_of_one_stream(backend: str, divergence: str, temperature: float
                 assert np.linalg.norm(g.double().numpy() - e) <= allowed * np.linalg.norm(e) + floor
 
 
+@pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d != "symmetric_kl"])
+@pytest.mark.parametrize("lowest", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_masks_of_one_stream_that_are_finite(backend: str, divergence: str, lowest: float) -> None:
+    """What is practically missing counts as little: in passing, and where the other stream is sure of it."""
+    for missing_in in (k for k in (0, 1) if not INFINITE[divergence][k]):
+        for part, temperature in ((slice(5, 6), 3.0), (slice(0, None, 7), 0.32)):
+            for sure, shift in ((None, 0.0), (7.0, 30.0), (40.0, 30.0)):
+                student, teacher = (t[:1].clone() for t in streams(5003, 1.0))
+                pair = (student, teacher + shift)
+                pair[missing_in][:, part] = lowest
+                if sure is not None:
+                    pair[1 - missing_in][:, part] = sure if missing_in else sure + shift
+                want, *expected = truth(*pair, divergence, temperature=temperature)
+                value, _, *found = run(*pair, divergence=divergence, temperature=temperature)
+                np.testing.assert_allclose(value, want, rtol=3e-6)
+                for g, e in zip(found, expected, strict=True):
+                    assert np.linalg.norm(g.double().numpy() - e) <= 3e-6 * np.linalg.norm(e) + 1e-7
+
+
 HEADS = (torch.float32, torch.bfloat16, torch.float16, None)  # of the operands; None: logits
 
 

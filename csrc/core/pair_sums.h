@@ -44,6 +44,9 @@ FASTPOST_HD double stretch_of(const S& scale) {
 // Up to this |delta| a pair is near. Beyond, both its exponentials are summed up by themselves.
 constexpr float kNear = 1.0f;
 
+// Beyond, no centre lies: what is so far apart belongs to one stream alone.
+constexpr float kFurthestCentre = 0x1p21f;
+
 // (e^x - 1 - x) / x^2 for |x| <= kNear, within 2.8e-8 and rounding.
 FASTPOST_HD float expm1_rest(float x) {
   float y = 0x1.a0b5dep-16f;
@@ -181,16 +184,21 @@ FASTPOST_HD RowMeaning meaning_of(const RowPart& part, const S& scale, const Log
     const double second = near.second + ((any_far ? far.clean / factor : 0) - far.noised - far.noised_delta);
     const double lost = growth - row.log_ratio;
     row.noised_kl = second * per_noised - lost;
-    row.clean_kl = (excess_delta - second) / (row.noised + excess) - (growth * growth / grown - lost);
+    // Without the far pairs' noised_delta, which is in both sums of second order and may be as large as a float is.
+    const double clean_second =
+        near.excess_delta - near.second + ((any_far ? (far.clean_delta - far.clean) / factor : 0) + far.noised);
+    row.clean_kl = clean_second / (row.noised + excess) - (growth * growth / grown - lost);
   } else {
-    row.log_ratio =
-        (logs.ratio + (static_cast<double>(part.clean_unit) - part.unit) * kLn2) / stretch - part.centre * scale.inverse;
+    row.log_ratio = (logs.ratio + (static_cast<double>(part.clean_unit) - part.unit) * kLn2) / stretch -
+                    static_cast<double>(part.centre) * scale.inverse;
     row.divergence = clean_mean - row.noised_mean;
     row.clean_kl = clean_mean - row.log_ratio;
     row.noised_kl = row.log_ratio - row.noised_mean;
   }
   if (row.divergence < 0) row.divergence = 0;
-  row.off_centre = row.noised_mean * row.noised_mean > 8 * row.divergence;
+  // A class that the clean stream all but rules out draws the noised mean alone away: the centre would not be better there.
+  row.off_centre = row.noised_mean * row.noised_mean > 8 * row.divergence &&
+                   2 * fabs(row.clean_mean) > fabs(row.noised_mean) && fabs(row.noised_mean) < kFurthestCentre;
   return row;
 }
 

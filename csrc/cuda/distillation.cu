@@ -46,6 +46,9 @@ __device__ __forceinline__ bool is_infinite(const FDivergence& how, bool teacher
   return (how.forward != 0 && student_lacks) || (how.reverse != 0 && teacher_lacks);
 }
 
+// Whether a KL, which is a mean of differences less a number, is next to nothing beside either.
+__device__ __forceinline__ bool is_far(double mean, double kl) { return !(fabs(mean) <= 8 * fmax(kl, 1.0)); }
+
 // NaN stays NaN.
 __device__ __forceinline__ double bounded(double value, double most) { return value < 0 ? 0 : value > most ? most : value; }
 
@@ -144,15 +147,19 @@ __device__ __forceinline__ void judge(DistillationWork& work, const Distillation
     c.log2e = scale.log2e;
     c.teacher_origin = work.start.clean_origin;
     c.student_origin = work.start.noised_origin;
-    c.equal.set(sums.centre + row.log_ratio * d.temperature);
-    c.above.set(sums.centre + row.clean_mean * d.temperature);
-    c.below.set(sums.centre + row.noised_mean * d.temperature);
+    const double temperature = 1.0 / scale.inverse;  // of the sums, or a far centre would not cancel
+    c.equal.set(sums.centre + row.log_ratio * temperature);
+    c.above.set(sums.centre + row.clean_mean * temperature);
+    c.below.set(sums.centre + row.noised_mean * temperature);
     scale_by(row.clean, sums.clean_unit, 1, &c.teacher_unit, &c.teacher_scale);
     scale_by(row.noised, sums.unit, 1, &c.student_unit, &c.student_scale);
-    work.value = bounded(how.forward * row.clean_kl + how.reverse * row.noised_kl, how.most);
+    // What is not asked for may be infinite.
+    const double forward = how.forward != 0 ? row.clean_kl : 0, reverse = how.reverse != 0 ? row.noised_kl : 0;
+    work.value = bounded(forward + reverse, how.most);
     // A KL's gradient to the teacher wants the mean of r where classes weigh p, from the very floats that it is made of:
-    // they may all be far from the sums' centre, which is where the student has its weight.
-    const bool far = how.forward != 0 && d.grad_teacher.address != nullptr;
+    // they may all be far from the sums' centre, which is where the student has its weight. There values lose digits, too.
+    const bool far = (how.forward != 0 && (d.grad_teacher.address != nullptr || is_far(row.clean_mean, row.clean_kl))) ||
+                     (how.reverse != 0 && is_far(row.noised_mean, row.noised_kl));
     work.has_terms = how.family != Family::kl || far;
   }
   work.start = {};

@@ -179,7 +179,7 @@ __device__ __forceinline__ bool recentre(const Top& top, Walk& walk, Room& room,
                            (top.clean * scale.inverse < kHuge<T> || start.huge);
   if (heavy || clean_heavy)
     walk.keep(moved(walk.part(room), heavy ? rintf(largest) : walk.unit, clean_heavy ? rintf(clean_largest) : clean_unit,
-                    heavy && fabsf(difference) < INFINITY ? difference : walk.centre, scale),
+                    heavy && fabsf(difference * scale.inverse) < kFurthestCentre ? difference : walk.centre, scale),
               room);
   return heavy;
 }
@@ -227,6 +227,9 @@ __device__ __forceinline__ void sum_carefully(const T* row_a, const T* row_b, co
   furthest = sums.furthest;
 }
 
+// From the heaviest pair's difference. What one stream all but rules out has no part in the first centre.
+constexpr float kFurthestMean = 64;
+
 // Begins where the block's first tiles, which are there, have their weight: in units of their heaviest pair, at the mean of
 // their differences.
 template <class T, class S>
@@ -258,7 +261,7 @@ __device__ __forceinline__ void survey(Walk& walk, Room& room, const S& scale) {
   float weight = 0, mean = 0;
   for_pairs([&](float a, float b) {
     const float e = exp2_fast(fmaf(b, scale.log2e, -unit)), delta = a - b - difference;
-    if (fabsf(delta) < INFINITY) {
+    if (fabsf(delta * scale.inverse) < kFurthestMean) {
       weight += e;
       mean = fmaf(e, delta, mean);
     }
