@@ -101,12 +101,18 @@ FASTPOST_HD void share_logs(float r, const Mixture& mixture, double* teacher_log
   *student_log = is_ahead * lesser + (1 - is_ahead) * greater;
 }
 
+// What differences may not go beyond where something weighs them: there one stream lacks the class, and in a row that has
+// gradients only 0 weighs it. The most that a float holds would not do, as probabilities are rounded above 1.
+constexpr float kMostLog = 0x1p100f;
+
+FASTPOST_HD float clamped(float r) { return fminf(fmaxf(r, -kMostLog), kMostLog); }
+
 // All KL divergences at once: forward KL(p|q) + reverse KL(q|p), for weights that run time knows. In the gradients r - E[r]
-// is the same for r less any number: above and below are r less one near E_p[r] and one near E_q[r]. All three are finite.
+// is the same for r less any number: above and below are r less one near E_p[r] and one near E_q[r], both clamped.
 FASTPOST_HD void kl_share(float r, float above, float below, float p, float q, float forward, float reverse, float* term,
                           float* teacher, float* student) {
-  const float excess = far_excess(r, p, q);
-  *term = forward * kl_term(p, q, r) + reverse * kl_term(q, p, -r);
+  const float excess = far_excess(r, p, q), s = clamped(r);
+  *term = forward * kl_term(p, q, s) + reverse * kl_term(q, p, -s);
   *teacher = forward * (p * above) + reverse * excess;
   *student = -(reverse * (q * below) + forward * excess);
 }

@@ -91,18 +91,12 @@ struct Comparison {
   float teacher_slope, student_slope;  // 1 / cap, or 0
 };
 
-// What a pair's differences may not go beyond: there one stream lacks the class, and in a row that has gradients nothing but
-// 0 weighs it. The most that a float holds would not do, as probabilities are rounded above 1.
-constexpr float kMostLog = 0x1p100f;
-
-__device__ __forceinline__ float clamped(float r) { return fminf(fmaxf(r, -kMostLog), kMostLog); }
-
 // The lowest number stands in for -inf: a class that neither stream has gets any difference, but no probability.
 __device__ __forceinline__ Pair compare(float a, float b, const Comparison& c) {
   a = fmaxf(a - c.teacher_origin, -FLT_MAX);
   b = fmaxf(b - c.student_origin, -FLT_MAX);
   const float d = a - b, error = difference_error(a, b, d);
-  return {clamped(c.equal.from(d, error) * c.inverse), clamped(c.above.from(d, error) * c.inverse),
+  return {c.equal.from(d, error) * c.inverse, clamped(c.above.from(d, error) * c.inverse),
           clamped(c.below.from(d, error) * c.inverse), c.teacher_scale * exp2_fast(fmaf(a, c.log2e, -c.teacher_unit)),
           c.student_scale * exp2_fast(fmaf(b, c.log2e, -c.student_unit))};
 }
