@@ -175,6 +175,12 @@ def test_help_is_one_screen_and_names_what_there_is(capsys) -> None:
     words = re.findall(r"--method (\S+) ", shown)
     assert {"sam", "r3f", "gap"} <= set(words) <= {*METHODS, "METHOD"}
     assert all(method in shown for method in METHODS)
+    heads = re.findall(r"^  (\w*) +--((?:sam|r3f|anchor|gap)_\w+)", shown, re.M)
+    assert {head.lower() for head, _ in heads if head} == {"sam", "r3f", "anchor", "gap"}
+    last = ""
+    for head, option in heads:  # each option below the method that it is of
+        last = head.lower() or last
+        assert option.startswith(last)
 
 
 def test_lists_take_spaces_and_commas(tmp_path) -> None:

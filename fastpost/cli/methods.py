@@ -35,12 +35,12 @@ training:
   --learning_rate, --num_train_epochs, --max_steps, --seed, --bf16,
   --per_device_train_batch_size, --gradient_accumulation_steps
 methods:
-  SAM  --sam_rho 0.05    radius of the perturbation; --sam_scope which weights
-       --sam_variant V   gsam:alpha=0.2, looksam and others
-  R3F  --r3f_lambda 1.0  weight of the divergence; --r3f_eps 1e-5 the noise
-       --r3f_relative V  rdrop:alpha=1, neftune and others
-       --anchor_kl 0.1   weight of the anchor; --anchor reference or ema
-  GAP  --gap_steps 15    steps uphill at most; --gap_lr 5e-5
+  SAM     --sam_rho 0.05    radius of the perturbation; --sam_scope the weights
+          --sam_variant V   gsam:alpha=0.2, looksam and others
+  R3F     --r3f_lambda 1.0  weight of the divergence; --r3f_eps 1e-5 the noise
+          --r3f_relative V  rdrop:alpha=1, neftune and others
+  anchor  --anchor_kl 0.1   weight of the divergence; --anchor reference or ema
+  GAP     --gap_steps 15    steps uphill at most; --gap_lr 5e-5
 
 --help-all lists every option, those of transformers' TrainingArguments too.
 A YAML or JSON file may hold options under the same names; typed ones win.
