@@ -227,11 +227,9 @@ def test_what_is_refused() -> None:
             context_input_ids=torch.ones(4, 57, dtype=torch.long))  # fmt: skip
     refused("Padding .* never counts", attention_mask=batch["attention_mask"] * 0)
     refused("the batch has token_type_ids, which says nothing of the context", token_type_ids=batch["input_ids"])
-    first = batch_of(texts()[:1], left=True)  # no context, and the first token counts behind padding
-    first = {
-        n: nn.functional.pad(t, (1, 0), value=0 if "mask" in n else -100 if n == "labels" else 5) for n, t in first.items()
-    }
-    first["labels"][0, 1] = first["input_ids"][0, 1]
+    first = {name: t for name, t in batch_of(texts()[:1]).items() if "context" not in name}
+    answer = first["labels"] != -100  # which the teacher's row begins with, and the student's does not
+    first |= dict.fromkeys(("teacher_input_ids", "teacher_labels"), first["labels"][answer][None])
     with pytest.raises(ValueError, match="nothing stands before it"):
         anchor(model, **first)
     with pytest.raises(ValueError, match="a context stands in front of the tokens of a language model"):
@@ -260,7 +258,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_checks_the_tokens_where_looking_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """An anchor asks under FASTPOST_CHECKS=1; without it nothing waits."""
     batch = ContextCollator(collate)(texts())
-    other = {**batch, "teacher_labels": batch["teacher_labels"].clone()}
+    other = {**batch, **{name: batch[name].clone() for name in ("teacher_input_ids", "teacher_labels")}}
+    other["teacher_input_ids"][2, 10] += 1
     other["teacher_labels"][2, 10] += 1
     fewer = {**batch, "teacher_labels": batch["teacher_labels"].clone()}
     fewer["teacher_labels"][1, 9] = -100
@@ -447,5 +446,5 @@ def test_what_a_trainer_refuses(tmp_path: Path) -> None:
     without = [{n: row[n] for n in ("input_ids", "labels")} for row in texts(4)]
     args = arguments(tmp_path, 1, **options_of("ema"))
     trainer = trainer_of(AnchorTrainer, model_of("ema"), args, without, data_collator=collate)
-    with pytest.raises(ValueError, match="example 0 of the batch has no context_input_ids"):
+    with pytest.raises(ValueError, match="example 0 of the data set has no context_input_ids"):
         trainer.train()

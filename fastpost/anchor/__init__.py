@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastpost.anchor.context import ContextCollator as ContextCollator
 from fastpost.anchor.context import InContext as InContext
 from fastpost.anchor.context import without_context as without_context
+from fastpost.anchor.examples import ContextCollator as ContextCollator
 from fastpost.anchor.model import Anchor as Anchor
 from fastpost.anchor.model import AnchorOutput as AnchorOutput
 from fastpost.anchor.references import AdaptersOff as AdaptersOff

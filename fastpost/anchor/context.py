@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from fastpost.anchor.references import Frozen, Reference
 from fastpost.ops.autograd import checks_values, waits
+from fastpost.r3f.conventions import shifts_labels
 from fastpost.r3f.noise import is_encoder_decoder
 
 PREFIX = ("context_input_ids", "context_attention_mask")
 WHOLE = ("teacher_input_ids", "teacher_labels", "teacher_attention_mask")
 FIELDS = (*PREFIX, *WHOLE)
+TOO_LONG = "InContext: a teacher's row has"
 
 
 class InContext(Reference):
@@ -36,7 +38,10 @@ class InContext(Reference):
       context, in front of the row's own tokens; or
     - `teacher_input_ids`, `teacher_labels` (both (batch, length)) and perhaps `teacher_attention_mask`: the teacher's whole
       rows, for a context inside of a chat's turns. The tokens that count are the same ones, in the same order, as in
-      `labels`.
+      `labels`, and labels that count are the ids themselves.
+
+    `ContextCollator` makes such batches of examples. Where the model shifts labels, one behind a masked position (the first
+    of a row that is padded on the left) does not count, as one at the row's beginning: nothing stands before it.
 
     Other tokens are an error where the batch is on the CPU, as in `ContextCollator`. On other devices looking waits for the
     device, and only FASTPOST_CHECKS=1 asks for it; without it the model is taught from the wrong rows.
@@ -72,10 +77,12 @@ class Teaching(NamedTuple):
     Attributes:
         inputs: of the teacher's pass.
         place: (batch, time), the teacher's position of the student's tokens whose labels count; elsewhere anything.
+        labels: (batch, time), of the student, those that count.
     """
 
     inputs: dict[str, Any]
     place: Tensor
+    labels: Tensor
 
     def rows_for(self, stream: Tensor, student: Tensor, shifted: bool) -> Tensor:
         """The rows of the teacher's stream that stand beside those of the student's.
@@ -102,133 +109,163 @@ def without_context(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def teaching(
-    root: Any, reference: Any, batch: Mapping[str, Any], inputs: Mapping[str, Any], labels: Tensor, ignore_index: int
+    root: Any,
+    reference: Any,
+    batch: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    ignore_index: int,
+    shift_labels: bool | None,
 ) -> Teaching:
     """What the teacher reads of a batch.
 
     Args:
         root: the student. reference: the teacher's module. batch: with the teacher's fields. inputs, labels: the student's.
+        shift_labels: as in `Anchor`.
 
     Raises:
+        TypeError: a field of the teacher's that is no tensor of integers.
         ValueError: no context, other inputs than tokens and their mask, shapes that do not fit, a row longer than the model
-            has positions; on the CPU, and under FASTPOST_CHECKS=1, tokens that count and differ.
+            has positions; on the CPU, and under FASTPOST_CHECKS=1, tokens that count and differ, and ids that are none.
     """
     _check_model(root, inputs, labels)
     labels = labels.to(inputs["input_ids"].device)
-    rows = with_teacher({**inputs, "labels": labels, **_fields(batch)}, ignore_index)
-    ids, mask = rows["teacher_input_ids"], rows["teacher_attention_mask"]
+    shifted = shifts_labels(root) if shift_labels is None else shift_labels
+    rows = with_teacher({**inputs, "labels": labels, **_fields(batch)}, ignore_index, shifted, vocabulary_of(reference))
+    ids, mask, labels = rows["teacher_input_ids"], rows["teacher_attention_mask"], rows["labels"]
     place = _places(rows["teacher_labels"] != ignore_index, labels != ignore_index)
-    most = _positions(reference)
-    if most is not None and ids.shape[1] > most:  # too wide, perhaps by padding alone
-        longest = _longest(mask)
-        if longest > most:
-            raise ValueError(
-                f"InContext: a teacher's row has {longest} tokens, and the model {most} positions; shorten the contexts or "
-                "the texts, which have to fit together"
-            )
+    if shifted:  # virtual tokens stand before the student's first token, and nothing before the teacher's
+        labels = labels.masked_fill(place == 0, ignore_index)
+    if (longest := check_length(mask, positions_of(reference))) is not None:
         ids, mask = ids[:, :longest], mask[:, :longest]
     further = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
-    return Teaching({**further, "input_ids": ids, "attention_mask": mask}, place)
+    return Teaching({**further, "input_ids": ids, "attention_mask": mask}, place, labels)
 
 
-def with_teacher(batch: Mapping[str, Any], ignore_index: int = -100) -> dict[str, Any]:
+def with_teacher(
+    batch: Mapping[str, Any], ignore_index: int = -100, shifted: bool = True, vocabulary: int | None = None
+) -> dict[str, Any]:
     """A batch with the teacher's whole rows, `teacher_input_ids`, `teacher_labels` and `teacher_attention_mask`, packed to
-    the left, in place of a context's fields.
+    the left, in place of a context's fields. Labels behind padding do not count in it.
 
     Args:
-        batch: as `InContext` has it.
+        batch: as `InContext` has it. shifted: whether row t predicts the label of t + 1. vocabulary: ids that there are.
 
     Raises:
+        TypeError: a field that is no tensor of integers.
         ValueError: shapes that do not fit; on the CPU, and under FASTPOST_CHECKS=1, tokens that count in one of both and not
-            in the other, or differ.
+            in the other, or differ; ids that are none; labels that are not the ids.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     fields = _fields(batch)
-    if all(fields.get(name) is not None for name in ("context_input_ids", "teacher_input_ids")):
-        raise ValueError("InContext: the batch has context_input_ids and teacher_input_ids; give one of the two")
-    context = fields.get("context_input_ids")
-    if context is not None:
+    refuse_both(fields, "the batch")
+    looks = checks_values(ids.device)
+    own_mask = _mask(batch.get("attention_mask"), ids, "", len(ids))
+    if (context := fields.get("context_input_ids")) is not None:
+        context = _whole_numbers(context, "context_input_ids")
         context_mask = _mask(fields.get("context_attention_mask"), context, "context", len(ids))
-        mask = torch.cat((context_mask, _mask(batch.get("attention_mask"), ids, "", len(ids))), 1)
+        if looks:
+            _check_ids(context, context_mask, "context_input_ids", vocabulary)
+        mask = torch.cat((context_mask, own_mask), 1)
         teacher_labels = torch.cat((torch.full_like(context, ignore_index), labels), 1)
         teacher_ids = torch.cat((context, ids), 1)
     else:
-        teacher_ids, teacher_labels = (_present(fields, name) for name in WHOLE[:2])
+        teacher_ids, teacher_labels = (_whole_numbers(_present(fields, name), name) for name in WHOLE[:2])
         mask = _mask(fields.get("teacher_attention_mask"), teacher_ids, "teacher", len(ids))
         if teacher_labels.shape != teacher_ids.shape:
             raise ValueError(
                 f"InContext: teacher_labels have shape {tuple(teacher_labels.shape)}, teacher_input_ids "
                 f"{tuple(teacher_ids.shape)}; they must agree"
             )
+        if looks:
+            _check_ids(teacher_ids, mask, "teacher_input_ids", vocabulary)
+            if shifted:
+                _check_labels(teacher_labels, teacher_ids, mask & (teacher_labels != ignore_index))
     order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     if not waits(mask.device):  # elsewhere the longest row is not known without a wait
         order = order[:, : _longest(mask)]
     teacher_ids, teacher_labels, mask = (t.gather(1, order) for t in (teacher_ids, teacher_labels, mask))
     teacher_ids = teacher_ids.masked_fill(~mask, 0)
     teacher_labels = teacher_labels.masked_fill(~mask, ignore_index)
-    if checks_values(mask.device):
+    if looks:
         _check_tokens(teacher_labels.cpu(), labels.cpu(), ignore_index)
-    rest = without_context(batch)
+    if shifted:
+        labels, teacher_labels = _without_those_behind_padding(labels, teacher_labels, own_mask, ignore_index)
+        if looks:
+            _check_first(teacher_labels.cpu(), labels.cpu(), ignore_index)
+    rest = {**without_context(batch), "labels": labels}
     return {**rest, **dict(zip(WHOLE, (teacher_ids, teacher_labels, mask.long()), strict=True))}
 
 
-class ContextCollator:
-    """A collator around another, for examples with a context of any length: pads contexts and makes the teacher's rows.
+def refuse_both(names: Container[str], where: str) -> None:
+    """Raises ValueError where fields of a context and of the teacher's whole rows are there."""
+    both = [next((name for name in form if name in names), None) for form in (PREFIX, WHOLE)]
+    if None not in both:
+        raise ValueError(f"InContext: {where} has {both[0]} and {both[1]}; give one of the two")
 
-    Examples have `context_input_ids`, or `teacher_input_ids` and `teacher_labels`, as lists or tensors of one dimension;
-    an empty context is one. The rest of an example goes to the other collator. `AnchorTrainer` puts it around its own where
-    anchor="context".
+
+def check_length(mask: Tensor, positions: int | None) -> int | None:
+    """The tokens of the longest row where rows are wider than the model has positions, perhaps by padding alone; else None.
 
     Args:
-        collate: makes a batch with `input_ids` and `labels` of the other fields.
-        ignore_index: of labels that do not count.
+        mask: (batch, length), of rows that are packed to the left.
 
     Raises:
-        ValueError: an example without a context among others with one; as `InContext`, for rows that do not fit.
+        ValueError: a row with more tokens than positions.
     """
+    if positions is None or mask.shape[1] <= positions:
+        return None
+    longest = _longest(mask)
+    if longest > positions:
+        raise ValueError(
+            f"{TOO_LONG} {longest} tokens, and the model {positions} positions; shorten the context or "
+            f"the text of example {int(mask.sum(1).argmax())} of the batch, which have to fit together"
+        )
+    return longest
 
-    def __init__(self, collate: Callable[[list[Any]], Any], ignore_index: int = -100) -> None:
-        self.collate, self.ignore_index = collate, ignore_index
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The other collator's batch, with teacher_input_ids, teacher_labels and teacher_attention_mask."""
-        batch = dict(self.collate([without_context(example) for example in examples]))
-        if missing := [name for name in ("input_ids", "labels") if not isinstance(batch.get(name), Tensor)]:
-            raise ValueError(f"InContext: the collator made a batch without {missing[0]}, so there is nothing to teach")
-        form = WHOLE[:2] if any("teacher_input_ids" in example for example in examples) else PREFIX[:1]
-        for name in form:
-            lacking = [k for k, example in enumerate(examples) if example.get(name) is None]
-            if lacking:
-                raise ValueError(
-                    f"InContext: example {lacking[0]} of the batch has no {name}; without a context it is an empty list"
-                )
-        if len(examples) != len(batch["input_ids"]):
-            raise ValueError(
-                f"InContext: the collator packs {len(examples)} examples into {len(batch['input_ids'])} rows, of which none "
-                "has a context of its own; leave packing and padding_free off"
-            )
-        for name in form:
-            fill = self.ignore_index if name == "teacher_labels" else 0
-            rows = [torch.as_tensor(example[name], dtype=torch.long).reshape(-1) for example in examples]
-            batch[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
-        lengths = torch.tensor([len(example[form[0]]) for example in examples])
-        mask = torch.arange(batch[form[0]].shape[1]) < lengths[:, None]
-        batch["context_attention_mask" if form == PREFIX[:1] else "teacher_attention_mask"] = mask
-        return with_teacher(batch, self.ignore_index)
+def positions_of(model: Any) -> int | None:
+    """The positions that a model's configuration tells of."""
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """The rows of a model's input embedding, where it tells."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get() if callable(get) else None
+    except NotImplementedError:  # transformers' answer where the attribute has an unusual name
+        return None
+    weight = getattr(embedding, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) else None
 
 
 def _fields(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in FIELDS if batch.get(name) is not None}
 
 
-def _present(fields: Mapping[str, Any], name: str) -> Tensor:
+def _present(fields: Mapping[str, Any], name: str) -> Any:
     if name not in fields:
         raise ValueError(
             f"InContext: the batch has no context: neither context_input_ids nor {name}. A ContextCollator makes them of "
             "examples that have a context"
         )
-    found: Tensor = fields[name]
-    return found
+    return fields[name]
+
+
+def _whole_numbers(value: Any, name: str) -> Tensor:
+    """A field as int64; nothing at all may have any dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"InContext: {name} is a {type(value).__name__}; a batch has integer tensors of shape (batch, length), which a "
+            "ContextCollator makes of examples"
+        )
+    if value.numel() and (value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool):
+        raise TypeError(f"InContext: {name} has {value.dtype} numbers; token ids are integers")
+    return value.long()
 
 
 def _mask(mask: Any, ids: Tensor, what: str, rows: int) -> Tensor:
@@ -265,22 +302,10 @@ def _check_model(root: Any, inputs: Mapping[str, Any], labels: Tensor) -> None:
         )
 
 
-def _positions(model: Any) -> int | None:
-    config = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", lambda: config)()
-    found = getattr(text, "max_position_embeddings", None)
-    return found if isinstance(found, int) else None
-
-
 def _check_tokens(teacher: Tensor, student: Tensor, ignore_index: int) -> None:
-    """Raises ValueError where the teacher's tokens that count are not the student's, or none stands before the first."""
+    """Raises ValueError where the teacher's tokens that count are not the student's."""
     for row, (theirs, mine) in enumerate(zip(teacher, student, strict=True)):
         a, b = theirs[theirs != ignore_index], mine[mine != ignore_index]
-        if theirs[0] != ignore_index and mine[0] == ignore_index:
-            raise ValueError(
-                f"InContext: in row {row} the teacher's first token counts, and nothing stands before it to predict it "
-                "from; give the row a context, or set the label of its first token to ignore_index"
-            )
         if len(a) != len(b):
             raise ValueError(
                 f"InContext: in row {row} {len(a)} of the teacher's labels count and {len(b)} of the student's; both have "
@@ -293,6 +318,51 @@ def _check_tokens(teacher: Tensor, student: Tensor, ignore_index: int) -> None:
                 f"InContext: in row {row} token {first} of those that count is {int(a[first])} for the teacher and "
                 f"{int(b[first])} for the student; both have the same answer"
             )
+
+
+def _check_first(teacher: Tensor, student: Tensor, ignore_index: int) -> None:
+    """Raises ValueError where nothing stands before a token that counts in the teacher's rows."""
+    wrong = (teacher[:, 0] != ignore_index) & (student[:, 0] == ignore_index)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"InContext: in row {int(wrong.nonzero()[0])} the teacher's first token counts, and nothing stands before it to "
+            "predict it from; give the row a context, or set the label of its first token to ignore_index"
+        )
+
+
+def _check_ids(ids: Tensor, mask: Tensor, name: str, vocabulary: int | None) -> None:
+    """Raises ValueError for what is no token, where it is none of padding."""
+    wrong = mask & ((ids < 0) | ((ids >= vocabulary) if vocabulary is not None else False))
+    if bool(wrong.any()):
+        row, place = wrong.nonzero()[0].tolist()
+        known = "ids begin at 0" if vocabulary is None else f"the model's vocabulary has {vocabulary} ids, from 0"
+        raise ValueError(
+            f"InContext: example {row} of the batch has the id {int(ids[row, place])} in {name}; {known}. Take the model's "
+            "own tokenizer, and 0 in an attention mask for padding"
+        )
+
+
+def _check_labels(labels: Tensor, ids: Tensor, counts: Tensor) -> None:
+    """Raises ValueError where a label that counts is not the id beside it."""
+    wrong = counts & (labels != ids)
+    if bool(wrong.any()):
+        row, place = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"InContext: example {row} of the batch has teacher_labels of {int(labels[row, place])} at place {place}, where "
+            f"teacher_input_ids have {int(ids[row, place])}; labels are the ids themselves, or ignore_index, and the model "
+            "shifts them"
+        )
+
+
+def _without_those_behind_padding(labels: Tensor, teacher: Tensor, mask: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The student's labels and the teacher's without those whose predecessor is masked in the student's row.
+
+    The first of a row stays, since shifting leaves it out and virtual tokens may stand before it.
+    """
+    counts = labels != ignore_index
+    stays = nn.functional.pad(mask[:, :-1], (1, 0), value=True) & counts
+    there = torch.zeros_like(teacher).scatter_reduce(1, _places(teacher != ignore_index, counts), stays.to(teacher), "amax")
+    return labels.masked_fill(~stays, ignore_index), teacher.masked_fill(there == 0, ignore_index)
 
 
 def _places(theirs: Tensor, mine: Tensor) -> Tensor:

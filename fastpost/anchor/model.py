@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastpost.anchor.context import InContext, Teaching, teaching, without_context
+from fastpost.anchor.context import FIELDS, InContext, Teaching, teaching, without_context
 from fastpost.anchor.references import Frozen, Reference, check_weight
 from fastpost.errors import unknown
 from fastpost.ops.linear_distillation import DIVERGENCES, DistillationOptions, OutputLayer, distillation_loss_of
@@ -144,10 +145,11 @@ class Anchor:
         self._check()
         with named("Anchor"):
             root = unwrap(model)
-            own = without_context(batch) if isinstance(self.reference, InContext) else batch
+            own = self._read_by_model(root, batch)
             labels, inputs, num_items = take_batch(root, own, self.ignore_index, num_items)
             training = bool(getattr(model, "training", True))
             teacher, seen = self._teacher(root, inputs, labels, batch) if training and self.anchor_kl else (None, None)
+            labels = labels if seen is None else seen.labels
             head = self._head(model, root, fused_head) if training else None
             stream = last_stream(model, root, head, _without_cache(root, inputs))
             labels = beside_virtual_tokens(root, labels, stream, self.ignore_index)
@@ -165,6 +167,18 @@ class Anchor:
         loss, task, divergence = distillation_loss_of("Anchor", _output_layer(stream, head), teacher, targets, options)
         return AnchorOutput(loss, task, divergence, stream if head is None else None)
 
+    def _read_by_model(self, root: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the model itself takes of a batch."""
+        if isinstance(self.reference, InContext):
+            return without_context(batch)
+        takes = _parameters(root)
+        if ignored := [name for name in FIELDS if batch.get(name) is not None and name not in takes]:
+            raise ValueError(
+                f"Anchor: the batch has {ignored[0]}, which neither the model nor its reference reads; wrap the reference "
+                "in InContext (in trainers: anchor='context'), or leave the field out"
+            )
+        return batch
+
     def _teacher(
         self, root: Any, inputs: dict[str, Any], labels: Tensor, batch: dict[str, Any]
     ) -> tuple[OutputLayer, Teaching | None]:
@@ -175,7 +189,7 @@ class Anchor:
             head = self._head(reference, inner, lambda _, inner: find_head(inner))
             seen = None
             if isinstance(self.reference, InContext):
-                seen = teaching(root, inner, batch, inputs, labels, self.ignore_index)
+                seen = teaching(root, inner, batch, inputs, labels, self.ignore_index, self.shift_labels)
                 inputs = seen.inputs
             return _output_layer(last_stream(reference, inner, head, _without_cache(inner, inputs)), head), seen
 
@@ -203,8 +217,11 @@ def _output_layer(stream: Tensor, head: Head | None) -> OutputLayer:
 
 def _without_cache(root: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs, and what keeps the model from filling a cache for generation, where it has one."""
+    return {"use_cache": False, **inputs} if "use_cache" in _parameters(root) else inputs
+
+
+def _parameters(root: Any) -> Mapping[str, Any]:
+    """The parameters that a model's forward names."""
     owner = root.get_base_model() if callable(getattr(root, "get_base_model", None)) else root
     forward = getattr(owner, "forward", None)
-    if callable(forward) and "use_cache" in inspect.signature(forward).parameters:
-        return {"use_cache": False, **inputs}
-    return inputs
+    return inspect.signature(forward).parameters if callable(forward) else {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from fastpost.anchor import (
     without_context,
 )
 from fastpost.anchor.context import FIELDS
+from fastpost.anchor.examples import check_examples, collate_without_context
 from fastpost.integrations.mixin import PostTrainingMixin
 
 AVERAGE = "anchor_ema.safetensors"  # in each checkpoint
@@ -229,14 +233,38 @@ class AnchorTrainerMixin(PostTrainingMixin):
         """As the trainer's own; under anchor="context" with the contexts of the examples."""
         if not self._takes_contexts:
             return super().get_train_dataloader()
-        self._set_signature_columns_if_needed()
-        columns, collator = self._signature_columns, self.data_collator
-        # Only for these batches: what evaluates has no use for contexts, and the trainer drops them.
-        self._signature_columns, self.data_collator = [*columns, *FIELDS], ContextCollator(collator)
-        try:
+        model = self.model if self._anchor_given is None else self._anchor_given
+        collator = ContextCollator(self.data_collator, model=model)
+        with self._collating(collator, *FIELDS):
+            columns = self._signature_columns if self.args.remove_unused_columns else None
+            check_examples(self.train_dataset, collator, columns)
             return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's own; under anchor="context" of examples without their contexts."""
+        with self._collating_without_context():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As `get_eval_dataloader`."""
+        with self._collating_without_context():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    def _collating_without_context(self) -> contextlib.AbstractContextManager[None]:
+        if not self._takes_contexts:
+            return contextlib.nullcontext()
+        return self._collating(functools.partial(collate_without_context, self.data_collator))
+
+    @contextlib.contextmanager
+    def _collating(self, collator: Any, *further: str) -> Iterator[None]:
+        """While open, dataloaders get another collator, and keep further columns: only some batches have contexts."""
+        self._set_signature_columns_if_needed()
+        before = self._signature_columns, self.data_collator
+        self._signature_columns, self.data_collator = [*before[0], *further], collator
+        try:
+            yield
         finally:
-            self._signature_columns, self.data_collator = columns, collator
+            self._signature_columns, self.data_collator = before
 
     @property
     def _takes_contexts(self) -> bool:
