@@ -462,7 +462,7 @@ def test_tables_are_read_back_and_other_files_refused(tmp_path: Path) -> None:
     for path in tables:
         rows = table.read(path)
         assert all(list(row) == table.COLUMNS for row in rows)
-        assert sum(bool(row["contender"]) for row in rows) > 10
+        assert sum(bool(row["contender"]) for row in rows) >= 4
     (other,) = [path for path in data if path.name == "gap-opt.csv"]
     with pytest.raises(ValueError, match="is not a table of `fastpost bench`"):
         table.read(other)
