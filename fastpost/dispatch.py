@@ -107,7 +107,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype, *, walkable: bool 
     Raises:
         BackendUnavailable: a backend was forced that cannot serve the call.
     """
-    return _select(op, device, dtype, walkable, forced() if _forced is None else _forced)
+    return _select(op, device, dtype, walkable, forced() if _forced is None else _forced or None)
 
 
 # By device, not by its type: asking a device for its type takes longer than all the rest of a call.
