@@ -1,3 +1,4 @@
+// What looks at Python's tensors: plans of lists and calls on rows; long, as both share one way of reading a tensor.
 #include "tensors.h"
 
 #include <algorithm>

@@ -1,4 +1,7 @@
-"""Plans that operations on lists keep from call to call: used for lists that look the same, and for no others."""
+"""Plans that operations on lists keep from call to call: used for lists that look the same, and for no others.
+
+Long, as every change is tried between every pair of calls, from one table of operations.
+"""
 
 from __future__ import annotations
 

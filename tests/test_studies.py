@@ -1,4 +1,7 @@
-"""The studies: rows that survive a kill, choosing apart from reporting, and tables that follow from the rows."""
+"""The studies: rows that survive a kill, choosing apart from reporting, tables that follow.
+
+Long, as all studies run on one set of tiny data and models.
+"""
 
 from __future__ import annotations
 

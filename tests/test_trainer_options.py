@@ -1,4 +1,7 @@
-"""Every option of SAM and R3F through every trainer, against the same method in a loop by hand."""
+"""Every option of SAM and R3F through every trainer, against the same method in a loop by hand.
+
+Long, as the loops by hand serve all trainers.
+"""
 
 from __future__ import annotations
 
