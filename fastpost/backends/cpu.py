@@ -19,6 +19,7 @@ from fastpost.backends.serving import (
     coded,
     contiguous,
     contiguous_floats,
+    distillation_arguments,
     operand_dtype,
     refusal,
 )
@@ -247,14 +248,8 @@ def _operand_rows(task: OperandTask, mixture: bool) -> None:
 
 
 def distillation_rows(task: DistillationTask) -> None:
-    core, student = native.core(), task.student
-    core.cpu.distillation_rows(
-        *addresses_and_strides(task.teacher, student, task.grad_teacher, task.grad_student),
-        _dtype(operand_dtype(student, task.grad_student, task.grad_teacher)), *student.shape, address(task.labels),
-        task.ignore_index, address(task.weights), address(task.ce_weights), getattr(core.Divergence, task.divergence),
-        task.beta, task.temperature, task.teacher_cap, task.student_cap, task.smoothing, address(task.value_out),
-        address(task.ce_out), _threads(),
-    )  # fmt: skip
+    core = native.core()
+    core.cpu.distillation_rows(*distillation_arguments(core, task), _threads())
 
 
 def js_rows(

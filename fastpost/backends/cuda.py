@@ -19,6 +19,7 @@ from fastpost.backends.serving import (
     coded,
     contiguous,
     contiguous_floats,
+    distillation_arguments,
     number_on,
     operand_dtype,
     refusal,
@@ -319,14 +320,8 @@ def operand_rows(task: OperandTask) -> None:
 
 
 def distillation_rows(task: DistillationTask) -> None:
-    core, student = native.core(), task.student
-    core.cuda.distillation_rows(
-        *addresses_and_strides(task.teacher, student, task.grad_teacher, task.grad_student),
-        _dtype(operand_dtype(student, task.grad_student, task.grad_teacher)), *student.shape, address(task.labels),
-        task.ignore_index, address(task.weights), address(task.ce_weights), getattr(core.Divergence, task.divergence),
-        task.beta, task.temperature, task.teacher_cap, task.student_cap, task.smoothing, address(task.value_out),
-        address(task.ce_out), *_where(student.device),
-    )  # fmt: skip
+    core = native.core()
+    core.cuda.distillation_rows(*distillation_arguments(core, task), *_where(task.student.device))
 
 
 def scale_gradients_(first: Tensor, second: Tensor | None, factor: Tensor) -> bool:

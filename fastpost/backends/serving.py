@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpost.plan import Bucket, CodeList
+from fastpost.row_tasks import DistillationTask
 
 # Each dtype with its name in the native core.
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -87,3 +89,15 @@ def operand_dtype(logits: Tensor, *operands: Tensor | None) -> torch.dtype:
         names = " and ".join(sorted((str(dtype).removeprefix("torch.") for dtype in dtypes), reverse=True))
         raise ValueError(f"gradients of {names}: a kernel writes them in one dtype; make both the wider one")
     return next(iter(dtypes))
+
+
+def distillation_arguments(core: Any, task: DistillationTask) -> tuple[Any, ...]:
+    """A task of distillation as both cores take it, but for where it runs."""
+    student = task.student
+    dtype = operand_dtype(student, task.grad_student, task.grad_teacher)
+    return (
+        *addresses_and_strides(task.teacher, student, task.grad_teacher, task.grad_student),
+        getattr(core.DType, DTYPES[dtype]), *student.shape, address(task.labels), task.ignore_index, address(task.weights),
+        address(task.ce_weights), getattr(core.Divergence, task.divergence), task.beta, task.temperature, task.teacher_cap,
+        task.student_cap, task.smoothing, address(task.value_out), address(task.ce_out),
+    )  # fmt: skip
