@@ -39,7 +39,7 @@ def lines(work: Callable[[], object]) -> dict[int, int]:
     """Runs `work` and returns which of the lines that it executes to interrupt, counted from 0, in their order.
 
     Every line, where it is executed for the first and for the last time; in between are loops over parameters. Each comes
-    with a number that a line has wherever it is executed.
+    with a number that a line has wherever it is executed, and wherever the package is installed.
     """
     first: dict[tuple[CodeType, int], int] = {}
     last: dict[tuple[CodeType, int], int] = {}
@@ -54,7 +54,7 @@ def lines(work: Callable[[], object]) -> dict[int, int]:
 
     _traced(work, at_line)
     places = {at: line for found in (first, last) for line, at in found.items()}
-    return {at: crc32(f"{places[at][0].co_filename}:{places[at][1]}".encode()) for at in sorted(places)}
+    return {at: crc32(f"{places[at][0].co_filename[len(PACKAGE) :]}:{places[at][1]}".encode()) for at in sorted(places)}
 
 
 def interrupted(work: Callable[[], object], at: int) -> bool:
