@@ -14,8 +14,11 @@
 namespace fastpost {
 inline namespace FASTPOST_ISA {
 
-// Up to this |delta| a row is "close": p - q is q expm1(r) throughout, one exp per pair.
-constexpr float kCloseSpread = 0.25f;
+// (e^x - 1) / x for |x| <= 1/4, within 1e-7 and rounding.
+FASTPOST_HD float expm1_ratio_quarter(float x) {
+  const float c1 = 0x1.ffff92p-2f, c2 = 0x1.555590p-3f, c3 = 0x1.5636c6p-5f, c4 = 0x1.11270ep-7f;
+  return 1.0f + x * (c1 + x * (c2 + x * (c3 + x * c4)));
+}
 
 // What the first pass finds. Pairs that are -inf in both streams are left out of the differences.
 struct RowExtent {
@@ -89,8 +92,6 @@ FASTPOST_HD bool plain_suffices(const RowExtent& extent, float spread) {
 }
 
 // e_a - e_b, or p - q with r in place of delta: never a difference of nearby numbers, and of the sign of its first argument.
-FASTPOST_HD float close_excess(float delta, float noised) { return noised * expm1_small(delta); }
-
 FASTPOST_HD float far_excess(float delta, float clean, float noised) {
   return select(fabsf(delta) < 0.5f, noised * expm1_small(delta), clean - noised);
 }
@@ -101,6 +102,19 @@ struct RowSums {
   double excess;                     // e_a - e_b
   double clean_delta, noised_delta;  // e_a delta, e_b delta
 };
+
+// J, and whether the centre was none: then J has lost digits. A class that the clean stream all but rules out draws the
+// noised mean alone away, and a centre there would not be better.
+struct RowDivergence {
+  double value;
+  bool off_centre;
+};
+
+FASTPOST_HD RowDivergence divergence_of(const RowSums& sums) {
+  const double noised_mean = sums.noised_delta / sums.noised, clean_mean = sums.clean_delta / sums.clean;
+  const double value = ((sums.clean_delta - sums.noised_delta) - noised_mean * sums.excess) / sums.clean;
+  return {value, noised_mean * noised_mean > 8 * value && 2 * fabs(clean_mean) > fabs(noised_mean)};
+}
 
 // What the third pass needs of them.
 template <class Real>

@@ -1,22 +1,90 @@
 // Rows of logits for one instruction set. Three passes over a row: the first reads it from memory (maxima, extent of the
 // differences), the next two find it in the second cache (sums; value and gradients).
+#include <string.h>
+
 #include "core/divergence.h"
+#include "core/pair_sums.h"
 #include "cpu/loops.h"
 
 namespace fastpost::cpu {
 namespace {
 
-// Elements whose float sums are folded into float64: about 16 additions a lane, or rounding shows in the gradients.
+// The width of a register in floats. Sums are kept lane by lane to the end of a row: folding them at the end of each block
+// would cost as much as several elements of it.
 #if defined(__AVX512F__)
-constexpr int64_t kBlock = 256;
+constexpr int kLanes = 16;
 #elif defined(__AVX__)
-constexpr int64_t kBlock = 128;
+constexpr int kLanes = 8;
 #else
-constexpr int64_t kBlock = 64;
+constexpr int kLanes = 4;
 #endif
-constexpr int64_t kNarrow = 1024;  // below this many columns differences and sums are float64
+constexpr int64_t kBlock = 16 * kLanes;  // goes into float64: after more than 16 additions rounding shows in gradients
+constexpr int64_t kNarrow = 1024;        // below this many columns differences and sums are float64
+
+// How a row goes. Near and far rows have their divergence from the sums, so that without gradients there is no third pass.
+enum class Way {
+  near,     // no |delta| is above kNear: one exponential a pair, and p - q is q (e^r - 1)
+  far,      // some are, and J is at least kFarDivergence: two exponentials; sums may take e_a - e_b as it stands
+  careful,  // whatever else: of e_a - e_b and p - q the better form for each pair, and J summed up pair by pair
+};
+constexpr double kFarDivergence = 0.02;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// How many elements a loop over lanes has: known to the compiler, or at the end of a row.
+struct WholeLanes {
+  constexpr int operator()() const { return kLanes; }
+};
+struct SomeLanes {
+  int count;
+  int operator()() const { return count; }
+};
+
+typedef float FloatLanes __attribute__((vector_size(4 * kLanes)));
+typedef double DoubleLanes __attribute__((vector_size(8 * kLanes)));
+
+inline DoubleLanes widened(const float* part) {
+  FloatLanes lanes;
+  memcpy(&lanes, part, sizeof lanes);
+  return __builtin_convertvector(lanes, DoubleLanes);
+}
+inline DoubleLanes widened(const double* part) {
+  DoubleLanes lanes;
+  memcpy(&lanes, part, sizeof lanes);
+  return lanes;
+}
+
+// A sum over elements, lane by lane.
+template <class Real>
+struct LaneSums {
+  Real part[kLanes] = {};
+  DoubleLanes total = {};
+
+  void fold() {
+    total += widened(part);
+    memset(part, 0, sizeof part);
+  }
+  double sum() const {
+    double all = 0;
+    for (int k = 0; k < kLanes; ++k) all += total[k];
+    return all;
+  }
+};
+
+// Calls body(at, count) for the elements, begin(from, to) before those of a block and end() behind them.
+template <class Body, class Begin, class End>
+inline void for_lanes(int64_t n, const Body& body, const Begin& begin, const End& end) {
+  int64_t i = 0;
+  while (i + kBlock <= n) {
+    begin(i, i + kBlock);
+    for (int64_t stop = i + kBlock; i < stop; i += kLanes) body(i, WholeLanes());
+    end();
+  }
+  begin(i, n);
+  for (; i + kLanes <= n; i += kLanes) body(i, WholeLanes());
+  if (i < n) body(i, SomeLanes{static_cast<int>(n - i)});
+  end();
+}
 
 // Asks for the part of the next row that this thread will read, while it computes on the present one.
 template <class T>
@@ -42,87 +110,141 @@ RowExtent extent_of(const T* a, const T* b, int64_t n) {
   return {clean_max, noised_max, clean_min, low, high};
 }
 
-template <class T, class Shift, bool close>
+template <class T, class Shift, Way way>
 RowSums sums_of(const T* a, const T* b, const T* next, float* clean_exp, float* noised_exp, int64_t n, const Shift shift) {
   using Real = typename Shift::Real;
-  RowSums total = {};
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = least(n, begin + kBlock);
-    prefetch(next, begin, end);
-    Real clean = 0, noised = 0, excess = 0, excess_delta = 0, clean_delta = 0, noised_delta = 0;
-#pragma omp simd reduction(+ : clean, noised, excess, excess_delta, clean_delta, noised_delta)
-    for (int64_t i = begin; i < end; ++i) {
-      const float x = to_float(a[i]), y = to_float(b[i]);
+  LaneSums<Real> clean, noised, excess, excess_delta, clean_delta, noised_delta;
+  const auto add = [&](int64_t at, auto count) {
+#pragma omp simd
+    for (int k = 0; k < count(); ++k) {
+      const float x = to_float(a[at + k]), y = to_float(b[at + k]);
       const float delta = static_cast<float>(centred(x, y, shift));
       const float eb = exp_nonpositive(y - shift.noised_max);
-      noised_exp[i] = eb;
-      noised += eb;
-      noised_delta += eb * delta;
-      if constexpr (close) {
-        const float more = close_excess(delta, eb);
-        excess += more;
-        excess_delta += more * delta;
+      const float eb_delta = eb * delta;
+      noised_exp[at + k] = eb;
+      noised.part[k] += eb;
+      noised_delta.part[k] += eb_delta;
+      if constexpr (way == Way::near) {
+        const float more = eb_delta * expm1_ratio(delta);
+        excess.part[k] += more;
+        excess_delta.part[k] += more * delta;
       } else {
         const float ea = exp_nonpositive(x - shift.clean_max);
-        clean_exp[i] = ea;
-        clean += ea;
-        clean_delta += ea * delta;
-        excess += far_excess(delta, ea, eb);
+        clean_exp[at + k] = ea;
+        clean.part[k] += ea;
+        clean_delta.part[k] += ea * delta;
+        excess.part[k] += way == Way::far ? ea - eb : far_excess(delta, ea, eb);
       }
     }
-    total.noised += noised;
-    total.noised_delta += noised_delta;
-    total.excess += excess;
-    total.clean += clean;
-    total.clean_delta += clean_delta + excess_delta;
-  }
-  if constexpr (close) {
+  };
+  const auto fold = [&] {
+    noised.fold();
+    noised_delta.fold();
+    excess.fold();
+    if constexpr (way == Way::near) {
+      excess_delta.fold();
+    } else {
+      clean.fold();
+      clean_delta.fold();
+    }
+  };
+  for_lanes(n, add, [&](int64_t begin, int64_t end) { prefetch(next, begin, end); }, fold);
+  RowSums total = {};
+  total.noised = noised.sum();
+  total.noised_delta = noised_delta.sum();
+  total.excess = excess.sum();
+  if constexpr (way == Way::near) {
     total.clean = total.noised + total.excess;
-    total.clean_delta += total.noised_delta;
+    total.clean_delta = total.noised_delta + excess_delta.sum();
+  } else {
+    total.clean = clean.sum();
+    total.clean_delta = clean_delta.sum();
   }
   return total;
 }
 
-// The scaled gradients, and the row's value. Without gradients (write off) only the value.
-template <class T, class Shift, bool close, bool write>
+// What the third pass needs beside a row's moments. With P = kl_weight p, Q = kl_weight q and E = P - Q the gradients are
+//
+//   P (r + clean_shift) + E        -(Q (r + noised_shift) + E)        short of the -ce_weight at the label
+struct Folded {
+  float clean_scale, noised_scale;  // P = e_a clean_scale, Q = e_b noised_scale
+  float clean_shift, noised_shift;
+};
+
+struct Weights {
+  float kl, ce, noised_ce;
+};
+
+Weights weights_of(const DivergenceRow& row) {
+  return {static_cast<float>(row.kl_weight), static_cast<float>(row.ce_weight), static_cast<float>(row.noised_ce_weight)};
+}
+
+// Whether products and quotients of weights keep their digits.
+bool foldable(const DivergenceRow& row) {
+  const double kl = fabs(row.kl_weight), most = 0x1p20 * kl;
+  return kl > 0x1p-30 && kl < 0x1p30 && fabs(row.ce_weight) <= most && fabs(row.noised_ce_weight) <= most;
+}
+
+template <class Real>
+Folded folded(const RowMoments<Real>& moments, const Weights& weights) {
+  return {moments.clean_scale * weights.kl, moments.noised_scale * weights.kl, weights.ce / weights.kl - moments.clean_kl,
+          moments.noised_kl - weights.noised_ce / weights.kl};
+}
+
+// The scaled gradients, and where they are asked for (valued) the row's value.
+template <class T, class Shift, Way way, bool write, bool valued>
 double finish_row(const T* a, const T* b, const T* next, const float* clean_exp, const float* noised_exp, T* grad_clean,
                   T* grad_noised, int64_t n, const Shift shift, const RowMoments<typename Shift::Real> moments,
-                  float kl_weight, float ce_weight, float noised_ce_weight) {
+                  const Weights weights) {
   using Real = typename Shift::Real;
-  double value = 0;
+  const Folded fold = folded(moments, weights);
+  LaneSums<Real> value;
   T unwanted[write ? kBlock : 1];  // where a gradient that nobody asked for goes
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t m = least(kBlock, n - begin);
-    prefetch(next, begin, begin + m);
-    const T* x = a + begin;
-    const T* y = b + begin;
-    const float* ea = clean_exp + begin;
-    const float* eb = noised_exp + begin;
-    T* dx = grad_clean == nullptr ? unwanted : grad_clean + begin;
-    T* dy = grad_noised == nullptr ? unwanted : grad_noised + begin;
-    Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < m; ++i) {
-      const float xi = to_float(x[i]), yi = to_float(y[i]);
-      const float r = static_cast<float>(centred(xi, yi, shift) - moments.log_ratio);
-      const float q = eb[i] * moments.noised_scale;
-      float p, excess;
-      if constexpr (close) {
-        excess = close_excess(r, q);
-        p = q + excess;
+  T *dx = unwanted, *dy = unwanted;
+  int64_t start = 0;
+  const auto begin = [&](int64_t from, int64_t to) {
+    prefetch(next, from, to);
+    start = from;
+    dx = grad_clean == nullptr ? unwanted : grad_clean + from;
+    dy = grad_noised == nullptr ? unwanted : grad_noised + from;
+  };
+  const auto differentiate = [&](int64_t at, auto count) {
+#pragma omp simd
+    for (int k = 0; k < count(); ++k) {
+      const int64_t i = at + k;
+      const float r = static_cast<float>(centred(to_float(a[i]), to_float(b[i]), shift) - moments.log_ratio);
+      if constexpr (way == Way::careful) {
+        const float p = clean_exp[i] * moments.clean_scale, q = noised_exp[i] * moments.noised_scale;
+        const float excess = far_excess(r, p, q);
+        value.part[k] += excess * r;
+        if constexpr (write) {
+          dx[i - start] = from_float<T>(clean_gradient(p, r, excess, moments.clean_kl, weights.kl, weights.ce));
+          dy[i - start] =
+              from_float<T>(noised_gradient(q, r, excess, moments.noised_kl, weights.kl) + weights.noised_ce * q);
+        }
       } else {
-        p = ea[i] * moments.clean_scale;
-        excess = far_excess(r, p, q);
-      }
-      sum += excess * r;
-      if constexpr (write) {
-        dx[i] = from_float<T>(clean_gradient(p, r, excess, moments.clean_kl, kl_weight, ce_weight));
-        dy[i] = from_float<T>(noised_gradient(q, r, excess, moments.noised_kl, kl_weight) + noised_ce_weight * q);
+        const float q = noised_exp[i] * fold.noised_scale;
+        float p, excess;
+        if constexpr (way == Way::near) {
+          excess = q * r * expm1_ratio(r);
+          p = q + excess;
+        } else {
+          p = clean_exp[i] * fold.clean_scale;
+          excess = select(fabsf(r) < 0.25f, q * r * expm1_ratio_quarter(r), p - q);
+        }
+        if constexpr (valued) value.part[k] += excess * r;
+        if constexpr (write) {
+          dx[i - start] = from_float<T>(p * (r + fold.clean_shift) + excess);
+          dy[i - start] = from_float<T>(-(q * (r + fold.noised_shift) + excess));
+        }
       }
     }
-    value += sum;
-  }
-  return value;
+  };
+  for_lanes(n, differentiate, begin, [&] {
+    if constexpr (valued) value.fold();
+  });
+  if constexpr (!valued) return 0;
+  return way == Way::careful ? value.sum() : value.sum() / weights.kl;
 }
 
 template <class T>
@@ -141,14 +263,13 @@ double cross_entropy_row(const T* a, T* grad, int64_t n, int64_t label, float we
     const float x = to_float(a[i]);
     max = x > max ? x : max;
   }
-  double sum = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = least(n, begin + kBlock);
-    float part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t i = begin; i < end; ++i) part += exp_nonpositive(to_float(a[i]) - max);
-    sum += part;
-  }
+  LaneSums<float> exponentials;
+  const auto add = [&](int64_t at, auto count) {
+#pragma omp simd
+    for (int k = 0; k < count(); ++k) exponentials.part[k] += exp_nonpositive(to_float(a[at + k]) - max);
+  };
+  for_lanes(n, add, [](int64_t, int64_t) {}, [&] { exponentials.fold(); });
+  const double sum = exponentials.sum();
   const double value = (static_cast<double>(max) - to_float(a[label])) + log(sum);
   if (grad != nullptr) {
     const float scale = static_cast<float>(1.0 / sum);
@@ -180,9 +301,18 @@ void undefined_row(const DivergenceRow& row, double* ce) {
   fill(static_cast<T*>(row.grad_noised), row.cols, NAN);
 }
 
-template <class T, class Shift>
-void divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shift& shift, bool close, double* kl,
-                    double* ce) {
+// The third pass of a row. Rows that go the far way have their value from the sums.
+template <class T, class Shift, Way way>
+auto third_pass(bool write, bool valued) {
+  if constexpr (way == Way::far) return finish_row<T, Shift, way, true, false>;
+  if constexpr (way == Way::near)
+    if (!valued) return finish_row<T, Shift, way, true, false>;
+  return write ? finish_row<T, Shift, way, true, true> : finish_row<T, Shift, way, false, true>;
+}
+
+// The second and third pass in one way. Returns false, and has written nothing, if the sums say that the row asks for care.
+template <class T, class Shift, Way way>
+bool divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shift& shift, double* kl, double* ce) {
   using Real = typename Shift::Real;
   const T* a = static_cast<const T*>(row.clean);
   const T* b = static_cast<const T*>(row.noised);
@@ -190,30 +320,39 @@ void divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shi
   const T* next_noised = static_cast<const T*>(row.next_noised);
   T* grad_clean = static_cast<T*>(row.grad_clean);
   T* grad_noised = static_cast<T*>(row.grad_noised);
-  const float kl_weight = static_cast<float>(row.kl_weight), ce_weight = static_cast<float>(row.ce_weight);
-  const float noised_ce_weight = static_cast<float>(row.noised_ce_weight);
-  const auto sum = close ? sums_of<T, Shift, true> : sums_of<T, Shift, false>;
-  const RowSums sums = sum(a, b, next_clean, row.clean_exp, row.noised_exp, row.cols, shift);
+  const RowSums sums = sums_of<T, Shift, way>(a, b, next_clean, row.clean_exp, row.noised_exp, row.cols, shift);
   const RowMoments<Real> moments = row_moments<Real>(sums);
   if (isnan(moments.clean_kl) || isnan(moments.noised_kl)) {
     *kl = NAN;
-    return undefined_row<T>(row, ce);
+    undefined_row<T>(row, ce);
+    return true;
+  }
+  // Few terms, whose rounding errors do not average out, are summed up as terms of the divergence itself.
+  const RowDivergence found = divergence_of(sums);
+  const bool valued = way == Way::careful || sizeof(Real) == 8 || found.off_centre;
+  if (way == Way::far && (found.off_centre || !(found.value >= kFarDivergence))) return false;
+  if (way == Way::near) {
+    const double origin = static_cast<double>(shift.centre) + moments.log_ratio;  // r = a - b - origin
+    if (!(extent.difference_max - origin <= kNear && origin - extent.difference_min <= kNear)) return false;
   }
 
   const bool labelled = row.ce_weight != 0 || row.noised_ce_weight != 0;
   const float clean_label = labelled ? to_float(a[row.label]) : 0.0f;  // gradients may overwrite them
   const float noised_label = labelled ? to_float(b[row.label]) : 0.0f;
   const bool write = grad_clean != nullptr || grad_noised != nullptr;
-  const auto finish = close ? (write ? finish_row<T, Shift, true, true> : finish_row<T, Shift, true, false>)
-                            : (write ? finish_row<T, Shift, false, true> : finish_row<T, Shift, false, false>);
-  *kl = finish(a, b, next_noised, row.clean_exp, row.noised_exp, grad_clean, grad_noised, row.cols, shift, moments,
-               kl_weight, ce_weight, noised_ce_weight);
+  const Weights weights = write ? weights_of(row) : Weights{1, 0, 0};
+  *kl = found.value;
+  if (write || valued) {
+    const double sum = third_pass<T, Shift, way>(write, valued)(a, b, next_noised, row.clean_exp, row.noised_exp, grad_clean,
+                                                                grad_noised, row.cols, shift, moments, weights);
+    if (valued) *kl = sum;
+  }
   if (*kl < 0) *kl = 0;  // where a probability underflows in one stream a term may be -1e-38
-  if (!labelled) return;
+  if (!labelled) return true;
   const double clean_ce = (static_cast<double>(extent.clean_max) - clean_label) + log(sums.clean);
   const double noised_ce = (static_cast<double>(extent.noised_max) - noised_label) + log(sums.noised);
   *ce = (row.ce_weight != 0 ? clean_ce : 0) + (row.noised_ce_weight != 0 ? noised_ce : 0);
-  if (!write) return;
+  if (!write) return true;
   // p - 1 at the label, from the logarithm so that a confident row keeps its digits.
   const float r = static_cast<float>(centred(clean_label, noised_label, shift) - moments.log_ratio);
   const float p = exp_nonpositive(clean_label - shift.clean_max) * moments.clean_scale;
@@ -223,8 +362,20 @@ void divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shi
     if (gradient != nullptr && weight != 0)
       gradient[row.label] = from_float<T>(divergence + static_cast<float>(weight * expm1(-value)));
   };
-  put(grad_clean, clean_gradient(p, r, excess, moments.clean_kl, kl_weight), row.ce_weight, clean_ce);
-  put(grad_noised, noised_gradient(q, r, excess, moments.noised_kl, kl_weight), row.noised_ce_weight, noised_ce);
+  put(grad_clean, clean_gradient(p, r, excess, moments.clean_kl, weights.kl), row.ce_weight, clean_ce);
+  put(grad_noised, noised_gradient(q, r, excess, moments.noised_kl, weights.kl), row.noised_ce_weight, noised_ce);
+  return true;
+}
+
+template <class T, class Shift>
+void divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shift& shift, bool near, double* kl,
+                    double* ce) {
+  if (foldable(row)) {
+    if (near && divergence_row<T, Shift, Way::near>(row, extent, shift, kl, ce)) return;
+    if constexpr (sizeof(typename Shift::Real) == 4)
+      if (!near && divergence_row<T, Shift, Way::far>(row, extent, shift, kl, ce)) return;
+  }
+  divergence_row<T, Shift, Way::careful>(row, extent, shift, kl, ce);
 }
 
 template <class T>
@@ -237,13 +388,13 @@ void two_stream_row(const DivergenceRow& row, double* kl, double* ce) {
     return undefined_row<T>(row, ce);
   }
   const float spread = row_spread(extent);
-  const bool close = spread <= kCloseSpread;
+  const bool near = spread <= kNear;
   if (row.cols < kNarrow)
-    divergence_row<T>(row, extent, narrow_shift(extent), close, kl, ce);
+    divergence_row<T>(row, extent, narrow_shift(extent), near, kl, ce);
   else if (plain_suffices(extent, spread))
-    divergence_row<T>(row, extent, plain_shift(extent), close, kl, ce);
+    divergence_row<T>(row, extent, plain_shift(extent), near, kl, ce);
   else
-    divergence_row<T>(row, extent, exact_shift(extent), close, kl, ce);
+    divergence_row<T>(row, extent, exact_shift(extent), near, kl, ce);
 }
 
 void row(DType dtype, const DivergenceRow& row, double* kl, double* ce) {
@@ -326,7 +477,7 @@ void jensen_shannon_row(const DivergenceRow& row, double* logs, double* value, d
   const RowExtent extent = extent_of(a, b, n);
   const MixtureShift shift = mixture_shift(extent);
   const T* next = static_cast<const T*>(row.next_clean);
-  const RowSums sums = sums_of<T, MixtureShift, false>(a, b, next, row.clean_exp, row.noised_exp, n, shift);
+  const RowSums sums = sums_of<T, MixtureShift, Way::careful>(a, b, next, row.clean_exp, row.noised_exp, n, shift);
   const RowMoments<double> moments = row_moments<double>(sums);
   double clean_kl, noised_kl;
   *value = mixture_sums(a, b, row.clean_exp, row.noised_exp, logs, n, shift, moments, &clean_kl, &noised_kl);
