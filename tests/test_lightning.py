@@ -450,6 +450,7 @@ def test_options_as_the_trainers_take_them(tmp_path: Path) -> None:
         ({"sam_variant": "tram"}, "SAMCallback does no R3F"),
         ({"sam_variant": "momentumsam"}, "MomentumSAM perturbs before the first pass"),
         ({"sam_sync_ascent": False}, "averages the ascent gradient over processes in any case"),
+        ({"sam_functional_path": True}, r"FunctionalSAM\(opt\)\.watch\(head\)"),
         ({"sam_masters": True}, "precision='bf16-mixed'"),
     ],
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
 from fastpost import SAM
-from fastpost.sam import FunctionalSAM, MomentumSAM, SAMWindow, logits_sam
+from fastpost.sam import FunctionalSAM, MomentumSAM, PreconditionedSAM, SAMWindow, logits_sam
 
 from .small import X, Y, network
 
@@ -56,8 +56,10 @@ def test_logits_sam_where_nothing_moves(tokens: int) -> None:
         logits_sam(hidden, weight, loss, -1.0)
 
 
-def equations(model: nn.Module, x: Tensor, y: Tensor, weight: float) -> dict[str, Tensor]:
-    """J(w + e)^T dL/dz(w), e along the gradient at w of the whole loss."""
+def equations(
+    model: nn.Module, x: Tensor, y: Tensor, weight: float, scales: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """J(w + e)^T dL/dz(w), e along the gradient at w of the whole loss, divided by scales where they are given."""
     w = {n: p.detach() for n, p in model.named_parameters()}
 
     def logits(w: dict[str, Tensor]) -> Tensor:
@@ -67,6 +69,8 @@ def equations(model: nn.Module, x: Tensor, y: Tensor, weight: float) -> dict[str
     z = z.detach().requires_grad_()
     (dz,) = torch.autograd.grad(nn.functional.cross_entropy(z, y) * weight, z)
     (g,) = pull(dz)
+    if scales is not None:
+        g = {n: v / scales[n] for n, v in g.items()}
     norm = torch.stack([v.square().sum() for v in g.values()]).sum().sqrt()
     _, pull = vjp(logits, {n: w[n] + RHO * g[n] / norm for n in w})
     return pull(dz)[0]
@@ -139,3 +143,127 @@ def test_functional_sam_needs_a_first_pass() -> None:
 
     with pytest.raises(RuntimeError, match="no first pass"):
         opt.step(closure)
+
+
+LEARN, B1, B2, EPS = 0.05, 0.9, 0.99, 1e-3
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_preconditioned_functional_sam_over_adam(watched: bool) -> None:
+    """e = RHO d / |d| along d = g / (sqrt(v / (1 - B2^t)) + EPS), v from the steps before; then J(w + e)^T dL/dz(w)."""
+    model = network().double()
+    names = [n for n, _ in model.named_parameters()]
+    w = {n: p.detach().clone() for n, p in model.named_parameters()}
+    m, v = ({n: torch.zeros_like(w[n]) for n in names} for _ in range(2))
+    opt = SAM(model.parameters(), torch.optim.Adam, rho=RHO, lr=LEARN, betas=(B1, B2), eps=EPS, variant=PreconditionedSAM())
+    functional = FunctionalSAM(opt)
+    if watched:
+        functional.watch(model[-1])
+    hand = copy.deepcopy(model)
+    for t in range(4):
+        x, y = X.double().roll(t, 0) * (1 + t), Y
+        hand.load_state_dict(w)
+        if t:
+            scales = {n: (v[n] / (1 - B2**t)).sqrt() + EPS for n in names}
+            g = equations(hand, x, y, 1.0, scales)
+        else:  # there is no second moment yet, and nothing moves
+            loss = nn.functional.cross_entropy(hand(x), y)
+            g = dict(zip(names, torch.autograd.grad(loss, list(hand.parameters())), strict=True))
+        for n in names:
+            m[n], v[n] = B1 * m[n] + (1 - B1) * g[n], B2 * v[n] + (1 - B2) * g[n].square()
+            step = m[n] / (1 - B1 ** (t + 1)) / ((v[n] / (1 - B2 ** (t + 1))).sqrt() + EPS)
+            w[n] = w[n] - LEARN * step
+
+        def forward_backward(rows: slice, x: Tensor = x, y: Tensor = y) -> Tensor:
+            def loss_of(z: Tensor) -> Tensor:
+                return nn.functional.cross_entropy(z, y[rows]) * len(y[rows]) / len(y)
+
+            loss = loss_of(model(x[rows])) if watched else functional(model(x[rows]), loss_of)
+            loss.backward()
+            return loss
+
+        SAMWindow(opt, forward_backward).run([slice(0, 8), slice(8, 32)])
+        assert not functional.waiting
+        opt.step()
+        for n, p in model.named_parameters():
+            assert (p.detach() - w[n]).abs().max() <= 1e-12, (t, n)
+
+
+def test_a_watched_head_leaves_other_terms_at_the_neighbour() -> None:
+    """L = l(z) + a(w): the gradient is J(w + e)^T dl/dz(w) + da/dw(w + e)."""
+    model, x = network().double(), X.double()
+    w = [p.detach().clone() for p in model.parameters()]
+
+    def loss(model: nn.Module) -> Tensor:
+        return nn.functional.cross_entropy(model(x) * 0.5, Y) + 0.3 * model[0].weight.pow(4).sum()
+
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=0.1)
+    handle = FunctionalSAM(opt).watch(model[-1])
+    loss(model).backward()
+    g = [p.grad.clone() for p in model.parameters()]
+    with opt.perturbed():
+        loss(model).backward()
+    norm = torch.stack([part.square().sum() for part in g]).sum().sqrt()
+    hand = copy.deepcopy(model)
+    z = hand(x).detach().requires_grad_()
+    (dz,) = torch.autograd.grad(nn.functional.cross_entropy(z * 0.5, Y), z)
+    with torch.no_grad():
+        for p, start, part in zip(hand.parameters(), w, g, strict=True):
+            p.copy_(start + RHO * part / norm)
+            p.grad = None
+    ((hand(x) * dz).sum() + 0.3 * hand[0].weight.pow(4).sum()).backward()
+    for p, q in zip(model.parameters(), hand.parameters(), strict=True):
+        assert (p.grad - q.grad).abs().max() <= 1e-13
+    handle.remove()
+    opt.step(lambda: loss_backward(loss(model)))  # SAM again
+
+
+def loss_backward(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss
+
+
+def test_a_watched_head_finds_passes_that_differ() -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=0.1)
+    FunctionalSAM(opt).watch(model[-1])
+    nn.functional.cross_entropy(model(X), Y).backward()
+    model(X)  # with a graph, and in no loss
+    with torch.no_grad():
+        model(X)  # not seen
+    opt.first_step(zero_grad=True)
+    nn.functional.cross_entropy(model(X), Y).backward()
+    with pytest.raises(RuntimeError, match="did not use these logits"):
+        nn.functional.cross_entropy(model(X), Y).backward()
+    opt.abandon()
+    assert not opt.is_perturbed
+
+
+@pytest.mark.parametrize("base", [torch.optim.Adagrad, torch.optim.Adafactor])
+def test_preconditioned_sam_asks_for_second_moments(base: type) -> None:
+    model = network()
+    opt = SAM(model.parameters(), base, rho=RHO, lr=1e-2, variant=PreconditionedSAM())
+
+    def step() -> None:
+        opt.step(lambda: loss_backward(nn.functional.cross_entropy(model(X), Y)))
+
+    if base is torch.optim.Adafactor:  # Adagrad has a state from its beginning
+        step()
+    with pytest.raises(RuntimeError, match="found none of max_exp_avg_sq, exp_avg_sq, square_avg"):
+        step()
+    assert not opt.is_perturbed
+
+
+def test_preconditioned_sam_sees_an_overflow_where_nothing_is_perturbed() -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.RMSprop, rho=RHO, lr=1e-2, variant=PreconditionedSAM())
+    for number, bad in enumerate((True, False, True)):
+        nn.functional.cross_entropy(model(X), Y).backward()
+        if bad:
+            model[0].weight.grad[0, 0] = torch.inf
+        before = [p.detach().clone() for p in model.parameters()]
+        opt.first_step(zero_grad=True)
+        nn.functional.cross_entropy(model(X), Y).backward()
+        opt.second_step(zero_grad=True)
+        assert opt.skipped_steps == (1, 1, 2)[number]
+        assert bad == all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

@@ -5,6 +5,7 @@ Long, as the loops by hand serve all trainers.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -32,7 +33,7 @@ from fastpost.r3f import relatives
 from fastpost.sam import GSAM, TRAM, WSAM, ExternalSAM, FriendlySAM, LookSAM, MomentumSAM, SAMWindow, StableSAM, Variant
 
 from . import tiny
-from .by_hand import distance
+from .by_hand import ascended, distance
 from .conftest import same_bits
 from .trainers import (
     CLIP,
@@ -113,6 +114,67 @@ def test_sam_in_the_trainer_is_sam_in_a_loop(tmp_path: Path, options: dict[str, 
     assert distance(mine, model()) > 1e-2
     assert type(trainer.sam.variant) is type(sam.variant)
     assert type(trainer.sam._perturbation) is type(sam._perturbation)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_functional_sam_in_the_trainer_follows_its_equations(tmp_path: Path, preconditioned: bool) -> None:
+    """J(w + e)^T dL/dz(w) over windows of three micro-batches; e along g, or g over the root of Adam's second moment."""
+    mine, hand, steps, accumulation = model(), model(), 4, 3
+    options = {"sam_variant": "preconditionedsam"} if preconditioned else {}
+    options.update(sam_functional_path=True, gradient_accumulation_steps=accumulation)
+    trainer = trainer_of(SAMTrainer, mine, arguments(tmp_path, steps, **options))
+    trainer.train()
+    assert not mine.lm_head._forward_hooks
+    opt, params = optimizer_of(hand), list(hand.parameters())
+    for (batches,) in windows(rows(), accumulation, steps):
+        items = items_of([batches])
+        kept, g = [], [torch.zeros_like(p) for p in params]
+        for batch in batches:
+            z = hand(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            loss = nn.functional.cross_entropy(z[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+            (dz,) = torch.autograd.grad(loss / items, z, retain_graph=True)
+            kept.append(dz)
+            g = [a + b for a, b in zip(g, torch.autograd.grad(z, params, dz), strict=True)]
+        if preconditioned:
+            g = [part / scale_of(opt, p) for p, part in zip(params, g, strict=True)]
+        still = not any(part.any() for part in g)
+        with contextlib.nullcontext() if still else ascended(params, g, RHO):
+            total = sum(
+                (hand(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits * dz).sum()
+                for batch, dz in zip(batches, kept, strict=True)
+            )
+            second = torch.autograd.grad(total, params)
+        for p, part in zip(params, second, strict=True):
+            p.grad = part
+        nn.utils.clip_grad_norm_(params, CLIP)
+        opt.step()
+    assert distance(mine, hand) <= TOLERANCE
+    other = model()
+    sam_loop(other, windows(rows(), accumulation, steps))
+    assert distance(mine, other) > 1e-3
+
+
+def scale_of(opt: torch.optim.Optimizer, p: Tensor) -> Tensor:
+    """sqrt(v / (1 - beta2^t)) + eps of AdamW; infinite where v is 0."""
+    state, group = opt.state[p], opt.param_groups[0]
+    if not state:
+        return torch.full_like(p, math.inf)
+    v = state["exp_avg_sq"]
+    root = (v / (1 - group["betas"][1] ** float(state["step"]))).sqrt() + group["eps"]
+    return torch.where(v > 0, root, math.inf)
+
+
+def test_functional_sam_of_a_fused_head_is_refused_at_its_first_pass(tmp_path: Path) -> None:
+    class PastTheHead(SAMTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            hidden = model.transformer(input_ids=inputs["input_ids"]).last_hidden_state
+            return (hidden @ model.lm_head.weight.T).logsumexp(-1).mean()
+
+    mine = model()
+    trainer = trainer_of(PastTheHead, mine, arguments(tmp_path, 1, sam_functional_path=True))
+    with pytest.raises(RuntimeError, match="takes the head's weight itself"):
+        trainer.train()
+    assert distance(mine, model()) == 0
 
 
 @pytest.mark.parametrize("seed", [None, 7])
@@ -423,6 +485,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "sam_per_micro_batch": {"sam_per_micro_batch": True},
     "sam_interval": {"sam_interval": 3},
     "sam_variant": {"sam_variant": "gsam:alpha=0.25"},
+    "sam_functional_path": {"sam_functional_path": True},
     "sam_perturb": {"sam_perturb": "functional"},
     "sam_masters": {"sam_masters": True},
     "sam_stash": {"sam_stash": "ulp"},
@@ -454,7 +517,7 @@ R3FS = {"lambda": "r3f_lambda", "type": "noise_type", "detach_embedding": "detac
 ATTRIBUTES = {"r3f_relative": ("alpha", 0.5), "sam_variant": ("alpha", 0.25)}
 # Of SAM's keywords: what a trainer knows itself, and what it leaves nothing to do for.
 THE_TRAINERS = {"params", "base_optimizer", "kwargs", "model", "compute_dtype"}
-OF_THE_TRAINER = ("sam_per_micro_batch", "sam_masters")  # options that are no keyword of SAM
+OF_THE_TRAINER = ("sam_per_micro_batch", "sam_masters", "sam_functional_path")  # options that are no keyword of SAM
 NOT_IN_LIGHTNING = (*OF_THE_TRAINER, "sam_sync_ascent")
 NOT_SERVED = {"fused_restore", "norm_group"}
 
@@ -535,7 +598,10 @@ def test_what_a_method_sets_follows_it() -> None:
 def test_every_keyword_of_sam_has_an_option() -> None:
     """A new keyword shows here: give it an option, or say above why a trainer has no use for it."""
     keywords = set(inspect.signature(SAM.__init__).parameters) - {"self"}
-    options = {name.removeprefix("sam_") for name in VALUES if name.startswith("sam_")} - {"per_micro_batch"}  # the window's
+    options = {name.removeprefix("sam_") for name in VALUES if name.startswith("sam_")} - {
+        "per_micro_batch",  # the window's
+        "functional_path",  # at the model's head
+    }
     assert keywords - THE_TRAINERS - NOT_SERVED - {"master_params"} | {"masters"} == options
     built = set(PostTrainingOptions().sam_keywords())
     assert built == keywords - {"params", "base_optimizer", "kwargs", "master_params"} - NOT_SERVED
@@ -623,6 +689,12 @@ def test_every_variant_and_relative_is_an_option() -> None:
         ({"method": "tram", "r3f_relative": "rdrop"}, "r3f_relative='rdrop' R3F's place"),
         ({"method": "tram", "r3f_forward": "double_batch"}, "without r3f_forward='double_batch'"),
         ({"method": "tram", "r3f_fused_linear": True}, "which r3f_fused_linear never builds"),
+        (
+            {"sam_functional_path": True, "sam_ascent_fraction": 0.5},
+            "sam_ascent_fraction=0.5 runs some of them at w + e only",
+        ),
+        ({"sam_functional_path": True, "sam_variant": "momentumsam"}, "which sam_variant='momentumsam' does not make"),
+        ({"sam_functional_path": True, "r3f_fused_linear": True}, "r3f_fused_linear never builds logits"),
         ({"r3f_relative": "neftune", "r3f_lambda": 0.5}, "r3f_lambda=0.5 is R3F's"),
         ({"r3f_relative": "neftune", "r3f_fused_linear": True}, "r3f_fused_linear is for R3F and R-Drop"),
         ({"r3f_relative": "rdrop", "r3f_seed": 1}, "r3f_seed changes nothing in r3f_relative='rdrop'"),
@@ -646,6 +718,7 @@ def test_what_contradicts_is_refused_at_once(options: dict[str, Any], message: s
         (SAMTrainer, "causal", {"sam_rounding": "stochastic"}, "rounding='stochastic' is for 16-bit weights"),
         (SAMTrainer, "causal", {"sam_masters": True}, "wte.weight is torch.float32, and masters are of 16-bit weights"),
         (SAMTrainer, "causal", {"sam_sync_ascent": True}, "no process group is initialised"),
+        (SAMTrainer, "sequence", {"sam_functional_path": True}, "BertForSequenceClassification names none"),
         (SAMTrainer, "causal", {"sam_scope": "lora"}, "no parameter's name fits 'lora'"),
     ],
 )

@@ -63,6 +63,8 @@ def _in_sam(o: Any) -> Iterator[str]:
     if not variant.ascent_pass:
         for name, value in _others(o, _OF_THE_ASCENT):
             yield f"{named} makes no ascent pass, which {name}={value!r} is about; {_LEAVE}"
+    if o.sam_functional_path:
+        yield from _in_functional_sam(o, variant, named)
     for other, clash in (
         (named, o.sam_variant is not None),
         ("sam_perturb='functional'", o.sam_perturb == "functional"),
@@ -88,6 +90,16 @@ def _in_sam(o: Any) -> Iterator[str]:
         yield f"sam_norm='backward' sums up the squares of gradients, and {named} makes a direction of its own; {_LEAVE}"
     if o.sam_eta and not o.sam_adaptive:
         yield f"sam_eta={o.sam_eta} is ASAM's constant, and sam_adaptive is off; set it, or leave sam_eta out"
+
+
+def _in_functional_sam(o: Any, variant: Any, named: str) -> Iterator[str]:
+    both = "sam_functional_path takes the derivative by every micro-batch's logits from its pass at w"
+    if o.sam_ascent_fraction != 1:
+        yield f"{both}, and sam_ascent_fraction={o.sam_ascent_fraction} runs some of them at w + e only; {_LEAVE}"
+    if not variant.ascent_pass:
+        yield f"{both}, which {named} does not make; {_LEAVE}"
+    if o.r3f_fused_linear:
+        yield f"{both}, and r3f_fused_linear never builds logits; {_LEAVE}"
 
 
 def _in_r3f(o: Any) -> Iterator[str]:

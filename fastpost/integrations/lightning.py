@@ -43,6 +43,13 @@ NOT_HERE = {
             "accumulate_grad_batches=1, or a plain loop with SAMWindow"
         ),
     ),
+    "sam_functional_path": (
+        False,
+        (
+            "a callback does not know which layer of a module makes the logits; in a plain loop say "
+            "fastpost.sam.FunctionalSAM(opt).watch(head)"
+        ),
+    ),
     "sam_sync_ascent": (
         None,
         (

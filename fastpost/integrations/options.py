@@ -42,6 +42,7 @@ METHODS: dict[str, frozenset[str]] = {
 # Options that say what is trained: one that the method does not use is refused.
 STRUCTURAL = (
     "sam_variant",
+    "sam_functional_path",
     "sam_perturb",
     "sam_masters",
     "sam_stash",
@@ -84,6 +85,8 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
         sam_variant: a class of `fastpost.sam.variants` in lower case, and after a colon its parameters: "looksam",
             "gsam:alpha=0.2", "friendlysam:sigma=1,decay=0.95", "momentumsam:buffers=exp_avg+momentum_buffer". "tram" takes
             its radius from R3F's divergence, so R3F has to be there (as under "sam+r3f").
+        sam_functional_path: Functional-SAM (2502.02407): the Jacobian at w + e, the loss's derivative by the logits from w
+            (`fastpost.sam.FunctionalSAM`). For models with an output head; another thing than sam_perturb="functional".
         sam_perturb: "stored" writes w + e over w; "functional" adds what e would add to the outputs of the model's layers.
         sam_masters: keep float32 masters of 16-bit weights in the optimizer, which steps and saves them; w + e and w are
             casts, and nothing is stashed (`fastpost.SAM(master_params=...)`).
@@ -125,6 +128,7 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
     sam_per_micro_batch: bool = option(False, "m-SAM: each micro-batch is perturbed by its own gradient.")
     sam_interval: int | None = option(None, "SAM on every so many-th step (1; for looksam 5).")
     sam_variant: str | None = option(None, f"Variant of SAM and its parameters: {specs.shown(specs.VARIANTS)}.")
+    sam_functional_path: bool = option(False, "Functional-SAM: the loss's derivative by the logits stays that at w.")
     sam_perturb: str = option("stored", "stored writes w + e over w, functional adds what e does to the layers' outputs.")
     sam_masters: bool = option(False, "float32 masters of 16-bit weights, stepped and saved by the optimizer.")
     sam_stash: str = option(

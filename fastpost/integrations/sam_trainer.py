@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastpost.integrations import COMPUTE_DTYPES
 from fastpost.integrations.masters import Masters, check_weights
 from fastpost.integrations.mixin import PostTrainingMixin, accelerated_sync, innermost
 from fastpost.integrations.stand_ins import refuse_early
 from fastpost.r3f.noise import unwrap
-from fastpost.sam import ExternalSAM, PassInfo, PerturbationReport, SAMWindow
+from fastpost.sam import ExternalSAM, FunctionalSAM, PassInfo, PerturbationReport, SAMWindow
 from fastpost.sam.options import RADIUS_KEYS, fill_groups
 
 STEPS_IN_BACKWARD = ("lomo", "adalomo")
@@ -28,6 +29,40 @@ class _Radius:
     optimizer: torch.optim.Optimizer
     values: dict[str, Any]
     given: list[set[str]]
+
+
+class _FunctionalPath:
+    """Functional-SAM at the head of a trainer's model."""
+
+    def __init__(self, sam: ExternalSAM, model: Any) -> None:
+        self._at_head = FunctionalSAM(sam)
+        self._handle = self._at_head.watch(output_head(model))
+
+    def refuse_unseen(self) -> None:
+        """Raises RuntimeError where a pass at w has made its loss past the head."""
+        if not self._at_head.waiting:
+            raise RuntimeError(
+                "SAM: sam_functional_path acts on the logits that the model's head puts out, and this loss takes the head's "
+                "weight itself (a fused head: Liger, TRL, R3F's or the anchor's); switch that off, or leave it out"
+            )
+
+    def end(self) -> None:
+        self._handle.remove()
+
+
+def output_head(model: Any) -> nn.Module:
+    """The layer that makes the logits.
+
+    Raises:
+        ValueError: the model names none.
+    """
+    head = getattr(unwrap(model), "get_output_embeddings", lambda: None)()
+    if not isinstance(head, nn.Module):
+        raise ValueError(
+            f"sam_functional_path needs the layer that makes the logits, and {type(unwrap(model)).__name__} names none in "
+            "get_output_embeddings(); leave it out, or say fastpost.sam.FunctionalSAM(opt).watch(head) in a loop of your own"
+        )
+    return head
 
 
 class TrainerWindow(SAMWindow):
@@ -56,7 +91,10 @@ class TrainerWindow(SAMWindow):
                 accelerated_sync(self.model, trainer.accelerator, info.sync or each),
                 unlogged(trainer) if info.is_replay else contextlib.nullcontext(),
             ):
-                return self.forward_backward(micro_batch)
+                result = self.forward_backward(micro_batch)
+            if trainer._functional_path is not None and not info.is_replay:
+                trainer._functional_path.refuse_unseen()
+            return result
         finally:
             trainer._pass_info = None
 
@@ -91,6 +129,7 @@ class SAMTrainerMixin(PostTrainingMixin):
     _given_up = False
     _radius: _Radius | None = None
     _masters: Masters | None = None
+    _functional_path: _FunctionalPath | None = None
     _sam_sums: Any = None
     _sam_elements: int | torch.Tensor = 0
     _concerned = False
@@ -137,6 +176,8 @@ class SAMTrainerMixin(PostTrainingMixin):
         super()._prepare_model()
         if "sam" not in self._methods:
             return
+        if self.post_training.sam_functional_path:
+            output_head(self.model)
         if self.post_training.sam_masters:
             check_weights(self.model)
             self.post_training.scope(self.model)
@@ -219,6 +260,8 @@ class SAMTrainerMixin(PostTrainingMixin):
             assert self._masters is not None
             pairs = {"params": self._masters.weights, "master_params": self._masters.masters}
         self.sam = ExternalSAM(innermost(self.optimizer), **pairs, **self._sam_keywords())
+        if self.post_training.sam_functional_path:
+            self._functional_path = _FunctionalPath(self.sam, self.model)
         return self.sam
 
     def _end_window(self) -> None:
@@ -259,6 +302,9 @@ class SAMTrainerMixin(PostTrainingMixin):
         finally:
             self._end_window()
             self._given_up = False
+            if self._functional_path is not None:
+                self._functional_path.end()
+                self._functional_path = None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's own; never measures w + e.

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastpost import distributed
 from fastpost.ops import params as ops
@@ -56,6 +57,10 @@ class VariantContext:
     def maximized(self) -> set[int]:
         """Ids of the parameters whose loss the base optimizer maximises."""
         return {id(p) for group in self._groups() if group.get("maximize", False) for p in group["params"]}
+
+    def settings(self) -> dict[Tensor, dict[str, Any]]:
+        """The group of each parameter."""
+        return {p: group for group in self._groups() for p in group["params"]}
 
     @property
     def state(self) -> MutableMapping[Tensor, Any]:
@@ -331,6 +336,46 @@ class MomentumSAM(Variant):
         return result
 
 
+class PreconditionedSAM(Variant):
+    """Preconditioned SAM (after 2502.02407): e = rho d / |d| along d = g / (sqrt(v) + eps), as Adam scales its steps.
+
+    v is the base optimizer's second moment as the last step left it, divided by Adam's 1 - beta2^t; eps is the base
+    optimizer's. Large gradients of few weights then lead e no longer. It joins with `FunctionalSAM`, as in the paper, of
+    which we could read the summary and no equation: that e has the length rho, as in SAM, is our choice. Thus a constant
+    factor on v changes nothing but the weight of eps, and rho keeps its meaning. Where v is 0 or not there yet, as at the
+    first step or in rows of an embedding that no text has had so far, nothing is perturbed.
+
+    Args:
+        buffers: names under which base optimizers keep second moments, tried in turn: Adam's and RMSprop's.
+    """
+
+    def __init__(self, buffers: Sequence[str] = ("max_exp_avg_sq", "exp_avg_sq", "square_avg")) -> None:
+        self.buffers = tuple(buffers)
+
+    def direction(self, context: VariantContext, gradients: Gradients) -> Gradients:
+        settings = context.settings()
+        result: Gradients = {}
+        for p, g in gradients.items():
+            state: Mapping[str, Any] = context.state.get(p, {})
+            found = next((state[name] for name in self.buffers if state.get(name) is not None), None)
+            if found is not None and found.is_floating_point() and found.shape == p.shape:
+                wide = torch.float64 if g.dtype == torch.float64 else torch.float32
+                v = distributed.local_as(p, found).to(wide)
+                group = settings[p]
+                if "betas" in group and "step" in state:
+                    v = v / (1 - group["betas"][1] ** torch.as_tensor(state["step"], dtype=wide, device=v.device))
+                d = g.to(wide) / (v.sqrt() + group.get("eps", 1e-8))
+                result[p] = torch.where(v > 0, d, g * 0).to(g.dtype)  # inf * 0 is nan: an overflow is still seen
+            elif state:
+                raise RuntimeError(
+                    f"SAM: PreconditionedSAM found none of {', '.join(self.buffers)}, in the shape of the weights and not "
+                    f"quantised, in the base optimizer's state ({', '.join(state)}); take torch's AdamW, or name its buffer"
+                )
+            else:
+                result[p] = g * 0
+        return result
+
+
 class TRAM(Variant):
     """TRAM (2310.03646): the radius is how far the outputs move under noise, rather than a constant.
 
@@ -439,8 +484,14 @@ class FunctionalSAM:
             loss.backward()
             return loss
 
-    Micro-batches come in the same order in both passes, as windows run them; between them dL/dlogits is kept, one number per
-    logit. In a window the ascent has to be over all micro-batches (`ascent_fraction=1.0`).
+    Where the model makes the loss itself, as those of transformers do with `labels`, say which layer makes the logits, and
+    go on as with any SAM. Terms of the loss that do not go through the logits keep their gradient at w + e::
+
+        FunctionalSAM(opt).watch(model.lm_head)
+
+    The paper's preconditioned form is this with `variant=PreconditionedSAM()`. Micro-batches come in the same order in both
+    passes, as windows run them; between them dL/dlogits is kept, one number per logit. In a window the ascent has to be over
+    all micro-batches (`ascent_fraction=1.0`).
 
     Args:
         optimizer: the SAM whose passes these are.
@@ -448,28 +499,79 @@ class FunctionalSAM:
 
     def __init__(self, optimizer: SAM) -> None:
         self._optimizer = optimizer
-        self._kept: deque[Tensor] = deque()
+        self._kept: deque[_AtW] = deque()
         self._cycle = optimizer.cycle
 
     def __call__(self, logits: Tensor, loss: LossOfLogits) -> Tensor:
         """The loss; in the second pass with the gradient <dL/dlogits at w, logits at w + e> in place of its own."""
         if not self._optimizer.is_perturbed:
-            if self._cycle != self._optimizer.cycle:  # what a step given up has left
-                self._kept.clear()
-                self._cycle = self._optimizer.cycle
             value = loss(logits)
             with torch.enable_grad():
                 at = logits.detach().requires_grad_()
                 (dz,) = torch.autograd.grad(loss(at), at)
-            self._kept.append(dz)
+            self._note(logits).gradients.append(dz)
             return value
+        dz = self._take(logits).gradients.popleft()
+        surrogate = (logits * dz).sum()
+        return loss(logits.detach()).detach() + surrogate - surrogate.detach()
+
+    def watch(self, head: nn.Module) -> RemovableHandle:
+        """Acts on the logits that a layer puts out, in every pass with gradients from now on.
+
+        What a model does with the layer's output, such as a cap on logits, counts as part of the loss.
+
+        Args:
+            head: puts out logits as one tensor, through its own forward.
+
+        Returns:
+            A handle whose `remove()` ends it.
+        """
+        return head.register_forward_hook(self._on_logits)
+
+    @property
+    def waiting(self) -> int:
+        """How many tensors of logits have passed at w, and not yet at w + e."""
+        return len(self._kept)
+
+    def _on_logits(self, head: nn.Module, args: Any, logits: Any) -> None:
+        if not (isinstance(logits, Tensor) and logits.requires_grad):
+            return
+        if not self._optimizer.is_perturbed:
+            logits.register_hook(self._note(logits).gradients.append)  # type: ignore[no-untyped-call]
+            return
+        gradients = self._take(logits).gradients
+
+        def as_at_w(gradient: Tensor) -> Tensor:
+            if not gradients:
+                raise RuntimeError("FunctionalSAM: the loss at w did not use these logits; both passes have to be the same")
+            return gradients.popleft()
+
+        logits.register_hook(as_at_w)  # type: ignore[no-untyped-call]
+
+    def _note(self, logits: Tensor) -> _AtW:
+        if self._cycle != self._optimizer.cycle:  # what a step given up has left
+            self._kept.clear()
+            self._cycle = self._optimizer.cycle
+        self._kept.append(_AtW(logits.shape))
+        return self._kept[-1]
+
+    def _take(self, logits: Tensor) -> _AtW:
         if not self._kept:
             raise RuntimeError(
                 "FunctionalSAM: no first pass for these logits; each micro-batch has to pass at w before it passes at w + e "
                 "(ascent_fraction=1.0, and a variant with an ascent pass)"
             )
-        dz = self._kept.popleft()
-        if dz.shape != logits.shape:
-            raise RuntimeError(f"FunctionalSAM: logits of shape {tuple(logits.shape)} meet those of {tuple(dz.shape)} at w")
-        surrogate = (logits * dz).sum()
-        return loss(logits.detach()).detach() + surrogate - surrogate.detach()
+        kept = self._kept.popleft()
+        if kept.shape != logits.shape:
+            raise RuntimeError(
+                f"FunctionalSAM: logits of shape {tuple(logits.shape)} meet those of {tuple(kept.shape)} at w"
+            )
+        return kept
+
+
+class _AtW:
+    """What is kept of a pass at w: the logits' shape, and the gradients that came to them, one for each backward pass."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+        self.gradients: deque[Tensor] = deque()
