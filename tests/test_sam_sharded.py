@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 from fastpost import SAM
-from fastpost.sam import GSAM, TRAM, WSAM, FriendlySAM, LookSAM, MomentumSAM, StableSAM
+from fastpost.sam import GSAM, TRAM, WSAM, FriendlySAM, LookSAM, MomentumSAM, PreconditionedSAM, StableSAM
 
 from . import distributed as d
 
@@ -191,7 +191,7 @@ def hsdp_overflow() -> None:
 
 KINDS = [
     (lambda: GSAM(alpha=0.3), {}), (lambda: WSAM(gamma=0.7), {"adaptive": True, "eta": 0.1}), (StableSAM, {}),
-    (LookSAM, {"interval": 2}), (FriendlySAM, {}), (MomentumSAM, {}),
+    (LookSAM, {"interval": 2}), (FriendlySAM, {}), (MomentumSAM, {}), (PreconditionedSAM, {}),
 ]  # fmt: skip
 
 
