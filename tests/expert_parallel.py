@@ -21,7 +21,7 @@ from . import distributed as d
 LR, RHO, EXPERTS = 0.1, 0.3, 4
 
 
-class _Gather(torch.autograd.Function):
+class Gather(torch.autograd.Function):
     """The rows of all ranks; their gradients come back summed."""
 
     @staticmethod
@@ -110,7 +110,7 @@ class MoE(nn.Module):
             group = mesh.get_group()
             everywhere = [torch.empty_like(chosen) for _ in range(mesh.size())]
             dist.all_gather(everywhere, chosen, group=group)
-            out = _Scatter.apply(self.experts(_Gather.apply(rows, group), torch.cat(everywhere)), group)
+            out = _Scatter.apply(self.experts(Gather.apply(rows, group), torch.cat(everywhere)), group)
         return x + (weight[:, None] * out).view_as(x)
 
 

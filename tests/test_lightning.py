@@ -470,6 +470,7 @@ def test_options_that_lightning_does_not_serve(given: dict[str, Any], message: s
         ({"ascent_fraction": 0}, "ascent_fraction"),
         ({"roh": 0.1}, "Did you mean 'rho'"),
         ({"sync_ascent": True}, "sync_ascent"),
+        ({"norm_group": None}, r"override SAMTrainer\.sam_norm_group"),
         ({"variant": MomentumSAM()}, "plain loop"),
     ],
 )

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 from fastpost import SAM
 from fastpost.sam import GSAM, TRAM, WSAM, FriendlySAM, LookSAM, MomentumSAM, PreconditionedSAM, StableSAM
 
 from . import distributed as d
+from .expert_parallel import Gather
 
 LR, RHO = 0.1, 0.3
 
@@ -242,6 +244,54 @@ def radius_over_ranks() -> None:
     opt.restore_()
 
 
+class Attends(nn.Module):
+    """Causal attention in front of a Net, over a sequence that is cut over ranks: keys and values are gathered."""
+
+    def __init__(self, cut: bool = False) -> None:
+        super().__init__()
+        self.rest = d.Net()
+        self.parts = nn.Linear(12, 36, dtype=torch.float64)
+        self.cut = cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.parts(x).chunk(3, -1)
+        first = dist.get_rank() * q.shape[1] if self.cut else 0
+        if self.cut:
+            k, v = (Gather.apply(t.transpose(0, 1), dist.group.WORLD).transpose(0, 1) for t in (k, v))
+        places = torch.arange(k.shape[1])
+        later = places > first + torch.arange(q.shape[1])[:, None]
+        scores = (q @ k.mT / 12**0.5).masked_fill(later, -torch.inf)
+        return self.rest(x + scores.softmax(-1) @ v)
+
+
+def context_parallel() -> None:
+    """Each rank has its part of every sequence, and gradients are the mean over ranks: replicas by DDP, shards by FSDP2."""
+    mesh = d.mesh_of(dist.get_world_size())
+    torch.manual_seed(9)
+    start = Attends().state_dict()
+
+    def loss_at(weights: dict[str, Tensor], number: int) -> Tensor:
+        x, y = d.batch(number)
+        return nn.functional.cross_entropy(torch.func.functional_call(Attends(), weights, (x,)).flatten(0, 1), y.flatten())
+
+    for strategy in ("ddp", "fsdp2"):
+        model: nn.Module = Attends(cut=True)
+        model.load_state_dict(start)
+        model = DistributedDataParallel(model) if strategy == "ddp" else fully_shard(model, mesh=mesh)
+        opt, names = sam(model), names_of(model)
+        for number in range(2):
+            weights = {name: d.whole(p) for p, name in names.items()}
+            e, second, norm = d.ascent(lambda at, number=number: loss_at(at, number), weights, RHO)
+            x, y = (t.chunk(mesh.size(), 1)[mesh.get_local_rank()] for t in d.batch(number))
+            d.loss_of(model, x, y).backward()
+            opt.first_step(zero_grad=True)
+            assert all((d.whole(p) - weights[name] - e[name]).abs().max() <= 1e-12 for p, name in names.items())
+            assert norm > 0
+            d.loss_of(model, x, y).backward()
+            opt.second_step(zero_grad=True)
+            assert all((d.whole(p) - weights[n] + LR * second[n]).abs().max() <= 1e-12 for p, n in names.items()), strategy
+
+
 def several_meshes() -> None:
     """Blocks over all four ranks, the root over pairs and their copies: gradients of both kinds under one norm."""
     flat, pairs = d.mesh_of(4), d.mesh_of(2, 2, names=("replicate", "shard"))
@@ -332,6 +382,7 @@ TWO = {
     for case in (
         fsdp2, fsdp2_adaptive, fsdp2_float32, fsdp2_ulp, kept_unsharded, evaluated_while_perturbed, plain_beside_shards,
         offloaded, tensor_parallel, tensor_parallel_adaptive, tensor_parallel_variants, radius_over_ranks,
+        context_parallel,
     )
 }  # fmt: skip
 FOUR = {

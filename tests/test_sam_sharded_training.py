@@ -248,6 +248,15 @@ def seen_through_mixed_precision() -> None:
     assert report.seen_norm > 1.5 * report.stored_norm
     opt.restore_()
     assert all(torch.equal(d.whole(p), w) for p, w in zip(model.parameters(), weights, strict=True))
+    # Casts to a wider dtype lose nothing: what is stored is seen.
+    model = sharded(mesh, torch.float32, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float64))
+    opt = sam(model)
+    for _ in range(2):
+        d.loss_of(model, *d.mine(mesh, 0, torch.float32)).backward()
+        opt.first_step(zero_grad=True)
+        d.loss_of(model, *d.mine(mesh, 0, torch.float32)).backward()
+        opt.second_step(zero_grad=True)
+        assert opt.report.seen_norm == opt.report.stored_norm
 
 
 def checkpoints() -> None:

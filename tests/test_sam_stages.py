@@ -30,7 +30,7 @@ from torch.distributed.pipelining import (
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastpost import SAM
+from fastpost import SAM, sharpness
 from fastpost.sam import (
     GSAM,
     TRAM,
@@ -393,6 +393,12 @@ def copies() -> None:
     assert "norm_group" not in opt.state_dict()["param_groups"][0]
 
 
+def refused_by_sharpness() -> None:
+    pipe = Pipe()
+    with pytest.raises(TypeError, match="a ScheduleGPipe is no module; sharpness is not measured across pipeline stages"):
+        sharpness(pipe.schedule, _loss, [d.batch(0)])
+
+
 def refused_groups() -> None:
     """One clear error on every rank, before anything is written."""
     net = d.Net()
@@ -528,7 +534,7 @@ TWO = {
     for case in (
         gpipe, one_forward_one_backward, two_stages_on_a_rank, group_by_function, variants, tram, nothing_in_scope_here,
         frozen_here, overflow_on_one_stage, other_stashes_and_kinds, stages_round_apart, scaled_stages, copies,
-        refused_groups,
+        refused_groups, refused_by_sharpness,
     )
 }  # fmt: skip
 FOUR = {

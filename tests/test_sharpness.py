@@ -327,6 +327,7 @@ def test_a_flat_loss_has_no_rise_and_no_curvature() -> None:
         ({"model": loss, "loss": small()}, TypeError, "in this order, not function and Sequential"),
         ({"scope": "nothing.*"}, ValueError, "no parameter is in scope"),
         ({"model": small().requires_grad_(False)}, ValueError, "no weights that require"),
+        ({"loss": lambda m, b: None}, TypeError, "not NoneType; where this is a stage without a loss, .* load a checkpoint"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type, words: str) -> None:

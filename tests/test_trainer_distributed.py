@@ -76,6 +76,42 @@ def sam(accumulation: int, fraction: float, **options: Any) -> tuple[float, list
     return distance(mine, hand), logged(trainer, "sam/seen_cosine")
 
 
+class Apart(SAMTrainer):
+    """Every rank has a bias of its own for the logits, which DDP leaves alone."""
+
+    def sam_norm_group(self) -> Any:
+        return lambda name, p: dist.group.WORLD if name == "lm_head.own" else None
+
+
+def with_biases(biases: torch.Tensor) -> Any:
+    made: Any = model()
+    made.lm_head.own, made.row = nn.Parameter(biases.clone()), 0
+    made.lm_head.register_forward_hook(lambda head, args, logits: logits + head.own[made.row])
+    return made
+
+
+def biases_apart() -> float:
+    """SAM's norm is over the biases of both ranks. Each rank's loss counts twice, as in DDP, which then takes the mean."""
+    biases = torch.randn(2, tiny.VOCABULARY, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    rank = dist.get_rank()
+    mine, hand = with_biases(biases[rank : rank + 1]), with_biases(biases)
+    mine._ddp_params_and_buffers_to_ignore = ["lm_head.own"]
+    mine.lm_head.own.register_hook(lambda g: g / 2)
+    trained(Apart, mine, 4, gradient_accumulation_steps=2, max_grad_norm=0.0)
+    steps = windows(rows(), 2, 4, ranks=2)
+    rank_of = {id(batch): number for window in steps for number, batches in enumerate(window) for batch in batches}
+
+    def loss(model: Any, batch: Any, items: float) -> torch.Tensor:
+        model.row = rank_of[id(batch)]
+        return causal_loss(model, batch, items)
+
+    by_hand(hand, steps, loss, clip=torch.inf)
+    expected = dict(hand.named_parameters())
+    expected["lm_head.own"] = expected["lm_head.own"][rank : rank + 1]
+    assert (expected["lm_head.own"] - biases[rank]).abs().max() > 1e-2
+    return max(float((p - expected[name]).detach().abs().max()) for name, p in mine.named_parameters())
+
+
 def own_counts() -> float:
     """average_tokens_across_devices=False: each rank divides by its own labels, and DDP takes the mean of ranks."""
     mine, hand = model(), model()
@@ -312,6 +348,7 @@ CASES = {
     "overflow": partial(spoiled, None),
     "overflow of one rank's own ascent": partial(spoiled, False),
     "own ascents": own_ascents,
+    "parameters apart": biases_apart,
     "own counts": own_counts,
     "r3f": r3f,
     "freelb": freelb,
@@ -352,6 +389,10 @@ def test_an_overflow_on_one_rank_skips_the_step_on_both(outcome: distributed.Out
 
 def test_each_rank_may_ascend_by_its_own_gradient(outcome: distributed.Outcome) -> None:
     assert outcome.worst("own ascents") <= 1e-9
+
+
+def test_ranks_may_hold_parameters_of_their_own(outcome: distributed.Outcome) -> None:
+    assert outcome.worst("parameters apart") <= 1e-9
 
 
 def test_each_rank_may_count_its_own_tokens(outcome: distributed.Outcome) -> None:

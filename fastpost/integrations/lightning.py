@@ -116,6 +116,11 @@ class SAMCallback(Callback):
             )
         served = inspect.signature(SAM.__init__).parameters
         for name in keywords:
+            if name == "norm_group":
+                raise ValueError(
+                    "SAMCallback: norm_group is for parameters that other ranks do not have, and the callback shares all "
+                    "gradients with all ranks; take a plain loop, or override SAMTrainer.sam_norm_group with transformers"
+                )
             if name not in served or name in NOT_SERVED:
                 raise unknown("option of SAMCallback", name, sorted(set(served) - NOT_SERVED - {"self"}))
         self.options, self.keywords = options, keywords

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpost.distributed import is_a
 from fastpost.integrations import COMPUTE_DTYPES
 from fastpost.integrations.masters import Masters, check_weights
 from fastpost.integrations.mixin import PostTrainingMixin, accelerated_sync, innermost
 from fastpost.integrations.stand_ins import refuse_early
 from fastpost.r3f.noise import unwrap
+from fastpost.ranks import NormGroup
 from fastpost.sam import ExternalSAM, FunctionalSAM, PassInfo, PerturbationReport, SAMWindow
 from fastpost.sam.options import RADIUS_KEYS, fill_groups
 
@@ -245,14 +247,35 @@ class SAMTrainerMixin(PostTrainingMixin):
             sums = torch.where(sums.isfinite().all(), sums, torch.zeros_like(sums))
             self._sam_sums = sums if self._sam_sums is None else self._sam_sums + sums
 
+    def sam_norm_group(self) -> NormGroup:
+        """The ranks that hold other parameters of the model than this one, as `fastpost.SAM(norm_group=)`; None where no
+        rank does. Override it where experts lie apart in plain tensors, which DDP has to ignore; a function of (name,
+        parameter) gets the model's names. The trainer's clipping does not know these ranks: set max_grad_norm=0.
+        """
+        return None
+
+    def _named_norm_group(self) -> NormGroup:
+        given = self.sam_norm_group()
+        if is_a("DeviceMesh", "torch.distributed.device_mesh", given) or not callable(given):
+            return given
+        group_of, names = given, {}
+
+        def named(name: str | None, p: torch.Tensor) -> Any:
+            if id(p) not in names:
+                names.update({id(q): known for known, q in unwrap(self.model).named_parameters()})
+            return group_of(names.get(id(p), name), p)
+
+        return named
+
     def _sam_keywords(self) -> dict[str, Any]:
         accelerator = self.accelerator
         seen = COMPUTE_DTYPES.get(accelerator.mixed_precision)
-        return self.post_training.sam_keywords(
+        keywords = self.post_training.sam_keywords(
             self.model,
             compute_dtype=seen if not accelerator.is_fsdp2 else None,  # FSDP2 is asked for its own
             loss_scale=None if accelerator.scaler is None else accelerator.scaler.get_scale,
         )
+        return {**keywords, "norm_group": self._named_norm_group()}
 
     def _sam_of_this_run(self) -> ExternalSAM:
         pairs: dict[str, Any] = {}

@@ -359,6 +359,8 @@ class ParameterBucket:
         if torch.is_autocast_enabled(self.device_type):
             return torch.get_autocast_dtype(self.device_type)
         sharded = distributed.compute_dtype(self.params) if self.sharded else None
+        if sharded is torch.float64:  # casts of narrower weights to it lose nothing, so what is stored is seen
+            sharded = None
         return sharded or self.bucket.dtype
 
     def follow(self) -> list[Tensor]:

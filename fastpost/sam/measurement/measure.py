@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fastpost.distributed import is_a
 from fastpost.modes import kept_modes
 from fastpost.norm_stats import frozen_norm_stats
 from fastpost.ops import params as ops
 from fastpost.rng import RandomState, accelerators
 from fastpost.sam.measurement.results import Around, Estimate, Sharpness
-from fastpost.sam.measurement.study import Loss, Row, Study
+from fastpost.sam.measurement.study import NO_STAGES, Loss, Row, Study
 from fastpost.sam.measurement.weights import Weights
 from fastpost.sam.scopes import Scope
 
@@ -79,6 +80,10 @@ def sharpness(
         TypeError: the loss is no scalar that depends on the weights; a size, a number of directions or the seed is no whole
             number; model and loss are swapped; no kernel computes in `compute_dtype`.
     """
+    if is_a("_PipelineStageBase", "torch.distributed.pipelining.stage", model) or is_a(
+        "_PipelineSchedule", "torch.distributed.pipelining.schedules", model
+    ):
+        raise TypeError(f"sharpness: a {type(model).__name__} is no module; {NO_STAGES}")
     if not isinstance(model, nn.Module) or not callable(loss):
         raise TypeError(
             "sharpness: it takes a torch.nn.Module, a function of (model, batch) and the batches, in this order, not "

@@ -17,6 +17,10 @@ from fastpost.sam.step import Gradients
 
 Loss = Callable[[Any, Any], Tensor]
 Row = dict[str, float]  # of one batch
+NO_STAGES = (
+    "sharpness is not measured across pipeline stages, whose losses and gradients a schedule makes; load a checkpoint "
+    "of the stages into the whole model, under fully_shard (FSDP2) if need be, and measure there"
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,8 @@ class Study:
         part.state.put()
         value: Any = self._loss(self._model, part.content)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
-            raise TypeError(f"sharpness: loss must return a scalar tensor, not {type(value).__name__}")
+            stages = f"; where this is a stage without a loss, {NO_STAGES}" if value is None else ""
+            raise TypeError(f"sharpness: loss must return a scalar tensor, not {type(value).__name__}{stages}")
         self.eps = max(self.eps, torch.finfo(value.dtype).eps)
         return value
 
