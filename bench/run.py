@@ -9,7 +9,7 @@ import importlib.util
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -281,6 +281,17 @@ def _alone(name: str, rounds: int, where: dict[str, object], processor: bool) ->
     (build,) = load([name]).values()
     with dispatch.use_backend(str(where["backend"])):
         return _one(name, build, rounds, torch.device("cpu"), where, Console(), processor)
+
+
+def described(cases: Mapping[str, Callable[..., Case]]) -> list[str]:
+    """One line per case of the CPU: its name, and what its builder says of it."""
+    width = max(map(len, cases))
+    return [f"{name:<{width}}  {summary_of(build)}" for name, build in cases.items()]
+
+
+def summary_of(build: Callable[..., Case]) -> str:
+    """The first line of a builder's docstring."""
+    return (getattr(build, "func", build).__doc__ or "").strip().partition("\n")[0]
 
 
 def listing(names: Sequence[str], rounds: int, device: str) -> list[str]:

@@ -578,8 +578,10 @@ def test_unknown_case_and_list(capsys: pytest.CaptureFixture[str], monkeypatch: 
         cli.main(["sam_gpt3"])
     assert "Did you mean 'sam_gpt2'" in capsys.readouterr().err
     assert cli.main(["--list"]) == 0
-    listed = capsys.readouterr().out.split()
-    assert {"sam_gpt2", "noise", "negate"} <= set(listed)
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert {"sam_gpt2", "noise", "negate", "scaling_tensors_10"} <= set(listed)
+    assert listed["noise"].startswith("x + eps z for a batch of embeddings")
+    assert listed["scaling_tensors_10"].startswith("Small tensors")
     with pytest.raises(SystemExit):
         cli.main(["noise", "--repeats", "0"])
     with pytest.raises(SystemExit):

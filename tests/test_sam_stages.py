@@ -393,6 +393,23 @@ def copies() -> None:
     assert "norm_group" not in opt.state_dict()["param_groups"][0]
 
 
+def alike_by_chance() -> None:
+    """Biases begin at zero, and around a branch that adds nothing yet two of them have the same gradient: no copies."""
+    mesh, rank = d.mesh_of(2), dist.get_rank()
+    weight, bias = torch.full((3, 2), rank + 1.0).requires_grad_(), torch.zeros(3).requires_grad_()
+    opt = SAM([weight, bias], torch.optim.SGD, rho=RHO, lr=LR, norm_group=mesh)
+    weight.grad, bias.grad = torch.full((3, 2), rank + 1.0), torch.arange(1.0, 4.0)
+    opt.first_step()
+    norm = math.sqrt(6 * 1 + 6 * 4 + 2 * 14)
+    assert (bias - RHO * bias.grad / norm).abs().max() <= 1e-7
+    opt.abandon()
+    whole = torch.zeros(3).requires_grad_()  # all that there is: replicas, as of LoRA whose B is zero
+    opt = SAM([whole], torch.optim.SGD, rho=RHO, lr=LR, norm_group=mesh)
+    whole.grad = torch.arange(1.0, 4.0)
+    with pytest.raises(ValueError, match="not replicas"):
+        opt.first_step()
+
+
 def refused_by_sharpness() -> None:
     pipe = Pipe()
     with pytest.raises(TypeError, match="a ScheduleGPipe is no module; sharpness is not measured across pipeline stages"):
@@ -439,7 +456,7 @@ def refused_groups() -> None:
     opt = sam(mesh)
     d.loss_of(net, *d.batch(0)).backward()
     before = [d.part(p) for p in net.parameters()]
-    with pytest.raises(ValueError, match=r"same gradient.*not replicas.*tied"):
+    with pytest.raises(ValueError, match=r"same values and gradient.*not replicas.*tied"):
         opt.first_step()
     assert all(torch.equal(p, w) for p, w in zip(net.parameters(), before, strict=True))
     pipe = Pipe()
@@ -534,7 +551,7 @@ TWO = {
     for case in (
         gpipe, one_forward_one_backward, two_stages_on_a_rank, group_by_function, variants, tram, nothing_in_scope_here,
         frozen_here, overflow_on_one_stage, other_stashes_and_kinds, stages_round_apart, scaled_stages, copies,
-        refused_groups, refused_by_sharpness,
+        refused_groups, refused_by_sharpness, alike_by_chance,
     )
 }  # fmt: skip
 FOUR = {

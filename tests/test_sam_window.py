@@ -18,7 +18,7 @@ from fastpost import SAM
 from fastpost.distributed import no_sync
 from fastpost.sam import SAMWindow
 
-from .small import all_bits, network, same_state, unchanged
+from .small import X, Y, all_bits, network, same_state, unchanged
 
 N = 5
 GENERATOR = torch.Generator().manual_seed(5)
@@ -475,3 +475,74 @@ def test_no_sync_looks_into_a_compiled_module() -> None:
         assert replica.require_backward_grad_sync
     with pytest.raises(TypeError, match="neither DistributedDataParallel nor"), no_sync(nn.Linear(2, 2)):
         pass
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_in_an_open_window_is_refused_and_changes_nothing(at: int, scaled: bool) -> None:
+    """At w or, behind an ascent on two of four, at w + e; the window then goes on as if nobody had asked."""
+    batches = [(X[i : i + 8].double(), Y[i : i + 8]) for i in range(0, 32, 8)]
+    found = []
+    for interrupted in (False, True):
+        model = double_network()
+        opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=0.1, ascent_fraction=0.5)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled)
+
+        def forward_backward(batch, model=model, scaler=scaler) -> None:
+            scaler.scale(nn.functional.cross_entropy(model(batch[0]), batch[1]) / 4).backward()
+
+        window = SAMWindow(opt, forward_backward)
+        window.open(4)
+        for k, batch in enumerate(batches):
+            if interrupted and k == at:
+                for step in (
+                    (lambda opt=opt, scaler=scaler: scaler.step(opt)),
+                    opt.step,
+                    (lambda opt=opt: opt.step(lambda: None)),
+                    *([opt.second_step] if opt.is_perturbed else []),
+                ):
+                    with pytest.raises(RuntimeError, match=r"in an open window.*nothing was changed.*close\(\)"):
+                        step()
+                assert opt.is_perturbed == (at == 3)
+            window.feed(batch)
+        scaler.step(opt)
+        scaler.update()
+        found.append(all_bits(model))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_window_that_is_gone_does_not_hold_the_optimizer() -> None:
+    model = double_network()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=0.1)
+    SAMWindow(opt, runner(model)).open(2)
+    with pytest.raises(RuntimeError, match=r"where the window is gone, opt\.abandon\(\)"):
+        opt.step()
+    opt.abandon()
+    nn.functional.cross_entropy(model(X.double()), Y).backward()
+    opt.step()
+
+
+@pytest.mark.parametrize("norm", ["step", "backward"])
+def test_a_gradient_of_another_dtype_than_its_weight_is_refused_with_a_remedy(norm: str) -> None:
+    model = network().bfloat16()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=0.1, norm=norm)
+
+    def backward() -> None:
+        nn.functional.cross_entropy(model(X.bfloat16()).float(), Y).backward()
+
+    for p in model.parameters():
+        p.grad_dtype = torch.float32
+    backward()
+    before = all_bits(model)
+    with pytest.raises(
+        ValueError, match=r"is torch\.bfloat16 and its gradient torch\.float32.*Say p\.grad_dtype = p\.dtype"
+    ):
+        opt.first_step()
+    assert unchanged(model, before)
+    opt.zero_grad()
+    for p in model.parameters():
+        p.grad_dtype = p.dtype
+    backward()
+    with opt.perturbed():
+        backward()
+    opt.step()

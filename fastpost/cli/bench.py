@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     if options.list:
-        print("\n".join(cases if kind == "cpu" else run.listing(options.names, rounds, options.device)))
+        print("\n".join(run.described(cases) if kind == "cpu" else run.listing(options.names, rounds, options.device)))
         return 0
     if options.keep_memory and kind == "cuda":
         parser.error("--keep-memory is about the CPU's allocator")

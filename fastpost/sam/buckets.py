@@ -89,31 +89,34 @@ class ShardReducer:
     def refuse_copies(self, buckets: Sequence[ParameterBucket]) -> None:
         """Looks, once, whether ranks that a caller has named hold the same parameters, which would be counted twice.
 
-        The same gradient tells: replicas have averaged theirs, and copies of a tied weight have added theirs up.
+        The same weights with the same gradient tell: replicas have averaged theirs, and copies of a tied weight have added
+        theirs up. Weights of zero, as biases begin, may have the same gradient by themselves (around a branch that adds
+        nothing yet), and count where all of two ranks' parameters are alike.
 
         Raises:
             ValueError: two ranks have. Nothing has been written.
         """
         if self._apart:
             return
-        grads = [(p, g) for b in buckets for p, g in zip(b.params, b.bucket.grads, strict=True) if g.numel() > 1]
+        found = (zip(b.params, b.bucket.weights, b.bucket.grads, strict=True) for b in buckets)
+        tensors = [(p, w, g) for part in found for p, w, g in part if g.numel() > 1]
 
         def of(members: tuple[int, ...]) -> list[tuple[Any, ...]]:
-            mine = [(p, g) for p, g in grads if members in self._ranks.outer(p)]
-            wide = torch.float64
-            values = [(float(torch.linalg.vector_norm(g, dtype=wide)), float(g.sum(dtype=wide))) for _, g in mine]
-            return [(tuple(p.shape), *v) for (p, _), v in zip(mine, values, strict=True) if 0 < v[0] < math.inf]
+            mine = [(p, w, g) for p, w, g in tensors if members in self._ranks.outer(p)]
+            marks = [(tuple(p.shape), *_marks_of(g), *_marks_of(w)) for p, w, g in mine]
+            return [mark for mark in marks if 0 < mark[1] < math.inf]
 
-        for members, found in self._ranks.gathered(of):
+        for members, everywhere in self._ranks.gathered(of):
             first: dict[tuple[Any, ...], int] = {}
-            for rank, marks in zip(members, found, strict=True):
+            for rank, marks in zip(members, everywhere, strict=True):
+                copied = marks in everywhere[: members.index(rank)]
                 for mark in marks:
-                    if first.setdefault(mark, rank) != rank:
+                    if first.setdefault(mark, rank) != rank and (copied or mark[3]):
                         raise ValueError(
-                            f"SAM: ranks {first[mark]} and {rank} of norm_group have the same gradient for a parameter of "
-                            f"shape {mark[0]}, which would count twice. norm_group names ranks that hold different "
-                            "parameters (pipeline stages, experts), not replicas; a weight tied between stages is not "
-                            "served: untie it"
+                            f"SAM: ranks {first[mark]} and {rank} of norm_group have the same values and gradient of a "
+                            f"parameter of shape {mark[0]}, which would count twice. norm_group names ranks that hold "
+                            "different parameters (pipeline stages, experts), not replicas; a weight tied between stages is "
+                            "not served: untie it"
                         )
         self._apart = True
 
@@ -121,6 +124,11 @@ class ShardReducer:
         """Called after weights were written in place, by perturbing or restoring."""
         if distributed.active():
             distributed.reshard(params)
+
+
+def _marks_of(t: Tensor) -> tuple[float, float]:
+    """Two numbers that the same values have, and others hardly."""
+    return float(torch.linalg.vector_norm(t, dtype=torch.float64)), float(t.sum(dtype=torch.float64))
 
 
 def check_sharding(params: Iterable[Tensor], sync_ascent: bool | None) -> None:
@@ -498,6 +506,13 @@ def _check_served(weights: list[Tensor], grads: list[Tensor]) -> None:
             raise TypeError(
                 f"SAM: parameters[{i}] is a {type(w).__name__}, whose values lie in other tensors where they cannot be "
                 "written as numbers; leave it out with scope="
+            )
+    for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
+        if g.dtype != w.dtype and g.dtype.is_floating_point and w.dtype.is_floating_point:
+            raise ValueError(
+                f"SAM: parameters[{i}] is {w.dtype} and its gradient {g.dtype}, as grad_dtype makes it; SAM reads gradients "
+                "in the dtype of the weights. Say p.grad_dtype = p.dtype; where gradients are to be summed in float32, hold "
+                "the weights in float32 and compute under autocast, or by FSDP2's MixedPrecisionPolicy(param_dtype=...)"
             )
     try:
         ops.check_lists("SAM", {"parameters": weights, "gradients": grads}, written=())

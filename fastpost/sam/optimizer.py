@@ -272,6 +272,8 @@ class SAM(Wrapper):
         Returns:
             The closure's first loss (with `reuse_grads` its only one), or None.
         """
+        if self.in_window:
+            self._refuse_in_window()
         if self._by_others:  # what comes as a closure is theirs: the passes have been made
             self._stepped = True
             loss = None if closure is None else closure()
@@ -398,6 +400,7 @@ class SAM(Wrapper):
         Weights that have changed their dtype or device since they were perturbed get w converted; where they have changed
         their shape, w in its own.
         """
+        self.in_window = False
         self._give_up_step()
         self._put_back(convert=True)
         self.zero_grad()
@@ -664,6 +667,14 @@ class SAM(Wrapper):
             found = Norms(total, total)
         radius = self.variant.radius(self._context)
         return found if radius is None else found.within(radius)
+
+    def _refuse_in_window(self) -> None:
+        _leave_scaler(self)  # the window goes on, and a later step asks the scaler anew
+        raise RuntimeError(
+            "SAM: step() in an open window, whose gradients are not complete; nothing was changed. Feed it the "
+            "micro-batches that were announced, or close() it to step with those that it had. abort() gives it up; where "
+            "the window is gone, opt.abandon() does"
+        )
 
     def _refuse_no_gradient(self) -> None:
         if self.variant.ascent_pass:
