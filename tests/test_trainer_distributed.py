@@ -31,6 +31,7 @@ from .trainers import (
     by_hand,
     causal_loss,
     exact,
+    functional_sam_by_hand,
     items_of,
     logged,
     optimizer_of,
@@ -266,6 +267,16 @@ def fsdp2(fraction: float) -> float:
     return apart(trainer, hand)
 
 
+def functional_path(strategy: str) -> float:
+    """Preconditioned Functional-SAM."""
+    options: dict[str, Any] = {"sam_functional_path": True, "sam_variant": "preconditionedsam"}
+    if strategy == "fsdp2":
+        trainer = sharded(ShardedSAM, model(), 4, **options)
+    else:
+        trainer = trained(SAMTrainer, model(), 4, gradient_accumulation_steps=3, **options)
+    return apart(trainer, functional_sam_by_hand(model(), windows(rows(), 3, 4, ranks=2), True))
+
+
 def fsdp2_resumed() -> float:
     """Saved by torch's distributed checkpoint after four steps of six; the group's rho comes back with it."""
     folder = [tempfile.mkdtemp()]
@@ -350,6 +361,8 @@ CASES = {
     "own ascents": own_ascents,
     "parameters apart": biases_apart,
     "own counts": own_counts,
+    "functional path ddp": partial(functional_path, "ddp"),
+    "functional path fsdp2": partial(functional_path, "fsdp2"),
     "r3f": r3f,
     "freelb": freelb,
     "tram": tram,
@@ -408,6 +421,11 @@ def test_guards_agree(outcome: distributed.Outcome) -> None:
     one, two = outcome.of("drift")
     assert one == two
     assert one[0] is not None
+
+
+@pytest.mark.parametrize("case", ["functional path ddp", "functional path fsdp2"])
+def test_functional_sam_is_the_loop_from_the_equations(outcome: distributed.Outcome, case: str) -> None:
+    assert outcome.worst(case) <= 1e-9
 
 
 @pytest.mark.parametrize("case", ["fsdp2", "fsdp2, a third"])

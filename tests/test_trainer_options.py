@@ -5,7 +5,6 @@ Long, as the loops by hand serve all trainers.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import gc
@@ -33,7 +32,7 @@ from fastpost.r3f import relatives
 from fastpost.sam import GSAM, TRAM, WSAM, ExternalSAM, FriendlySAM, LookSAM, MomentumSAM, SAMWindow, StableSAM, Variant
 
 from . import tiny
-from .by_hand import ascended, distance
+from .by_hand import distance
 from .conftest import same_bits
 from .trainers import (
     CLIP,
@@ -41,6 +40,7 @@ from .trainers import (
     arguments,
     causal_loss,
     exact,
+    functional_sam_by_hand,
     items_of,
     logged,
     optimizer_of,
@@ -125,43 +125,11 @@ def test_functional_sam_in_the_trainer_follows_its_equations(tmp_path: Path, pre
     trainer = trainer_of(SAMTrainer, mine, arguments(tmp_path, steps, **options))
     trainer.train()
     assert not mine.lm_head._forward_hooks
-    opt, params = optimizer_of(hand), list(hand.parameters())
-    for (batches,) in windows(rows(), accumulation, steps):
-        items = items_of([batches])
-        kept, g = [], [torch.zeros_like(p) for p in params]
-        for batch in batches:
-            z = hand(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            loss = nn.functional.cross_entropy(z[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
-            (dz,) = torch.autograd.grad(loss / items, z, retain_graph=True)
-            kept.append(dz)
-            g = [a + b for a, b in zip(g, torch.autograd.grad(z, params, dz), strict=True)]
-        if preconditioned:
-            g = [part / scale_of(opt, p) for p, part in zip(params, g, strict=True)]
-        still = not any(part.any() for part in g)
-        with contextlib.nullcontext() if still else ascended(params, g, RHO):
-            total = sum(
-                (hand(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits * dz).sum()
-                for batch, dz in zip(batches, kept, strict=True)
-            )
-            second = torch.autograd.grad(total, params)
-        for p, part in zip(params, second, strict=True):
-            p.grad = part
-        nn.utils.clip_grad_norm_(params, CLIP)
-        opt.step()
+    functional_sam_by_hand(hand, windows(rows(), accumulation, steps), preconditioned)
     assert distance(mine, hand) <= TOLERANCE
     other = model()
     sam_loop(other, windows(rows(), accumulation, steps))
     assert distance(mine, other) > 1e-3
-
-
-def scale_of(opt: torch.optim.Optimizer, p: Tensor) -> Tensor:
-    """sqrt(v / (1 - beta2^t)) + eps of AdamW; infinite where v is 0."""
-    state, group = opt.state[p], opt.param_groups[0]
-    if not state:
-        return torch.full_like(p, math.inf)
-    v = state["exp_avg_sq"]
-    root = (v / (1 - group["betas"][1] ** float(state["step"]))).sqrt() + group["eps"]
-    return torch.where(v > 0, root, math.inf)
 
 
 def test_functional_sam_of_a_fused_head_is_refused_at_its_first_pass(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 
@@ -140,6 +141,46 @@ def by_hand(
         norms.append(float(nn.utils.clip_grad_norm_(params, clip)))
         opt.step()
     return norms
+
+
+def functional_sam_by_hand(model: nn.Module, steps: list[list[list[Batch]]], preconditioned: bool = False) -> nn.Module:
+    """The model, trained by J(w + e)^T dL/dz(w) over windows of all ranks; e along g, or along g over the root of AdamW's
+    second moment."""
+    opt, params = optimizer_of(model), list(model.parameters())
+
+    def logits(batch: Batch) -> Tensor:
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # type: ignore[no-any-return]
+
+    for window in steps:
+        batches, items = [batch for mine in window for batch in mine], items_of(window)
+        kept, g = [], [torch.zeros_like(p) for p in params]
+        for batch in batches:
+            z, labels = logits(batch), batch["labels"][:, 1:].flatten()
+            loss = nn.functional.cross_entropy(z[:, :-1].flatten(0, 1), labels, reduction="sum") / items
+            (dz,) = torch.autograd.grad(loss, z, retain_graph=True)
+            kept.append(dz)
+            g = [a + b for a, b in zip(g, torch.autograd.grad(z, params, dz), strict=True)]
+        if preconditioned:
+            g = [part / _scale_of(opt, p) for p, part in zip(params, g, strict=True)]
+        moves = any(bool(part.any()) for part in g)
+        with ascended(params, g, RHO) if moves else contextlib.nullcontext():
+            total = sum((logits(batch) * dz).sum() for batch, dz in zip(batches, kept, strict=True))
+            second = torch.autograd.grad(total, params)  # type: ignore[arg-type]
+        for p, part in zip(params, second, strict=True):
+            p.grad = part
+        nn.utils.clip_grad_norm_(params, CLIP)
+        opt.step()
+    return model
+
+
+def _scale_of(opt: torch.optim.Optimizer, p: Tensor) -> Tensor:
+    """sqrt(v / (1 - beta2^t)) + eps of AdamW; infinite where v is 0 or not there yet."""
+    state, group = opt.state[p], opt.param_groups[0]
+    if not state:
+        return torch.full_like(p, math.inf)
+    v = state["exp_avg_sq"]
+    root = (v / (1 - group["betas"][1] ** float(state["step"]))).sqrt() + group["eps"]
+    return torch.where(v > 0, root, math.inf)
 
 
 def weights(model: nn.Module) -> list[Tensor]:
