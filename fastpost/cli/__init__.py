@@ -17,7 +17,7 @@ COMMANDS = {
 # Studies, which were commands once.
 MOVED = ("compare", "probe", "gap-sweep")
 # What the commands need beyond fastpost's own requirements.
-_EXTRA = ("transformers", "rich", "matplotlib", "yaml", "tokenizers", "sklearn")
+_EXTRA = ("transformers", "rich", "jinja2", "matplotlib", "yaml", "tokenizers", "sklearn")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -143,11 +143,12 @@ def load_lm(name: str) -> Loaded:
             f"--model {name} is no trained causal language model: it has no weights for {', '.join(missing[:5])}"
         )
     check_causal(model)
+    return Loaded(model, encoder(tokenizer), tokenizer.decode, tokenizer)
 
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    return Loaded(model, encode, tokenizer.decode, tokenizer)
+def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Text to token ids, without special tokens, and without a word about texts longer than the model's context."""
+    return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from fastpost.cli.train_options import DataOptions
 from fastpost.errors import unknown
 
 HELD_OUT = 10  # one row in so many, where no validation data are given
-HEAD = 1000  # rows that are looked at for a label that nobody named
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ def read(options: DataOptions) -> Data:
     """The data that the options name; where no validation data are given, some of the training data are held out.
 
     Raises:
-        ValueError: a broken row (file and line are named), a missing column, a column that looks like a label and is not
-            used, a label that training data do not have, too few rows. ImportError: `datasets` is needed and missing.
+        ValueError: a broken row (file and line are named), a missing column, columns of which nobody said whether one is the
+            label, a label that training data do not have, too few rows. ImportError: `datasets` is needed and missing.
     """
     train, validation, notes = _both(options)
     names = {row.label for row in train if row.label is not None}
@@ -190,20 +189,18 @@ def _rows_of_split(split: Any, options: DataOptions, source: str, notes: list[st
                 row[column] = None if row[column] is None or row[column] < 0 else names[row[column]]
             yield f"{source}, row {number}", {column.strip(): value for column, value in row.items()}
 
-    return _rows(lines(), options, source, notes, {column.strip() for column in named})
+    return _rows(lines(), options, source, notes)
 
 
-def _rows(
-    lines: Iterable[tables.Line], options: DataOptions, source: str, notes: list[str], labels: Collection[str] = ()
-) -> list[Row]:
-    """Rows from mappings by the names of their columns; `labels` are columns that are known to be labels."""
+def _rows(lines: Iterable[tables.Line], options: DataOptions, source: str, notes: list[str]) -> list[Row]:
+    """Rows from mappings by the names of their columns."""
     found: list[Row] = []
     lines = iter(lines)
-    head = list(itertools.islice(lines, HEAD))
-    if not head:
+    first = next(lines, None)
+    if first is None:
         raise ValueError(f"{source} holds no rows")
-    columns = _columns(head, options, source, labels)
-    for where, line in itertools.chain(head, lines):
+    columns = _columns(*first, options, source)
+    for where, line in itertools.chain([first], lines):
         if lacking := next((name for name in columns if name is not None and name not in line), None):
             raise ValueError(f"{where}: there is no {lacking}")
         text, pair, label = (None if name is None else line[name] for name in columns)
@@ -217,16 +214,17 @@ def _rows(
             if asked is None and taken is None and line.get(usual) is not None:
                 raise ValueError(f"{where} has a {usual}, and the first row has none; say --{usual}_column, or none for it")
         found.append(Row(text, pair, None if columns[2] is None else label_of(label, where)))
-    if unused := [name or "one without a name" for name in head[0][1] if name not in columns]:
+    if unused := [name or "one without a name" for name in first[1] if name not in columns]:
         notes.append(f"columns not used: {', '.join(unused)}")
     return found
 
 
-def _columns(
-    head: Sequence[tables.Line], options: DataOptions, source: str, labels: Collection[str]
-) -> tuple[str, str | None, str | None]:
-    """Names of the columns of text, pair and label, None for what there is not."""
-    where, first = head[0]
+def _columns(where: str, first: Mapping[str, Any], options: DataOptions, source: str) -> tuple[str, str | None, str | None]:
+    """Names of the columns of text, pair and label, None for what there is not.
+
+    Args:
+        first: the first row, which stands at `where`.
+    """
     found: list[str | None] = []
     for usual in ("text", "pair", "label"):
         asked = getattr(options, f"{usual}_column")
@@ -236,15 +234,12 @@ def _columns(
     text, pair, label = options.text_column, *found[1:]
     if text in (pair, label) or (pair is not None and pair == label):
         raise ValueError(f"{where}: text, pair and label are three columns, not {text}, {pair} and {label}")
-    if label is None and options.label_column is None:
-        columns = {name: [row.get(name) for _, row in head] for name in first if name not in (text, pair)}
-        like = [name for name, values in columns.items() if name in labels or looks_like_a_label(name, values)]
-        if like:
-            raise ValueError(
-                f"{source}: no column is called label, and {' and '.join(map(repr, like))} "
-                f"{'looks' if len(like) == 1 else 'look'} like one. Say --label_column {like[0]} to learn it, or "
-                "--label_column none to leave it aside and model the text"
-            )
+    others = [name for name in first if name and name not in (text, pair)]
+    if label is None and options.label_column is None and others:
+        which = others[0] if len(others) == 1 else f"NAME to learn one of {', '.join(others[:8])}"
+        raise ValueError(
+            f"{source}: no column is called label. Say --label_column {which}, or --label_column none to model the text"
+        )
     if pair is not None and label is None:
         raise ValueError(
             f"{where} has a {pair} but no label: pairs are classified. Say --label_column, or --pair_column none"
@@ -254,33 +249,10 @@ def _columns(
 
 # -- labels -----------------------------------------------------------------------------------------------------------------
 
-_LABELS = frozenset(
-    """label labels class classes target targets category categories sentiment polarity stance intent emotion rating stars
-    verdict outcome decision annotation gold spam toxic toxicity y""".split()  # noqa: SIM905
-)
-_NOT_LABELS = frozenset(
-    """id ids idx index number row source lang language split date time year timestamp url domain subset meta file path
-    author title license version dump set fold group part tokens count length""".split()  # noqa: SIM905
-)
-
 
 def _order(label: str) -> tuple[int, int, str]:
     """Whole numbers by their value, before names."""
     return (0, int(label), label) if re.fullmatch("-?[0-9]+", label) else (1, 0, label)
-
-
-def looks_like_a_label(name: str, values: Sequence[Any]) -> bool:
-    """By its name, or because a few short values recur; fractions and long texts are none, whatever the name."""
-    words = set(re.split(r"[\W_]+", name.lower()))
-    try:
-        names = [label_of(value, "") for value in values if value is not None and value != ""]
-    except ValueError:
-        return False
-    if not names or max(map(len, names)) > 40:
-        return False
-    kinds = len(set(names))
-    recur = not words & _NOT_LABELS and 2 <= kinds <= 20 and len(names) >= 2 * max(kinds, 2)
-    return bool(words & _LABELS) or recur
 
 
 def label_of(value: Any, where: str) -> str:
@@ -310,11 +282,6 @@ def classified(rows: Sequence[Row], tokenizer: Any, label2id: Mapping[str, int],
     encoded = tokenizer([row.text for row in rows], pairs, truncation=True, max_length=max_length)
     columns = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
     return [{**inputs, "labels": label2id[row.label or ""]} for inputs, row in zip(columns, rows, strict=True)]
-
-
-def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Text to token ids, without special tokens, and without a word about texts longer than the model's context."""
-    return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def streams(data: Data, encode: Callable[[str], list[int]], end: int | None, size: int) -> tuple[list[int], list[int]]:

@@ -13,10 +13,10 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fastpost.cli import train_data, train_report
 from fastpost.cli.files import check_folder
-from fastpost.cli.models import load_lm, negative_log_likelihoods, windows_of
+from fastpost.cli.models import Loaded, load_lm, negative_log_likelihoods, windows_of
 from fastpost.cli.train_checkpoints import checkpoints_of
 from fastpost.cli.train_options import Run
-from fastpost.cli.train_run import keep_options, machine, model_fact
+from fastpost.cli.train_run import keep_options, results_of
 from fastpost.gap.many import rows_of
 from fastpost.gap.tasks import Suite, read_task
 
@@ -28,14 +28,14 @@ class Ascent:
     """All that is read before the first step.
 
     Attributes:
+        loaded: the model and its tokenizer.
         ids: the text, (1, T) on the model's device.
         choose, report: score of a model on the two halves, higher is better.
         unit: what a score is.
         summary: of text and scores, in words.
     """
 
-    model: Any
-    tokenizer: Any
+    loaded: Loaded
     ids: Tensor
     choose: Callable[[Any], float]
     report: Callable[[Any], float]
@@ -59,7 +59,7 @@ def prepare(run: Run) -> Ascent:
         raise ValueError(f"--text_index {options.text_index}: the training data hold {len(texts)} texts, from 0")
     suite = None if tasks is None else [read_task(part.strip()) for part in tasks.split(",") if part.strip()]
     loaded = load_lm(str(run.data.model))
-    encode = train_data.encoder(loaded.tokenizer)
+    encode = loaded.encode
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not run.use_cpu else None
     model = loaded.model.to(device or "cpu").eval()
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
@@ -79,7 +79,7 @@ def prepare(run: Run) -> Ascent:
     if suite is not None:
         halves = Suite(suite, encode, loaded.decode, options.task_limit).halves()
         summary += f"scored on {len(suite)} tasks, half of their examples to choose and half to report"
-        return Ascent(model, loaded.tokenizer, row, *halves, "score", None, summary)
+        return Ascent(loaded, row, *halves, "score", None, summary)
     try:
         first, second = (part.to(model.device) for part in windows_of(held, size))
     except ValueError:
@@ -92,8 +92,7 @@ def prepare(run: Run) -> Ascent:
     def score_on(windows: Tensor) -> Callable[[Any], float]:
         return lambda model: -float(negative_log_likelihoods(model, windows).mean())
 
-    choose, report = score_on(first), score_on(second)
-    return Ascent(model, loaded.tokenizer, row, choose, report, "nats per token", probe, summary)
+    return Ascent(loaded, row, score_on(first), score_on(second), "nats per token", probe, summary)
 
 
 def carry_out(run: Run, ascent: Ascent) -> train_report.Results:
@@ -102,16 +101,10 @@ def carry_out(run: Run, ascent: Ascent) -> train_report.Results:
     Raises:
         KeyboardInterrupt: Ctrl-C; nothing is written.
     """
-    model = ascent.model
-    facts = [
-        ("model", model_fact(str(run.data.model), model)),
-        ("data", f"{run.data.train_file or run.data.dataset}: {ascent.summary}"),
-        *machine(str(ascent.ids.device)),
-    ]
-    for what, value in facts[:2]:
+    model = ascent.loaded.model
+    results = results_of(run, model, ascent.summary, str(ascent.ids.device), "score", ascent.unit)
+    for what, value in results.facts[:2]:
         print(f"{what}: {value}")
-    changed = run.mask.value(run.changed)
-    results = train_report.Results(run.folder, run.method, run.command, changed, facts, "score", ascent.unit)
     began = time.perf_counter()
     with tqdm(total=run.gap.gap_steps, desc="climbing", leave=False, disable=None) as bar:
         result = run.gap.recipe()(
@@ -126,6 +119,6 @@ def carry_out(run: Run, ascent: Ascent) -> train_report.Results:
     results.seconds, results.steps = time.perf_counter() - began, len(results.rows) - 1
     keep_options(run)
     model.save_pretrained(run.folder)
-    ascent.tokenizer.save_pretrained(run.folder)
+    ascent.loaded.tokenizer.save_pretrained(run.folder)
     train_report.write(results)
     return results

@@ -29,43 +29,22 @@ names; what is typed wins over it."""
 
 # Which numbers options may have, of which transformers checks few before it has written files. PostTrainingOptions and GAP
 # check their own.
-_ONE, _SEED = Range(1), Range(0, 1 << 32, below=True)  # numpy takes no other seeds
-RANGES: dict[str, Range] = {
-    "per_device_train_batch_size": _ONE,
-    "per_device_eval_batch_size": _ONE,
-    "gradient_accumulation_steps": _ONE,
-    "max_steps": Range(1, also=(-1,)),
-    "num_train_epochs": Range(0, above=True),
-    "learning_rate": Range(0),
-    "warmup_steps": Range(0),
-    "weight_decay": Range(0),
-    "adam_beta1": Range(0, 1, below=True),
-    "adam_beta2": Range(0, 1, below=True),
-    "adam_epsilon": Range(0, above=True),  # 0 makes NaN of weights without a gradient
-    "max_grad_norm": Range(0, infinite=True),  # 0: no clipping
+_NUMBERS: dict[str, Range] = {
+    """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps torch_empty_cache_steps
+    eval_accumulation_steps dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout""": Range(1),
+    """learning_rate warmup_steps weight_decay neftune_noise_alpha logging_steps eval_steps eval_delay save_steps
+    dataloader_num_workers sharpness_steps text_index gap_patience gap_max_tokens""": Range(0),
+    "num_train_epochs adam_epsilon": Range(0, above=True),  # an epsilon of 0 makes NaN of weights without a gradient
+    "adam_beta1 adam_beta2": Range(0, 1, below=True),
     "label_smoothing_factor": Range(0, 1),
-    "neftune_noise_alpha": Range(0),
-    "torch_empty_cache_steps": _ONE,
-    "logging_steps": Range(0),
-    "eval_steps": Range(0),
-    "eval_delay": Range(0),
-    "eval_accumulation_steps": _ONE,
-    "save_steps": Range(0),
-    "save_total_limit": Range(-1),  # 0 and -1: no limit
-    "seed": _SEED,
-    "data_seed": _SEED,
-    "dataloader_num_workers": Range(0),
-    "dataloader_prefetch_factor": _ONE,
-    "ddp_bucket_cap_mb": _ONE,
-    "ddp_timeout": _ONE,
-    "local_rank": Range(-1),
+    "seed data_seed": Range(0, 1 << 32, below=True),  # numpy takes no others
+    "max_steps": Range(1, also=(-1,)),
+    "max_grad_norm": Range(0, infinite=True),  # 0: no clipping
+    "save_total_limit local_rank": Range(-1),  # of checkpoints 0 and -1 are no limit
     "max_length": Range(2),
-    "sharpness_steps": Range(0),
-    "text_index": Range(0),
     "task_limit": Range(4),
-    "gap_patience": Range(0),
-    "gap_max_tokens": Range(0),
 }
+RANGES = {name: allowed for names, allowed in _NUMBERS.items() for name in names.split()}
 # Options that count for nothing under another strategy.
 _EVERY = {"logging_steps": "logging_strategy", "save_steps": "save_strategy"}
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import base64
 import csv
-import html
 import io
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from string import Template
 from typing import Any
 
+import jinja2
 import matplotlib  # here, so that a run without it ends before it begins
 
 from fastpost.cli.files import replace_file, replace_text
@@ -23,7 +22,6 @@ Row = dict[str, Any]
 Tile = tuple[str, str, str]  # what, value, aside
 
 _FIRST = ("step", "epoch", "loss", "eval_loss", "eval_accuracy", "eval_f1", "eval_mcc", "eval_perplexity")
-_LAST = ("grad_norm", "learning_rate")
 _NOT_METRICS = ("total_flos", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 _NOT_SHOWN = ("epoch", "learning_rate", "tokens", "kept", "stop_reason")
 
@@ -76,24 +74,21 @@ class Results:
                 row["eval_perplexity"] = math.inf if line["eval_loss"] > 709 else math.exp(line["eval_loss"])
         self.rows = [found[step] for step in sorted(found)]
 
-    @property
-    def evaluated(self) -> list[Row]:
-        return [row for row in self.rows if self.metric in row]
-
     def points(self, column: str) -> list[tuple[int, Any]]:
         """Steps and values of a column."""
         return [(row["step"], row[column]) for row in self.rows if row.get(column, "") != ""]
 
     def last(self, column: str) -> str:
         """The newest value of a column, as the page writes it; "" for none."""
-        return shown(next((value for _, value in reversed(self.points(column))), None))
+        return shown(next((value for _, value in reversed(self.points(column))), ""))
+
+    def kept(self) -> Row:
+        """The state that GAP kept."""
+        return next(row for row in self.rows if row["kept"])
 
     def columns(self) -> list[str]:
         there = list(dict.fromkeys(name for row in self.rows for name in row))
-        if self.metric == "score":
-            return there
-        middle = sorted(name for name in there if name not in (*_FIRST, *_LAST))
-        return [name for name in (*_FIRST, *middle, *_LAST) if name in there]
+        return [name for name in _FIRST if name in there] + [name for name in there if name not in _FIRST]
 
     def write_csv(self) -> None:
         """Replaces metrics.csv as a whole; `loss` and the like are empty where a row has none."""
@@ -106,22 +101,12 @@ class Results:
 
 def shown(value: Any) -> str:
     """A number as the page writes it: four digits."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "" if value is None else str(value)
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def tiles_of(results: Results) -> list[Tile]:
     """The few numbers to see first."""
     found = _tiles_of_gap(results) if results.metric == "score" else _tiles_of_training(results)
-    last = results.last
-    if value := last("sam/seen_over_intended"):
-        aside = f"cosine {last('sam/seen_cosine')}, {last('sam/skipped_steps')} steps skipped"
-        found.append(("SAM, applied / intended", value, aside))
-    if value := last("r3f/symm_kl"):
-        found.append(("R3F, symmetric KL", value, f"task loss {last('r3f/task_loss')}"))
-    if value := last("anchor/kl"):
-        found.append(("anchor, divergence", value, f"task loss {last('anchor/task_loss')}"))
     if results.steps and math.isfinite(results.seconds):
         a_step = results.seconds / results.steps
         told = f"{a_step:.3g} s" if a_step >= 1 else f"{a_step * 1e3:.3g} ms"
@@ -130,24 +115,31 @@ def tiles_of(results: Results) -> list[Tile]:
 
 
 def _tiles_of_training(results: Results) -> list[Tile]:
-    found: list[Tile] = []
-    name, pick = results.metric.removeprefix("eval_"), max if results.metric == "eval_accuracy" else min
-    if results.evaluated:
-        best = pick(results.evaluated, key=lambda row: row[results.metric])
-        aside = f"best {shown(best[results.metric])} at step {best['step']}"
-        if results.baseline is not None:
-            aside += f"; always the most frequent label {shown(results.baseline)}"
-        found.append((f"evaluation {name}, last", results.last(results.metric), aside))
-    if value := results.last("eval_f1"):
-        found.append(("evaluation F1, last", value, f"Matthews' correlation {results.last('eval_mcc')}"))
-    if losses := results.points("loss"):
-        aside = f"first {shown(losses[0][1])}"
-        found.append((f"training loss{results.loss_at}, last logged", results.last("loss"), aside))
-    return found
+    last = results.last
+    best = (max if results.metric == "eval_accuracy" else min)(
+        results.points(results.metric), key=lambda p: p[1], default=None
+    )
+    evaluated = "" if best is None else f"best {shown(best[1])} at step {best[0]}"
+    if results.baseline is not None:
+        evaluated += f"; always the most frequent label {shown(results.baseline)}"
+    losses = results.points("loss")
+    tiles = [
+        (f"evaluation {results.metric.removeprefix('eval_')}, last", last(results.metric), evaluated),
+        ("evaluation F1, last", last("eval_f1"), f"Matthews' correlation {last('eval_mcc')}"),
+        (f"training loss{results.loss_at}, last logged", last("loss"), f"first {shown(losses[0][1])}" if losses else ""),
+        (
+            "SAM, applied / intended",
+            last("sam/seen_over_intended"),
+            f"cosine {last('sam/seen_cosine')}, {last('sam/skipped_steps')} steps skipped",
+        ),
+        ("R3F, symmetric KL", last("r3f/symm_kl"), f"task loss {last('r3f/task_loss')}"),
+        ("anchor, divergence", last("anchor/kl"), f"task loss {last('anchor/task_loss')}"),
+    ]
+    return [tile for tile in tiles if tile[1]]
 
 
 def _tiles_of_gap(results: Results) -> list[Tile]:
-    kept, last = next(row for row in results.rows if row["kept"]), results.rows[-1]["step"]
+    kept, last = results.kept(), results.rows[-1]["step"]
     sign = -1 if "nats" in results.unit else 1  # nats per token are scored as their negative
     scores = " → ".join(shown(sign * kept[name]) for name in ("test_untouched", "test_kept"))
     moved = f"the first step moved {kept['moved_fraction']:.0%} of the weights" if last else "no step was made"
@@ -160,27 +152,50 @@ def _tiles_of_gap(results: Results) -> list[Tile]:
 
 # -- the picture ------------------------------------------------------------------------------------------------------------
 
-_TEXT, _FAINT, _COLOURS = "#1f2430", "#c9ced8", ("#2f5fd0", "#d1660f", "#16803c")
-# Title, what is up, and columns with their names; drawn where one of the columns is there.
-PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
-    ("loss", "loss", {"loss": "training", "eval_loss": "evaluation"}),
-    ("evaluation", "share", {"eval_accuracy": "accuracy", "eval_f1": "F1"}),
-    ("evaluation perplexity", "perplexity", {"eval_perplexity": "perplexity"}),
-    ("score on what chooses (circle: kept)", "score", {"score": "score"}),
-    ("drift of the weights", "2-norm of the change", {"drift": "drift"}),
-    (
+
+@dataclass(frozen=True)
+class Panel:
+    """A part of the picture, drawn where one of its columns is there.
+
+    Attributes:
+        up: what the axis upwards is, low its least value, high its greatest or more; None: by the values.
+        columns: with their names.
+    """
+
+    title: str
+    up: str
+    columns: Mapping[str, str]
+    low: float | None = None
+    high: float | None = None
+
+
+PANELS = (
+    Panel("loss", "loss", {"loss": "training", "eval_loss": "evaluation"}),
+    Panel("evaluation", "share", {"eval_accuracy": "accuracy", "eval_f1": "F1"}, -0.02, 1.02),
+    Panel("evaluation perplexity", "perplexity", {"eval_perplexity": "perplexity"}),
+    Panel("score on what chooses (circle: kept)", "score", {"score": "score"}),
+    Panel("drift of the weights", "2-norm of the change", {"drift": "drift"}),
+    Panel(
         "SAM: what the forward pass sees of e",
         "1 = all of it",
         {"sam/seen_over_intended": "norm, applied / intended", "sam/seen_cosine": "cosine"},
+        -0.02,
+        1.25,
     ),
-    ("R3F: divergence under noise", "symmetric KL, nats", {"r3f/symm_kl": "symmetric KL"}),
-    ("anchor: divergence from the reference", "nats", {"anchor/kl": "divergence"}),
-    (
+    Panel("R3F: divergence under noise", "symmetric KL, nats", {"r3f/symm_kl": "symmetric KL"}, 0),
+    Panel("anchor: divergence from the reference", "nats", {"anchor/kl": "divergence"}, 0),
+    Panel(
         "rise of the loss at w + e (± standard error)",
         "loss",
         {"sharpness/own_rise": "a batch's own gradient", "sharpness/full_rise": "the gradient of all"},
     ),
 )
+_TEXT, _COLOURS = "#1f2430", ("#2f5fd0", "#d1660f", "#16803c")
+_STYLE: dict[Any, Any] = {
+    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.fontsize": 8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "axes.ymargin": 0.15,
+    "axes.formatter.useoffset": False, "grid.alpha": 0.5, "text.color": _TEXT, "legend.frameon": False,
+}  # fmt: skip
 
 
 def draw(results: Results) -> bytes:
@@ -189,21 +204,16 @@ def draw(results: Results) -> bytes:
     from matplotlib import pyplot
 
     there = set(results.columns())
-    panels = [panel for panel in PANELS if there & set(panel[2])]
+    panels = [panel for panel in PANELS if there & set(panel.columns)]
     across = 2 if len(panels) in (2, 4) else min(len(panels), 3)
-    style: Any = {
-        "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
-        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _FAINT, "axes.labelcolor": _TEXT,
-        "text.color": _TEXT, "xtick.color": _TEXT, "ytick.color": _TEXT, "grid.color": _FAINT, "grid.alpha": 0.5,
-        "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.8, "lines.markersize": 4,
-    }  # fmt: skip
-    with pyplot.rc_context(style):
-        size = (4.1 * across, 3.0 * -(-len(panels) // across))
-        figure, axes = pyplot.subplots(-(-len(panels) // across), across, figsize=size, layout="constrained", squeeze=False)
+    down = -(-len(panels) // across)
+    with pyplot.rc_context(_STYLE):
+        size = (4.1 * across, 3.0 * down)
+        figure, axes = pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
         layout: Any = figure.get_layout_engine()
         layout.set(w_pad=0.12, h_pad=0.12)
         for axis, panel in zip(axes.flat, panels, strict=False):
-            _draw_panel(axis, results, *panel)
+            _draw_panel(axis, results, panel)
         for axis in axes.flat[len(panels) :]:
             axis.axis("off")
         picture = io.BytesIO()
@@ -212,8 +222,8 @@ def draw(results: Results) -> bytes:
     return picture.getvalue()
 
 
-def _draw_panel(axis: Any, results: Results, title: str, what: str, columns: Mapping[str, str]) -> None:
-    for (column, name), colour, line in zip(columns.items(), _COLOURS, ("-", "--"), strict=False):
+def _draw_panel(axis: Any, results: Results, panel: Panel) -> None:
+    for (column, name), colour, line in zip(panel.columns.items(), _COLOURS, ("-", "--"), strict=False):
         points, label = results.points(column), name + (results.loss_at if column == "loss" else "")
         if not points:
             continue
@@ -223,28 +233,16 @@ def _draw_panel(axis: Any, results: Results, title: str, what: str, columns: Map
         if errors := [error for _, error in results.points(f"{column}_se")]:
             low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
             axis.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
-    if "eval_accuracy" in columns and results.baseline is not None:
+    if "eval_accuracy" in panel.columns and results.baseline is not None:
         axis.axhline(results.baseline, color=_TEXT, linewidth=1, linestyle=":", label="most frequent label, accuracy")
-    if "sam/seen_over_intended" in columns:
-        axis.axhline(1.0, color=_FAINT, linewidth=1, linestyle="--", zorder=0)
-    if "score" in columns:
-        kept = next(row for row in results.rows if row["kept"])
-        circle = {"color": _COLOURS[2], "markersize": 10, "fillstyle": "none", "markeredgewidth": 2}
-        axis.plot([kept["step"]], [kept["score"]], "o", clip_on=False, **circle)
-    axis.set_title(title)
-    axis.set_xlabel("step")
-    axis.set_ylabel(f"minus {results.unit}" if what == "score" and "nats" in results.unit else what)
-    axis.grid(axis="y")
-    axis.ticklabel_format(axis="y", useOffset=False)
-    axis.margins(y=0.15)
+    if "score" in panel.columns:
+        kept = results.kept()
+        axis.plot(kept["step"], kept["score"], "o", color=_COLOURS[2], markersize=10, fillstyle="none", clip_on=False)
+    is_in_nats = panel.up == "score" and "nats" in results.unit
+    axis.set(title=panel.title, xlabel="step", ylabel=f"minus {results.unit}" if is_in_nats else panel.up)
     axis.set_xlim(0, max(row["step"] for row in results.rows) * 1.03 or 1)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    if "eval_accuracy" in columns:
-        axis.set_ylim(-0.02, 1.02)
-    if "sam/seen_over_intended" in columns:
-        axis.set_ylim(-0.02, max(1.25, axis.get_ylim()[1]))
-    if "nats" in what and "score" not in columns:  # divergences
-        axis.set_ylim(bottom=0)
+    axis.set_ylim(panel.low, None if panel.high is None else max(panel.high, axis.get_ylim()[1]))
     if len(axis.get_legend_handles_labels()[1]) > 1:
         axis.legend()
 
@@ -262,34 +260,20 @@ def write(results: Results) -> None:
 
 def build(results: Results, picture: bytes) -> str:
     """The page, on a light and on a dark ground."""
-    picked = results.evaluated or results.rows
+    picked = [row for row in results.rows if results.metric in row] or results.rows
     if len(picked) > MOST_ROWS:
         every = (len(picked) - 1) / (MOST_ROWS - 1)
         picked = [picked[round(k * every)] for k in range(MOST_ROWS)]
     if results.rows and results.rows[-1] not in picked:
         picked = [*picked, results.rows[-1]]
     heads = [n for n in results.columns() if n not in _NOT_SHOWN and any(row.get(n, "") != "" for row in picked)]
-    tiles = (
-        f'<div class="tile"><div class="what">{html.escape(what)}</div><div class="value">{html.escape(value)}</div>'
-        f'<div class="aside">{html.escape(aside)}</div></div>'
-        for what, value, aside in tiles_of(results)
+    page = jinja2.Template((Path(__file__).parent / "train_report.html").read_text(encoding="utf-8"), autoescape=True)
+    filled: str = page.render(
+        results=results,
+        tiles=tiles_of(results),
+        picture=base64.b64encode(picture).decode(),
+        heads=heads,
+        metrics=[[shown(row.get(name, "")) for name in heads] for row in picked],
+        options=[(f"--{name}", "" if value is None else shown(value)) for name, value in results.changed.items()],
     )
-    return Template((Path(__file__).parent / "train_report.html").read_text(encoding="utf-8")).substitute(
-        method=html.escape(results.method),
-        lead=html.escape(" · ".join(value for _, value in results.facts[:2])),
-        tiles="".join(tiles),
-        picture="data:image/png;base64," + base64.b64encode(picture).decode(),
-        metrics=_table("metrics", ([shown(row.get(name)) for name in heads] for row in picked), heads),
-        shown=len(picked),
-        rows=len(results.rows),
-        options=_table("options", ((f"--{name}", shown(value)) for name, value in results.changed.items())),
-        facts=_table("facts", results.facts),
-        command=html.escape(results.command),
-    )
-
-
-def _table(name: str, rows: Iterable[Sequence[str]], heads: Sequence[str] = ()) -> str:
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    broken = (html.escape(cell).replace("/", "/<wbr>").replace("_", "_<wbr>") for cell in heads)
-    head = "<thead><tr>" + "".join(f"<th>{cell}</th>" for cell in broken) + "</tr></thead>" if heads else ""
-    return f'<table id="{name}"{"" if heads else " class=words"}>{head}<tbody>{body}</tbody></table>'
+    return filled

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 import fastpost
 from fastpost.cli import train_checkpoints, train_data, train_report
 from fastpost.cli.files import replace_text
-from fastpost.cli.models import PACKAGED_MODEL, check_causal, load, packaged_model
+from fastpost.cli.models import PACKAGED_MODEL, check_causal, encoder, load, packaged_model
 from fastpost.cli.train_options import Run
 from fastpost.errors import unknown
 from fastpost.integrations.masking import is_secret
@@ -96,7 +97,7 @@ def prepare(run: Run) -> Job:
         except ValueError as error:
             raise ValueError(f"the data have no labels, and {error}; --label_column names a column of labels") from None
         run.arguments.prediction_loss_only = True  # logits over a vocabulary would fill the memory
-        ids = train_data.streams(data, train_data.encoder(tokenizer), tokenizer.eos_token_id, size)
+        ids = train_data.streams(data, encoder(tokenizer), tokenizer.eos_token_id, size)
         train, validation = (
             train_data.blocks(part, size, which) for part, which in zip(ids, ("training", "validation"), strict=True)
         )
@@ -298,44 +299,46 @@ def scores(predicted: Any) -> dict[str, float]:
 # -- what is said of it -----------------------------------------------------------------------------------------------------
 
 
-def _results(job: Job) -> train_report.Results:
-    run, a = job.run, job.run.arguments
-    each = f"{a.per_device_train_batch_size} x {a.gradient_accumulation_steps} x {a.world_size}"
-    facts = [
-        ("model", model_fact(run.data.model or PACKAGED_MODEL, job.model)),
-        ("data", f"{run.data.train_file or run.data.dataset}: {job.summary}"),
-        ("a step", f"{each} examples (batch x accumulation x processes), learning rate {a.learning_rate:g}"),
+def results_of(
+    run: Run, model: Any, summary: str, device: str, metric: str, unit: str = "", facts: Collection[tuple[str, str]] = ()
+) -> train_report.Results:
+    """The report before the run.
+
+    Args:
+        summary: of the data. facts: further ones, after model and data.
+    """
+    size, dtype = sum(p.numel() for p in model.parameters()), next(model.parameters()).dtype
+    versions = f"fastpost {fastpost.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    which = f"{size / 1e6:.3g}M parameters in {str(dtype).removeprefix('torch.')}"
+    told = [
+        ("model", f"{run.data.model or PACKAGED_MODEL}, {which}"),
+        ("data", f"{run.data.train_file or run.data.dataset}: {summary}"),
+        *facts,
+        ("on", f"{device}, {torch.get_num_threads()} threads"),
+        ("versions", f"{versions}, Python {sys.version.split()[0]}"),
     ]
+    return train_report.Results(run.folder, run.method, run.command, run.mask.value(run.changed), told, metric, unit)
+
+
+def _results(job: Job) -> train_report.Results:
+    a = job.run.arguments
+    each = f"{a.per_device_train_batch_size} x {a.gradient_accumulation_steps} x {a.world_size}"
+    facts = [("a step", f"{each} examples (batch x accumulation x processes), learning rate {a.learning_rate:g}")]
     if job.majority is not None:
         label, share = job.majority
         facts.append(("baseline", f"always {label!r}, the most frequent label of training: accuracy {share:.4g}"))
         names = sorted(job.labels, key=job.model.config.label2id.get)
         facts.append(("F1", f"of the label {names[1]!r}" if len(names) == 2 else f"unweighted mean of {len(names)} labels"))
-    facts += machine(str(a.device))
-    if job.start.checkpoint is not None:
-        facts.append(("resumed from", job.start.checkpoint))
-        facts += [("changed on resuming", told) for told in job.start.changes.values()]
     metric = "eval_accuracy" if job.labels else "eval_loss" if a.label_smoothing_factor else "eval_perplexity"
-    results = train_report.Results(run.folder, run.method, run.command, run.mask.value(run.changed), facts, metric)
+    results = results_of(job.run, job.model, job.summary, str(a.device), metric, facts=facts)
     results.baseline = None if job.majority is None else job.majority[1]
+    if job.start.checkpoint is not None:
+        results.facts.append(("resumed from", job.start.checkpoint))
+        results.facts += [("changed on resuming", told) for told in job.start.changes.values()]
     window = a.gradient_accumulation_steps
-    if "sam" in PARTS[run.method] and math.ceil(a.sam_ascent_fraction * window) < window:
+    if "sam" in PARTS[job.run.method] and math.ceil(a.sam_ascent_fraction * window) < window:
         results.loss_at = ", past the ascent at w + e"
     return results
-
-
-def model_fact(name: str, model: Any) -> str:
-    size, dtype = sum(p.numel() for p in model.parameters()), next(model.parameters()).dtype
-    return f"{name}, {size / 1e6:.3g}M parameters in {str(dtype).removeprefix('torch.')}"
-
-
-def machine(device: str) -> list[tuple[str, str]]:
-    """Versions and device, for the report."""
-    versions = f"fastpost {fastpost.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    return [
-        ("on", f"{device}, {torch.get_num_threads()} threads"),
-        ("versions", f"{versions}, Python {sys.version.split()[0]}"),
-    ]
 
 
 def keep_options(run: Run) -> None:
