@@ -22,9 +22,22 @@ from fastpost import SAM
 
 ROWS = 16
 Case = Callable[[], Any]
+# Imports are most of what a group of processes costs: one server makes them, and forks every process of every group.
+PRELOAD = [
+    *(
+        "torch._dynamo",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+    ),
+    *("accelerate", "peft", "transformers.trainer", "transformers.models.gpt2.modeling_gpt2"),
+    *("transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama"),
+]
 
 
-def _worker(rank: int, size: int, folder: str, cases: dict[str, Case]) -> None:
+def _worker(rank: int, size: int, folder: str, environment: dict[str, str], cases: dict[str, Case]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)  # in place of the server's
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
@@ -68,8 +81,10 @@ def run(size: int, cases: dict[str, Case]) -> Outcome:
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
+        mp.set_forkserver_preload(PRELOAD)
         with tempfile.TemporaryDirectory() as folder:
-            mp.start_processes(_worker, args=(size, folder, cases), nprocs=size, start_method="spawn")
+            given = (size, folder, dict(os.environ), cases)
+            mp.start_processes(_worker, args=given, nprocs=size, start_method="forkserver")
             return Outcome([torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)])
     finally:
         os.environ.pop("OMP_NUM_THREADS")

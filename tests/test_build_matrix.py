@@ -10,18 +10,17 @@ import pytest
 from . import build_matrix
 
 
-# "g++" compiles what "g++:static" does, and links it as the core is that all other tests run on.
-@pytest.mark.parametrize("build", [build for build in build_matrix.DEFAULT if build != "g++"])
-def test_it_builds_without_a_warning_and_passes_the_operations_tests(build: str) -> None:
+# One build for the suite: clang's warnings, and libstdc++ inside of the core. g++ compiles the core that all other tests run
+# on, and in CI the wheel's with its warnings being errors (Makefile); `make matrix` builds all of DEFAULT.
+def test_it_builds_without_a_warning_and_passes_the_operations_tests() -> None:
+    build = "clang++:static"
     try:
         build_matrix.compiler(build)
     except build_matrix.Failed as missing:
         if os.environ.get("CI"):
             raise
         pytest.skip(str(missing))
-    # The core that all other tests run on is g++'s; one file of them shows that these load and compute.
-    operations = build_matrix.OPERATIONS[: 1 if build.startswith("g++") else None]
-    assert build_matrix.try_build(build, build_matrix.folder(build), operations).passed
+    assert build_matrix.try_build(build, build_matrix.folder(build)).passed
 
 
 def test_a_missing_compiler_is_a_failure_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
