@@ -104,13 +104,12 @@ gpu:
 doctor: install
 	$(BIN)/fastpost doctor
 
-# A source archive, and from it, in an isolated environment without torch, a wheel that says which systems it runs on. In CI a
-# warning of the compiler is an error.
+# A source archive, and from it, in an isolated environment without torch, a wheel that says which systems it runs on.
 wheel: dist/.built
 
 dist/.built: $(VENV)/.built MANIFEST.in README.md $(native) $(shell find fastpost bench triton_kernels -name '*.py')
 	rm -rf dist
-	$(if $(CI),CXXFLAGS=-Werror) $(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist .
 	$(BIN)/auditwheel repair --plat auto --exclude libcuda.so.1 --wheel-dir dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
 	@touch $@

@@ -76,12 +76,18 @@ class Outcome:
         return float(torch.tensor(self.of(name), dtype=torch.float64).max())
 
 
+def server() -> Any:
+    """The multiprocessing context of the server that has imported PRELOAD."""
+    mp.set_forkserver_preload(PRELOAD)
+    return mp.get_context("forkserver")
+
+
 def run(size: int, cases: dict[str, Case]) -> Outcome:
     """Runs functions of a module, one after another, in `size` processes that share a gloo group."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        mp.set_forkserver_preload(PRELOAD)
+        server()
         with tempfile.TemporaryDirectory() as folder:
             given = (size, folder, dict(os.environ), cases)
             mp.start_processes(_worker, args=given, nprocs=size, start_method="forkserver")

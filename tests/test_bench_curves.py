@@ -49,6 +49,7 @@ def test_what_does_not_fit_into_memory_says_so(monkeypatch: pytest.MonkeyPatch) 
     assert all(c.missing for c in scaling.there_and_back(3, 17))
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("by_sam", [False, True])
 def test_processes_report_the_time_of_a_step(by_sam: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < scaling.in_processes(2, by_sam, width=16) < 60

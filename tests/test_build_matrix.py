@@ -11,7 +11,7 @@ from . import build_matrix
 
 
 # One build for the suite: clang's warnings, and libstdc++ inside of the core. g++ compiles the core that all other tests run
-# on, and in CI the wheel's with its warnings being errors (Makefile); `make matrix` builds all of DEFAULT.
+# on, in CI with its warnings being errors (.ci/run); `make matrix` builds all of DEFAULT.
 def test_it_builds_without_a_warning_and_passes_the_operations_tests() -> None:
     build = "clang++:static"
     try:

@@ -32,6 +32,7 @@ def test_fastpost_conforms(style: str) -> None:
     assert sum(r.status == "pass" for r in results) == len(ALONE) - len(not_applicable)
 
 
+@pytest.mark.usefixtures("forked")
 def test_fastpost_conforms_in_two_processes() -> None:
     results = sam_conformance(fastpost.SAM, only=TOGETHER, table=False)
     assert not missed(results)
@@ -53,6 +54,7 @@ def test_every_property_of_one_process_has_a_defect_that_fails_it() -> None:
     assert set().union(*DEFECTS.values()) == set(ALONE)
 
 
+@pytest.mark.usefixtures("forked")
 def test_defects_of_shards_are_found() -> None:
     found = missed(sam_conformance(NormOfOneShard, only=["FSDP2", "FSDP2 checkpoint"], table=False))
     assert found.keys() == {"FSDP2"}
