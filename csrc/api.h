@@ -120,6 +120,11 @@ void sam_restore(const Plan& plan, int threads);
 // the moments stay.
 void sam_restore_adamw(const Plan& plan, const AdamW& how, const double* steps, double grad_scale, bool skip, int threads);
 
+// The same from w + e, codes and list: the bits of sam_decode and then that step. A tensor whose count is 0 is decoded and
+// no more; its gradient and moments are not read.
+void sam_decode_adamw(const Plan& plan, const AdamW& how, const double* steps, double grad_scale, bool skip,
+                      const CodeList& list, int threads);
+
 // g = -g, by its sign bit: exact for zeros, infinities and NaNs.
 void negate(const Plan& plan, int threads);
 
@@ -246,6 +251,10 @@ void sam_restore(const Plan& plan, int device, void* stream);
 // steps: an address on the device per tensor. grad_scale, found_inf: on the device, or null; found_inf other than 0: skip.
 void sam_restore_adamw(const Plan& plan, const AdamW& how, const float* const* steps, const float* grad_scale,
                        const float* found_inf, int device, void* stream);
+
+// A tensor whose address is null is decoded and no more.
+void sam_decode_adamw(const Plan& plan, const AdamW& how, const float* const* steps, const float* grad_scale,
+                      const float* found_inf, const CodeList& list, int device, void* stream);
 
 void negate(const Plan& plan, int device, void* stream);
 

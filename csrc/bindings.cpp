@@ -138,6 +138,22 @@ py::object kl_loss(bool jensen_shannon, py::handle clean, py::handle noised, py:
   return py::make_tuple(py::reinterpret_steal<py::object>(loss));
 }
 
+// A plan of sam_decode_adamw and the rest of its arguments: lr, beta1, beta2, eps, weight_decay, maximize, steps, the two
+// flags, and the list. Several come in one call, after which none of their weights is w + e, whatever interrupts Python.
+template <class Step, class Scale, class Skip>
+using DecodedStep =
+    std::tuple<Plan*, double, double, double, double, double, bool, std::vector<Step>, Scale, Skip, Address, int64_t>;
+
+// run(plan, how, steps, grad_scale, skip, list) for each.
+template <class Step, class Scale, class Skip, class Run>
+void for_decoded_steps(const std::vector<DecodedStep<Step, Scale, Skip>>& parts, Run&& run) {
+  for (const auto& [plan, lr, beta1, beta2, eps, weight_decay, maximize, steps, scale, skip, list, capacity] : parts) {
+    run(*plan, AdamW{lr, beta1, beta2, eps, weight_decay, maximize}, steps.data(), scale, skip,
+        CodeList{as<uint64_t>(list), capacity});
+    plan->stashed = false;
+  }
+}
+
 void bind_cpu(py::module_ cpu) {
   bind_cpu_lists(cpu.def_submodule("lists"));
   cpu.def("kl_loss", &kl_loss, py::arg("jensen_shannon"), py::arg("clean"), py::arg("noised"), py::arg("mask"),
@@ -201,6 +217,14 @@ void bind_cpu(py::module_ cpu) {
       },
       py::arg("plan"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
       py::arg("maximize"), py::arg("steps"), py::arg("grad_scale"), py::arg("skip"), py::arg("threads"), Released());
+  cpu.def(
+      "sam_decode_adamw",
+      [](const std::vector<DecodedStep<double, double, bool>>& parts, int threads) {
+        for_decoded_steps(
+            parts, [&](const Plan& plan, const AdamW& how, const double* steps, double scale, bool skip,
+                       const CodeList& list) { cpu::sam_decode_adamw(plan, how, steps, scale, skip, list, threads); });
+      },
+      py::arg("parts"), py::arg("threads"), Released());
   cpu.def(
       "negate", [](const Plan& plan, int threads) { released(plan, [&] { cpu::negate(plan, threads); }); }, py::arg("plan"),
       py::arg("threads"));
@@ -515,6 +539,19 @@ void bind_cuda(py::module_ cuda) {
       py::arg("plan"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
       py::arg("maximize"), py::arg("steps"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("device"),
       py::arg("stream"), Released());
+  cuda.def(
+      "sam_decode_adamw",
+      [](const std::vector<DecodedStep<Address, Address, Address>>& parts,
+         const std::vector<std::pair<int, Address>>& where) {
+        size_t part = 0;
+        for_decoded_steps(parts, [&](const Plan& plan, const AdamW& how, const Address* steps, Address scale,
+                                     Address found_inf, const CodeList& list) {
+          const auto [device, stream] = where.at(part++);
+          cuda::sam_decode_adamw(plan, how, reinterpret_cast<const float* const*>(steps), as<float>(scale),
+                                 as<float>(found_inf), list, device, as(stream));
+        });
+      },
+      py::arg("parts"), py::arg("where"), Released());
   cuda.def(
       "negate", [](const Plan& plan, int device, Address stream) { cuda::negate(plan, device, as(stream)); },
       py::arg("plan"), py::arg("device"), py::arg("stream"), Released());

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -223,7 +223,8 @@ class Bucket:
 
     @stashed.setter
     def stashed(self, value: bool) -> None:
-        self._stashed, self.launched = value, None
+        # The native plan has it where there is one, so that a call of the core that decodes can clear it.
+        self._stashed, self.launched = value and self.native_plan is None, None
         if self.native_plan is not None:
             self.native_plan.stashed = value
 
@@ -233,13 +234,21 @@ class Bucket:
         if "grads" in self._pointed:
             self._pointed["grads"] = ([], self._pointed["grads"][1])
 
+    def release_moments(self) -> None:
+        """The same for the moments."""
+        self.first, self.second = [], []
+        for name in ("first", "second"):
+            if name in self._pointed:
+                self._pointed[name] = ([], self._pointed[name][1])
+
     def native(self, core: Any, dtype: Any) -> Any:
         """The bucket's native plan, its columns pointing at where the tensors lie now."""
         if self.native_plan is None:
             made = core.Plan(dtype, [t.numel() for t in self.weights or self.grads], self.streams)
             for name, lists in self.followed.items():
                 lists.bind(made, range(len(self.streams)), [COLUMNS.index(name)])
-            self.native_plan = made  # an interrupt must not leave a plan that does not follow
+            made.stashed = self._stashed
+            self.native_plan, self._stashed = made, False  # an interrupt must not leave a plan that does not follow
         for number, name in enumerate(COLUMNS):
             tensors = getattr(self, name)
             known, addresses = self._pointed.get(name, (None, None))
@@ -288,6 +297,29 @@ class Bucket:
         """The buffers of `flat_like` that the columns lie in, one each."""
         found = (flat_buffer(getattr(self, name)) for name in COLUMNS)
         return [buffer for buffer in found if buffer is not None]
+
+
+class AdamWPart(NamedTuple):
+    """One bucket of a step of AdamW that is made of several in one call, with what the formulas take.
+
+    Attributes:
+        bucket: with gradients and moments beside the weights.
+        steps: one scalar per tensor, how many steps its moments have seen with this one; None for a tensor that is only
+            restored, of which neither gradient nor moments are read.
+        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
+        grad_scale: scalar that the gradients are divided by, on the bucket's device; None is 1.
+        found_inf: scalar there; where it is not 0 the weights are only restored. None is 0.
+    """
+
+    bucket: Bucket
+    steps: list[Tensor | None]
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    maximize: bool
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
 
 
 # Live buffers made by flat_like, by the address of their storage, so that a span crosses padding only where padding is all

@@ -309,7 +309,6 @@ def test_bad_input() -> None:
         ({"stash": "zip"}, "stash"),
         ({"stash": "cpu"}, "host's memory, where these weights lie already"),
         ({"stash": "ulp", "perturb": "functional", "model": model}, "functional"),
-        ({"stash": "ulp", "fused_restore": True}, "fused_restore"),
     ):
         with pytest.raises(ValueError, match=words):
             SAM(model.parameters(), torch.optim.AdamW, **options)  # type: ignore[arg-type]

@@ -38,6 +38,9 @@ struct ParamsLoops {
   void (*perturb_coded)(DType, void* w, const void* g, void* codes, int64_t n, uint64_t first, uint32_t stream,
                         int64_t chunk, const PerturbLoop&, const CodeList&, bool pending, double* sums);
   void (*decode)(DType, void* w, const void* codes, int64_t n);
+  // decode and then restore_adamw from what it has found, a block at a time.
+  void (*decode_adamw)(DType, void* w, const void* g, const void* codes, void* first, void* second, int64_t n,
+                       const AdamW& how, double steps, double grad_scale);
   void (*cast)(DType, void* w, const float* masters, int64_t n);
   void (*copy)(void* to, const void* from, int64_t bytes, bool stream);
   void (*negate)(DType, void* g, int64_t n);

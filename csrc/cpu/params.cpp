@@ -118,6 +118,38 @@ PerturbSums perturb(const Plan& plan, const Perturbation& how, double squared_no
   });
 }
 
+// body(chunk) for every chunk, once w of what is listed stands in the place of w + e there, where decoding leaves it.
+// Putting it there changes nothing for whoever decodes after an interrupt.
+template <class F>
+void for_listed_chunks(const Plan& plan, const CodeList& list, int threads, F&& body) {
+  const uint64_t* words = list.words + 1;
+  const int64_t entries = std::min(static_cast<int64_t>(*list.words), list.capacity);
+  with_dtype(plan.dtype(), [&](auto t) {
+    using Bits = typename SignBits<decltype(t)>::type;
+    const auto where = [&](int64_t entry) { return words[entry] >> (8 * sizeof(Bits)); };  // its chunk, and 16 bits in that
+    // The list's runs of entries of one chunk, so that they are put in while the chunk is in the cache.
+    struct Run {
+      int64_t begin, end, next;
+    };
+    std::vector<Run> runs;
+    std::vector<int64_t> latest(plan.chunks().size(), -1);
+    for (int64_t i = 0; i < entries; ++i) {
+      if (i == 0 || where(i) >> 16 != where(i - 1) >> 16) {
+        int64_t& run = latest[where(i) >> 16];
+        runs.push_back({i, i, run});
+        run = static_cast<int64_t>(runs.size()) - 1;
+      }
+      runs.back().end = i + 1;
+    }
+    for_chunks(plan, threads, [&](int64_t index, const Chunk& chunk) {
+      Bits* w = reinterpret_cast<Bits*>(plan.at(kWeight, chunk));
+      for (int64_t run = latest[index]; run >= 0; run = runs[run].next)
+        for (int64_t i = runs[run].begin; i < runs[run].end; ++i) w[where(i) & 0xffffu] = static_cast<Bits>(words[i]);
+      body(chunk);
+    });
+  });
+}
+
 }  // namespace
 
 double squared_norm(const Plan& plan, bool adaptive, double eta, int threads) {
@@ -165,31 +197,19 @@ PerturbSums sam_perturb_coded(const Plan& plan, const Perturbation& how, double 
 }
 
 void sam_decode(const Plan& plan, const CodeList& list, int threads) {
-  const uint64_t* words = list.words + 1;
-  const int64_t entries = std::min(static_cast<int64_t>(*list.words), list.capacity);
-  with_dtype(plan.dtype(), [&](auto t) {
-    using Bits = typename SignBits<decltype(t)>::type;
-    const auto where = [&](int64_t entry) { return words[entry] >> (8 * sizeof(Bits)); };  // its chunk, and 16 bits in that
-    // The list's runs of entries of one chunk, so that they are put in while the chunk is in the cache.
-    struct Run {
-      int64_t begin, end, next;
-    };
-    std::vector<Run> runs;
-    std::vector<int64_t> latest(plan.chunks().size(), -1);
-    for (int64_t i = 0; i < entries; ++i) {
-      if (i == 0 || where(i) >> 16 != where(i - 1) >> 16) {
-        int64_t& run = latest[where(i) >> 16];
-        runs.push_back({i, i, run});
-        run = static_cast<int64_t>(runs.size()) - 1;
-      }
-      runs.back().end = i + 1;
-    }
-    for_chunks(plan, threads, [&](int64_t index, const Chunk& chunk) {
-      Bits* w = reinterpret_cast<Bits*>(plan.at(kWeight, chunk));
-      params_loops().decode(plan.dtype(), w, codes_of(plan, chunk), chunk.length);
-      for (int64_t run = latest[index]; run >= 0; run = runs[run].next)
-        for (int64_t i = runs[run].begin; i < runs[run].end; ++i) w[where(i) & 0xffffu] = static_cast<Bits>(words[i]);
-    });
+  for_listed_chunks(plan, list, threads, [&](const Chunk& chunk) {
+    params_loops().decode(plan.dtype(), plan.at(kWeight, chunk), codes_of(plan, chunk), chunk.length);
+  });
+}
+
+void sam_decode_adamw(const Plan& plan, const AdamW& how, const double* steps, double grad_scale, bool skip,
+                      const CodeList& list, int threads) {
+  if (skip) return sam_decode(plan, list, threads);
+  for_listed_chunks(plan, list, threads, [&](const Chunk& chunk) {
+    char *w = plan.at(kWeight, chunk), *codes = codes_of(plan, chunk);
+    if (steps[chunk.tensor] == 0) return params_loops().decode(plan.dtype(), w, codes, chunk.length);
+    params_loops().decode_adamw(plan.dtype(), w, plan.at(kGrad, chunk), codes, plan.at(kFirst, chunk),
+                                plan.at(kSecond, chunk), chunk.length, how, steps[chunk.tensor], grad_scale);
   });
 }
 

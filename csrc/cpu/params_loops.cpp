@@ -316,11 +316,14 @@ void perturb_coded_chunk(T* w, const T* g, Code<T>* codes, int64_t n, uint64_t f
   fence(how.stream);
 }
 
+// w may be where w + e lies.
 template <class T>
-void decode_of(T* w, const Code<T>* codes, int64_t n) {
-  auto* bits = reinterpret_cast<typename SignBits<T>::type*>(w);
+void decode_of(const T* after, const Code<T>* codes, T* w, int64_t n) {
+  using Bits = typename SignBits<T>::type;
+  const auto* from = reinterpret_cast<const Bits*>(after);
+  auto* bits = reinterpret_cast<Bits*>(w);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) bits[i] = decoded<T>(codes[i], bits[i]);
+  for (int64_t i = 0; i < n; ++i) bits[i] = decoded<T>(codes[i], from[i]);
 }
 
 template <class T>
@@ -381,6 +384,17 @@ void restore_adamw_of(T* __restrict w, const T* __restrict g, const T* __restric
   }
 }
 
+template <class T>
+void decode_adamw_of(T* w, const T* g, const Code<T>* codes, T* first, T* second, int64_t n, const AdamWStep& step,
+                     float unscale) {
+  T held[kBlock];
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t m = least(kBlock, n - i);
+    decode_of(w + i, codes + i, held, m);
+    restore_adamw_of(w + i, g + i, held, first + i, second + i, m, step, unscale);
+  }
+}
+
 double squares(DType dtype, Squares what, const void* x, const void* y, double eta, int64_t n) {
   double sum = 0;
   with_dtype(dtype, [&](auto t) {
@@ -421,7 +435,7 @@ void perturb_coded(DType dtype, void* w, const void* g, void* codes, int64_t n, 
 void decode(DType dtype, void* w, const void* codes, int64_t n) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    decode_of(static_cast<T*>(w), static_cast<const Code<T>*>(codes), n);
+    decode_of(static_cast<const T*>(w), static_cast<const Code<T>*>(codes), static_cast<T*>(w), n);
   });
 }
 
@@ -451,10 +465,20 @@ void restore_adamw(DType dtype, void* w, const void* g, const void* stash, void*
   });
 }
 
+void decode_adamw(DType dtype, void* w, const void* g, const void* codes, void* first, void* second, int64_t n,
+                  const AdamW& how, double steps, double grad_scale) {
+  const AdamWStep step = adamw_step(how, steps);
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    decode_adamw_of(static_cast<T*>(w), static_cast<const T*>(g), static_cast<const Code<T>*>(codes), static_cast<T*>(first),
+                    static_cast<T*>(second), n, step, static_cast<float>(1.0 / grad_scale));
+  });
+}
+
 }  // namespace
 
 extern const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA);
-const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA) = {squares, perturb, perturb_coded, decode,     cast,
-                                                                 copy,    negate,  scale,         flip_signs, restore_adamw};
+const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA) = {
+    squares, perturb, perturb_coded, decode, decode_adamw, cast, copy, negate, scale, flip_signs, restore_adamw};
 
 }  // namespace fastpost::cpu

@@ -1,5 +1,6 @@
 // SAM's operations on lists of tensors on CUDA: launches around core/params.h.
 #include <type_traits>
+#include <utility>
 
 #include "api.h"
 #include "core/params.h"
@@ -277,37 +278,63 @@ __global__ void __launch_bounds__(kThreads, kPair)
   }
 }
 
-// w from w + e and codes; what is listed or pending stays as it is.
-template <class T, class List>
-__global__ void __launch_bounds__(kThreads, kPair) decode_kernel(const __grid_constant__ List table) {
-  struct HeldCodes {
-    Pack<T> ws;
+// Where w comes from: a copy, or w + e and codes. What is listed or pending stands in the weights' place already, or still.
+template <class T>
+struct FromCopy {
+  using Kept = T;
+  const T* stash;
+
+  __device__ FromCopy(const T*, const T* stash) : stash(stash) {}
+  __device__ bool wide() const { return aligned(stash); }
+  __device__ __forceinline__ Pack<T> load(int i, bool wide) const { return load_pack(stash + i, wide); }
+  __device__ __forceinline__ T operator[](int i) const { return stash[i]; }
+  __device__ static __forceinline__ const Pack<T>& origin(const Pack<T>& held) { return held; }
+};
+
+template <class T>
+struct FromCodes {
+  using Kept = Code<T>;
+  struct Held {
+    Pack<T> after;
     CodePack<T> codes;
   };
+  const T* w;
+  const Code<T>* codes;
+
+  __device__ FromCodes(const T* w, const Code<T>* codes) : w(w), codes(codes) {}
+  __device__ bool wide() const { return (reinterpret_cast<uintptr_t>(codes) & 7u) == 0; }
+  __device__ __forceinline__ Held load(int i, bool wide) const {
+    Held held;
+    held.after = load_pack(w + i, wide);
+    if (wide) {
+      const uint2 raw = __ldcs(reinterpret_cast<const uint2*>(codes + i));
+      memcpy(&held.codes, &raw, sizeof raw);
+    } else {
+#pragma unroll
+      for (int k = 0; k < Pack<T>::size; ++k) held.codes.value[k] = codes[i + k];
+    }
+    return held;
+  }
+  __device__ __forceinline__ T operator[](int i) const { return of_bits<T>(decoded<T>(codes[i], bits_of(w[i]))); }
+  __device__ static __forceinline__ Pack<T> origin(const Held& held) {
+    Pack<T> before;
+#pragma unroll
+    for (int k = 0; k < Pack<T>::size; ++k)
+      before.value[k] = of_bits<T>(decoded<T>(held.codes.value[k], bits_of(held.after.value[k])));
+    return before;
+  }
+};
+
+template <class T, class List>
+__global__ void __launch_bounds__(kThreads, kPair) decode_kernel(const __grid_constant__ List table) {
+  using From = FromCodes<T>;
   const auto place = locate(table, blockIdx.x);
   T* w = place.template at<T>(0);
-  const Code<T>* codes = place.template at<Code<T>>(1);
-  const auto origin = [](T held, Code<T> code) { return of_bits<T>(decoded<T>(code, bits_of(held))); };
+  const From from(w, place.template at<Code<T>>(1));
   walk<T, 2>(
-      place.length, aligned(w) && (reinterpret_cast<uintptr_t>(codes) & 7u) == 0,
-      [&](int i, bool wide) {
-        HeldCodes held;
-        held.ws = load_pack(w + i, wide);
-        if (wide) {
-          const uint2 raw = __ldcs(reinterpret_cast<const uint2*>(codes + i));
-          memcpy(&held.codes, &raw, sizeof raw);
-        } else {
-#pragma unroll
-          for (int k = 0; k < Pack<T>::size; ++k) held.codes.value[k] = codes[i + k];
-        }
-        return held;
-      },
-      [&](int i, HeldCodes& held, bool wide) {
-#pragma unroll
-        for (int k = 0; k < Pack<T>::size; ++k) held.ws.value[k] = origin(held.ws.value[k], held.codes.value[k]);
-        store_pack(w + i, held.ws, wide);
-      },
-      [&](int i) { w[i] = origin(w[i], codes[i]); });
+      place.length, aligned(w) && from.wide(), [&](int i, bool wide) { return from.load(i, wide); },
+      [&](int i, const typename From::Held& held, bool wide) { store_pack(w + i, From::origin(held), wide); },
+      [&](int i) { w[i] = from[i]; });
 }
 
 // w of what is listed.
@@ -442,32 +469,34 @@ __global__ void __launch_bounds__(kThreads, kPair) restore_kernel(const __grid_c
       [&](int i) { to[i] = from[i]; });
 }
 
-// Column 5 is the address of the tensor's step count, a float.
-template <class T, class List>
+// Column 5 is the address of the tensor's step count, a float; null: the tensor is restored and no more.
+template <class T, template <class> class From, class List>
 __global__ void __launch_bounds__(kThreads, 1)
     restore_adamw_kernel(const __grid_constant__ List table, const AdamW how, const float* __restrict__ grad_scale,
                          const float* __restrict__ found_inf) {
   struct State {
-    Pack<T> ws, gs, ms, vs;
+    decltype(std::declval<From<T>>().load(0, true)) kept;
+    Pack<T> gs, ms, vs;
   };
   constexpr int size = Pack<T>::size;
-  const bool skips = found_inf != nullptr && *found_inf != 0.0f;
-  const float unscale = grad_scale == nullptr ? 1.0f : 1.0f / *grad_scale;
   __shared__ AdamWStep shared;
   const auto place = locate(table, blockIdx.x);
+  const float* count = reinterpret_cast<const float*>(place.entry->word[5]);
+  const bool skips = count == nullptr || (found_inf != nullptr && *found_inf != 0.0f);
+  const float unscale = grad_scale == nullptr ? 1.0f : 1.0f / *grad_scale;
   T* w = place.template at<T>(0);
   const T* g = place.template at<T>(1);
-  const T* stash = place.template at<T>(2);
+  const From<T> from(w, place.template at<typename From<T>::Kept>(2));
   T* first = place.template at<T>(3);
   T* second = place.template at<T>(4);
-  if (threadIdx.x == 0) shared = adamw_step(how, *reinterpret_cast<const float*>(place.entry->word[5]));
+  if (threadIdx.x == 0 && count != nullptr) shared = adamw_step(how, *count);
   __syncthreads();
   const AdamWStep step = shared;
   walk<T, 1>(
-      place.length, aligned(w) && aligned(g) && aligned(stash) && aligned(first) && aligned(second),
+      place.length, aligned(w) && aligned(g) && from.wide() && aligned(first) && aligned(second),
       [&](int i, bool wide) {
         State held{};
-        held.ws = load_pack(stash + i, wide);
+        held.kept = from.load(i, wide);
         if (!skips) {
           held.gs = load_pack(g + i, wide);
           held.ms = load_pack(first + i, wide);
@@ -476,9 +505,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         return held;
       },
       [&](int i, const State& held, bool wide) {
-        if (skips) return store_pack(w + i, held.ws, wide);
+        const Pack<T> before = From<T>::origin(held.kept);
+        if (skips) return store_pack(w + i, before, wide);
         float value[size], g[size], m[size], v[size];
-        unpack(held.ws, value);
+        unpack(before, value);
         unpack(held.gs, g);
         unpack(held.ms, m);
         unpack(held.vs, v);
@@ -489,7 +519,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         store_pack(w + i, rounded<T>(value), wide);
       },
       [&](int i) {
-        T old = stash[i];
+        T old = from[i];
         if (!skips) {
           float value = widened(old), m = widened(first[i]), v = widened(second[i]);
           adamw_update(step, widened(g[i]) * unscale, value, m, v);
@@ -524,6 +554,12 @@ std::vector<Entry<4>> numbered_rows(const Plan& plan) {
   auto rows = tensor_rows<4>(plan, {kWeight, kGrad, kStash, kStash});
   for (int64_t i = 0; i < plan.tensors(); ++i) rows[i].word[3] = plan.stream(i);
   return rows;
+}
+
+// Puts w of what is listed in the place of w + e, where decoding leaves it.
+template <class T>
+void put_listed(const Call& call, const std::vector<Entry<2>>& rows, const CodeList& list) {
+  launch_long_list(call, rows, [](auto table) { return put_listed_kernel<T, typename decltype(table)::type>; }, list);
 }
 
 // list: null where the stash is a copy.
@@ -605,9 +641,9 @@ void sam_decode(const Plan& plan, const CodeList& list, int device, void* stream
   const auto rows = tensor_rows<2>(plan, {kWeight, kStash});
   with_dtype(plan.dtype(), [&](auto t) {
     using T = decltype(t);
+    put_listed<T>(call, rows, list);
     launch_long_list<kPieceElements>(call, rows,
                                      [](auto table) { return decode_kernel<T, typename decltype(table)::type>; });
-    launch_long_list(call, rows, [](auto table) { return put_listed_kernel<T, typename decltype(table)::type>; }, list);
   });
 }
 
@@ -651,9 +687,10 @@ void sam_restore(const Plan& plan, int device, void* stream) {
   });
 }
 
-void sam_restore_adamw(const Plan& plan, const AdamW& how, const float* const* steps, const float* grad_scale,
-                       const float* found_inf, int device, void* stream) {
-  const Call call("sam_restore_adamw_", device, stream);
+namespace {
+
+// Weights, gradients, stash, moments, and the address of each tensor's step count.
+std::vector<Entry<6>> counted_rows(const Plan& plan, const float* const* steps) {
   const auto columns = tensor_rows<5>(plan, {kWeight, kGrad, kStash, kFirst, kSecond});
   std::vector<Entry<6>> rows(columns.size());
   for (size_t t = 0; t < rows.size(); ++t) {
@@ -661,10 +698,32 @@ void sam_restore_adamw(const Plan& plan, const AdamW& how, const float* const* s
     rows[t].word[5] = reinterpret_cast<uintptr_t>(steps[t]);
     rows[t].elements = columns[t].elements;
   }
+  return rows;
+}
+
+}  // namespace
+
+void sam_restore_adamw(const Plan& plan, const AdamW& how, const float* const* steps, const float* grad_scale,
+                       const float* found_inf, int device, void* stream) {
+  const Call call("sam_restore_adamw_", device, stream);
   with_dtype(plan.dtype(), [&](auto t) {
     launch_list(
-        call, rows, [](auto list) { return restore_adamw_kernel<decltype(t), typename decltype(list)::type>; }, how,
+        call, counted_rows(plan, steps),
+        [](auto list) { return restore_adamw_kernel<decltype(t), FromCopy, typename decltype(list)::type>; }, how,
         grad_scale, found_inf);
+  });
+}
+
+void sam_decode_adamw(const Plan& plan, const AdamW& how, const float* const* steps, const float* grad_scale,
+                      const float* found_inf, const CodeList& list, int device, void* stream) {
+  const Call call("sam_decode_adamw_", device, stream);
+  with_dtype(plan.dtype(), [&](auto t) {
+    using T = decltype(t);
+    put_listed<T>(call, tensor_rows<2>(plan, {kWeight, kStash}), list);
+    launch_long_list(
+        call, counted_rows(plan, steps),
+        [](auto table) { return restore_adamw_kernel<T, FromCodes, typename decltype(table)::type>; }, how, grad_scale,
+        found_inf);
   });
 }
 

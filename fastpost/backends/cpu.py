@@ -23,7 +23,7 @@ from fastpost.backends.serving import (
     operand_dtype,
     refusal,
 )
-from fastpost.plan import Bucket
+from fastpost.plan import AdamWPart, Bucket
 from fastpost.row_tasks import DistillationTask, DivergenceTask, LossTask, OperandTask
 
 
@@ -153,6 +153,20 @@ def sam_restore_adamw_(
     native.core().cpu.sam_restore_adamw(
         _plan(bucket), lr, *betas, eps, weight_decay, maximize, [float(step) for step in steps], scale, skip, _threads()
     )
+
+
+def sam_decode_adamw_(bucket: Bucket, parts: list[AdamWPart]) -> None:
+    native.core().cpu.sam_decode_adamw(
+        [
+            (
+                _plan(b), lr, *betas, eps, weight_decay, maximize, [0.0 if step is None else float(step) for step in steps],
+                1.0 if scale is None else float(scale), found_inf is not None and bool(found_inf),
+                coded(b).words.data_ptr(), coded(b).capacity,
+            )
+            for b, steps, lr, betas, eps, weight_decay, maximize, scale, found_inf in parts
+        ],
+        _threads(),
+    )  # fmt: skip
 
 
 def negate_(bucket: Bucket) -> None:

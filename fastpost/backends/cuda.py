@@ -26,7 +26,7 @@ from fastpost.backends.serving import (
     seed_on,
 )
 from fastpost.dispatch import strict
-from fastpost.plan import Bucket
+from fastpost.plan import AdamWPart, Bucket
 from fastpost.row_tasks import DistillationTask, DivergenceTask, LossTask, OperandTask
 
 _FEW_ROWS = 1 << 16  # whose weights and sums one block makes in next to no time
@@ -207,6 +207,19 @@ def sam_restore_adamw_(
     native.core().cuda.sam_restore_adamw(
         _plan(bucket), lr, *betas, eps, weight_decay, maximize, [step.data_ptr() for step in steps], address(grad_scale),
         address(found_inf), *_where(bucket.device),
+    )  # fmt: skip
+
+
+def sam_decode_adamw_(bucket: Bucket, parts: list[AdamWPart]) -> None:
+    native.core().cuda.sam_decode_adamw(
+        [
+            (
+                _plan(b), lr, *betas, eps, weight_decay, maximize, [address(step) for step in steps], address(scale),
+                address(found_inf), coded(b).words.data_ptr(), coded(b).capacity,
+            )
+            for b, steps, lr, betas, eps, weight_decay, maximize, scale, found_inf in parts
+        ],
+        [_where(part.bucket.device) for part in parts],
     )  # fmt: skip
 
 

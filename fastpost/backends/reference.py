@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpost.backends.serving import coded, number_on, seed_on
-from fastpost.plan import CHUNK, Bucket, dense
+from fastpost.plan import CHUNK, AdamWPart, Bucket, dense
 from fastpost.row_tasks import DistillationTask, DivergenceTask, OperandTask
 
 
@@ -249,6 +249,15 @@ def sam_perturb_coded_(
 def sam_decode_(bucket: Bucket) -> None:
     """w, bit for bit, from w + e, the codes and the list."""
     codes = coded(bucket)
+    codes.origins = origins = _decoded(bucket)  # before a weight is written: decoding begins with w + e
+    for w, origin in zip(bucket.weights, origins, strict=True):
+        w.copy_(origin)
+    bucket.stashed = False
+    codes.origins = None
+
+
+def _decoded(bucket: Bucket) -> list[Tensor]:
+    codes = coded(bucket)
     entries = codes.words[1 : 1 + int(codes.words[0])]
     bits = 8 * bucket.dtype.itemsize
     values, place = _signed(entries, bits), entries >> bits & ((1 << 64 - bits) - 1)
@@ -264,11 +273,7 @@ def sam_decode_(bucket: Bucket) -> None:
         placed = torch.empty_like(stash, dtype=torch.int32 if bits == 32 else torch.int16)
         _in_memory_order(placed).copy_(before)
         origins.append(placed.view(w.dtype))
-    codes.origins = origins  # before a weight is written: decoding begins with w + e
-    for w, origin in zip(bucket.weights, origins, strict=True):
-        w.copy_(origin)
-    bucket.stashed = False
-    codes.origins = None
+    return origins
 
 
 def _bits_in_memory_order(w: Tensor, stash: Tensor) -> Tensor:
@@ -313,6 +318,29 @@ def sam_restore_adamw_(
         w.copy_(torch.where(skips, stash, new.to(w.dtype)))
         first.copy_(torch.where(skips, first, m.to(w.dtype)))
         second.copy_(torch.where(skips, second, v.to(w.dtype)))
+
+
+@torch.no_grad()
+def sam_decode_adamw_(bucket: Bucket, parts: list[AdamWPart]) -> None:
+    """`sam_decode_` and then `sam_restore_adamw_` from what it finds, for each part; `bucket` is the first one's.
+
+    Until all weights are written all of them can be put back.
+    """
+    decoded = [_decoded(part.bucket) for part in parts]
+    for part, origins in zip(parts, decoded, strict=True):
+        coded(part.bucket).origins = origins
+    for part, origins in zip(parts, decoded, strict=True):
+        b, counts = part.bucket, [step for step in part.steps if step is not None]
+        stepped = [i for i, step in enumerate(part.steps) if step is not None]
+        columns = {"weights": b.weights, "grads": b.grads, "stash": origins, "first": b.first, "second": b.second}
+        rows: dict[str, Any] = {name: [column[i] for i in stepped] for name, column in columns.items()}
+        if stepped:
+            sam_restore_adamw_(Bucket(stepped, **rows), counts, *part[2:])
+        for i in set(range(len(origins))) - set(stepped):
+            b.weights[i].copy_(origins[i])
+    bucket.stashed = False
+    for part in parts:
+        part.bucket.stashed, coded(part.bucket).origins = False, None
 
 
 @torch.no_grad()

@@ -189,6 +189,11 @@ def run(op: str, bucket: plan.Bucket, *args: object) -> Tensor:
     return result
 
 
+def served_alike(op: str, buckets: Iterable[plan.Bucket]) -> bool:
+    """Whether one backend serves all of these buckets, so that one call can."""
+    return len({select(op, b.device, b.dtype, walkable=b.walkable) for b in buckets}) < 2
+
+
 def plus(total: Tensor | None, part: Tensor) -> Tensor:
     """The sum over one bucket more; buckets may lie on any devices, their sum lies on the first one's."""
     return part if total is None else total + part.to(total.device)

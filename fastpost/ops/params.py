@@ -23,6 +23,7 @@ from fastpost.ops.lists import make_buckets as make_buckets
 from fastpost.ops.lists import mark_modified as mark_modified
 from fastpost.ops.lists import plus as plus
 from fastpost.ops.lists import run as run
+from fastpost.ops.lists import served_alike as served_alike
 from fastpost.ops.registry import without_grad as without_grad
 from fastpost.ops.scalars import check_number as check_number
 from fastpost.ops.scalars import check_real as check_real

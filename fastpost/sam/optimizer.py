@@ -742,7 +742,7 @@ class SAM(Wrapper):
             fused = self._fused if self._perturbation.active else None
             if fused is not None:
                 self._check_parameters()
-                if not (self._perturbation.check_weights() and fused.serves(self._bases)):
+                if not (self._perturbation.check_weights() and fused.serves(self._bases, self._perturbation)):
                     fused = None
             if fused is None:
                 self.end_ascent()
@@ -768,8 +768,7 @@ class SAM(Wrapper):
     def _step_bases(self, fused: FusedRestore | None, scale: Tensor | None, found_inf: Tensor | None) -> int | Tensor:
         """The base optimizers' step, in one with the restore where `fused` is given; returns how many were skipped."""
         if fused is not None:
-            with self._perturbation.settled() as buckets:
-                skipped = fused.step(self._bases, buckets, scale, found_inf)
+            skipped = fused.step(self._bases, self._perturbation, scale, found_inf)
             self._is_restored()
             return skipped
         with self._perturbation.stepping():

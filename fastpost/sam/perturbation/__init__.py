@@ -69,7 +69,7 @@ def build_fused_restore(bases: Sequence[Optimizer], perturbation: Perturbation, 
         raise ValueError(
             "SAM: fused_restore=True steps from a stash, and perturb='functional' keeps none; nor do master_params"
         )
-    if stash != "copy":
-        raise ValueError(f"SAM: fused_restore=True steps from a copy of w, not from stash={stash!r}; leave one out")
+    if stash == "cpu":
+        raise ValueError("SAM: fused_restore=True steps from what lies beside w + e, not from stash='cpu'; leave one out")
     check_fused_restore(bases)
     return FusedRestore()

@@ -16,6 +16,9 @@ from fastpost import plan
 from fastpost.distributed import is_sharded
 from fastpost.ops import params as ops
 from fastpost.sam.buckets import ParameterBucket
+from fastpost.sam.perturbation.stored import Perturbation
+
+Flags = tuple["Tensor | None", "Tensor | None"]  # GradScaler's scale, and what it has found in the gradients
 
 
 def check_fused_restore(bases: Sequence[Optimizer]) -> None:
@@ -81,13 +84,16 @@ def _refuses_tensors(group: dict[str, Any], state: Mapping[Tensor, Any]) -> str 
 
 
 class FusedRestore:
-    """Steps torch.optim.AdamW from the stash of a perturbation; state, hooks and formulas stay AdamW's own."""
+    """Steps torch.optim.AdamW from the stash of a perturbation; state, hooks and formulas stay AdamW's own.
+
+    Codes are gone once w + e is. So all buckets of codes are stepped in one call, and that after all others.
+    """
 
     def __init__(self) -> None:
         self._buckets: dict[tuple[int, int], tuple[tuple[object, ...], list[plan.Bucket]]] = {}
         self._warned: set[str] = set()
 
-    def serves(self, bases: Sequence[Optimizer]) -> bool:
+    def serves(self, bases: Sequence[Optimizer], perturbation: Perturbation) -> bool:
         """Whether the coming step can be made in one pass; says, once for each reason, why it is restore and step instead.
 
         What `check_fused_restore` has seen may have changed since: states are loaded, groups added, models converted.
@@ -95,7 +101,10 @@ class FusedRestore:
         Raises:
             ValueError: gradients or moments have a dtype, shape or device that AdamW cannot step with.
         """
-        why_not = self._refusal(bases)
+        coded = _coded(perturbation.written())
+        if any(codes.origins is not None for codes in map(attrgetter("bucket.codes"), coded)):
+            return False  # an interrupt came while w was put back
+        why_not = self._refusal(bases) or _refuses_codes(bases, coded)
         if why_not is not None and why_not not in self._warned:
             self._warned.add(why_not)
             warnings.warn(
@@ -114,48 +123,70 @@ class FusedRestore:
         return None
 
     def step(
-        self,
-        bases: Sequence[Optimizer],
-        perturbed: Sequence[ParameterBucket],
-        scale: Tensor | None,
-        found_inf: Tensor | None,
+        self, bases: Sequence[Optimizer], perturbation: Perturbation, scale: Tensor | None, found_inf: Tensor | None
     ) -> int | Tensor:
         """Writes every weight: stepped where it has a gradient, restored where it has none or a gradient is not finite.
 
         Args:
             bases: AdamW optimizers that are served.
-            perturbed: the buckets whose weights are w + e.
+            perturbation: whose weights are w + e.
             scale, found_inf: as GradScaler hands them over. Gradients are divided by the scale on their way and stay scaled.
 
         Returns:
             How many steps were skipped.
         """
-        stash = {id(w): s for b in perturbed for w, s in zip(b.params, b.bucket.stash, strict=True)}
+        with perturbation.settled() as perturbed:
+            if found_inf is not None and found_inf.is_cpu and bool(found_inf):
+                for b in perturbed:
+                    perturbation.put_back(b)
+                return 1
+            self._step(bases, perturbation, perturbed, (scale, found_inf))
+        return 0 if found_inf is None or found_inf.is_cpu else found_inf.sum()
+
+    def _step(
+        self, bases: Sequence[Any], perturbation: Perturbation, perturbed: list[ParameterBucket], flags: Flags
+    ) -> None:
+        copied = {
+            id(w): s for b in perturbed if b.bucket.codes is None for w, s in zip(b.params, b.bucket.stash, strict=True)
+        }
         weights = {id(w): w for b in perturbed for w in b.params}
-        skips = found_inf is not None and found_inf.is_cpu and bool(found_inf)
-        if not skips:
-            for number, base in enumerate(bases):
-                if _hooks(base, _global_optimizer_pre_hooks, base._optimizer_step_pre_hooks):
-                    why_not = self._refusal([base])
-                    if why_not is not None:
-                        raise RuntimeError(f"SAM: a hook before the step has left AdamW with {why_not}")
-                for index, group in enumerate(base.param_groups):
-                    self._step_group((number, index), base, group, stash, scale, found_inf)
-                _hooks(base, _global_optimizer_post_hooks, base._optimizer_step_post_hooks)
-                base._opt_called = True  # type: ignore[attr-defined]  # a scheduler asks whether its optimizer has stepped
-        if stash:  # those without a second gradient
-            ops.sam_restore_([weights[key] for key in stash], list(stash.values()))
-        return int(skips) if found_inf is None or found_inf.is_cpu else found_inf.sum()
+        coded = _coded(perturbed)
+        parts: list[plan.AdamWPart] = []
+        counts: list[Tensor] = []
+        for number, base in enumerate(bases):
+            if _hooks(base, _global_optimizer_pre_hooks, base._optimizer_step_pre_hooks):
+                why_not = self._refusal([base])
+                if why_not is not None:
+                    raise RuntimeError(f"SAM: a hook before the step has left AdamW with {why_not}")
+                if coded and not perturbation.check_weights():
+                    raise RuntimeError("SAM: a hook before the step has moved weights of which w is told from w + e")
+            for index, group in enumerate(base.param_groups):
+                counts += self._step_group((number, index), base, group, copied, coded, parts, flags)
+        for b in coded:  # those without a second gradient
+            perturbation.put_back(b)
+        if copied:
+            ops.sam_restore_([weights[key] for key in copied], list(copied.values()))
+        if parts:
+            self._step_coded(perturbation, parts)
+        found_inf = flags[1]
+        if found_inf is not None and not found_inf.is_cpu and counts:
+            torch._foreach_sub_(counts, [found_inf.to(count.device) for count in counts])
+        for base in bases:
+            _hooks(base, _global_optimizer_post_hooks, base._optimizer_step_post_hooks)
+            base._opt_called = True  # a scheduler asks whether its optimizer has stepped
 
     def _step_group(
         self,
         where: tuple[int, int],
         base: Any,
         group: dict[str, Any],
-        stash: dict[int, Tensor],
-        scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+        copied: dict[int, Tensor],
+        coded: list[ParameterBucket],
+        parts: list[plan.AdamWPart],
+        flags: Flags,
+    ) -> list[Tensor]:
+        """Steps the tensors of a group that codes do not keep; takes its buckets of codes from `coded` and adds a part for
+        each. Returns the step counts."""
         params: list[Tensor] = []
         grads: list[Tensor] = []
         first: list[Tensor] = []
@@ -163,20 +194,35 @@ class FusedRestore:
         steps: list[Tensor] = []
         base._init_group(group, params, grads, first, second, [], steps)  # makes state as AdamW would
         if not params:
-            return
-        kept = [stash.pop(id(p), p) for p in params]
+            return []
         torch._foreach_add_(steps, 1)
         betas = (float(group["betas"][0]), float(group["betas"][1]))
-        for b in self._bucketed(where, params, grads, kept, first, second):
-            flags = [None if t is None else t.to(b.device) for t in (scale, found_inf)]
-            ops.run(
-                "sam_restore_adamw_", b, [steps[i] for i in b.streams], float(group["lr"]), betas, group["eps"],
-                group["weight_decay"], group["maximize"], *flags,
-            )  # fmt: skip
-            b.release_gradients()
-        ops.mark_modified([*params, *first, *second])
-        if found_inf is not None and not found_inf.is_cpu:
-            torch._foreach_sub_(steps, [found_inf.to(steps[0].device)] * len(steps))
+        how = (float(group["lr"]), betas, group["eps"], group["weight_decay"], group["maximize"])
+        rows = {id(p): row for row, p in enumerate(params)}
+        for b in [b for b in coded if any(id(p) in rows for p in b.params)]:
+            coded.remove(b)
+            parts.append(_part(b, [rows.pop(id(p), None) for p in b.params], grads, first, second, steps, how, flags))
+        chosen = list(rows.values())
+        if chosen:
+            columns = [[column[row] for row in chosen] for column in (params, grads, first, second)]
+            kept = [copied.pop(id(p), p) for p in columns[0]]
+            for bucket in self._bucketed(where, *columns[:2], kept, *columns[2:]):
+                counts = [steps[chosen[i]] for i in bucket.streams]
+                ops.run("sam_restore_adamw_", bucket, counts, *how, *_on(bucket, flags))
+                bucket.release_gradients()
+            ops.mark_modified([t for column in (columns[0], *columns[2:]) for t in column])
+        return steps
+
+    def _step_coded(self, perturbation: Perturbation, parts: list[plan.AdamWPart]) -> None:
+        buckets = [part.bucket for part in parts]
+        try:
+            perturbation.settles_with(buckets[0])
+            ops.run("sam_decode_adamw_", buckets[0], parts)
+            ops.mark_modified([t for b in buckets for column in (b.weights, b.first, b.second) for t in column])
+        finally:
+            for b in buckets:
+                b.release_gradients()
+                b.release_moments()
 
     def _bucketed(self, where: tuple[int, int], *columns: list[Tensor]) -> list[plan.Bucket]:
         params, grads, kept, first, second = columns
@@ -198,3 +244,48 @@ def _hooks(base: Optimizer, everywhere: dict[int, Any], own: dict[int, Any]) -> 
     for hook in hooks:
         hook(base, (), {})
     return bool(hooks)
+
+
+def _coded(perturbed: Sequence[ParameterBucket]) -> list[ParameterBucket]:
+    return [b for b in perturbed if b.bucket.codes is not None]
+
+
+def _on(bucket: plan.Bucket, flags: Flags) -> list[Tensor | None]:
+    return [None if t is None else t.to(bucket.device) for t in flags]
+
+
+def _part(
+    b: ParameterBucket,
+    rows: Sequence[int | None],
+    grads: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    steps: list[Tensor],
+    how: tuple[float, tuple[float, float], float, float, bool],
+    flags: Flags,
+) -> plan.AdamWPart:
+    """A bucket with its columns filled from these rows; None: a tensor without a second gradient, where anything will do."""
+
+    def column(tensors: list[Tensor]) -> list[Tensor]:
+        return [w if row is None else tensors[row] for w, row in zip(b.bucket.weights, rows, strict=True)]
+
+    found = list(map(Tensor.resolve_neg, column(grads)))
+    if not b.point(found):
+        b.bucket.unfollow()
+        b.bucket.grads = found
+    b.bucket.first, b.bucket.second = column(first), column(second)
+    counts = [None if row is None else steps[row] for row in rows]
+    return plan.AdamWPart(b.bucket, counts, *how, *_on(b.bucket, flags))
+
+
+def _refuses_codes(bases: Sequence[Optimizer], coded: Sequence[ParameterBucket]) -> str | None:
+    """Why buckets of codes cannot all be stepped in one call."""
+    if not coded:
+        return None
+    if not ops.served_alike("sam_decode_adamw_", [b.bucket for b in coded]):
+        return "weights of stash='ulp' that different backends serve"
+    groups = [group for base in bases for group in base.param_groups]
+    owner = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+    if any(len({owner[id(p)] for p in b.params}) > 1 for b in coded):
+        return "parameters of stash='ulp' that have gone from group to group"
+    return None

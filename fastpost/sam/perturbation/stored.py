@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpost import plan
 from fastpost.ops import params as ops
 from fastpost.sam.buckets import Change, Changes, ParameterBucket, ShardReducer, changes, put, refuse_changes
 from fastpost.sam.perturbation.stash import Stash
@@ -47,6 +48,7 @@ class Perturbation:
         self._reducer = reducer
         self.stash = stash
         self._noted: list[ParameterBucket] = []
+        self._last: plan.Bucket | None = None  # with whose codes w of all the others went
 
     def check(self, params: Sequence[Tensor]) -> None:
         """Raises ValueError where these parameters cannot be perturbed this way."""
@@ -105,7 +107,9 @@ class Perturbation:
         """
         if not self._noted:
             return
-        written = list(filter(self.writes, self._noted))
+        written = self.written()
+        if written:
+            self._last = None  # its codes are about to go without those of the others
         found = self._changes(written)
         if not convert and any(found):
             refuse_changes(written, found)
@@ -131,7 +135,7 @@ class Perturbation:
 
     def check_weights(self) -> bool:
         """Whether every perturbed weight is laid out as it was; raises as `undo` does, and writes nothing."""
-        written = list(filter(self.writes, self._noted))
+        written = self.written()
         found = self._changes(written)
         refuse_changes(written, found)
         return not any(found)
@@ -145,8 +149,13 @@ class Perturbation:
     @contextlib.contextmanager
     def settled(self) -> Iterator[list[ParameterBucket]]:
         """Hands the perturbed buckets to a block that writes all their weights itself. Until it has, w can be put back."""
-        yield self._noted
+        yield self.written()
         self._close()
+
+    def settles_with(self, bucket: plan.Bucket) -> None:
+        """The weights of this bucket are written last, in a call that clears `plan.Bucket.stashed`, and w is gone with them.
+        Until then w can be put back everywhere; from then on there is nothing to put back, anywhere."""
+        self._last = bucket
 
     def take_gradients(self, scaled: bool) -> None:
         """Gives the base optimizer's tensors the gradients to step with.
@@ -164,7 +173,7 @@ class Perturbation:
 
     def _close(self) -> None:
         self._wrote(self._noted)
-        self._noted = []
+        self._noted, self._last = [], None
 
     def _wrote(self, buckets: Sequence[ParameterBucket]) -> None:
         self._reducer.mark_modified(p for b in buckets for p in b.params)
@@ -184,7 +193,11 @@ class Perturbation:
 
     def writes(self, b: ParameterBucket) -> bool:
         """Whether weights of this noted bucket may have been written, so that w has to be put back."""
-        return b.bucket.stashed
+        return b.bucket.stashed and (self._last is None or self._last.stashed)
+
+    def written(self) -> list[ParameterBucket]:
+        """The noted buckets whose weights may have been written."""
+        return list(filter(self.writes, self._noted))
 
     def put_back(self, b: ParameterBucket) -> None:
         """Puts w back into the weights of a bucket, which are laid out as they were."""
@@ -198,7 +211,7 @@ class Perturbation:
         return self.stash.origins(b, changed)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_noted": []}  # copies and pickles are refused while perturbed
+        return {**self.__dict__, "_noted": [], "_last": None}  # copies and pickles are refused while perturbed
 
 
 class StochasticPerturbation(Perturbation):

@@ -1,0 +1,363 @@
+"""AdamW's step from codes, SAM(stash="ulp", fused_restore=True): the bits of the same step from a copy of w."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import pickle
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastpost import SAM, use_backend
+from fastpost.ops import params as ops
+from fastpost.plan import AdamWPart
+from fastpost.sam import GSAM
+
+from .conftest import CPU_BACKENDS, DTYPES, same_bits
+from .small import X, all_bits, closure_of, loss_of, network, unchanged
+from .test_sam_stash import LAYOUTS, every_kind, heavy
+
+STASHES = ("copy", "ulp")
+
+
+@contextlib.contextmanager
+def saying(words: str | None) -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    said = [str(w.message) for w in caught if "cannot serve" in str(w.message)]
+    assert len(said) == (words is not None)
+    assert words is None or words in said[0]
+
+
+def sam(params: Any, stash: str, **options: Any) -> SAM:
+    return SAM(params, torch.optim.AdamW, **{"lr": 1e-2, "stash": stash, "fused_restore": True, **options})
+
+
+def state_of(opt: SAM) -> list[Tensor]:
+    """Weights, moments and step counts."""
+    params = opt.tensors()
+    moments = [value for p in params for value in opt.state.get(p, {}).values()]
+    return [p.detach().clone() for p in params] + [m.clone() for m in moments]
+
+
+def alike(columns: dict[str, list[Tensor]]) -> bool:
+    copied, coded = (columns[stash] for stash in STASHES)
+    return len(copied) == len(coded) and all(map(same_bits, copied, coded))
+
+
+def keeps_codes(opt: SAM) -> bool:
+    """Whether no list has become so long that a copy took its place."""
+    return all(b.bucket.codes is not None for b in opt._ascent_buckets._buckets)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"adaptive": True, "eta": 0.01, "maximize": True}, {"rounding": "stochastic"}], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_steps_have_the_bits_of_steps_from_a_copy(backend: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Over every kind of number: steps beside lists that are short, long and made longer, from rho 1e-6 to 10."""
+    if dtype == torch.float32 and "rounding" in options:
+        options = {"weight_decay": 0.3, "betas": (0.8, 0.95)}
+    kinds = every_kind(dtype)
+    kinds = torch.where(kinds.abs() < 1e15, kinds, 0) if options.get("adaptive") else kinds  # or t |g| is not finite
+    start = [kinds, kinds[:131].reshape(131, 1), torch.zeros(70, 3, dtype=dtype), kinds[5], kinds[:0]]
+    for rho, spread in ((1e-6, 0.0), (0.05, 0.0), (0.05, 3.0), (10.0, 3.0)):
+        found: dict[str, list[Tensor]] = {}
+        listed = 0
+        for stash in STASHES:
+            params = [nn.Parameter(torch.zeros_like(w)) for w in start]
+            opt = sam(params, stash, rho=rho, compute_dtype=dtype, **options)
+            torch.manual_seed(8)
+            for ends in (opt.step, opt.first_step, opt.second_step):
+                for p in params:
+                    p.grad = heavy(p.shape, dtype, spread if ends == opt.first_step else 0.0)
+                ends()
+                if ends == opt.step:  # there are moments now
+                    for p, w in zip(params, start, strict=True):
+                        p.data.copy_(w)
+            if stash == "ulp":
+                assert keeps_codes(opt)
+                (b,) = opt._ascent_buckets._buckets
+                assert b.bucket.codes is not None
+                listed = int(b.bucket.codes.words[0])
+            assert not opt.is_perturbed
+            found[stash] = state_of(opt)
+        assert alike(found)
+        assert listed or rho < 1e-3 or dtype == torch.float16  # which has few numbers for a distance to jump over
+        assert all(map(same_bits, found["ulp"], start)) == (opt.skipped_steps == 1)  # float16's first gradient may overflow
+
+
+def split(model: nn.Sequential) -> list[dict[str, Any]]:
+    first, *others = model.named_parameters()
+    return [{"params": [first], "lr": 1e-3}, {"params": others, "weight_decay": 0.3}]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scope": ["0.*", "3.bias"]},
+        {"variant": "gsam"},
+        {"interval": 2},
+        {"adaptive": True, "fused": True},
+        {"skips": True},
+    ],
+    ids=str,
+)
+def test_training_is_that_from_a_copy(backend: str, options: dict[str, Any]) -> None:
+    """Groups, buckets of two dtypes, tensors out of scope, a tensor without a second gradient, steps that are skipped."""
+    found = {}
+    skips = options.pop("skips", False)
+    for stash in STASHES:
+        model = network()
+        model[3].bfloat16()
+        model[2] = nn.Sequential(nn.GELU(), nn.Identity())
+        how = {**options, "variant": GSAM(0.5)} if "variant" in options else options
+        opt = sam(split(model), stash, rho=0.01, **how)
+
+        def loss(model: nn.Sequential = model) -> Tensor:
+            hidden = model[2](model[0](X))
+            value = nn.functional.cross_entropy(model[3](hidden.bfloat16()).float(), torch.arange(32) % 3)
+            value.backward()
+            return value
+
+        with saying(None):
+            for number in range(4):
+                opt.step(loss)
+                opt.zero_grad()
+                loss()
+                before = all_bits(model)
+                opt.first_step(zero_grad=True)
+                loss()
+                model[0].bias.grad = None
+                if skips and number == 2:
+                    model[3].weight.grad[0, 0] = math.nan
+                opt.second_step()
+                assert opt.skipped_steps == int(skips and number >= 2)
+                assert not (skips and number == 2) or unchanged(model, before)
+                assert torch.equal(all_bits(model)[1], before[1])  # the tensor without a second gradient
+        found[stash] = state_of(opt)
+    assert alike(found)
+    assert keeps_codes(opt)
+
+
+def test_a_step_is_the_decoded_weights_step(backend: str) -> None:
+    """The operation against the two that it stands for: one tensor is stepped, one decoded only, and a flag decodes all."""
+    for flag in (0.0, 1.0):
+        found = []
+        for fused in (False, True):
+            torch.manual_seed(3)
+            params = [nn.Parameter(torch.randn(70_000)), nn.Parameter(torch.randn(40, 3) * 1e-7)]
+            opt = SAM(params, torch.optim.SGD, rho=0.5, lr=0.0, stash="ulp")
+            for p in params:
+                p.grad = torch.randn_like(p)
+            opt.first_step()
+            bucket = opt._ascent_buckets._buckets[0].bucket
+            moments = [[torch.rand_like(p) for p in params] for _ in range(2)]
+            counts, how = [torch.tensor(3.0)], (0.1, (0.9, 0.99), 1e-8, 0.1, False, torch.tensor(8.0), torch.tensor(flag))
+            if fused:
+                bucket.grads = [p.grad for p in params]  # type: ignore[misc]
+                bucket.first, bucket.second = moments
+                bucket.stashed = True
+                ops.run("sam_decode_adamw_", bucket, [AdamWPart(bucket, [*counts, None], *how)])
+                assert not bucket.stashed
+            else:
+                ops.run("sam_decode_", bucket)
+                step = [[column[0].detach()] for column in (params, [params[0].grad], params, *moments)]
+                (alone,) = ops.make_buckets(**dict(zip(("weights", "grads", "stash", "first", "second"), step, strict=True)))
+                ops.run("sam_restore_adamw_", alone, counts, *how)
+            found.append([*params, *moments[0], *moments[1]])
+        assert all(map(same_bits, *found))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_a_list_that_grows_and_a_copy_that_takes_its_place(backend: str, share: float) -> None:
+    found = {}
+    for stash in STASHES:
+        torch.manual_seed(2)
+        w = torch.randn(100_000)
+        w[: int(share * len(w))] *= 1e-6
+        p = nn.Parameter(w)
+        opt = sam([p], stash, rho=1e-3)
+        for _ in range(3):
+            for ends in (opt.first_step, opt.second_step):
+                p.grad = torch.randn_like(p)
+                ends()
+        found[stash] = state_of(opt)
+    assert alike(found)
+
+
+@pytest.mark.skipif("cpu" not in CPU_BACKENDS, reason="the CPU core serves no call in this run")
+@pytest.mark.parametrize("served", [("cpu", "reference"), ("reference", "cpu")], ids=str)
+def test_one_backend_steps_from_what_another_has_written(served: tuple[str, str]) -> None:
+    found, w = {}, every_kind(torch.float32)
+    for stash in STASHES:
+        p = nn.Parameter(w.clone())
+        opt = sam([p], stash, rho=0.5)
+        torch.manual_seed(2)
+        for ends, name in zip((opt.first_step, opt.second_step), served, strict=True):
+            p.grad = heavy(p.shape, p.dtype, 3.0)
+            with use_backend(name):
+                ends()
+        found[stash] = state_of(opt)
+    assert alike(found)
+
+
+@pytest.mark.skipif("cpu" not in CPU_BACKENDS, reason="every bucket has one backend in this run")
+def test_what_two_backends_serve_is_restored_and_stepped() -> None:
+    """The reference serves a weight whose first gradient lay in another order, the core all others: no call steps both."""
+    found = {}
+    for fused in (False, True):
+        torch.manual_seed(4)
+        params = [nn.Parameter(torch.randn(30, 20)) for _ in range(2)]
+        opt = sam(params, "ulp", rho=0.01, fused_restore=fused)
+        with saying("different backends" if fused else None):
+            for ends in (opt.first_step, opt.second_step, opt.first_step, opt.second_step):
+                for p in params:
+                    p.grad = torch.randn(30, 20)
+                if ends == opt.first_step:
+                    params[1].grad = torch.randn(20, 30).t()
+                ends()
+        assert keeps_codes(opt)
+        found["ulp" if fused else "copy"] = state_of(opt)
+    assert alike(found)
+
+
+@pytest.mark.parametrize("name", ["channels_last", "transposed", "empty", "scalar", "long"])
+def test_whatever_lies_in_another_order(backend: str, name: str) -> None:
+    found = {}
+    for stash in STASHES:
+        torch.manual_seed(4)
+        p = nn.Parameter(LAYOUTS[name]())
+        others = nn.Parameter(torch.randn(9))
+        opt = sam([p, others], stash, rho=0.5)
+        with saying(None):
+            for ends in (opt.first_step, opt.second_step):
+                for q in (p, others):
+                    q.grad = torch.randn_like(q)
+                ends()
+        found[stash] = state_of(opt)
+    assert alike(found)
+
+
+def test_a_second_gradient_of_its_own_layout_is_restored_and_stepped() -> None:
+    found = {}
+    for stash in STASHES:
+        torch.manual_seed(4)
+        p = nn.Parameter(torch.randn(40, 30))
+        opt = sam([p], stash, rho=0.5)
+        with saying("gradients of another memory format"):
+            for ends in (opt.first_step, opt.second_step):
+                p.grad = torch.randn_like(p) if ends == opt.first_step else torch.randn(30, 40).t()
+                ends()
+        found[stash] = state_of(opt)
+    assert alike(found)
+
+
+# -- between the passes, and around the step ------------------------------------------------------------------------------
+
+
+def perturbed() -> tuple[nn.Sequential, SAM, list[Tensor]]:
+    model = network()
+    opt = sam(model.parameters(), "ulp", rho=0.01)
+    opt.step(closure_of(model))
+    before = all_bits(model)
+    loss_of(model).backward()
+    opt.first_step(zero_grad=True)
+    loss_of(model).backward()
+    assert keeps_codes(opt)
+    return model, opt, before
+
+
+def test_weights_that_were_written_are_refused() -> None:
+    model, opt, _ = perturbed()
+    with torch.no_grad():
+        model[0].bias.mul_(2)
+    now = all_bits(model)
+    with pytest.raises(RuntimeError, match="was written between the passes"):
+        opt.second_step()
+    assert unchanged(model, now)
+
+
+def test_a_hook_before_the_step_that_writes_weights_is_refused() -> None:
+    model, opt, before = perturbed()
+
+    def writes(*_: Any) -> None:
+        with torch.no_grad():
+            model[3].bias.zero_()
+
+    opt.base_optimizer.register_step_pre_hook(writes)
+    with pytest.raises(RuntimeError, match="was written between the passes"):
+        opt.second_step()
+    with pytest.raises(RuntimeError, match="1 weights were written"):
+        opt.abandon()
+    assert [torch.equal(a, b) for a, b in zip(all_bits(model), before, strict=True)] == [True, True, True, False]
+
+
+def test_a_hook_after_the_step_that_fails_leaves_the_step() -> None:
+    model, opt, _ = perturbed()
+    whole = perturbed()
+    whole[1].second_step()
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("planted")
+
+    handle = opt.base_optimizer.register_step_post_hook(fails)
+    with pytest.raises(RuntimeError, match="planted"):
+        opt.second_step()
+    opt.abandon()
+    assert not opt.is_perturbed
+    assert unchanged(model, all_bits(whole[0]))
+    handle.remove()
+    for either in (model, whole[0]):
+        opt_of = opt if either is model else whole[1]
+        opt_of.step(closure_of(either))
+    assert unchanged(model, all_bits(whole[0]))
+
+
+def test_weights_that_move_are_followed() -> None:
+    found = []
+    for moves in (False, True):
+        model, opt, _ = perturbed()
+        if moves:
+            for p in model.parameters():
+                p.data = p.data.clone()
+        opt.second_step()
+        found.append(all_bits(model))
+    assert all(map(torch.equal, *found))
+
+
+def test_no_gradient_and_no_moment_outlives_the_step() -> None:
+    _, opt, _ = perturbed()
+    opt.second_step()
+    for b in opt._ascent_buckets._buckets:
+        assert [b.bucket.grads, b.bucket.first, b.bucket.second] == [[], [], []]
+        held = [t for column in b.bucket._pointed.values() for t in column[0]]
+        assert not {id(m) for state in opt.state.values() for m in state.values()} & set(map(id, held))
+    pickle.loads(pickle.dumps(opt))
+
+
+def test_grad_scaler_scales_and_shrinks() -> None:
+    found = {}
+    for stash in STASHES:
+        model = network()
+        opt = sam(model.parameters(), stash, rho=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+        for i in range(4):
+            scaler.scale(loss_of(model)).backward()
+            opt.first_step(zero_grad=True)
+            scaler.scale(loss_of(model)).backward()
+            if i == 2:
+                model[3].bias.grad[0] = math.inf
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+        assert opt.skipped_steps == 1
+        found[stash] = state_of(opt)
+    assert alike(found)
