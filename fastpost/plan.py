@@ -124,6 +124,7 @@ class CodeList:
 
     Attributes:
         words: int64; the first counts the elements that wanted a place, of which as many as there are words left have one.
+        waits: where a kernel that Python launches itself (Triton) notes which chunks it has decoded; None before.
         origins: w itself, while it is put back by operations of which each may be interrupted; else None. In the place of a
             tensor whose w is lost stands None.
     """
@@ -132,6 +133,7 @@ class CodeList:
         room = 64 + elements // (256 if dtype == torch.float32 else 4096)
         self.words = torch.zeros(1 + room, dtype=torch.int64, device=device)
         self.origins: Sequence[Tensor | None] | None = None
+        self.waits: Tensor | None = None
 
     @property
     def capacity(self) -> int:

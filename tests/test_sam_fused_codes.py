@@ -217,7 +217,7 @@ def test_what_two_backends_serve_is_restored_and_stepped() -> None:
         torch.manual_seed(4)
         params = [nn.Parameter(torch.randn(30, 20)) for _ in range(2)]
         opt = sam(params, "ulp", rho=0.01, fused_restore=fused)
-        with saying("different backends" if fused else None):
+        with saying("no one backend" if fused else None):
             for ends in (opt.first_step, opt.second_step, opt.first_step, opt.second_step):
                 for p in params:
                     p.grad = torch.randn(30, 20)

@@ -200,10 +200,13 @@ def test_a_launch_that_nobody_has_noted_shows_in_its_sums() -> None:
 
 @pytest.mark.skipif("triton" not in CPU_BACKENDS, reason="Triton's interpreter takes a run of its own")
 @pytest.mark.parametrize("launched", [False, True])
-def test_an_interrupt_around_a_launch_of_triton(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stash", "name"), [("copy", "sam_perturb_"), ("ulp", "sam_perturb_"), ("ulp", "sam_decode_")])
+def test_an_interrupt_around_a_launch_of_triton(
+    stash: str, name: str, launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = importlib.import_module("fastpost.backends.triton")
     kernels = importlib.import_module("fastpost.triton_kernels.params")
-    plain = kernels.sam_perturb_
+    plain = getattr(kernels, name)
 
     def interrupted_launch(*args: Any, **kwargs: Any) -> None:
         if launched:
@@ -212,15 +215,19 @@ def test_an_interrupt_around_a_launch_of_triton(launched: bool, monkeypatch: pyt
 
     with fastpost.use_backend("triton"):
         model = nn.Linear(6, 2)
-        opt = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+        opt = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, stash=stash)
         model(X).square().mean().backward()
         before = all_bits(model)
         with opt.perturbed(zero_grad=False):
             pass  # what serves the operations is asked once
         monkeypatch.setattr(backend, "_interpreted", lambda: False)  # as on a device: the stash is the kernel's to write
-        monkeypatch.setattr(kernels, "sam_perturb_", interrupted_launch)
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            if name == "sam_perturb_":
+                patched.setattr(kernels, name, interrupted_launch)
             opt.first_step()
+            patched.setattr(kernels, name, interrupted_launch)
+            opt.restore_()
+        opt.restore_()
         assert unchanged(model, before)
         assert not opt.is_perturbed
 

@@ -41,10 +41,11 @@ def heavy(shape: torch.Size, dtype: torch.dtype, spread: float) -> Tensor:
 def test_w_comes_back_bit_by_bit_whatever_it_is(backend: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     if dtype == torch.float32 and "rounding" in options:
         options = {"rho": 3.0}
-    kinds = every_kind(dtype)
+    slow = backend == "triton"  # interpreted
+    kinds = every_kind(dtype)[: 2**16 + 100 if slow else None]
     kinds = torch.where(kinds.abs() < 1e15, kinds, 0) if options.get("adaptive") else kinds  # or t |g| is not finite
     start = [kinds, kinds[:131].reshape(131, 1), torch.zeros(70, 3, dtype=dtype), kinds[5], kinds[:0]]
-    for rho in (options.pop("rho"),) if "rho" in options else (1e-6, 1e-3, 0.05, 10.0):
+    for rho in (options.pop("rho"),) if "rho" in options else (0.05,) if slow else (1e-6, 1e-3, 0.05, 10.0):
         moved: dict[str, list[Tensor]] = {}
         sums: dict[str, dict[str, float]] = {}
         for stash in ("copy", "ulp"):

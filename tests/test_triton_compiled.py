@@ -96,10 +96,11 @@ def operand_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
 
 def perturb_kernel(dtype: str, arch: int, tmp_path: Path, stage: str = "", **changed):
     constants = {
-        "dtype": TYPES[dtype][1], "seen": tl.bfloat16, "adaptive": False, "masters": False, "stochastic": False,
+        "dtype": TYPES[dtype][1], "seen": tl.bfloat16, "adaptive": False, "kept": "copy", "stochastic": False,
         "aligned": True, "BLOCK": 2048, **changed,
     }  # fmt: skip
-    types = {"table": "*i64", "partial": "*fp64", "scale": "*fp32", "seed": "*i64", "eta": "fp32"}
+    types = {"table": "*i64", "partial": "*fp64", "scale": "*fp32", "seed": "*i64", "words": "*i64", "capacity": "i32"}
+    types |= {"eta": "fp32"}
     return compiled(
         params._sam_perturb_kernel, types, constants, ("table",), 8, arch, tmp_path, stage, enable_fp_fusion=False
     )
@@ -110,7 +111,19 @@ def stochastic_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
 
 
 def masters_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
-    return perturb_kernel("bfloat16", arch, tmp_path, masters=True)
+    return perturb_kernel("bfloat16", arch, tmp_path, kept="masters")
+
+
+def codes_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    return perturb_kernel(dtype, arch, tmp_path, kept="codes")
+
+
+def decode_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    narrow = dtype != "float32"
+    constants = {"bits": tl.int16 if narrow else tl.int32, "narrow": narrow, "aligned": True}
+    constants["BLOCK"] = params.copy_block(2 if narrow else 4)
+    types = {"table": "*i64", "waits": "*i32"}
+    return compiled(params._decode_kernel, types, constants, ("table",), 8, arch, tmp_path)
 
 
 def cast_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
@@ -205,6 +218,8 @@ KERNELS = {
     "perturb": (perturb_kernel, 128),
     "perturb, stochastic": (stochastic_kernel, 192),  # eight Philox calls at a time leave room for one block
     "perturb from masters": (masters_kernel, 128),
+    "perturb, codes": (codes_kernel, 128),
+    "decode": (decode_kernel, 64),
     "cast of masters": (cast_kernel, 64),
     "norm": (norm_kernel, 128),
     "distance": (distance_kernel, 128),

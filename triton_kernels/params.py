@@ -119,9 +119,95 @@ def _random_halves(row, begin, seed, i):
 
 
 @triton.jit
+def _pattern(x, dtype: tl.constexpr):
+    """The bits of an element as a signed int32."""
+    if dtype == tl.float32:
+        return x.to(tl.int32, bitcast=True)
+    else:
+        return x.to(tl.int16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def _of_pattern(bits, dtype: tl.constexpr):
+    if dtype == tl.float32:
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return bits.to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _difference(x, y, narrow: tl.constexpr):
+    """x - y modulo 2^32, or modulo 2^16 with the sign of 16 bits."""
+    if narrow:
+        return ((x - y) << 16) >> 16
+    else:
+        return x - y
+
+
+@triton.jit
+def _ordered(bits, narrow: tl.constexpr):
+    """Patterns in the order of the numbers that they stand for; its own inverse."""
+    return tl.where(bits < 0, bits ^ (0x7FFF if narrow else 0x7FFFFFFF), bits)
+
+
+@triton.jit
+def _code_of(before, after, narrow: tl.constexpr):
+    """How far a pattern is from another, where that fits into a code (csrc/core/params.h).
+
+    The least code: the list has w. The next two: w has found no room there and has not been moved; w is +0.
+    """
+    least: tl.constexpr = -128 if narrow else -32768
+    distance = _difference(_ordered(after, narrow), _ordered(before, narrow), narrow)
+    fits = (distance > least + 2) & (distance < -least)
+    return tl.where(fits, distance, tl.where(before == 0, least + 2, least))
+
+
+@triton.jit
+def _decoded(code, after, narrow: tl.constexpr):
+    """w's pattern from that of w + e; of what is listed or pending, `after` itself."""
+    least: tl.constexpr = -128 if narrow else -32768
+    near = _ordered(_difference(_ordered(after, narrow), code, narrow), narrow)
+    return tl.where(code > least + 2, near, tl.where(code == least + 2, 0, after))
+
+
+@triton.jit
+def _keep_codes(
+    codes, words, capacity, i, inside, before, after, narrow: tl.constexpr, pending: tl.constexpr
+):  # fmt: skip
+    """Writes the codes of one block and lists what has none; returns what is to be stored: of what found no room, `before`.
+
+    pending: only of what found no room before.
+    """
+    least: tl.constexpr = -128 if narrow else -32768
+    width: tl.constexpr = 16 if narrow else 32
+    if pending:
+        if inside is None:
+            code = tl.load(codes + i).to(tl.int32)
+        else:
+            code = tl.load(codes + i, mask=inside, other=0).to(tl.int32)
+        wanted = code == least + 1
+        after = tl.where(wanted, after, before)
+    else:
+        code = _code_of(before, after, narrow)
+        wanted = code == least
+    places = wanted.to(tl.int32)
+    count = tl.sum(places, axis=0)
+    if count > 0:
+        slot = tl.atomic_add(words, count.to(tl.int64)) + (tl.cumsum(places, axis=0) - places)
+        fits = slot < capacity
+        where = (tl.program_id(0).to(tl.int64) << 16) + i
+        entry = (where << width) | (before.to(tl.int64) & (0xFFFF if narrow else 0xFFFFFFFF))
+        tl.store(words + 1 + slot, entry, mask=wanted & fits)
+        code = tl.where(wanted, tl.where(fits, least, least + 1), code)
+        after = tl.where(wanted & (slot >= capacity), before, after)
+    tl.store(codes + i, code.to(tl.int8 if narrow else tl.int16), mask=inside)
+    return after
+
+
+@triton.jit
 def _perturb_block(
-    w, g, stash, row, begin, seed, i, inside, high, low, eta, dtype: tl.constexpr, seen: tl.constexpr,
-    adaptive: tl.constexpr, masters: tl.constexpr, stochastic: tl.constexpr,
+    w, g, stash, words, capacity, row, begin, seed, i, inside, high, low, eta, dtype: tl.constexpr, seen: tl.constexpr,
+    adaptive: tl.constexpr, kept: tl.constexpr, stochastic: tl.constexpr,
 ):  # fmt: skip
     """Perturbs one block; returns e, and of the move its stored value s and what `seen` shows of it, v. inside: None for a
     whole block."""
@@ -129,7 +215,7 @@ def _perturb_block(
         slope = tl.load(g + i).to(tl.float32)
     else:
         slope = tl.load(g + i, mask=inside, other=0.0).to(tl.float32)
-    if masters:  # the stash holds them, and is not written
+    if kept == "masters":  # the stash holds them, and is not written
         if inside is None:
             exact = tl.load(stash + i)
         else:
@@ -140,7 +226,8 @@ def _perturb_block(
             raw = tl.load(w + i)
         else:
             raw = tl.load(w + i, mask=inside, other=0.0)
-        tl.store(stash + i, raw, mask=inside)
+        if kept == "copy":
+            tl.store(stash + i, raw, mask=inside)
         exact = raw.to(tl.float32)
         before = exact
     e = slope * low * high
@@ -153,11 +240,19 @@ def _perturb_block(
         written = round_randomly(exact + e, _random_halves(row, begin, seed, i), dtype)
     else:
         written = round_to(exact + e, dtype)
-    if masters:
+    if kept == "masters":
         tl.store(w + i, written, mask=inside)
-    else:
+    elif kept == "copy":
         if high != 0.0:
             tl.store(w + i, written, mask=inside)
+    else:
+        narrow: tl.constexpr = dtype != tl.float32
+        held = _pattern(raw, dtype)
+        moved = _pattern(written, dtype)
+        if high == 0.0:
+            moved = held
+        moved = _keep_codes(stash, words, capacity, i, inside, held, moved, narrow, kept == "pending")
+        tl.store(w + i, _of_pattern(moved, dtype), mask=inside)
     after = written.to(tl.float32)
     s = after - before
     v = round_to(after, seen).to(tl.float32) - round_to(before, seen).to(tl.float32)
@@ -180,11 +275,13 @@ def _sam_perturb_kernel(
     partial,
     scale,
     seed,
+    words,
+    capacity,
     eta,
     dtype: tl.constexpr,
     seen: tl.constexpr,
     adaptive: tl.constexpr,
-    masters: tl.constexpr,
+    kept: tl.constexpr,
     stochastic: tl.constexpr,
     aligned: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -192,10 +289,12 @@ def _sam_perturb_kernel(
     row, begin, length = _row(table, 6)
     w = _pointer(row, begin, 0, dtype, aligned)
     g = _pointer(row, begin, 1, dtype, aligned)
-    if masters:
+    if kept == "masters":
         stash = _pointer(row, begin, 2, tl.float32, aligned)
-    else:
+    elif kept == "copy":
         stash = _pointer(row, begin, 2, dtype, aligned)
+    else:
+        stash = _pointer(row, begin, 2, tl.int16 if dtype == tl.float32 else tl.int8, aligned)
     # Two factors, the second a power of two, hold a scale that float32 alone could not; 0 means that nothing moves.
     high = tl.load(scale)
     low = tl.load(scale + 1)
@@ -209,13 +308,15 @@ def _sam_perturb_kernel(
     for block in range(body):  # whole blocks need no mask, which keeps their accesses wide
         i = block * BLOCK + tl.arange(0, BLOCK)
         e, s, v = _perturb_block(
-            w, g, stash, row, begin, seed, i, None, high, low, eta, dtype, seen, adaptive, masters, stochastic
-        )
+            w, g, stash, words, capacity, row, begin, seed, i, None, high, low, eta, dtype, seen, adaptive, kept,
+            stochastic,
+        )  # fmt: skip
         ee, ss, es, vv, ev, changed = _add_terms(e, s, v, ee, ss, es, vv, ev, changed)
     i = body * BLOCK + tl.arange(0, BLOCK)
     e, s, v = _perturb_block(
-        w, g, stash, row, begin, seed, i, i < length, high, low, eta, dtype, seen, adaptive, masters, stochastic
-    )
+        w, g, stash, words, capacity, row, begin, seed, i, i < length, high, low, eta, dtype, seen, adaptive, kept,
+        stochastic,
+    )  # fmt: skip
     ee, ss, es, vv, ev, changed = _add_terms(e, s, v, ee, ss, es, vv, ev, changed)
     at = partial + tl.program_id(0).to(tl.int64) * 6
     tl.store(at, ordered_sum(ee.to(tl.float64)))
@@ -237,6 +338,37 @@ def _restore_kernel(table, bits: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.
         tl.store(w + i, tl.load(stash + i))
     i = body * BLOCK + tl.arange(0, BLOCK)
     tl.store(w + i, tl.load(stash + i, mask=i < length), mask=i < length)
+
+
+@triton.jit
+def _put_listed_kernel(table, words, capacity, bits: tl.constexpr, narrow: tl.constexpr, BLOCK: tl.constexpr):
+    """Puts w of what is listed in the place of w + e, where decoding leaves it."""
+    width: tl.constexpr = 16 if narrow else 32
+    k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < tl.minimum(tl.load(words), capacity)
+    entry = tl.load(words + 1 + k, mask=inside, other=0)
+    chunk = (entry >> (width + 16)) & (0xFFFFFFFF if narrow else 0xFFFF)
+    row = table + 1 + 5 * tl.load(table + 1 + 5 * tl.load(table) + chunk, mask=inside, other=0)
+    place = (chunk - tl.load(row + 4, mask=inside, other=0)) * CHUNK + ((entry >> width) & 0xFFFF)
+    w = tl.load(row, mask=inside, other=0).to(tl.pointer_type(bits)) + place
+    tl.store(w, entry.to(bits), mask=inside)
+
+
+@triton.jit
+def _decode_kernel(table, waits, bits: tl.constexpr, narrow: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr):
+    row, begin, length = _row(table, 5)
+    if tl.atomic_xchg(waits + tl.program_id(0), 0) != 0:  # once: after a launch that nobody has noted there may come another
+        w = _pointer(row, begin, 0, bits, aligned)
+        codes = _pointer(row, begin, 1, tl.int8 if narrow else tl.int16, aligned)
+        body = length // BLOCK
+        for block in range(body):
+            i = block * BLOCK + tl.arange(0, BLOCK)
+            before = _decoded(tl.load(codes + i).to(tl.int32), tl.load(w + i).to(tl.int32), narrow)
+            tl.store(w + i, before.to(bits))
+        i = body * BLOCK + tl.arange(0, BLOCK)
+        code = tl.load(codes + i, mask=i < length, other=0).to(tl.int32)
+        before = _decoded(code, tl.load(w + i, mask=i < length, other=0).to(tl.int32), narrow)
+        tl.store(w + i, before.to(bits), mask=i < length)
 
 
 @triton.jit
@@ -365,19 +497,21 @@ def room_for_sums(table: Table) -> Tensor:
 
 def sam_perturb_(
     table: Table, dtype: torch.dtype, squared: Tensor, rho: float, eta: float | None, seen: torch.dtype,
-    seed: Tensor | None = None, masters: bool = False, partial: Tensor | None = None,
+    seed: Tensor | None = None, kept: str = "copy", words: Tensor | None = None, partial: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """stash = w, w = w + e; returns the six sums in float64. Columns: weights, gradients, stash.
 
-    seed: round 16-bit weights at random. masters: the stash holds float32 masters m, which are only read, and w = m + e.
-    partial: room from `room_for_sums`.
+    seed: round 16-bit weights at random. partial: room from `room_for_sums`. kept: what the stash holds. "copy"; "masters":
+    float32 masters m, which are only read, and w = m + e; "codes", with their list in `words`, whose first word says where
+    to go on; "pending": codes, and only what found no room in that list before is perturbed.
     """
     partial = room_for_sums(table) if partial is None else partial
     if table.chunks:
         stochastic = seed is not None and dtype.itemsize == 2
+        seed, words = (table.memory if t is None else t for t in (seed, words))  # unread where there is none
         _sam_perturb_kernel[(table.chunks,)](
-            table.memory, partial, _split(squared, rho), table.memory if seed is None else seed, eta or 0.0, _TYPES[dtype],
-            _TYPES[seen], eta is not None, masters, stochastic, table.aligned, BLOCK=_BLOCK, num_warps=8,
+            table.memory, partial, _split(squared, rho), seed, words, words.numel() - 1, eta or 0.0, _TYPES[dtype],
+            _TYPES[seen], eta is not None, kept, stochastic, table.aligned, BLOCK=_BLOCK, num_warps=8,
             enable_fp_fusion=False,
         )  # fmt: skip
     return partial.sum(dim=0)
@@ -412,6 +546,24 @@ def sam_restore_(table: Table, dtype: torch.dtype) -> None:
     if table.chunks:
         block = copy_block(dtype.itemsize)
         _restore_kernel[(table.chunks,)](table.memory, _bits(dtype)[0], table.aligned, BLOCK=block, num_warps=8)
+
+
+def all_wait(table: Table) -> Tensor:
+    """For `sam_decode_`: that no chunk has been decoded."""
+    return torch.ones(table.chunks, dtype=torch.int32, device=table.memory.device)
+
+
+def sam_decode_(table: Table, dtype: torch.dtype, words: Tensor, waits: Tensor) -> None:
+    """w, bit for bit, from w + e, codes and list; columns: weights, codes.
+
+    waits: from `all_wait`; a chunk that is decoded waits no more, and is not decoded again.
+    """
+    bits, narrow = _bits(dtype)[0], dtype.itemsize == 2
+    if table.chunks:
+        grid = (triton.cdiv(words.numel(), 1024),)
+        _put_listed_kernel[grid](table.memory, words, words.numel() - 1, bits, narrow, BLOCK=1024, num_warps=4)
+        block = copy_block(dtype.itemsize)
+        _decode_kernel[(table.chunks,)](table.memory, waits, bits, narrow, table.aligned, BLOCK=block, num_warps=8)
 
 
 def sam_restore_adamw_(

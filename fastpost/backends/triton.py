@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastpost.backends.reference import sam_direction_ as sam_direction_  # torch's operations; no kernel of its own
-from fastpost.backends.serving import contiguous, contiguous_floats, number_on, refusal, seed_on
+from fastpost.backends.serving import coded, contiguous, contiguous_floats, number_on, refusal, seed_on
 from fastpost.plan import Bucket
 from fastpost.row_tasks import DivergenceTask, OperandTask
 
@@ -87,11 +87,48 @@ def sam_perturb_(
     return sums
 
 
+def sam_perturb_coded_(
+    bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype, seed: Tensor | None = None
+) -> Tensor:
+    """Waits for the device, which says how many elements found no room in the list."""
+    codes, table = coded(bucket), _table(bucket, "weights", "grads", "stash")
+    how = (number_on(bucket.device, squared), rho, eta, compute_dtype, seed_on(bucket.device, seed))
+    kernels = _kernels("params")
+    if _interpreted():  # as above
+        codes.origins = [w.detach().clone() for w in bucket.weights]
+        bucket.stashed = True
+    codes.words[:1].zero_()
+    bucket.launched = partial = kernels.room_for_sums(table)
+    sums: Tensor = kernels.sam_perturb_(table, bucket.dtype, *how, kept="codes", words=codes.words, partial=partial)
+    bucket.stashed = True
+    if codes.grown():
+        kernels.sam_perturb_(table, bucket.dtype, *how, kept="pending", words=codes.words)
+    codes.origins = None
+    return sums
+
+
+def sam_decode_(bucket: Bucket) -> None:
+    codes, kernels = coded(bucket), _kernels("params")
+    if _interpreted():  # into copies first
+        origins = [w.detach().clone() for w in bucket.weights]
+        table = kernels.Table([w.numel() for w in origins], bucket.streams).point([origins, bucket.stash])
+        kernels.sam_decode_(table, bucket.dtype, codes.words, kernels.all_wait(table))
+        codes.origins = origins
+        for w, origin in zip(bucket.weights, origins, strict=True):
+            w.detach().copy_(origin)
+    else:  # an interrupt may come between the launch and its note, and then a second launch, which changes nothing
+        table = _table(bucket, "weights", "stash")
+        codes.waits = kernels.all_wait(table) if codes.waits is None else codes.waits
+        kernels.sam_decode_(table, bucket.dtype, codes.words, codes.waits)
+    bucket.stashed = False
+    codes.origins = codes.waits = None
+
+
 def sam_perturb_masters_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype
 ) -> Tensor:
     table, squared = _table(bucket, "weights", "grads", "stash"), number_on(bucket.device, squared)
-    sums: Tensor = _kernels("params").sam_perturb_(table, bucket.dtype, squared, rho, eta, compute_dtype, masters=True)
+    sums: Tensor = _kernels("params").sam_perturb_(table, bucket.dtype, squared, rho, eta, compute_dtype, kept="masters")
     return sums
 
 

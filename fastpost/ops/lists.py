@@ -28,6 +28,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from fastpost import plan
 from fastpost.backends import native
 from fastpost.dispatch import forced, select, shortcut
+from fastpost.errors import BackendUnavailable
 from fastpost.ops.registry import define, eager
 
 Lists = tuple["list[Tensor] | None", ...]  # one per argument that is a list, in the schema's order
@@ -189,9 +190,12 @@ def run(op: str, bucket: plan.Bucket, *args: object) -> Tensor:
     return result
 
 
-def served_alike(op: str, buckets: Iterable[plan.Bucket]) -> bool:
-    """Whether one backend serves all of these buckets, so that one call can."""
-    return len({select(op, b.device, b.dtype, walkable=b.walkable) for b in buckets}) < 2
+def served_alike(operations: Sequence[str], buckets: Sequence[plan.Bucket]) -> bool:
+    """Whether one backend serves all of these operations on all of these buckets, so that one call can."""
+    try:
+        return len({select(op, b.device, b.dtype, walkable=b.walkable).__module__ for op in operations for b in buckets}) < 2
+    except BackendUnavailable:  # the one that was forced has no such operation
+        return False
 
 
 def plus(total: Tensor | None, part: Tensor) -> Tensor:

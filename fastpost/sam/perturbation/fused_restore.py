@@ -282,8 +282,8 @@ def _refuses_codes(bases: Sequence[Optimizer], coded: Sequence[ParameterBucket])
     """Why buckets of codes cannot all be stepped in one call."""
     if not coded:
         return None
-    if not ops.served_alike("sam_decode_adamw_", [b.bucket for b in coded]):
-        return "weights of stash='ulp' that different backends serve"
+    if not ops.served_alike(("sam_decode_", "sam_decode_adamw_"), [b.bucket for b in coded]):
+        return "weights of stash='ulp' that no one backend decodes and steps"
     groups = [group for base in bases for group in base.param_groups]
     owner = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
     if any(len({owner[id(p)] for p in b.params}) > 1 for b in coded):

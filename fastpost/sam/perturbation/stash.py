@@ -100,7 +100,7 @@ class UlpStash(Stash):
             b.keep(super().room)  # weights that are small against e: a copy takes less
             b.bucket.codes = None
         elif codes is not None:
-            codes.origins, codes.versions = None, []
+            codes.origins, codes.waits, codes.versions = None, None, []
 
     def note(self, b: ParameterBucket) -> None:
         codes = _codes(b)
