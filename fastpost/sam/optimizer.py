@@ -99,8 +99,8 @@ class SAM(Wrapper):
         norm_stats: which passes move the running statistics of batch and instance norms: the "first", as in the original, or
             "both". Without `model` SAM does not know the layers: see `frozen_norm_stats`.
         variant: one of `fastpost.sam.variants`, such as `LookSAM()`; None is SAM (or ASAM).
-        fused_restore: make AdamW's step from the stash, in one pass with the restore; equal to restore and step within
-            rounding. For torch.optim.AdamW, on GPUs with fused=True or capturable=True.
+        fused_restore: make AdamW's step from the stash, "copy" or "ulp", in one pass with the restore; equal to restore and
+            step within rounding. For torch.optim.AdamW, on GPUs with fused=True or capturable=True.
         norm_group: the ranks that hold other parameters of the same model, over which norms are summed: the process group or
             DeviceMesh of the pipeline's stages; or a function of (name, parameter) that returns the group of each, as where
             only experts lie apart. None where DTensors tell, and for replicas.
