@@ -65,7 +65,8 @@ def test_w_comes_back_bit_by_bit_whatever_it_is(backend: str, dtype: torch.dtype
                 assert all(same_bits(p, w) for p, w in zip(params, start, strict=True))
             if opt._last_sums is not None:
                 sums[stash] = dict(enumerate(opt._last_sums.sums.nan_to_num().tolist()))  # type: ignore[arg-type]
-        assert sums["ulp"] == sums["copy"]
+        # Triton's blocks are smaller where codes are kept, and have their float32 sums in another order.
+        assert sums["ulp"] == (pytest.approx(sums["copy"], rel=1e-5) if slow else sums["copy"])
         assert not all(same_bits(p, w) for p, w in zip(moved["copy"], start, strict=True)) or dtype == torch.float16
 
 

@@ -19,6 +19,7 @@ from .numerics import CHUNK, ordered_sum, philox_words, round_randomly, round_to
 
 SUMS = 6  # e.e, s.s, e.s, v.v, e.v, changed
 _BLOCK = 2048
+CODED_BLOCK = 1024  # of a perturbation that keeps codes: twice as many take 230 registers a thread
 
 
 class Table:
@@ -508,10 +509,11 @@ def sam_perturb_(
     partial = room_for_sums(table) if partial is None else partial
     if table.chunks:
         stochastic = seed is not None and dtype.itemsize == 2
+        block = CODED_BLOCK if kept in ("codes", "pending") else _BLOCK
         seed, words = (table.memory if t is None else t for t in (seed, words))  # unread where there is none
         _sam_perturb_kernel[(table.chunks,)](
             table.memory, partial, _split(squared, rho), seed, words, words.numel() - 1, eta or 0.0, _TYPES[dtype],
-            _TYPES[seen], eta is not None, kept, stochastic, table.aligned, BLOCK=_BLOCK, num_warps=8,
+            _TYPES[seen], eta is not None, kept, stochastic, table.aligned, BLOCK=block, num_warps=8,
             enable_fp_fusion=False,
         )  # fmt: skip
     return partial.sum(dim=0)
