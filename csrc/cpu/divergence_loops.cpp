@@ -3,27 +3,29 @@
 #include <string.h>
 
 #include "core/divergence.h"
-#include "core/pair_sums.h"
 #include "cpu/loops.h"
 
 namespace fastpost::cpu {
 namespace {
 
-// The width of a register in floats. Sums are kept lane by lane to the end of a row: folding them at the end of each block
-// would cost as much as several elements of it.
+// Sums are kept lane by lane to the end of a row: folding them at the end of each block would cost as much as several
+// elements of it. There are as many lanes as elements of T in a register.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16;
+constexpr int kRegister = 64;
 #elif defined(__AVX__)
-constexpr int kLanes = 8;
+constexpr int kRegister = 32;
 #else
-constexpr int kLanes = 4;
+constexpr int kRegister = 16;
 #endif
-constexpr int64_t kBlock = 16 * kLanes;  // goes into float64: after more than 16 additions rounding shows in gradients
-constexpr int64_t kNarrow = 1024;        // below this many columns differences and sums are float64
+template <class T>
+constexpr int kLanes = kRegister / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int64_t kBlock = 16 * kLanes<T>;  // goes into float64: after more than 16 additions rounding shows in gradients
+constexpr int64_t kNarrow = 1024;           // below this many columns differences and sums are float64
 
 // How a row goes. Near and far rows have their divergence from the sums, so that without gradients there is no third pass.
 enum class Way {
-  near,     // no |delta| is above kNear: one exponential a pair, and p - q is q (e^r - 1)
+  near,     // no |delta| is above kNearRow: one exponential a pair, and p - q is q (e^r - 1)
   far,      // some are, and J is at least kFarDivergence: two exponentials; sums may take e_a - e_b as it stands
   careful,  // whatever else: of e_a - e_b and p - q the better form for each pair, and J summed up pair by pair
 };
@@ -31,58 +33,52 @@ constexpr double kFarDivergence = 0.02;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// How many elements a loop over lanes has: known to the compiler, or at the end of a row.
-struct WholeLanes {
-  constexpr int operator()() const { return kLanes; }
-};
-struct SomeLanes {
-  int count;
-  int operator()() const { return count; }
+// How many elements a loop over lanes has. Those at the end of a row come one by one.
+template <int n>
+struct Count {
+  constexpr int operator()() const { return n; }
 };
 
-typedef float FloatLanes __attribute__((vector_size(4 * kLanes)));
-typedef double DoubleLanes __attribute__((vector_size(8 * kLanes)));
+template <class Real, int n>
+struct Vector {
+  typedef Real type __attribute__((vector_size(n * sizeof(Real))));
+};
 
-inline DoubleLanes widened(const float* part) {
-  FloatLanes lanes;
-  memcpy(&lanes, part, sizeof lanes);
-  return __builtin_convertvector(lanes, DoubleLanes);
-}
-inline DoubleLanes widened(const double* part) {
-  DoubleLanes lanes;
-  memcpy(&lanes, part, sizeof lanes);
-  return lanes;
-}
-
-// A sum over elements, lane by lane.
-template <class Real>
+// A sum over elements of T, lane by lane.
+template <class Real, class T>
 struct LaneSums {
-  Real part[kLanes] = {};
-  DoubleLanes total = {};
+  static constexpr int n = kLanes<T>;
+  using Doubles = typename Vector<double, n>::type;
+  Real part[n] = {};
+  Doubles total = {};
 
   void fold() {
-    total += widened(part);
+    typename Vector<Real, n>::type lanes;
+    memcpy(&lanes, part, sizeof lanes);
+    total += __builtin_convertvector(lanes, Doubles);
     memset(part, 0, sizeof part);
   }
   double sum() const {
     double all = 0;
-    for (int k = 0; k < kLanes; ++k) all += total[k];
+    for (int k = 0; k < n; ++k) all += total[k];
     return all;
   }
 };
 
-// Calls body(at, count) for the elements, begin(from, to) before those of a block and end() behind them.
-template <class Body, class Begin, class End>
-inline void for_lanes(int64_t n, const Body& body, const Begin& begin, const End& end) {
+// Calls body(at, count) for a row's elements, begin(from, to) before those of a block and end() behind them.
+template <class T, class Body, class Begin, class End>
+inline void for_lanes(int64_t cols, const Body& body, const Begin& begin, const End& end) {
+  constexpr int n = kLanes<T>;
   int64_t i = 0;
-  while (i + kBlock <= n) {
-    begin(i, i + kBlock);
-    for (int64_t stop = i + kBlock; i < stop; i += kLanes) body(i, WholeLanes());
+  while (i + kBlock<T> <= cols) {
+    begin(i, i + kBlock<T>);
+    for (int64_t stop = i + kBlock<T>; i < stop; i += n) body(i, Count<n>());
     end();
   }
-  begin(i, n);
-  for (; i + kLanes <= n; i += kLanes) body(i, WholeLanes());
-  if (i < n) body(i, SomeLanes{static_cast<int>(n - i)});
+  begin(i, cols);
+  for (; i + n <= cols; i += n) body(i, Count<n>());
+  end();
+  for (; i < cols; ++i) body(i, Count<1>());
   end();
 }
 
@@ -113,7 +109,7 @@ RowExtent extent_of(const T* a, const T* b, int64_t n) {
 template <class T, class Shift, Way way>
 RowSums sums_of(const T* a, const T* b, const T* next, float* clean_exp, float* noised_exp, int64_t n, const Shift shift) {
   using Real = typename Shift::Real;
-  LaneSums<Real> clean, noised, excess, excess_delta, clean_delta, noised_delta;
+  LaneSums<Real, T> clean, noised, excess, excess_delta, clean_delta, noised_delta;
   const auto add = [&](int64_t at, auto count) {
 #pragma omp simd
     for (int k = 0; k < count(); ++k) {
@@ -125,7 +121,7 @@ RowSums sums_of(const T* a, const T* b, const T* next, float* clean_exp, float* 
       noised.part[k] += eb;
       noised_delta.part[k] += eb_delta;
       if constexpr (way == Way::near) {
-        const float more = eb_delta * expm1_ratio(delta);
+        const float more = eb_delta * expm1_ratio_near(delta);
         excess.part[k] += more;
         excess_delta.part[k] += more * delta;
       } else {
@@ -148,7 +144,7 @@ RowSums sums_of(const T* a, const T* b, const T* next, float* clean_exp, float* 
       clean_delta.fold();
     }
   };
-  for_lanes(n, add, [&](int64_t begin, int64_t end) { prefetch(next, begin, end); }, fold);
+  for_lanes<T>(n, add, [&](int64_t begin, int64_t end) { prefetch(next, begin, end); }, fold);
   RowSums total = {};
   total.noised = noised.sum();
   total.noised_delta = noised_delta.sum();
@@ -198,8 +194,8 @@ double finish_row(const T* a, const T* b, const T* next, const float* clean_exp,
                   const Weights weights) {
   using Real = typename Shift::Real;
   const Folded fold = folded(moments, weights);
-  LaneSums<Real> value;
-  T unwanted[write ? kBlock : 1];  // where a gradient that nobody asked for goes
+  LaneSums<Real, T> value;
+  T unwanted[write ? kBlock<T> : 1];  // where a gradient that nobody asked for goes
   T *dx = unwanted, *dy = unwanted;
   int64_t start = 0;
   const auto begin = [&](int64_t from, int64_t to) {
@@ -226,7 +222,7 @@ double finish_row(const T* a, const T* b, const T* next, const float* clean_exp,
         const float q = noised_exp[i] * fold.noised_scale;
         float p, excess;
         if constexpr (way == Way::near) {
-          excess = q * r * expm1_ratio(r);
+          excess = q * r * expm1_ratio_near(r);
           p = q + excess;
         } else {
           p = clean_exp[i] * fold.clean_scale;
@@ -240,7 +236,7 @@ double finish_row(const T* a, const T* b, const T* next, const float* clean_exp,
       }
     }
   };
-  for_lanes(n, differentiate, begin, [&] {
+  for_lanes<T>(n, differentiate, begin, [&] {
     if constexpr (valued) value.fold();
   });
   if constexpr (!valued) return 0;
@@ -263,12 +259,12 @@ double cross_entropy_row(const T* a, T* grad, int64_t n, int64_t label, float we
     const float x = to_float(a[i]);
     max = x > max ? x : max;
   }
-  LaneSums<float> exponentials;
+  LaneSums<float, T> exponentials;
   const auto add = [&](int64_t at, auto count) {
 #pragma omp simd
     for (int k = 0; k < count(); ++k) exponentials.part[k] += exp_nonpositive(to_float(a[at + k]) - max);
   };
-  for_lanes(n, add, [](int64_t, int64_t) {}, [&] { exponentials.fold(); });
+  for_lanes<T>(n, add, [](int64_t, int64_t) {}, [&] { exponentials.fold(); });
   const double sum = exponentials.sum();
   const double value = (static_cast<double>(max) - to_float(a[label])) + log(sum);
   if (grad != nullptr) {
@@ -333,7 +329,7 @@ bool divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shi
   if (way == Way::far && (found.off_centre || !(found.value >= kFarDivergence))) return false;
   if (way == Way::near) {
     const double origin = static_cast<double>(shift.centre) + moments.log_ratio;  // r = a - b - origin
-    if (!(extent.difference_max - origin <= kNear && origin - extent.difference_min <= kNear)) return false;
+    if (!(extent.difference_max - origin <= kNearRow && origin - extent.difference_min <= kNearRow)) return false;
   }
 
   const bool labelled = row.ce_weight != 0 || row.noised_ce_weight != 0;
@@ -388,7 +384,7 @@ void two_stream_row(const DivergenceRow& row, double* kl, double* ce) {
     return undefined_row<T>(row, ce);
   }
   const float spread = row_spread(extent);
-  const bool near = spread <= kNear;
+  const bool near = spread <= kNearRow;
   if (row.cols < kNarrow)
     divergence_row<T>(row, extent, narrow_shift(extent), near, kl, ce);
   else if (plain_suffices(extent, spread))
@@ -419,8 +415,8 @@ template <class T>
 double mixture_sums(const T* a, const T* b, float* clean, float* noised, double* logs, int64_t cols,
                     const MixtureShift shift, const RowMoments<double> moments, double* clean_kl, double* noised_kl) {
   double value = 0, from_clean = 0, from_noised = 0, clean_mass = 0, noised_mass = 0;
-  for (int64_t begin = 0; begin < cols; begin += kBlock) {
-    const int64_t m = least(kBlock, cols - begin);
+  for (int64_t begin = 0; begin < cols; begin += kBlock<float>) {
+    const int64_t m = least(kBlock<float>, cols - begin);
     const T* x = a + begin;
     const T* y = b + begin;
     float* p = clean + begin;
