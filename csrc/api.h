@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "core/distillation.h"
 #include "core/params.h"
 #include "core/plan.h"
+#include "core/top_k.h"
 
 namespace fastpost {
 
@@ -40,7 +40,7 @@ struct LogitRows {
 //   without a divergence has the gradient of its cross-entropy.
 //   noised_classifies: in rows that have a divergence the noised stream has a cross-entropy as well, of the same label and
 //   weight, and ce is the sum of both.
-//   mixture: the divergence is Jensen-Shannon's. The CPU alone serves it.
+//   mixture: the divergence is Jensen-Shannon's. CUDA then has no cross-entropy of the noised stream.
 struct OperandOptions {
   double smoothing, cap;
   bool teaches, noised_classifies, mixture;
@@ -54,6 +54,15 @@ struct OperandOptions {
 struct DistillationOptions {
   Divergence divergence;
   double beta, temperature, teacher_cap, student_cap, smoothing;
+};
+
+// What a teacher has said of each row, `rows` times: k classes, each once, and the logarithms of their probabilities, behind
+// them that of all other classes where has_rest says so. -inf: the place is not used, whatever its class.
+struct TopKTeacher {
+  const int64_t* ids;
+  const double* log_probs;
+  int64_t classes;
+  bool has_rest;
 };
 
 enum class NoiseType : int { uniform = 0, normal = 1 };
@@ -186,6 +195,16 @@ void distillation_rows(const LogitRows& teacher, const LogitRows& student, const
                        int64_t ignore_index, const double* weights, const double* ce_weights, const DistillationOptions& how,
                        double* value, double* ce, int threads);
 
+// Per row: value = the divergence of a teacher of whom k classes are known and q = softmax(logits / T) (core/top_k.h), ce =
+// cross-entropy of the logits at their label, and the gradient of weights[row] * value + ce_weights[row] * ce in
+// operand_dtype, which may take the logits' place; null: not wanted. The logits are overwritten.
+//   Both weights 0: exactly 0, whatever the row holds. Else both values are made.
+//   NaN, +inf, no class, a class of the teacher that is none or is there twice: NaN. An infinite value has a gradient of
+//   NaN. labels, ce_weights and ce: all null or none.
+void top_k_rows(const LogitRows& logits, const LogitRows& grad, DType operand_dtype, int64_t rows, int64_t cols,
+                const TopKTeacher& teacher, const int64_t* labels, int64_t ignore_index, const double* weights,
+                const double* ce_weights, const TopKOptions& how, double* value, double* ce, int threads);
+
 // The losses of all rows and, where asked for, the gradients of the loss; everything as in the two above, of which
 // jensen_shannon takes the second, which has no labels. labels, mask: null where there are none.
 RowLosses row_losses(bool jensen_shannon, const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean,
@@ -282,11 +301,23 @@ void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRo
                   const double* kl_weights, const double* ce_weights, const OperandOptions& how, double* kl, double* ce,
                   int device, void* stream);
 
+// operand_rows with the Jensen-Shannon divergence, which calls it.
+void js_operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& first, const LogitRows& second,
+                     DType operand_dtype, int64_t rows, int64_t cols, const int64_t* labels, int64_t ignore_index,
+                     const double* kl_weights, const double* ce_weights, const OperandOptions& how, double* kl, double* ce,
+                     int device, void* stream);
+
 // Operands are float32 or bfloat16.
 void distillation_rows(const LogitRows& teacher, const LogitRows& student, const LogitRows& grad_teacher,
                        const LogitRows& grad_student, DType operand_dtype, int64_t rows, int64_t cols, const int64_t* labels,
                        int64_t ignore_index, const double* weights, const double* ce_weights, const DistillationOptions& how,
                        double* value, double* ce, int device, void* stream);
+
+// known_logits: room for rows * k floats. Gradients are float32 or bfloat16.
+void top_k_rows(const LogitRows& logits, const LogitRows& grad, DType operand_dtype, int64_t rows, int64_t cols,
+                const TopKTeacher& teacher, const int64_t* labels, int64_t ignore_index, const double* weights,
+                const double* ce_weights, const TopKOptions& how, double* value, double* ce, float* known_logits, int device,
+                void* stream);
 
 // items: the number that both sums are divided by (0 gives 0), on the device; null: how says it all. room: 4 * rows doubles.
 // loss, task, divergence: a float each on the device; null: not wanted. Labels that are no class and divergences that are

@@ -285,6 +285,23 @@ void bind_cpu(py::module_ cpu) {
       py::arg("smoothing"), py::arg("cap"), py::arg("teaches"), py::arg("noised_classifies"), py::arg("mixture"),
       py::arg("kl"), py::arg("ce"), py::arg("threads"), Released());
   cpu.def(
+      "top_k_rows",
+      [](Address logits, int64_t logits_stride, Address grad, int64_t grad_stride, DType operand_dtype, int64_t rows,
+         int64_t cols, Address ids, Address log_probs, int64_t classes, bool teacher_has_rest, Address labels,
+         int64_t ignore_index, Address weights, Address ce_weights, Divergence divergence, double beta, double temperature,
+         double cap, double smoothing, bool has_rest, Address value, Address ce, int threads) {
+        cpu::top_k_rows({as(logits), logits_stride}, {as(grad), grad_stride}, operand_dtype, rows, cols,
+                        {as<int64_t>(ids), as<double>(log_probs), classes, teacher_has_rest}, as<int64_t>(labels),
+                        ignore_index, as<double>(weights), as<double>(ce_weights),
+                        {divergence, beta, temperature, cap, smoothing, has_rest}, as<double>(value), as<double>(ce),
+                        threads);
+      },
+      py::arg("logits"), py::arg("logits_stride"), py::arg("grad"), py::arg("grad_stride"), py::arg("operand_dtype"),
+      py::arg("rows"), py::arg("cols"), py::arg("ids"), py::arg("log_probs"), py::arg("classes"),
+      py::arg("teacher_has_rest"), py::arg("labels"), py::arg("ignore_index"), py::arg("weights"), py::arg("ce_weights"),
+      py::arg("divergence"), py::arg("beta"), py::arg("temperature"), py::arg("cap"), py::arg("smoothing"),
+      py::arg("has_rest"), py::arg("value"), py::arg("ce"), py::arg("threads"), Released());
+  cpu.def(
       "distillation_rows",
       [](Address teacher, int64_t teacher_stride, Address student, int64_t student_stride, Address grad_teacher,
          int64_t grad_teacher_stride, Address grad_student, int64_t grad_student_stride, DType operand_dtype, int64_t rows,
@@ -615,17 +632,36 @@ void bind_cuda(py::module_ cuda) {
       [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address first, int64_t first_stride,
          Address second, int64_t second_stride, DType operand_dtype, int64_t rows, int64_t cols, Address labels,
          int64_t ignore_index, Address kl_weights, Address ce_weights, double smoothing, double cap, bool teaches,
-         bool noised_classifies, Address kl, Address ce, int device, Address stream) {
+         bool noised_classifies, bool mixture, Address kl, Address ce, int device, Address stream) {
         cuda::operand_rows(
             {as(clean), clean_stride}, {as(noised), noised_stride}, {as(first), first_stride}, {as(second), second_stride},
             operand_dtype, rows, cols, as<int64_t>(labels), ignore_index, as<double>(kl_weights), as<double>(ce_weights),
-            {smoothing, cap, teaches, noised_classifies, false}, as<double>(kl), as<double>(ce), device, as(stream));
+            {smoothing, cap, teaches, noised_classifies, mixture}, as<double>(kl), as<double>(ce), device, as(stream));
       },
       py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("first"),
       py::arg("first_stride"), py::arg("second"), py::arg("second_stride"), py::arg("operand_dtype"), py::arg("rows"),
       py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("kl_weights"), py::arg("ce_weights"),
-      py::arg("smoothing"), py::arg("cap"), py::arg("teaches"), py::arg("noised_classifies"), py::arg("kl"), py::arg("ce"),
-      py::arg("device"), py::arg("stream"), Released());
+      py::arg("smoothing"), py::arg("cap"), py::arg("teaches"), py::arg("noised_classifies"), py::arg("mixture"),
+      py::arg("kl"), py::arg("ce"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "top_k_rows",
+      [](Address logits, int64_t logits_stride, Address grad, int64_t grad_stride, DType operand_dtype, int64_t rows,
+         int64_t cols, Address ids, Address log_probs, int64_t classes, bool teacher_has_rest, Address labels,
+         int64_t ignore_index, Address weights, Address ce_weights, Divergence divergence, double beta, double temperature,
+         double cap, double smoothing, bool has_rest, Address value, Address ce, Address known_logits, int device,
+         Address stream) {
+        cuda::top_k_rows({as(logits), logits_stride}, {as(grad), grad_stride}, operand_dtype, rows, cols,
+                         {as<int64_t>(ids), as<double>(log_probs), classes, teacher_has_rest}, as<int64_t>(labels),
+                         ignore_index, as<double>(weights), as<double>(ce_weights),
+                         {divergence, beta, temperature, cap, smoothing, has_rest}, as<double>(value), as<double>(ce),
+                         as<float>(known_logits), device, as(stream));
+      },
+      py::arg("logits"), py::arg("logits_stride"), py::arg("grad"), py::arg("grad_stride"), py::arg("operand_dtype"),
+      py::arg("rows"), py::arg("cols"), py::arg("ids"), py::arg("log_probs"), py::arg("classes"),
+      py::arg("teacher_has_rest"), py::arg("labels"), py::arg("ignore_index"), py::arg("weights"), py::arg("ce_weights"),
+      py::arg("divergence"), py::arg("beta"), py::arg("temperature"), py::arg("cap"), py::arg("smoothing"),
+      py::arg("has_rest"), py::arg("value"), py::arg("ce"), py::arg("known_logits"), py::arg("device"), py::arg("stream"),
+      Released());
   cuda.def(
       "distillation_rows",
       [](Address teacher, int64_t teacher_stride, Address student, int64_t student_stride, Address grad_teacher,

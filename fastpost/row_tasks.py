@@ -109,6 +109,49 @@ class DistillationTask(NamedTuple):
     smoothing: float = 0.0
 
 
+class TopKTask(NamedTuple):
+    """A divergence of a teacher, of whom k classes of every row are known, and a student's rows; the student's
+    cross-entropy, and the gradient of their weighted sum.
+
+    The classes of the divergence are the known ones and, with `has_rest`, all others as one more; `divergence`, `beta` and
+    `temperature` are as in `DistillationTask`.
+
+    Attributes:
+        logits: (rows, classes) of the student, float32 or float64, in rows at one distance. They are overwritten.
+        ids: int64 (rows, k), contiguous: the known classes, each once in a row.
+        log_probs: float64 (rows, k) or, with the rest's last, (rows, k + 1), contiguous; of a teacher whose logits were
+            divided by the temperature. -inf: the place is not used, whatever its id.
+        labels, ignore_index: as in `DistillationTask`.
+        weights, ce_weights: float64 (rows,); ce_weights None: no cross-entropy. Where both are 0 the row may hold anything
+            and gives exactly 0; else both values are made.
+        value_out, ce_out: float64 (rows,), where the values go; ce_out is None where ce_weights is.
+        grad: where the gradient goes, of the logits' or of a narrower dtype; may be the logits themselves, None: not wanted.
+        has_rest: False: both models are taken over the k classes.
+        cap, smoothing: as `student_cap` and `smoothing` in `DistillationTask`.
+
+    Known probabilities whose sum rounding has brought above 1 are scaled to 1; without a rest, and where all classes are
+    known, they always are. An infinite value (a class that the other side lacks) has NaN in place of the gradient. A row of
+    NaN, +inf or no class is NaN. Kernels give NaN for an id that is no class or is there twice as well.
+    """
+
+    logits: Tensor
+    ids: Tensor
+    log_probs: Tensor
+    labels: Tensor | None
+    ignore_index: int
+    weights: Tensor
+    ce_weights: Tensor | None
+    value_out: Tensor
+    ce_out: Tensor | None
+    grad: Tensor | None = None
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    has_rest: bool = True
+    cap: float = 0.0
+    smoothing: float = 0.0
+
+
 class LossTask(NamedTuple):
     """Losses of rows, summed up, of plain tensors; a row counts unless labels or mask leave it out.
 

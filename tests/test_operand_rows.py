@@ -317,9 +317,11 @@ def equations(
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("cols", COLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("op", ["operand_rows", "js_operand_rows"] if "cpu" in CPU_BACKENDS else ["operand_rows"])
+@pytest.mark.parametrize("op", ["operand_rows"] if CPU_BACKENDS == ("triton",) else ["operand_rows", "js_operand_rows"])
 def test_rows_that_are_no_numbers(backend: str, rule: dict[str, Any], cols: int, dtype: torch.dtype, op: str) -> None:
     """Every kind of row under every weight: values and gradients are right, and infinite or NaN where they should be."""
+    if backend == "cuda" and op == "js_operand_rows" and rule.get("noised_classifies"):
+        pytest.skip("R-Drop's divergence is the symmetric KL, and no loss has both")
     some = RULES.index(rule) if backend == "triton" else None
     clean, noised, labels, weights, names = odd_rows(cols, rule.get("cap", 0.0), some)
     kls, ces, *exact = map(torch.stack, zip(*(

@@ -432,6 +432,20 @@ def test_the_fused_head_refuses_second_derivatives_and_serves_first_ones(name: s
     assert all(same_bits(g, w) for g, w in zip(got, per_sample(loss, hidden, *fixed[1:], dims=dims), strict=True))
 
 
+def test_distillation_names_itself_where_it_refuses_second_derivatives() -> None:
+    student, head, teacher = torch.randn(ROWS, 4), torch.randn(CLASSES, 4), torch.randn(ROWS, CLASSES)
+    log_probs, ids = teacher.log_softmax(-1).topk(2)
+    student.requires_grad_()
+    for loss in (
+        fastpost.distillation_loss(student @ head.T, teacher),
+        fastpost.linear_distillation_loss(student, head, teacher @ head, head),
+        fastpost.linear_top_k_distillation_loss(student, head, ids, log_probs),
+    ):
+        (g,) = torch.autograd.grad(loss.loss, student, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"^distillation_loss, .* no second derivative.*kl_div\(student"):
+            torch.autograd.grad(g.square().sum(), student)
+
+
 def test_products_at_w_plus_e_have_second_derivatives() -> None:
     x, w, u = torch.randn(3, 4), torch.randn(4, 5), torch.randn(4, 5)
     x, w = x.double().requires_grad_(), w.double().requires_grad_()

@@ -176,6 +176,37 @@ void distillation_rows(const LogitRows& teacher, const LogitRows& student, const
   });
 }
 
+void top_k_rows(const LogitRows& logits, const LogitRows& grad, DType operand_dtype, int64_t rows, int64_t cols,
+                const TopKTeacher& teacher, const int64_t* labels, int64_t ignore_index, const double* weights,
+                const double* ce_weights, const TopKOptions& how, double* value, double* ce, int threads) {
+  const int64_t size = element_size(DType::f32), operand_size = element_size(operand_dtype), k = teacher.classes;
+  for_rows(rows, cols, threads, [&](int64_t i, int64_t) {
+    thread_local std::vector<float> scratch;
+    thread_local std::vector<double> known;
+    if (scratch.size() < static_cast<size_t>(2 * cols)) scratch.resize(2 * cols);
+    if (known.size() < static_cast<size_t>(2 * k)) known.resize(2 * k);
+    TopKRow row = {};
+    row.logits = static_cast<float*>(at(logits, i, size));
+    row.scratch = scratch.data();
+    row.known = known.data();
+    row.grad = at(grad, i, operand_size);
+    row.cols = cols;
+    row.label = labels == nullptr ? ignore_index : labels[i];
+    row.ids = teacher.ids + i * k;
+    row.log_probs = teacher.log_probs + i * (k + (teacher.has_rest ? 1 : 0));
+    row.classes = k;
+    row.teacher_has_rest = teacher.has_rest;
+    row.weight = weights[i];
+    row.ce_weight = ce_weights == nullptr ? 0 : ce_weights[i];
+    row.how = how;
+    const bool counts = row.weight != 0 || row.ce_weight != 0, classified = counts && row.label != ignore_index;
+    row.labelled = classified && row.label >= 0 && row.label < cols;
+    double ce_value;
+    top_k_loops().row(operand_dtype, row, &value[i], &ce_value);
+    if (ce != nullptr) ce[i] = classified && !row.labelled ? NAN : ce_value;
+  });
+}
+
 void js_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& grad_clean, const LogitRows& grad_noised,
              DType dtype, int64_t rows, int64_t cols, const double* weights, double* value, int threads) {
   const int64_t size = element_size(dtype);

@@ -16,11 +16,12 @@
 
 namespace fastpost::cpu {
 
-#define FASTPOST_DECLARE_ISA(isa)                      \
-  extern const ParamsLoops params_loops_##isa;         \
-  extern const NoiseLoops noise_loops_##isa;           \
-  extern const DivergenceLoops divergence_loops_##isa; \
-  extern const DistillationLoops distillation_loops_##isa;
+#define FASTPOST_DECLARE_ISA(isa)                          \
+  extern const ParamsLoops params_loops_##isa;             \
+  extern const NoiseLoops noise_loops_##isa;               \
+  extern const DivergenceLoops divergence_loops_##isa;     \
+  extern const DistillationLoops distillation_loops_##isa; \
+  extern const TopKLoops top_k_loops_##isa;
 
 #if defined(__x86_64__)
 FASTPOST_DECLARE_ISA(sse)
@@ -39,6 +40,7 @@ struct Isa {
   const NoiseLoops* noise;
   const DivergenceLoops* divergence;
   const DistillationLoops* distillation;
+  const TopKLoops* top_k;
 };
 
 #if defined(__x86_64__)
@@ -59,7 +61,13 @@ bool runs_avx512() {
 #endif
 
 #define FASTPOST_ISA_ENTRY(isa, runs_here) \
-  {#isa, runs_here, &params_loops_##isa, &noise_loops_##isa, &divergence_loops_##isa, &distillation_loops_##isa}
+  {#isa,                                   \
+   runs_here,                              \
+   &params_loops_##isa,                    \
+   &noise_loops_##isa,                     \
+   &divergence_loops_##isa,                \
+   &distillation_loops_##isa,              \
+   &top_k_loops_##isa}
 
 // Best first.
 const std::vector<Isa>& built() {
@@ -105,6 +113,7 @@ const ParamsLoops& params_loops() { return *chosen().params; }
 const NoiseLoops& noise_loops() { return *chosen().noise; }
 const DivergenceLoops& divergence_loops() { return *chosen().divergence; }
 const DistillationLoops& distillation_loops() { return *chosen().distillation; }
+const TopKLoops& top_k_loops() { return *chosen().top_k; }
 
 bool advise_huge_pages(void* address, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "core/distillation.h"
 #include "core/dtype.h"
 #include "core/params.h"
+#include "core/top_k.h"
 
 #define FASTPOST_PASTE_(a, b) a##b
 #define FASTPOST_PASTE(a, b) FASTPOST_PASTE_(a, b)
@@ -102,10 +102,30 @@ struct DistillationLoops {
   void (*row)(DType, const DistillationRow&, double* value, double* ce);
 };
 
+// One row of top_k_rows (csrc/api.h), whose logits are overwritten. Without a label in range, ce_weight is 0.
+struct TopKRow {
+  float *logits, *scratch;  // scratch: 2 * cols
+  double* known;            // scratch, 2 * classes
+  void* grad;               // null: not wanted; a float one may be the logits themselves
+  int64_t cols, label;
+  const int64_t* ids;
+  const double* log_probs;
+  int64_t classes;
+  bool teacher_has_rest, labelled;
+  double weight, ce_weight;
+  TopKOptions how;
+};
+
+struct TopKLoops {
+  // The gradient has this type.
+  void (*row)(DType, const TopKRow&, double* value, double* ce);
+};
+
 // The tables of the instruction set in use.
 const ParamsLoops& params_loops();
 const DivergenceLoops& divergence_loops();
 const DistillationLoops& distillation_loops();
+const TopKLoops& top_k_loops();
 const NoiseLoops& noise_loops();
 
 }  // namespace fastpost::cpu

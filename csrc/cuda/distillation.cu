@@ -19,10 +19,12 @@ struct Distillation {
   int64_t rows, cols;
   const int64_t* labels;
   int64_t ignore_index;
-  const double *weights, *ce_weights;
+  const double *weights, *ce_weights;  // without weights no row has a divergence
   double *value, *ce;
   FDivergence divergence;
-  double temperature, teacher_slope, student_slope, smoothing;
+  double temperature, teacher_slope, student_slope;
+  double smoothing, value_smoothing;  // of the cross-entropy's gradient, and of its value
+  double student_share;               // what the divergence's gradient to the student is multiplied by
 };
 
 // What is asked of a row.
@@ -33,7 +35,7 @@ struct Asked {
 };
 
 __device__ __forceinline__ Asked asked_of(const Distillation& d, int64_t row) {
-  Asked asked{d.weights[row], 0, 0, false};
+  Asked asked{d.weights == nullptr ? 0 : d.weights[row], 0, 0, false};
   if (d.labels == nullptr || d.labels[row] == d.ignore_index) return asked;
   asked.label = d.labels[row];
   asked.ce_weight = d.ce_weights == nullptr ? 1.0 : d.ce_weights[row];
@@ -87,6 +89,7 @@ __device__ __forceinline__ void set_up(DistillationWork& work, const Distillatio
   work.row.teacher_slope = static_cast<float>(d.teacher_slope);
   work.row.student_slope = static_cast<float>(d.student_slope);
   work.row.weight = static_cast<float>(work.asked.weight / d.temperature);
+  work.row.student_weight = static_cast<float>(d.student_share) * work.row.weight;
   if (!labelled) return;
   work.row.flat = static_cast<float>(work.asked.ce_weight * d.smoothing / d.cols);
   work.student_label = row_of<float>(d.student, row)[work.asked.label];
@@ -175,13 +178,6 @@ __device__ __forceinline__ void judge_terms(DistillationWork& work, const FDiver
   work.row.student_mean.set(sum[2] / sum[4]);
 }
 
-template <class O>
-__device__ __forceinline__ void fill(O* x, int64_t cols, float value) {
-  if (x == nullptr) return;
-#pragma unroll 1
-  for (int64_t i = threadIdx.x; i < cols; i += kRowThreads) x[i] = from_float<O>(value);
-}
-
 // Blocks that share a multiprocessor: what registers hold without a stack.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kWideBlocks = 2;
@@ -242,7 +238,7 @@ __global__ void __launch_bounds__(kRowThreads, kWideBlocks)
     if (threadIdx.x == 0) judge_terms(work, d.divergence);
     __syncthreads();
   }
-  if (labelled && d.smoothing != 0) {  // its value wants the mean of the logits
+  if (labelled && d.value_smoothing != 0) {  // its value wants the mean of the logits
     double sum = 0;
 #pragma unroll 4
     for (int64_t i = threadIdx.x; i < d.cols; i += kRowThreads) sum += b[i];
@@ -268,9 +264,9 @@ __global__ void __launch_bounds__(kRowThreads, kWideBlocks)
     });
   }
   if (threadIdx.x == 0) {
-    d.value[row] = work.value;
+    if (d.value != nullptr) d.value[row] = work.value;
     double ce = work.minus_log;
-    if (labelled && d.smoothing != 0) ce += d.smoothing * (work.student_label - work.student_sum / d.cols);
+    if (labelled && d.value_smoothing != 0) ce += d.value_smoothing * (work.student_label - work.student_sum / d.cols);
     if (d.ce != nullptr) d.ce[row] = work.asked.bad_label ? NAN : ce;
   }
 }
@@ -389,7 +385,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 2) narrow_distillation_kernel(
     double ce = 0;
     if (labelled) ce = bad_student ? NAN : log(n.plain_sum) + (static_cast<double>(n.student_max) - label_logit);
     const double flat = labelled ? asked.ce_weight * d.smoothing / d.cols : 0, minus_log = ce;
-    if (labelled && d.smoothing != 0) ce += d.smoothing * (label_logit - warp_sum(logits) / d.cols);
+    if (labelled && d.value_smoothing != 0) ce += d.value_smoothing * (label_logit - warp_sum(logits) / d.cols);
     O* grad_a = row_of<O>(d.grad_teacher, row);
     O* grad_b = row_of<O>(d.grad_student, row);
     const double weight = asked.weight / d.temperature;
@@ -408,28 +404,28 @@ __global__ void __launch_bounds__(kNarrowThreads, 2) narrow_distillation_kernel(
           ShareIn<decltype(family)::value> teacher, student;
           share_of<decltype(family)::value>(pair, how, &term, &teacher, &student);
           to_teacher = before(weight * (teacher - pair.p * teacher_mean), x, d.teacher_slope);
-          to_student = weight * (student - pair.q * student_mean);
+          to_student = d.student_share * weight * (student - pair.q * student_mean);
         }
         if (labelled) {
           const double task = asked.ce_weight * exp_of(b[i], n.student_max, 1) / n.plain_sum;
           to_student += (i == asked.label ? at_label(asked, minus_log, d.smoothing) : task) - flat;
         }
         if (compares || labelled) to_student = before(to_student, b[i], d.student_slope);
+        if (how.sums != 0) to_student += to_teacher;
         if (diverges && !compares) to_teacher = to_student = NAN;
         if (grad_a != nullptr) grad_a[i] = from_float<O>(static_cast<float>(to_teacher));
         if (grad_b != nullptr) grad_b[i] = from_float<O>(static_cast<float>(to_student));
       }
     });
     if (lane == 0) {
-      d.value[row] = value;
+      if (d.value != nullptr) d.value[row] = value;
       if (d.ce != nullptr) d.ce[row] = asked.bad_label ? NAN : ce;
     }
   }
 }
 
-FDivergence divergence_of(const DistillationOptions& how) {
-  const Divergence kind = how.divergence;
-  FDivergence found = {Family::kl, 0, 0, {}, INFINITY};
+FDivergence divergence_of(Divergence kind, double beta) {
+  FDivergence found = {Family::kl, 0, 0, {}, INFINITY, 0};
   if (kind == Divergence::forward_kl || kind == Divergence::symmetric_kl) found.forward = 1;
   if (kind == Divergence::reverse_kl || kind == Divergence::symmetric_kl) found.reverse = 1;
   if (kind == Divergence::total_variation) {
@@ -437,10 +433,29 @@ FDivergence divergence_of(const DistillationOptions& how) {
     found.most = 1;
   } else if (kind == Divergence::js) {
     found.family = Family::js;
-    found.mixture = mixture_of(how.beta);
-    found.most = most_of(how.beta);
+    found.mixture = mixture_of(beta);
+    found.most = most_of(beta);
   }
   return found;
+}
+
+double slope_of(double cap) { return cap != 0 ? 1 / cap : 0; }
+
+void launch(const Call& call, DType operand_dtype, const Distillation& work) {
+  const auto run = [&](auto t) {
+    using O = decltype(t);
+    if (work.cols < kNarrow)
+      call.launch(narrow_distillation_kernel<O>, narrow_blocks(work.rows), kNarrowThreads, work);
+    else
+      for (int64_t at = 0; at < work.rows; at += kMostBlocks)
+        call.launch(wide_distillation_kernel<O>, std::min(work.rows - at, kMostBlocks), kRowThreads, work, at);
+  };
+  if (operand_dtype == DType::f32)
+    run(float{});
+  else if (operand_dtype == DType::bf16)
+    run(bf16{});
+  else
+    throw std::invalid_argument("rows of a distillation: operands are float32 or bfloat16");
 }
 
 }  // namespace
@@ -451,38 +466,49 @@ void distillation_rows(const LogitRows& teacher, const LogitRows& student, const
                        double* value, double* ce, int device, void* stream) {
   const Call call("distillation_rows", device, stream);
   if (rows == 0) return;
-  const auto slope_of = [](double cap) { return cap != 0 ? 1 / cap : 0; };
-  const Distillation work{teacher,
-                          student,
-                          grad_teacher,
-                          grad_student,
-                          rows,
-                          cols,
-                          labels,
-                          ignore_index,
-                          weights,
-                          ce_weights,
-                          value,
-                          ce,
-                          divergence_of(how),
-                          how.temperature,
-                          slope_of(how.teacher_cap),
-                          slope_of(how.student_cap),
-                          how.smoothing};
-  const auto launch = [&](auto t) {
-    using O = decltype(t);
-    if (cols < kNarrow)
-      call.launch(narrow_distillation_kernel<O>, narrow_blocks(rows), kNarrowThreads, work);
-    else
-      for (int64_t at = 0; at < rows; at += kMostBlocks)
-        call.launch(wide_distillation_kernel<O>, std::min(rows - at, kMostBlocks), kRowThreads, work, at);
-  };
-  if (operand_dtype == DType::f32)
-    launch(float{});
-  else if (operand_dtype == DType::bf16)
-    launch(bf16{});
-  else
-    throw std::invalid_argument("distillation_rows: operands are float32 or bfloat16");
+  launch(call, operand_dtype,
+         {teacher, student, grad_teacher, grad_student, rows, cols, labels, ignore_index, weights, ce_weights, value, ce,
+          divergence_of(how.divergence, how.beta), how.temperature, slope_of(how.teacher_cap), slope_of(how.student_cap),
+          how.smoothing, how.smoothing, 1});
+}
+
+// The noised stream is the teacher: the mixture's halves are the same, and the student has the cross-entropy.
+void js_operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRows& first, const LogitRows& second,
+                     DType operand_dtype, int64_t rows, int64_t cols, const int64_t* labels, int64_t ignore_index,
+                     const double* kl_weights, const double* ce_weights, const OperandOptions& how, double* kl, double* ce,
+                     int device, void* stream) {
+  const Call call("js_operand_rows", device, stream);
+  if (rows == 0) return;
+  if (how.noised_classifies)
+    throw std::invalid_argument("js_operand_rows: CUDA has no cross-entropy of the noised stream beside this divergence");
+  Distillation work = {noised,
+                       clean,
+                       second,
+                       first,
+                       rows,
+                       cols,
+                       labels,
+                       ignore_index,
+                       kl_weights,
+                       ce_weights,
+                       kl,
+                       ce,
+                       divergence_of(Divergence::js, 0.5),
+                       1,
+                       slope_of(how.cap),
+                       slope_of(how.cap),
+                       how.smoothing,
+                       0,
+                       how.teaches ? 1.0 : 0.0};
+  work.divergence.sums = first.address != nullptr && second.address != nullptr ? 1 : 0;
+  if (how.teaches || first.address == nullptr || second.address != nullptr) return launch(call, operand_dtype, work);
+  // The first operand is the cross-entropy's gradient, as if there were no divergence, even where that is undefined.
+  work.grad_student.address = nullptr;
+  launch(call, operand_dtype, work);
+  work.grad_student = first;
+  work.weights = nullptr;
+  work.value = nullptr;
+  launch(call, operand_dtype, work);
 }
 
 }  // namespace fastpost::cuda

@@ -22,6 +22,7 @@ struct FDivergence {
   float forward, reverse;
   Mixture mixture;
   double most;  // what its value may not go beyond
+  float sums;   // Jensen-Shannon's: 1 where the student's gradient has the teacher's added, else 0
 };
 
 template <Family family>
@@ -83,7 +84,7 @@ struct Comparison {
   TwoFloats equal, above, below;                                   // the differences where these of a pair are 0
   float teacher_unit, student_unit, teacher_scale, student_scale;  // of probabilities
   TwoFloats teacher_mean, student_mean;                            // E_p[g], E_q[h]
-  float weight;                                                    // of the divergence, over the temperature
+  float weight, student_weight;  // of the divergence in the teacher's and the student's gradient, over the temperature
   // The student's cross-entropy: its weight is in the scale. flat: what label smoothing takes from each class.
   float task_origin, task_unit, task_scale, flat;
   int64_t label;                       // -1: none
@@ -112,24 +113,14 @@ __device__ __forceinline__ float task_gradient(float b, const Comparison& c) {
   return fmaf(c.task_scale, exp2_fast(fmaf(b - c.task_origin, kLog2e, -c.task_unit)), -c.flat);
 }
 
-template <Family family>
-__device__ __forceinline__ float teacher_gradient(float a, float b, const Comparison& c, const FDivergence& how) {
-  const Pair pair = compare(a, b, c);
-  float term;
-  ShareIn<family> teacher, student;
-  share_of<family>(pair, how, &term, &teacher, &student);
-  return uncapped(c.weight * less_mean(teacher, pair.p, c.teacher_mean), a, c.teacher_slope);
+// Of a pair whose shares are known. task: the cross-entropy's part.
+template <class Share>
+__device__ __forceinline__ float teacher_gradient(float a, Share share, const Pair& pair, const Comparison& c) {
+  return uncapped(c.weight * less_mean(share, pair.p, c.teacher_mean), a, c.teacher_slope);
 }
-
-// task: the cross-entropy's part.
-template <Family family>
-__device__ __forceinline__ float student_gradient(float a, float b, const Comparison& c, const FDivergence& how,
-                                                  float task) {
-  const Pair pair = compare(a, b, c);
-  float term;
-  ShareIn<family> teacher, student;
-  share_of<family>(pair, how, &term, &teacher, &student);
-  return uncapped(fmaf(c.weight, less_mean(student, pair.q, c.student_mean), task), b, c.student_slope);
+template <class Share>
+__device__ __forceinline__ float student_gradient(float b, Share share, const Pair& pair, const Comparison& c, float task) {
+  return uncapped(fmaf(c.student_weight, less_mean(share, pair.q, c.student_mean), task), b, c.student_slope);
 }
 
 // visit(i, classes, x, y) for this thread's packs, round by round: the last first, whose columns may still be in a cache, or
@@ -200,15 +191,6 @@ __device__ __forceinline__ TermSums sum_terms(const float* a, const float* b, in
   return sums;
 }
 
-// classes: how many of the pack's there are.
-template <class O>
-__device__ __forceinline__ void store_some(O* to, int classes, const Pack<float>& pack, bool wide) {
-  if (classes == pack.size)
-    store_as(to, pack, wide);
-  else if (classes == 1)
-    to[0] = from_float<O>(pack.value[0]);
-}
-
 // Each thread writes only what it has read, so gradients may take the logits' place. A null gradient is not wanted.
 template <Family family, class O>
 __device__ __forceinline__ void write_gradients(const float* a, const float* b, O* grad_a, O* grad_b, int64_t cols,
@@ -216,21 +198,37 @@ __device__ __forceinline__ void write_gradients(const float* a, const float* b, 
   const Cut<float> cut(a, cols);
   const bool wide_a = aligned(grad_a + cut.head), wide_b = aligned(grad_b + cut.head);
   for_packs(a, b, cut, backwards, ahead, [&](int64_t i, int classes, const Pack<float>& x, const Pack<float>& y) {
-    Pack<float> out;
-    if (grad_b != nullptr) {
-      const int64_t from = c.label - i;
-      const int label = from >= 0 && from < x.size ? static_cast<int>(from) : -1;
+    Pack<float> to_teacher, to_student;
+    const int64_t from = c.label - i;
+    const int label = from >= 0 && from < x.size ? static_cast<int>(from) : -1;
+    const auto gradients = [&](int k, float* teacher, float* student) {
+      const Pair pair = compare(x.value[k], y.value[k], c);
+      float term;
+      ShareIn<family> own, other;
+      share_of<family>(pair, how, &term, &own, &other);
+      if (teacher != nullptr) *teacher = teacher_gradient(x.value[k], own, pair, c);
+      const float task = k == label ? c.label_task : task_gradient(y.value[k], c);
+      if (student != nullptr) *student = student_gradient(y.value[k], other, pair, c, task);
+    };
+    if constexpr (family == Family::js) {  // its logarithms are dear, and serve both
 #pragma unroll
       for (int k = 0; k < x.size; ++k) {
-        const float task = k == label ? c.label_task : task_gradient(y.value[k], c);
-        out.value[k] = student_gradient<family>(x.value[k], y.value[k], c, how, task);
+        gradients(k, &to_teacher.value[k], &to_student.value[k]);
+        to_student.value[k] = fmaf(how.sums, to_teacher.value[k], to_student.value[k]);
       }
-      store_some(grad_b + i, classes, out, wide_b);
-    }
-    if (grad_a != nullptr) {
+      if (grad_b != nullptr) store_some(grad_b + i, classes, to_student, wide_b);
+      if (grad_a != nullptr) store_some(grad_a + i, classes, to_teacher, wide_a);
+    } else {
+      if (grad_b != nullptr) {
 #pragma unroll
-      for (int k = 0; k < x.size; ++k) out.value[k] = teacher_gradient<family>(x.value[k], y.value[k], c, how);
-      store_some(grad_a + i, classes, out, wide_a);
+        for (int k = 0; k < x.size; ++k) gradients(k, nullptr, &to_student.value[k]);
+        store_some(grad_b + i, classes, to_student, wide_b);
+      }
+      if (grad_a != nullptr) {
+#pragma unroll
+        for (int k = 0; k < x.size; ++k) gradients(k, &to_teacher.value[k], nullptr);
+        store_some(grad_a + i, classes, to_teacher, wide_a);
+      }
     }
   });
 }

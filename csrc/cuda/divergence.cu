@@ -12,19 +12,6 @@
 namespace fastpost::cuda {
 namespace {
 
-template <class T>
-__device__ __forceinline__ void fill(T* x, int64_t cols, float value) {
-  if (x == nullptr) return;
-  const Cut<T> cut(x, cols);
-  Pack<T> pack;
-#pragma unroll
-  for (int k = 0; k < cut.size; ++k) pack.value[k] = from_float<T>(value);
-#pragma unroll 1
-  for (int64_t v = threadIdx.x; v < cut.packs; v += kRowThreads) store_pack(x + cut.head + v * cut.size, pack, true);
-  const int64_t i = threadIdx.x < kWarp ? cut.single() : -1;
-  if (i >= 0) x[i] = pack.value[0];
-}
-
 // What a row's sums are of: both streams, or one against itself, for its cross-entropy.
 enum class Streams : int { both, noised, clean };
 
@@ -322,10 +309,12 @@ void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRo
                   DType operand_dtype, int64_t rows, int64_t cols, const int64_t* labels, int64_t ignore_index,
                   const double* kl_weights, const double* ce_weights, const OperandOptions& how, double* kl, double* ce,
                   int device, void* stream) {
+  if (how.mixture)
+    return js_operand_rows(clean, noised, first, second, operand_dtype, rows, cols, labels, ignore_index, kl_weights,
+                           ce_weights, how, kl, ce, device, stream);
   const Call call("operand_rows", device, stream);
   if (rows == 0) return;
   const Rows work{clean, noised, first, second, rows, cols, labels, ignore_index, kl_weights, ce_weights, kl, ce};
-  if (how.mixture) throw std::invalid_argument("operand_rows: CUDA has no Jensen-Shannon divergence");
   const OperandRule rule{how.smoothing, how.cap != 0 ? 1 / how.cap : 0, how.teaches,
                          first.address != nullptr && second.address != nullptr, how.noised_classifies};
   const auto launch = [&](auto t) {

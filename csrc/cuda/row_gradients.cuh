@@ -70,6 +70,29 @@ __device__ __forceinline__ void store_as(bf16* to, const Pack<float>& pack, bool
   }
 }
 
+// classes: how many of the pack's there are.
+template <class O>
+__device__ __forceinline__ void store_some(O* to, int classes, const Pack<float>& pack, bool wide) {
+  if (classes == pack.size)
+    store_as(to, pack, wide);
+  else if (classes == 1)
+    to[0] = from_float<O>(pack.value[0]);
+}
+
+// All columns of a row; null: not wanted.
+template <class T>
+__device__ __forceinline__ void fill(T* x, int64_t cols, float value) {
+  if (x == nullptr) return;
+  const Cut<T> cut(x, cols);
+  Pack<T> pack;
+#pragma unroll
+  for (int k = 0; k < cut.size; ++k) pack.value[k] = from_float<T>(value);
+#pragma unroll 1
+  for (int64_t v = threadIdx.x; v < cut.packs; v += kRowThreads) store_pack(x + cut.head + v * cut.size, pack, true);
+  const int64_t i = threadIdx.x < kWarp ? cut.single() : -1;
+  if (i >= 0) x[i] = pack.value[0];
+}
+
 // furthest: the largest |r| so far, or NaN.
 template <bool exact, bool operand>
 __device__ __forceinline__ Gradient differentiate_near(float a, float b, const NearWhole& w, float& furthest) {

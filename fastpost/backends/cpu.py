@@ -20,11 +20,12 @@ from fastpost.backends.serving import (
     contiguous,
     contiguous_floats,
     distillation_arguments,
-    operand_dtype,
+    operand_arguments,
     refusal,
+    top_k_arguments,
 )
 from fastpost.plan import AdamWPart, Bucket
-from fastpost.row_tasks import DistillationTask, DivergenceTask, LossTask, OperandTask
+from fastpost.row_tasks import DistillationTask, DivergenceTask, LossTask, OperandTask, TopKTask
 
 
 def whole_operation(name: str) -> Any | None:
@@ -243,27 +244,23 @@ def divergence_rows(task: DivergenceTask) -> tuple[Tensor, Tensor]:
 
 
 def operand_rows(task: OperandTask) -> None:
-    _operand_rows(task, mixture=False)
+    core = native.core()
+    core.cpu.operand_rows(*operand_arguments(core, task, mixture=False), _threads())
 
 
 def js_operand_rows(task: OperandTask) -> None:
-    _operand_rows(task, mixture=True)
-
-
-def _operand_rows(task: OperandTask, mixture: bool) -> None:
-    clean = task.clean
-    native.core().cpu.operand_rows(
-        *addresses_and_strides(clean, task.noised, task.first, task.second),
-        _dtype(operand_dtype(clean, task.first, task.second)), *clean.shape, address(task.labels), task.ignore_index,
-        address(task.kl_weights), address(task.ce_weights),
-        task.smoothing, task.cap, task.teaches, task.noised_classifies, mixture, address(task.kl_out),
-        address(task.ce_out), _threads(),
-    )  # fmt: skip
+    core = native.core()
+    core.cpu.operand_rows(*operand_arguments(core, task, mixture=True), _threads())
 
 
 def distillation_rows(task: DistillationTask) -> None:
     core = native.core()
     core.cpu.distillation_rows(*distillation_arguments(core, task), _threads())
+
+
+def top_k_rows(task: TopKTask) -> None:
+    core = native.core()
+    core.cpu.top_k_rows(*top_k_arguments(core, task), _threads())
 
 
 def js_rows(

@@ -21,13 +21,14 @@ from fastpost.backends.serving import (
     contiguous_floats,
     distillation_arguments,
     number_on,
-    operand_dtype,
+    operand_arguments,
     refusal,
     seed_on,
+    top_k_arguments,
 )
 from fastpost.dispatch import strict
 from fastpost.plan import AdamWPart, Bucket
-from fastpost.row_tasks import DistillationTask, DivergenceTask, LossTask, OperandTask
+from fastpost.row_tasks import DistillationTask, DivergenceTask, LossTask, OperandTask, TopKTask
 
 _FEW_ROWS = 1 << 16  # whose weights and sums one block makes in next to no time
 _SUMS = 6  # of a perturbation, as in fastpost.ops.params.NAMES_OF_SUMS
@@ -322,19 +323,24 @@ def row_losses(task: LossTask, grad_clean: Tensor | None, grad_noised: Tensor | 
 
 
 def operand_rows(task: OperandTask) -> None:
-    clean = task.clean
-    native.core().cuda.operand_rows(
-        *addresses_and_strides(clean, task.noised, task.first, task.second),
-        _dtype(operand_dtype(clean, task.first, task.second)), *clean.shape, address(task.labels), task.ignore_index,
-        address(task.kl_weights), address(task.ce_weights),
-        task.smoothing, task.cap, task.teaches, task.noised_classifies, address(task.kl_out),
-        address(task.ce_out), *_where(clean.device),
-    )  # fmt: skip
+    core = native.core()
+    core.cuda.operand_rows(*operand_arguments(core, task, mixture=False), *_where(task.clean.device))
+
+
+def js_operand_rows(task: OperandTask) -> None:
+    core = native.core()
+    core.cuda.operand_rows(*operand_arguments(core, task, mixture=True), *_where(task.clean.device))
 
 
 def distillation_rows(task: DistillationTask) -> None:
     core = native.core()
     core.cuda.distillation_rows(*distillation_arguments(core, task), *_where(task.student.device))
+
+
+def top_k_rows(task: TopKTask) -> None:
+    core = native.core()
+    room = torch.empty(task.ids.shape, dtype=torch.float32, device=task.ids.device)
+    core.cuda.top_k_rows(*top_k_arguments(core, task), room.data_ptr(), *_where(task.ids.device))
 
 
 def scale_gradients_(first: Tensor, second: Tensor | None, factor: Tensor) -> bool:

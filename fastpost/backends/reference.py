@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpost.backends.known_classes import top_k_rows as top_k_rows
 from fastpost.backends.serving import coded, number_on, seed_on
 from fastpost.plan import CHUNK, AdamWPart, Bucket, dense
 from fastpost.row_tasks import DistillationTask, DivergenceTask, OperandTask

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpost.plan import Bucket, CodeList
-from fastpost.row_tasks import DistillationTask
+from fastpost.row_tasks import DistillationTask, OperandTask, TopKTask
 
 # Each dtype with its name in the native core.
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -91,6 +91,17 @@ def operand_dtype(logits: Tensor, *operands: Tensor | None) -> torch.dtype:
     return next(iter(dtypes))
 
 
+def operand_arguments(core: Any, task: OperandTask, mixture: bool) -> tuple[Any, ...]:
+    """A task of operands as both cores take it, but for where it runs; `mixture`: of Jensen-Shannon's divergence."""
+    clean = task.clean
+    return (
+        *addresses_and_strides(clean, task.noised, task.first, task.second),
+        getattr(core.DType, DTYPES[operand_dtype(clean, task.first, task.second)]), *clean.shape, address(task.labels),
+        task.ignore_index, address(task.kl_weights), address(task.ce_weights), task.smoothing, task.cap, task.teaches,
+        task.noised_classifies, mixture, address(task.kl_out), address(task.ce_out),
+    )  # fmt: skip
+
+
 def distillation_arguments(core: Any, task: DistillationTask) -> tuple[Any, ...]:
     """A task of distillation as both cores take it, but for where it runs."""
     student = task.student
@@ -100,4 +111,16 @@ def distillation_arguments(core: Any, task: DistillationTask) -> tuple[Any, ...]
         getattr(core.DType, DTYPES[dtype]), *student.shape, address(task.labels), task.ignore_index, address(task.weights),
         address(task.ce_weights), getattr(core.Divergence, task.divergence), task.beta, task.temperature, task.teacher_cap,
         task.student_cap, task.smoothing, address(task.value_out), address(task.ce_out),
+    )  # fmt: skip
+
+
+def top_k_arguments(core: Any, task: TopKTask) -> tuple[Any, ...]:
+    """A task of a teacher's most probable classes as both cores take it, but for where it runs."""
+    logits, k = task.logits, task.ids.shape[1]
+    dtype = operand_dtype(logits, task.grad)
+    return (
+        *addresses_and_strides(logits, task.grad), getattr(core.DType, DTYPES[dtype]), *logits.shape, address(task.ids),
+        address(task.log_probs), k, task.log_probs.shape[1] > k, address(task.labels), task.ignore_index,
+        address(task.weights), address(task.ce_weights), getattr(core.Divergence, task.divergence), task.beta,
+        task.temperature, task.cap, task.smoothing, task.has_rest, address(task.value_out), address(task.ce_out),
     )  # fmt: skip

@@ -19,16 +19,28 @@ class Walk(NamedTuple):
 
     stacks: how many of the tensors each of its gradients is of: (k, ...) for the first, whose tensors are alike, else what
     that tensor's shape says. What is not wanted is not in the stack, or empty.
+    once: what is said to who asks for a second derivative.
     """
 
     operation: Operation
     stacks: tuple[int, ...]
+    once: str
 
 
+_HEAD_ONCE = (
+    "the losses of a fused head (linear_r3f_loss, fused_linear=True, ...) have no second derivative, since they never hold the "
+    "logits; for a gradient penalty use symmetric_kl or r3f_loss on torch.nn.functional.linear(hidden, weight, bias), or "
+    "another formula of those logits"
+)
+_DISTILLATION_ONCE = (
+    "distillation_loss, linear_distillation_loss and linear_top_k_distillation_loss have no second derivative, since their "
+    "gradients are made with their values, some rows at a time; for a gradient penalty write the divergence in torch, such as "
+    "torch.nn.functional.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction='sum')"
+)
 WALKS = {
-    "divergence": Walk(linear_rows.linear_divergence, (2, 1, 1)),
-    "distillation": Walk(distillation_walk.linear_distillation, (1, 1, 1, 1, 1, 1)),
-    "top_k_distillation": Walk(top_k_rows.linear_top_k_distillation, (1, 1, 1, 1, 1)),
+    "divergence": Walk(linear_rows.linear_divergence, (2, 1, 1), _HEAD_ONCE),
+    "distillation": Walk(distillation_walk.linear_distillation, (1, 1, 1, 1, 1, 1), _DISTILLATION_ONCE),
+    "top_k_distillation": Walk(top_k_rows.linear_top_k_distillation, (1, 1, 1, 1, 1), _DISTILLATION_ONCE),
 }
 
 
@@ -130,15 +142,11 @@ class _Gradients(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+        ctx.walk = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> NoReturn:
-        raise RuntimeError(
-            "the losses of a fused head (linear_r3f_loss, fused_linear=True, ...) have no second derivative, since they "
-            "never hold the logits; for a gradient penalty use symmetric_kl or r3f_loss on "
-            "torch.nn.functional.linear(hidden, weight, bias), or another formula of those logits"
-        )
+        raise RuntimeError(WALKS[ctx.walk].once)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

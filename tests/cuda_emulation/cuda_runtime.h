@@ -15,6 +15,7 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 #define __forceinline__ inline
+#define __noinline__
 
 struct alignas(8) uint2 {
   unsigned x, y;
