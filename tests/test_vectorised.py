@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = {"sse": 16, "avx2": 32, "avx512": 64}  # bytes
-SOURCES = ("params", "noise", "divergence", "distillation")
+SOURCES = ("params", "noise", "divergence", "distillation", "top_k")
 
 # The loops that carry an operation, and how many each function has: a loop that loses its mark is not passed over.
 HOT = {
@@ -44,6 +44,7 @@ HOT = {
         "mixture_gradient": 1,
     },
     "distillation": {"extent_of": 1, "sums_of": 1, "terms_of": 1, "gradient_of": 1, "fill": 1, "softmax_of": 3},
+    "top_k": {"top_of": 1, "exponentials_of": 1, "gradient_of": 1, "fill": 1},
 }
 SCALAR = {("flip_signs_of", 1, "sse"): "x86-64-v2 has no shift by an amount of each lane's own"}
 NARROW = {"load_lanes": 16}  # eight 16-bit elements, whatever the registers

@@ -127,9 +127,10 @@ struct ShareOf<Divergence::js> {
   using Type = double;
 };
 
-// A class's term, and what its gradients are made of: p g and q h.
+// A class's term, and what its gradients are made of: p g and q h. above, below: r less numbers near E_p[r] and E_q[r],
+// which is what the KL's gradients are made of, as above.
 template <Divergence kind>
-FASTPOST_HD void divergence_share(float r, float p, float q, const Mixture& mixture, float* term,
+FASTPOST_HD void divergence_share(float r, float above, float below, float p, float q, const Mixture& mixture, float* term,
                                   typename ShareOf<kind>::Type* teacher, typename ShareOf<kind>::Type* student) {
   if constexpr (kind == Divergence::js) {
     double teacher_log, student_log;
@@ -143,16 +144,16 @@ FASTPOST_HD void divergence_share(float r, float p, float q, const Mixture& mixt
     const float excess = far_excess(r, p, q);
     if constexpr (kind == Divergence::forward_kl) {
       *term = kl_term(p, q, r);
-      *teacher = weighted_log(p, r);
+      *teacher = weighted_log(p, above);
       *student = -excess;
     } else if constexpr (kind == Divergence::reverse_kl) {
       *term = kl_term(q, p, -r);
       *teacher = excess;
-      *student = -weighted_log(q, r);
+      *student = -weighted_log(q, below);
     } else if constexpr (kind == Divergence::symmetric_kl) {
       *term = weighted_log(excess, r);
-      *teacher = weighted_log(p, r) + excess;
-      *student = -weighted_log(q, r) - excess;
+      *teacher = weighted_log(p, above) + excess;
+      *student = -weighted_log(q, below) - excess;
     } else {
       const float half = select(r > 0.0f, 0.5f, select(r < 0.0f, -0.5f, 0.0f));
       *term = 0.5f * fabsf(excess);

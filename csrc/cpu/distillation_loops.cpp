@@ -46,14 +46,15 @@ Extent extent_of(const float* a, const float* b, int64_t n) {
 }
 
 struct Sums {
-  double teacher, student, excess;  // of e^(a - max), of e^(b - max), and their difference
+  double teacher, student, excess;      // of e^(a - max), of e^(b - max), and their difference
+  double teacher_delta, student_delta;  // of these times the differences, where both streams have the class
 };
 
 Sums sums_of(const float* a, const float* b, float* teacher_exp, float* student_exp, int64_t n, float teacher_max,
              float student_max, const TemperedShift shift) {
   const float scale = static_cast<float>(shift.scale);
-  double teacher = 0, student = 0, excess = 0;
-#pragma omp simd reduction(+ : teacher, student, excess)
+  double teacher = 0, student = 0, excess = 0, teacher_delta = 0, student_delta = 0;
+#pragma omp simd reduction(+ : teacher, student, excess, teacher_delta, student_delta)
   for (int64_t i = 0; i < n; ++i) {
     const float delta = centred(a[i], b[i], shift);
     const float ea = exp_nonpositive((a[i] - teacher_max) * scale);
@@ -63,8 +64,11 @@ Sums sums_of(const float* a, const float* b, float* teacher_exp, float* student_
     teacher += ea;
     student += eb;
     excess += far_excess(delta, ea, eb);
+    const float shared = select(fabsf(delta) < INFINITY, delta, 0.0f);
+    teacher_delta += ea * shared;
+    student_delta += eb * shared;
   }
-  return {teacher, student, excess};
+  return {teacher, student, excess, teacher_delta, student_delta};
 }
 
 // The divergence, and E_p[g] and E_q[h]: means of the very floats that the gradients are made of, or a class that has nearly
@@ -76,18 +80,22 @@ struct Terms {
 
 template <Divergence kind, class Share = typename ShareOf<kind>::Type>
 Terms terms_of(const float* a, const float* b, const Scratch<Share> s, int64_t n, const TemperedShift shift,
-               double log_ratio, float teacher_scale, float student_scale, const Mixture mixture) {
+               double log_ratio, double above_centre, double below_centre, float teacher_scale, float student_scale,
+               const Mixture mixture) {
   float *teacher = s.teacher, *student = s.student;
   Share *teacher_share = s.teacher_share, *student_share = s.student_share;
   double value = 0, teacher_sum = 0, student_sum = 0, teacher_mass = 0, student_mass = 0;
 #pragma omp simd reduction(+ : value, teacher_sum, student_sum, teacher_mass, student_mass)
   for (int64_t i = 0; i < n; ++i) {
     const double delta = ((static_cast<double>(a[i]) - b[i]) - shift.centre) * shift.scale;
-    const float r = select((a[i] == -INFINITY) & (b[i] == -INFINITY), 0.0f, static_cast<float>(delta - log_ratio));
+    const bool absent = (a[i] == -INFINITY) & (b[i] == -INFINITY);
+    const float r = select(absent, 0.0f, static_cast<float>(delta - log_ratio));
+    const float above = select(absent, 0.0f, static_cast<float>(delta - above_centre));
+    const float below = select(absent, 0.0f, static_cast<float>(delta - below_centre));
     const float p = teacher[i] * teacher_scale, q = student[i] * student_scale;
     float term;
     Share own, other;
-    divergence_share<kind>(r, p, q, mixture, &term, &own, &other);
+    divergence_share<kind>(r, above, below, p, q, mixture, &term, &own, &other);
     teacher[i] = p;
     student[i] = q;
     teacher_share[i] = own;
@@ -152,7 +160,8 @@ Terms divergence_of(const DistillationRow& row, const Scratch<Share>& s, const E
   const bool near = fabs(sums.excess) < 0.5 * sums.student;
   const double log_ratio = near ? log1p(sums.excess / sums.student) : log(sums.teacher / sums.student);
   const Mixture mixture = mixture_of(row.beta);
-  Terms terms = terms_of<kind>(row.teacher, row.student, s, row.cols, shift, log_ratio, static_cast<float>(1 / sums.teacher),
+  Terms terms = terms_of<kind>(row.teacher, row.student, s, row.cols, shift, log_ratio, sums.teacher_delta / sums.teacher,
+                               sums.student_delta / sums.student, static_cast<float>(1 / sums.teacher),
                                static_cast<float>(1 / sums.student), mixture);
   const double most = kind == Divergence::js                ? most_of(row.beta)
                       : kind == Divergence::total_variation ? 1

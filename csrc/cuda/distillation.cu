@@ -178,8 +178,8 @@ __device__ __forceinline__ void judge_terms(DistillationWork& work, const FDiver
   work.row.student_mean.set(sum[2] / sum[4]);
 }
 
-// Blocks that share a multiprocessor: what registers hold without a stack.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// Blocks that share a multiprocessor: what registers hold without a stack, and on sm_120 what its shared memory holds.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
 constexpr int kWideBlocks = 2;
 #else
 constexpr int kWideBlocks = 3;

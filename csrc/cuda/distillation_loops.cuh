@@ -39,9 +39,9 @@ __device__ __forceinline__ void share_of(const Pair& pair, const FDivergence& ho
                                          ShareIn<family>* student) {
   const auto [r, above, below, p, q] = pair;
   if constexpr (family == Family::js)
-    divergence_share<Divergence::js>(r, p, q, how.mixture, term, teacher, student);
+    divergence_share<Divergence::js>(r, above, below, p, q, how.mixture, term, teacher, student);
   else if constexpr (family == Family::total_variation)
-    divergence_share<Divergence::total_variation>(r, p, q, how.mixture, term, teacher, student);
+    divergence_share<Divergence::total_variation>(r, above, below, p, q, how.mixture, term, teacher, student);
   else
     kl_share(r, above, below, p, q, how.forward, how.reverse, term, teacher, student);
 }

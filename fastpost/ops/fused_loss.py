@@ -28,14 +28,14 @@ class Walk(NamedTuple):
 
 
 _HEAD_ONCE = (
-    "the losses of a fused head (linear_r3f_loss, fused_linear=True, ...) have no second derivative, since they never hold the "
-    "logits; for a gradient penalty use symmetric_kl or r3f_loss on torch.nn.functional.linear(hidden, weight, bias), or "
-    "another formula of those logits"
+    "the losses of a fused head (linear_r3f_loss, fused_linear=True, ...) have no second derivative, since they never hold "
+    "the logits; for a gradient penalty use symmetric_kl or r3f_loss on torch.nn.functional.linear(hidden, weight, bias), "
+    "or another formula of those logits"
 )
 _DISTILLATION_ONCE = (
     "distillation_loss, linear_distillation_loss and linear_top_k_distillation_loss have no second derivative, since their "
-    "gradients are made with their values, some rows at a time; for a gradient penalty write the divergence in torch, such as "
-    "torch.nn.functional.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction='sum')"
+    "gradients are made with their values, some rows at a time; for a gradient penalty write the divergence in torch, such "
+    "as torch.nn.functional.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction='sum')"
 )
 WALKS = {
     "divergence": Walk(linear_rows.linear_divergence, (2, 1, 1), _HEAD_ONCE),

@@ -117,8 +117,8 @@ def linear_js_divergence(
 ) -> Tensor:
     """`js_divergence` of two streams of hidden states under one output head, whose logits are never held all at once.
 
-    At most ln 2 in each row, never negative, exactly 0 for identical streams. On GPUs its rows are walked by torch
-    operations in float64, some rows at a time, which is slower than the symmetric KL's kernel.
+    At most ln 2 in each row, never negative, exactly 0 for identical streams. Its rows have a compiled kernel on the CPU and
+    on CUDA, where they are read three times, the symmetric KL's twice.
 
     Args:
         hidden, noised_hidden, weight, bias, mask, reduction, softcap, temperature, grad, memory_budget: as in
