@@ -69,15 +69,16 @@ struct LaneSums {
 template <class T, class Body, class Begin, class End>
 inline void for_lanes(int64_t cols, const Body& body, const Begin& begin, const End& end) {
   constexpr int n = kLanes<T>;
+  const int64_t whole = cols - cols % n;
   int64_t i = 0;
-  while (i + kBlock<T> <= cols) {
-    begin(i, i + kBlock<T>);
-    for (int64_t stop = i + kBlock<T>; i < stop; i += n) body(i, Count<n>());
+  while (i < whole) {
+    const int64_t stop = least(whole, i + kBlock<T>);
+    begin(i, stop);
+    for (; i < stop; i += n) body(i, Count<n>());
     end();
   }
+  if (i == cols) return;
   begin(i, cols);
-  for (; i + n <= cols; i += n) body(i, Count<n>());
-  end();
   for (; i < cols; ++i) body(i, Count<1>());
   end();
 }
@@ -297,15 +298,6 @@ void undefined_row(const DivergenceRow& row, double* ce) {
   fill(static_cast<T*>(row.grad_noised), row.cols, NAN);
 }
 
-// The third pass of a row. Rows that go the far way have their value from the sums.
-template <class T, class Shift, Way way>
-auto third_pass(bool write, bool valued) {
-  if constexpr (way == Way::far) return finish_row<T, Shift, way, true, false>;
-  if constexpr (way == Way::near)
-    if (!valued) return finish_row<T, Shift, way, true, false>;
-  return write ? finish_row<T, Shift, way, true, true> : finish_row<T, Shift, way, false, true>;
-}
-
 // The second and third pass in one way. Returns false, and has written nothing, if the sums say that the row asks for care.
 template <class T, class Shift, Way way>
 bool divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shift& shift, double* kl, double* ce) {
@@ -323,10 +315,11 @@ bool divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shi
     undefined_row<T>(row, ce);
     return true;
   }
-  // Few terms, whose rounding errors do not average out, are summed up as terms of the divergence itself.
+  // Of few terms the rounding errors do not average out: they are summed up as terms of the divergence itself.
+  constexpr bool valued = way == Way::careful || sizeof(Real) == 8;
   const RowDivergence found = divergence_of(sums);
-  const bool valued = way == Way::careful || sizeof(Real) == 8 || found.off_centre;
-  if (way == Way::far && (found.off_centre || !(found.value >= kFarDivergence))) return false;
+  if (!valued && found.off_centre) return false;
+  if (way == Way::far && !(found.value >= kFarDivergence)) return false;
   if (way == Way::near) {
     const double origin = static_cast<double>(shift.centre) + moments.log_ratio;  // r = a - b - origin
     if (!(extent.difference_max - origin <= kNearRow && origin - extent.difference_min <= kNearRow)) return false;
@@ -337,12 +330,15 @@ bool divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shi
   const float noised_label = labelled ? to_float(b[row.label]) : 0.0f;
   const bool write = grad_clean != nullptr || grad_noised != nullptr;
   const Weights weights = write ? weights_of(row) : Weights{1, 0, 0};
+  const auto finish = [&](auto pass) {
+    return pass(a, b, next_noised, row.clean_exp, row.noised_exp, grad_clean, grad_noised, row.cols, shift, moments,
+                weights);
+  };
   *kl = found.value;
-  if (write || valued) {
-    const double sum = third_pass<T, Shift, way>(write, valued)(a, b, next_noised, row.clean_exp, row.noised_exp, grad_clean,
-                                                                grad_noised, row.cols, shift, moments, weights);
-    if (valued) *kl = sum;
-  }
+  if constexpr (valued)
+    *kl = write ? finish(finish_row<T, Shift, way, true, true>) : finish(finish_row<T, Shift, way, false, true>);
+  else if (write)
+    finish(finish_row<T, Shift, way, true, false>);
   if (*kl < 0) *kl = 0;  // where a probability underflows in one stream a term may be -1e-38
   if (!labelled) return true;
   const double clean_ce = (static_cast<double>(extent.clean_max) - clean_label) + log(sums.clean);
@@ -368,7 +364,7 @@ void divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shi
                     double* ce) {
   if (foldable(row)) {
     if (near && divergence_row<T, Shift, Way::near>(row, extent, shift, kl, ce)) return;
-    if constexpr (sizeof(typename Shift::Real) == 4)
+    if constexpr (__is_same(Shift, PlainShift))  // others are rare, and each way is 20 KB of code
       if (!near && divergence_row<T, Shift, Way::far>(row, extent, shift, kl, ce)) return;
   }
   divergence_row<T, Shift, Way::careful>(row, extent, shift, kl, ce);
