@@ -190,8 +190,8 @@ DEFECTS = {
     # A float chosen by a branch that the compiler cannot turn into a select.
     "float ternary": (
         "divergence",
-        "      const float q = eb[i] * moments.noised_scale;\n",
-        "      const float q = xi < yi ? eb[i] * moments.noised_scale : expf(eb[i]);\n",
+        "        const float q = noised_exp[i] * fold.noised_scale;\n",
+        "        const float q = r < 0 ? noised_exp[i] * fold.noised_scale : expf(noised_exp[i]);\n",
         "finish_row",
     ),
     "struct in a loop": (

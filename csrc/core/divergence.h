@@ -46,7 +46,8 @@ struct PlainShift {
   float clean_max, noised_max, centre;
 };
 
-// A large constant lies between the streams, or classes are -inf in both.
+// A large constant lies between the streams, or classes are -inf in both. clean_max may be another number than the maximum,
+// so that centre = clean_max - noised_max is that of most of the row.
 struct ExactShift {
   using Real = float;
   float clean_max, noised_max, centre, centre_error;
@@ -68,9 +69,9 @@ FASTPOST_HD PlainShift plain_shift(const RowExtent& extent) {
   return {extent.clean_max, extent.noised_max, extent.clean_max - extent.noised_max};
 }
 
-FASTPOST_HD ExactShift exact_shift(const RowExtent& extent) {
-  const float centre = extent.clean_max - extent.noised_max;
-  return {extent.clean_max, extent.noised_max, centre, difference_error(extent.clean_max, extent.noised_max, centre)};
+FASTPOST_HD ExactShift exact_shift(float clean_max, float noised_max) {
+  const float centre = clean_max - noised_max;
+  return {clean_max, noised_max, centre, difference_error(clean_max, noised_max, centre)};
 }
 
 FASTPOST_HD NarrowShift narrow_shift(const RowExtent& extent) {
@@ -114,17 +115,18 @@ struct RowSums {
   double clean_delta, noised_delta;  // e_a delta, e_b delta
 };
 
-// J, and whether the centre was none: then J has lost digits. A class that the clean stream all but rules out draws the
-// noised mean alone away, and a centre there would not be better.
+// J, and how far from the centre most of the row lies: 0 where that is near enough. Otherwise J and the gradients have lost
+// digits. A class that the clean stream all but rules out draws the noised mean alone away, and a centre there would not be
+// better.
 struct RowDivergence {
-  double value;
-  bool off_centre;
+  double value, off_centre;
 };
 
 FASTPOST_HD RowDivergence divergence_of(const RowSums& sums) {
   const double noised_mean = sums.noised_delta / sums.noised, clean_mean = sums.clean_delta / sums.clean;
   const double value = ((sums.clean_delta - sums.noised_delta) - noised_mean * sums.excess) / sums.clean;
-  return {value, noised_mean * noised_mean > 8 * value && 2 * fabs(clean_mean) > fabs(noised_mean)};
+  const bool off = noised_mean * noised_mean > 8 * value && 2 * fabs(clean_mean) > fabs(noised_mean);
+  return {value, off ? noised_mean : 0};
 }
 
 // What the third pass needs of them.

@@ -20,7 +20,7 @@ constexpr int kRegister = 16;
 template <class T>
 constexpr int kLanes = kRegister / static_cast<int>(sizeof(T));
 template <class T>
-constexpr int64_t kBlock = 16 * kLanes<T>;  // goes into float64: after more than 16 additions rounding shows in gradients
+constexpr int64_t kBlock = 16 * kLanes<T>;  // goes into float64: after many more additions rounding shows in gradients
 constexpr int64_t kNarrow = 1024;           // below this many columns differences and sums are float64
 
 // How a row goes. Near and far rows have their divergence from the sums, so that without gradients there is no third pass.
@@ -298,9 +298,11 @@ void undefined_row(const DivergenceRow& row, double* ce) {
   fill(static_cast<T*>(row.grad_noised), row.cols, NAN);
 }
 
-// The second and third pass in one way. Returns false, and has written nothing, if the sums say that the row asks for care.
+// The second and third pass in one way. Returns false, and has written nothing but off_centre, if the sums say that the row
+// asks for care.
 template <class T, class Shift, Way way>
-bool divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shift& shift, double* kl, double* ce) {
+bool divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shift& shift, double* kl, double* ce,
+                    double* off_centre) {
   using Real = typename Shift::Real;
   const T* a = static_cast<const T*>(row.clean);
   const T* b = static_cast<const T*>(row.noised);
@@ -318,7 +320,10 @@ bool divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shi
   // Of few terms the rounding errors do not average out: they are summed up as terms of the divergence itself.
   constexpr bool valued = way == Way::careful || sizeof(Real) == 8;
   const RowDivergence found = divergence_of(sums);
-  if (!valued && found.off_centre) return false;
+  *off_centre = found.off_centre;
+  if (!valued && found.off_centre != 0) return false;
+  if constexpr (__is_same(Shift, PlainShift))  // a - b is rounded: by less than 3e-7 of what r is like
+    if (static_cast<double>(shift.centre) * shift.centre > 64 * found.value) return false;
   if (way == Way::far && !(found.value >= kFarDivergence)) return false;
   if (way == Way::near) {
     const double origin = static_cast<double>(shift.centre) + moments.log_ratio;  // r = a - b - origin
@@ -341,8 +346,8 @@ bool divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shi
     finish(finish_row<T, Shift, way, true, false>);
   if (*kl < 0) *kl = 0;  // where a probability underflows in one stream a term may be -1e-38
   if (!labelled) return true;
-  const double clean_ce = (static_cast<double>(extent.clean_max) - clean_label) + log(sums.clean);
-  const double noised_ce = (static_cast<double>(extent.noised_max) - noised_label) + log(sums.noised);
+  const double clean_ce = (static_cast<double>(shift.clean_max) - clean_label) + log(sums.clean);
+  const double noised_ce = (static_cast<double>(shift.noised_max) - noised_label) + log(sums.noised);
   *ce = (row.ce_weight != 0 ? clean_ce : 0) + (row.noised_ce_weight != 0 ? noised_ce : 0);
   if (!write) return true;
   // p - 1 at the label, from the logarithm so that a confident row keeps its digits.
@@ -359,17 +364,6 @@ bool divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shi
   return true;
 }
 
-template <class T, class Shift>
-void divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shift& shift, bool near, double* kl,
-                    double* ce) {
-  if (foldable(row)) {
-    if (near && divergence_row<T, Shift, Way::near>(row, extent, shift, kl, ce)) return;
-    if constexpr (__is_same(Shift, PlainShift))  // others are rare, and each way is 20 KB of code
-      if (!near && divergence_row<T, Shift, Way::far>(row, extent, shift, kl, ce)) return;
-  }
-  divergence_row<T, Shift, Way::careful>(row, extent, shift, kl, ce);
-}
-
 template <class T>
 void two_stream_row(const DivergenceRow& row, double* kl, double* ce) {
   const T* a = static_cast<const T*>(row.clean);
@@ -380,13 +374,26 @@ void two_stream_row(const DivergenceRow& row, double* kl, double* ce) {
     return undefined_row<T>(row, ce);
   }
   const float spread = row_spread(extent);
-  const bool near = spread <= kNearRow;
-  if (row.cols < kNarrow)
-    divergence_row<T>(row, extent, narrow_shift(extent), near, kl, ce);
-  else if (plain_suffices(extent, spread))
-    divergence_row<T>(row, extent, plain_shift(extent), near, kl, ce);
-  else
-    divergence_row<T>(row, extent, exact_shift(extent), near, kl, ce);
+  const bool folds = foldable(row), near = folds && spread <= kNearRow;
+  double off_centre = 0;
+  if (row.cols < kNarrow) {
+    const NarrowShift shift = narrow_shift(extent);
+    if (near && divergence_row<T, NarrowShift, Way::near>(row, extent, shift, kl, ce, &off_centre)) return;
+    divergence_row<T, NarrowShift, Way::careful>(row, extent, shift, kl, ce, &off_centre);
+    return;
+  }
+  if (plain_suffices(extent, spread)) {
+    const PlainShift shift = plain_shift(extent);
+    if (near && divergence_row<T, PlainShift, Way::near>(row, extent, shift, kl, ce, &off_centre)) return;
+    if (folds && !near && divergence_row<T, PlainShift, Way::far>(row, extent, shift, kl, ce, &off_centre)) return;
+  } else if (near) {
+    const ExactShift shift = exact_shift(extent.clean_max, extent.noised_max);
+    if (divergence_row<T, ExactShift, Way::near>(row, extent, shift, kl, ce, &off_centre)) return;
+  }
+  // A centre of its own, as far as e^(a - clean_max) allows.
+  const float clean_max = extent.clean_max + static_cast<float>(fabs(off_centre) <= 64 ? off_centre : 0);
+  const ExactShift shift = exact_shift(clean_max, extent.noised_max);
+  divergence_row<T, ExactShift, Way::careful>(row, extent, shift, kl, ce, &off_centre);
 }
 
 void row(DType dtype, const DivergenceRow& row, double* kl, double* ce) {
