@@ -6,6 +6,7 @@ their CSV file; `fastpost bench scaling_tensors scaling_vocabulary` measures two
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import os
@@ -193,6 +194,15 @@ def _trained(rank: int, count: int, by_sam: bool, width: int, meeting: str) -> f
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
+    seconds = _step_times(by_sam, width)
+    # DDP's reducer must not be the last to hold the group: it would wait, with the interpreter locked, for threads that wait
+    # for the interpreter.
+    gc.collect()
+    dist.destroy_process_group()
+    return statistics.median(seconds)
+
+
+def _step_times(by_sam: bool, width: int) -> list[float]:
     model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(width, width), nn.GELU())))
     parallel = nn.parallel.DistributedDataParallel(model)
     base = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -223,5 +233,4 @@ def _trained(rank: int, count: int, by_sam: bool, width: int, meeting: str) -> f
         begun = time.perf_counter()
         (ours if by_sam else plain)()
         seconds.append(time.perf_counter() - begun)
-    dist.destroy_process_group()
-    return statistics.median(seconds)
+    return seconds
