@@ -131,7 +131,9 @@ class TopKTask(NamedTuple):
 
     Known probabilities whose sum rounding has brought above 1 are scaled to 1; without a rest, and where all classes are
     known, they always are. An infinite value (a class that the other side lacks) has NaN in place of the gradient. A row of
-    NaN, +inf or no class is NaN. Kernels give NaN for an id that is no class or is there twice as well.
+    NaN, +inf or no class is NaN, and so is one of whose classes the teacher knows none, or names one that is none or is
+    there twice. A label that is no class makes the cross-entropy NaN. Without a rest and a label, only the known classes'
+    logits are read.
     """
 
     logits: Tensor

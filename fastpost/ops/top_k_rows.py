@@ -61,8 +61,8 @@ class _Slice(Columns):
         dist.all_reduce(x, group=self.group)
         return x
 
-    def logsumexp(self, logits: Tensor) -> Tensor:
-        here = super().logsumexp(logits)
+    def logsumexp(self, logits: Tensor, centre: Tensor, temperature: float = 1.0) -> Tensor:
+        here = super().logsumexp(logits, centre, temperature)
         most = here.clone()
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
         most = torch.where(most > -torch.inf, most, 0.0)
