@@ -200,7 +200,7 @@ void distillation_rows(const LogitRows& teacher, const LogitRows& student, const
 // operand_dtype, which may take the logits' place; null: not wanted. The logits are overwritten.
 //   Both weights 0: exactly 0, whatever the row holds. Else both values are made.
 //   NaN, +inf, no class, a class of the teacher that is none or is there twice: NaN. An infinite value has a gradient of
-//   NaN. labels, ce_weights and ce: all null or none.
+//   NaN. Without a rest and a label, only the teacher's classes are read. labels, ce_weights and ce: all null or none.
 void top_k_rows(const LogitRows& logits, const LogitRows& grad, DType operand_dtype, int64_t rows, int64_t cols,
                 const TopKTeacher& teacher, const int64_t* labels, int64_t ignore_index, const double* weights,
                 const double* ce_weights, const TopKOptions& how, double* value, double* ce, int threads);

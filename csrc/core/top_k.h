@@ -48,6 +48,16 @@ FASTPOST_HD KnownTeacher known_teacher(double known, bool has_rest, const double
   return {known > 0 ? known : known < 0 ? 0.0 : known, left};  // NaN stays NaN
 }
 
+// Whether a log of a sum says that its row means something: no NaN, no +inf, some class.
+FASTPOST_HD bool is_meaningful(double log_of_sum) { return log_of_sum > -INFINITY && log_of_sum < INFINITY; }
+
+// What is subtracted from a row's logits before they are divided by the temperature: the largest. A logit of 1e4 at
+// T = 0.3 would cost five of a logarithm's digits.
+FASTPOST_HD double centre_of(double known, double rest) {
+  const double most = known > rest ? known : rest;
+  return is_meaningful(most) ? most : 0.0;
+}
+
 FASTPOST_HD double share_log(double share, double log) { return share > 0 ? share * log : 0.0; }
 
 // A class's term, and s. Nothing is said of what has no share, whatever its logarithm.
@@ -74,9 +84,6 @@ FASTPOST_HD double class_gradient(Divergence kind, double beta, double log_p, do
   const double q = exp(log_q), through = slope - q * slopes;
   return kind == Divergence::forward_kl || kind == Divergence::symmetric_kl ? through + (q - exp(log_p)) : through;
 }
-
-// Whether a log of a sum says that its row means something: no NaN, no +inf, some class.
-FASTPOST_HD bool is_meaningful(double log_of_sum) { return log_of_sum > -INFINITY && log_of_sum < INFINITY; }
 
 }  // namespace FASTPOST_ISA
 }  // namespace fastpost

@@ -184,7 +184,7 @@ void top_k_rows(const LogitRows& logits, const LogitRows& grad, DType operand_dt
     thread_local std::vector<float> scratch;
     thread_local std::vector<double> known;
     if (scratch.size() < static_cast<size_t>(2 * cols)) scratch.resize(2 * cols);
-    if (known.size() < static_cast<size_t>(2 * k)) known.resize(2 * k);
+    if (known.size() < static_cast<size_t>(k)) known.resize(k);
     TopKRow row = {};
     row.logits = static_cast<float*>(at(logits, i, size));
     row.scratch = scratch.data();

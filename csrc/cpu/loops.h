@@ -105,7 +105,7 @@ struct DistillationLoops {
 // One row of top_k_rows (csrc/api.h), whose logits are overwritten. Without a label in range, ce_weight is 0.
 struct TopKRow {
   float *logits, *scratch;  // scratch: 2 * cols
-  double* known;            // scratch, 2 * classes
+  double* known;            // scratch, one for each of classes
   void* grad;               // null: not wanted; a float one may be the logits themselves
   int64_t cols, label;
   const int64_t* ids;

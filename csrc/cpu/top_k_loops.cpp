@@ -1,6 +1,7 @@
 // Rows of a student's logits beside k classes of a teacher (core/top_k.h) for one instruction set. The known classes' logits
 // are put aside and become -inf; of the rest there are three passes: the maximum, the sum of exponentials, the gradient. All
-// but the first find the row in the second cache.
+// but the first find the row in the second cache. Labels at another temperature than 1 sum exponentials once more, and label
+// smoothing sums logits.
 #include "core/top_k.h"
 #include "cpu/loops.h"
 
@@ -47,21 +48,28 @@ void fill(T* x, int64_t n, float value) {
   for (int64_t i = 0; i < n; ++i) x[i] = from_float<T>(value);
 }
 
-// The log of a few exponentials' sum.
-double log_sum_of(const double* x, int64_t n, double scale) {
-  double most = -INFINITY, sum = 0;
+double most_of(const double* x, int64_t n) {
+  double most = -INFINITY;
   for (int64_t j = 0; j < n; ++j) most = x[j] > most ? x[j] : most;
-  for (int64_t j = 0; j < n; ++j) sum += exp_less(x[j] * scale, most * scale);
-  return log_sum(most * scale, sum);
+  return most;
 }
 
-// Puts the known classes' logits aside. Returns whether one of them is no class of the vocabulary, or is there twice.
+// The log of the sum of a few exponentials of (x - centre) * scale.
+double log_sum_of(const double* x, int64_t n, double centre, double scale) {
+  const double most = (most_of(x, n) - centre) * scale;
+  double sum = 0;
+  for (int64_t j = 0; j < n; ++j) sum += exp_less((x[j] - centre) * scale, most);
+  return log_sum(most, sum);
+}
+
+// Puts the known classes' logits aside. Returns whether one of them is NaN, no class of the vocabulary, or there twice.
 bool put_aside(const TopKRow& row, double* logits) {
   bool bad = false;
   for (int64_t j = 0; j < row.classes; ++j) {
     const bool known = row.log_probs[j] > -INFINITY, inside = row.ids[j] >= 0 && row.ids[j] < row.cols;
     bad = bad || (known && !inside);
     logits[j] = known && inside ? row.logits[row.ids[j]] : -INFINITY;
+    bad = bad || logits[j] != logits[j];  // comparisons would pass over it
   }
   const auto is_here = [&](int64_t j) { return row.log_probs[j] > -INFINITY && row.ids[j] >= 0 && row.ids[j] < row.cols; };
   for (int64_t j = 0; j < row.classes; ++j)
@@ -92,23 +100,25 @@ void top_k_row(const TopKRow& row, double* value, double* ce) {
   const bool bad = put_aside(row, known);
 
   // The rest's exponentials, less the largest: at the temperature, and without one for the cross-entropy.
-  const bool apart = row.labelled && how.temperature != 1;
+  const bool apart = row.labelled && how.temperature != 1, rest_counts = how.has_rest || row.labelled;
   float *rest = row.scratch, *task = apart ? row.scratch + n : rest;
   double sum = 0, plain = 0;
-  const float most = top_of(row.logits, n), top = most == -INFINITY ? 0.0f : most;
-  if (how.has_rest || row.labelled) sum = exponentials_of(row.logits, rest, n, top, static_cast<float>(inverse));
+  const float most = rest_counts ? top_of(row.logits, n) : -INFINITY, top = most == -INFINITY ? 0.0f : most;
+  if (rest_counts) sum = exponentials_of(row.logits, rest, n, top, static_cast<float>(inverse));
   plain = apart ? exponentials_of(row.logits, task, n, top, 1.0f) : sum;
 
-  const double rest_log = how.has_rest ? top * inverse + log(sum) : -INFINITY;
-  const double total = log_sum_of_two(log_sum_of(known, k, inverse), rest_log);
-  const double teacher_total = log_sum_of(row.log_probs, k, 1);
+  const double centre = centre_of(most_of(known, k), most), from_centre = top - centre;
+  const double rest_log = how.has_rest ? from_centre * inverse + log(sum) : -INFINITY;
+  const double total = log_sum_of_two(log_sum_of(known, k, centre, inverse), rest_log);
+  const double teacher_total = log_sum_of(row.log_probs, k, 0, 1);
+  const auto log_q = [&](int64_t j) { return (known[j] - centre) * inverse - total; };
   const KnownTeacher teacher =
       known_teacher(teacher_total, how.has_rest, row.teacher_has_rest ? row.log_probs + k : nullptr, rest_log);
   const double student_rest = rest_log - total;
   double slopes = 0, term, slope;
   for (int64_t j = 0; j < k + (how.has_rest ? 1 : 0); ++j) {
     const double log_p = j < k ? row.log_probs[j] - teacher.shift : teacher.rest;
-    class_share(how.divergence, how.beta, log_p, j < k ? known[j] * inverse - total : student_rest, &term, &slope);
+    class_share(how.divergence, how.beta, log_p, j < k ? log_q(j) : student_rest, &term, &slope);
     *value += term;
     slopes += slope;
   }
@@ -116,8 +126,8 @@ void top_k_row(const TopKRow& row, double* value, double* ce) {
   if (bad || !is_meaningful(total) || !is_meaningful(teacher_total) || !(teacher.rest < INFINITY)) *value = NAN;
   double plain_total = 0, minus_log = 0;
   if (row.labelled) {
-    plain_total = log_sum_of_two(log_sum_of(known, k, 1), top + log(plain));
-    minus_log = bad || !is_meaningful(plain_total) ? NAN : plain_total - label_logit;
+    plain_total = log_sum_of_two(log_sum_of(known, k, centre, 1), from_centre + log(plain));
+    minus_log = bad || !is_meaningful(plain_total) ? NAN : plain_total - (label_logit - centre);
     *ce = minus_log + (how.smoothing != 0 ? how.smoothing * (label_logit - mean) : 0);
   }
   if (grad == nullptr) return;
@@ -130,14 +140,14 @@ void top_k_row(const TopKRow& row, double* value, double* ce) {
   };
   const double to_rest = how.has_rest ? to_class(teacher.rest, student_rest) : 0;
   const double rest_scale = to_rest == 0 ? 0 : to_rest / sum;
-  const double task_scale = ce_weight == 0 || plain == 0 ? 0 : ce_weight * exp(top - plain_total);
+  const double task_scale = ce_weight == 0 || plain == 0 ? 0 : ce_weight * exp(from_centre - plain_total);
   const double at_label = ce_weight * (expm1(-minus_log) + how.smoothing) - uniform;
   const double label_rest = ce_weight != 0 && rest_scale != 0 ? rest_scale * exp((label_logit - top) * inverse) : 0;
   const auto before = [&](double gradient, double logit) {
     return from_float<T>(
         static_cast<float>(how.cap == 0 || gradient == 0 ? gradient : before_cap(gradient, logit / how.cap)));
   };
-  if (how.has_rest || row.labelled) {
+  if (rest_counts) {
     const float slope_of_cap = static_cast<float>(how.cap != 0 ? 1 / how.cap : 0);
     const float* logits = how.cap != 0 ? row.logits : rest;  // -inf times 0 would be NaN
     gradient_of(grad, logits, rest, static_cast<float>(rest_scale), task, static_cast<float>(task_scale),
@@ -150,9 +160,9 @@ void top_k_row(const TopKRow& row, double* value, double* ce) {
     if (!(row.log_probs[j] > -INFINITY)) continue;
     const double of_task = ce_weight == 0            ? 0
                            : row.ids[j] == row.label ? at_label
-                                                     : ce_weight * exp(known[j] - plain_total) - uniform;
+                                                     : ce_weight * exp(known[j] - centre - plain_total) - uniform;
     if (row.ids[j] >= 0 && row.ids[j] < n)
-      grad[row.ids[j]] = before(to_class(row.log_probs[j] - teacher.shift, known[j] * inverse - total) + of_task, known[j]);
+      grad[row.ids[j]] = before(to_class(row.log_probs[j] - teacher.shift, log_q(j)) + of_task, known[j]);
   }
 }
 

@@ -1,6 +1,7 @@
 // Rows of a student's logits beside k classes of a teacher (core/top_k.h), a block each. The known classes' logits are put
 // aside and become -inf, so that what is left is the rest's. Then the row is read once for the sums of its exponentials and,
-// where gradients are wanted, once more to write them; those of the known classes come last.
+// where gradients are wanted, once more to write them; those of the known classes come last. Label smoothing sums the logits
+// in one more reading.
 #include <cfloat>
 #include <stdexcept>
 
@@ -17,7 +18,7 @@ namespace {
 
 struct TopK {
   LogitRows logits, grad;
-  int64_t rows, cols;
+  int64_t cols;
   TopKTeacher teacher;
   float* known_logits;  // (rows, k): where they are put aside
   const int64_t* labels;
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) top_k_kernel(const __grid_cons
   for (int64_t j = threadIdx.x; j < k; j += kRowThreads) {
     const bool is_known = log_probs[j] > -INFINITY, inside = ids[j] >= 0 && ids[j] < w.cols;
     const float logit = is_known && inside ? z[ids[j]] : -INFINITY;
-    bad = bad || (is_known && !inside);
+    bad = bad || (is_known && !inside) || logit != logit;  // fmax would pass over it
     known[j] = logit;
     most = fmax(most, static_cast<double>(logit));
     teacher_most = fmax(teacher_most, log_probs[j]);
@@ -204,25 +205,28 @@ __global__ void __launch_bounds__(kRowThreads, 2) top_k_kernel(const __grid_cons
   }
   bad = block_most(bad ? 1 : 0, room) != 0;
 
-  const bool plainly = labelled && how.temperature != 1;
+  const bool plainly = labelled && how.temperature != 1, rest_counts = how.has_rest || labelled;
   const Rate rate = rate_of(inverse);
-  RestSums rest = {0, 0, 0};
-  if (how.has_rest || labelled) rest = rest_sums(z, w.cols, rate, plainly, room);
+  RestSums rest = {-INFINITY, 0, 0};
+  if (rest_counts) rest = rest_sums(z, w.cols, rate, plainly, room);
   if (!plainly) rest.plain = rest.sum;
 
   // From here on k + 1 numbers.
+  const double centre = centre_of(most, rest.top), from_centre = rest.top - centre;
+  const double plain_most = most - centre;
+  most = plain_most * inverse;
   double sum = 0, plain = 0, teacher_sum = 0;
 #pragma unroll 1
   for (int64_t j = threadIdx.x; j < k; j += kRowThreads) {
-    sum += exp_less(known[j] * inverse, most * inverse);
-    if (plainly) plain += exp_less(known[j], most);
+    sum += exp_less((known[j] - centre) * inverse, most);
+    if (plainly) plain += exp_less(known[j] - centre, plain_most);
     teacher_sum += exp_less(log_probs[j], teacher_most);
   }
   sum = block_total(sum, room);
   plain = plainly ? block_total(plain, room) : sum;
   teacher_sum = block_total(teacher_sum, room);
-  const double rest_log = how.has_rest ? rest.top * inverse + log(rest.sum) : -INFINITY;
-  const double total = total_of(most * inverse, sum, rest_log);
+  const double rest_log = how.has_rest ? from_centre * inverse + log(rest.sum) : -INFINITY;
+  const double total = total_of(most, sum, rest_log);
   const double teacher_total = log_sum(teacher_most, teacher_sum);
   const KnownTeacher teacher =
       known_teacher(teacher_total, how.has_rest, w.teacher.has_rest ? log_probs + k : nullptr, rest_log);
@@ -231,7 +235,8 @@ __global__ void __launch_bounds__(kRowThreads, 2) top_k_kernel(const __grid_cons
 #pragma unroll 1
   for (int64_t j = threadIdx.x; j < k + (how.has_rest ? 1 : 0); j += kRowThreads) {
     const double log_p = j < k ? log_probs[j] - teacher.shift : teacher.rest;
-    class_share(how.divergence, how.beta, log_p, j < k ? known[j] * inverse - total : student_rest, &term, &slope);
+    class_share(how.divergence, how.beta, log_p, j < k ? (known[j] - centre) * inverse - total : student_rest, &term,
+                &slope);
     value += term;
     slopes += slope;
   }
@@ -242,8 +247,8 @@ __global__ void __launch_bounds__(kRowThreads, 2) top_k_kernel(const __grid_cons
 
   double plain_total = 0, minus_log = 0;
   if (labelled) {
-    plain_total = total_of(most, plain, rest.top + log(rest.plain));
-    minus_log = bad || !is_meaningful(plain_total) ? NAN : plain_total - label_logit;
+    plain_total = total_of(plain_most, plain, from_centre + log(rest.plain));
+    minus_log = bad || !is_meaningful(plain_total) ? NAN : plain_total - (label_logit - centre);
   }
   if (threadIdx.x == 0) {
     w.value[row] = value;
@@ -260,7 +265,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) top_k_kernel(const __grid_cons
   const double to_rest = taught && how.has_rest ? each * gradient_of(how, teacher.rest, student_rest, slopes) : 0;
   // The rest's gradient is shared out by its exponentials; so is the cross-entropy's, which is of all classes.
   float scale = static_cast<float>(to_rest == 0 ? 0 : to_rest / rest.sum);
-  double task = ce_weight == 0 ? 0 : ce_weight * exp(rest.top - plain_total);
+  double task = ce_weight == 0 ? 0 : ce_weight * exp(from_centre - plain_total);
   if (!plainly) {
     scale = static_cast<float>((to_rest == 0 ? 0 : to_rest / rest.sum) + task);
     task = 0;
@@ -277,18 +282,22 @@ __global__ void __launch_bounds__(kRowThreads, 2) top_k_kernel(const __grid_cons
   // The label's class takes what it gets of the rest by way of its exponential, in double.
   const double label_rest =
       labelled && to_rest != 0 ? to_rest / rest.sum * exp((static_cast<double>(label_logit) - top) * inverse) : 0;
-  for_packs(z, cut, true, [&](int64_t i, int classes, const Pack<float>& x) {
-    Pack<float> out;
+  if (!rest_counts) {  // there is no largest logit to count from
+    fill(grad, w.cols, 0.0f);
+  } else {
+    for_packs(z, cut, true, [&](int64_t i, int classes, const Pack<float>& x) {
+      Pack<float> out;
 #pragma unroll
-    for (int u = 0; u < x.size; ++u) {
-      const float d = x.value[u] - top;
-      float gradient = fmaf(scale, exp_at(d, rate), -even);
-      if (task_scale != 0) gradient = fmaf(task_scale, exp_at(d, one), gradient);
-      const float t = fmaxf(x.value[u], -FLT_MAX) * cap_slope;
-      out.value[u] = cap_slope == 0 ? gradient : fmaf(-t * t, gradient, gradient);
-    }
-    if (classes > 0) store_some(grad + i, classes, out, wide);
-  });
+      for (int u = 0; u < x.size; ++u) {
+        const float d = x.value[u] - top;
+        float gradient = fmaf(scale, exp_at(d, rate), -even);
+        if (task_scale != 0) gradient = fmaf(task_scale, exp_at(d, one), gradient);
+        const float t = fmaxf(x.value[u], -FLT_MAX) * cap_slope;
+        out.value[u] = cap_slope == 0 ? gradient : fmaf(-t * t, gradient, gradient);
+      }
+      if (classes > 0) store_some(grad + i, classes, out, wide);
+    });
+  }
   __syncthreads();
   if (ce_weight != 0 && threadIdx.x == 0) grad[label] = from_float<O>(before(label_rest + at_label, label_logit));
   __syncthreads();  // the label may be among the known classes
@@ -296,10 +305,11 @@ __global__ void __launch_bounds__(kRowThreads, 2) top_k_kernel(const __grid_cons
   for (int64_t j = threadIdx.x; j < k; j += kRowThreads) {
     if (!is_here(j)) continue;
     double gradient = 0;
-    if (taught) gradient = each * gradient_of(how, log_probs[j] - teacher.shift, known[j] * inverse - total, slopes);
+    if (taught)
+      gradient = each * gradient_of(how, log_probs[j] - teacher.shift, (known[j] - centre) * inverse - total, slopes);
     if (ce_weight != 0)
-      gradient +=
-          labelled && ids[j] == label ? static_cast<double>(at_label) : ce_weight * exp(known[j] - plain_total) - flat;
+      gradient += labelled && ids[j] == label ? static_cast<double>(at_label)
+                                              : ce_weight * exp(known[j] - centre - plain_total) - flat;
     grad[ids[j]] = from_float<O>(before(gradient, known[j]));
   }
 }
@@ -311,8 +321,7 @@ void top_k_rows(const LogitRows& logits, const LogitRows& grad, DType operand_dt
                 const double* ce_weights, const TopKOptions& how, double* value, double* ce, float* known_logits, int device,
                 void* stream) {
   const Call call("top_k_rows", device, stream);
-  const TopK work{logits,       grad,    rows,       cols,  teacher, known_logits, labels,
-                  ignore_index, weights, ce_weights, value, ce,      how};
+  const TopK work{logits, grad, cols, teacher, known_logits, labels, ignore_index, weights, ce_weights, value, ce, how};
   const auto launch = [&](auto t) {
     for (int64_t at = 0; at < rows; at += kMostBlocks)
       call.launch(top_k_kernel<decltype(t)>, std::min(rows - at, kMostBlocks), kRowThreads, work, at);
