@@ -35,8 +35,9 @@ def saying(words: str | None) -> Iterator[None]:
     assert words is None or words in said[0]
 
 
-def sam(params: Any, stash: str, **options: Any) -> SAM:
-    return SAM(params, torch.optim.AdamW, **{"lr": 1e-2, "stash": stash, "fused_restore": True, **options})
+def sam(params: Any, stash: str, base_optimizer: Any = torch.optim.AdamW, **options: Any) -> SAM:
+    lr = {} if params is None else {"lr": 1e-2}
+    return SAM(params, base_optimizer, **{**lr, "stash": stash, "fused_restore": True, **options})
 
 
 def state_of(opt: SAM) -> list[Tensor]:
@@ -298,6 +299,31 @@ def test_a_hook_before_the_step_that_writes_weights_is_refused() -> None:
     with pytest.raises(RuntimeError, match="1 weights were written"):
         opt.abandon()
     assert [torch.equal(a, b) for a, b in zip(all_bits(model), before, strict=True)] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["its own optimizer first", "last"])
+def test_a_hook_of_another_optimizer_that_writes_weights_is_refused(backend: str, first: bool) -> None:
+    """Codes that wait for the step of all are as exposed as those of optimizers to come."""
+    torch.manual_seed(0)
+    own, other = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5))
+    bases = [torch.optim.AdamW([p], lr=0.1) for p in (own, other)]
+    opt = sam(None, "ulp", base_optimizer=bases if first else bases[::-1], rho=1e-4, scope=lambda _, p: p is own)
+    for ends in (opt.first_step, opt.second_step):
+        for p in (own, other):
+            p.grad = torch.randn(5)
+        if ends == opt.first_step:
+            ends()
+
+    def writes(*_: Any) -> None:
+        with torch.no_grad():
+            own.mul_(2)
+
+    bases[1].register_step_pre_hook(writes)
+    perturbed = own.detach().clone()
+    with pytest.raises(RuntimeError, match="was written between the passes"):
+        opt.second_step()
+    assert same_bits(own, perturbed * 2)
+    assert opt.is_perturbed
 
 
 def test_a_hook_after_the_step_that_fails_leaves_the_step() -> None:

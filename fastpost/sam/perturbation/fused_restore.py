@@ -158,7 +158,7 @@ class FusedRestore:
                 why_not = self._refusal([base])
                 if why_not is not None:
                     raise RuntimeError(f"SAM: a hook before the step has left AdamW with {why_not}")
-                if coded and not perturbation.check_weights():
+                if (coded or parts) and not perturbation.check_weights():
                     raise RuntimeError("SAM: a hook before the step has moved weights of which w is told from w + e")
             for index, group in enumerate(base.param_groups):
                 counts += self._step_group((number, index), base, group, copied, coded, parts, flags)
