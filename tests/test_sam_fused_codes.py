@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpost import SAM, use_backend
+from fastpost.backends import native, reference
 from fastpost.ops import params as ops
 from fastpost.plan import AdamWPart
 from fastpost.sam import GSAM
@@ -324,6 +325,49 @@ def test_a_hook_of_another_optimizer_that_writes_weights_is_refused(backend: str
         opt.second_step()
     assert same_bits(own, perturbed * 2)
     assert opt.is_perturbed
+
+
+def test_an_error_in_the_second_part_leaves_no_weight_perturbed(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory, say, when the weights of the first dtype are stepped and those of the second still wait."""
+    model = network()
+    model[3].bfloat16()
+    opt = sam(model.parameters(), "ulp", rho=0.5, lr=0.1)
+
+    def backward() -> None:
+        model[3](model[2](model[1](model[0](X))).bfloat16()).float().square().mean().backward()
+
+    backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.first_step(zero_grad=True)
+    raised = [p.detach().clone() for p in model.parameters()]
+    backward()
+    with monkeypatch.context() as patched:
+        if backend == "cpu":
+            core = native.core().cpu
+            plain = core.sam_decode_adamw
+
+            def broken(parts: list[Any], threads: int) -> None:
+                plain(parts[:1], threads)
+                raise MemoryError("planted")
+
+            patched.setattr(core, "sam_decode_adamw", broken)
+        else:
+            step, calls = reference.sam_restore_adamw_, []
+
+            def broken_step(*args: Any) -> None:
+                calls.append(1)
+                if len(calls) == 2:
+                    raise MemoryError("planted")
+                step(*args)
+
+            patched.setattr(reference, "sam_restore_adamw_", broken_step)
+        with pytest.raises(MemoryError, match="planted"):
+            opt.second_step()
+    opt.abandon()
+    now = list(model.parameters())
+    assert not any(map(same_bits, now, raised))
+    assert all(map(same_bits, now[2:], before[2:]))
+    assert backend == "cpu" or all(map(same_bits, now, before))
 
 
 def test_a_hook_after_the_step_that_fails_leaves_the_step() -> None:

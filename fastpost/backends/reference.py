@@ -339,7 +339,7 @@ def sam_decode_adamw_(bucket: Bucket, parts: list[AdamWPart]) -> None:
             sam_restore_adamw_(Bucket(stepped, **rows), counts, *part[2:])
         for i in set(range(len(origins))) - set(stepped):
             b.weights[i].copy_(origins[i])
-    bucket.stashed = False
+    parts[-1].bucket.stashed = False  # from here on all weights count as stepped
     for part in parts:
         part.bucket.stashed, coded(part.bucket).origins = False, None
 

@@ -216,7 +216,7 @@ class FusedRestore:
     def _step_coded(self, perturbation: Perturbation, parts: list[plan.AdamWPart]) -> None:
         buckets = [part.bucket for part in parts]
         try:
-            perturbation.settles_with(buckets[0])
+            perturbation.settles_with(buckets[-1])
             ops.run("sam_decode_adamw_", buckets[0], parts)
             ops.mark_modified([t for b in buckets for column in (b.weights, b.first, b.second) for t in column])
         finally:
