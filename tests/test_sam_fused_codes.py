@@ -370,6 +370,23 @@ def test_an_error_in_the_second_part_leaves_no_weight_perturbed(backend: str, mo
     assert backend == "cpu" or all(map(same_bits, now, before))
 
 
+@pytest.mark.parametrize("taken", [1, 2])
+@pytest.mark.parametrize("stash", STASHES)
+def test_a_parameter_that_left_its_group_is_restored(stash: str, taken: int) -> None:
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(5)) for _ in range(2)]
+    before = [p.detach().clone() for p in params]
+    opt = sam([{"params": params}, {"params": [nn.Parameter(torch.zeros(1))]}], stash, rho=1e-3, lr=0.1)
+    for ends in (opt.first_step, opt.second_step):
+        for p in params:
+            p.grad = torch.randn(5)
+        if ends == opt.second_step:
+            del opt.param_groups[0]["params"][-taken:]
+        with saying("from group to group" if (stash, taken, ends) == ("ulp", 1, opt.second_step) else None):
+            ends()
+    assert [same_bits(p, w) for p, w in zip(params, before, strict=True)] == [taken == 2, True]
+
+
 def test_a_hook_after_the_step_that_fails_leaves_the_step() -> None:
     model, opt, _ = perturbed()
     whole = perturbed()

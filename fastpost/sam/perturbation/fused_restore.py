@@ -286,6 +286,6 @@ def _refuses_codes(bases: Sequence[Optimizer], coded: Sequence[ParameterBucket])
         return "weights of stash='ulp' that no one backend decodes and steps"
     groups = [group for base in bases for group in base.param_groups]
     owner = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
-    if any(len({owner[id(p)] for p in b.params}) > 1 for b in coded):
+    if any(len({owner.get(id(p)) for p in b.params}) > 1 for b in coded):
         return "parameters of stash='ulp' that have gone from group to group"
     return None
