@@ -114,6 +114,33 @@ def select(op: str, device: torch.device, dtype: torch.dtype, *, walkable: bool 
 @functools.cache
 def _select(op: str, where: torch.device, dtype: torch.dtype, walkable: bool, forced: str | None) -> Callable[..., Any]:
     device = where.type
+    name, refusals, missing = _choose(op, device, dtype, walkable, forced)
+    if name is None:
+        raise BackendUnavailable(
+            f"{op} on {device} tensors of {str(dtype).removeprefix('torch.')} cannot be served: {'; '.join(refusals)}. "
+            "use_backend(None) lets fastpost choose; use_backend('reference') serves everything."
+        )
+    if name == "reference" and missing:
+        reasons = "; ".join(missing)
+        warnings.warn(f"fastpost serves {device} tensors by its slow reference backend. {reasons}", stacklevel=4)
+    function: Callable[..., Any] = getattr(_module(name), op)
+    return function
+
+
+def serving(op: str, device: torch.device, dtype: torch.dtype, *, walkable: bool = True) -> str | None:
+    """The backend that `select` would choose, for those who only ask: nothing is said or raised; None where none serves."""
+    return _serving(op, device, dtype, walkable, forced())
+
+
+@functools.cache
+def _serving(op: str, where: torch.device, dtype: torch.dtype, walkable: bool, forced: str | None) -> str | None:
+    return _choose(op, where.type, dtype, walkable, forced)[0]
+
+
+def _choose(
+    op: str, device: str, dtype: torch.dtype, walkable: bool, forced: str | None
+) -> tuple[str | None, list[str], list[str]]:
+    """The backend that serves, or None; why those before it do not; and which of these reasons are that it is missing."""
     refusals: list[str] = []
     missing: list[str] = []
     for name in (forced,) if forced else _DEFAULT_ORDER.get(device, ("triton", "reference")):
@@ -121,19 +148,11 @@ def _select(op: str, where: torch.device, dtype: torch.dtype, walkable: bool, fo
             refusals.append(f"{name}: {backends()[name].reason}")
             missing.append(refusals[-1])
             continue
-        module = _module(name)
-        why = module.refuses(op, device, dtype, walkable)
+        why = _module(name).refuses(op, device, dtype, walkable)
         if why is None:
-            if name == "reference" and missing:
-                reasons = "; ".join(missing)
-                warnings.warn(f"fastpost serves {device} tensors by its slow reference backend. {reasons}", stacklevel=4)
-            function: Callable[..., Any] = getattr(module, op)
-            return function
+            return name, refusals, missing
         refusals.append(f"{name}: {why}")
-    raise BackendUnavailable(
-        f"{op} on {device} tensors of {str(dtype).removeprefix('torch.')} cannot be served: {'; '.join(refusals)}. "
-        "use_backend(None) lets fastpost choose; use_backend('reference') serves everything."
-    )
+    return None, refusals, missing
 
 
 def shortcut(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:

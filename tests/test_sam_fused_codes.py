@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastpost import SAM, use_backend
-from fastpost.backends import native, reference
+from fastpost import SAM, dispatch, use_backend
+from fastpost.backends import cpu, native, reference
 from fastpost.ops import params as ops
 from fastpost.plan import AdamWPart
 from fastpost.sam import GSAM
@@ -385,6 +385,35 @@ def test_a_parameter_that_left_its_group_is_restored(stash: str, taken: int) -> 
         with saying("from group to group" if (stash, taken, ends) == ("ulp", 1, opt.second_step) else None):
             ends()
     assert [same_bits(p, w) for p, w in zip(params, before, strict=True)] == [taken == 2, True]
+
+
+@pytest.mark.skipif("cpu" not in CPU_BACKENDS, reason="the CPU core serves no call in this run")
+def test_who_serves_is_asked_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with one backend missing, and one that decodes but does not step: the reference is not used in its place."""
+    monkeypatch.setitem(dispatch._DEFAULT_ORDER, "cpu", ("cuda", "cpu", "reference"))
+    status = {**dispatch.backends(), "cuda": dispatch.BackendStatus(False, "no core.")}
+    monkeypatch.setattr(dispatch, "backends", lambda: status)
+    plain = cpu.refuses
+    monkeypatch.setattr(cpu, "refuses", lambda op, *how: "planted" if op == "sam_decode_adamw_" else plain(op, *how))
+    caches = (dispatch._select, dispatch._serving)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        p = nn.Parameter(torch.randn(64))
+        opt = sam([p], "ulp", rho=0.1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for ends in (opt.first_step, opt.second_step):
+                p.grad = torch.randn(64)
+                ends()
+        (said,) = [str(w.message) for w in caught]
+        assert "no one backend decodes and steps" in said
+        device = p.device
+        with pytest.warns(UserWarning, match="slow reference backend"):  # one that it does serve is still told of
+            assert dispatch.select("sam_decode_adamw_", device, p.dtype) is reference.sam_decode_adamw_
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 def test_a_hook_after_the_step_that_fails_leaves_the_step() -> None:

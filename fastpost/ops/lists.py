@@ -27,8 +27,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from fastpost import plan
 from fastpost.backends import native
-from fastpost.dispatch import forced, select, shortcut
-from fastpost.errors import BackendUnavailable
+from fastpost.dispatch import forced, select, serving, shortcut
 from fastpost.ops.registry import define, eager
 
 Lists = tuple["list[Tensor] | None", ...]  # one per argument that is a list, in the schema's order
@@ -192,10 +191,8 @@ def run(op: str, bucket: plan.Bucket, *args: object) -> Tensor:
 
 def served_alike(operations: Sequence[str], buckets: Sequence[plan.Bucket]) -> bool:
     """Whether one backend serves all of these operations on all of these buckets, so that one call can."""
-    try:
-        return len({select(op, b.device, b.dtype, walkable=b.walkable).__module__ for op in operations for b in buckets}) < 2
-    except BackendUnavailable:  # the one that was forced has no such operation
-        return False
+    found = {serving(op, b.device, b.dtype, walkable=b.walkable) for op in operations for b in buckets}
+    return len(found) < 2 and None not in found
 
 
 def plus(total: Tensor | None, part: Tensor) -> Tensor:
