@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
+import pickle
 import random
 import types
 
@@ -546,4 +548,28 @@ def test_a_gradient_of_another_dtype_than_its_weight_is_refused_with_a_remedy(no
     backward()
     with opt.perturbed():
         backward()
+    opt.step()
+
+
+def test_a_second_window_of_an_optimizer_is_refused_and_copies_are_in_none() -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR)
+    window, other = (SAMWindow(opt, lambda x: model(x).square().mean().backward()) for _ in range(2))
+    window.open(2)
+    window.feed(X[:4])
+    gradients = [p.grad for p in opt.tensors()]
+    with pytest.raises(RuntimeError, match=r"another window of this optimizer is open; close\(\) or abort\(\)"):
+        other.open(1)
+    assert opt.in_window
+    assert not other.is_open
+    assert all(p.grad is g for p, g in zip(opt.tensors(), gradients, strict=True))
+    window.abort()
+    window.open(2)
+    for copied in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        assert not copied.in_window
+        copied.step()
+    assert opt.in_window
+    del window
+    opt.abandon()  # as the error says
+    other.run([X[:4], X[4:8]])
     opt.step()

@@ -526,7 +526,7 @@ class SAM(Wrapper):
         left_out = ("_ascent_buckets", "_guard", "_context", "_early", "_backward_norm", *wrapped)
         fused = None if self._fused is None else FusedRestore()  # its buckets point at these parameters
         kept = {key: value for key, value in self.__dict__.items() if key not in left_out}
-        return {**kept, "_fused": fused, "_step": replace(self._step, squared_norm=None)}
+        return {**kept, "_fused": fused, "in_window": False, "_step": replace(self._step, squared_norm=None)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -139,12 +139,17 @@ class SAMWindow:
 
         Raises:
             ValueError: size < 1.
-            RuntimeError: a window is open, or the optimizer is perturbed.
+            RuntimeError: a window of this optimizer is open, or the optimizer is perturbed.
         """
         if size < 1:
             raise ValueError(f"SAMWindow: a window has at least one micro-batch, not {size}")
         if self.is_open:
             raise RuntimeError(f"SAMWindow: a window is open with {self.fed} of {self.size} micro-batches; close() it")
+        if self.optimizer.in_window:
+            raise RuntimeError(
+                "SAMWindow: another window of this optimizer is open; close() or abort() that one. Where it is gone, "
+                "opt.abandon() gives it up"
+            )
         if self.optimizer.is_perturbed:
             raise RuntimeError("SAMWindow: the optimizer is perturbed; finish its step first")
         self.optimizer.zero_grad()
