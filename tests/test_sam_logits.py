@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
 from fastpost import SAM
-from fastpost.sam import FunctionalSAM, MomentumSAM, PreconditionedSAM, SAMWindow, logits_sam
+from fastpost.sam import ExternalSAM, FunctionalSAM, MomentumSAM, PreconditionedSAM, SAMWindow, logits_sam
 
 from .small import X, Y, network
 
@@ -252,6 +253,41 @@ def test_preconditioned_sam_asks_for_second_moments(base: type) -> None:
     with pytest.raises(RuntimeError, match="found none of max_exp_avg_sq, exp_avg_sq, square_avg"):
         step()
     assert not opt.is_perturbed
+
+
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("variant", [PreconditionedSAM, MomentumSAM])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_an_optimizer_without_a_state_is_refused(base: type, variant: type, external: bool) -> None:
+    """SGD without momentum never makes one. A parameter or a group that had no gradient so far has none either, and may."""
+    model = network()
+    unused, late = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    inner = base([{"params": [*model.parameters(), unused]}, {"params": [late]}], lr=1e-2)
+    opt = (ExternalSAM if external else partial(SAM, None))(inner, rho=RHO, variant=variant())
+
+    def step(factor: float = 1.0, *further: Tensor) -> None:
+        loss = lambda: sum(further, nn.functional.cross_entropy(model(X), Y) * factor)  # noqa: E731
+        if external:
+            opt.passes(lambda: loss_backward(loss()))
+            opt.finish_step(scaled=False)
+            inner.step()
+        else:
+            opt.step(lambda: loss_backward(loss()))
+
+    if variant is PreconditionedSAM:
+        step(torch.inf)  # skipped, so that nobody has made a state
+        assert opt.skipped_steps == 1
+    step()
+    if base is torch.optim.Adam:
+        step()
+        step(1.0, late.sum())
+        assert opt.report.as_dict()["stored_norm"] == pytest.approx(RHO, rel=1e-3)
+        return
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"found none of .*state \(empty\)"):
+        step()
+    assert not opt.is_perturbed
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 def test_preconditioned_sam_sees_an_overflow_where_nothing_is_perturbed() -> None:

@@ -75,8 +75,7 @@ class ExternalSAM(SAM):
 
     def _after_the_owner_stepped(self) -> None:
         self._stepping.close()
-        if self.variant.state_names:
-            self._context.store(self._gradients())  # what a variant keeps is saved with the optimizer
+        self._note_step()
 
 
 def _before_step(optimizer: Any, *_: Any) -> None:

@@ -762,8 +762,8 @@ class SAM(Wrapper):
             raise
         self._close_step()
         self._count_skipped(skipped)
-        if self.variant.state_names and not (isinstance(skipped, int) and skipped):
-            self._context.store(self._gradients())
+        if not (isinstance(skipped, int) and skipped):
+            self._note_step()
 
     def _step_bases(self, fused: FusedRestore | None, scale: Tensor | None, found_inf: Tensor | None) -> int | Tensor:
         """The base optimizers' step, in one with the restore where `fused` is given; returns how many were skipped."""
@@ -773,6 +773,13 @@ class SAM(Wrapper):
             return skipped
         with self._perturbation.stepping():
             return step_bases(self._bases, scale, found_inf)
+
+    def _note_step(self) -> None:
+        """The base optimizers have stepped: what the variant keeps enters their state, and is saved with it."""
+        if self.variant.state_names:
+            self._context.store(self._gradients())
+        if self.variant.follows_state:
+            self._context.look_for_state(self._gradients())
 
     def _notice_plain_step(self, ascended: bool) -> None:
         """Warns, once, where step() is all that is ever called: trainers that know nothing of SAM do that."""

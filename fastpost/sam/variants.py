@@ -35,6 +35,9 @@ class VariantContext:
         groups: returns the optimizer's parameter groups.
         state: returns the base optimizer's state, where kept tensors live.
         names: what a variant keeps per parameter.
+
+    Attributes:
+        is_stateless: the base optimizer has stepped, and left nothing in the state of a whole group's parameters.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class VariantContext:
         self._state = state
         self._names = names
         self._pending: dict[Tensor, dict[str, Tensor]] = {}
+        self.is_stateless = False
 
     def tensors(self) -> list[Tensor]:
         """All parameters."""
@@ -108,6 +112,16 @@ class VariantContext:
                 else:
                     state[name] = distributed.like(p, value.detach().clone())
 
+    def look_for_state(self, gradients: Gradients) -> None:
+        """After a step with these gradients: finds out whether it `is_stateless`. A parameter alone may have nothing, and so
+        may a group none of which had a gradient."""
+        found: dict[int, bool] = {}
+        settings = self.settings()
+        for p in gradients:
+            group = id(settings[p])
+            found[group] = found.get(group, False) or bool(self.state.get(p))
+        self.is_stateless = not all(found.values())
+
 
 class Variant:
     """SAM itself: every hook leaves the step as it is.
@@ -123,6 +137,7 @@ class Variant:
             backward pass, so that the caller clips what they made; where further passes add to the gradients, again after
             each, with all that there is so far.
         state_names: tensors kept per parameter from step to step, in `state[p]`; each begins with "sam_".
+        follows_state: whether the direction comes from the base optimizer's state, so that one without is looked for.
         serves_norm_group: whether it is right where ranks hold other parameters of the model.
         serves_fused_restore: whether it is right where w comes back in the base optimizer's step, and not before.
     """
@@ -132,6 +147,7 @@ class Variant:
     scales_must_agree = False
     rewrites = True
     state_names: tuple[str, ...] = ()
+    follows_state = False
     serves_norm_group = True
     serves_fused_restore = True
 
@@ -314,6 +330,7 @@ class MomentumSAM(Variant):
     """
 
     ascent_pass = False
+    follows_state = True
 
     def __init__(self, buffers: Sequence[str] = ("momentum_buffer", "exp_avg")) -> None:
         self.buffers = tuple(buffers)
@@ -328,10 +345,10 @@ class MomentumSAM(Variant):
                 # Momentum of an optimizer that maximises is that of -L already; a direction is in settings of L.
                 part = distributed.local_as(p, found).to(p.dtype)
                 result[p] = part if id(p) in maximized else -part
-            elif state and p.requires_grad:
+            elif (state or context.is_stateless) and p.requires_grad:
                 raise RuntimeError(
                     f"SAM: MomentumSAM found none of {', '.join(self.buffers)} in the base optimizer's state "
-                    f"({', '.join(state)}); give it momentum, or name its buffer"
+                    f"({', '.join(state) or 'empty'}); give it momentum, or name its buffer"
                 )
         return result
 
@@ -348,6 +365,8 @@ class PreconditionedSAM(Variant):
     Args:
         buffers: names under which base optimizers keep second moments, tried in turn: Adam's and RMSprop's.
     """
+
+    follows_state = True
 
     def __init__(self, buffers: Sequence[str] = ("max_exp_avg_sq", "exp_avg_sq", "square_avg")) -> None:
         self.buffers = tuple(buffers)
@@ -366,10 +385,11 @@ class PreconditionedSAM(Variant):
                     v = v / (1 - group["betas"][1] ** torch.as_tensor(state["step"], dtype=wide, device=v.device))
                 d = g.to(wide) / (v.sqrt() + group.get("eps", 1e-8))
                 result[p] = torch.where(v > 0, d, g * 0).to(g.dtype)  # inf * 0 is nan: an overflow is still seen
-            elif state:
+            elif state or context.is_stateless:
                 raise RuntimeError(
                     f"SAM: PreconditionedSAM found none of {', '.join(self.buffers)}, in the shape of the weights and not "
-                    f"quantised, in the base optimizer's state ({', '.join(state)}); take torch's AdamW, or name its buffer"
+                    f"quantised, in the base optimizer's state ({', '.join(state) or 'empty'}); take torch's AdamW, or name "
+                    "its buffer"
                 )
             else:
                 result[p] = g * 0
