@@ -132,6 +132,52 @@ def test_functional_sam_after_a_step_that_was_given_up() -> None:
         loss(slice(0, 9)).backward()
 
 
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("form", ["window", "two calls"])
+def test_functional_sam_keeps_nothing_without_an_ascent(form: str, watched: bool) -> None:
+    """Every second step is plain, and what a step has left ends with it."""
+    model = network().double()
+    x = X.double()
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=0.1, interval=2)
+    functional, seen = FunctionalSAM(opt), []
+    hand = copy.deepcopy(model)
+    if watched:
+        functional.watch(model[-1])
+
+    def forward_backward(rows: slice) -> None:
+        def loss_of(z: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(z, Y[rows], reduction="sum") / len(Y)
+
+        loss_backward(loss_of(model(x[rows])) if watched else functional(model(x[rows]), loss_of))
+        seen.append(functional.waiting)
+
+    for ascends in (True, False, True):
+        hand.load_state_dict(model.state_dict())
+        g = equations(hand, x, Y, 1.0)
+        if not ascends:
+            loss = nn.functional.cross_entropy(hand(x), Y)
+            g = dict(zip(g, torch.autograd.grad(loss, list(hand.parameters())), strict=True))
+        expected = {n: p.detach() - 0.1 * g[n] for n, p in model.named_parameters()}
+        assert opt.ascends == ascends
+        seen.clear()
+        if form == "window":
+            SAMWindow(opt, forward_backward).run([slice(0, 8), slice(8, 32)])
+        else:
+            forward_backward(slice(0, 32))
+            opt.first_step(zero_grad=True)
+            forward_backward(slice(0, 32))
+        assert max(seen) == (0 if not ascends else 2 if form == "window" else 1)
+        opt.step()
+        opt.zero_grad()
+        for n, p in model.named_parameters():
+            assert (p.detach() - expected[n]).abs().max() <= 1e-13
+    opt.step(lambda: loss_backward(hand(x).sum()))  # plain, so that the next one ascends
+    forward_backward(slice(0, 32))
+    assert functional.waiting == 1
+    opt.step()  # without having ascended
+    assert not functional.waiting
+
+
 def test_functional_sam_needs_a_first_pass() -> None:
     model = network()
     opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=0.1, momentum=0.9, variant=MomentumSAM())

@@ -460,6 +460,11 @@ class SAM(Wrapper):
         """Whether the coming step perturbs; with `interval` only some do."""
         return bool(self._groups()[0]["sam_steps"] % self.interval == 0)
 
+    @property
+    def notes(self) -> dict[object, Any]:
+        """What others keep of this step's first passes, each by a key of its own; gone with every fresh start."""
+        return self._step.notes
+
     # -- what was done ------------------------------------------------------------------------------------------------
 
     @property
@@ -526,7 +531,8 @@ class SAM(Wrapper):
         left_out = ("_ascent_buckets", "_guard", "_context", "_early", "_backward_norm", *wrapped)
         fused = None if self._fused is None else FusedRestore()  # its buckets point at these parameters
         kept = {key: value for key, value in self.__dict__.items() if key not in left_out}
-        return {**kept, "_fused": fused, "in_window": False, "_step": replace(self._step, squared_norm=None)}
+        step = replace(self._step, squared_norm=None, notes={})
+        return {**kept, "_fused": fused, "in_window": False, "_step": step}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class SAMStep:
         tensors: how many the optimizer's groups held at the ascent.
         clean: the gradients at w, where the variant keeps them until the second pass is over.
         combined: whether the variant has rewritten the gradients for good.
+        notes: what others keep of its first passes, each by a key of its own.
     """
 
     phase: Phase = Phase.CLEAN
@@ -60,6 +61,7 @@ class SAMStep:
     tensors: int = 0
     clean: Gradients = field(default_factory=dict)
     combined: bool = False
+    notes: dict[object, Any] = field(default_factory=dict)
 
     @property
     def ascended(self) -> bool:

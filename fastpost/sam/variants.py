@@ -511,7 +511,7 @@ class FunctionalSAM:
 
     The paper's preconditioned form is this with `variant=PreconditionedSAM()`. Micro-batches come in the same order in both
     passes, as windows run them; between them dL/dlogits is kept, one number per logit. In a window the ascent has to be over
-    all micro-batches (`ascent_fraction=1.0`).
+    all micro-batches (`ascent_fraction=1.0`). Steps without an ascent (`interval`) are plain, and nothing is kept.
 
     Args:
         optimizer: the SAM whose passes these are.
@@ -519,11 +519,12 @@ class FunctionalSAM:
 
     def __init__(self, optimizer: SAM) -> None:
         self._optimizer = optimizer
-        self._kept: deque[_AtW] = deque()
-        self._cycle = optimizer.cycle
+        self._key = object()
 
     def __call__(self, logits: Tensor, loss: LossOfLogits) -> Tensor:
         """The loss; in the second pass with the gradient <dL/dlogits at w, logits at w + e> in place of its own."""
+        if not self._optimizer.ascends:
+            return loss(logits)
         if not self._optimizer.is_perturbed:
             value = loss(logits)
             with torch.enable_grad():
@@ -550,11 +551,17 @@ class FunctionalSAM:
 
     @property
     def waiting(self) -> int:
-        """How many tensors of logits have passed at w, and not yet at w + e."""
-        return len(self._kept)
+        """How many gradients by logits have come at w, for passes at w + e that are still to be made in this step."""
+        return sum(len(kept.gradients) for kept in self._kept)
+
+    @property
+    def _kept(self) -> deque[_AtW]:
+        """In the order of the passes; the step's own, so that nothing outlives it."""
+        kept: deque[_AtW] = self._optimizer.notes.setdefault(self._key, deque())
+        return kept
 
     def _on_logits(self, head: nn.Module, args: Any, logits: Any) -> None:
-        if not (isinstance(logits, Tensor) and logits.requires_grad):
+        if not (self._optimizer.ascends and isinstance(logits, Tensor) and logits.requires_grad):
             return
         if not self._optimizer.is_perturbed:
             logits.register_hook(self._note(logits).gradients.append)  # type: ignore[no-untyped-call]
@@ -569,19 +576,18 @@ class FunctionalSAM:
         logits.register_hook(as_at_w)  # type: ignore[no-untyped-call]
 
     def _note(self, logits: Tensor) -> _AtW:
-        if self._cycle != self._optimizer.cycle:  # what a step given up has left
-            self._kept.clear()
-            self._cycle = self._optimizer.cycle
-        self._kept.append(_AtW(logits.shape))
-        return self._kept[-1]
+        kept = _AtW(logits.shape)
+        self._kept.append(kept)
+        return kept
 
     def _take(self, logits: Tensor) -> _AtW:
-        if not self._kept:
+        waiting = self._kept
+        if not waiting:
             raise RuntimeError(
                 "FunctionalSAM: no first pass for these logits; each micro-batch has to pass at w before it passes at w + e "
                 "(ascent_fraction=1.0, and a variant with an ascent pass)"
             )
-        kept = self._kept.popleft()
+        kept = waiting.popleft()
         if kept.shape != logits.shape:
             raise RuntimeError(
                 f"FunctionalSAM: logits of shape {tuple(logits.shape)} meet those of {tuple(kept.shape)} at w"
