@@ -116,32 +116,45 @@ def test_sam_in_the_trainer_is_sam_in_a_loop(tmp_path: Path, options: dict[str, 
     assert type(trainer.sam._perturbation) is type(sam._perturbation)
 
 
-@pytest.mark.parametrize("preconditioned", [False, True])
-def test_functional_sam_in_the_trainer_follows_its_equations(tmp_path: Path, preconditioned: bool) -> None:
+@pytest.mark.parametrize(("preconditioned", "interval"), [(False, 1), (True, 1), (False, 2)])
+def test_functional_sam_in_the_trainer_follows_its_equations(tmp_path: Path, preconditioned: bool, interval: int) -> None:
     """J(w + e)^T dL/dz(w) over windows of three micro-batches; e along g, or g over the root of Adam's second moment."""
     mine, hand, steps, accumulation = model(), model(), 4, 3
     options = {"sam_variant": "preconditionedsam"} if preconditioned else {}
-    options.update(sam_functional_path=True, gradient_accumulation_steps=accumulation)
+    options.update(sam_functional_path=True, gradient_accumulation_steps=accumulation, sam_interval=interval)
     trainer = trainer_of(SAMTrainer, mine, arguments(tmp_path, steps, **options))
     trainer.train()
     assert not mine.lm_head._forward_hooks
-    functional_sam_by_hand(hand, windows(rows(), accumulation, steps), preconditioned)
+    functional_sam_by_hand(hand, windows(rows(), accumulation, steps), preconditioned, interval=interval)
     assert distance(mine, hand) <= TOLERANCE
     other = model()
     sam_loop(other, windows(rows(), accumulation, steps))
     assert distance(mine, other) > 1e-3
 
 
-def test_functional_sam_of_a_fused_head_is_refused_at_its_first_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize("makes_logits", [False, True])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_functional_sam_of_a_fused_head_is_refused_at_its_first_pass(tmp_path: Path, bad: int, makes_logits: bool) -> None:
+    """In whichever micro-batch, and also where there are logits that the loss does not take."""
+
     class PastTheHead(SAMTrainer):
+        number = 0
+
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            self.number += 1
+            if self.number != bad + 1:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            if makes_logits:
+                model(input_ids=inputs["input_ids"])
             hidden = model.transformer(input_ids=inputs["input_ids"]).last_hidden_state
             return (hidden @ model.lm_head.weight.T).logsumexp(-1).mean()
 
     mine = model()
-    trainer = trainer_of(PastTheHead, mine, arguments(tmp_path, 1, sam_functional_path=True))
+    args = arguments(tmp_path, 1, sam_functional_path=True, gradient_accumulation_steps=2)
+    trainer = trainer_of(PastTheHead, mine, args)
     with pytest.raises(RuntimeError, match="takes the head's weight itself"):
         trainer.train()
+    assert trainer.number == bad + 1
     assert distance(mine, model()) == 0
 
 
@@ -331,16 +344,23 @@ def divergences(hand: Any, window: list[Any], items: int, seed: int) -> Tensor:
     """Each micro-batch's share in the symmetric KL under noise, from torch's own functions."""
     found, seen = [], 0
     for batch in window:
-        embeds, ids = hand.get_input_embeddings()(batch["input_ids"]), batch["input_ids"]
-        noised = add_noise(embeds.detach(), 0.3, seed=seed, token_index=torch.arange(ids.numel()).view(ids.shape) + seen)
-        seen += ids.numel()
-        p, q = (
-            hand(inputs_embeds=e, attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
-            for e in (embeds, noised)
-        )
-        counts = batch["labels"][:, 1:] != -100
-        found.append((((p.exp() - q.exp()) * (p - q)).sum(-1) * counts).sum() / items)
+        found.append(symmetric(*both_streams(hand, batch, seed, seen), batch) / items)
+        seen += batch["input_ids"].numel()
     return torch.stack(found)
+
+
+def both_streams(hand: Any, batch: Any, seed: int, seen: int) -> tuple[Tensor, Tensor]:
+    """Logits without and with noise on the embeddings; `seen` tokens came before in this step."""
+    embeds, ids = hand.get_input_embeddings()(batch["input_ids"]), batch["input_ids"]
+    noised = add_noise(embeds.detach(), 0.3, seed=seed, token_index=torch.arange(ids.numel()).view(ids.shape) + seen)
+    clean, other = (hand(inputs_embeds=e, attention_mask=batch["attention_mask"]).logits for e in (embeds, noised))
+    return clean, other
+
+
+def symmetric(clean: Tensor, noised: Tensor, batch: Any) -> Tensor:
+    """The symmetric KL of next tokens, summed up over the labels that count."""
+    p, q = (z[:, :-1].log_softmax(-1) for z in (clean, noised))
+    return (((p.exp() - q.exp()) * (p - q)).sum(-1) * (batch["labels"][:, 1:] != -100)).sum()
 
 
 @pytest.mark.parametrize(("fraction", "weight"), [(1.0, None), (0.6, None), (1.0, 0.4)])

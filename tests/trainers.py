@@ -143,29 +143,52 @@ def by_hand(
     return norms
 
 
-def functional_sam_by_hand(model: nn.Module, steps: list[list[list[Batch]]], preconditioned: bool = False) -> nn.Module:
+Streams = Callable[[nn.Module, Batch, int, int], list[Tensor]]
+
+
+def logits_alone(model: nn.Module, batch: Batch, step: int, seen: int) -> list[Tensor]:
+    return [model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits]
+
+
+def cross_entropy_of(streams: list[Tensor], batch: Batch, items: int) -> Tensor:
+    """Of the first stream, next tokens, over the number of labels that count in the whole step."""
+    labels = batch["labels"][:, 1:].flatten()
+    return nn.functional.cross_entropy(streams[0][:, :-1].flatten(0, 1), labels, reduction="sum") / items
+
+
+def functional_sam_by_hand(
+    model: nn.Module,
+    steps: list[list[list[Batch]]],
+    preconditioned: bool = False,
+    *,
+    interval: int = 1,
+    streams: Streams = logits_alone,
+    loss: Callable[[list[Tensor], Batch, int], Tensor] = cross_entropy_of,
+) -> nn.Module:
     """The model, trained by J(w + e)^T dL/dz(w) over windows of all ranks; e along g, or along g over the root of AdamW's
-    second moment."""
+    second moment.
+
+    Args:
+        interval: e is 0 except on every `interval`-th step.
+        streams: z, as tensors of logits, from the number of the step and of tokens before this batch in it.
+        loss: a micro-batch's share of L, from z and the number of labels that count in the window.
+    """
     opt, params = optimizer_of(model), list(model.parameters())
-
-    def logits(batch: Batch) -> Tensor:
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # type: ignore[no-any-return]
-
-    for window in steps:
+    for step, window in enumerate(steps):
         batches, items = [batch for mine in window for batch in mine], items_of(window)
+        starts = [sum(b["input_ids"].numel() for b in batches[:k]) for k in range(len(batches))]
         kept, g = [], [torch.zeros_like(p) for p in params]
-        for batch in batches:
-            z, labels = logits(batch), batch["labels"][:, 1:].flatten()
-            loss = nn.functional.cross_entropy(z[:, :-1].flatten(0, 1), labels, reduction="sum") / items
-            (dz,) = torch.autograd.grad(loss, z, retain_graph=True)
+        for batch, seen in zip(batches, starts, strict=True):
+            z = streams(model, batch, step, seen)
+            dz = torch.autograd.grad(loss(z, batch, items), z, retain_graph=True)
             kept.append(dz)
             g = [a + b for a, b in zip(g, torch.autograd.grad(z, params, dz), strict=True)]
         if preconditioned:
             g = [part / _scale_of(opt, p) for p, part in zip(params, g, strict=True)]
-        moves = any(bool(part.any()) for part in g)
+        moves = step % interval == 0 and any(bool(part.any()) for part in g)
         with ascended(params, g, RHO) if moves else contextlib.nullcontext():
-            total = sum((logits(batch) * dz).sum() for batch, dz in zip(batches, kept, strict=True))
-            second = torch.autograd.grad(total, params)  # type: ignore[arg-type]
+            z = [part for batch, seen in zip(batches, starts, strict=True) for part in streams(model, batch, step, seen)]
+            second = torch.autograd.grad(z, params, [part for dz in kept for part in dz])
         for p, part in zip(params, second, strict=True):
             p.grad = part
         nn.utils.clip_grad_norm_(params, CLIP)

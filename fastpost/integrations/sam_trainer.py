@@ -37,12 +37,16 @@ class _FunctionalPath:
     """Functional-SAM at the head of a trainer's model."""
 
     def __init__(self, sam: ExternalSAM, model: Any) -> None:
+        self._sam = sam
         self._at_head = FunctionalSAM(sam)
         self._handle = self._at_head.watch(output_head(model))
 
-    def refuse_unseen(self) -> None:
-        """Raises RuntimeError where a pass at w has made its loss past the head."""
-        if not self._at_head.waiting:
+    @contextlib.contextmanager
+    def refuse_unseen(self) -> Iterator[None]:
+        """Around a pass at w: raises RuntimeError where its loss has gone past the head."""
+        before = self._at_head.waiting
+        yield
+        if self._sam.ascends and self._at_head.waiting == before:
             raise RuntimeError(
                 "SAM: sam_functional_path acts on the logits that the model's head puts out, and this loss takes the head's "
                 "weight itself (a fused head: Liger, TRL, R3F's or the anchor's); switch that off, or leave it out"
@@ -86,17 +90,16 @@ class TrainerWindow(SAMWindow):
     def run_pass(self, micro_batch: Any, info: PassInfo) -> Any:
         """As SAMWindow's, in the trainer's own way; `trainer._pass_info` says which pass it is."""
         trainer = self.trainer
+        path = trainer._functional_path
         each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         trainer._pass_info = info
         try:
             with (
                 accelerated_sync(self.model, trainer.accelerator, info.sync or each),
                 unlogged(trainer) if info.is_replay else contextlib.nullcontext(),
+                contextlib.nullcontext() if path is None or info.is_replay else path.refuse_unseen(),
             ):
-                result = self.forward_backward(micro_batch)
-            if trainer._functional_path is not None and not info.is_replay:
-                trainer._functional_path.refuse_unseen()
-            return result
+                return self.forward_backward(micro_batch)
         finally:
             trainer._pass_info = None
 
