@@ -158,6 +158,22 @@ def test_functional_sam_of_a_fused_head_is_refused_at_its_first_pass(tmp_path: P
     assert distance(mine, model()) == 0
 
 
+def test_a_run_whose_end_fails_leaves_nothing_at_the_head(tmp_path: Path) -> None:
+    class Fails(SAMTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self._given_up = True  # as after a save in the middle of a window
+            return super().compute_loss(*args, **kwargs)
+
+        def _end_window(self) -> None:
+            raise OSError("no memory for w")
+
+    trainer = trainer_of(Fails, model(), arguments(tmp_path, 1, sam_functional_path=True))
+    with pytest.raises(OSError, match="no memory for w"):
+        trainer.train()
+    assert not trainer.model.lm_head._forward_hooks
+    assert not trainer._given_up
+
+
 @pytest.mark.parametrize("seed", [None, 7])
 def test_stochastic_rounding_and_its_seed(tmp_path: Path, seed: int | None) -> None:
     """Bit for bit, in bfloat16."""

@@ -326,11 +326,13 @@ class SAMTrainerMixin(PostTrainingMixin):
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
-            self._end_window()
-            self._given_up = False
-            if self._functional_path is not None:
-                self._functional_path.end()
-                self._functional_path = None
+            try:
+                self._end_window()
+            finally:
+                self._given_up = False
+                if self._functional_path is not None:
+                    self._functional_path.end()
+                    self._functional_path = None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's own; never measures w + e.
