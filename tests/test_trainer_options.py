@@ -39,6 +39,7 @@ from .trainers import (
     RHO,
     arguments,
     causal_loss,
+    cross_entropy_of,
     exact,
     functional_sam_by_hand,
     items_of,
@@ -129,6 +130,26 @@ def test_functional_sam_in_the_trainer_follows_its_equations(tmp_path: Path, pre
     assert distance(mine, hand) <= TOLERANCE
     other = model()
     sam_loop(other, windows(rows(), accumulation, steps))
+    assert distance(mine, other) > 1e-3
+
+
+@pytest.mark.parametrize("forward", ["two_pass", "double_batch"])
+def test_functional_sam_takes_both_streams_of_r3f(tmp_path: Path, forward: str) -> None:
+    """z are the clean and the noised logits, L cross-entropy and 0.4 times their symmetric KL: J(w + e)^T dL/dz(w)."""
+    mine, hand = model(), model()
+    options = {"r3f_lambda": 0.4, "r3f_eps": 0.3, "r3f_seed": 5, "r3f_forward": forward}
+    args = arguments(tmp_path, 3, method="sam+r3f", sam_functional_path=True, gradient_accumulation_steps=3, **options)
+    trainer_of(PostTrainer, mine, args).train()
+
+    def streams(hand: Any, batch: Any, step: int, seen: int) -> list[Tensor]:
+        return list(both_streams(hand, batch, 5 + step, seen))
+
+    def loss(z: list[Tensor], batch: Any, items: int) -> Tensor:
+        return cross_entropy_of(z, batch, items) + 0.4 * symmetric(z[0], z[1], batch) / items
+
+    functional_sam_by_hand(hand, windows(rows(), 3, 3), streams=streams, loss=loss)
+    assert distance(mine, hand) <= TOLERANCE
+    other = functional_sam_by_hand(model(), windows(rows(), 3, 3))
     assert distance(mine, other) > 1e-3
 
 
