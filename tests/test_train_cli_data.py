@@ -99,6 +99,20 @@ def test_two_columns_and_those_that_a_data_set_declares(tmp_path) -> None:
         train_data.read(options)
 
 
+def test_columns_that_the_first_row_lacks(tmp_path) -> None:
+    rows = [{"text": "a b c"}, *({"text": f"hello {k}", "sentiment": k % 2} for k in range(4))]
+    path = write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2 has a column sentiment, .* Say --label_column none to"):
+        read(path)
+    data = read(path, label_column="none")
+    assert (data.labels, data.notes) == ((), ("columns not used: sentiment",))
+    labelled = [{"label": k % 2, **row} for k, row in enumerate(rows)]
+    data = read(write(tmp_path / "y.jsonl", "\n".join(map(json.dumps, labelled))))
+    assert (data.labels, data.notes) == (("0", "1"), ("columns not used: sentiment",))
+    empty = [{"text": "a"}, {"text": "b", "sentiment": None}]  # as tables of several sources have it
+    assert read(write(tmp_path / "z.jsonl", "\n".join(map(json.dumps, empty)))).labels == ()
+
+
 # -- every door -------------------------------------------------------------------------------------------------------------
 
 DOORS = ["x.csv", "x.CSV", "x.tsv", "x.jsonl", "x.JSONL"]

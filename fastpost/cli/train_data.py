@@ -200,6 +200,8 @@ def _rows(lines: Iterable[tables.Line], options: DataOptions, source: str, notes
     if first is None:
         raise ValueError(f"{source} holds no rows")
     columns = _columns(*first, options, source)
+    is_open = columns[2] is None and options.label_column is None  # nobody said that another column is no label
+    unused: dict[str, None] = {}
     for where, line in itertools.chain([first], lines):
         if lacking := next((name for name in columns if name is not None and name not in line), None):
             raise ValueError(f"{where}: there is no {lacking}")
@@ -213,8 +215,16 @@ def _rows(lines: Iterable[tables.Line], options: DataOptions, source: str, notes
         for usual, asked, taken in (("pair", options.pair_column, columns[1]), ("label", options.label_column, columns[2])):
             if asked is None and taken is None and line.get(usual) is not None:
                 raise ValueError(f"{where} has a {usual}, and the first row has none; say --{usual}_column, or none for it")
+        others = [name for name in line if name not in columns]
+        fresh = [name for name in others if name and name not in first[1] and line[name] is not None]
+        if is_open and fresh:
+            raise ValueError(
+                f"{where} has a column {fresh[0]}, the first row none, and none is called label. Say --label_column none to "
+                f"model the text, or give every row a {fresh[0]} and say --label_column {fresh[0]}"
+            )
+        unused.update(dict.fromkeys(name or "one without a name" for name in others))
         found.append(Row(text, pair, None if columns[2] is None else label_of(label, where)))
-    if unused := [name or "one without a name" for name in first[1] if name not in columns]:
+    if unused:
         notes.append(f"columns not used: {', '.join(unused)}")
     return found
 
