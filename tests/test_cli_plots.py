@@ -117,3 +117,8 @@ def test_train_shows_f1_and_the_baseline_beside_accuracy(tmp_path, figures) -> N
     labels = [text.get_text() for text in figures[0].axes[1].get_legend().get_texts()]
     assert labels == ["accuracy", "F1", "most frequent label, accuracy"]
     assert all(whole(axis.get_xticks()) for axis in figures[0].axes[:2])
+
+
+def test_a_cell_of_the_page() -> None:
+    values = (None, "", 0.123456, 12, True, float("inf"), "sam")
+    assert [train_report.shown(value) for value in values] == ["", "", "0.1235", "12", "True", "inf", "sam"]

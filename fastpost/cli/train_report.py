@@ -100,7 +100,9 @@ class Results:
 
 
 def shown(value: Any) -> str:
-    """A number as the page writes it: four digits."""
+    """A number as the page writes it: four digits; "" for None."""
+    if value is None:
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -274,6 +276,6 @@ def build(results: Results, picture: bytes) -> str:
         picture=base64.b64encode(picture).decode(),
         heads=heads,
         metrics=[[shown(row.get(name, "")) for name in heads] for row in picked],
-        options=[(f"--{name}", "" if value is None else shown(value)) for name, value in results.changed.items()],
+        options=[(f"--{name}", shown(value)) for name, value in results.changed.items()],
     )
     return filled
