@@ -98,7 +98,12 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests import distributed
 
     context = distributed.server()
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+
+    def get_context(method: str | None = None) -> Any:
+        assert method == "spawn", f"{method!r} is no fresh process, which those of the tests' server stand in for"
+        return context
+
+    monkeypatch.setattr(multiprocessing, "get_context", get_context)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from fastpost import SAM
 
 ROWS = 16
 Case = Callable[[], Any]
-# Imports are most of what a group of processes costs: one server makes them, and forks every process of every group.
+# Imports are most of what a group of processes costs: one server makes them, and forks every process of every group. It
+# passes over a module that it cannot import; `_worker` asks for all of them.
 PRELOAD = [
     *(
         "torch._dynamo",
@@ -36,8 +38,12 @@ PRELOAD = [
 
 
 def _worker(rank: int, size: int, folder: str, environment: dict[str, str], cases: dict[str, Case]) -> None:
+    absent = [name for name in PRELOAD if name not in sys.modules]
+    assert not absent, f"the server of the tests' processes has not imported {', '.join(absent)}"
+    # In place of those that the server was first started with. What modules have read there while the server imported them
+    # (OMP_NUM_THREADS, HF_HUB_OFFLINE) stays as it was then.
     os.environ.clear()
-    os.environ.update(environment)  # in place of the server's
+    os.environ.update(environment)
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
