@@ -72,12 +72,12 @@ def test_oracle_is_right() -> None:
 
 
 def worst_errors(
-    shift: float = 0.0, sigma: float = 3.0, sizes: Sequence[int] = tuple(ROWS)
+    shift: float = 0.0, sigma: float = 3.0, sizes: Sequence[int] = ()
 ) -> dict[tuple[int, float], tuple[float, float, float]]:
     """Of every size and difference of the table: relative error of the value and of both gradients, worst row."""
     torch.manual_seed(0)
     found = {}
-    for cols in sizes:
+    for cols in sizes or ROWS:
         for difference in DIFFERENCES:
             a, b = streams(ROWS[cols], cols, difference, sigma, shift)
             _, (grad_a, grad_b) = gradients(symmetric_kl, a, b, reduction="sum")

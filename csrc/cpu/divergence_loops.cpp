@@ -374,7 +374,9 @@ void two_stream_row(const DivergenceRow& row, double* kl, double* ce) {
     return undefined_row<T>(row, ce);
   }
   const float spread = row_spread(extent);
-  const bool folds = foldable(row), near = folds && spread <= kNearRow;
+  // Between equal rows there is no divergence, whose weight then must not even round the gradient of the cross-entropy.
+  const bool folds = foldable(row) && extent.difference_max > extent.difference_min;
+  const bool near = folds && spread <= kNearRow;
   double off_centre = 0;
   if (row.cols < kNarrow) {
     const NarrowShift shift = narrow_shift(extent);
