@@ -309,8 +309,14 @@ def test_a_sum_in_the_layouts_order_is_seen(tmp_path: Path) -> None:
 
 # Kernels that add nothing, or one integer to another.
 ADD_NOTHING = {
-    "_restore_kernel", "_put_listed_kernel", "_decode_kernel", "_cast_kernel", "_flip_kernel", "_scale_kernel", "_scale_rows_kernel",
-}  # fmt: skip
+    "_restore_kernel",
+    "_put_listed_kernel",
+    "_decode_kernel",
+    "_cast_kernel",
+    "_flip_kernel",
+    "_scale_kernel",
+    "_scale_rows_kernel",
+}
 
 
 def test_what_adds_is_launched_without_the_compilers_fusing() -> None:
