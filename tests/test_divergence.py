@@ -169,7 +169,8 @@ def test_rows_that_ask_for_care(backend: str, move: Callable[[Tensor], Tensor], 
     for got, want in zip(found, (classified + r3f_lambda * grad_a, r3f_lambda * grad_b), strict=True):
         assert got is not None
         if np.abs(want).max() > torch.finfo(torch.float32).tiny:
-            assert relative_l2(got, want) <= 1e-6
+            # Triton's rows keep their centre, and differences about it are rounded by 3e-8.
+            assert relative_l2(got, want) <= (2e-6 if backend == "triton" else 1e-6)
 
 
 def test_float64_is_exact() -> None:
