@@ -1,5 +1,5 @@
-// The only file that knows pybind11. Mirrors api.h: addresses and streams arrive as integers, the GIL is released while a
-// kernel runs.
+// The only file that knows pybind11, and so long. Mirrors api.h: addresses and streams arrive as integers, the GIL is
+// released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

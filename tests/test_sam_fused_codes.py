@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import pickle
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,19 +19,10 @@ from fastpost.sam import GSAM
 
 from .conftest import CPU_BACKENDS, DTYPES, same_bits
 from .small import X, all_bits, closure_of, loss_of, network, unchanged
+from .test_sam_fused import saying
 from .test_sam_stash import LAYOUTS, every_kind, heavy
 
 STASHES = ("copy", "ulp")
-
-
-@contextlib.contextmanager
-def saying(words: str | None) -> Iterator[None]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    said = [str(w.message) for w in caught if "cannot serve" in str(w.message)]
-    assert len(said) == (words is not None)
-    assert words is None or words in said[0]
 
 
 def sam(params: Any, stash: str, base_optimizer: Any = torch.optim.AdamW, **options: Any) -> SAM:

@@ -1,4 +1,4 @@
-"""SAM as a torch optimizer around any other (Foret et al. 2010.01412; for language models Bahri et al. 2110.08529)."""
+"""SAM as a torch optimizer around any other (Foret et al. 2010.01412; Bahri et al. 2110.08529); long, as it is one class."""
 
 from __future__ import annotations
 
