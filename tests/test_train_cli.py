@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,23 +159,29 @@ def test_gap_is_the_library_s_with_halves_that_choose_and_report(models, files, 
 # -- interrupted ------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def ctrl_c_in(step: int) -> Iterator[None]:
+    told = train_run.Watch.on_step_end
+
+    def interrupted(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        told(self, args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train_run.Watch, "on_step_end", interrupted)
+        yield
+
+
 @pytest.mark.parametrize("method", ["sam", "sam+r3f", "anchor"])
 def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on_as_if_nothing_had_been(
-    models, files, tmp_path, capsys, monkeypatch, method
+    models, files, tmp_path, capsys, method
 ) -> None:
     """In the middle of an epoch, with dropout, a schedule and R3F's noise from torch's generator."""
     extra = ["--lr_scheduler_type", "linear", "--max_steps", "7", "--gradient_accumulation_steps", "2"]
     assert main(words_of(method, models, files, tmp_path / "whole", *extra)) == 0
-    told = train_run.Watch.on_step_end
-
-    def interrupted(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        told(self, args, state, control, **kwargs)
-
     before = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patched:
-        patched.setattr(train_run.Watch, "on_step_end", interrupted)
+    with ctrl_c_in(step=3):
         assert main(words_of(method, models, files, tmp_path / "cut", *extra)) == 130
     assert signal.getsignal(signal.SIGINT) is before
     assert [p.name for p in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-3"]
@@ -186,6 +194,21 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on_as_if_nothing_h
     assert main(fresh) == 2  # nobody mixes two runs by accident
     assert "holds checkpoint-3 of an earlier run" in capsys.readouterr().err
     assert main(shlex.split(command)[1:]) == 0
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "cut"))
+    assert table(tmp_path / "whole") == table(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+@pytest.mark.parametrize("saves", ["no", "epoch", "steps"])
+def test_ctrl_c_at_the_end_of_an_epoch_loses_no_evaluation(models, files, tmp_path, strategy, saves) -> None:
+    a_step = ["--per_device_train_batch_size", "5", "--max_steps", "10"]  # of 20 rows: an epoch ends after steps 4 and 8
+    extra = [*a_step, "--eval_strategy", strategy, "--eval_steps", "2", "--save_strategy", saves, "--save_steps", "2"]
+    assert main(words_of("none", models, files, tmp_path / "whole", *extra)) == 0
+    with ctrl_c_in(step=4):
+        assert main(words_of("none", models, files, tmp_path / "cut", *extra)) == 130
+    assert train_checkpoints.checkpoints_of(tmp_path / "cut")[0].name == "checkpoint-4"
+    assert table(tmp_path / "cut")[-1]["eval_loss"]
+    assert main(words_of("none", models, files, tmp_path / "cut", *extra, "--resume_from_checkpoint", "True")) == 0
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "cut"))
     assert table(tmp_path / "whole") == table(tmp_path / "cut")
 

@@ -241,6 +241,7 @@ def test_names_of_columns_are_not_taken_for_data(tmp_path) -> None:
         ),
         ("x.csv", "great; really;1\nbad;x;0\n", "separated by semicolons is: great | really | 1."),
         ("x.tsv", "fine\t1\n", "such as text<tab>label"),
+        ("x.tsv", "fine\tbad\t1\n", "such as text<tab>pair<tab>label"),
         ("x.csv", "Text,label\na,b\n", "Did you mean 'Text'? If these are the columns' names, choose one by --text_column"),
         ("x.csv", 'text,label\n"a,1\nb,0\n', "line 3: unexpected end of data"),
         ("x.csv", "text,label\na\rb,1\nc,0\n", "line 2: a carriage return in a field without quotes"),
@@ -251,6 +252,11 @@ def test_names_of_columns_are_not_taken_for_data(tmp_path) -> None:
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         read(write(tmp_path / name, content))
+
+
+def test_the_advice_for_one_column_names_one(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"put one on top, such as text$"):
+        read(write(tmp_path / "x.csv", "I love it\nI hate it\n"))
 
 
 def test_a_carriage_return_inside_a_field_adds_no_row(tmp_path) -> None:

@@ -107,6 +107,14 @@ def test_another_method_model_data_and_labels_are_named(models, files, stopped, 
     assert "cannot be resumed: labels: code, prose then, code, prose, third now" in error
 
 
+def test_changes_without_a_checkpoint_are_refused(models, files, tmp_path, capsys) -> None:
+    """The option would do nothing."""
+    for resumes in ([], ["--resume_from_checkpoint", "False"]):
+        assert main(words_of("none", models, files, tmp_path / "out", *resumes, "--resume_with_changes", "True")) == 2
+        assert "give --resume_from_checkpoint True as well" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_that_train_nothing_may_differ(models, files, stopped) -> None:
     words = ["--logging_steps", "2", "--report_to", "none", "--eval_strategy", "no", "--per_device_eval_batch_size", "3"]
     words += ["--save_steps", "2", "--run_name", "again", "--dataloader_num_workers", "0", "--save_total_limit", "2"]
@@ -159,12 +167,13 @@ def test_with_changes_the_new_options_count_and_moments_stay(models, files, stop
     assert "checkpoint-3: sam_rho: 0.2 then, 0.7 now" in capsys.readouterr().out
 
 
-def test_with_changes_another_method_leaves_no_lines_of_the_old_one(models, files, stopped) -> None:
+def test_with_changes_another_method_keeps_the_rows_of_the_old_one(models, files, stopped) -> None:
     with_changes = [*RESUME, "--resume_with_changes", "True"]
     assert main(words_of("r3f", models, files, stopped, *EVERY, *with_changes)) == 0
     rows = table(stopped)
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
-    assert not [name for name in rows[0] if name.startswith("sam/")]
+    assert [bool(row["sam/seen_cosine"]) for row in rows] == [True, True, True, False]
+    assert [bool(row["r3f/symm_kl"]) for row in rows] == [False, False, False, True]
     assert rows[-1]["r3f/symm_kl"]
     assert "SAM" not in " ".join(Page.of(stopped).seen[:60])
     assert main(words_of("r3f", models, files, stopped, *EVERY, *RESUME)) == 0  # of which the checkpoints are now
@@ -249,6 +258,7 @@ def test_it_goes_on_from_there_to_the_same_weights(models, files, stopped, run_o
     halved(stopped / "checkpoint-3" / "optimizer.pt")
     assert main(words_of("sam", models, files, stopped, *EVERY, *RESUME)) == 0
     assert "resuming from" in (said := capsys.readouterr().out)
+    assert "made anew" not in said  # all weights are the checkpoint's
     assert "checkpoint-3 is incomplete" in said
     assert_same(saved(stopped), saved(run_of_four))
     assert train_checkpoints.flaw_of(stopped / "checkpoint-3") is None

@@ -153,7 +153,8 @@ def _no_column(path: Path, column: str, option: str, header: Sequence[str], sepa
         return ValueError(f"{path} holds no rows")
     shown = " | ".join(name if len(name) <= 30 else f"{name[:27]}..." for name in header[:8])
     rename = f"choose one by --{option}" if option else f"call one of them {column}"
-    example = "text<tab>label" if separator == "\t" else f"text{separator}label"
+    names = {1: ("text",), 3: ("text", "pair", "label")}.get(len(header), ("text", "label"))
+    example = ("<tab>" if separator == "\t" else separator).join(names)
     return ValueError(
         f"{path}: no column {column!r} in its first row, which separated by {SEPARATORS[separator]} is: {shown}."
         f"{nearest(column, header)} If these are the columns' names, {rename}; if they are data, the file has no header: "

@@ -243,6 +243,11 @@ def asked_for(run: Run) -> Start:
     asked = str(run.arguments.resume_from_checkpoint)
     there = checkpoints_of(run.folder)
     if asked.lower() in ("none", "false"):
+        if run.data.resume_with_changes:
+            raise ValueError(
+                "--resume_with_changes is about a checkpoint, and none is resumed from; "
+                "give --resume_from_checkpoint True as well"
+            )
         if there:
             flaw, whole = flaw_of(there[0]), newest_whole(run.folder)
             how = "" if flaw is None else f", which is incomplete ({flaw})"

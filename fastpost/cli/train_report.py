@@ -36,6 +36,7 @@ class Results:
         facts: what else was run on what, in pairs of words.
         metric: column of what is evaluated: "eval_accuracy", "eval_perplexity", "eval_loss", or "score" (GAP).
         unit: what a score is (GAP).
+        parts: what the run does, "sam", "r3f", "anchor". A resumed run may have rows of a part that it no longer does.
         baseline: accuracy of always saying the most frequent label; None where there are no labels.
         rows: of metrics.csv.
         loss_at: where the training loss was measured, if not at w: words to follow its name.
@@ -49,23 +50,19 @@ class Results:
     facts: list[tuple[str, str]]
     metric: str
     unit: str = ""
+    parts: Collection[str] = ()
     baseline: float | None = None
     rows: list[Row] = field(default_factory=list)
     loss_at: str = ""
     seconds: float = math.nan
     steps: int = 0
 
-    def take(self, log_history: Sequence[Mapping[str, Any]], parts: Collection[str]) -> None:
-        """One row per step at which the Trainer logged or evaluated, from what it keeps of these.
-
-        Args:
-            parts: what this run does, "sam", "r3f"; lines of others, from before it was resumed, are left out.
-        """
-        others = tuple(f"{part}/" for part in ("sam", "r3f", "anchor") if part not in parts)
+    def take(self, log_history: Sequence[Mapping[str, Any]]) -> None:
+        """One row per step at which the Trainer logged or evaluated, from what it keeps of these."""
         found: dict[int, Row] = {}
         for line in log_history:
             self.seconds = line.get("train_runtime", self.seconds)
-            numbers = {k: v for k, v in line.items() if k not in _NOT_METRICS and not k.startswith(("train_", *others))}
+            numbers = {k: v for k, v in line.items() if k not in _NOT_METRICS and not k.startswith("train_")}
             if set(numbers) <= {"step", "epoch"}:
                 continue
             row = found.setdefault(numbers["step"], {})
@@ -129,14 +126,17 @@ def _tiles_of_training(results: Results) -> list[Tile]:
         (f"evaluation {results.metric.removeprefix('eval_')}, last", last(results.metric), evaluated),
         ("evaluation F1, last", last("eval_f1"), f"Matthews' correlation {last('eval_mcc')}"),
         (f"training loss{results.loss_at}, last logged", last("loss"), f"first {shown(losses[0][1])}" if losses else ""),
-        (
+    ]
+    of_parts = {
+        "sam": (
             "SAM, applied / intended",
             last("sam/seen_over_intended"),
             f"cosine {last('sam/seen_cosine')}, {last('sam/skipped_steps')} steps skipped",
         ),
-        ("R3F, symmetric KL", last("r3f/symm_kl"), f"task loss {last('r3f/task_loss')}"),
-        ("anchor, divergence", last("anchor/kl"), f"task loss {last('anchor/task_loss')}"),
-    ]
+        "r3f": ("R3F, symmetric KL", last("r3f/symm_kl"), f"task loss {last('r3f/task_loss')}"),
+        "anchor": ("anchor, divergence", last("anchor/kl"), f"task loss {last('anchor/task_loss')}"),
+    }
+    tiles += [tile for part, tile in of_parts.items() if part in results.parts]
     return [tile for tile in tiles if tile[1]]
 
 

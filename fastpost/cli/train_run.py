@@ -180,7 +180,7 @@ def carry_out(job: Job, trainer: Any) -> train_report.Results:
         for what, value in results.facts:
             if what in ("model", "data", "a step", "baseline"):
                 print(f"{what}: {value}")
-        if job.fresh:
+        if job.fresh and checkpoint is None:
             print(f"not in the checkpoint, made anew: {', '.join(job.fresh)}")
         for note in (*job.start.notes, *job.start.changes.values()):
             print(f"resuming from {checkpoint}: {note}")
@@ -234,7 +234,7 @@ class Watch(TrainerCallback):
         self._before: Any = None
 
     def write(self, state: Any) -> None:
-        self.results.take(state.log_history, PARTS[self.results.method])
+        self.results.take(state.log_history)
         self.results.steps = 0 if self.began_at is None else state.global_step - self.began_at
         if self.results.rows:
             self.results.write_csv()
@@ -258,11 +258,15 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.asked and state.global_step < state.max_steps:
-            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_log = control.should_training_stop = True
+            control.should_save = not _ends_an_epoch(state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked and state.global_step < state.max_steps:  # the epoch did not end, and the checkpoint is there
-            control.should_log = control.should_save = control.should_evaluate = False
+        """Where Ctrl-C was in an epoch's last step, the checkpoint is made here, after the evaluation."""
+        if self.asked and state.global_step < state.max_steps:
+            control.should_save = ends = _ends_an_epoch(state)
+            control.should_log = False
+            control.should_evaluate = control.should_evaluate and ends
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -275,6 +279,10 @@ class Watch(TrainerCallback):
             columns = ("eval_loss", "eval_perplexity", *(f"eval_{name}" for name in SCORES))
             told = ", ".join(f"{name.removeprefix('eval_')} {row[name]:.4g}" for name in columns if name in row)
             tqdm.write(f"step {state.global_step}: evaluation {told}")
+
+
+def _ends_an_epoch(state: Any) -> bool:
+    return float(state.epoch).is_integer()
 
 
 def scores(predicted: Any) -> dict[str, float]:
@@ -331,6 +339,7 @@ def _results(job: Job) -> train_report.Results:
         facts.append(("F1", f"of the label {names[1]!r}" if len(names) == 2 else f"unweighted mean of {len(names)} labels"))
     metric = "eval_accuracy" if job.labels else "eval_loss" if a.label_smoothing_factor else "eval_perplexity"
     results = results_of(job.run, job.model, job.summary, str(a.device), metric, facts=facts)
+    results.parts = PARTS[job.run.method]
     results.baseline = None if job.majority is None else job.majority[1]
     if job.start.checkpoint is not None:
         results.facts.append(("resumed from", job.start.checkpoint))
@@ -346,7 +355,8 @@ def keep_options(run: Run) -> None:
     import yaml  # type: ignore[import-untyped]
 
     plain = {name: getattr(value, "value", value) for name, value in run.changed.items()}
-    plain.pop("resume_from_checkpoint", None)
+    for name in ("resume_from_checkpoint", "resume_with_changes"):
+        plain.pop(name, None)
     left_out = [name for name in plain if is_secret(name)]
     kept = run.mask.value({name: value for name, value in plain.items() if name not in left_out})
     run.folder.mkdir(parents=True, exist_ok=True)
