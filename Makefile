@@ -60,17 +60,18 @@ demo: $(DEMO)/.built
 operations := tests/test_params.py tests/test_rounding.py tests/test_restore_adamw.py tests/test_noise.py tests/test_divergence.py
 
 # A process per core with a thread each, a file of tests in one process, the longest first (tests/conftest.py). The operations
-# run once more with all threads.
+# run once more with all threads. Their files are few, so where each takes minutes they are shared out by the test.
 side_by_side := --numprocesses auto --dist loadfile --no-loadscope-reorder
+by_the_test := --numprocesses auto --dist worksteal
 
 test: $(VENV)/.model $(VENV)/.triton-3.6 dist/.built
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(side_by_side)
 	$(BIN)/pytest $(operations) -k cpu
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest $(side_by_side) $(operations) tests/test_operand_rows.py tests/test_triton_launches.py tests/test_sam_stash.py -k triton
-	OMP_NUM_THREADS=1 CUDA_EMULATION=1 $(BIN)/pytest $(side_by_side) $(operations) tests/test_operand_rows.py tests/test_row_losses.py tests/test_second_derivatives.py \
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest $(by_the_test) $(operations) tests/test_operand_rows.py tests/test_triton_launches.py tests/test_sam_stash.py -k triton
+	OMP_NUM_THREADS=1 CUDA_EMULATION=1 $(BIN)/pytest $(by_the_test) $(operations) tests/test_operand_rows.py tests/test_row_losses.py tests/test_second_derivatives.py \
 		tests/test_cuda_emulation.py tests/test_cuda_rows.py tests/test_cuda_distillation.py tests/test_distillation_rows.py tests/test_top_k_rows.py \
 		tests/test_sam_restore.py tests/test_sam_fused.py tests/test_sam_fused_codes.py tests/test_sam_stash.py
-	$(BIN)/python -m tests.sanitized tests/test_sam_fuzz.py
+	$(BIN)/python -m tests.sanitized $(by_the_test) tests/test_sam_fuzz.py
 	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/pytest --numprocesses auto tests/test_triton_compiled.py
 
 # The oldest Triton whose compiler is checked; torch 2.10 brings it.

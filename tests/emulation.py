@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,6 +40,8 @@ def run_cmake(build_dir: Path, *options: str) -> None:
     import pybind11
 
     build_dir.mkdir(parents=True, exist_ok=True)
+    if shutil.which("ccache"):  # the CPU core is compiled as for the wheel, which may have been built before
+        options = ("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache", *options)
     configure = [
         "cmake", "-S", ROOT, "-B", build_dir, "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={build_dir / 'out'}",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DFASTPOST_CUDA=0", *options,
@@ -61,7 +64,7 @@ def load(module: Path) -> None:
 
 def activate() -> None:
     """Makes the emulated core the one that fastpost loads, and its cuda backend the one that serves CPU tensors."""
-    build_dir = ROOT / "build" / "emulated"
+    build_dir = ROOT / "build" / "emulated" / "cmake"  # as deep as the wheel's, or ccache would see other paths
     if "PYTEST_XDIST_WORKER" not in os.environ:  # the process that starts the workers has built it before
         run_cmake(build_dir, f"-DFASTPOST_CUDA_EMULATION={ROOT / 'tests' / 'cuda_emulation'}")
     load(built(build_dir))

@@ -2,7 +2,7 @@
 
 Builds the core for it in build/sanitized and runs pytest in a process where the sanitizer watches all memory, torch's too: a
 read or write past the end of a tensor ends the process with both stacks. What the last sequence of a fuzz test did is in
-build/sanitized/trace.txt.
+build/sanitized, a file for each process of tests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     libraries = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in names]
     environment = {
         "FASTPOST_SEQUENCES": str(SEQUENCES),
-        "FASTPOST_TRACE": str(BUILD / "trace.txt"),
+        "FASTPOST_TRACE": str(BUILD),
         "OMP_NUM_THREADS": "1",
         **os.environ,
         "FASTPOST_TEST_CORE": str(core),

@@ -241,12 +241,12 @@ WEIGHED = ((0.7, 0.4, True), (0.0, 0.4, True), (0.7, 0.0, True), (0.0, 0.0, True
 def odd_rows(cols: int, cap: float, some: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
     """Logits of all kinds of rows under all weights, labels, the weights (2, rows), and what each row is.
 
-    some: every third of them only, from this one on: Triton's interpreter is slow.
+    some: each kind under one of the weights only, another one for each number: Triton's interpreter is slow.
     """
     clean, noised, labels, weights, names = [], [], [], [], []
     cases = itertools.product(ODD_ROWS.items(), WEIGHED)
     for k, ((name, change), (kl, ce, counts)) in enumerate(cases):
-        if some is not None and (k + k // len(WEIGHED)) % 3 != some % 3:
+        if some is not None and (k + k // len(WEIGHED)) % len(WEIGHED) != some % len(WEIGHED):
             continue
         a = 2 * torch.randn(cols)
         b = a + (0.05, 1.0)[k % 2] * torch.randn(cols)

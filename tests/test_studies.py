@@ -375,8 +375,9 @@ def test_a_signal_to_who_waits_ends_all(number: signal.Signals) -> None:
     child = (
         "import os, time; from fastpost.bench.studies import jobs; jobs.end_with({}); os.write(1, b'up\\n'); time.sleep(99)"
     )
-    parent = (
-        "import os, sys; from fastpost.bench.studies import jobs; "
+    parent = (  # a shell's background jobs, which these tests may be one of, begin with SIGINT ignored
+        "import os, signal, sys; from fastpost.bench.studies import jobs; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         f"sys.exit(jobs.run([sys.executable, '-c', {child!r}.format(os.getpid())], 2))"
     )
     process = subprocess.Popen(python(parent), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

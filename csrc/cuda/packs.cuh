@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "core/params.h"
 #include "cuda/fast_math.cuh"
 #include "cuda/launch.cuh"
 
@@ -66,5 +67,26 @@ template <class T>
 __device__ __forceinline__ Pack<T> negated(const Pack<T>& pack) {
   return flipped(pack, 0xffu);
 }
+
+// The codes of one pack, in one access where that is possible.
+template <class T>
+struct alignas(8) CodePack {
+  Code<T> value[Pack<T>::size];
+};
+
+// float32 masters, as many as 16 bytes of T hold elements.
+template <class T>
+struct Masters {
+  static constexpr int packs = Pack<T>::size / Pack<float>::size;
+  Pack<float> pack[packs];
+
+  __device__ __forceinline__ void load(const float* from, bool wide) {
+#pragma unroll
+    for (int k = 0; k < packs; ++k) pack[k] = load_pack(from + k * Pack<float>::size, wide);
+  }
+  __device__ __forceinline__ float operator[](int k) const {
+    return pack[k / Pack<float>::size].value[k % Pack<float>::size];
+  }
+};
 
 }  // namespace fastpost::cuda
