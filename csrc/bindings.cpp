@@ -1,25 +1,15 @@
-// The only file that knows pybind11, and so long. Mirrors api.h: addresses and streams arrive as integers, the GIL is
-// released while a kernel runs.
-#include <pybind11/pybind11.h>
+// What Python calls: lists of tensors, noise and the losses of whole calls here, rows of logits in row_bindings.cpp. Mirrors
+// api.h; the GIL is released while a kernel runs.
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
 #include <optional>
 
-#include "api.h"
 #include "tensors.h"
 
-namespace py = pybind11;
-using namespace fastpost;
-
+namespace fastpost {
 namespace {
-
-using Address = uintptr_t;
-using Released = py::call_guard<py::gil_scoped_release>;
-
-template <class T = void>
-T* as(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 constexpr int64_t kWorthReleasing = int64_t{1} << 13;  // elements; less is done before another thread has woken up
 
@@ -142,14 +132,13 @@ py::object kl_loss(bool jensen_shannon, py::handle clean, py::handle noised, py:
 // flags, and the list. Several come in one call, after which none of their weights is w + e, whatever interrupts Python.
 template <class Step, class Scale, class Skip>
 using DecodedStep =
-    std::tuple<Plan*, double, double, double, double, double, bool, std::vector<Step>, Scale, Skip, Address, int64_t>;
+    std::tuple<Plan*, double, double, double, double, double, bool, std::vector<Step>, Scale, Skip, Pointer, int64_t>;
 
 // run(plan, how, steps, grad_scale, skip, list) for each.
 template <class Step, class Scale, class Skip, class Run>
 void for_decoded_steps(const std::vector<DecodedStep<Step, Scale, Skip>>& parts, Run&& run) {
   for (const auto& [plan, lr, beta1, beta2, eps, weight_decay, maximize, steps, scale, skip, list, capacity] : parts) {
-    run(*plan, AdamW{lr, beta1, beta2, eps, weight_decay, maximize}, steps.data(), scale, skip,
-        CodeList{as<uint64_t>(list), capacity});
+    run(*plan, AdamW{lr, beta1, beta2, eps, weight_decay, maximize}, steps.data(), scale, skip, CodeList{list, capacity});
     plan->stashed = false;
   }
 }
@@ -163,9 +152,7 @@ void bind_cpu(py::module_ cpu) {
   cpu.def("squared_norm", &squared_norm, py::arg("plan"), py::arg("adaptive"), py::arg("eta"));
   cpu.def(
       "chunk_squares",
-      [](const Plan& plan, Address sums, int threads) {
-        released(plan, [&] { cpu::chunk_squares(plan, as<double>(sums), threads); });
-      },
+      [](const Plan& plan, Pointer sums, int threads) { released(plan, [&] { cpu::chunk_squares(plan, sums, threads); }); },
       py::arg("plan"), py::arg("sums"), py::arg("threads"));
   cpu.def(
       "squared_distance",
@@ -176,11 +163,11 @@ void bind_cpu(py::module_ cpu) {
   cpu.def(
       "sam_perturb_coded",
       [](Plan& plan, py::handle squared_norm, double rho, bool adaptive, double eta, py::handle compute_dtype,
-         py::handle seed, Address list, int64_t capacity, bool pending) {
+         py::handle seed, Pointer list, int64_t capacity, bool pending) {
         const PerturbCall call(plan, squared_norm, rho, adaptive, eta, compute_dtype, seed);
         return as_tensor(plan, [&] {
-          const PerturbSums sums = cpu::sam_perturb_coded(plan, call.how, call.squared, call.seed(),
-                                                          {as<uint64_t>(list), capacity}, pending, call.threads);
+          const PerturbSums sums =
+              cpu::sam_perturb_coded(plan, call.how, call.squared, call.seed(), {list, capacity}, pending, call.threads);
           plan.stashed = true;
           return sums;
         });
@@ -189,9 +176,9 @@ void bind_cpu(py::module_ cpu) {
       py::arg("compute_dtype"), py::arg("seed"), py::arg("list"), py::arg("capacity"), py::arg("pending"));
   cpu.def(
       "sam_decode",
-      [](Plan& plan, Address list, int64_t capacity, int threads) {
+      [](Plan& plan, Pointer list, int64_t capacity, int threads) {
         released(plan, [&] {
-          cpu::sam_decode(plan, {as<uint64_t>(list), capacity}, threads);
+          cpu::sam_decode(plan, {list, capacity}, threads);
           plan.stashed = false;
         });
       },
@@ -237,100 +224,23 @@ void bind_cpu(py::module_ cpu) {
           py::arg("threads"), Released());
   cpu.def(
       "add_noise",
-      [](Address x, Address out, DType in_dtype, DType out_dtype, int64_t n, double eps, NoiseType type, uint64_t seed,
-         Address rows, Address scales, int64_t row_length, int threads) {
-        cpu::add_noise(as(x), as(out), in_dtype, out_dtype, n, eps, type, seed, as<int64_t>(rows), as<float>(scales),
-                       row_length, threads);
+      [](Pointer x, Pointer out, DType in_dtype, DType out_dtype, int64_t n, double eps, NoiseType type, uint64_t seed,
+         Pointer rows, Pointer scales, int64_t row_length, int threads) {
+        cpu::add_noise(x, out, in_dtype, out_dtype, n, eps, type, seed, rows, scales, row_length, threads);
       },
       py::arg("x"), py::arg("out"), py::arg("in_dtype"), py::arg("out_dtype"), py::arg("n"), py::arg("eps"), py::arg("type"),
       py::arg("seed"), py::arg("rows"), py::arg("scales"), py::arg("row_length"), py::arg("threads"), Released());
   cpu.def(
       "embedding_noise",
-      [](Address table, Address ids, Address clean, Address noised, DType table_dtype, DType noised_dtype, int64_t tokens,
-         int64_t width, int64_t table_stride, double eps, NoiseType type, uint64_t seed, Address rows, Address scales,
+      [](Pointer table, Pointer ids, Pointer clean, Pointer noised, DType table_dtype, DType noised_dtype, int64_t tokens,
+         int64_t width, int64_t table_stride, double eps, NoiseType type, uint64_t seed, Pointer rows, Pointer scales,
          int threads) {
-        cpu::embedding_noise(as(table), as<int64_t>(ids), as(clean), as(noised), table_dtype, noised_dtype, tokens, width,
-                             table_stride, eps, type, seed, as<int64_t>(rows), as<float>(scales), threads);
+        cpu::embedding_noise(table, ids, clean, noised, table_dtype, noised_dtype, tokens, width, table_stride, eps, type,
+                             seed, rows, scales, threads);
       },
       py::arg("table"), py::arg("ids"), py::arg("clean"), py::arg("noised"), py::arg("table_dtype"), py::arg("noised_dtype"),
       py::arg("tokens"), py::arg("width"), py::arg("table_stride"), py::arg("eps"), py::arg("type"), py::arg("seed"),
       py::arg("rows"), py::arg("scales"), py::arg("threads"), Released());
-  cpu.def(
-      "divergence_rows",
-      [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address grad_clean,
-         int64_t grad_clean_stride, Address grad_noised, int64_t grad_noised_stride, DType dtype, int64_t rows, int64_t cols,
-         Address labels, int64_t ignore_index, Address kl_weights, Address ce_weights, Address kl, Address ce, int threads) {
-        cpu::divergence_rows({as(clean), clean_stride}, {as(noised), noised_stride}, {as(grad_clean), grad_clean_stride},
-                             {as(grad_noised), grad_noised_stride}, dtype, rows, cols, as<int64_t>(labels), ignore_index,
-                             as<double>(kl_weights), as<double>(ce_weights), as<double>(kl), as<double>(ce), threads);
-      },
-      py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("grad_clean"),
-      py::arg("grad_clean_stride"), py::arg("grad_noised"), py::arg("grad_noised_stride"), py::arg("dtype"), py::arg("rows"),
-      py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("kl_weights"), py::arg("ce_weights"),
-      py::arg("kl"), py::arg("ce"), py::arg("threads"), Released());
-  cpu.def(
-      "operand_rows",
-      [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address first, int64_t first_stride,
-         Address second, int64_t second_stride, DType operand_dtype, int64_t rows, int64_t cols, Address labels,
-         int64_t ignore_index, Address kl_weights, Address ce_weights, double smoothing, double cap, bool teaches,
-         bool noised_classifies, bool mixture, Address kl, Address ce, int threads) {
-        cpu::operand_rows({as(clean), clean_stride}, {as(noised), noised_stride}, {as(first), first_stride},
-                          {as(second), second_stride}, operand_dtype, rows, cols, as<int64_t>(labels), ignore_index,
-                          as<double>(kl_weights), as<double>(ce_weights),
-                          {smoothing, cap, teaches, noised_classifies, mixture}, as<double>(kl), as<double>(ce), threads);
-      },
-      py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("first"),
-      py::arg("first_stride"), py::arg("second"), py::arg("second_stride"), py::arg("operand_dtype"), py::arg("rows"),
-      py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("kl_weights"), py::arg("ce_weights"),
-      py::arg("smoothing"), py::arg("cap"), py::arg("teaches"), py::arg("noised_classifies"), py::arg("mixture"),
-      py::arg("kl"), py::arg("ce"), py::arg("threads"), Released());
-  cpu.def(
-      "top_k_rows",
-      [](Address logits, int64_t logits_stride, Address grad, int64_t grad_stride, DType operand_dtype, int64_t rows,
-         int64_t cols, Address ids, Address log_probs, int64_t classes, bool teacher_has_rest, Address labels,
-         int64_t ignore_index, Address weights, Address ce_weights, Divergence divergence, double beta, double temperature,
-         double cap, double smoothing, bool has_rest, Address value, Address ce, int threads) {
-        cpu::top_k_rows({as(logits), logits_stride}, {as(grad), grad_stride}, operand_dtype, rows, cols,
-                        {as<int64_t>(ids), as<double>(log_probs), classes, teacher_has_rest}, as<int64_t>(labels),
-                        ignore_index, as<double>(weights), as<double>(ce_weights),
-                        {divergence, beta, temperature, cap, smoothing, has_rest}, as<double>(value), as<double>(ce),
-                        threads);
-      },
-      py::arg("logits"), py::arg("logits_stride"), py::arg("grad"), py::arg("grad_stride"), py::arg("operand_dtype"),
-      py::arg("rows"), py::arg("cols"), py::arg("ids"), py::arg("log_probs"), py::arg("classes"),
-      py::arg("teacher_has_rest"), py::arg("labels"), py::arg("ignore_index"), py::arg("weights"), py::arg("ce_weights"),
-      py::arg("divergence"), py::arg("beta"), py::arg("temperature"), py::arg("cap"), py::arg("smoothing"),
-      py::arg("has_rest"), py::arg("value"), py::arg("ce"), py::arg("threads"), Released());
-  cpu.def(
-      "distillation_rows",
-      [](Address teacher, int64_t teacher_stride, Address student, int64_t student_stride, Address grad_teacher,
-         int64_t grad_teacher_stride, Address grad_student, int64_t grad_student_stride, DType operand_dtype, int64_t rows,
-         int64_t cols, Address labels, int64_t ignore_index, Address weights, Address ce_weights, Divergence divergence,
-         double beta, double temperature, double teacher_cap, double student_cap, double smoothing, Address value,
-         Address ce, int threads) {
-        cpu::distillation_rows({as(teacher), teacher_stride}, {as(student), student_stride},
-                               {as(grad_teacher), grad_teacher_stride}, {as(grad_student), grad_student_stride},
-                               operand_dtype, rows, cols, as<int64_t>(labels), ignore_index, as<double>(weights),
-                               as<double>(ce_weights), {divergence, beta, temperature, teacher_cap, student_cap, smoothing},
-                               as<double>(value), as<double>(ce), threads);
-      },
-      py::arg("teacher"), py::arg("teacher_stride"), py::arg("student"), py::arg("student_stride"), py::arg("grad_teacher"),
-      py::arg("grad_teacher_stride"), py::arg("grad_student"), py::arg("grad_student_stride"), py::arg("operand_dtype"),
-      py::arg("rows"), py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("weights"),
-      py::arg("ce_weights"), py::arg("divergence"), py::arg("beta"), py::arg("temperature"), py::arg("teacher_cap"),
-      py::arg("student_cap"), py::arg("smoothing"), py::arg("value"), py::arg("ce"), py::arg("threads"), Released());
-  cpu.def(
-      "js_rows",
-      [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address grad_clean,
-         int64_t grad_clean_stride, Address grad_noised, int64_t grad_noised_stride, DType dtype, int64_t rows, int64_t cols,
-         Address weights, Address value, int threads) {
-        cpu::js_rows({as(clean), clean_stride}, {as(noised), noised_stride}, {as(grad_clean), grad_clean_stride},
-                     {as(grad_noised), grad_noised_stride}, dtype, rows, cols, as<double>(weights), as<double>(value),
-                     threads);
-      },
-      py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("grad_clean"),
-      py::arg("grad_clean_stride"), py::arg("grad_noised"), py::arg("grad_noised_stride"), py::arg("dtype"), py::arg("rows"),
-      py::arg("cols"), py::arg("weights"), py::arg("value"), py::arg("threads"), Released());
   cpu.def(
       "row_losses",
       [](bool jensen_shannon, py::handle clean, py::handle noised, py::handle labels, py::handle mask, int64_t ignore_index,
@@ -364,14 +274,6 @@ void bind_cpu(py::module_ cpu) {
       py::arg("ignore_index"), py::arg("kl_scale"), py::arg("ce_scale"), py::arg("averaged"), py::arg("kl_everywhere"),
       py::arg("kl_weight"), py::arg("grad_clean"), py::arg("grad_noised"), py::arg("threads"));
   cpu.def(
-      "scale_rows",
-      [](Address block, int64_t stride, DType dtype, int64_t rows, int64_t cols, Address factors, int64_t factor_stride,
-         int threads) {
-        cpu::scale_rows({as(block), stride}, dtype, rows, cols, as<double>(factors), factor_stride, threads);
-      },
-      py::arg("block"), py::arg("stride"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("factors"),
-      py::arg("factor_stride"), py::arg("threads"), Released());
-  cpu.def(
       "scale_gradients",
       [](py::handle first, py::handle second, py::handle factor, int threads) {
         RowTensors t;
@@ -384,7 +286,7 @@ void bind_cpu(py::module_ cpu) {
       },
       py::arg("first"), py::arg("second"), py::arg("factor"), py::arg("threads"));
   cpu.def(
-      "advise_huge_pages", [](Address address, int64_t bytes) { return cpu::advise_huge_pages(as(address), bytes); },
+      "advise_huge_pages", [](Pointer address, int64_t bytes) { return cpu::advise_huge_pages(address, bytes); },
       py::arg("address"), py::arg("bytes"));
 }
 
@@ -470,44 +372,41 @@ void bind_tensors(py::module_ m) {
 
 #ifdef FASTPOST_WITH_CUDA
 // The addresses of a SumRoom, in its order.
-using Room = std::tuple<Address, Address, Address>;
+using Room = std::tuple<Pointer, Pointer, Pointer>;
 
-cuda::SumRoom sum_room(const Room& room) {
-  return {as<double>(std::get<0>(room)), as<double>(std::get<1>(room)), as<unsigned>(std::get<2>(room))};
-}
+cuda::SumRoom sum_room(const Room& room) { return {std::get<0>(room), std::get<1>(room), std::get<2>(room)}; }
 
 void bind_cuda(py::module_ cuda) {
   cuda.def("device_count", &cuda::device_count);
   cuda.def("supports", &cuda::supports, py::arg("device"));
   cuda.def(
       "squared_norm",
-      [](const Plan& plan, bool adaptive, double eta, Room room, int device, Address stream) {
-        cuda::squared_norm(plan, adaptive, eta, sum_room(room), device, as(stream));
+      [](const Plan& plan, bool adaptive, double eta, Room room, int device, Pointer stream) {
+        cuda::squared_norm(plan, adaptive, eta, sum_room(room), device, stream);
       },
       py::arg("plan"), py::arg("adaptive"), py::arg("eta"), py::arg("room"), py::arg("device"), py::arg("stream"),
       Released());
   cuda.def(
       "squared_distance",
-      [](const Plan& plan, Room room, int device, Address stream) {
-        cuda::squared_distance(plan, sum_room(room), device, as(stream));
+      [](const Plan& plan, Room room, int device, Pointer stream) {
+        cuda::squared_distance(plan, sum_room(room), device, stream);
       },
       py::arg("plan"), py::arg("room"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_perturb",
-      [](Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Address squared_norm, Address seed,
-         Room room, int device, Address stream) {
-        cuda::sam_perturb(plan, {rho, adaptive, eta, compute_dtype}, as<double>(squared_norm), as<int64_t>(seed),
-                          sum_room(room), device, as(stream));
+      [](Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Pointer squared_norm, Pointer seed,
+         Room room, int device, Pointer stream) {
+        cuda::sam_perturb(plan, {rho, adaptive, eta, compute_dtype}, squared_norm, seed, sum_room(room), device, stream);
         plan.stashed = true;
       },
       py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
       py::arg("squared_norm"), py::arg("seed"), py::arg("room"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_perturb_coded",
-      [](Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Address squared_norm, Address seed,
-         Address list, int64_t capacity, Room room, int device, Address stream) {
-        cuda::sam_perturb_coded(plan, {rho, adaptive, eta, compute_dtype}, as<double>(squared_norm), as<int64_t>(seed),
-                                {as<uint64_t>(list), capacity}, sum_room(room), device, as(stream));
+      [](Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Pointer squared_norm, Pointer seed,
+         Pointer list, int64_t capacity, Room room, int device, Pointer stream) {
+        cuda::sam_perturb_coded(plan, {rho, adaptive, eta, compute_dtype}, squared_norm, seed, {list, capacity},
+                                sum_room(room), device, stream);
         plan.stashed = true;
       },
       py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
@@ -515,184 +414,109 @@ void bind_cuda(py::module_ cuda) {
       py::arg("stream"), Released());
   cuda.def(
       "sam_perturb_pending",
-      [](const Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Address squared_norm, Address seed,
-         Address list, int64_t capacity, int device, Address stream) {
-        cuda::sam_perturb_pending(plan, {rho, adaptive, eta, compute_dtype}, as<double>(squared_norm), as<int64_t>(seed),
-                                  {as<uint64_t>(list), capacity}, device, as(stream));
+      [](const Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Pointer squared_norm, Pointer seed,
+         Pointer list, int64_t capacity, int device, Pointer stream) {
+        cuda::sam_perturb_pending(plan, {rho, adaptive, eta, compute_dtype}, squared_norm, seed, {list, capacity}, device,
+                                  stream);
       },
       py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
       py::arg("squared_norm"), py::arg("seed"), py::arg("list"), py::arg("capacity"), py::arg("device"), py::arg("stream"),
       Released());
   cuda.def(
       "sam_decode",
-      [](Plan& plan, Address list, int64_t capacity, int device, Address stream) {
-        cuda::sam_decode(plan, {as<uint64_t>(list), capacity}, device, as(stream));
+      [](Plan& plan, Pointer list, int64_t capacity, int device, Pointer stream) {
+        cuda::sam_decode(plan, {list, capacity}, device, stream);
         plan.stashed = false;
       },
       py::arg("plan"), py::arg("list"), py::arg("capacity"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_perturb_masters",
-      [](const Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Address squared_norm, Room room,
-         int device, Address stream) {
-        cuda::sam_perturb_masters(plan, {rho, adaptive, eta, compute_dtype}, as<double>(squared_norm), sum_room(room),
-                                  device, as(stream));
+      [](const Plan& plan, double rho, bool adaptive, double eta, DType compute_dtype, Pointer squared_norm, Room room,
+         int device, Pointer stream) {
+        cuda::sam_perturb_masters(plan, {rho, adaptive, eta, compute_dtype}, squared_norm, sum_room(room), device, stream);
       },
       py::arg("plan"), py::arg("rho"), py::arg("adaptive"), py::arg("eta"), py::arg("compute_dtype"),
       py::arg("squared_norm"), py::arg("room"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
-      "sam_cast", [](const Plan& plan, int device, Address stream) { cuda::sam_cast(plan, device, as(stream)); },
+      "sam_cast", [](const Plan& plan, int device, Pointer stream) { cuda::sam_cast(plan, device, stream); },
       py::arg("plan"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
-      "sam_restore", [](const Plan& plan, int device, Address stream) { cuda::sam_restore(plan, device, as(stream)); },
+      "sam_restore", [](const Plan& plan, int device, Pointer stream) { cuda::sam_restore(plan, device, stream); },
       py::arg("plan"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_restore_adamw",
       [](const Plan& plan, double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
-         const std::vector<Address>& steps, Address grad_scale, Address found_inf, int device, Address stream) {
+         const std::vector<Pointer>& steps, Pointer grad_scale, Pointer found_inf, int device, Pointer stream) {
         cuda::sam_restore_adamw(plan, {lr, beta1, beta2, eps, weight_decay, maximize},
-                                reinterpret_cast<const float* const*>(steps.data()), as<float>(grad_scale),
-                                as<float>(found_inf), device, as(stream));
+                                reinterpret_cast<const float* const*>(steps.data()), grad_scale, found_inf, device, stream);
       },
       py::arg("plan"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
       py::arg("maximize"), py::arg("steps"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("device"),
       py::arg("stream"), Released());
   cuda.def(
       "sam_decode_adamw",
-      [](const std::vector<DecodedStep<Address, Address, Address>>& parts,
-         const std::vector<std::pair<int, Address>>& where) {
+      [](const std::vector<DecodedStep<Pointer, Pointer, Pointer>>& parts,
+         const std::vector<std::pair<int, Pointer>>& where) {
         size_t part = 0;
-        for_decoded_steps(parts, [&](const Plan& plan, const AdamW& how, const Address* steps, Address scale,
-                                     Address found_inf, const CodeList& list) {
+        for_decoded_steps(parts, [&](const Plan& plan, const AdamW& how, const Pointer* steps, Pointer scale,
+                                     Pointer found_inf, const CodeList& list) {
           const auto [device, stream] = where.at(part++);
-          cuda::sam_decode_adamw(plan, how, reinterpret_cast<const float* const*>(steps), as<float>(scale),
-                                 as<float>(found_inf), list, device, as(stream));
+          cuda::sam_decode_adamw(plan, how, reinterpret_cast<const float* const*>(steps), scale, found_inf, list, device,
+                                 stream);
         });
       },
       py::arg("parts"), py::arg("where"), Released());
   cuda.def(
-      "negate", [](const Plan& plan, int device, Address stream) { cuda::negate(plan, device, as(stream)); },
-      py::arg("plan"), py::arg("device"), py::arg("stream"), Released());
+      "negate", [](const Plan& plan, int device, Pointer stream) { cuda::negate(plan, device, stream); }, py::arg("plan"),
+      py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "flip_signs",
-      [](const Plan& plan, Address seed, int device, Address stream) {
-        cuda::flip_signs(plan, as<int64_t>(seed), device, as(stream));
-      },
+      [](const Plan& plan, Pointer seed, int device, Pointer stream) { cuda::flip_signs(plan, seed, device, stream); },
       py::arg("plan"), py::arg("seed"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "negate_norm",
-      [](const Plan& plan, Room room, int device, Address stream) {
-        cuda::negate_norm(plan, sum_room(room), device, as(stream));
+      [](const Plan& plan, Room room, int device, Pointer stream) {
+        cuda::negate_norm(plan, sum_room(room), device, stream);
       },
       py::arg("plan"), py::arg("room"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "negate_clip",
-      [](const Plan& plan, Address squared_norm, double max_norm, int device, Address stream) {
-        cuda::negate_clip(plan, as<double>(squared_norm), max_norm, device, as(stream));
+      [](const Plan& plan, Pointer squared_norm, double max_norm, int device, Pointer stream) {
+        cuda::negate_clip(plan, squared_norm, max_norm, device, stream);
       },
       py::arg("plan"), py::arg("squared_norm"), py::arg("max_norm"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "add_noise",
-      [](Address x, Address out, DType in_dtype, DType out_dtype, int64_t n, double eps, NoiseType type, Address seed,
-         Address rows, Address scales, int64_t row_length, int device, Address stream) {
-        cuda::add_noise(as(x), as(out), in_dtype, out_dtype, n, eps, type, as<int64_t>(seed), as<int64_t>(rows),
-                        as<float>(scales), row_length, device, as(stream));
+      [](Pointer x, Pointer out, DType in_dtype, DType out_dtype, int64_t n, double eps, NoiseType type, Pointer seed,
+         Pointer rows, Pointer scales, int64_t row_length, int device, Pointer stream) {
+        cuda::add_noise(x, out, in_dtype, out_dtype, n, eps, type, seed, rows, scales, row_length, device, stream);
       },
       py::arg("x"), py::arg("out"), py::arg("in_dtype"), py::arg("out_dtype"), py::arg("n"), py::arg("eps"), py::arg("type"),
       py::arg("seed"), py::arg("rows"), py::arg("scales"), py::arg("row_length"), py::arg("device"), py::arg("stream"),
       Released());
   cuda.def(
       "embedding_noise",
-      [](Address table, Address ids, Address clean, Address noised, DType table_dtype, DType noised_dtype, int64_t tokens,
-         int64_t table_rows, int64_t width, int64_t table_stride, double eps, NoiseType type, Address seed, Address rows,
-         Address scales, int device, Address stream) {
-        cuda::embedding_noise(as(table), as<int64_t>(ids), as(clean), as(noised), table_dtype, noised_dtype, tokens,
-                              table_rows, width, table_stride, eps, type, as<int64_t>(seed), as<int64_t>(rows),
-                              as<float>(scales), device, as(stream));
+      [](Pointer table, Pointer ids, Pointer clean, Pointer noised, DType table_dtype, DType noised_dtype, int64_t tokens,
+         int64_t table_rows, int64_t width, int64_t table_stride, double eps, NoiseType type, Pointer seed, Pointer rows,
+         Pointer scales, int device, Pointer stream) {
+        cuda::embedding_noise(table, ids, clean, noised, table_dtype, noised_dtype, tokens, table_rows, width, table_stride,
+                              eps, type, seed, rows, scales, device, stream);
       },
       py::arg("table"), py::arg("ids"), py::arg("clean"), py::arg("noised"), py::arg("table_dtype"), py::arg("noised_dtype"),
       py::arg("tokens"), py::arg("table_rows"), py::arg("width"), py::arg("table_stride"), py::arg("eps"), py::arg("type"),
       py::arg("seed"), py::arg("rows"), py::arg("scales"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
-      "divergence_rows",
-      [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address grad_clean,
-         int64_t grad_clean_stride, Address grad_noised, int64_t grad_noised_stride, DType dtype, int64_t rows, int64_t cols,
-         Address labels, int64_t ignore_index, Address kl_weights, Address ce_weights, Address kl, Address ce, int device,
-         Address stream) {
-        cuda::divergence_rows({as(clean), clean_stride}, {as(noised), noised_stride}, {as(grad_clean), grad_clean_stride},
-                              {as(grad_noised), grad_noised_stride}, dtype, rows, cols, as<int64_t>(labels), ignore_index,
-                              as<double>(kl_weights), as<double>(ce_weights), as<double>(kl), as<double>(ce), device,
-                              as(stream));
-      },
-      py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("grad_clean"),
-      py::arg("grad_clean_stride"), py::arg("grad_noised"), py::arg("grad_noised_stride"), py::arg("dtype"), py::arg("rows"),
-      py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("kl_weights"), py::arg("ce_weights"),
-      py::arg("kl"), py::arg("ce"), py::arg("device"), py::arg("stream"), Released());
-  cuda.def(
-      "operand_rows",
-      [](Address clean, int64_t clean_stride, Address noised, int64_t noised_stride, Address first, int64_t first_stride,
-         Address second, int64_t second_stride, DType operand_dtype, int64_t rows, int64_t cols, Address labels,
-         int64_t ignore_index, Address kl_weights, Address ce_weights, double smoothing, double cap, bool teaches,
-         bool noised_classifies, bool mixture, Address kl, Address ce, int device, Address stream) {
-        cuda::operand_rows(
-            {as(clean), clean_stride}, {as(noised), noised_stride}, {as(first), first_stride}, {as(second), second_stride},
-            operand_dtype, rows, cols, as<int64_t>(labels), ignore_index, as<double>(kl_weights), as<double>(ce_weights),
-            {smoothing, cap, teaches, noised_classifies, mixture}, as<double>(kl), as<double>(ce), device, as(stream));
-      },
-      py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("first"),
-      py::arg("first_stride"), py::arg("second"), py::arg("second_stride"), py::arg("operand_dtype"), py::arg("rows"),
-      py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("kl_weights"), py::arg("ce_weights"),
-      py::arg("smoothing"), py::arg("cap"), py::arg("teaches"), py::arg("noised_classifies"), py::arg("mixture"),
-      py::arg("kl"), py::arg("ce"), py::arg("device"), py::arg("stream"), Released());
-  cuda.def(
-      "top_k_rows",
-      [](Address logits, int64_t logits_stride, Address grad, int64_t grad_stride, DType operand_dtype, int64_t rows,
-         int64_t cols, Address ids, Address log_probs, int64_t classes, bool teacher_has_rest, Address labels,
-         int64_t ignore_index, Address weights, Address ce_weights, Divergence divergence, double beta, double temperature,
-         double cap, double smoothing, bool has_rest, Address value, Address ce, Address known_logits, int device,
-         Address stream) {
-        cuda::top_k_rows({as(logits), logits_stride}, {as(grad), grad_stride}, operand_dtype, rows, cols,
-                         {as<int64_t>(ids), as<double>(log_probs), classes, teacher_has_rest}, as<int64_t>(labels),
-                         ignore_index, as<double>(weights), as<double>(ce_weights),
-                         {divergence, beta, temperature, cap, smoothing, has_rest}, as<double>(value), as<double>(ce),
-                         as<float>(known_logits), device, as(stream));
-      },
-      py::arg("logits"), py::arg("logits_stride"), py::arg("grad"), py::arg("grad_stride"), py::arg("operand_dtype"),
-      py::arg("rows"), py::arg("cols"), py::arg("ids"), py::arg("log_probs"), py::arg("classes"),
-      py::arg("teacher_has_rest"), py::arg("labels"), py::arg("ignore_index"), py::arg("weights"), py::arg("ce_weights"),
-      py::arg("divergence"), py::arg("beta"), py::arg("temperature"), py::arg("cap"), py::arg("smoothing"),
-      py::arg("has_rest"), py::arg("value"), py::arg("ce"), py::arg("known_logits"), py::arg("device"), py::arg("stream"),
-      Released());
-  cuda.def(
-      "distillation_rows",
-      [](Address teacher, int64_t teacher_stride, Address student, int64_t student_stride, Address grad_teacher,
-         int64_t grad_teacher_stride, Address grad_student, int64_t grad_student_stride, DType operand_dtype, int64_t rows,
-         int64_t cols, Address labels, int64_t ignore_index, Address weights, Address ce_weights, Divergence divergence,
-         double beta, double temperature, double teacher_cap, double student_cap, double smoothing, Address value,
-         Address ce, int device, Address stream) {
-        cuda::distillation_rows({as(teacher), teacher_stride}, {as(student), student_stride},
-                                {as(grad_teacher), grad_teacher_stride}, {as(grad_student), grad_student_stride},
-                                operand_dtype, rows, cols, as<int64_t>(labels), ignore_index, as<double>(weights),
-                                as<double>(ce_weights), {divergence, beta, temperature, teacher_cap, student_cap, smoothing},
-                                as<double>(value), as<double>(ce), device, as(stream));
-      },
-      py::arg("teacher"), py::arg("teacher_stride"), py::arg("student"), py::arg("student_stride"), py::arg("grad_teacher"),
-      py::arg("grad_teacher_stride"), py::arg("grad_student"), py::arg("grad_student_stride"), py::arg("operand_dtype"),
-      py::arg("rows"), py::arg("cols"), py::arg("labels"), py::arg("ignore_index"), py::arg("weights"),
-      py::arg("ce_weights"), py::arg("divergence"), py::arg("beta"), py::arg("temperature"), py::arg("teacher_cap"),
-      py::arg("student_cap"), py::arg("smoothing"), py::arg("value"), py::arg("ce"), py::arg("device"), py::arg("stream"));
-  cuda.def(
       "row_losses",
       [](py::handle clean, py::handle noised, py::handle labels, py::handle mask, int64_t ignore_index, double kl_scale,
          double ce_scale, bool averaged, bool kl_everywhere, double kl_weight, py::handle grad_clean, py::handle grad_noised,
-         Address items, Address room, Address loss, Address task, Address divergence, int device, Address stream) {
+         Pointer items, Pointer room, Pointer loss, Pointer task, Pointer divergence, int device, Pointer stream) {
         RowTensors t;
         if (!read_rows(clean.ptr(), noised.ptr(), labels.ptr(), mask.ptr(), grad_clean.ptr(), grad_noised.ptr(), t))
           return false;
         const RowReduction how{kl_scale, ce_scale, averaged, kl_everywhere, kl_weight};
         py::gil_scoped_release release;
         cuda::row_losses(t.clean, t.noised, t.grad_clean, t.grad_noised, t.dtype, t.rows, t.cols, t.labels, ignore_index,
-                         t.mask, how, as<double>(items), as<double>(room), as<float>(loss), as<float>(task),
-                         as<float>(divergence), device, as(stream));
+                         t.mask, how, items, room, loss, task, divergence, device, stream);
         return true;
       },
       py::arg("clean"), py::arg("noised"), py::arg("labels"), py::arg("mask"), py::arg("ignore_index"), py::arg("kl_scale"),
@@ -700,21 +524,13 @@ void bind_cuda(py::module_ cuda) {
       py::arg("grad_noised"), py::arg("items"), py::arg("room"), py::arg("loss"), py::arg("task"), py::arg("divergence"),
       py::arg("device"), py::arg("stream"));
   cuda.def(
-      "scale_rows",
-      [](Address block, int64_t stride, DType dtype, int64_t rows, int64_t cols, Address factors, int64_t factor_stride,
-         int device, Address stream) {
-        cuda::scale_rows({as(block), stride}, dtype, rows, cols, as<double>(factors), factor_stride, device, as(stream));
-      },
-      py::arg("block"), py::arg("stride"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("factors"),
-      py::arg("factor_stride"), py::arg("device"), py::arg("stream"), Released());
-  cuda.def(
       "scale_gradients",
-      [](py::handle first, py::handle second, py::handle factor, int device, Address stream) {
+      [](py::handle first, py::handle second, py::handle factor, int device, Pointer stream) {
         RowTensors t;
         const float* by = nullptr;
         if (!read_gradients(first.ptr(), second.ptr(), factor.ptr(), t, by)) return false;
         py::gil_scoped_release release;
-        cuda::scale_gradients(t.grad_clean, t.grad_noised, t.dtype, t.rows, t.cols, by, device, as(stream));
+        cuda::scale_gradients(t.grad_clean, t.grad_noised, t.dtype, t.rows, t.cols, by, device, stream);
         return true;
       },
       py::arg("first"), py::arg("second"), py::arg("factor"), py::arg("device"), py::arg("stream"));
@@ -722,6 +538,9 @@ void bind_cuda(py::module_ cuda) {
 #endif
 
 }  // namespace
+}  // namespace fastpost
+
+using namespace fastpost;
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "fastpost's native core: raw addresses in, numbers out. Use fastpost.ops instead.";
@@ -762,19 +581,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           "chunk_addresses",
           [](const Plan& plan, Column column) {
             plan.require(column);
-            std::vector<Address> list;
-            for (const Chunk& chunk : plan.chunks()) list.push_back(reinterpret_cast<Address>(plan.at(column, chunk)));
+            std::vector<uintptr_t> list;
+            for (const Chunk& chunk : plan.chunks()) list.push_back(reinterpret_cast<uintptr_t>(plan.at(column, chunk)));
             return list;
           },
           py::arg("column"))
       .def(
           "span_list",
           [](const Plan& plan, int column_mask) {
-            std::vector<std::pair<std::vector<Address>, int64_t>> list;  // addresses in the mask's columns, bytes
+            std::vector<std::pair<std::vector<uintptr_t>, int64_t>> list;  // addresses in the mask's columns, bytes
             for (const Span& span : plan.spans(column_mask)) {
               list.push_back({{}, span.bytes});
               for (int c = 0; c < kColumns; ++c)
-                if (column_mask & 1 << c) list.back().first.push_back(reinterpret_cast<Address>(span.base[c]));
+                if (column_mask & 1 << c) list.back().first.push_back(reinterpret_cast<uintptr_t>(span.base[c]));
             }
             return list;
           },
@@ -782,8 +601,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("TENSOR_ALIGNMENT") = kTensorAlignment;
 
   bind_tensors(m);
-  bind_cpu(m.def_submodule("cpu"));
+  py::module_ cpu = m.def_submodule("cpu");
+  bind_cpu(cpu);
+  bind_cpu_rows(cpu);
 #ifdef FASTPOST_WITH_CUDA
-  bind_cuda(m.def_submodule("cuda"));
+  py::module_ cuda = m.def_submodule("cuda");
+  bind_cuda(cuda);
+  bind_cuda_rows(cuda);
 #endif
 }

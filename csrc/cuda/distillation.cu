@@ -7,6 +7,7 @@
 #include "cuda/distillation_loops.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/narrow_rows.cuh"
+#include "cuda/row_launch.cuh"
 #include "cuda/row_sums.cuh"
 #include "cuda/row_task.cuh"
 
@@ -442,20 +443,10 @@ FDivergence divergence_of(Divergence kind, double beta) {
 double slope_of(double cap) { return cap != 0 ? 1 / cap : 0; }
 
 void launch(const Call& call, DType operand_dtype, const Distillation& work) {
-  const auto run = [&](auto t) {
+  with_operand_dtype("rows of a distillation", operand_dtype, [&](auto t) {
     using O = decltype(t);
-    if (work.cols < kNarrow)
-      call.launch(narrow_distillation_kernel<O>, narrow_blocks(work.rows), kNarrowThreads, work);
-    else
-      for (int64_t at = 0; at < work.rows; at += kMostBlocks)
-        call.launch(wide_distillation_kernel<O>, std::min(work.rows - at, kMostBlocks), kRowThreads, work, at);
-  };
-  if (operand_dtype == DType::f32)
-    run(float{});
-  else if (operand_dtype == DType::bf16)
-    run(bf16{});
-  else
-    throw std::invalid_argument("rows of a distillation: operands are float32 or bfloat16");
+    launch_rows(call, work.rows, work.cols, narrow_distillation_kernel<O>, wide_distillation_kernel<O>, work);
+  });
 }
 
 }  // namespace
@@ -465,7 +456,6 @@ void distillation_rows(const LogitRows& teacher, const LogitRows& student, const
                        int64_t ignore_index, const double* weights, const double* ce_weights, const DistillationOptions& how,
                        double* value, double* ce, int device, void* stream) {
   const Call call("distillation_rows", device, stream);
-  if (rows == 0) return;
   launch(call, operand_dtype,
          {teacher, student, grad_teacher, grad_student, rows, cols, labels, ignore_index, weights, ce_weights, value, ce,
           divergence_of(how.divergence, how.beta), how.temperature, slope_of(how.teacher_cap), slope_of(how.student_cap),
@@ -478,7 +468,6 @@ void js_operand_rows(const LogitRows& clean, const LogitRows& noised, const Logi
                      const double* kl_weights, const double* ce_weights, const OperandOptions& how, double* kl, double* ce,
                      int device, void* stream) {
   const Call call("js_operand_rows", device, stream);
-  if (rows == 0) return;
   if (how.noised_classifies)
     throw std::invalid_argument("js_operand_rows: CUDA has no cross-entropy of the noised stream beside this divergence");
   Distillation work = {noised,

@@ -1,11 +1,10 @@
 // Rows of logits on CUDA. Wide rows are read twice, by one block each: once for all sums (row_sums.cuh), once for the
 // gradients (row_gradients.cuh). Narrow rows are a warp's work.
-#include <stdexcept>
-
 #include "api.h"
 #include "cuda/launch.cuh"
 #include "cuda/narrow_rows.cuh"
 #include "cuda/row_gradients.cuh"
+#include "cuda/row_launch.cuh"
 #include "cuda/row_sums.cuh"
 #include "cuda/row_task.cuh"
 
@@ -293,15 +292,10 @@ void divergence_rows(const LogitRows& clean, const LogitRows& noised, const Logi
                      int64_t ignore_index, const double* kl_weights, const double* ce_weights, double* kl, double* ce,
                      int device, void* stream) {
   const Call call("divergence_rows", device, stream);
-  if (rows == 0) return;
   const Rows work{clean, noised, grad_clean, grad_noised, rows, cols, labels, ignore_index, kl_weights, ce_weights, kl, ce};
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    if (cols < kNarrow)
-      call.launch(narrow_rows_kernel<T>, narrow_blocks(rows), kNarrowThreads, work);
-    else
-      for (int64_t at = 0; at < rows; at += kMostBlocks)
-        call.launch(wide_rows_kernel<T>, std::min(rows - at, kMostBlocks), kRowThreads, work, at);
+    launch_rows(call, rows, cols, narrow_rows_kernel<T>, wide_rows_kernel<T>, work);
   });
 }
 
@@ -313,24 +307,13 @@ void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRo
     return js_operand_rows(clean, noised, first, second, operand_dtype, rows, cols, labels, ignore_index, kl_weights,
                            ce_weights, how, kl, ce, device, stream);
   const Call call("operand_rows", device, stream);
-  if (rows == 0) return;
   const Rows work{clean, noised, first, second, rows, cols, labels, ignore_index, kl_weights, ce_weights, kl, ce};
   const OperandRule rule{how.smoothing, how.cap != 0 ? 1 / how.cap : 0, how.teaches,
                          first.address != nullptr && second.address != nullptr, how.noised_classifies};
-  const auto launch = [&](auto t) {
+  with_operand_dtype("operand_rows", operand_dtype, [&](auto t) {
     using O = decltype(t);
-    if (cols < kNarrow)
-      call.launch(narrow_operands_kernel<O>, narrow_blocks(rows), kNarrowThreads, work, rule);
-    else
-      for (int64_t at = 0; at < rows; at += kMostBlocks)
-        call.launch(wide_operands_kernel<O>, std::min(rows - at, kMostBlocks), kRowThreads, work, rule, at);
-  };
-  if (operand_dtype == DType::f32)
-    launch(float{});
-  else if (operand_dtype == DType::bf16)
-    launch(bf16{});
-  else
-    throw std::invalid_argument("operand_rows: operands are float32 or bfloat16");
+    launch_rows(call, rows, cols, narrow_operands_kernel<O>, wide_operands_kernel<O>, work, rule);
+  });
 }
 
 void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols, const double* factors,

@@ -3,13 +3,13 @@
 // where gradients are wanted, once more to write them; those of the known classes come last. Label smoothing sums the logits
 // in one more reading.
 #include <cfloat>
-#include <stdexcept>
 
 #include "api.h"
 #include "core/top_k.h"
 #include "cuda/fast_math.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/row_gradients.cuh"
+#include "cuda/row_launch.cuh"
 #include "cuda/row_task.cuh"
 #include "cuda/row_tiles.cuh"
 
@@ -322,16 +322,8 @@ void top_k_rows(const LogitRows& logits, const LogitRows& grad, DType operand_dt
                 void* stream) {
   const Call call("top_k_rows", device, stream);
   const TopK work{logits, grad, cols, teacher, known_logits, labels, ignore_index, weights, ce_weights, value, ce, how};
-  const auto launch = [&](auto t) {
-    for (int64_t at = 0; at < rows; at += kMostBlocks)
-      call.launch(top_k_kernel<decltype(t)>, std::min(rows - at, kMostBlocks), kRowThreads, work, at);
-  };
-  if (operand_dtype == DType::f32)
-    launch(float{});
-  else if (operand_dtype == DType::bf16)
-    launch(bf16{});
-  else
-    throw std::invalid_argument("top_k_rows: gradients are float32 or bfloat16");
+  with_operand_dtype("top_k_rows", operand_dtype,
+                     [&](auto t) { launch_wide_rows(call, rows, top_k_kernel<decltype(t)>, work); });
 }
 
 }  // namespace fastpost::cuda
