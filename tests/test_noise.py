@@ -259,7 +259,8 @@ def test_embedding_noise_is_gather_then_noise(
     backend: str, dtype: torch.dtype, out_dtype: torch.dtype | None, noise_type: str
 ) -> None:
     table = torch.randn(50, 33).to(dtype)
-    for ids in (torch.randint(0, 50, (3, 21)), torch.randint(0, 50, (7,), dtype=torch.int32), torch.zeros(0, 4).long()):
+    tokens = 5 if backend == "triton" else 21  # the interpreter is slow
+    for ids in (torch.randint(0, 50, (3, tokens)), torch.randint(0, 50, (7,), dtype=torch.int32), torch.zeros(0, 4).long()):
         keep = torch.rand(ids.shape) < 0.7
         for mask in (None, keep):
             clean, noised = embedding_noise(table, ids, 0.1, noise_type, seed=8, keep=mask, out_dtype=out_dtype)

@@ -328,7 +328,8 @@ def test_rows_that_are_no_numbers(backend: str, rule: dict[str, Any], cols: int,
         equations(a, b, int(y) != -100, float(kl), float(ce), **rule, mixture=op == "js_operand_rows")
         for a, b, y, kl, ce in zip(clean, noised, labels, *weights, strict=True)
     ), strict=True))  # fmt: skip
-    for want in itertools.product((True, False), repeat=2):
+    wants = list(itertools.product((True, False), repeat=2))
+    for want in wants if some is None else (wants[0], wants[1 + some % 3]):
         kl, ce, *operands = run(clean.clone(), noised.clone(), labels, weights, rule, want, dtype, op)
         expected = [exact[0] + exact[1] if want[1] else exact[0], exact[1]]
         # Rounding to the operand's dtype; and of what was summed up 1e-6.
