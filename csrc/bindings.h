@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <type_traits>
+
 #include "api.h"
 
 namespace py = pybind11;
@@ -18,6 +20,9 @@ struct Pointer {
     return reinterpret_cast<T*>(address);
   }
 };
+
+// Lists of them are passed on as lists of pointers.
+static_assert(sizeof(Pointer) == sizeof(void*) && std::is_trivially_copyable_v<Pointer>);
 
 using Released = py::call_guard<py::gil_scoped_release>;
 

@@ -40,7 +40,7 @@ def run_cmake(build_dir: Path, *options: str) -> None:
     import pybind11
 
     build_dir.mkdir(parents=True, exist_ok=True)
-    if shutil.which("ccache"):  # the CPU core is compiled as for the wheel, which may have been built before
+    if shutil.which("ccache"):  # the CPU core is compiled as for the wheel, whose objects the cache may hold
         options = ("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache", *options)
     configure = [
         "cmake", "-S", ROOT, "-B", build_dir, "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={build_dir / 'out'}",

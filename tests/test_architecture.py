@@ -77,7 +77,8 @@ def test_kernels_know_neither_fastpost_nor_torch() -> None:
     for path, text in sources("csrc", ".h", ".cpp", ".cu", ".cuh").items():
         assert "torch/" not in text, path
         assert "ATen" not in text, path
-        assert ("pybind11" in text) <= (path == "csrc/bindings.cpp"), path
+        assert ("pybind11" in text) <= (path in ("csrc/bindings.cpp", "csrc/bindings.h")), path
+        assert ("py::" in text) <= (path in ("csrc/bindings.cpp", "csrc/bindings.h", "csrc/row_bindings.cpp")), path
         assert ("Python.h" in text) <= (path in ("csrc/tensors.h", "csrc/tensors.cpp")), path
     for path, text in sources("fastpost/ops", ".py").items():
         assert ("native." in text) <= (path in ("fastpost/ops/lists.py", "fastpost/ops/registry.py")), path

@@ -198,16 +198,20 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on_as_if_nothing_h
     assert table(tmp_path / "whole") == table(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("strategy", ["epoch", "steps"])
-@pytest.mark.parametrize("saves", ["no", "epoch", "steps"])
-def test_ctrl_c_at_the_end_of_an_epoch_loses_no_evaluation(models, files, tmp_path, strategy, saves) -> None:
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize(
+    ("evaluates", "saves"),
+    [("epoch", "no"), ("epoch", "epoch"), ("epoch", "best"), ("steps", "no"), ("steps", "steps"), ("steps", "best")],
+)
+def test_ctrl_c_in_a_step_that_is_evaluated_loses_nothing(models, files, tmp_path, step, evaluates, saves) -> None:
     a_step = ["--per_device_train_batch_size", "5", "--max_steps", "10"]  # of 20 rows: an epoch ends after steps 4 and 8
-    extra = [*a_step, "--eval_strategy", strategy, "--eval_steps", "2", "--save_strategy", saves, "--save_steps", "2"]
+    extra = [*a_step, "--eval_strategy", evaluates, "--eval_steps", "2", "--save_strategy", saves, "--save_steps", "2"]
+    extra += ["--metric_for_best_model", "loss", "--learning_rate", "1"]  # so large that the first is the best
     assert main(words_of("none", models, files, tmp_path / "whole", *extra)) == 0
-    with ctrl_c_in(step=4):
+    with ctrl_c_in(step):
         assert main(words_of("none", models, files, tmp_path / "cut", *extra)) == 130
-    assert train_checkpoints.checkpoints_of(tmp_path / "cut")[0].name == "checkpoint-4"
-    assert table(tmp_path / "cut")[-1]["eval_loss"]
+    assert train_checkpoints.checkpoints_of(tmp_path / "cut")[0].name == f"checkpoint-{step}"
+    assert bool(table(tmp_path / "cut")[-1].get("eval_loss")) == (evaluates == "steps" or step == 4)
     assert main(words_of("none", models, files, tmp_path / "cut", *extra, "--resume_from_checkpoint", "True")) == 0
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "cut"))
     assert table(tmp_path / "whole") == table(tmp_path / "cut")

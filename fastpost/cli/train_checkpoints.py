@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,14 @@ class RunTrainer(PostTrainer):
     Args:
         record: of this run.
         changed: options that differ from those of the checkpoint to resume from; the values of this run count.
+        is_last: says whether the step being made is the last one, whose checkpoint `save_strategy="best"` may not leave out.
     """
 
-    def __init__(self, *args: Any, record: RunRecord, changed: Collection[str] = (), **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, record: RunRecord, changed: Collection[str] = (), is_last: Callable[[], bool] = bool, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.record, self.changed = record, changed
+        self.record, self.changed, self.is_last = record, changed, is_last
         self.add_callback(record)
 
     def rehearse(self) -> None:
@@ -138,6 +141,10 @@ class RunTrainer(PostTrainer):
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
         return True
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        is_best: bool = super()._determine_best_metric(metrics, trial)
+        return is_best or self.is_last()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -245,8 +252,7 @@ def asked_for(run: Run) -> Start:
     if asked.lower() in ("none", "false"):
         if run.data.resume_with_changes:
             raise ValueError(
-                "--resume_with_changes is about a checkpoint, and none is resumed from; "
-                "give --resume_from_checkpoint True as well"
+                "--resume_with_changes needs a checkpoint to resume from; give --resume_from_checkpoint True as well"
             )
         if there:
             flaw, whole = flaw_of(there[0]), newest_whole(run.folder)

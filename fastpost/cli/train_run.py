@@ -153,6 +153,7 @@ def assemble(job: Job) -> Any:
             callbacks=callbacks,
             record=train_checkpoints.RunRecord(job.made_by),
             changed=job.start.changes,
+            is_last=lambda: watch.asked,
         )
         trainer.rehearse()
     except Exception:
@@ -231,6 +232,7 @@ class Watch(TrainerCallback):
         self.results = results
         self.asked = False
         self.began_at: int | None = None  # None: no step is made, the checkpoint is the end
+        self.saved_at: int | None = None
         self._before: Any = None
 
     def write(self, state: Any) -> None:
@@ -258,17 +260,17 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.asked and state.global_step < state.max_steps:
-            control.should_log = control.should_training_stop = True
-            control.should_save = not _ends_an_epoch(state)
+            control.should_log = control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Where Ctrl-C was in an epoch's last step, the checkpoint is made here, after the evaluation."""
+        """The Trainer comes here after the last step that was made, too; an evaluation at a true end is saved with it."""
         if self.asked and state.global_step < state.max_steps:
-            control.should_save = ends = _ends_an_epoch(state)
-            control.should_log = False
-            control.should_evaluate = control.should_evaluate and ends
+            control.should_training_stop = True
+            control.should_evaluate = control.should_evaluate and float(state.epoch).is_integer()
+            control.should_save = control.should_evaluate or self.saved_at != state.global_step
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved_at = state.global_step
         if state.is_world_process_zero:
             self.write(state)
 
@@ -279,10 +281,6 @@ class Watch(TrainerCallback):
             columns = ("eval_loss", "eval_perplexity", *(f"eval_{name}" for name in SCORES))
             told = ", ".join(f"{name.removeprefix('eval_')} {row[name]:.4g}" for name in columns if name in row)
             tqdm.write(f"step {state.global_step}: evaluation {told}")
-
-
-def _ends_an_epoch(state: Any) -> bool:
-    return float(state.epoch).is_integer()
 
 
 def scores(predicted: Any) -> dict[str, float]:
