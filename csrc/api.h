@@ -1,6 +1,6 @@
 // Every entry point of the native core that works on memory. Raw addresses, 64-bit sizes and, on a GPU, a stream: no torch
-// and no Python, so that one build serves every torch version. bindings.cpp mirrors this file one to one, and tensors.h,
-// which looks at a caller's tensors.
+// and no Python, so that one build serves every torch version. bindings.cpp and row_bindings.cpp mirror this file one to
+// one, and tensors.h, which looks at a caller's tensors.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // The tensors of a Python caller, seen without torch's headers: where they lie, their dtype, shape and strides. Knows
-// Python's C interface; nothing else but bindings.cpp does.
+// Python's C interface; nothing else but the bindings does.
 #pragma once
 
 #include <Python.h>
