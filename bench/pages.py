@@ -308,6 +308,16 @@ def anchor() -> list[tuple[str, ...]]:
     return [("work", "against", "measured"), *((r.work, r.against, r.cell(ANCHOR)) for r in ANCHOR_ROWS)]
 
 
+VARIANTS = "cpu-variants.csv"
+OF_VARIANTS = "five steps of SAM's variants"
+
+
+def variants() -> list[tuple[str, ...]]:
+    names = [row["goal"].partition(" over ")[0] for row in measured(VARIANTS)]
+    rows = [Row(name, "time of two passes and AdamW", OF_VARIANTS, (f"{name} over",)) for name in names]
+    return [("variant", "against", "measured"), *((row.work, row.against, row.cell(VARIANTS)) for row in rows)]
+
+
 PEERS = "cpu-peers.csv"
 PEER_CASES = ("a step of SAM less the model, beside libraries", "a whole step of SAM, beside libraries")
 
@@ -343,6 +353,7 @@ TABLES: dict[str, Callable[[], list[tuple[str, ...]]]] = {
     "host": host,
     "h200": h200,
     "h200-steps": h200_steps,
+    "variants": variants,
     "peers": peers,
     "distillation": distillation,
     "anchor": anchor,

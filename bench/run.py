@@ -31,6 +31,7 @@ from fastpost.errors import unknown
 # Where cases are registered, each family in a module for the CPU and one for GPUs, in the order they are run.
 FAMILIES = (
     "sam",
+    "sam_variants",
     "peers",
     "params",
     "noise",
