@@ -312,13 +312,15 @@ def test_an_optimizer_without_a_state_is_refused(base: type, variant: type, exte
     opt = (ExternalSAM if external else partial(SAM, None))(inner, rho=RHO, variant=variant())
 
     def step(factor: float = 1.0, *further: Tensor) -> None:
-        loss = lambda: sum(further, nn.functional.cross_entropy(model(X), Y) * factor)  # noqa: E731
+        def one_pass() -> Tensor:
+            return loss_backward(sum(further, nn.functional.cross_entropy(model(X), Y) * factor))
+
         if external:
-            opt.passes(lambda: loss_backward(loss()))
+            opt.passes(one_pass)
             opt.finish_step(scaled=False)
             inner.step()
         else:
-            opt.step(lambda: loss_backward(loss()))
+            opt.step(one_pass)
 
     if variant is PreconditionedSAM:
         step(torch.inf)  # skipped, so that nobody has made a state
