@@ -67,7 +67,8 @@ by_the_test := --numprocesses auto --dist worksteal
 test: $(VENV)/.model $(VENV)/.triton-3.6 dist/.built
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(side_by_side)
 	$(BIN)/pytest $(operations) -k cpu
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest $(by_the_test) $(operations) tests/test_operand_rows.py tests/test_triton_launches.py tests/test_sam_stash.py -k triton
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest $(by_the_test) $(operations) tests/test_operand_rows.py tests/test_triton_launches.py tests/test_sam_stash.py \
+		tests/test_sam_fused_codes.py -k triton
 	OMP_NUM_THREADS=1 CUDA_EMULATION=1 $(BIN)/pytest $(by_the_test) $(operations) tests/test_operand_rows.py tests/test_row_losses.py tests/test_second_derivatives.py \
 		tests/test_cuda_emulation.py tests/test_cuda_rows.py tests/test_cuda_distillation.py tests/test_distillation_rows.py tests/test_top_k_rows.py \
 		tests/test_sam_restore.py tests/test_sam_fused.py tests/test_sam_fused_codes.py tests/test_sam_stash.py

@@ -151,10 +151,15 @@ def restore_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
     return compiled(params._restore_kernel, {"table": "*i64"}, constants, ("table",), 8, arch, tmp_path)
 
 
-def adamw_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
-    constants = {"dtype": TYPES[dtype][1], "aligned": True, "BLOCK": params.copy_block(4 if dtype == "float32" else 2)}
-    types = {"table": "*i64", "factors": "*fp32", "skip": "*fp32"}
+def adamw_kernel(dtype: str, arch: int, tmp_path: Path, coded: bool = False) -> tuple[str, str]:
+    constants = {"dtype": TYPES[dtype][1], "coded": coded, "aligned": True}
+    constants["BLOCK"] = params.copy_block(4 if dtype == "float32" else 2)
+    types = {"table": "*i64", "factors": "*fp32", "waits": "*i32"}
     return compiled(params._restore_adamw_kernel, types, constants, ("table",), 8, arch, tmp_path, enable_fp_fusion=False)
+
+
+def adamw_codes_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    return adamw_kernel(dtype, arch, tmp_path, coded=True)
 
 
 def scale_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
@@ -225,6 +230,7 @@ KERNELS = {
     "distance": (distance_kernel, 128),
     "restore": (restore_kernel, 64),
     "restore and AdamW": (adamw_kernel, 128),
+    "decode and AdamW": (adamw_codes_kernel, 128),
     "clip": (scale_kernel, 64),
     "scaled rows": (scale_rows_kernel, 64),
     "flip": (flip_kernel, 128),

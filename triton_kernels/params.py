@@ -342,15 +342,19 @@ def _restore_kernel(table, bits: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _put_listed_kernel(table, words, capacity, bits: tl.constexpr, narrow: tl.constexpr, BLOCK: tl.constexpr):
-    """Puts w of what is listed in the place of w + e, where decoding leaves it."""
+def _put_listed_kernel(
+    table, waits, words, capacity, width_of_row: tl.constexpr, bits: tl.constexpr, narrow: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Puts w of what is listed in the place of w + e, where decoding leaves it; not in chunks that are decoded."""
     width: tl.constexpr = 16 if narrow else 32
     k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = k < tl.minimum(tl.load(words), capacity)
     entry = tl.load(words + 1 + k, mask=inside, other=0)
     chunk = (entry >> (width + 16)) & (0xFFFFFFFF if narrow else 0xFFFF)
-    row = table + 1 + 5 * tl.load(table + 1 + 5 * tl.load(table) + chunk, mask=inside, other=0)
-    place = (chunk - tl.load(row + 4, mask=inside, other=0)) * CHUNK + ((entry >> width) & 0xFFFF)
+    inside = inside & (tl.load(waits + chunk, mask=inside, other=0) != 0)
+    tensor = tl.load(table + 1 + width_of_row * tl.load(table) + chunk, mask=inside, other=0)
+    row = table + 1 + width_of_row * tensor
+    place = (chunk - tl.load(row + width_of_row - 1, mask=inside, other=0)) * CHUNK + ((entry >> width) & 0xFFFF)
     w = tl.load(row, mask=inside, other=0).to(tl.pointer_type(bits)) + place
     tl.store(w, entry.to(bits), mask=inside)
 
@@ -373,16 +377,24 @@ def _decode_kernel(table, waits, bits: tl.constexpr, narrow: tl.constexpr, align
 
 
 @triton.jit
-def _adamw_block(row, begin, factors, skips, i, inside, dtype: tl.constexpr, aligned: tl.constexpr):
-    """One block of AdamW from the stash. factors: as in csrc/core/params.h, the gradients' scale first."""
+def _adamw_block(row, begin, at, i, inside, dtype: tl.constexpr, coded: tl.constexpr, aligned: tl.constexpr):
+    """One block of AdamW from the stash.
+
+    at: the tensor's factors, as in csrc/core/params.h, the gradients' scale first; last, 0 where it is stepped and
+    not only restored.
+    """
     w = _pointer(row, begin, 0, dtype, aligned)
     g = _pointer(row, begin, 1, dtype, aligned)
-    stash = _pointer(row, begin, 2, dtype, aligned)
     first = _pointer(row, begin, 3, dtype, aligned)
     second = _pointer(row, begin, 4, dtype, aligned)
-    at = factors + tl.load(row + 6) * 8
-    raw = tl.load(stash + i, mask=inside)
-    if skips == 0.0:
+    if coded:
+        narrow: tl.constexpr = dtype != tl.float32
+        codes = _pointer(row, begin, 2, tl.int8 if narrow else tl.int16, aligned)
+        held = _decoded(tl.load(codes + i, mask=inside).to(tl.int32), _pattern(tl.load(w + i, mask=inside), dtype), narrow)
+        raw = _of_pattern(held, dtype)
+    else:
+        raw = tl.load(_pointer(row, begin, 2, dtype, aligned) + i, mask=inside)
+    if tl.load(at + 8) == 0.0:
         slope = tl.load(g + i, mask=inside).to(tl.float32) * tl.load(at)
         m = tl.load(first + i, mask=inside).to(tl.float32)
         v = tl.load(second + i, mask=inside).to(tl.float32)
@@ -399,14 +411,18 @@ def _adamw_block(row, begin, factors, skips, i, inside, dtype: tl.constexpr, ali
 
 
 @triton.jit
-def _restore_adamw_kernel(table, factors, skip, dtype: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr):
+def _restore_adamw_kernel(
+    table, factors, waits, dtype: tl.constexpr, coded: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr
+):
     row, begin, length = _row(table, 8)
-    skips = tl.load(skip)
+    at = factors + tl.load(row + 6) * 9
+    if coded:
+        length *= tl.atomic_xchg(waits + tl.program_id(0), 0)  # 1, or 0 where it is decoded already; as in `_decode_kernel`
     body = length // BLOCK
     for block in range(body):
-        _adamw_block(row, begin, factors, skips, block * BLOCK + tl.arange(0, BLOCK), None, dtype, aligned)
+        _adamw_block(row, begin, at, block * BLOCK + tl.arange(0, BLOCK), None, dtype, coded, aligned)
     i = body * BLOCK + tl.arange(0, BLOCK)
-    _adamw_block(row, begin, factors, skips, i, i < length, dtype, aligned)
+    _adamw_block(row, begin, at, i, i < length, dtype, coded, aligned)
 
 
 @triton.jit
@@ -562,26 +578,30 @@ def sam_decode_(table: Table, dtype: torch.dtype, words: Tensor, waits: Tensor) 
     """
     bits, narrow = _bits(dtype)[0], dtype.itemsize == 2
     if table.chunks:
-        grid = (triton.cdiv(words.numel(), 1024),)
-        _put_listed_kernel[grid](table.memory, words, words.numel() - 1, bits, narrow, BLOCK=1024, num_warps=4)
+        _put_listed(table, 5, dtype, words, waits)
         block = copy_block(dtype.itemsize)
         _decode_kernel[(table.chunks,)](table.memory, waits, bits, narrow, table.aligned, BLOCK=block, num_warps=8)
 
 
-def sam_restore_adamw_(
-    table: Table, dtype: torch.dtype, steps: list[Tensor], lr: float, betas: tuple[float, float], eps: float,
-    weight_decay: float, maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
-) -> None:  # fmt: skip
-    """One step of AdamW from the stash; columns: weights, gradients, stash, first and second moments.
+def _put_listed(table: Table, width: int, dtype: torch.dtype, words: Tensor, waits: Tensor) -> None:
+    grid = (triton.cdiv(words.numel(), 1024),)
+    _put_listed_kernel[grid](
+        table.memory, waits, words, words.numel() - 1, width, _bits(dtype)[0], dtype.itemsize == 2, BLOCK=1024, num_warps=4
+    )
 
-    The table's streams are the tensors' places in `steps`.
-    """
-    if not table.chunks:
-        return
+
+def adamw_factors(
+    table: Table, steps: Sequence[Tensor | None], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+    maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """What `_adamw_block` takes, a row per tensor. steps: as in `fastpost.plan.AdamWPart`, in the order of the list."""
     device = table.memory.device
-    count = torch.stack([step.reshape(()) for step in steps]).to(device).double()
+    stays = torch.tensor([step is None for step in steps], dtype=torch.float64).to(device, non_blocking=True)
+    count = torch.stack([stays.new_ones(()) if s is None else s.reshape(()).to(device).double() for s in steps])
     unscale = torch.ones_like(count) if grad_scale is None else 1.0 / grad_scale.double().expand(len(steps))
-    factors = torch.stack(
+    if found_inf is not None:
+        stays = stays + found_inf.to(device).double().reshape(1)
+    return torch.stack(
         [
             -unscale if maximize else unscale,
             torch.full_like(count, lr * weight_decay),
@@ -591,13 +611,32 @@ def sam_restore_adamw_(
             (1 - betas[1] ** count).rsqrt(),
             torch.full_like(count, eps),
             lr / (1 - betas[0] ** count),
+            stays,
         ],
         dim=1,
     ).float()
-    skip = torch.zeros(1, device=device) if found_inf is None else found_inf.float().reshape(1)
-    _restore_adamw_kernel[(table.chunks,)](
-        table.memory, factors, skip, _TYPES[dtype], table.aligned, BLOCK=1024, num_warps=8, enable_fp_fusion=False
-    )
+
+
+def sam_restore_adamw_(table: Table, dtype: torch.dtype, factors: Tensor) -> None:
+    """One step of AdamW from the stash; columns: weights, gradients, stash, first and second moments.
+
+    The table's streams are the tensors' rows in `factors`, which are from `adamw_factors`.
+    """
+    if table.chunks:
+        _restore_adamw_kernel[(table.chunks,)](
+            table.memory, factors, table.memory, _TYPES[dtype], False, table.aligned, BLOCK=copy_block(dtype.itemsize),
+            num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def sam_decode_adamw_(table: Table, dtype: torch.dtype, factors: Tensor, words: Tensor, waits: Tensor) -> None:
+    """The same from w + e, codes and list; the stash's column holds the codes. Chunks that do not wait are left alone."""
+    if table.chunks:
+        _put_listed(table, 8, dtype, words, waits)
+        _restore_adamw_kernel[(table.chunks,)](
+            table.memory, factors, waits, _TYPES[dtype], True, table.aligned, BLOCK=copy_block(dtype.itemsize), num_warps=8,
+            enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def flip_(table: Table, dtype: torch.dtype, seed: Tensor | None) -> None:

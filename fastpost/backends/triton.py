@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastpost.backends.reference import sam_direction_ as sam_direction_  # torch's operations; no kernel of its own
 from fastpost.backends.serving import coded, contiguous, contiguous_floats, number_on, refusal, seed_on
-from fastpost.plan import Bucket
+from fastpost.plan import AdamWPart, Bucket
 from fastpost.row_tasks import DivergenceTask, OperandTask
 
 
@@ -43,6 +43,8 @@ def refuses(op: str, device: str, dtype: torch.dtype, walkable: bool) -> str | N
 def _kernels(family: str) -> Any:
     return importlib.import_module(f"fastpost.triton_kernels.{family}")
 
+
+_STEPPED = ("weights", "grads", "stash", "first", "second")  # what AdamW's step reads and writes, in the kernel's order
 
 # Tables of addresses, by the columns that are in them, for as long as their bucket lives.
 _tables: weakref.WeakKeyDictionary[Bucket, dict[tuple[str, ...], Any]] = weakref.WeakKeyDictionary()
@@ -110,10 +112,7 @@ def sam_perturb_coded_(
 def sam_decode_(bucket: Bucket) -> None:
     codes, kernels = coded(bucket), _kernels("params")
     if _interpreted():  # into copies first
-        origins = [w.detach().clone() for w in bucket.weights]
-        table = kernels.Table([w.numel() for w in origins], bucket.streams).point([origins, bucket.stash])
-        kernels.sam_decode_(table, bucket.dtype, codes.words, kernels.all_wait(table))
-        codes.origins = origins
+        codes.origins = origins = _decoded_copies(bucket)
         for w, origin in zip(bucket.weights, origins, strict=True):
             w.detach().copy_(origin)
     else:  # an interrupt may come between the launch and its note, and then a second launch, which changes nothing
@@ -122,6 +121,15 @@ def sam_decode_(bucket: Bucket) -> None:
         kernels.sam_decode_(table, bucket.dtype, codes.words, codes.waits)
     bucket.stashed = False
     codes.origins = codes.waits = None
+
+
+def _decoded_copies(bucket: Bucket) -> list[Tensor]:
+    """w in tensors of its own, by the kernels; w + e stays."""
+    origins = [w.detach().clone() for w in bucket.weights]
+    kernels = _kernels("params")
+    table = kernels.Table([w.numel() for w in origins], bucket.streams).point([origins, bucket.stash])
+    kernels.sam_decode_(table, bucket.dtype, coded(bucket).words, kernels.all_wait(table))
+    return origins
 
 
 def sam_perturb_masters_(
@@ -144,10 +152,57 @@ def sam_restore_adamw_(
     bucket: Bucket, steps: list[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
     maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
 ) -> None:  # fmt: skip
-    table = _table(bucket, "weights", "grads", "stash", "first", "second")
-    _kernels("params").sam_restore_adamw_(
-        table, bucket.dtype, steps, lr, betas, eps, weight_decay, maximize, grad_scale, found_inf
-    )
+    table, kernels = _table(bucket, *_STEPPED), _kernels("params")
+    how = (lr, betas, eps, weight_decay, maximize, grad_scale, found_inf)
+    kernels.sam_restore_adamw_(table, bucket.dtype, kernels.adamw_factors(table, steps, *how))
+
+
+def sam_decode_adamw_(bucket: Bucket, parts: list[AdamWPart]) -> None:
+    step = _step_in_copies if _interpreted() else _step_in_place
+    step(parts)
+    parts[-1].bucket.stashed = False  # from here on all weights count as stepped
+    for part in parts:
+        codes = coded(part.bucket)
+        part.bucket.stashed, codes.origins, codes.waits = False, None, None
+
+
+def _step_in_place(parts: list[AdamWPart]) -> None:
+    kernels, launches = _kernels("params"), []
+    for part in parts:
+        codes, table = coded(part.bucket), _table(part.bucket, *_STEPPED)
+        codes.waits = kernels.all_wait(table) if codes.waits is None else codes.waits
+        launches.append((table, part.bucket.dtype, kernels.adamw_factors(table, *part[1:]), codes.words, codes.waits))
+    try:
+        for launch in launches:
+            kernels.sam_decode_adamw_(*launch)
+    except BaseException:
+        # Nobody knows how many launches were made before the interrupt. A second one changes nothing where there was a
+        # first, and with all of them every weight is stepped. What fails for another reason fails again.
+        for launch in launches:
+            kernels.sam_decode_adamw_(*launch)
+        raise
+
+
+def _step_in_copies(parts: list[AdamWPart]) -> None:
+    """For the interpreter, which runs a kernel in pieces and may be interrupted between them: until all copies are written
+    back, all weights can be put back."""
+    kernels, stepped = _kernels("params"), []
+    for part in parts:
+        b, codes = part.bucket, coded(part.bucket)
+        written = [[t.detach().clone() for t in column] for column in (b.weights, b.first, b.second)]
+        table = kernels.Table([w.numel() for w in b.weights], range(len(b.weights)))
+        table.point([written[0], b.grads, b.stash, *written[1:]])
+        factors, waits = kernels.adamw_factors(table, *part[1:]), kernels.all_wait(table)
+        kernels.sam_decode_adamw_(table, b.dtype, factors, codes.words, waits)
+        stepped.append((written, _decoded_copies(b)))
+    for part, (_, origins) in zip(parts, stepped, strict=True):
+        coded(part.bucket).origins = origins
+    for part, (written, _) in zip(parts, stepped, strict=True):
+        b = part.bucket
+        for row, step in enumerate(part.steps):
+            for column, new in zip((b.weights, b.first, b.second), written, strict=True):
+                if step is not None or column is b.weights:
+                    column[row].detach().copy_(new[row])
 
 
 def negate_(bucket: Bucket) -> None:
