@@ -159,7 +159,8 @@ def stash_gpt2_bfloat16() -> Case:
 
 @case
 def distance_gpt2() -> Case:
-    """How far GPT-2's tensors are from a copy of them (GAP's drift): floor two reads, as much as a copy moves."""
+    """GPT-2's tensors and a copy: their distance (GAP's drift) and dot product (SAM's variants). Floor two reads each, as
+    much as a copy moves."""
     shapes = gpt2_shapes()
     now = [torch.randn(shape) * 0.02 for shape in shapes]
     then = [w + 1e-4 for w in now]
@@ -171,6 +172,7 @@ def distance_gpt2() -> Case:
         torch.stack(torch._foreach_norm(torch._foreach_sub(now, then))).norm()
 
     ours, copied, composed = "fastpost squared_distance", "copy", "torch._foreach_sub + _foreach_norm"
+    product = "fastpost dot"
     return Case(
         "distance between two lists",
         "GPT-2, 148 tensors, 124M",
@@ -178,9 +180,13 @@ def distance_gpt2() -> Case:
         [
             peer(copied, lambda: target.copy_(source), 2 * size),
             Contender(ours, lambda: ops.squared_distance(now, then), 2 * size),
+            Contender(product, lambda: ops.dot(now, then), 2 * size),
             peer(composed, foreach, 4 * size),
         ],
-        [Goal(ours, copied, dict.fromkeys(("avx512", "avx2"), 1.2)), Goal(ours, composed, {})],
+        [
+            *(Goal(name, copied, dict.fromkeys(("avx512", "avx2"), 1.2)) for name in (ours, product)),
+            Goal(ours, composed, {}),
+        ],
     )
 
 

@@ -85,21 +85,23 @@ def norm_flat(at: Target, dtype: torch.dtype) -> Case:
 
 @cuda_case(**DTYPES)
 def distance_flat(at: Target, dtype: torch.dtype) -> Case:
-    """Squared distance of two large tensors: floor two reads."""
+    """Squared distance and dot product of two large tensors: floor two reads each."""
     n = at.size((1 << 30) // dtype.itemsize)
     size = n * dtype.itemsize
 
     def contenders() -> list[Contender]:
         x, y = at.randn(n, dtype=dtype), at.randn(n, dtype=dtype)
-        work = partial(ops.squared_distance, [x], [y])
+        work, product = partial(ops.squared_distance, [x], [y]), partial(ops.dot, [x], [y])
         return [
             copy_of(x),
             Contender("squared_distance", work, 2 * size),
             *also_triton(at, "squared_distance", work, 2 * size),
+            Contender("dot", product, 2 * size),
+            *also_triton(at, "dot", product, 2 * size),
             peer("torch sub + vector_norm", lambda: torch.linalg.vector_norm(x - y), 4 * size),
         ]
 
-    goals = [Bandwidth("squared_distance", COPY, SHARES[name_of(dtype)])]
+    goals = [Bandwidth(name, COPY, SHARES[name_of(dtype)]) for name in ("squared_distance", "dot")]
     return Case("distance, flat", f"{n:,}", name_of(dtype), contenders, goals, bytes=2 * size, work=5, memory=4 * size)
 
 

@@ -98,6 +98,9 @@ void chunk_squares(const Plan& plan, double* sums, int threads);
 // Sum of squares of (weights - stash) in float64, of two lists of which neither is written.
 double squared_distance(const Plan& plan, int threads);
 
+// Sum of gradients * stash in float64, of two lists of which neither is written.
+double dot(const Plan& plan, int threads);
+
 // stash = w, w = w + e, for every tensor of the plan; squared_norm is the one over all plans of the step. Where it is
 // zero or not finite, w keeps its bits. The caller has checked finiteness; sums are those of the writing pass.
 // seed: 16-bit weights are rounded at random (core/params.h), or null: to nearest. Element e of tensor t takes half e % 2 of
@@ -246,6 +249,8 @@ struct SumRoom {
 void squared_norm(const Plan& plan, bool adaptive, double eta, const SumRoom& room, int device, void* stream);
 
 void squared_distance(const Plan& plan, const SumRoom& room, int device, void* stream);
+
+void dot(const Plan& plan, const SumRoom& room, int device, void* stream);
 
 // seed: one int64 on the device, or null.
 void sam_perturb(const Plan& plan, const Perturbation& how, const double* squared_norm, const int64_t* seed,

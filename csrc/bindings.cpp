@@ -158,6 +158,9 @@ void bind_cpu(py::module_ cpu) {
       "squared_distance",
       [](const Plan& plan, int threads) { return as_tensor(plan, [&] { return cpu::squared_distance(plan, threads); }); },
       py::arg("plan"), py::arg("threads"));
+  cpu.def(
+      "dot", [](const Plan& plan, int threads) { return as_tensor(plan, [&] { return cpu::dot(plan, threads); }); },
+      py::arg("plan"), py::arg("threads"));
   cpu.def("sam_perturb", &sam_perturb, py::arg("plan"), py::arg("squared_norm"), py::arg("rho"), py::arg("adaptive"),
           py::arg("eta"), py::arg("compute_dtype"), py::arg("seed"));
   cpu.def(
@@ -391,6 +394,10 @@ void bind_cuda(py::module_ cuda) {
       [](const Plan& plan, Room room, int device, Pointer stream) {
         cuda::squared_distance(plan, sum_room(room), device, stream);
       },
+      py::arg("plan"), py::arg("room"), py::arg("device"), py::arg("stream"), Released());
+  cuda.def(
+      "dot",
+      [](const Plan& plan, Room room, int device, Pointer stream) { cuda::dot(plan, sum_room(room), device, stream); },
       py::arg("plan"), py::arg("room"), py::arg("device"), py::arg("stream"), Released());
   cuda.def(
       "sam_perturb",

@@ -63,6 +63,7 @@ def params(device: str) -> Iterator[str]:
                 ops.sam_perturb_(w, g, s, squared, rho=0.3, adaptive=eta is not None, eta=eta or 0.0, compute_dtype=seen)
                 ops.sam_restore_(w, s)
         ops.squared_distance(w, s)
+        ops.dot(w, s)
         moments = [[torch.ones_like(t) for t in w] for _ in range(2)]
         for found_inf in (0.0, 1.0):
             counts = [torch.ones((), device=device) for _ in w]

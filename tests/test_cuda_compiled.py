@@ -27,7 +27,7 @@ HOT = {
     "decode_kernel": (64, "LDG STG"),
     "put_listed_kernel": (64, ""),
     "cast_kernel": (64, "LDG STG"),
-    "squares_kernel": (64, "LDG"),
+    "sum_kernel": (64, "LDG"),
     "restore_kernel": (64, "LDG STG"),
     "restore_adamw_kernel": (128, "LDG STG"),
     "negate_kernel": (64, "LDG STG"),

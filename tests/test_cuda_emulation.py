@@ -139,7 +139,7 @@ def test_the_last_block_adds_up_as_a_second_kernel_does(dtype: torch.dtype, monk
             w = [g.clone() for g in grads]
             squared = ops.squared_norm(grads)
             moved = ops.sam_perturb_(w, grads, [torch.empty_like(t) for t in w], squared, rho=0.3)
-            return [squared, moved, ops.squared_distance(w, grads), *w]
+            return [squared, moved, ops.squared_distance(w, grads), ops.dot(w, grads), *w]
 
         with fastpost.use_backend("cuda"):
             alone = sums()
@@ -147,7 +147,7 @@ def test_the_last_block_adds_up_as_a_second_kernel_does(dtype: torch.dtype, monk
             assert not counters.any()
             with monkeypatch.context() as none_left:
                 none_left.setattr(cuda, "_ticket", lambda *where: 0)
-                assert launches_of(sums) == launches_of(lambda: None) + 6
+                assert launches_of(sums) == launches_of(lambda: None) + 8
                 again = sums()
         assert all(same_bits(a, b) for a, b in zip(alone, again, strict=True))
 

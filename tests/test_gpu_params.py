@@ -35,6 +35,7 @@ from .test_params import (  # noqa: F401  (collected here once more, on the devi
     test_squared_distance_at_the_ends_of_float,
     test_squared_norm_holds_over_the_whole_range_of_float,
     test_squared_norm_is_not_finite_only_when_an_element_is_not,
+    test_the_dot_product_at_the_ends_of_float,
     test_written_tensors_raise_their_version,
 )
 from .test_restore_adamw import (  # noqa: F401
@@ -74,6 +75,7 @@ def lists_there(dtype: torch.dtype, lengths: list[int] = bodies.LENGTHS) -> tupl
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_squared_distance_is_right_to_the_last_digits(backend: str, dtype: torch.dtype) -> None:
     bodies.test_squared_distance_is_right_to_the_last_digits_and_writes_nothing(backend, dtype)
+    bodies.test_the_dot_product_is_right_to_the_last_digits_and_writes_nothing(backend, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -238,6 +240,7 @@ def every_operation(seed: Tensor | int = 3) -> dict[str, Callable[[list[Tensor],
         "sam_restore_adamw_": adamw,
         "squared_norm": lambda w, g, s: ops.squared_norm(g, w, eta=0.01),
         "squared_distance": lambda w, g, s: ops.squared_distance(w, g),
+        "dot": lambda w, g, s: ops.dot(w, g),
         "sam_perturb_": perturb,
         "sam_restore_": there_and_back,
         "negate_": lambda w, g, s: ops.negate_(g),

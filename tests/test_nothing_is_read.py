@@ -81,6 +81,7 @@ OPERATIONS: dict[str, Callable[[list[Tensor], list[Tensor], list[Tensor]], objec
     "squared_norm": lambda w, g, s: ops.squared_norm(g, w, eta=0.01),
     "chunk_squares": lambda w, g, s: ops.chunk_squares(g),
     "squared_distance": lambda w, g, s: ops.squared_distance(w, s),
+    "dot": lambda w, g, s: ops.dot(g, s),
     "sam_perturb_": lambda w, g, s: ops.sam_perturb_(w, g, s, ops.squared_norm(g), rho=0.1, adaptive=True, eta=0.01),
     "sam_perturb_ at random": lambda w, g, s: ops.sam_perturb_(w, g, s, ops.squared_norm(g), rho=0.1, seed=3),
     "sam_restore_": lambda w, g, s: ops.sam_restore_(w, s),

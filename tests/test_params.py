@@ -120,6 +120,31 @@ def test_squared_distance_at_the_ends_of_float(backend: str) -> None:
         assert check(ops.squared_distance([w], [s]).item()), (a, b)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), SERVED, indirect=["backend"])
+def test_the_dot_product_is_right_to_the_last_digits_and_writes_nothing(backend: str, dtype: torch.dtype) -> None:
+    a, b = lists(dtype)
+    held = [bits(t).clone() for t in (*a, *b)]
+    terms = (flat64(a) * flat64(b)).tolist()
+    got = ops.dot(a, b)
+    assert got.dtype == torch.float64
+    assert abs(got.item() - math.fsum(terms)) <= 1e-13 * math.fsum(map(abs, terms))
+    assert all(torch.equal(x, bits(y)) for x, y in zip(held, (*a, *b), strict=True))
+    assert same_bits(ops.dot(a, a), ops.squared_norm(a))
+    assert ops.dot(a, [torch.zeros_like(t) for t in a]).item() == 0.0
+
+
+def test_the_dot_product_at_the_ends_of_float(backend: str) -> None:
+    for x, y in ((3e38, -3e38), (1e-42, -2e-42), (1.0, 1.0 + 2**-23), (1e-30, 1e30)):
+        a, b = torch.full((1000,), x), torch.full((1000,), y)
+        truth = 1000 * float(a[0]) * float(b[0])
+        assert ops.dot([a], [b]).item() == pytest.approx(truth, rel=1e-13), (x, y)
+    for x, y, check in ((math.inf, -1.0, math.isinf), (math.inf, 0.0, math.isnan), (0.0, math.nan, math.isnan)):
+        for at in (0, 999):
+            a, b = torch.ones(1000), torch.ones(1000)
+            a[at], b[at] = x, y
+            assert check(ops.dot([a], [b]).item()), (x, y)
+
+
 def test_norm_is_the_same_bits_for_any_threads_and_layout() -> None:
     weights, grads = lists(torch.float32)
     one = ops.squared_norm(grads, weights, eta=0.01)
@@ -143,6 +168,7 @@ def everything_written() -> list[str]:
         weights, grads = lists(dtype)
         stash, _ = perturb(weights, grads, rho=0.5, eta=eta)
         sums = [ops.squared_norm(grads, weights, eta=eta or 0.0), ops.squared_distance(weights, stash)]
+        sums.append(ops.dot(weights, grads))
         seen = [bits(w).clone() for w in weights]
         moments = [[torch.zeros_like(w) for w in weights] for _ in range(2)]
         for step in (1.0, 2.0):

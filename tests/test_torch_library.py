@@ -120,6 +120,7 @@ SAMPLES: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "squared_norm": lambda: iter([(lists(1)[0], None, 0.0), (*lists(2), 0.01)]),
     "chunk_squares": lambda: iter([tuple(lists(1))]),
     "squared_distance": lambda: iter([tuple(lists(2))]),
+    "dot": lambda: iter([tuple(lists(2))]),
     "sam_perturb_": perturb_samples,
     "sam_restore_": lambda: iter([tuple(lists(2))]),
     "sam_restore_adamw_": adamw_samples,

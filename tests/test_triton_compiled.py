@@ -132,17 +132,21 @@ def cast_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
 
 
 def norm_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
-    return squares_kernel("plain", dtype, arch, tmp_path)
+    return sum_kernel("squares", dtype, arch, tmp_path)
 
 
 def distance_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
-    return squares_kernel("difference", dtype, arch, tmp_path)
+    return sum_kernel("differences", dtype, arch, tmp_path)
 
 
-def squares_kernel(squares: str, dtype: str, arch: int, tmp_path: Path, stage: str = "", aligned: bool = True):
-    constants = {"dtype": TYPES[dtype][1], "squares": squares, "aligned": aligned, "BLOCK": 2048}
+def dot_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
+    return sum_kernel("products", dtype, arch, tmp_path)
+
+
+def sum_kernel(terms: str, dtype: str, arch: int, tmp_path: Path, stage: str = "", aligned: bool = True):
+    constants = {"dtype": TYPES[dtype][1], "terms": terms, "aligned": aligned, "BLOCK": 2048}
     types = {"table": "*i64", "partial": "*fp64", "eta": "fp32", "eta_rest": "fp32"}
-    return compiled(params._squares_kernel, types, constants, ("table",), 8, arch, tmp_path, stage, enable_fp_fusion=False)
+    return compiled(params._sum_kernel, types, constants, ("table",), 8, arch, tmp_path, stage, enable_fp_fusion=False)
 
 
 def restore_kernel(dtype: str, arch: int, tmp_path: Path) -> tuple[str, str]:
@@ -228,6 +232,7 @@ KERNELS = {
     "cast of masters": (cast_kernel, 64),
     "norm": (norm_kernel, 128),
     "distance": (distance_kernel, 128),
+    "dot product": (dot_kernel, 128),
     "restore": (restore_kernel, 64),
     "restore and AdamW": (adamw_kernel, 128),
     "decode and AdamW": (adamw_codes_kernel, 128),
@@ -247,7 +252,7 @@ def test_kernels_use_wide_accesses_and_no_local_memory(name: str, dtype: str, ar
     # Four numbers of a Philox call lie side by side: 8 bytes of bfloat16, of which Triton 3.6 makes 16.
     # So do as many elements of 16 bits in a block of a perturbation that keeps codes.
     width = "(?:64|128)" if name.startswith(("noise", "perturb, codes")) and dtype == "bfloat16" else "128"
-    accesses = "LDG" if name in ("norm", "distance") else "LDG STG"  # these write one number per chunk
+    accesses = "LDG" if name in ("norm", "distance", "dot product") else "LDG STG"  # these write one number per chunk
     assert complaints(*build(dtype, arch, tmp_path), registers, width, accesses) == []
 
 
@@ -284,9 +289,10 @@ def neighbours(code: str) -> set[str]:
 
 
 SUMS = {
-    "norm": lambda *at, **how: squares_kernel("plain", *at, **how),
-    "norm, scaled": lambda *at, **how: squares_kernel("scaled", *at, **how),
-    "distance": lambda *at, **how: squares_kernel("difference", *at, **how),
+    "norm": lambda *at, **how: sum_kernel("squares", *at, **how),
+    "norm, scaled": lambda *at, **how: sum_kernel("scaled", *at, **how),
+    "distance": lambda *at, **how: sum_kernel("differences", *at, **how),
+    "dot product": lambda *at, **how: sum_kernel("products", *at, **how),
     "perturb": perturb_kernel,
     "perturb, adaptive": lambda *at, **how: perturb_kernel(*at, adaptive=True, **how),
 }
@@ -301,7 +307,7 @@ def test_lists_are_summed_by_index_however_wide_they_are_read(name: str, dtype: 
 
 
 @triton.jit
-def _sum_kernel(x, out, plain: tl.constexpr, BLOCK: tl.constexpr):
+def _summing_kernel(x, out, plain: tl.constexpr, BLOCK: tl.constexpr):
     block = tl.load(x + tl.arange(0, BLOCK))
     tl.store(out, tl.sum(block, axis=0) if plain else numerics.ordered_sum(block))
 
@@ -309,7 +315,7 @@ def _sum_kernel(x, out, plain: tl.constexpr, BLOCK: tl.constexpr):
 def test_a_sum_in_the_layouts_order_is_seen(tmp_path: Path) -> None:
     for plain in (True, False):
         constants = {"plain": plain, "BLOCK": 1024}
-        code = compiled(_sum_kernel, {"x": "*fp32", "out": "*fp32"}, constants, ("x",), 4, 90, tmp_path, "ttgir")
+        code = compiled(_summing_kernel, {"x": "*fp32", "out": "*fp32"}, constants, ("x",), 4, 90, tmp_path, "ttgir")
         assert bool(sums_by_layout(code)) == plain
 
 

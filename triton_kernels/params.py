@@ -77,36 +77,37 @@ def _pointer(row, begin, column: tl.constexpr, dtype: tl.constexpr, aligned: tl.
 
 
 @triton.jit
-def _root(x, y, at, inside, masked: tl.constexpr, eta, eta_rest, squares: tl.constexpr):
+def _term(x, y, at, inside, masked: tl.constexpr, eta, eta_rest, terms: tl.constexpr, total):
+    """total with one more of the `terms` in every place: x^2, ((abs(y) + eta) x)^2, (x - y)^2 or x y."""
     a = (tl.load(x + at, mask=inside, other=0.0) if masked else tl.load(x + at)).to(tl.float32).to(tl.float64)
-    if squares != "plain":
+    if terms != "squares":
         b = (tl.load(y + at, mask=inside, other=0.0) if masked else tl.load(y + at)).to(tl.float32)
-        if squares == "scaled":
+        if terms == "products":
+            return tl.fma(a, b.to(tl.float64), total)
+        if terms == "scaled":
             a *= (tl.abs(b).to(tl.float64) + eta) + eta_rest
         else:
             a -= b.to(tl.float64)
-    return a
+    return tl.fma(a, a, total)
 
 
 @triton.jit
-def _squares_kernel(
-    table, partial, eta, eta_rest, dtype: tl.constexpr, squares: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr
+def _sum_kernel(
+    table, partial, eta, eta_rest, dtype: tl.constexpr, terms: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr
 ):
-    width: tl.constexpr = 4 if squares == "plain" else 5
+    width: tl.constexpr = 4 if terms == "squares" else 5
     row, begin, length = _row(table, width)
     x = _pointer(row, begin, 0, dtype, aligned)
     y = x
-    if squares != "plain":
+    if terms != "squares":
         y = _pointer(row, begin, 1, dtype, aligned)
     total = tl.zeros((BLOCK,), dtype=tl.float64)
     body = length // BLOCK
     for block in range(body):  # whole blocks need no mask, which keeps their accesses wide
-        i = block * BLOCK + tl.arange(0, BLOCK)
-        a = _root(x, y, i, True, False, eta, eta_rest, squares)
-        total = tl.fma(a, a, total)
+        total = _term(x, y, block * BLOCK + tl.arange(0, BLOCK), True, False, eta, eta_rest, terms, total)
     i = body * BLOCK + tl.arange(0, BLOCK)
-    a = _root(x, y, i, i < length, True, eta, eta_rest, squares)
-    tl.store(partial + tl.program_id(0), ordered_sum(tl.fma(a, a, total)))
+    total = _term(x, y, i, i < length, True, eta, eta_rest, terms, total)
+    tl.store(partial + tl.program_id(0), ordered_sum(total))
 
 
 @triton.jit
@@ -479,16 +480,16 @@ def _bits(dtype: torch.dtype) -> tuple[tl.dtype, int]:
     return (tl.int32, -(1 << 31)) if dtype.itemsize == 4 else (tl.int16, -(1 << 15))
 
 
-def _sum_of_squares(table: Table, dtype: torch.dtype, squares: str, eta: float = 0.0) -> Tensor:
+def _sum(table: Table, dtype: torch.dtype, terms: str, eta: float = 0.0) -> Tensor:
     """Float64 scalar. One partial sum per chunk, folded in order of the chunks."""
     partial = torch.zeros(table.chunks, dtype=torch.float64, device=table.memory.device)
     if table.chunks:
-        _squares_kernel[(table.chunks,)](
+        _sum_kernel[(table.chunks,)](
             table.memory,
             partial,
             *in_two_floats(eta),
             _TYPES[dtype],
-            squares,
+            terms,
             table.aligned,
             BLOCK=_BLOCK,
             num_warps=8,
@@ -499,12 +500,17 @@ def _sum_of_squares(table: Table, dtype: torch.dtype, squares: str, eta: float =
 
 def squared_norm(table: Table, dtype: torch.dtype, eta: float | None) -> Tensor:
     """Sum of g^2, or with eta of ((abs(w) + eta) g)^2; columns: gradients, then weights where there is an eta."""
-    return _sum_of_squares(table, dtype, "plain") if eta is None else _sum_of_squares(table, dtype, "scaled", eta)
+    return _sum(table, dtype, "squares") if eta is None else _sum(table, dtype, "scaled", eta)
 
 
 def squared_distance(table: Table, dtype: torch.dtype) -> Tensor:
     """Sum of (w - stash)^2; columns: weights, stash."""
-    return _sum_of_squares(table, dtype, "difference")
+    return _sum(table, dtype, "differences")
+
+
+def dot(table: Table, dtype: torch.dtype) -> Tensor:
+    """Sum of g * stash; columns: gradients, stash."""
+    return _sum(table, dtype, "products")
 
 
 def room_for_sums(table: Table) -> Tensor:

@@ -13,8 +13,9 @@ struct AdamW {
   bool maximize;
 };
 
-// Whose squares are summed: x (gradients); (|y| + eta) x (ASAM's norm, y the weights); x - y (how far weights have moved).
-enum class Squares : int { plain, scaled, difference };
+// What is summed over two lists: the squares of x (gradients), of (|y| + eta) x (ASAM's norm, y the weights) or of x - y (how
+// far weights have moved); the products x y.
+enum class Terms : int { squares, scaled, differences, products };
 
 // The list beside the codes of a plan: word 0 counts the elements that wanted a place, of which the first `capacity` have
 // one in the words that follow.

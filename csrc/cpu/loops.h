@@ -29,7 +29,7 @@ struct PerturbLoop {
 };
 
 struct ParamsLoops {
-  double (*squares)(DType, Squares, const void* x, const void* y, double eta, int64_t n);  // y: null where plain
+  double (*sum)(DType, Terms, const void* x, const void* y, double eta, int64_t n);  // y: null for squares
   // first, stream: where the elements stand in their tensor, and the tensor's number; they key the random bits.
   void (*perturb)(DType, void* w, const void* g, void* stash, int64_t n, uint64_t first, uint32_t stream, const PerturbLoop&,
                   double* sums);

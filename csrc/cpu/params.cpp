@@ -62,16 +62,16 @@ double fold(const std::vector<double>& partial) {
 
 namespace {
 
-void squares_of_chunks(const Plan& plan, Squares what, Column x, Column y, double eta, double* sums, int threads) {
+void sums_of_chunks(const Plan& plan, Terms what, Column x, Column y, double eta, double* sums, int threads) {
   for_chunks(plan, threads, [&](int64_t index, const Chunk& chunk) {
-    const void* second = what == Squares::plain ? nullptr : plan.at(y, chunk);
-    sums[index] = params_loops().squares(plan.dtype(), what, plan.at(x, chunk), second, eta, chunk.length);
+    const void* second = what == Terms::squares ? nullptr : plan.at(y, chunk);
+    sums[index] = params_loops().sum(plan.dtype(), what, plan.at(x, chunk), second, eta, chunk.length);
   });
 }
 
-double squares(const Plan& plan, Squares what, Column x, Column y, double eta, int threads) {
+double sum(const Plan& plan, Terms what, Column x, Column y, double eta, int threads) {
   std::vector<double> partial(plan.chunks().size());
-  squares_of_chunks(plan, what, x, y, eta, partial.data(), threads);
+  sums_of_chunks(plan, what, x, y, eta, partial.data(), threads);
   return fold(partial);
 }
 
@@ -153,16 +153,16 @@ void for_listed_chunks(const Plan& plan, const CodeList& list, int threads, F&& 
 }  // namespace
 
 double squared_norm(const Plan& plan, bool adaptive, double eta, int threads) {
-  return squares(plan, adaptive ? Squares::scaled : Squares::plain, kGrad, kWeight, eta, threads);
+  return sum(plan, adaptive ? Terms::scaled : Terms::squares, kGrad, kWeight, eta, threads);
 }
 
 void chunk_squares(const Plan& plan, double* sums, int threads) {
-  squares_of_chunks(plan, Squares::plain, kGrad, kWeight, 0, sums, threads);
+  sums_of_chunks(plan, Terms::squares, kGrad, kWeight, 0, sums, threads);
 }
 
-double squared_distance(const Plan& plan, int threads) {
-  return squares(plan, Squares::difference, kWeight, kStash, 0, threads);
-}
+double squared_distance(const Plan& plan, int threads) { return sum(plan, Terms::differences, kWeight, kStash, 0, threads); }
+
+double dot(const Plan& plan, int threads) { return sum(plan, Terms::products, kGrad, kStash, 0, threads); }
 
 PerturbSums sam_perturb(const Plan& plan, const Perturbation& how, double squared_norm, const uint64_t* seed, int threads) {
   if (moves(how.rho, squared_norm)) return perturb(plan, how, squared_norm, false, seed, threads);
@@ -251,7 +251,7 @@ void flip_signs(const Plan& plan, uint64_t seed, int threads) {
 double negate_norm(const Plan& plan, int threads) {
   std::vector<double> partial(plan.chunks().size());
   for_chunks(plan, threads, [&](int64_t index, const Chunk& chunk) {
-    partial[index] = params_loops().squares(plan.dtype(), Squares::plain, plan.at(kGrad, chunk), nullptr, 0, chunk.length);
+    partial[index] = params_loops().sum(plan.dtype(), Terms::squares, plan.at(kGrad, chunk), nullptr, 0, chunk.length);
     params_loops().negate(plan.dtype(), plan.at(kGrad, chunk), chunk.length);
   });
   return fold(partial);

@@ -37,16 +37,16 @@ inline Lanes load_lanes<float>(const float* x) {
 
 inline double fold(const Lanes& a) { return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7])); }
 
-// The sum of squares of x; of (|y| + eta) x; of x - y.
-template <class T, Squares what>
-double squares_of(const T* x, const T* y, double eta, int64_t n) {
+template <class T, Terms what>
+double sum_of(const T* x, const T* y, double eta, int64_t n) {
   Lanes sum[4] = {};
   int64_t i = 0;
   const auto term = [&](int64_t at) {
     Lanes a = load_lanes(x + at);
-    if constexpr (what != Squares::plain) {
+    if constexpr (what != Terms::squares) {
       const Lanes b = load_lanes(y + at);
-      if constexpr (what == Squares::scaled)
+      if constexpr (what == Terms::products) return a * b;
+      if constexpr (what == Terms::scaled)
         a *= (b < 0 ? -b : b) + eta;
       else
         a -= b;
@@ -59,9 +59,9 @@ double squares_of(const T* x, const T* y, double eta, int64_t n) {
   double tail = 0;
   for (; i < n; ++i) {
     double a = to_float(x[i]);
-    if constexpr (what == Squares::scaled) a *= __builtin_fabs(to_float(y[i])) + eta;
-    if constexpr (what == Squares::difference) a -= to_float(y[i]);
-    tail += a * a;
+    if constexpr (what == Terms::scaled) a *= __builtin_fabs(to_float(y[i])) + eta;
+    if constexpr (what == Terms::differences) a -= to_float(y[i]);
+    tail += a * (what == Terms::products ? static_cast<double>(to_float(y[i])) : a);
   }
   return fold((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
 }
@@ -395,16 +395,17 @@ void decode_adamw_of(T* w, const T* g, const Code<T>* codes, T* first, T* second
   }
 }
 
-double squares(DType dtype, Squares what, const void* x, const void* y, double eta, int64_t n) {
-  double sum = 0;
+double sum(DType dtype, Terms what, const void* x, const void* y, double eta, int64_t n) {
+  double total = 0;
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    const auto of = what == Squares::plain    ? squares_of<T, Squares::plain>
-                    : what == Squares::scaled ? squares_of<T, Squares::scaled>
-                                              : squares_of<T, Squares::difference>;
-    sum = of(static_cast<const T*>(x), static_cast<const T*>(y), eta, n);
+    const auto of = what == Terms::squares       ? sum_of<T, Terms::squares>
+                    : what == Terms::scaled      ? sum_of<T, Terms::scaled>
+                    : what == Terms::differences ? sum_of<T, Terms::differences>
+                                                 : sum_of<T, Terms::products>;
+    total = of(static_cast<const T*>(x), static_cast<const T*>(y), eta, n);
   });
-  return sum;
+  return total;
 }
 
 void perturb(DType dtype, void* w, const void* g, void* stash, int64_t n, uint64_t first, uint32_t stream,
@@ -479,6 +480,6 @@ void decode_adamw(DType dtype, void* w, const void* g, const void* codes, void* 
 
 extern const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA);
 const ParamsLoops FASTPOST_PASTE(params_loops_, FASTPOST_ISA) = {
-    squares, perturb, perturb_coded, decode, decode_adamw, cast, copy, negate, scale, flip_signs, restore_adamw};
+    sum, perturb, perturb_coded, decode, decode_adamw, cast, copy, negate, scale, flip_signs, restore_adamw};
 
 }  // namespace fastpost::cpu

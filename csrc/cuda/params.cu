@@ -1,4 +1,4 @@
-// Norm and sign flips of lists of tensors on CUDA: launches around core/params.h.
+// Norm, dot product and sign flips of lists of tensors on CUDA: launches around core/params.h.
 #include "api.h"
 #include "core/params.h"
 #include "core/philox.h"
@@ -18,11 +18,11 @@ __device__ __forceinline__ T flipped(T x, bool flips) {
   return x;
 }
 
-// Sums of squares per chunk; negate: x changes sign in the same pass.
-template <class T, Squares what, bool negate, class List>
+// Sums per chunk; negate: x changes sign in the same pass.
+template <class T, Terms what, bool negate, class List>
 __global__ void __launch_bounds__(kThreads, kPair)
-    squares_kernel(const __grid_constant__ List table, double eta, const SumsOf sums) {
-  constexpr bool two = what != Squares::plain;
+    sum_kernel(const __grid_constant__ List table, double eta, const SumsOf sums) {
+  constexpr bool two = what != Terms::squares;
   struct Held {
     Pack<T> xs, ys;
   };
@@ -32,9 +32,9 @@ __global__ void __launch_bounds__(kThreads, kPair)
   double sum[1] = {0};
   const auto add = [&](T xi, T yi) {
     double a = widened(xi);
-    if constexpr (what == Squares::scaled) a *= fabs(static_cast<double>(widened(yi))) + eta;
-    if constexpr (what == Squares::difference) a -= static_cast<double>(widened(yi));
-    sum[0] += a * a;
+    if constexpr (what == Terms::scaled) a *= fabs(static_cast<double>(widened(yi))) + eta;
+    if constexpr (what == Terms::differences) a -= static_cast<double>(widened(yi));
+    sum[0] += a * (what == Terms::products ? static_cast<double>(widened(yi)) : a);
   };
   walk<T, two ? 2 : 4>(
       place.length, aligned(x) && aligned(y),
@@ -138,14 +138,14 @@ bool supports(int device) {
 
 namespace {
 
-template <Squares what, bool negate>
-void squares(const Call& call, const Plan& plan, Column x, Column y, double eta, const SumRoom& room) {
+template <Terms what, bool negate>
+void launch_sum(const Call& call, const Plan& plan, Column x, Column y, double eta, const SumRoom& room) {
   const auto rows = tensor_rows<2>(plan, {x, y});
   launch_sums<1, 2>(call, plan, rows.size(), room, [&](const SumsOf& sums) {
     with_dtype(plan.dtype(), [&](auto t) {
       launch_list(
-          call, rows, [](auto list) { return squares_kernel<decltype(t), what, negate, typename decltype(list)::type>; },
-          eta, sums);
+          call, rows, [](auto list) { return sum_kernel<decltype(t), what, negate, typename decltype(list)::type>; }, eta,
+          sums);
     });
   });
 }
@@ -155,14 +155,19 @@ void squares(const Call& call, const Plan& plan, Column x, Column y, double eta,
 void squared_norm(const Plan& plan, bool adaptive, double eta, const SumRoom& room, int device, void* stream) {
   const Call call("squared_norm", device, stream);
   if (adaptive)
-    squares<Squares::scaled, false>(call, plan, kGrad, kWeight, eta, room);
+    launch_sum<Terms::scaled, false>(call, plan, kGrad, kWeight, eta, room);
   else
-    squares<Squares::plain, false>(call, plan, kGrad, kWeight, eta, room);
+    launch_sum<Terms::squares, false>(call, plan, kGrad, kWeight, eta, room);
 }
 
 void squared_distance(const Plan& plan, const SumRoom& room, int device, void* stream) {
   const Call call("squared_distance", device, stream);
-  squares<Squares::difference, false>(call, plan, kWeight, kStash, 0.0, room);
+  launch_sum<Terms::differences, false>(call, plan, kWeight, kStash, 0.0, room);
+}
+
+void dot(const Plan& plan, const SumRoom& room, int device, void* stream) {
+  const Call call("dot", device, stream);
+  launch_sum<Terms::products, false>(call, plan, kGrad, kStash, 0.0, room);
 }
 
 void negate(const Plan& plan, int device, void* stream) {
@@ -189,7 +194,7 @@ void flip_signs(const Plan& plan, const int64_t* seed, int device, void* stream)
 
 void negate_norm(const Plan& plan, const SumRoom& room, int device, void* stream) {
   const Call call("negate_clip_", device, stream);
-  squares<Squares::plain, true>(call, plan, kGrad, kWeight, 0.0, room);
+  launch_sum<Terms::squares, true>(call, plan, kGrad, kWeight, 0.0, room);
 }
 
 void negate_clip(const Plan& plan, const double* squared_norm, double max_norm, int device, void* stream) {

@@ -96,6 +96,11 @@ def squared_distance(bucket: Bucket) -> Tensor:
     return total
 
 
+def dot(bucket: Bucket) -> Tensor:
+    total: Tensor = native.core().cpu.dot(_plan(bucket), _threads())
+    return total
+
+
 def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:

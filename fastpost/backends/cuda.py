@@ -154,6 +154,10 @@ def squared_distance(bucket: Bucket) -> Tensor:
     return _summed(bucket, 1, native.core().cuda.squared_distance)
 
 
+def dot(bucket: Bucket) -> Tensor:
+    return _summed(bucket, 1, native.core().cuda.dot)
+
+
 def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:

@@ -69,6 +69,15 @@ def squared_distance(bucket: Bucket) -> Tensor:
 
 
 @torch.no_grad()
+def dot(bucket: Bucket) -> Tensor:
+    """Sum of g * stash in float64."""
+    total = torch.zeros((), dtype=torch.float64, device=bucket.device)
+    for g, stash in zip(bucket.grads, bucket.stash, strict=True):
+        total += (g.double() * stash.double()).sum()
+    return total
+
+
+@torch.no_grad()
 def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:

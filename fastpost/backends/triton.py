@@ -72,6 +72,11 @@ def squared_distance(bucket: Bucket) -> Tensor:
     return total
 
 
+def dot(bucket: Bucket) -> Tensor:
+    total: Tensor = _kernels("params").dot(_table(bucket, "grads", "stash"), bucket.dtype)
+    return total
+
+
 def sam_perturb_(
     bucket: Bucket, squared: Tensor, rho: float, eta: float | None, compute_dtype: torch.dtype, seed: Tensor | None = None
 ) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastpost import distributed
 from fastpost.gap.checks import trained_parameters
-from fastpost.ops.params import squared_distance, squared_norm
+from fastpost.ops.params import dot, squared_norm
 from fastpost.ranks import Ranks, Sharing
 
 FORGET, RETAIN = "forget", "retain"
@@ -175,7 +175,7 @@ class SurgeryWindow:
             _combine_(here, there, *factors)
 
     def _products(self, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        """|f|^2, |r|^2 and <f, r> over all parameters and ranks, float64; the last by |f - r|^2, which a kernel sums."""
+        """|f|^2, |r|^2 and <f, r> over all parameters and ranks, float64."""
         ranks = Ranks()
         lists: dict[Sharing, tuple[list[Tensor], list[Tensor]]] = {}
         for p, here, there in pairs:
@@ -185,10 +185,8 @@ class SurgeryWindow:
         sums = {}
         for key, (near, far) in lists.items():
             forget, retain = (near, far) if self._side == FORGET else (far, near)
-            squares = squared_norm(forget), squared_norm(retain), squared_distance(forget, retain)
-            sums[key] = torch.stack(squares)
-        forgotten, retained, apart = ranks.sum(sums).unbind()
-        return torch.stack((forgotten, retained, (forgotten + retained - apart) / 2))
+            sums[key] = torch.stack((squared_norm(forget), squared_norm(retain), dot(forget, retain)))
+        return ranks.sum(sums)
 
 
 def _combine_(here: Tensor, there: Tensor, of_here: Tensor, of_there: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -518,6 +518,17 @@ def _check_served(weights: list[Tensor], grads: list[Tensor]) -> None:
         ops.check_lists("SAM", {"parameters": weights, "gradients": grads}, written=())
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error}. What is not to be perturbed is left out with scope=") from None
+
+
+def total_dot(a: Mapping[Tensor, Tensor], b: Mapping[Tensor, Tensor], reducer: ShardReducer) -> Tensor:
+    """Sum of a * b over all parameters that both hold, and over all ranks: a float64 scalar."""
+    lists: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
+    for p, x in a.items():
+        if p in b:
+            wide = torch.promote_types(x.dtype, b[p].dtype)  # a gradient may be wider than what its weight's state keeps
+            for column, tensor in zip(lists.setdefault(reducer.key(p), ([], [])), (x, b[p]), strict=True):
+                column.append(tensor.to(wide))
+    return reducer.total((key, ops.dot(*both)) for key, both in lists.items())
 
 
 def total_squared_norm(buckets: Sequence[ParameterBucket], etas: Sequence[float | None], reducer: ShardReducer) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpost import distributed
+from fastpost.ops.params import squared_norm
 from fastpost.sam.external import ExternalSAM
 from fastpost.sam.optimizer import SAM
 from fastpost.sam.step import Gradients, ratio
@@ -82,7 +83,7 @@ class DecoupledWSAM(WSAM):
         finite = torch.isfinite(context.dot(sharpness, sharpness))  # not where g or g' overflowed, nor where g' - g does
         for p, g in second.items():
             g.copy_(torch.where(finite.to(g.device), at_w[p], torch.nan))  # for all who look for overflows
-        self._squares = {p: g.double().square().sum() for p, g in second.items()}
+        self._squares = {p: squared_norm([g]) for p, g in second.items()}
         self._context, self._sharpness = context, sharpness
 
     def forget(self) -> None:
@@ -106,8 +107,7 @@ class DecoupledWSAM(WSAM):
             )
         held = {p: g for p in self._sharpness if (g := distributed.local_gradient(p)) is not None}
         self._sharpness = {p: self._sharpness[p] for p in held}
-        squares = {p: self._squares[p] for p in held}
-        before = self._context.dot(squares, {p: torch.ones_like(square) for p, square in squares.items()})
+        before = self._context.total({p: self._squares[p] for p in held})
         factor = ratio(self._context.dot(held, held), before).sqrt()
         # Not after an overflow that somebody has removed from the gradients.
         factor = torch.where(torch.isfinite(before), factor, 0.0)

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastpost import distributed
 from fastpost.ops import params as ops
-from fastpost.sam.buckets import ShardReducer
+from fastpost.sam.buckets import ShardReducer, total_dot
 from fastpost.sam.step import Gradients, ratio
 
 if TYPE_CHECKING:
@@ -73,8 +73,11 @@ class VariantContext:
 
     def dot(self, a: Gradients, b: Gradients) -> Tensor:
         """Sum of a * b over all parameters that both hold, and over all ranks: a float64 scalar."""
-        parts = [(self._reducer.key(p), (x.double() * b[p].double()).sum()) for p, x in a.items() if p in b]
-        return self._reducer.total(parts)
+        return total_dot(a, b, self._reducer)
+
+    def total(self, numbers: Mapping[Tensor, Tensor]) -> Tensor:
+        """Sum of one float64 scalar for each parameter, over all of them and over all ranks."""
+        return self._reducer.total((self._reducer.key(p), number) for p, number in numbers.items())
 
     def mean(self, total: Tensor | None, count: int) -> Tensor | None:
         """The mean of what all ranks that share parameters have observed, from this rank's sum and number of observations: a
@@ -273,7 +276,7 @@ class LookSAM(Variant):
         along = ratio(context.dot(clean, second), context.dot(clean, clean))
         ok = torch.isfinite(along)
         for p, g in second.items():
-            new = g - along.to(g) * clean[p] if p in clean else g
+            new = torch.addcmul(g, clean[p], -along.to(g)) if p in clean else g
             # An overflow skips the step; what was kept before stays.
             context.keep(p, "sam_look", torch.where(ok.to(g.device), new, context.kept(p, "sam_look")))
 
@@ -313,9 +316,10 @@ class FriendlySAM(Variant):
         result = {}
         for p, g in gradients.items():
             before = context.kept(p, "sam_mean")
-            mean = torch.where(ok.to(g.device), self.decay * before + (1 - self.decay) / scale * g, before)
+            mean = before.mul(self.decay).add_(g / scale, alpha=1 - self.decay)
+            mean = torch.where(ok.to(g.device), mean, before)
             context.keep(p, "sam_mean", mean)
-            result[p] = g - self.sigma * scale * mean
+            result[p] = torch.sub(g, mean * scale, alpha=self.sigma)
         return result
 
 
@@ -443,7 +447,10 @@ def _scale_(tensors: Gradients, factor: Tensor) -> None:
 def _add_(tensors: Gradients, others: Gradients, factor: float | Tensor) -> None:
     for p, g in tensors.items():
         if p in others:
-            g.add_(others[p] * (factor.to(g.device, g.dtype) if isinstance(factor, Tensor) else factor))
+            if isinstance(factor, Tensor):
+                g.addcmul_(others[p].to(g.dtype), factor.to(g))
+            else:
+                g.add_(others[p], alpha=factor)
 
 
 # -- on the logits of a language model ------------------------------------------------------------------------------------

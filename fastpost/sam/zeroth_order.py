@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpost import distributed
+from fastpost.ops import noise
 from fastpost.ops import params as ops
 from fastpost.rng import RandomState
 from fastpost.sam.step import Gradients
@@ -90,9 +91,11 @@ class ZerothOrderSAM(Variant):
         try:
             for probe in range(self.probes):
                 values = []
-                for away in (self.mu, -self.mu):
+                for sign in (1, -1):
                     for (index, p), w in zip(tensors, kept, strict=True):
-                        distributed.local(p).copy_(torch.add(w, self._noise(p, index, probe), alpha=away))
+                        # w - mu z is -(-w + mu z), to the last bit.
+                        moved = noise.add_noise(w if sign > 0 else -w, self.mu, "normal", seed=self._key(p, index, probe))
+                        distributed.local(p).copy_(moved if sign > 0 else moved.neg_())
                     _written(p for _, p in tensors)
                     random.put()
                     values.append(_scalar(loss()))
@@ -127,25 +130,24 @@ class ZerothOrderSAM(Variant):
             raise RuntimeError("SAM: ZerothOrderSAM has no direction: call estimate(optimizer, loss) before each step")
         result: Gradients = {}
         for index, p in _moved(context.tensors()):
-            d = torch.zeros((), dtype=torch.float32, device=distributed.local(p).device)
+            part = distributed.local(p)
+            none = torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
+            d = torch.zeros_like(none)
             for probe in range(self.probes):
-                z = self._noise(p, index, probe)
-                d = d + z.mul_((self._slopes[probe] / self.probes).to(z))
+                z = noise.add_noise(none, 1.0, "normal", seed=self._key(p, index, probe))
+                d.addcmul_(z, (self._slopes[probe] / self.probes).to(z))
             result[p] = d.to(p.dtype)
         return result
 
     def forget(self) -> None:
         self._slopes = None
 
-    def _noise(self, p: Tensor, index: int, probe: int) -> Tensor:
-        """z of this rank's part of a parameter; replicas draw the same, parts of one tensor draw their own."""
-        part = distributed.local(p)
+    def _key(self, p: Tensor, index: int, probe: int) -> int:
+        """Of z for this rank's part of a parameter; replicas draw the same, parts of one tensor draw their own."""
         key = self.seed
         for number in (self._step, probe, index, distributed.part_number(p)):
             key = (key * 0x5851F42D4C957F2D + number + 1) % 2**63
-        generator = torch.Generator(part.device).manual_seed(key)
-        wide = torch.promote_types(part.dtype, torch.float32)
-        return torch.randn(part.shape, generator=generator, dtype=wide, device=part.device)
+        return key
 
 
 def _moved(tensors: Iterable[Tensor]) -> Iterable[tuple[int, Tensor]]:

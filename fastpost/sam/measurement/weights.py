@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastpost import distributed
 from fastpost.ops import params as ops
-from fastpost.sam.buckets import BucketCache, ParameterBucket, ShardReducer, total_squared_norm
+from fastpost.sam.buckets import BucketCache, ParameterBucket, ShardReducer, total_dot, total_squared_norm
 from fastpost.sam.perturbation import Perturbation, PerturbParams
 from fastpost.sam.perturbation.stash import Stash
 from fastpost.sam.scopes import Scope, resolve_scope
@@ -91,12 +91,12 @@ class Weights:
     @torch.no_grad()
     def dot(self, a: Gradients, b: Gradients, origin: Gradients) -> Tensor:
         """Sum of t^2 a b (t = 1 without ASAM) over all weights that both hold, in float64."""
+        if self.eta is None:
+            return total_dot(a, b, self._reducer)
         parts = []
         for p, x in a.items():
             if p in b:
-                product = x.double() * b[p].double()
-                if self.eta is not None:
-                    product *= (origin[p].double().abs() + self.eta).square()
+                product = x.double() * b[p].double() * (origin[p].double().abs() + self.eta).square()
                 parts.append((self._reducer.key(p), product.sum()))
         return self._reducer.total(parts)
 
