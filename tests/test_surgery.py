@@ -89,6 +89,14 @@ def test_equations(method: str, towards: float, plan: int) -> None:
         assert abs(dot(made, r)) <= 1e-13 * dot(r, r)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_conflict_between_nearly_orthogonal_sides(method: str) -> None:
+    """<f, r> is 1e-21 of |f|^2: squares of f, r and f - r would not tell it."""
+    f, r = ([torch.tensor(x, dtype=torch.float64)] for x in ([1e9, 1.0], [0.0, -1e-3]))
+    (made,), (exact,) = operated(method, Sides(f, r), *PLANS[0]), expected(method, f, r)
+    torch.testing.assert_close(made, exact, rtol=1e-13, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
 def test_narrow_gradients_are_rounded_once(method: str, dtype: torch.dtype) -> None:
