@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -52,6 +53,7 @@ HOT = {
 needs_cuda = pytest.mark.skipif(not hasattr(native.core(), "cuda"), reason="this build holds no CUDA core (no nvcc)")
 
 
+@functools.cache
 def dump(*arguments: object) -> str:
     run = subprocess.run([tool("cuobjdump"), *map(str, arguments)], capture_output=True, text=True, check=True)
     return run.stdout + run.stderr
