@@ -1,5 +1,6 @@
-# make demo    what the methods cost and do on two pretrained models: a table and a picture (make demo QUICK=1: in a minute)
-# make test    the test suite
+# make demo            what the methods cost and do on two pretrained models: a table and a picture (make demo QUICK=1: in a minute)
+# make test            the test suite
+# make test-kernels    the kernels' tests once more, by Triton's interpreter, with the CUDA source on the CPU, with a sanitizer
 # Each sets up everything it needs: a virtual environment, pinned dependencies, the compiled core.
 
 PYTHON ?= python3
@@ -11,10 +12,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(abspath $(BIN)):$(PATH)
 native := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: help install demo test lint format bench docs gpu doctor wheel wheel-test matrix clean
+.PHONY: help install demo test test-kernels lint format bench docs gpu doctor wheel wheel-test matrix clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 3
+	@sed -n 's/^# //p' Makefile | head -n 4
 
 install: $(VENV)/.built
 
@@ -60,13 +61,15 @@ demo: $(DEMO)/.built
 operations := tests/test_params.py tests/test_rounding.py tests/test_restore_adamw.py tests/test_noise.py tests/test_divergence.py
 
 # A process per core with a thread each, a file of tests in one process, the longest first (tests/conftest.py). The operations
-# run once more with all threads. Their files are few, so where each takes minutes they are shared out by the test.
-side_by_side := --numprocesses auto --dist loadfile --no-loadscope-reorder
+# run once more with all threads.
+test: $(VENV)/.model dist/.built
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest $(operations) -k cpu
+
+# Few files, of which some take minutes, so they are shared out by the test.
 by_the_test := --numprocesses auto --dist worksteal
 
-test: $(VENV)/.model $(VENV)/.triton-3.6 dist/.built
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(side_by_side)
-	$(BIN)/pytest $(operations) -k cpu
+test-kernels: $(VENV)/.built $(VENV)/.triton-3.6
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest $(by_the_test) $(operations) tests/test_operand_rows.py tests/test_triton_launches.py tests/test_sam_stash.py \
 		tests/test_sam_fused_codes.py -k triton
 	OMP_NUM_THREADS=1 CUDA_EMULATION=1 $(BIN)/pytest $(by_the_test) $(operations) tests/test_operand_rows.py tests/test_row_losses.py tests/test_second_derivatives.py \
