@@ -85,8 +85,8 @@ def test_kernels_know_neither_fastpost_nor_torch() -> None:
 
 
 def test_what_needs_the_emulated_core_is_run_on_it() -> None:
-    """By the step of `make test-kernels` that sets CUDA_EMULATION: tests that are skipped elsewhere, and those that they build on,
-    which say what every backend promises."""
+    """By the step of `make test-kernels` that sets CUDA_EMULATION: tests that are skipped elsewhere, and those that they
+    build on, which say what every backend promises."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
     (step,) = (line for line in makefile.splitlines() if "CUDA_EMULATION=1" in line)
     (operations,) = re.findall(r"^operations := (.*)$", makefile, re.M)

@@ -17,7 +17,7 @@ from .conftest import same_bits
 from .test_cuda_rows import COLS, KINDS, plain
 from .test_distillation_rows import DIVERGENCES, INFINITE, ROWS, error, run, streams, truth
 
-pytestmark = pytest.mark.skipif(not emulation.enabled(), reason="needs CUDA_EMULATION=1 (a step of `make test-kernels`)")
+pytestmark = pytest.mark.skipif(not emulation.enabled(), reason="needs CUDA_EMULATION=1, as in `make test-kernels`")
 
 # Where the definition in extended precision has no digits left: logits whose differences overflow it, or are rounded.
 BEYOND = ("the lowest everywhere", "one stream at 1e32", "ten million", "a hundred thousand, scaled")

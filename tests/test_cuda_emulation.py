@@ -25,7 +25,7 @@ from . import emulation
 from .conftest import same_bits
 
 HERE = Path(__file__).parent / "cuda_emulation"
-needs_emulation = pytest.mark.skipif(not emulation.enabled(), reason="needs CUDA_EMULATION=1 (a step of `make test-kernels`)")
+needs_emulation = pytest.mark.skipif(not emulation.enabled(), reason="needs CUDA_EMULATION=1, as in `make test-kernels`")
 
 
 # -- the emulation sees defects -------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from fastpost.row_tasks import DivergenceTask
 from . import emulation, oracles
 from .test_divergence import gradients, relative_l2
 
-pytestmark = pytest.mark.skipif(not emulation.enabled(), reason="needs CUDA_EMULATION=1 (a step of `make test-kernels`)")
+pytestmark = pytest.mark.skipif(not emulation.enabled(), reason="needs CUDA_EMULATION=1, as in `make test-kernels`")
 
 COLS = 9001  # rounds that are whole, one that is not, and a single column
 LOWEST = torch.finfo(torch.float32).min

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import pytest
 
+from .conftest import DTYPES
+
 ROOT = Path(__file__).parent.parent
 WIDTHS = {"sse": 16, "avx2": 32, "avx512": 64}  # bytes
 SOURCES = ("params", "noise", "divergence", "distillation", "top_k")
@@ -173,6 +175,18 @@ def test_the_norm_uses_whole_registers(compile_report: Callable[..., tuple[str, 
     code = "".join(body for _, body in functions)
     # g^2, ((|w| + eta) g)^2, (w - stash)^2 and g * stash in three dtypes, four vectors at a time.
     assert len(re.findall(rf"\sv?mulpd\s.*%{register}", code)) >= 12 * 4
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])  # of SSE's sixteen registers the sums alone take as many
+def test_sums_over_a_list_stay_in_registers(compile_report: Callable[..., tuple[str, str]], isa: str) -> None:
+    """Vectors wider than a register, and conversions that GCC takes apart, go through the stack at each turn of the loop."""
+    _, assembly = compile_report("params", isa, text_of("params"))
+    loops = []
+    for _, body in re.findall(r"^(\w*sum_of\w*):\n(.*?)^\s*\.size\s+\1", assembly, re.MULTILINE | re.DOTALL):
+        loops += re.findall(r"^(\.L\d+):\n((?:(?!^\.L\d+:).)*?)^\s*j\w+\s+\1\b", body, re.MULTILINE | re.DOTALL)
+    assert len(loops) == 4 * len(DTYPES)  # kinds of terms
+    # ASAM's terms need two registers more than AVX2 has.
+    assert all(len(re.findall(r"\(%r[sb]p\)", loop)) <= (2 if isa == "avx2" else 0) for _, loop in loops)
 
 
 def test_exceptions_are_still_needed(compile_report: Callable[..., tuple[str, str]]) -> None:

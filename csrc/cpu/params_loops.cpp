@@ -15,47 +15,95 @@ constexpr int64_t kBlock = 1024;  // elements whose float sums are folded into f
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Eight float64 lanes whatever the register width: the order of additions, and so the norm, is the same bits on every
-// instruction set (the product of two floats is exact in float64, so fused or not makes no difference).
-typedef double Lanes __attribute__((vector_size(64)));
-typedef float FloatLanes __attribute__((vector_size(32)));
+// instruction set (the product of two floats is exact in float64, so fused or not makes no difference). They are in as many
+// registers as they need: a vector wider than its registers GCC moves through memory, and what it makes of
+// __builtin_convertvector takes four instructions in the place of one.
+constexpr int kLanes = 8;
+#if defined(__AVX512F__)
+constexpr int kWidth = 8;  // numbers in a register
+#elif defined(__AVX2__)
+constexpr int kWidth = 4;
+#else
+constexpr int kWidth = 2;
+#endif
+constexpr int kParts = kLanes / kWidth;
+typedef double Part __attribute__((vector_size(8 * kWidth)));
+
+struct Lanes {
+  Part part[kParts];
+};
+
+#if defined(__AVX512F__)
+inline Part widened(__m256 x) { return _mm512_maskz_cvtps_pd(0xff, x); }  // without a mask GCC 12 warns of its own header
+
+inline Part load_part(const float* x) { return widened(_mm256_loadu_ps(x)); }
+
+inline Part load_part(const bf16* x) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return widened(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)));
+}
+
+inline Part load_part(const f16* x) {
+  return widened(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+}
+#elif defined(__AVX2__)
+inline Part load_part(const float* x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
+
+inline Part load_part(const bf16* x) {
+  const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
+  return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(halves), 16)));
+}
+
+inline Part load_part(const f16* x) {
+  return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+}
+#else
+inline Part load_part(const float* x) {
+#if defined(__SSE2__)
+  return _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+#else
+  return Part{x[0], x[1]};
+#endif
+}
+#endif
 
 template <class T>
-inline Lanes load_lanes(const T* x) {
-  float wide[8];  // elements of a vector are written one by one, those of an array all at once
-  for (int j = 0; j < 8; ++j) wide[j] = to_float(x[j]);
-  FloatLanes f;
-  memcpy(&f, wide, sizeof f);
-  return __builtin_convertvector(f, Lanes);
+Lanes load_lanes(const T* x) {
+  Lanes lanes;
+#if !defined(__AVX2__)
+  if constexpr (sizeof(T) == 2) {  // there is no instruction for a few; GCC makes vectors of a loop over eight
+    float wide[kLanes];
+    for (int j = 0; j < kLanes; ++j) wide[j] = to_float(x[j]);
+    return load_lanes(wide);
+  } else
+#endif
+    for (int p = 0; p < kParts; ++p) lanes.part[p] = load_part(x + p * kWidth);
+  return lanes;
 }
 
-template <>
-inline Lanes load_lanes<float>(const float* x) {
-  FloatLanes f;
-  memcpy(&f, x, sizeof f);
-  return __builtin_convertvector(f, Lanes);
+inline double fold(const Lanes& lanes) {
+  double a[kLanes];
+  memcpy(a, &lanes, sizeof a);
+  return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7]));
 }
-
-inline double fold(const Lanes& a) { return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7])); }
 
 template <class T, Terms what>
 double sum_of(const T* x, const T* y, double eta, int64_t n) {
   Lanes sum[4] = {};
   int64_t i = 0;
-  const auto term = [&](int64_t at) {
-    Lanes a = load_lanes(x + at);
-    if constexpr (what != Terms::squares) {
-      const Lanes b = load_lanes(y + at);
-      if constexpr (what == Terms::products) return a * b;
-      if constexpr (what == Terms::scaled)
-        a *= (b < 0 ? -b : b) + eta;
-      else
-        a -= b;
+  const auto add = [&](Lanes& to, int64_t at) {
+    const Lanes xs = load_lanes(x + at), ys = what == Terms::squares ? xs : load_lanes(y + at);
+    for (int p = 0; p < kParts; ++p) {
+      Part a = xs.part[p];
+      const Part b = ys.part[p];
+      if constexpr (what == Terms::scaled) a *= (b < 0 ? -b : b) + eta;
+      if constexpr (what == Terms::differences) a -= b;
+      to.part[p] += a * (what == Terms::products ? b : a);
     }
-    return a * a;
   };
-  for (; i + 32 <= n; i += 32)
-    for (int k = 0; k < 4; ++k) sum[k] += term(i + 8 * k);
-  for (; i + 8 <= n; i += 8) sum[0] += term(i);
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int k = 0; k < 4; ++k) add(sum[k], i + k * kLanes);
+  for (; i + kLanes <= n; i += kLanes) add(sum[0], i);
   double tail = 0;
   for (; i < n; ++i) {
     double a = to_float(x[i]);
@@ -63,7 +111,8 @@ double sum_of(const T* x, const T* y, double eta, int64_t n) {
     if constexpr (what == Terms::differences) a -= to_float(y[i]);
     tail += a * (what == Terms::products ? static_cast<double>(to_float(y[i])) : a);
   }
-  return fold((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
+  for (int p = 0; p < kParts; ++p) sum[0].part[p] = (sum[0].part[p] + sum[1].part[p]) + (sum[2].part[p] + sum[3].part[p]);
+  return fold(sum[0]) + tail;
 }
 
 // Copies past the caches when asked to: a stash is not read again before a whole forward and backward pass. Other threads
