@@ -124,7 +124,8 @@ class CodeList:
 
     Attributes:
         words: int64; the first counts the elements that wanted a place, of which as many as there are words left have one.
-        waits: where a kernel that Python launches itself (Triton) notes which chunks it has decoded; None before.
+        waits: where a kernel that Python launches itself (Triton) notes which chunks it has decoded, or decoded and stepped:
+            1 before, 0 after; None as long as nothing was launched.
         origins: w itself, while it is put back by operations of which each may be interrupted; else None. In the place of a
             tensor whose w is lost stands None.
     """
@@ -167,6 +168,7 @@ class Bucket:
             it, before a weight is written or in the same call.
         launched: sums of a perturbation, which hold NaN until its kernel has run: what tells, after an interrupt, whether it
             was launched. None where nobody has to ask.
+        stepping: the same for a step that takes the stash with it: not 0 for chunks that it has not reached.
         native_plan: where the core knows the tensors to lie; None as long as no backend has asked.
         kept_plan: the same, where the core keeps it pointed at the tensors of each call (`TensorLists` in csrc/tensors.h)
             and the columns are empty.
@@ -204,6 +206,7 @@ class Bucket:
         self.codes: CodeList | None = None
         self._stashed = False
         self.launched: Tensor | None = None
+        self.stepping: Tensor | None = None
         self._pointed: dict[str, tuple[list[Tensor], list[int]]] = {}
 
     def take(self, columns: Sequence[str], lists: Sequence[list[Tensor] | None]) -> None:
@@ -219,6 +222,8 @@ class Bucket:
 
     @property
     def stashed(self) -> bool:
+        if self.stepping is not None and not bool(self.stepping.any()):
+            return False
         if self._stashed or (self.native_plan is not None and self.native_plan.stashed):
             return True
         return self.launched is not None and not bool(self.launched[:, -1].isnan().any())
@@ -226,7 +231,7 @@ class Bucket:
     @stashed.setter
     def stashed(self, value: bool) -> None:
         # The native plan has it where there is one, so that a call of the core that decodes can clear it.
-        self._stashed, self.launched = value and self.native_plan is None, None
+        self._stashed, self.launched, self.stepping = value and self.native_plan is None, None, None
         if self.native_plan is not None:
             self.native_plan.stashed = value
 

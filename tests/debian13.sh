@@ -2,7 +2,7 @@
 # fastpost on Debian 13 (GCC 14, Python 3.13), on any Linux whose root may run debootstrap: makes the system in a folder, clones
 # the last commit into it, and runs a command there in a mount and process namespace of its own.
 #
-#   tests/debian13.sh DIR [COMMAND...]     default: make test
+#   tests/debian13.sh DIR [COMMAND...]     default: make test test-kernels
 #
 # A second run in the same folder updates the clone and goes on with what is installed. Needs debootstrap (on Debian:
 # apt-get install debootstrap), git, some 10 GB, and the network for packages. Exit status: the command's.
@@ -13,7 +13,7 @@ die() { echo "debian13.sh: $1" >&2; exit 2; }
 [[ ${1:-} == -* || -z ${1:-} ]] && { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 2; }
 tree=$(realpath -m "$1")
 shift
-(($#)) || set -- make test
+(($#)) || set -- make test test-kernels
 source=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 ((EUID == 0)) || die "needs root, for debootstrap and chroot"
 for tool in debootstrap git unshare; do

@@ -83,12 +83,18 @@ def test_a_perturbation_comes_back_bit_for_bit(backend: str) -> None:
         assert report.intended_norm.item() == pytest.approx(2.0, rel=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("stash", "fused"), [("ulp", False), ("ulp", True), ("cpu", False)])
-def test_other_stashes_take_the_steps_of_a_copy(stash: str, fused: bool, dtype: torch.dtype) -> None:
+def test_other_stashes_take_the_steps_of_a_copy(stash: str, fused: bool, dtype: torch.dtype, backend: str) -> None:
     """Bit for bit, and w is back after each ascent. With this radius lists of codes are outgrown at first."""
     if stash == "cpu" and not ON_GPU:
         pytest.skip("the weights are in the host's memory here")
+    with fastpost.use_backend(backend):
+        check_other_stashes(stash, fused, dtype)
+
+
+def check_other_stashes(stash: str, fused: bool, dtype: torch.dtype) -> None:
     models = []
     for kind in ("copy", stash):
         model = network(dtype)

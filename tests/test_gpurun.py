@@ -202,7 +202,7 @@ TORCHS = """=========     Uninitialized access by a copy, source 0x7f0000000000 
 =========
 """
 OURS = """========= Uninitialized __global__ memory read of size 4 bytes
-=========     at void fastpost::squares_kernel<float>(fastpost::Table)+0x90
+=========     at void fastpost::sum_kernel<float>(fastpost::Table)+0x90
 =========     by thread (0,0,0) in block (0,0,0)
 =========
 """

@@ -82,6 +82,24 @@ def added_up(opt: SAM, backward: Backward, clip: Callable[[], None]) -> None:
     opt.zero_grad(set_to_none=False)
 
 
+def both_calls_always(opt: SAM, backward: Backward, clip: Callable[[], None]) -> None:
+    """Also on steps without an ascent, which make their one pass twice here."""
+    backward(1.0)
+    opt.first_step(zero_grad=True)
+    backward(1.0)
+    clip()
+    opt.second_step(zero_grad=True)
+
+
+def both_calls_around_one_pass(opt: SAM, backward: Backward, clip: Callable[[], None]) -> None:
+    backward(1.0)
+    opt.first_step(zero_grad=opt.ascends)
+    if opt.ascends:
+        backward(1.0)
+    clip()
+    opt.second_step(zero_grad=True)
+
+
 def inside_the_block(opt: SAM, backward: Backward, clip: Callable[[], None]) -> None:
     backward(1.0)
     with opt.perturbed():
@@ -140,7 +158,17 @@ def thrown_away_in_between(opt: SAM, backward: Backward, clip: Callable[[], None
     opt.zero_grad()
 
 
-FORMS = [two_calls, added_up, inside_the_block, after_the_block, in_the_closure, window, thrown_away_in_between]
+FORMS = [
+    two_calls,
+    both_calls_always,
+    both_calls_around_one_pass,
+    added_up,
+    inside_the_block,
+    after_the_block,
+    in_the_closure,
+    window,
+    thrown_away_in_between,
+]
 # A block makes a second pass, which LookSAM's steps between have not.
 COMBINATIONS = [(n, f) for n in CASES for f in FORMS if n != "look" or f not in (inside_the_block, after_the_block)]
 

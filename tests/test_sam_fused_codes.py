@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import sys
 import warnings
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastpost.plan import AdamWPart
 from fastpost.sam import GSAM
 
 from .conftest import CPU_BACKENDS, DTYPES, same_bits
+from .interrupts import interrupted
 from .small import X, all_bits, closure_of, loss_of, network, unchanged
 from .test_sam_fused import saying
 from .test_sam_stash import LAYOUTS, every_kind, heavy
@@ -344,7 +346,8 @@ def test_an_error_in_the_second_part_leaves_no_weight_perturbed(backend: str, mo
 
             patched.setattr(reference, "sam_restore_adamw_", broken_step)
         elif backend == "triton":
-            launch_broken(patched, 1, MemoryError("planted"), always=True)
+            steps_in_place(patched)
+            Launches(patched, 2, MemoryError("planted"), before=True, always=True)
         else:
             core = getattr(native.core(), backend)
             plain = core.sam_decode_adamw
@@ -363,55 +366,157 @@ def test_an_error_in_the_second_part_leaves_no_weight_perturbed(backend: str, mo
     assert backend != "reference" or all(map(same_bits, now, before))
 
 
-def launch_broken(
-    patched: pytest.MonkeyPatch, which: int, how: BaseException, before: bool = True, always: bool = False
-) -> None:
-    """Steps as on a device, where a launch is whole, and raises before or after launch number `which`; always: or later."""
-    kernels, launched = triton._kernels("params"), []
-    plain = kernels.sam_decode_adamw_
-
-    def launch(*args: Any) -> None:
-        number = len(launched)
-        launched.append(1)
-        raises = number >= which if always else number == which
-        if not (raises and before):
-            plain(*args)
-        if raises:
-            raise how
-
-    patched.setattr(kernels, "sam_decode_adamw_", launch)
+def steps_in_place(patched: pytest.MonkeyPatch) -> None:
+    """As on a device, where a launch is whole: the interpreter's kernels work in the weights, not in copies."""
     patched.setattr(triton, "refuses", lambda op, _, dtype, walkable: refusal(vars(triton), op, None, dtype, walkable))
     patched.setattr(triton, "_interpreted", lambda: False)
+    from triton.runtime.interpreter import GridExecutor
+
+    plain = GridExecutor.__call__
+
+    def launch(*arguments: Any, **named: Any) -> None:  # has no lines
+        trace = sys.gettrace()
+        sys.settrace(None)
+        plain(*arguments, **named)
+        sys.settrace(trace)
+
+    patched.setattr(GridExecutor, "__call__", launch)
 
 
-@pytest.mark.skipif("triton" not in CPU_BACKENDS, reason="runs with TRITON_INTERPRET=1")
+class Launches:
+    """Counts the launches of a step; raises before or after one of them, and `always` at all that follow."""
+
+    def __init__(
+        self, patched: pytest.MonkeyPatch, which: int, how: BaseException, before: bool, always: bool = False
+    ) -> None:
+        from triton.runtime.interpreter import GridExecutor
+
+        self.count, plain = 0, GridExecutor.__call__
+
+        def launch(executor: Any, *arguments: Any, **named: Any) -> Any:
+            if executor.fn.__name__ not in ("_put_listed_kernel", "_restore_adamw_kernel"):
+                return plain(executor, *arguments, **named)
+            number, self.count = self.count, self.count + 1
+            raises = number >= which if always else number == which
+            if raises and before:
+                raise how
+            plain(executor, *arguments, **named)
+            if raises:
+                raise how
+
+        patched.setattr(GridExecutor, "__call__", launch)
+
+
+class BeforeAStep:
+    """Two buckets of codes with listed weights, at w + e, with the gradient to step with but for one weight."""
+
+    def __init__(self, elements: int = 100) -> None:
+        torch.manual_seed(5)
+        w = torch.randn(elements)
+        w[::3] *= 1e-7
+        self.params = [nn.Parameter(t) for t in (w.clone(), w[:100].bfloat16(), torch.randn(5), torch.randn(7))]
+        self.opt = sam(self.params, "ulp", rho=0.01)
+        self.w = [p.detach().clone() for p in self.params]
+        for p in self.params:
+            p.grad = torch.randn_like(p)
+        self.opt.first_step()
+        codes = [b.bucket.codes for b in self.opt._ascent_buckets._buckets]
+        assert [c is not None and 0 < int(c.words[0]) <= c.capacity for c in codes] == [True, True]
+        for p in self.params:
+            p.grad = torch.randn_like(p)
+        self.params[3].grad = None
+
+    def moments(self) -> list[Tensor]:
+        return [m for p in self.params for name, m in self.opt.state.get(p, {}).items() if name != "step"]
+
+
+def stepped(elements: int = 100) -> BeforeAStep:
+    case = BeforeAStep(elements)
+    case.opt.second_step()
+    return case
+
+
+needs_triton = pytest.mark.skipif("triton" not in CPU_BACKENDS, reason="runs with TRITON_INTERPRET=1")
+
+
+@needs_triton
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("which", [0, 1])
-def test_an_interrupt_between_two_launches_leaves_every_weight_stepped(
+@pytest.mark.parametrize("which", range(4))  # lists and steps of two buckets
+def test_an_interrupt_among_launches_leaves_every_weight_stepped(
     monkeypatch: pytest.MonkeyPatch, which: int, before: bool
 ) -> None:
     """No chunk is stepped twice, and no listed weight is put back after its step."""
-    found = []
-    for interrupted in (False, True):
-        torch.manual_seed(5)
-        w = torch.randn(70_000)
-        w[::3] *= 1e-7  # listed
-        params = [nn.Parameter(w.clone()), nn.Parameter(w[:300].bfloat16()), nn.Parameter(torch.randn(5))]
-        with use_backend("triton"), monkeypatch.context() as patched:
-            opt = sam(params, "ulp", rho=0.01)
-            for ends in (opt.first_step, opt.second_step):
-                for p in params:
-                    p.grad = torch.randn_like(p)
-                if ends == opt.second_step and interrupted:
-                    launch_broken(patched, which, KeyboardInterrupt(), before)
-                    with pytest.raises(KeyboardInterrupt):
-                        ends()
-                    assert keeps_codes(opt)
-                    opt.abandon()
-                else:
-                    ends()
-        found.append(state_of(opt))
-    assert all(map(same_bits, *found))
+    with use_backend("triton"):
+        whole, case = stepped(70_000), BeforeAStep(70_000)
+        steps_in_place(monkeypatch)
+        with monkeypatch.context() as patched:
+            launches = Launches(patched, which, KeyboardInterrupt(), before)
+            with pytest.raises(KeyboardInterrupt):
+                case.opt.second_step()
+        assert launches.count == which + 1 + 4
+        case.opt.abandon()
+    assert all(map(same_bits, state_of(case.opt), state_of(whole.opt)))
+
+
+@needs_triton
+def test_an_interrupt_at_a_line_leaves_all_weights_at_w_or_all_stepped(monkeypatch: pytest.MonkeyPatch) -> None:
+    with use_backend("triton"):
+        whole = stepped()
+        steps_in_place(monkeypatch)
+        ends, at = set(), 0
+        while True:
+            case = BeforeAStep()
+            if not interrupted(case.opt.second_step, at):
+                break
+            case.opt.abandon()
+            if all(map(same_bits, case.params, case.w)):
+                ends.add("w")
+            else:
+                assert all(map(same_bits, [*case.params, *case.moments()], [*whole.params, *whole.moments()])), at
+                ends.add("stepped")
+            at += 5
+    assert at > 60
+    assert ends == {"w", "stepped"}
+
+
+@needs_triton
+def test_after_an_interrupt_on_the_way_back_the_step_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    with use_backend("triton"):
+        fused, plain = stepped(), BeforeAStep()
+        plain.opt.restore_()
+        plain.opt.step()
+        steps_in_place(monkeypatch)
+        at = 0
+        while True:
+            case = BeforeAStep()
+            if not interrupted(case.opt.restore_, at):
+                break
+            case.opt.step()
+            now = [*case.params, *case.moments()]
+            assert any(all(map(same_bits, now, [*x.params, *x.moments()])) for x in (fused, plain)), at
+            at += 3
+    assert at > 20
+
+
+@needs_triton
+def test_weights_in_another_order_are_put_back_after_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """w is then decoded in copies: what is noted of them is not noted of the weights."""
+    with use_backend("triton"):
+        steps_in_place(monkeypatch)
+        at = 0
+        while True:
+            torch.manual_seed(5)
+            p = nn.Parameter(torch.randn(60, 40))
+            w, opt = p.detach().clone(), sam([p], "ulp", rho=0.01)
+            p.grad = torch.randn_like(p)
+            opt.first_step()
+            p.data = p.data.t().contiguous().t()
+            if not interrupted(opt.abandon, at):
+                break
+            opt.abandon()
+            assert torch.equal(p, w), at
+            at += 3
+    assert at > 20
 
 
 @pytest.mark.parametrize("taken", [1, 2])

@@ -559,6 +559,40 @@ def test_several_bases_and_a_variant() -> None:
     assert all("exp_avg" in opt.state[p] for p in params[2:])
 
 
+@pytest.mark.parametrize("variant", [LookSAM, FriendlySAM, GSAM, StableSAM], ids=lambda v: v.__name__)
+def test_a_model_that_is_narrowed_keeps_what_its_variant_has(variant: type[Variant]) -> None:
+    """State that base optimizers do not convert stays as wide as it was."""
+    model = network()
+    opt = SAM(
+        model.parameters(), torch.optim.SGD, lr=LR, rho=RHO, variant=variant(), interval=2 if variant is LookSAM else 1
+    )
+    for _ in range(2):
+        opt.step(closure_of(model))
+    model.bfloat16()
+    before = all_bits(model)
+    x = torch.randn(32, 20, dtype=torch.bfloat16)
+
+    def closure() -> Tensor:
+        loss = nn.functional.cross_entropy(model(x).float(), Y)
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        opt.step(closure)
+    assert opt.skipped_steps == 0
+    assert not unchanged(model, before)
+
+
+def test_dot_products_of_two_dtypes_take_the_wider_one() -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.SGD, lr=LR)
+    a = {p: torch.randn_like(p, dtype=torch.float32) for p in model.parameters()}
+    b = {p: torch.randn_like(p, dtype=torch.float32).bfloat16() for p in model.parameters()}
+    expected = sum(float((a[p].double() * b[p].double()).sum()) for p in a)
+    for x, y in ((a, b), (b, a)):
+        assert opt._context.dot(x, y).item() == pytest.approx(expected, rel=1e-12)
+
+
 def test_bad_input() -> None:
     model = network()
     for call, message in (

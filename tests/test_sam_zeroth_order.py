@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastpost import SAM
+from fastpost import SAM, distributed
 from fastpost.sam import ZerothOrderSAM
 
 from .small import Y, all_bits, closure_of, network, unchanged
@@ -148,3 +148,11 @@ def test_interval_faults_and_bad_input() -> None:
     with pytest.raises(RuntimeError, match="while perturbed"):
         zeroth.estimate(opt, watched)
     opt.abandon()
+
+
+def test_parts_of_a_tensor_draw_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, zeroth, keys = nn.Parameter(torch.zeros(3)), ZerothOrderSAM(), set()
+    for part in (0, 1):
+        monkeypatch.setattr(distributed, "part_number", lambda _, part=part: part)
+        keys |= {zeroth._key(p, index, probe) for index in (0, 1) for probe in (0, 1)}
+    assert len(keys) == 8

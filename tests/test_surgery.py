@@ -89,7 +89,7 @@ def test_equations(method: str, towards: float, plan: int) -> None:
         assert abs(dot(made, r)) <= 1e-13 * dot(r, r)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"sago"}))  # which looks at signs
 def test_a_conflict_between_nearly_orthogonal_sides(method: str) -> None:
     """<f, r> is 1e-21 of |f|^2: squares of f, r and f - r would not tell it."""
     f, r = ([torch.tensor(x, dtype=torch.float64)] for x in ([1e9, 1.0], [0.0, -1e-3]))

@@ -27,6 +27,7 @@ class Table:
 
     Attributes:
         chunks: how many programs walk the list.
+        width: of a tensor's row in `memory`.
         memory: int64 on the tensors' device, for `_row`: how many tensors there are; for each a row of its addresses,
             length, stream and first chunk; then for every chunk the tensor that it lies in.
         aligned: whether every address lies on 16 bytes.
@@ -39,6 +40,7 @@ class Table:
         self._owners = np.repeat(np.arange(len(counts)), counts)
         self.chunks = len(self._owners)
         self.aligned = True
+        self.width = 0
         self.memory: Tensor = torch.empty(0, dtype=torch.int64)
         self._sent: object = None
 
@@ -52,7 +54,7 @@ class Table:
             table = np.array(addresses, np.int64)
             rows = np.column_stack([*table, self._lengths, self._streams, self._first])
             flat = torch.from_numpy(np.concatenate(([len(rows)], rows.ravel(), self._owners)))
-            self.memory = flat.to(device, non_blocking=True)
+            self.memory, self.width = flat.to(device, non_blocking=True), rows.shape[1]
             self.aligned = not bool((table[:, self._lengths > 0] % 16).any())
             self._sent = state
         return self
@@ -344,7 +346,7 @@ def _restore_kernel(table, bits: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _put_listed_kernel(
-    table, waits, words, capacity, width_of_row: tl.constexpr, bits: tl.constexpr, narrow: tl.constexpr, BLOCK: tl.constexpr
+    table, waits, words, capacity, row_width: tl.constexpr, bits: tl.constexpr, narrow: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Puts w of what is listed in the place of w + e, where decoding leaves it; not in chunks that are decoded."""
     width: tl.constexpr = 16 if narrow else 32
@@ -353,9 +355,9 @@ def _put_listed_kernel(
     entry = tl.load(words + 1 + k, mask=inside, other=0)
     chunk = (entry >> (width + 16)) & (0xFFFFFFFF if narrow else 0xFFFF)
     inside = inside & (tl.load(waits + chunk, mask=inside, other=0) != 0)
-    tensor = tl.load(table + 1 + width_of_row * tl.load(table) + chunk, mask=inside, other=0)
-    row = table + 1 + width_of_row * tensor
-    place = (chunk - tl.load(row + width_of_row - 1, mask=inside, other=0)) * CHUNK + ((entry >> width) & 0xFFFF)
+    tensor = tl.load(table + 1 + row_width * tl.load(table) + chunk, mask=inside, other=0)
+    row = table + 1 + row_width * tensor
+    place = (chunk - tl.load(row + row_width - 1, mask=inside, other=0)) * CHUNK + ((entry >> width) & 0xFFFF)
     w = tl.load(row, mask=inside, other=0).to(tl.pointer_type(bits)) + place
     tl.store(w, entry.to(bits), mask=inside)
 
@@ -573,7 +575,7 @@ def sam_restore_(table: Table, dtype: torch.dtype) -> None:
 
 
 def all_wait(table: Table) -> Tensor:
-    """For `sam_decode_`: that no chunk has been decoded."""
+    """For `sam_decode_` and `sam_decode_adamw_`: that no chunk has been decoded."""
     return torch.ones(table.chunks, dtype=torch.int32, device=table.memory.device)
 
 
@@ -584,15 +586,23 @@ def sam_decode_(table: Table, dtype: torch.dtype, words: Tensor, waits: Tensor) 
     """
     bits, narrow = _bits(dtype)[0], dtype.itemsize == 2
     if table.chunks:
-        _put_listed(table, 5, dtype, words, waits)
+        _put_listed(table, dtype, words, waits)
         block = copy_block(dtype.itemsize)
         _decode_kernel[(table.chunks,)](table.memory, waits, bits, narrow, table.aligned, BLOCK=block, num_warps=8)
 
 
-def _put_listed(table: Table, width: int, dtype: torch.dtype, words: Tensor, waits: Tensor) -> None:
+def _put_listed(table: Table, dtype: torch.dtype, words: Tensor, waits: Tensor) -> None:
     grid = (triton.cdiv(words.numel(), 1024),)
     _put_listed_kernel[grid](
-        table.memory, waits, words, words.numel() - 1, width, _bits(dtype)[0], dtype.itemsize == 2, BLOCK=1024, num_warps=4
+        table.memory,
+        waits,
+        words,
+        words.numel() - 1,
+        table.width,
+        _bits(dtype)[0],
+        dtype.itemsize == 2,
+        BLOCK=1024,
+        num_warps=4,
     )
 
 
@@ -602,11 +612,12 @@ def adamw_factors(
 ) -> Tensor:  # fmt: skip
     """What `_adamw_block` takes, a row per tensor. steps: as in `fastpost.plan.AdamWPart`, in the order of the list."""
     device = table.memory.device
-    stays = torch.tensor([step is None for step in steps], dtype=torch.float64).to(device, non_blocking=True)
-    count = torch.stack([stays.new_ones(()) if s is None else s.reshape(()).to(device).double() for s in steps])
+    one = torch.ones((), device=device)
+    count = torch.stack([one if step is None else step.reshape(()) for step in steps]).to(device).double()
     unscale = torch.ones_like(count) if grad_scale is None else 1.0 / grad_scale.double().expand(len(steps))
-    if found_inf is not None:
-        stays = stays + found_inf.to(device).double().reshape(1)
+    stays = torch.zeros_like(count) if found_inf is None else found_inf.double().expand(len(steps))
+    if any(step is None for step in steps):
+        stays = stays + torch.tensor([step is None for step in steps]).to(device, non_blocking=True)
     return torch.stack(
         [
             -unscale if maximize else unscale,
@@ -638,7 +649,7 @@ def sam_restore_adamw_(table: Table, dtype: torch.dtype, factors: Tensor) -> Non
 def sam_decode_adamw_(table: Table, dtype: torch.dtype, factors: Tensor, words: Tensor, waits: Tensor) -> None:
     """The same from w + e, codes and list; the stash's column holds the codes. Chunks that do not wait are left alone."""
     if table.chunks:
-        _put_listed(table, 8, dtype, words, waits)
+        _put_listed(table, dtype, words, waits)
         _restore_adamw_kernel[(table.chunks,)](
             table.memory, factors, waits, _TYPES[dtype], True, table.aligned, BLOCK=copy_block(dtype.itemsize), num_warps=8,
             enable_fp_fusion=False,

@@ -13,8 +13,8 @@ struct AdamW {
   bool maximize;
 };
 
-// What is summed over two lists: the squares of x (gradients), of (|y| + eta) x (ASAM's norm, y the weights) or of x - y (how
-// far weights have moved); the products x y.
+// What is summed over two lists: squares of x (gradients), of (|y| + eta) x (ASAM's norm, y the weights) or of x - y (how
+// far weights have moved); products x y.
 enum class Terms : int { squares, scaled, differences, products };
 
 // The list beside the codes of a plan: word 0 counts the elements that wanted a place, of which the first `capacity` have

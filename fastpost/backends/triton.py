@@ -177,6 +177,7 @@ def _step_in_place(parts: list[AdamWPart]) -> None:
         codes, table = coded(part.bucket), _table(part.bucket, *_STEPPED)
         codes.waits = kernels.all_wait(table) if codes.waits is None else codes.waits
         launches.append((table, part.bucket.dtype, kernels.adamw_factors(table, *part[1:]), codes.words, codes.waits))
+    parts[-1].bucket.stepping = launches[-1][-1]  # the last launch tells that all were made
     try:
         for launch in launches:
             kernels.sam_decode_adamw_(*launch)

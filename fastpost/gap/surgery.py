@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastpost import distributed
 from fastpost.gap.checks import trained_parameters
-from fastpost.ops.params import dot, squared_norm
+from fastpost.ops import params as ops
 from fastpost.ranks import Ranks, Sharing
 
 FORGET, RETAIN = "forget", "retain"
@@ -185,7 +185,7 @@ class SurgeryWindow:
         sums = {}
         for key, (near, far) in lists.items():
             forget, retain = (near, far) if self._side == FORGET else (far, near)
-            sums[key] = torch.stack((squared_norm(forget), squared_norm(retain), dot(forget, retain)))
+            sums[key] = torch.stack((ops.squared_norm(forget), ops.squared_norm(retain), ops.dot(forget, retain)))
         return ranks.sum(sums)
 
 

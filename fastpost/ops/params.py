@@ -237,7 +237,7 @@ def squared_norm(grads: Sequence[Tensor], weights: Sequence[Tensor] | None = Non
     Returns:
         float64 scalar on the first tensor's device. Accumulated in float64 over chunks cut per tensor and element, so the
         bits do not depend on threads, addresses or list layout. Not finite if and only if an element (of the scaled
-        gradient) is not.
+        gradient) is not, or float64 is squared beyond its range. Not differentiable.
     """
     check_radius("squared_norm", 0.0, eta)
     total: Tensor = _OP_SQUARED_NORM.call((list(grads), None if weights is None else list(weights)), eta)
@@ -282,7 +282,7 @@ def squared_distance(weights: Sequence[Tensor], stash: Sequence[Tensor]) -> Tens
 
     Returns:
         float64 scalar on the first tensor's device; differences, squares and sums in float64, in the order of
-        `squared_norm`. NaN where both lists hold the same infinity.
+        `squared_norm`. NaN where both lists hold the same infinity. Not differentiable.
     """
     total: Tensor = _OP_SQUARED_DISTANCE.call((list(weights), list(stash)))
     return total
@@ -296,8 +296,8 @@ def dot(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
         others: as many, each of its tensor's shape, dtype and device. Neither list is written.
 
     Returns:
-        float64 scalar on the first tensor's device; products and sums in float64, in the order of `squared_norm`. Its error
-        is below 1e-13 of the sum of abs(tensors * others).
+        float64 scalar on the first tensor's device; products and sums in float64, in the order of `squared_norm`. Not
+        differentiable.
     """
     total: Tensor = _OP_DOT.call((list(tensors), list(others)))
     return total

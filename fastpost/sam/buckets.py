@@ -525,9 +525,13 @@ def total_dot(a: Mapping[Tensor, Tensor], b: Mapping[Tensor, Tensor], reducer: S
     lists: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
     for p, x in a.items():
         if p in b:
-            wide = torch.promote_types(x.dtype, b[p].dtype)  # a gradient may be wider than what its weight's state keeps
-            for column, tensor in zip(lists.setdefault(reducer.key(p), ([], [])), (x, b[p]), strict=True):
-                column.append(tensor.to(wide))
+            y = b[p]
+            if x.dtype != y.dtype:  # a gradient may be wider than what the state keeps of it
+                wide = torch.promote_types(x.dtype, y.dtype)
+                x, y = x.to(wide), y.to(wide)
+            ours, theirs = lists.setdefault(reducer.key(p), ([], []))
+            ours.append(x)
+            theirs.append(y)
     return reducer.total((key, ops.dot(*both)) for key, both in lists.items())
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpost import distributed
-from fastpost.ops.params import squared_norm
+from fastpost.ops.params import chunk_squares
 from fastpost.sam.external import ExternalSAM
 from fastpost.sam.optimizer import SAM
 from fastpost.sam.step import Gradients, ratio
@@ -83,7 +83,8 @@ class DecoupledWSAM(WSAM):
         finite = torch.isfinite(context.dot(sharpness, sharpness))  # not where g or g' overflowed, nor where g' - g does
         for p, g in second.items():
             g.copy_(torch.where(finite.to(g.device), at_w[p], torch.nan))  # for all who look for overflows
-        self._squares = {p: squared_norm([g]) for p, g in second.items()}
+        chunks = chunk_squares(list(second.values()))
+        self._squares = {p: squares.sum() for p, squares in zip(second, chunks, strict=True)}
         self._context, self._sharpness = context, sharpness
 
     def forget(self) -> None:

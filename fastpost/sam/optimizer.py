@@ -230,9 +230,9 @@ class SAM(Wrapper):
         self._refuse_a_second_ascent()
         try:
             self._step.combined = False
-            self._early.forget()
             self._watch()
             if self.ascends:
+                self._early.forget()
                 self._perturb()
             self._step.phase = Phase.PERTURBED
             self.await_ascent(False)
@@ -731,9 +731,9 @@ class SAM(Wrapper):
         """Whether gradients that arrive now are this step's last and not a window's, which knows its end itself."""
         if self.in_window or self._reducer.named:  # stages end their passes at different times, and rewriting sums over all
             return False
-        if self.is_perturbed:
-            return self._step.ascended and self.variant.overrides("descend")
-        return not self.ascends and self.variant.overrides("between")
+        if self._step.ascended:
+            return self.is_perturbed and self.variant.overrides("descend")
+        return not self.ascends and self.variant.overrides("between")  # also between first_step and second_step
 
     def _gradients(self) -> Gradients:
         """This rank's part of every gradient present that is dense and real; others a variant leaves as they are."""

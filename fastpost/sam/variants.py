@@ -127,7 +127,7 @@ class VariantContext:
 
 
 class Variant:
-    """SAM itself: every hook leaves the step as it is.
+    """SAM itself: every hook leaves the step as it is. One instance serves one SAM, as some keep what belongs to its step.
 
     Gradients are dictionaries from parameter to tensor (with shards: this rank's part) and hold what has a gradient. No hook
     may wait for a device.
@@ -316,10 +316,10 @@ class FriendlySAM(Variant):
         result = {}
         for p, g in gradients.items():
             before = context.kept(p, "sam_mean")
-            mean = before.mul(self.decay).add_(g / scale, alpha=1 - self.decay)
+            mean = torch.add(before * self.decay, g / scale, alpha=1 - self.decay)
             mean = torch.where(ok.to(g.device), mean, before)
             context.keep(p, "sam_mean", mean)
-            result[p] = torch.sub(g, mean * scale, alpha=self.sigma)
+            result[p] = torch.sub(g, mean * scale, alpha=self.sigma).to(g.dtype)  # a converted model keeps a wider mean
         return result
 
 
@@ -448,7 +448,7 @@ def _add_(tensors: Gradients, others: Gradients, factor: float | Tensor) -> None
     for p, g in tensors.items():
         if p in others:
             if isinstance(factor, Tensor):
-                g.addcmul_(others[p].to(g.dtype), factor.to(g))
+                g.addcmul_(others[p], factor.to(others[p]))
             else:
                 g.add_(others[p], alpha=factor)
 

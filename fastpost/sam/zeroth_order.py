@@ -25,9 +25,9 @@ class ZerothOrderSAM(Variant):
     """SAM along a zeroth-order estimate of the gradient, as in AdaZo-SAM (2502.19571): one backward pass a step.
 
     The direction is d = 1/q sum_j (L(w + mu z_j) - L(w - mu z_j)) / (2 mu) z_j with normal z_j, and e = rho d / |d|; the
-    gradient is taken at w + e. Use it where the memory or the time of a second backward pass is missing and 2 q forward
-    passes are not. With few probes d is mostly random: with one, e is +-rho z / |z|, to the side on which the loss is
-    larger. AdaZo-SAM is this with Adam as the base optimizer; the low-rank part of the paper, LORENZA, is not here::
+    gradient is taken at w + e. Use it where 2 q forward passes cost less than a forward and a backward pass. With few
+    probes d is mostly random: with one, e is +-rho z / |z|, to the side on which the loss is larger. AdaZo-SAM is this with
+    Adam as the base optimizer; the low-rank part of the paper, LORENZA, is not here::
 
         zeroth = ZerothOrderSAM()
         opt = SAM(model.parameters(), torch.optim.AdamW, variant=zeroth)
@@ -93,9 +93,10 @@ class ZerothOrderSAM(Variant):
                 values = []
                 for sign in (1, -1):
                     for (index, p), w in zip(tensors, kept, strict=True):
-                        # w - mu z is -(-w + mu z), to the last bit.
-                        moved = noise.add_noise(w if sign > 0 else -w, self.mu, "normal", seed=self._key(p, index, probe))
-                        distributed.local(p).copy_(moved if sign > 0 else moved.neg_())
+                        part = distributed.local(p)
+                        torch.mul(w, sign, out=part)  # w - mu z is -(-w + mu z), to the last bit
+                        part.copy_(noise.add_noise(part, self.mu, "normal", seed=self._key(p, index, probe)))
+                        part.mul_(sign)
                     _written(p for _, p in tensors)
                     random.put()
                     values.append(_scalar(loss()))

@@ -102,7 +102,7 @@ class FusedRestore:
             ValueError: gradients or moments have a dtype, shape or device that AdamW cannot step with.
         """
         coded = _coded(perturbation.written())
-        if any(codes.origins is not None for codes in map(attrgetter("bucket.codes"), coded)):
+        if any(codes.origins is not None or codes.waits is not None for codes in map(attrgetter("bucket.codes"), coded)):
             return False  # an interrupt came while w was put back
         why_not = self._refusal(bases) or _refuses_codes(bases, coded)
         if why_not is not None and why_not not in self._warned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -145,7 +146,9 @@ class UlpStash(Stash):
                 if row not in lost:
                     there.copy_(w)
             was = plan.Bucket(b.bucket.streams, weights=as_they_were, stash=b.bucket.stash, walkable=b.bucket.walkable)
-            was.codes = codes
+            # What is decoded here are copies, so the note of what is decoded there stays.
+            was.codes = copy.copy(codes)
+            was.codes.waits = None if codes.waits is None else codes.waits.clone()
             ops.run("sam_decode_", was)
             codes.origins = [None if row in lost else w for row, w in enumerate(as_they_were)]
         return codes.origins
