@@ -123,8 +123,9 @@ def _select(op: str, where: torch.device, dtype: torch.dtype, walkable: bool, fo
     if name == "reference" and missing:
         reasons = "; ".join(missing)
         warnings.warn(f"fastpost serves {device} tensors by its slow reference backend. {reasons}", stacklevel=4)
-    function: Callable[..., Any] = getattr(_module(name), op)
-    return function
+    backend = _module(name)
+    function: Callable[..., Any] = getattr(backend, op)
+    return backend.on_device(function, where) if hasattr(backend, "on_device") else function
 
 
 def serving(op: str, device: torch.device, dtype: torch.dtype, *, walkable: bool = True) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed here")
 import triton.language as tl  # noqa: E402
 
 import fastpost  # noqa: E402
-from fastpost import plan  # noqa: E402
+from fastpost import dispatch, plan  # noqa: E402
+from fastpost.backends import triton as triton_backend  # noqa: E402
 from fastpost.ops import params as ops  # noqa: E402
 from fastpost.triton_kernels import launch  # noqa: E402
 from fastpost.triton_kernels.launch import in_two_floats, launches  # noqa: E402
@@ -239,3 +241,31 @@ def test_a_table_says_whether_all_of_its_addresses_are_aligned() -> None:
         assert table.point([whole, column()]).aligned is aligned
     assert table.chunks == 2
     assert table.memory.tolist()[-2:] == [0, 2]
+
+
+# -- devices --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_operation_is_launched_on_its_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton asks for the current device, which with several GPUs in a process may be another."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device_index(index: int) -> Iterator[None]:
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    status = {**dispatch.backends(), "triton": dispatch.BackendStatus(True, "planted")}
+    monkeypatch.setattr(dispatch, "backends", lambda: status)
+    monkeypatch.setattr(triton_backend, "negate_", lambda *_, **__: current[0])
+    second = torch.device("cuda", 1)
+    dispatch._select.cache_clear()
+    try:
+        with fastpost.use_backend("triton"):
+            assert dispatch.select("negate_", second, torch.float32)("a bucket") == 1
+            assert current == [0]
+    finally:
+        dispatch._select.cache_clear()
+    assert triton_backend.on_device(triton_backend.dot, torch.device("cpu")) is triton_backend.dot

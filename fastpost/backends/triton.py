@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import importlib.util
 import os
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +41,24 @@ def refuses(op: str, device: str, dtype: torch.dtype, walkable: bool) -> str | N
     on_cpu = device == "cpu" and not _interpreted()
     wrong = "serves GPU tensors (CPU tensors only under TRITON_INTERPRET=1)" if on_cpu else None
     return refusal(globals(), op, wrong, dtype, walkable)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever a kernel's tensors are."""
+    return contextlib.nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
+
+
+def on_device(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """An operation of this backend for tensors of this device."""
+    if device.type == "cpu":
+        return function
+
+    @functools.wraps(function)
+    def there(*arguments: Any, **named: Any) -> Any:
+        with _current(device):
+            return function(*arguments, **named)
+
+    return there
 
 
 def _kernels(family: str) -> Any:
@@ -178,14 +199,18 @@ def _step_in_place(parts: list[AdamWPart]) -> None:
         codes.waits = kernels.all_wait(table) if codes.waits is None else codes.waits
         launches.append((table, part.bucket.dtype, kernels.adamw_factors(table, *part[1:]), codes.words, codes.waits))
     parts[-1].bucket.stepping = launches[-1][-1]  # the last launch tells that all were made
-    try:
+
+    def launch_all() -> None:
         for launch in launches:
-            kernels.sam_decode_adamw_(*launch)
+            with _current(launch[-1].device):
+                kernels.sam_decode_adamw_(*launch)
+
+    try:
+        launch_all()
     except BaseException:
         # Nobody knows how many launches were made before the interrupt. A second one changes nothing where there was a
         # first, and with all of them every weight is stepped. What fails for another reason fails again.
-        for launch in launches:
-            kernels.sam_decode_adamw_(*launch)
+        launch_all()
         raise
 
 
