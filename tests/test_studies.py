@@ -133,7 +133,7 @@ def test_rows_come_back_as_they_went(tmp_path: Path) -> None:
     assert large["examples"] == "1" * 200_000
     assert row == {
         "study": "s", "block": "b", "method": "m", "seed": 3, "hyper": {"lr": 1e-4}, "scores": {"x": 1 / 3}, "steps": 7,
-        "seconds": 1.23, "cpu_seconds": 2.0, **AROUND, "setup": {"a": 1}, "examples": {"y": [0.5]},
+        "seconds": 1.234, "cpu_seconds": 2.0, **AROUND, "setup": {"a": 1}, "examples": {"y": [0.5]},
     }  # fmt: skip
 
 
