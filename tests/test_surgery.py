@@ -317,3 +317,41 @@ def test_the_same_as_a_plain_sum_without_conflict() -> None:
     (other("forget") + other("retain")).backward()
     made = operated("pcgrad", model, *PLANS[0])
     assert all(torch.equal(g, w.grad) for g, w in zip(made, other.weights, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("grads", "message"),
+    [
+        ((torch.ones(2), torch.ones(2, dtype=torch.bfloat16)), "float32 on one side|bfloat16 on one side"),
+        ((torch.ones(2, dtype=torch.complex64),) * 2, "complex64; signs and dot products need real ones"),
+    ],
+    ids=["two dtypes", "complex"],
+)
+def test_gradients_without_a_product_are_refused(method: str, grads: tuple[Tensor, Tensor], message: str) -> None:
+    """Before anything is written, also of a weight that one side leaves alone."""
+    alone, weight = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones_like(grads[0]))
+    weight.grad_dtype = None
+
+    def run() -> None:
+        with SurgeryWindow([alone, weight], method) as window:
+            for side, g in zip(("forget", "retain"), grads, strict=True):
+                window.next(side)
+                weight.grad = g.clone()
+                if side == "forget":
+                    alone.grad = torch.ones(3)
+
+    with pytest.raises(TypeError, match=message):
+        run()
+
+
+def test_a_weight_with_wider_gradients_that_one_side_leaves_alone() -> None:
+    alone, weight = (nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(2))
+    alone.grad_dtype = torch.float32
+    with SurgeryWindow([alone, weight], "pcgrad") as window:
+        for side in ("forget", "retain"):
+            window.next(side)
+            weight.grad = torch.ones(2, dtype=torch.bfloat16)
+            if side == "forget":
+                alone.grad = torch.full((2,), 3.0)
+    assert torch.equal(alone.grad, torch.full((2,), 3.0))

@@ -143,20 +143,18 @@ class SurgeryWindow:
                 f"SurgeryWindow: no gradient of side {missing[0]!r} has come; the method needs those of both, each after "
                 "its next()"
             )
-        pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+        found: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         for p in self._params:
-            here, there = distributed.local_gradient(p), self._held.get(p)
-            if here is None and there is None:
+            there = self._held.get(p)
+            found.append((p, distributed.local_gradient(p), None if there is None else distributed.local(there)))
+            _check_sides(*found[-1][1:])
+        pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+        for p, here, other in found:
+            if here is None and other is None:
                 continue
-            other = None if there is None else distributed.local(there)
-            for g in (here, other):
-                if g is not None and g.layout != torch.strided:
-                    raise TypeError(
-                        f"SurgeryWindow: a gradient of shape {tuple(g.shape)} is {g.layout}; signs and dot products need a "
-                        "dense one (sparse=False in embeddings)"
-                    )
             if here is None:
-                p.grad = torch.zeros_like(p)
+                assert other is not None
+                p.grad = torch.zeros_like(p, dtype=other.dtype)
                 here = distributed.local_gradient(p)
                 assert here is not None
             pairs.append((p, here, torch.zeros_like(here) if other is None else other))
@@ -187,6 +185,27 @@ class SurgeryWindow:
             forget, retain = (near, far) if self._side == FORGET else (far, near)
             sums[key] = torch.stack((ops.squared_norm(forget), ops.squared_norm(retain), ops.dot(forget, retain)))
         return ranks.sum(sums)
+
+
+def _check_sides(here: Tensor | None, there: Tensor | None) -> None:
+    """Raises TypeError for gradients of which no signs and dot products are taken."""
+    sides = [g for g in (here, there) if g is not None]
+    for g in sides:
+        if g.layout != torch.strided or not g.is_floating_point():
+            kind, remedy = (
+                (g.dtype, "real ones")
+                if g.layout == torch.strided
+                else (g.layout, "dense ones (sparse=False in embeddings)")
+            )
+            raise TypeError(
+                f"SurgeryWindow: a gradient of shape {tuple(g.shape)} is {kind}; signs and dot products need {remedy}"
+            )
+    if len({g.dtype for g in sides}) > 1:
+        first, second = (g.dtype for g in sides)
+        raise TypeError(
+            f"SurgeryWindow: a gradient of shape {tuple(sides[0].shape)} is {first} on one side and {second} on the other; "
+            "give the weight one grad_dtype for both"
+        )
 
 
 def _combine_(here: Tensor, there: Tensor, of_here: Tensor, of_there: Tensor) -> None:
