@@ -123,7 +123,7 @@ def _select(op: str, where: torch.device, dtype: torch.dtype, walkable: bool, fo
     if name == "reference" and missing:
         reasons = "; ".join(missing)
         warnings.warn(f"fastpost serves {device} tensors by its slow reference backend. {reasons}", stacklevel=4)
-    backend = _module(name)
+    backend = _module(name)  # Triton's launches on the current device, and wraps what is for another
     function: Callable[..., Any] = getattr(backend, op)
     return backend.on_device(function, where) if hasattr(backend, "on_device") else function
 

@@ -1,6 +1,6 @@
-"""Plans that operations on lists keep from call to call: used for lists that look the same, and for no others.
+"""Plans that list operations keep from call to call; long, as every change is tried between every pair of calls.
 
-Long, as every change is tried between every pair of calls, from one table of operations.
+A plan is used for lists that look the same, and for no others.
 """
 
 from __future__ import annotations

@@ -368,17 +368,19 @@ def test_an_error_in_the_second_part_leaves_no_weight_perturbed(backend: str, mo
 
 def steps_in_place(patched: pytest.MonkeyPatch) -> None:
     """As on a device, where a launch is whole: the interpreter's kernels work in the weights, not in copies."""
-    patched.setattr(triton, "refuses", lambda op, _, dtype, walkable: refusal(vars(triton), op, None, dtype, walkable))
-    patched.setattr(triton, "_interpreted", lambda: False)
     from triton.runtime.interpreter import GridExecutor
 
+    patched.setattr(triton, "refuses", lambda op, _, dtype, walkable: refusal(vars(triton), op, None, dtype, walkable))
+    patched.setattr(triton, "_interpreted", lambda: False)
     plain = GridExecutor.__call__
 
-    def launch(*arguments: Any, **named: Any) -> None:  # has no lines
+    def launch(*arguments: Any, **named: Any) -> None:  # has no lines to interrupt
         trace = sys.gettrace()
         sys.settrace(None)
-        plain(*arguments, **named)
-        sys.settrace(trace)
+        try:
+            plain(*arguments, **named)
+        finally:
+            sys.settrace(trace)
 
     patched.setattr(GridExecutor, "__call__", launch)
 

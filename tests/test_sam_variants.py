@@ -561,13 +561,14 @@ def test_several_bases_and_a_variant() -> None:
 
 @pytest.mark.parametrize("variant", [LookSAM, FriendlySAM, GSAM, StableSAM], ids=lambda v: v.__name__)
 def test_a_model_that_is_narrowed_keeps_what_its_variant_has(variant: type[Variant]) -> None:
-    """State that base optimizers do not convert stays as wide as it was."""
+    """In its own dtype, and steps go on with narrower gradients."""
     model = network()
     opt = SAM(
         model.parameters(), torch.optim.SGD, lr=LR, rho=RHO, variant=variant(), interval=2 if variant is LookSAM else 1
     )
     for _ in range(2):
         opt.step(closure_of(model))
+    (wide,) = {p.dtype for p in model.parameters()}
     model.bfloat16()
     before = all_bits(model)
     x = torch.randn(32, 20, dtype=torch.bfloat16)
@@ -581,6 +582,8 @@ def test_a_model_that_is_narrowed_keeps_what_its_variant_has(variant: type[Varia
         opt.step(closure)
     assert opt.skipped_steps == 0
     assert not unchanged(model, before)
+    kept = [opt.state[p][name].dtype for p in model.parameters() for name in opt.variant.state_names]
+    assert set(kept) <= {wide}
 
 
 def test_dot_products_of_two_dtypes_take_the_wider_one() -> None:

@@ -1,7 +1,4 @@
-"""The studies: rows that survive a kill, choosing apart from reporting, tables that follow.
-
-Long, as all studies run on one set of tiny data and models.
-"""
+"""The studies: kills, choosing apart from reporting, tables; long, as all run on one set of tiny data and models."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Every option of SAM and R3F through every trainer, against the same method in a loop by hand.
-
-Long, as the loops by hand serve all trainers.
-"""
+"""Every option of SAM and R3F through every trainer, against loops by hand; long, as those loops serve all trainers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameter lists: norm, perturb, restore, sign flips.
+"""Parameter lists: norm, perturb, restore, sign flips; long, as all kernels share one table and one walk over it.
 
 A table in device memory says where the tensors of a list lie, so that one launch walks all of them; each program finds the
 chunk of 65,536 elements that is its own. A table is kept from call to call, and sent again only if an address has changed.
@@ -592,17 +592,9 @@ def sam_decode_(table: Table, dtype: torch.dtype, words: Tensor, waits: Tensor) 
 
 
 def _put_listed(table: Table, dtype: torch.dtype, words: Tensor, waits: Tensor) -> None:
-    grid = (triton.cdiv(words.numel(), 1024),)
-    _put_listed_kernel[grid](
-        table.memory,
-        waits,
-        words,
-        words.numel() - 1,
-        table.width,
-        _bits(dtype)[0],
-        dtype.itemsize == 2,
-        BLOCK=1024,
-        num_warps=4,
+    bits, narrow, capacity = _bits(dtype)[0], dtype.itemsize == 2, words.numel() - 1
+    _put_listed_kernel[(triton.cdiv(words.numel(), 1024),)](
+        table.memory, waits, words, capacity, table.width, bits, narrow, BLOCK=1024, num_warps=4
     )
 
 

@@ -1,4 +1,4 @@
-"""The specification, whole in one file: every operation in plain torch, on any device and dtype, float64 included.
+"""The specification: every operation in plain torch, on any device and dtype; long, as it is to be whole in one file.
 
 Written to be read beside the equations, never to be fast. Half-precision inputs are computed in float32, as the compiled
 backends do; float64 stays float64. Autograd sees nothing of it, as nothing of a kernel: every operation is under no_grad.

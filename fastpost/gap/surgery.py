@@ -192,13 +192,10 @@ def _check_sides(here: Tensor | None, there: Tensor | None) -> None:
     sides = [g for g in (here, there) if g is not None]
     for g in sides:
         if g.layout != torch.strided or not g.is_floating_point():
-            kind, remedy = (
-                (g.dtype, "real ones")
-                if g.layout == torch.strided
-                else (g.layout, "dense ones (sparse=False in embeddings)")
-            )
+            kind = g.layout if g.layout != torch.strided else g.dtype
             raise TypeError(
-                f"SurgeryWindow: a gradient of shape {tuple(g.shape)} is {kind}; signs and dot products need {remedy}"
+                f"SurgeryWindow: a gradient of shape {tuple(g.shape)} is {kind}; signs and dot products need dense "
+                "(sparse=False in embeddings) and real ones"
             )
     if len({g.dtype for g in sides}) > 1:
         first, second = (g.dtype for g in sides)

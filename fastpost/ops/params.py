@@ -1,6 +1,6 @@
-"""Operations on lists of tensors: norm, distance, dot product, SAM's perturb and restore, sign flips.
+"""Operations on lists of tensors: sums, SAM's perturb and restore, sign flips; long, as one family is one file.
 
-Long, as one family is one file. Lists may mix devices, dtypes and layouts and hold tensors without elements; they are sorted
+Lists may mix devices, dtypes and layouts and hold tensors without elements; they are sorted
 into buckets, one kernel call each. Everything is checked before anything is written. Lists that belong together (weights,
 gradients, stash) agree element by element in shape, dtype and device.
 """

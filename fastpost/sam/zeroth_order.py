@@ -94,9 +94,9 @@ class ZerothOrderSAM(Variant):
                 for sign in (1, -1):
                     for (index, p), w in zip(tensors, kept, strict=True):
                         part = distributed.local(p)
-                        torch.mul(w, sign, out=part)  # w - mu z is -(-w + mu z), to the last bit
-                        part.copy_(noise.add_noise(part, self.mu, "normal", seed=self._key(p, index, probe)))
-                        part.mul_(sign)
+                        start = w if sign > 0 else -w  # w - mu z is -(-w + mu z), to the last bit
+                        moved = noise.add_noise(start, self.mu, "normal", seed=self._key(p, index, probe))
+                        torch.mul(moved, sign, out=part)
                     _written(p for _, p in tensors)
                     random.put()
                     values.append(_scalar(loss()))
