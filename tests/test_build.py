@@ -59,7 +59,8 @@ def test_the_core_needs_no_torch_no_cuda_and_no_openmp_runtime() -> None:
     output = subprocess.run(["readelf", "-d", native.core().__file__], capture_output=True, text=True, check=True).stdout
     needed = [line.split("[")[1].rstrip("]") for line in output.splitlines() if "(NEEDED)" in line]
     assert needed
-    foreign = [n for n in needed if not n.startswith(("libstdc++", "libm.", "libgcc_s", "libc.", "ld-linux", "libpthread"))]
+    ours = ("libstdc++", "libm.", "libgcc_s", "libc.", "ld-linux", "libpthread", "libdl")
+    foreign = [n for n in needed if not n.startswith(ours)]
     assert foreign == []
 
 
@@ -310,10 +311,29 @@ def test_an_unavailable_backend_says_why() -> None:
         fastpost.use_backend("cuda")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the process's threads")
+def test_loops_run_on_the_threads_that_torch_computes_with() -> None:
+    """Others would share the cores with torch's, which spin for a while after each of its operations."""
+    code = """
+import os, torch, fastpost
+from fastpost.ops import params as ops
+torch.set_num_threads(3)
+x = torch.ones(1 << 21)
+x.mul(2)
+before = set(os.listdir("/proc/self/task"))
+assert ops.squared_norm([x]).item() == 1 << 21
+fastpost.symmetric_kl(x.view(256, -1), x.view(256, -1))
+assert len(before) >= 3
+print(len(set(os.listdir("/proc/self/task")) - before))
+"""
+    assert python(code, FASTPOST_BACKEND="cpu").stdout == "0\n"
+
+
 def test_a_fork_gets_threads_of_its_own() -> None:
     code = """
 import os, torch
 from fastpost.ops import params as ops
+torch.set_num_threads(3)
 g = [torch.ones(1 << 20)]
 assert ops.squared_norm(g).item() == 1 << 20
 pid = os.fork()

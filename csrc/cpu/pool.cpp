@@ -1,7 +1,9 @@
 #include "cpu/pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <thread>
@@ -9,6 +11,21 @@
 
 namespace fastpost::cpu {
 namespace {
+
+// Tasks that threads take one after the other.
+class Tasks {
+ public:
+  Tasks(int64_t count, const std::function<void(int64_t)>& body) : count_(count), body_(body) {}
+
+  void drain() {
+    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) body_(task);
+  }
+
+ private:
+  const int64_t count_;
+  const std::function<void(int64_t)>& body_;
+  std::atomic<int64_t> next_{0};
+};
 
 // POSIX's, since std::condition_variable::wait has a symbol version of GCC 12 (GLIBCXX_3.4.30): a wheel that asks for it is
 // refused by systems with an older libstdc++ (RHEL 9 has GCC 11's).
@@ -27,42 +44,38 @@ class Condition {
 
 class Pool {
  public:
-  void run(int64_t tasks, int threads, const std::function<void(int64_t)>& body) {
+  void run(Tasks& tasks, int threads) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       while (static_cast<int>(workers_.size()) < threads - 1)
         workers_.emplace_back([this, index = static_cast<int>(workers_.size())] { work(index); });
-      body_ = &body;
-      tasks_ = tasks;
-      next_.store(0, std::memory_order_relaxed);
+      tasks_ = &tasks;
       invited_ = threads - 1;
       busy_ = threads - 1;
       ++generation_;
     }
     wake_.notify_all();
-    drain();
+    tasks.drain();
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return busy_ == 0; });
-    body_ = nullptr;
+    tasks_ = nullptr;
   }
 
   std::mutex& in_use() { return in_use_; }
 
  private:
-  void drain() {
-    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) (*body_)(task);
-  }
-
   void work(int index) {
     uint64_t seen = 0;
     for (;;) {
+      Tasks* tasks;
       {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return generation_ != seen; });
         seen = generation_;
         if (index >= invited_) continue;
+        tasks = tasks_;
       }
-      drain();
+      tasks->drain();
       std::lock_guard<std::mutex> lock(mutex_);
       if (--busy_ == 0) done_.notify_one();
     }
@@ -71,20 +84,15 @@ class Pool {
   std::mutex in_use_, mutex_;
   Condition wake_, done_;
   std::vector<std::thread> workers_;
-  const std::function<void(int64_t)>* body_ = nullptr;
-  std::atomic<int64_t> next_{0};
-  int64_t tasks_ = 0;
+  Tasks* tasks_ = nullptr;
   int invited_ = 0, busy_ = 0;
   uint64_t generation_ = 0;
 };
 
-// Never destroyed: its threads may outlive static destruction. A forked child has none of them, so it starts a new pool
-// and leaks the old one, whose locks may be held for ever.
+// Never destroyed: its threads may outlive static destruction.
 std::atomic<Pool*> current_pool{nullptr};
 
 Pool& pool() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr); });
-  (void)registered;
   Pool* existing = current_pool.load();
   if (existing == nullptr) {
     Pool* fresh = new Pool;
@@ -94,19 +102,39 @@ Pool& pool() {
   return *existing;
 }
 
+// What OpenMP's compilers call for a parallel region: body(data) on each thread of a team, the caller's included.
+using ParallelRegion = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+// That of the runtime that the process's torch is linked with; null where there is none.
+ParallelRegion region_of_torch() {
+  void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  return torch == nullptr ? nullptr : reinterpret_cast<ParallelRegion>(dlsym(torch, "GOMP_parallel"));
+}
+
+// A forked child has none of its parent's threads. An OpenMP runtime would wait for them for ever; a pool, whose locks may
+// be held for ever, is left behind for a new one.
+std::atomic<bool> forked{false};
+
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] {
+  forked.store(true);
+  current_pool.store(nullptr);
+});
+
 }  // namespace
 
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& body) {
-  if (threads > tasks) threads = static_cast<int>(tasks);
-  if (threads > 1) {
-    Pool& shared = pool();
-    std::unique_lock<std::mutex> lock(shared.in_use(), std::try_to_lock);
-    if (lock.owns_lock()) {
-      shared.run(tasks, threads, body);
-      return;
-    }
+  Tasks work(tasks, body);
+  if (tasks <= 1 || threads <= 1) return work.drain();
+  static const ParallelRegion region = region_of_torch();
+  if (region != nullptr && !forked.load()) {
+    // All threads, however few the tasks: libgomp ends those that a region leaves out, and the next one starts them again.
+    region([](void* data) { static_cast<Tasks*>(data)->drain(); }, &work, static_cast<unsigned>(threads), 0);
+    return;
   }
-  for (int64_t task = 0; task < tasks; ++task) body(task);
+  Pool& own = pool();
+  std::unique_lock<std::mutex> lock(own.in_use(), std::try_to_lock);
+  if (!lock.owns_lock()) return work.drain();  // another thread is using the pool
+  own.run(work, static_cast<int>(std::min<int64_t>(threads, tasks)));
 }
 
 }  // namespace fastpost::cpu

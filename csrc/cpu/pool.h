@@ -1,4 +1,8 @@
-// A small pool of threads, instead of an OpenMP runtime that the wheel would have to bring along.
+// Threads for loops: those of the OpenMP runtime that torch computes with, or a small pool of the core's own.
+//
+// After each of its operations torch's threads go on spinning for milliseconds, to be ready for the next. Threads beside
+// them would have to share the cores with them: rows of logits took a third longer. So the core borrows them. It finds them
+// in the process and is linked with no OpenMP runtime, of which a wheel would have to bring a second one along.
 #pragma once
 
 #include <cstdint>
@@ -6,9 +10,8 @@
 
 namespace fastpost::cpu {
 
-// Runs body(0) ... body(tasks - 1), each once, on the calling thread and at most threads - 1 helpers; returns when all are
-// done. Which thread runs a task is unspecified, so results must depend on the task alone. Called while another thread
-// uses the pool, it runs everything on the caller. body must not throw.
+// Runs body(0) ... body(tasks - 1), each once, on the calling thread and at most threads - 1 others; returns when all are
+// done. Which thread runs a task is unspecified, so results must depend on the task alone. body must not throw.
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& body);
 
 }  // namespace fastpost::cpu
