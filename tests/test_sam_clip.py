@@ -209,6 +209,28 @@ def test_gradients_are_those_of_the_step_after_each_backward_pass() -> None:
         assert (gradients(problem.model) - (second - 0.4 * (g - (g @ unit) * unit))).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_look_at_gradients_before_the_step_changes_nothing(name: str) -> None:
+    """`torch.autograd.grad` runs hooks on parameters and adds to no gradient."""
+    make, options = CASES[name]
+    clip, clipped = CLIPS["norm"]
+    problem = Problem()
+    model = problem.model
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, variant=make(), **options)
+    for x, (expected, _) in zip(BATCHES, rewritten(problem, name, clipped), strict=True):
+        if opt.ascends:
+            loss_on(model, x).backward()
+            opt.first_step(zero_grad=True)
+        loss_on(model, x).backward()
+        clip(model.parameters())
+        before = gradients(model).clone()
+        torch.autograd.grad(loss_on(model, x), list(model.parameters()))
+        assert torch.equal(gradients(model), before)
+        opt.step()
+        opt.zero_grad()
+        assert (weights(model) - expected).abs().max() <= 1e-11
+
+
 def test_gradients_that_are_views_of_one_buffer() -> None:
     """Flattened parameters: what is written to one gradient counts as written to all, in the eyes of autograd."""
     clip, clipped = CLIPS["norm"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpost import SAM
-from fastpost.sam import hooks
+from fastpost.sam import LookSAM, Variant, hooks
 
 from .conftest import bits
 from .small import BASES, X, Y, all_bits, closure_of, loss_of, network, same_state, unchanged
@@ -38,6 +38,26 @@ def test_a_non_finite_gradient_skips_the_step_without_a_trace(backend: str, over
     assert unchanged(model, before)
     assert same_state(state, opt.state_dict())
     assert opt.skipped_steps == 1
+    opt.step(closure_of(model))
+    assert opt.skipped_steps == 1
+    assert not unchanged(model, before)
+
+
+@pytest.mark.parametrize("variant", [None, LookSAM])
+@pytest.mark.parametrize("base", ["adamw", "adamw fused"])
+def test_a_step_between_two_ascents_is_skipped_too(base: str, variant: type[Variant] | None) -> None:
+    cls, options = BASES[base]
+    model = network()
+    opt = SAM(model.parameters(), cls, rho=0.1, interval=3, variant=None if variant is None else variant(), **options)
+    opt.step(closure_of(model))
+    assert not opt.ascends
+    before, state = all_bits(model), copy.deepcopy(opt.base_optimizer.state_dict())
+    (loss_of(model) * math.inf).backward()
+    opt.step()
+    assert unchanged(model, before)
+    assert same_state(state, opt.base_optimizer.state_dict())
+    assert opt.skipped_steps == 1
+    opt.zero_grad()
     opt.step(closure_of(model))
     assert opt.skipped_steps == 1
     assert not unchanged(model, before)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastpost import SAM
 from fastpost.distributed import no_sync
-from fastpost.sam import DecoupledWSAM, LookSAM, SAMWindow, ZerothOrderSAM
+from fastpost.sam import GSAM, DecoupledWSAM, LookSAM, SAMWindow, StableSAM, ZerothOrderSAM
 
 from . import distributed as d
 from .test_sam_sharded import LR, RHO, backward_on, names_of, sam, sharded
@@ -359,6 +359,9 @@ def refused() -> None:
         sam(plain)
     with pytest.raises(ValueError, match=r"sync_ascent=False.*DDP"):
         sam(sharded(mesh), sync_ascent=False)
+    for variant in (GSAM(), StableSAM(), LookSAM()):
+        with pytest.raises(ValueError, match=rf"sync_ascent=False .* {type(variant).__name__} would mix it"):
+            sam(DistributedDataParallel(d.Net()), sync_ascent=False, variant=variant)
     half = sharded(mesh, torch.bfloat16)
     masters = [p.detach().float() for p in half.parameters()]
     with pytest.raises(TypeError, match=r"master_params.*MixedPrecisionPolicy"):

@@ -18,8 +18,9 @@ from torch.func import functional_call
 import fastpost
 from fastpost import SAM
 from fastpost.distributed import no_sync
-from fastpost.sam import SAMWindow
+from fastpost.sam import GSAM, WSAM, SAMWindow, StableSAM
 
+from .by_hand import gsam, stable_sam
 from .small import X, Y, all_bits, network, same_state, unchanged
 
 N = 5
@@ -92,6 +93,39 @@ def test_a_window_is_the_loop_from_the_equations(form: str, fraction: float, per
         opt.step()
         for name, p in model.named_parameters():
             assert (p.detach() - expected[name]).abs().max() <= 1e-14
+
+
+@pytest.mark.parametrize("name", ["gsam", "wsam", "stable"])
+@pytest.mark.parametrize("fed", [N, 1])
+def test_a_variant_that_mixes_both_gradients_has_them_on_one_scale(name: str, fed: int) -> None:
+    """Two of five micro-batches make the ascent: their mean, as the second gradient is that of all.
+
+    Where a window ends after its first one, both gradients are a fifth of that one's.
+    """
+    variants = {
+        "gsam": (GSAM(0.4), lambda g, h: gsam(g, h, 0.4)),
+        "wsam": (WSAM(0.9), lambda g, h: g + 9 * (h - g)),
+        "stable": (StableSAM(), stable_sam),
+    }
+    variant, rule = variants[name]
+    model = double_network()
+    w = {k: v.detach().clone() for k, v in model.named_parameters()}
+    first, ascending, divisor = MICRO[:fed], MICRO[: min(fed, 2)], N if fed == 1 else 2
+    g = gradient(model, w, ascending, divisor)
+    h = gradient(model, ascended(w, g), first, N)
+    expected = rule(flat(g), flat(h))
+
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, ascent_fraction=0.4, variant=variant)
+    window = SAMWindow(opt, runner(model))
+    window.open(N)
+    for batch in first:
+        window.feed(batch)
+    window.close()
+    assert (flat({k: p.grad for k, p in model.named_parameters()}) - expected).norm() <= 1e-12 * expected.norm()
+
+
+def flat(tensors: Weights) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors.values()])
 
 
 @pytest.mark.parametrize(("fraction", "passes"), [(1.0, 10), (0.2, 6), (0.25, 7), (0.5, 8)])

@@ -688,6 +688,7 @@ def test_every_variant_and_relative_is_an_option() -> None:
         ({"r3f_spectral": "lst"}, "Did you mean 'last'?"),
         ({"sam_variant": "looksam", "sam_interval": 1}, "sam_interval=1 leaves none"),
         ({"sam_variant": "gsam", "sam_per_micro_batch": True}, "which sam_per_micro_batch does not make"),
+        ({"sam_variant": "stablesam", "sam_sync_ascent": False}, "sam_sync_ascent=False keeps it apart"),
         ({"sam_variant": "zerothordersam:mu=1e-3"}, "call before each step; in a loop of your own"),
         ({"sam_variant": "DecoupledWSAM"}, "A trainer's form is wsam"),
         ({"sam_variant": "momentumsam", "sam_ascent_fraction": 0.5}, "makes no ascent pass, which sam_ascent_fraction=0.5"),

@@ -58,6 +58,8 @@ def _in_sam(o: Any) -> Iterator[str]:
         yield f"method='tram' is a variant of SAM by itself, and {named} another; {_LEAVE}"
     if o.sam_per_micro_batch and variant.combines:
         yield f"{named} combines the gradients of two whole passes, which sam_per_micro_batch does not make; {_LEAVE}"
+    if o.sam_sync_ascent is False and variant.combines:
+        yield f"{named} mixes the ascent's gradient into the ranks' mean, and sam_sync_ascent=False keeps it apart; {_LEAVE}"
     if o.sam_interval == 1 and variant.overrides("between"):
         yield f"{named} acts on the steps between ascents, and sam_interval=1 leaves none; say 5, or no sam_variant"
     if not variant.ascent_pass:

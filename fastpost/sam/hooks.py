@@ -214,8 +214,8 @@ class EarlyRewriting:
     """Rewrites the gradients at the end of every backward pass that brings some.
 
     Nobody says which backward pass is a step's last one. So all gradients that there are so far are rewritten. If a further
-    pass adds to them, the change is undone before the new gradients are added, and then made for the sum. Between the passes
-    that costs a copy of the gradients.
+    pass adds to them, the change is undone and then made for the sum. Between the passes that costs a copy of the gradients.
+    `torch.autograd.grad` adds nothing, though it runs hooks on tensors.
 
     Args:
         wanted: whether gradients that arrive now are to be rewritten.
@@ -230,6 +230,7 @@ class EarlyRewriting:
         self._wanted, self._gradients, self._rewrite = map(weakref.WeakMethod, (wanted, gradients, rewrite))
         self._hooks = ParameterHooks()
         self._changes: dict[Tensor, Change] = {}
+        self._there: dict[Tensor, Tensor] = {}  # whether anything of a change is left; of gradients that may be added to
         self._pass = -1
         self.done = False
 
@@ -243,12 +244,12 @@ class EarlyRewriting:
             def before(gradient: Tensor) -> None:
                 this, p = mine(), parameter()
                 if this is not None and p is not None:
-                    this._take_back(p)
+                    this._look(p)
 
             def after(p: Tensor) -> None:
                 this = mine()
                 if this is not None:
-                    this._arrived()
+                    this._arrived(p)
 
             return p.register_hook(before), p.register_post_accumulate_grad_hook(after)  # type: ignore[no-untyped-call]
 
@@ -257,9 +258,25 @@ class EarlyRewriting:
     def forget(self) -> None:
         """The gradients have been used or dropped."""
         self._changes.clear()
+        self._there.clear()
         self.done = False
 
-    def _arrived(self) -> None:
+    @ops.without_grad
+    def _look(self, p: Tensor) -> None:
+        """Before a gradient is added to, or while `torch.autograd.grad` runs: what can only be seen now."""
+        self._there.pop(p, None)
+        change = self._changes.get(p)
+        if change is not None and p.grad is change.gradient:
+            self._there[p] = _left(change)
+
+    @ops.without_grad
+    def _arrived(self, p: Tensor) -> None:
+        there = self._there.pop(p, None)
+        if there is not None:
+            change = self._changes.pop(p)
+            part = change.part if p.grad is change.gradient else distributed.local_gradient(p)
+            assert part is not None
+            _subtract(part, change, there)
         if not _call(self._wanted):
             return
         self.done = False
@@ -290,10 +307,17 @@ class EarlyRewriting:
     def _take_back(self, p: Tensor) -> None:
         change = self._changes.pop(p, None)
         if change is not None and p.grad is change.gradient:
-            # Where the caller has set it to zero in place, nothing of the change is left. (Versions do not tell: gradients
-            # that are views of one buffer share theirs.)
-            there = change.part.count_nonzero() > 0
-            change.part.sub_(torch.where(there, change.added, torch.zeros_like(change.added)))
+            _subtract(change.part, change, _left(change))
+
+
+def _left(change: Change) -> Tensor:
+    """Whether the gradient still holds its change: not where the caller has set it to zero in place. (Versions do not tell:
+    gradients that are views of one buffer share theirs.)"""
+    return change.part.count_nonzero() > 0
+
+
+def _subtract(part: Tensor, change: Change, there: Tensor) -> None:
+    part.sub_(torch.where(there, change.added, torch.zeros_like(change.added)))
 
 
 def _at_the_end(function: Callable[[], None]) -> None:

@@ -61,8 +61,9 @@ class SAM(Wrapper):
         with opt.perturbed(): loss_fn().backward()
         opt.step()                              # restores if need be; without a perturbation the plain base step
 
-    A non-finite gradient in either pass skips the step: weights, moments and step counts keep their bits, and
-    `skipped_steps` counts it. Knowing that costs one flag read per step where the base optimizer takes no `found_inf`.
+    A non-finite gradient in either pass, or in a step between two ascents (`interval`), skips the step: weights, moments and
+    step counts keep their bits, and `skipped_steps` counts it. Knowing that costs one flag read per step where the base
+    optimizer takes no `found_inf`.
 
     Args:
         params: as for any optimizer (tensors, named tensors or groups; groups may set their own rho, adaptive, eta), or None
@@ -162,6 +163,11 @@ class SAM(Wrapper):
             raise ValueError(f"SAM: {type(self.variant).__name__} does not serve norm_group; leave one of the two out")
         if fused_restore and not self.variant.serves_fused_restore:
             raise ValueError(f"SAM: {type(self.variant).__name__} does not serve fused_restore; leave one of the two out")
+        if sync_ascent is False and self.variant.combines:
+            raise ValueError(
+                f"SAM: sync_ascent=False lets each rank ascend by its own gradient, and {type(self.variant).__name__} would "
+                "mix it into the ranks' mean, so that their weights part; leave one of the two out"
+            )
         if masters is not None and type(self.variant) is not Variant:
             raise ValueError(f"SAM: master_params do not serve {type(self.variant).__name__}; use it without masters")
         self._group_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "sam_steps": 0}
@@ -444,6 +450,16 @@ class SAM(Wrapper):
         others need not be summed up; it changes nothing else."""
         if self._backward_norm is not None:
             self._backward_norm.begin(comes and self.ascends)
+
+    @ops.without_grad
+    def weigh_ascent_(self, factor: float) -> None:
+        """For windows: multiplies the gradients present, of a part of the micro-batches, to be on the scale of all.
+
+        Done where the variant mixes them with the second ones. SAM itself takes only a direction from them.
+        """
+        if factor != 1 and self.variant.scales_must_agree:
+            for gradient in self._gradients().values():
+                gradient.mul_(factor)
 
     def set_model(self, model: nn.Module) -> None:
         """Gives SAM the model whose running statistics second passes leave alone; does nothing where it has one already."""
@@ -814,7 +830,7 @@ class SAM(Wrapper):
 
         Args:
             found_inf: what GradScaler has found in the second gradients.
-            always: look at the gradients of a step without an ascent too.
+            always: look at the gradients of a step without an ascent too, as with `interval`.
 
         Returns:
             1.0 where a gradient of either pass is not finite, else 0.0; `found_inf` where nobody has to look.
@@ -822,7 +838,7 @@ class SAM(Wrapper):
         ascended, norm = self._step.ascended, self._step.squared_norm
         self._guard.disarm()
         self._reducer.know(self._model_groups())
-        if ascended or always:
+        if ascended or always or self.interval > 1:
             found_inf = self._guard.check(norm, found_inf, [p for group in self._groups() for p in group["params"]])
         self._notice_plain_step(ascended)
         self._count_step(ascended)

@@ -135,7 +135,8 @@ class Variant:
     Attributes:
         ascent_pass: whether the direction comes from a gradient at w, that is from a pass of its own.
         keeps_gradient: whether the gradient at w is kept until the second one is there, at the price of a copy.
-        scales_must_agree: whether `descend` mixes the two passes, so that a loss scale must be on both gradients or on none.
+        scales_must_agree: whether `descend` mixes the two passes, so that a loss scale must be on both gradients or on none,
+            and the gradient of some of a window's micro-batches is put on the scale of all.
         rewrites: whether `descend` or `between`, where overridden, change gradients. They are then called at the end of the
             backward pass, so that the caller clips what they made; where further passes add to the gradients, again after
             each, with all that there is so far.
@@ -177,7 +178,8 @@ class Variant:
 
     @property
     def combines(self) -> bool:
-        """Whether it combines the gradients of two whole passes, which m-SAM's micro-batches do not have."""
+        """Whether it combines the gradients of two whole passes over one batch. m-SAM's micro-batches do not have these, nor
+        do ranks that ascend by their own gradients."""
         return self.keeps_gradient or (self.rewrites and self.overrides("descend"))
 
 

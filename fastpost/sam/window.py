@@ -42,8 +42,9 @@ class PassInfo:
 class SAMWindow:
     """Both passes of a SAM step over a window of n micro-batches, up to the optimizer's step, which stays the caller's.
 
-    The ascent gradient is that of the first ceil(ascent_fraction * n) micro-batches; the descent gradient is that of all n,
-    at the one perturbed point (2110.08529 takes a quarter). Micro-batches of the ascent are run twice and kept until then,
+    The ascent gradient is that of the first k = ceil(ascent_fraction * n) micro-batches; the descent gradient is that of all
+    n, at the one perturbed point (2110.08529 takes a quarter). For a variant that mixes both, such as GSAM, the ascent's is
+    multiplied by n / k. Micro-batches of the ascent are run twice and kept until then,
     later ones run once, at w + e. After the last one w is back and the gradients are the second pass's, ready for
     `unscale_`, clipping and `step()`::
 
@@ -248,7 +249,7 @@ class SAMWindow:
             )
         try:
             if self._kept:
-                self._replay()
+                self._replay(of=len(self._kept))  # nor will more have a second pass
             self.optimizer.end_ascent()
         except BaseException:
             self.abort()
@@ -271,11 +272,12 @@ class SAMWindow:
         sync = last and self.optimizer.sync_ascent is not False
         result = self.run_pass(micro_batch, PassInfo(self.fed - 1, sync=sync, is_last=self.fed == self.size))
         if last:
-            self._replay()
+            self._replay(of=self.size)
         return result
 
-    def _replay(self) -> None:
-        """Perturbs, and runs the micro-batches of the ascent again."""
+    def _replay(self, of: int) -> None:
+        """Perturbs, and runs the micro-batches of the ascent again; `of` so many that the second pass is over."""
+        self.optimizer.weigh_ascent_(of / len(self._kept))
         self.optimizer.first_step(zero_grad=True)
         replayed, self._kept = self._kept, []
         after = RandomState(self.optimizer.accelerators())
