@@ -720,7 +720,55 @@ def test_r3f_inplace(backend: str) -> None:
     assert all(e is not None and same_bits(g, e) for g, e in zip(got, expected[1], strict=True))
 
 
+# -- float16 under a loss scale -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("smoothing", [None, 0.0, 0.1])  # None: the divergence alone
+def test_float16_gradients_are_made_under_the_loss_scale(backend: str, smoothing: float | None, inplace: bool) -> None:
+    """Of a mean over 64 rows most are below 6e-8, where float16 ends, until a GradScaler's factor is on them."""
+    a, b = (t.half() for t in streams(64, 6000, 0.02))
+    labels = torch.randint(6000, (64,))
+
+    def loss(a: Tensor, b: Tensor, **options: bool) -> Tensor:
+        if smoothing is None:
+            return symmetric_kl(a, b, reduction="mean", **options)
+        return r3f_loss(a, b, labels, label_smoothing=smoothing, **options).loss
+
+    exact = [t.double().requires_grad_() for t in (a, b)]
+    p, q = (t.log_softmax(-1) for t in exact)
+    kl = ((p.exp() - q.exp()) * (p - q)).sum(-1).mean()
+    ce = 0 if smoothing is None else torch.nn.functional.cross_entropy(exact[0], labels, label_smoothing=smoothing)
+    expected = torch.autograd.grad(kl + ce, exact)
+
+    leaves = [t.requires_grad_() for t in (a, b)]
+    x, y = (t * 1 for t in leaves)
+    scaled = loss(x, y, inplace=inplace) * 2**16
+    got = torch.autograd.grad(scaled, (x, y), retain_graph=True)
+    for g, e, t in zip(got, expected, (x, y), strict=True):
+        assert (g.double() / 2**16 - e).norm() <= 1e-3 * e.norm()
+        assert (g.data_ptr() == t.data_ptr()) == inplace
+    if inplace:
+        with pytest.raises(RuntimeError, match="inplace=False"):
+            torch.autograd.grad(scaled, (x, y))
+    else:
+        assert all(map(same_bits, torch.autograd.grad(scaled, (x, y)), got))
+
+
+def test_smoothing_keeps_its_digits_whatever_is_added_to_all_logits(backend: str) -> None:
+    a, b = streams(6, 70, 0.1)
+    labels = torch.randint(70, (6,))
+    for level in (0.0, 1e4, 1e5):
+        clean, noised = (t.double().add(level).float() for t in (a, b))
+        expected = torch.nn.functional.cross_entropy(clean.double(), labels, label_smoothing=0.1)
+        got = r3f_loss(clean, noised, labels, label_smoothing=0.1).task_loss
+        assert float(got) == pytest.approx(float(expected), rel=1e-6)
+
+
 # -- bad input: one clear error, nothing written --------------------------------------------------------------------------
+
+
+LABELS = torch.tensor([0, 1, 2, 3])
 
 
 @pytest.mark.parametrize(
@@ -736,6 +784,7 @@ def test_r3f_inplace(backend: str) -> None:
         (lambda a, b: symmetric_kl(a[:, :0], b[:, :0]), ValueError, "no classes"),
         (lambda a, b: symmetric_kl(a, b, reduction="bachmean"), ValueError, "'batchmean'"),
         (lambda a, b: symmetric_kl(a, b, mask=torch.ones(4)), TypeError, "bool"),
+        (lambda a, b: symmetric_kl(a, b, mask=[True] * 4), TypeError, "mask is a list"),
         (lambda a, b: symmetric_kl(a, b, mask=torch.ones(4, 9, dtype=torch.bool)), ValueError, r"\(4, 9\), expected \(4,\)"),
         (lambda a, b: r3f_loss(a, b, torch.zeros(3, dtype=torch.long)), ValueError, r"\(3,\), expected \(4,\)"),
         (lambda a, b: r3f_loss(a, b, torch.zeros(4)), TypeError, "integers"),
@@ -745,6 +794,13 @@ def test_r3f_inplace(backend: str) -> None:
         (lambda a, b: r3f_loss(a, b, torch.tensor([0, 1, 2, 3]), reduction="tokens"), ValueError, "'token'"),
         (lambda a, b: r3f_loss(a, b, torch.tensor([0, 1, 2, 3]), r3f_lambda=-1.0), ValueError, "r3f_lambda"),
         (lambda a, b: r3f_loss(a, b, torch.tensor([0, 1, 2, 3]), r3f_lambda=math.nan), ValueError, "r3f_lambda"),
+        (lambda a, b: r3f_loss(a, b, LABELS, r3f_lambda=None), TypeError, "r3f_lambda must be a number"),
+        (lambda a, b: r3f_loss(a, b, LABELS, r3f_lambda=torch.tensor(1.0, requires_grad=True)), TypeError, "gets none"),
+        (lambda a, b: r3f_loss(a, b, LABELS, label_smoothing="0.1"), TypeError, "label_smoothing must be a number"),
+        (lambda a, b: r3f_loss(a, b, LABELS, label_smoothing=1.0), ValueError, "label_smoothing"),
+        (lambda a, b: r3f_loss(a, b, LABELS, ignore_index=None), TypeError, "ignore_index must be a whole number"),
+        (lambda a, b: r3f_loss(a, b, LABELS, num_items="4"), TypeError, "num_items must be a number"),
+        (lambda a, b: r3f_loss(a, b, LABELS, num_items=torch.tensor(4.0, requires_grad=True)), TypeError, "gets none"),
         (lambda a, b: r3f_loss(a, b, torch.tensor([0, 1, 2, 3]), num_items=-1), ValueError, "num_items"),
         (lambda a, b: r3f_loss(a, b, torch.tensor([0, 1, 2, 3]), num_items=4, reduction="sum"), ValueError, "num_items"),
         (

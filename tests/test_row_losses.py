@@ -156,7 +156,7 @@ def outcome_in_place(call: Call, layout: str, *sources: Tensor, wanted: tuple[bo
     return (*found, *grads, *(t.detach() for t in owned)), answers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # float16 has one way
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_both_ways_leave_the_same_bits_in_the_logits_place(layout: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)

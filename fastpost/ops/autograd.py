@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from fastpost.dispatch import strict
 from fastpost.ops.registry import eager
@@ -94,6 +95,18 @@ class Function(torch.autograd.Function):
             "this operation of fastpost has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); take reverse "
             "mode: torch.func.vjp, jacrev, or backward()"
         )
+
+
+def apply_any(function: type[Function], *args: Any) -> Any:
+    """`function.apply(*args)`, of a function whose `forward` takes any number of tensors.
+
+    Where nothing is recorded, torch.compile would hand such a `forward` a context that it does not take.
+    """
+    if is_dynamo_compiling() and not (
+        torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+    ):
+        return function.forward(*args)
+    return function.apply(*args)
 
 
 # -- vmap -----------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastpost.backends.reference import divergence_of_rows
 from fastpost.backends.serving import contiguous
 from fastpost.dispatch import select, strict
-from fastpost.ops.autograd import traced, transformed
+from fastpost.ops.autograd import apply_any, traced, transformed
 from fastpost.ops.lists import mark_modified
 from fastpost.ops.reductions import (
     R3FLoss,
@@ -23,7 +23,7 @@ from fastpost.ops.reductions import (
 )
 from fastpost.ops.registry import define
 from fastpost.ops.row_losses import kl_losses, r3f_losses
-from fastpost.ops.rows import RowValues, Streams, scale_
+from fastpost.ops.rows import RowValues, Streams, made_backward, scale_
 from fastpost.row_tasks import DivergenceTask
 
 # -- implementations behind torch.ops.fastpost ----------------------------------------------------------------------------
@@ -106,7 +106,8 @@ class _Divergence:
 
     ignore_index: int
     smoothing: float
-    inplace: bool
+    inplace: bool = False
+    overwrites: bool = False
 
     def values(
         self,
@@ -147,9 +148,22 @@ class _Divergence:
         kl_weights: Tensor | None,
         ce_weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        *_, grad_clean, grad_noised = _op_rows(clean, noised, labels, self.ignore_index, kl_weights, ce_weights, *want)
+        late = made_backward(clean.dtype)
+        if late:  # the factors are in what is rounded
+            factors = factors.double().contiguous()
+            kl_weights = factors if kl_weights is None else kl_weights * factors
+            if labels is not None:
+                ce_weights = factors if ce_weights is None else ce_weights * factors
+        rest = (labels, self.ignore_index, kl_weights, ce_weights, *want)
+        if self.overwrites:
+            _op_rows_(clean, noised, *rest)
+            mark_modified([t for t, wanted in zip((clean, noised), want, strict=True) if wanted])
+            grad_clean, grad_noised = clean.detach(), noised.detach()
+        else:
+            *_, grad_clean, grad_noised = _op_rows(clean, noised, *rest)
         self._smooth_(grad_clean if want[0] else None, labels, ce_weights)
-        scale_([grad_clean, grad_noised], factors)
+        if not late:  # the bits of the first backward pass
+            scale_([grad_clean, grad_noised], factors)
         return grad_clean, grad_noised
 
     def formula(
@@ -246,7 +260,9 @@ def _run(
     if inplace:
         _check_inplace(op, (logits, noised_logits), (clean, noised), want)
     kind = _Divergence(ignore_index, smoothing, inplace)
-    value, kl, ce, *_ = RowValues.apply(kind, want, clean, noised, labels, kl_weights, ce_weights)
+    if made_backward(clean.dtype):
+        kind, want = _Divergence(ignore_index, smoothing, overwrites=inplace), (False, False)
+    value, kl, ce, *_ = apply_any(RowValues, kind, want, clean, noised, labels, kl_weights, ce_weights)
     check_finite(op, kl)
     return value, kl, ce
 
@@ -290,7 +306,8 @@ def symmetric_kl(
         reduction: "none" gives shape (...), zeros where masked; "sum"; "mean" over the rows that count; "batchmean" divides
             the sum by logits.shape[0], as fairseq does.
         inplace: the gradients overwrite the logits in this very call, without any allocation of their size; then only one
-            backward pass can be run, and nobody else may use the logits.
+            backward pass can be run, and nobody else may use the logits. float16 logits are overwritten in the backward
+            pass, where a loss scale is known; gradients of other dtypes are multiplied by the factor that comes back.
 
     Returns:
         float32 (float64 for float64 logits). No rows, or none that count, give 0.
@@ -357,8 +374,8 @@ def r3f_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices differ; unknown reduction; labels out of range, or a class that is -inf in one
-            stream only (on the CPU and under FASTPOST_CHECKS=1; elsewhere they give NaN and inf); r3f_lambda negative or not
-            finite; num_items negative, not finite or with another reduction.
+            stream only (on the CPU and under FASTPOST_CHECKS=1; elsewhere they give NaN and inf; with `inplace` such a class
+            is found when gradients have taken the logits' place); r3f_lambda negative or not finite; num_items negative, not finite or with another reduction.
         TypeError: logits not floating point, labels not integers.
     """
     found = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpost.ops import distillation_walk, linear_rows, top_k_rows
-from fastpost.ops.autograd import Function, by_operation, one_by_one, transformed, unmapped_batch
+from fastpost.ops.autograd import Function, apply_any, by_operation, one_by_one, transformed, unmapped_batch
 from fastpost.ops.registry import Operation
 from fastpost.ops.rows import scale_
 
@@ -65,7 +65,7 @@ def fused_loss(
     # Under torch.func, which backward passes there will be is not known here.
     ahead = torch.is_grad_enabled() and not transformed()
     want = [t is not None and ahead and t.requires_grad for t in tensors]
-    value, sums, values, *_ = _FusedLoss.apply(walk, how, want, per_row, labels, torch.stack(weights), *tensors)
+    value, sums, values, *_ = apply_any(_FusedLoss, walk, how, want, per_row, labels, torch.stack(weights), *tensors)
     return value, sums, values
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastpost.backends.reference import jensen_shannon_of_rows
 from fastpost.dispatch import select
+from fastpost.ops.autograd import apply_any
 from fastpost.ops.divergence import check_logits, rows_of
 from fastpost.ops.reductions import kl_weights, out_dtype
 from fastpost.ops.registry import define
@@ -39,7 +40,7 @@ _op = define(
 class _JensenShannon:
     """Row values times weights; `more` are the weights. Gradients are made in the backward pass."""
 
-    inplace = False
+    inplace = overwrites = False
 
     def values(self, want: Streams, clean: Tensor, noised: Tensor, weights: Tensor | None) -> tuple[Tensor, ...]:
         value, *nothing = _op(clean, noised, weights, False)
@@ -94,6 +95,6 @@ def _js_divergence(logits: Tensor, noised_logits: Tensor, mask: Tensor | None, r
     check_logits(op, logits, noised_logits)
     rows = logits.shape[:-1]
     weights = kl_weights(op, rows, logits.device, mask, reduction)
-    value, *_ = RowValues.apply(_KIND, (False, False), rows_of(logits), rows_of(noised_logits), weights)
+    value, *_ = apply_any(RowValues, _KIND, (False, False), rows_of(logits), rows_of(noised_logits), weights)
     result: Tensor = value.reshape(rows) if reduction == "none" else value.sum()
     return result.to(out_dtype(logits.dtype))

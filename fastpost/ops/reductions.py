@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from fastpost.errors import unknown
-from fastpost.ops.autograd import checks_values
+from fastpost.ops.autograd import checks_values, traced, waits
+from fastpost.ops.scalars import check_number, check_real, check_whole
 
 KL_REDUCTIONS = ("none", "sum", "mean", "batchmean")
+_ELEMENTS = 1 << 18  # that are copied at a time
 R3F_REDUCTIONS = ("token", "sentence", "fairseq", "sum")
 
 
@@ -38,6 +40,8 @@ def kl_weights(op: str, rows: torch.Size, device: torch.device, mask: Tensor | N
     if reduction not in KL_REDUCTIONS:
         raise unknown("reduction", reduction, KL_REDUCTIONS)
     if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{op}: mask is a {type(mask).__name__}, not a tensor")
         if mask.shape != rows:
             raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}, expected {tuple(rows)}")
         if mask.dtype != torch.bool:
@@ -102,11 +106,14 @@ def item_divisor(op: str, num_items: float | Tensor, device: torch.device) -> fl
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"{op}: num_items must be one number, not a tensor of shape {tuple(num_items.shape)}")
+        if num_items.requires_grad:
+            raise TypeError(f"{op}: num_items is a tensor that requires a gradient, and gets none: pass num_items.detach()")
         known = checks_values(num_items.device)
         items = num_items.detach().reshape(()).to(device=device, dtype=torch.float64)
         if known and not 0 <= float(items) < math.inf:
             raise ValueError(f"{op}: num_items must be finite and >= 0, not {float(items):g}")
         return torch.where(items == 0, math.inf, items)
+    check_real(op, "num_items", num_items)
     if not 0 <= num_items < math.inf:
         raise ValueError(f"{op}: num_items must be finite and >= 0, not {num_items}")
     return float(num_items) or math.inf
@@ -137,9 +144,10 @@ def r3f_weights(
     """
     if reduction not in R3F_REDUCTIONS:
         raise unknown("reduction", reduction, R3F_REDUCTIONS)
-    if not (math.isfinite(r3f_lambda) and r3f_lambda >= 0):
-        raise ValueError(f"{op}: r3f_lambda must be finite and >= 0, not {r3f_lambda}")
-    if not 0 <= label_smoothing < 1:
+    check_number(op, "r3f_lambda", r3f_lambda)
+    check_number(op, "label_smoothing", label_smoothing)
+    check_whole(op, "ignore_index", ignore_index)
+    if label_smoothing >= 1:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1), not {label_smoothing}")
     if not isinstance(labels, Tensor):
         raise TypeError(f"{op}: labels are a {type(labels).__name__}, not a tensor")
@@ -195,8 +203,17 @@ def _placed(weights: Tensor, device: torch.device) -> Tensor:
 def smoothing_gap(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     """z_y - mean(z) of every row, float64; 0 where the label does not count."""
     known = labels.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)
-    gap = logits.gather(-1, known).squeeze(-1).double() - logits.mean(-1, dtype=out_dtype(logits.dtype)).double()
+    gap = logits.gather(-1, known).squeeze(-1).double() - _means(logits)
     return torch.where(counts, gap, torch.zeros_like(gap))
+
+
+def _means(logits: Tensor) -> Tensor:
+    """Of every row, float64: a mean in float32 is rounded beside the logits, whose level may be far from 0."""
+    if traced() or waits(logits.device):
+        return logits.mean(-1, dtype=torch.float64)
+    step = max(1, _ELEMENTS // logits.shape[-1])  # on a CPU torch copies what it sums up in another dtype
+    parts = [logits[at : at + step].mean(-1, dtype=torch.float64) for at in range(0, len(logits), step)]
+    return torch.cat(parts) if parts else logits.new_zeros(0, dtype=torch.float64)
 
 
 def add_smoothing_gradient_(grad: Tensor, labels: Tensor, weights: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from fastpost.dispatch import forced, select, shortcut
 from fastpost.ops.autograd import by_operation, transformed, unmapped_batch
 from fastpost.ops.lists import mark_modified
-from fastpost.ops.rows import ONCE, scale_
+from fastpost.ops.rows import ONCE, made_backward, scale_
 from fastpost.row_tasks import LossTask
 
 _KL_REDUCTIONS = ("sum", "mean", "batchmean")
@@ -76,15 +76,17 @@ def r3f_losses(
     """`r3f_loss` without label smoothing, as `kl_losses`: the loss, the cross-entropy and the divergence."""
     if is_dynamo_compiling() or not isinstance(clean, Tensor) or not isinstance(labels, Tensor):
         return None
+    if type(r3f_lambda) not in (int, float) or type(ignore_index) is not int:  # to be looked at, and maybe refused
+        return None
     items = num_items
     if isinstance(items, Tensor):
-        if type(items) is not Tensor or transformed() or items.numel() != 1 or items.is_complex():
+        if type(items) is not Tensor or items.requires_grad or transformed() or items.numel() != 1 or items.is_complex():
             return None
         if items.device.type == "cpu":
             items = float(items.detach())
     if not (0 <= r3f_lambda < math.inf and (items is None or reduction == "token")):
         return None
-    if not (items is None or isinstance(items, Tensor) or 0 <= items < math.inf):
+    if not (items is None or isinstance(items, Tensor) or (type(items) in (int, float) and 0 <= items < math.inf)):
         return None
     how = LossTask(False, clean, noised, labels, ignore_index=ignore_index, kl_weight=r3f_lambda)
     if reduction == "fairseq":
@@ -127,7 +129,7 @@ def _losses(task: LossTask, inplace: bool, whole: Callable[..., Tensor]) -> tupl
     if not (torch.is_grad_enabled() and (clean.requires_grad or noised.requires_grad)):
         unrecorded: tuple[Tensor, ...] | None = function(task, None, None)
         return unrecorded
-    if task.jensen_shannon:  # its gradients are made in the backward pass
+    if task.jensen_shannon or made_backward(clean.dtype):
         return None
     if inplace:
         written = [t for t in (clean, noised) if t.requires_grad]

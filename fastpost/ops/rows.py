@@ -18,9 +18,17 @@ from fastpost.ops.registry import define
 Streams = tuple[bool, bool]
 
 ONCE = (
-    "symmetric_kl/r3f_loss with inplace=True: the logits were overwritten by their gradients; a second backward pass "
-    "(retain_graph) or a second derivative (create_graph) needs inplace=False"
+    "symmetric_kl/r3f_loss with inplace=True: the logits are overwritten by their gradients; a second backward pass "
+    "(retain_graph) or a second derivative (create_graph) needs inplace=False, and so does forward mode"
 )
+
+
+def made_backward(dtype: torch.dtype) -> bool:
+    """Whether gradients of this dtype are made in the backward pass, where the factor on them is known.
+
+    float16 ends at 6e-8, below which the gradients of a mean lie; a loss scale could not bring back what they have lost.
+    """
+    return dtype == torch.float16
 
 
 class Kind(Protocol):
@@ -28,9 +36,11 @@ class Kind(Protocol):
 
     Attributes:
         inplace: whether `values` leaves the gradients in the logits' own memory.
+        overwrites: whether `gradients` does.
     """
 
     inplace: bool
+    overwrites: bool
 
     def values(self, want: Streams, clean: Tensor, noised: Tensor, *more: Tensor | None) -> tuple[Tensor, ...]:
         """Weighted values (float64), values for show, and the gradients of the wanted streams, by one kernel.
@@ -69,7 +79,7 @@ class RowValues(Function):
         else:
             ctx.save_for_backward(clean, noised, *more)
             ctx.save_for_forward(clean, noised, *more)
-        ctx.more, ctx.results = len(more), len(output)
+        ctx.more, ctx.results, ctx.overwritten = len(more), len(output), False
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -79,6 +89,10 @@ class RowValues(Function):
         again, batched = by_operation(), unmapped_batch(upstream)
         if ctx.kind.inplace and (again or batched or grads is None):
             raise RuntimeError(ONCE)
+        if ctx.kind.overwrites:
+            if again or batched or ctx.overwritten:
+                raise RuntimeError(ONCE)
+            ctx.overwritten = True
         if grads is not None and not again and not batched:
             wanted = ctx.want
             scale_([g for g, w in zip(grads, wanted, strict=True) if w], upstream)
@@ -100,6 +114,8 @@ class RowValues(Function):
     @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         refuse_nested_forward_mode()
+        if ctx.kind.inplace or ctx.kind.overwrites:
+            raise RuntimeError(ONCE)
         clean, noised, *more = ctx.saved_tensors
         ones = torch.ones(len(clean), dtype=torch.float64, device=clean.device)
         moves = tangents[2:4]

@@ -31,5 +31,5 @@ def check_number(op: str, name: str, value: object, least: float = 0.0) -> None:
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{op}: {name} is a tensor that requires a gradient, and gets none: pass float({name})")
     number = float(value)  # type: ignore[arg-type]
-    if not (math.isfinite(number) and number >= least):
+    if not least <= number < math.inf:
         raise ValueError(f"{op}: {name} must be finite and {'> 0' if least == POSITIVE else f'>= {least:g}'}, not {number}")

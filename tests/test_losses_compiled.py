@@ -1,0 +1,69 @@
+"""All losses under torch.compile, in one graph: with a gradient, in validation, and with sizes that change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+import fastpost
+
+ROWS, WIDTH, CLASSES = 6, 8, 11
+WEIGHT, TEACHER, OTHER = torch.randn(CLASSES, WIDTH), torch.randn(CLASSES, WIDTH), torch.randn(9, WIDTH)
+
+
+def top(hidden: Tensor) -> Tensor:
+    known = fastpost.linear_top_log_probs(OTHER[: len(hidden)], TEACHER, 3)
+    return fastpost.linear_top_k_distillation_loss(
+        hidden, WEIGHT, known.ids, known.log_probs, teacher_rest=known.rest
+    ).loss  # fmt: skip
+
+
+def labels(hidden: Tensor) -> Tensor:
+    return torch.arange(len(hidden)) % CLASSES
+
+
+def logits(hidden: Tensor) -> Tensor:
+    return linear(hidden, WEIGHT)
+
+
+def others(hidden: Tensor) -> Tensor:
+    return linear(hidden + 0.1, TEACHER)
+
+
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "symmetric_kl": lambda h: fastpost.symmetric_kl(logits(h), others(h)),
+    "js_divergence": lambda h: fastpost.js_divergence(logits(h), others(h)),
+    "r3f_loss": lambda h: fastpost.r3f_loss(logits(h), others(h), labels(h), label_smoothing=0.1).loss,
+    "distillation_loss": lambda h: fastpost.distillation_loss(logits(h), others(h)).loss,
+    "linear_symmetric_kl": lambda h: fastpost.linear_symmetric_kl(h, h + 0.1, WEIGHT),
+    "linear_r3f_loss": lambda h: fastpost.linear_r3f_loss(h, h + 0.1, WEIGHT, labels(h)).loss,
+    "linear_r_drop_loss": lambda h: fastpost.linear_r_drop_loss(h, h + 0.1, WEIGHT, labels(h)).loss,
+    "linear_distillation_loss": lambda h: fastpost.linear_distillation_loss(h, WEIGHT, h + 0.1, TEACHER).loss,
+    "linear_top_k_distillation_loss": top,
+    "linear_top_log_probs": lambda h: fastpost.linear_top_log_probs(h, WEIGHT, 3).log_probs.sum(),
+}
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_graph(name: str, dynamic: bool | None, recorded: bool) -> None:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    loss = LOSSES[name]
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rows in (ROWS, ROWS + 1) if dynamic else (ROWS,):
+        hidden = torch.randn(rows, WIDTH, requires_grad=True)
+        with torch.set_grad_enabled(recorded):
+            found, expected = compiled(hidden), loss(hidden)
+        torch.testing.assert_close(found, expected)
+        if expected.requires_grad:
+            torch.testing.assert_close(*(torch.autograd.grad(value, hidden) for value in (found, expected)))
+        elif not recorded:
+            plain = hidden.detach()
+            torch.testing.assert_close(compiled(plain), loss(plain))
+    torch.compiler.reset()
