@@ -375,7 +375,8 @@ def r3f_loss(
     Raises:
         ValueError: shapes, dtypes or devices differ; unknown reduction; labels out of range, or a class that is -inf in one
             stream only (on the CPU and under FASTPOST_CHECKS=1; elsewhere they give NaN and inf; with `inplace` such a class
-            is found when gradients have taken the logits' place); r3f_lambda negative or not finite; num_items negative, not finite or with another reduction.
+            is found when gradients have taken the logits' place); r3f_lambda negative or not finite; num_items negative, not
+            finite or with another reduction.
         TypeError: logits not floating point, labels not integers.
     """
     found = None
