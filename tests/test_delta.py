@@ -57,6 +57,30 @@ def test_rollback_still_works_afterwards() -> None:
     assert all(same_bits(p, start[name]) for name, p in model.named_parameters())
 
 
+def test_it_follows_the_parameters_that_the_model_has_now() -> None:
+    """After `load_state_dict(assign=True)`, which also makes two parameters of a tied weight, with one memory or two."""
+    for copied in (False, True):
+        model, result, start, after = run()
+        delta = result.delta(model)
+        state = {name: t.clone() if copied else t for name, t in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+        for made in (delta, result.delta(model)):
+            made.scale_(0.5)
+            for name, p in model.named_parameters(remove_duplicate=False):
+                known = name if name in start else "transformer.wte.weight"
+                a, b = start[known].double(), after[known].double()
+                torch.testing.assert_close(p.double(), (a + b) / 2, rtol=1e-6, atol=1e-7)
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    p.copy_(after[name] if name in after else after["transformer.wte.weight"])
+        delta.scale_(0.0)
+        assert all(same_bits(p, start[name]) for name, p in model.named_parameters() if name in start)
+        assert same_bits(model.lm_head.weight, model.transformer.wte.weight)
+        model.double()
+        with pytest.raises(ValueError, match=r"its copy .*convert the model back"):
+            delta.norm()
+
+
 @pytest.mark.parametrize(("alpha", "beta"), [(None, None), (0.2, None), (0.1, 0.5)])
 def test_lines_scales_with_depth(alpha: float | None, beta: float | None) -> None:
     model, result, start, after = run()

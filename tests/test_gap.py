@@ -13,6 +13,8 @@ from torch import nn
 
 import fastpost
 
+from .conftest import same_bits
+
 VOCABULARY = 53
 
 
@@ -202,6 +204,67 @@ def test_rollback_is_bitwise_in_the_same_storage(dtype):
     model.to(dtype)
     result.rollback()
     assert same(before, bits(model))
+
+
+def reassigned(model: nn.Module, change: float = 0.0) -> None:
+    """Every parameter is another one in its place; tied ones are parameters of their own then."""
+    state = {name: torch.add(tensor, change) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def test_rollback_reaches_the_parameters_that_the_model_has_now():
+    model = tiny_model()
+    before, old = {name: t.clone() for name, t in model.state_dict().items()}, list(model.parameters())
+    result = fastpost.GAP(n_steps=3)(model, a_text())
+    for change in (0.0, 1.0):
+        reassigned(model, change)
+        assert not {id(p) for p in old} & {id(p) for p in model.parameters()}
+        now = {name: p.data_ptr() for name, p in model.named_parameters()}
+        result.rollback()
+        assert all(same_bits(t, before[name]) for name, t in model.state_dict().items())
+        assert now == {name: p.data_ptr() for name, p in model.named_parameters()}, "written in place"
+
+
+def test_rollback_where_tied_weights_share_memory_but_no_parameter():
+    model = tiny_model()
+    before = bits(model)
+    result = fastpost.GAP(n_steps=3)(model, a_text())
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    model.lm_head.weight = nn.Parameter(model.transformer.wte.weight.data)
+    result.rollback()
+    model.tie_weights()
+    assert same(before, bits(model))
+
+
+@pytest.mark.parametrize("gone", ["gone", "dtype", "shape"])
+def test_rollback_that_cannot_reach_a_parameter_writes_nothing(gone: str):
+    model = tiny_model()
+    result = fastpost.GAP(n_steps=3)(model, a_text())
+    norm = model.transformer.ln_f
+    if gone == "gone":
+        del norm.bias
+        message = r"no parameter 'transformer\.ln_f\.bias' any more.*give the model the parameters back"
+    else:
+        norm.bias = nn.Parameter(norm.bias.detach().double() if gone == "dtype" else torch.ones(3))
+        message = "convert the model back"
+    now = bits(model)
+    with pytest.raises(ValueError, match=message):
+        result.rollback()
+    assert same(now, bits(model))
+
+
+def test_evaluate_may_not_replace_parameters():
+    model = tiny_model()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+
+    def score(model: nn.Module) -> float:
+        reassigned(model)
+        return 1.0
+
+    for scored in ({"evaluate": score}, {"test": score}):
+        with pytest.raises(ValueError, match="evaluate or test has replaced parameters of the model"):
+            fastpost.GAP(n_steps=3)(model, a_text(), **scored)
+        assert all(same_bits(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_modes_gradients_and_dropout_are_put_back():

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastpost.gap.weights import memory
+
 
 class Delta:
     """weights - base of a model, held as the weights and a copy of the base.
@@ -21,9 +23,9 @@ class Delta:
         delta.lines_(0.3, 0.7)           # LiNeS: 0.3 of it in the first layer, all of it in the last
         delta.save("text.safetensors")   # another run from the same base can merge_ it
 
-    Every call starts from the delta as it is now. One pass over memory, two reads and one write: base + factor * delta,
-    exact at 0 (the base, bit for bit) and at 1 (nothing changes, bit for bit). The model is a plain one all the time: save
-    it as ever.
+    Every call starts from the delta as it is now, in the parameters that the model has now. One pass over memory, two reads
+    and one write: base + factor * delta, exact at 0 (the base, bit for bit) and at 1 (nothing changes, bit for bit). The
+    model is a plain one all the time: save it as ever.
 
     Args:
         model: holds the weights, by name.
@@ -36,15 +38,34 @@ class Delta:
     def __init__(self, model: nn.Module, base: Mapping[str, Tensor]) -> None:
         self._model = model
         first = {id(p): name for name, p in model.named_parameters()}
-        # Every name of a weight that has several (an output head tied to the embedding), and the one that it goes by here.
-        self._names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-        self._pairs = {name: (p, base[name]) for name, p in model.named_parameters() if name in base}
-        if not self._pairs:
+        tied = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        # Under every name: weights that are tied now may have parameters of their own later.
+        self._base = {name: base[known] for name, known in tied.items() if known in base}
+        if not self._base:
             raise ValueError("Delta: no weight of the model has a copy in base")
-        for name, (p, b) in self._pairs.items():
+        self._present()
+
+    def _present(self) -> tuple[dict[str, str], dict[str, tuple[Tensor, Tensor]]]:
+        """Every name of a weight with the one that it goes by here (an output head may be tied to the embedding), and by the
+        latter the weight and its copy.
+
+        Raises:
+            ValueError: a weight and its copy do not fit, or the weight is gone.
+        """
+        here = dict(self._model.named_parameters(remove_duplicate=False))
+        first: dict[int, str] = {}
+        names = {name: first.setdefault(memory(p), name) for name, p in here.items()}
+        missing = [name for name in self._base if name not in here]
+        if missing:
+            raise ValueError(f"Delta: the model has no weight {missing[0]!r} any more; build the delta anew")
+        pairs: dict[str, tuple[Tensor, Tensor]] = {
+            name: (here[name], b) for name, b in self._base.items() if names[name] == name
+        }
+        for name, (p, b) in pairs.items():
             if (p.shape, p.dtype, p.device) != (b.shape, b.dtype, b.device):
                 now, then = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (p, b))
-                raise ValueError(f"Delta: {name} is {now}, its copy {then}")
+                raise ValueError(f"Delta: {name} is {now}, its copy {then}; convert the model back (model.to(...))")
+        return names, pairs
 
     @torch.no_grad()
     def scale_(self, factor: float | Mapping[str, float]) -> None:
@@ -56,14 +77,15 @@ class Delta:
         Raises:
             ValueError: a factor that is not finite, or an unknown name; nothing is written then.
         """
-        factors = {name: float(factor) for name in self._pairs} if not isinstance(factor, Mapping) else dict(factor)
+        _, pairs = self._present()
+        factors = {name: float(factor) for name in pairs} if not isinstance(factor, Mapping) else dict(factor)
         for name, value in factors.items():
-            if name not in self._pairs:
+            if name not in pairs:
                 raise ValueError(f"Delta: {name!r} is none of the weights with a copy")
             if not math.isfinite(value):
                 raise ValueError(f"Delta: a factor must be finite, not {value}")
         for name, value in factors.items():
-            p, base = self._pairs[name]
+            p, base = pairs[name]
             if value == 1:
                 continue
             if value == 0:
@@ -94,7 +116,7 @@ class Delta:
         stacks = stacks_of(self._model)
         depth = {block: at / (len(stack) - 1) for stack in stacks for at, block in enumerate(stack)}
         factors = {}
-        for name in self._pairs:
+        for name in self._present()[1]:
             at = next((at for block, at in depth.items() if name.startswith(f"{block}.")), None)
             factors[name] = alpha if at is None else alpha + beta * at
         self.scale_(factors)
@@ -106,8 +128,9 @@ class Delta:
 
         A tied weight is there under each of its names, as one tensor.
         """
-        own = {name: p.sub(b) if p.dtype.itemsize >= 4 else p.float().sub_(b) for name, (p, b) in self._pairs.items()}
-        return {name: own[known] for name, known in self._names.items() if known in own}
+        names, pairs = self._present()
+        own = {name: p.sub(b) if p.dtype.itemsize >= 4 else p.float().sub_(b) for name, (p, b) in pairs.items()}
+        return {name: own[known] for name, known in names.items() if known in own}
 
     def save(self, path: str | Path) -> None:
         """Writes `tensors()` as a safetensors file, whole or not at all.
@@ -123,7 +146,7 @@ class Delta:
         new = path.with_name(f".{path.name}.new")
         try:
             found = self.tensors()
-            tied = {name: known for name, known in self._names.items() if name != known and name in found}
+            tied = {name: known for name, known in self._present()[0].items() if name != known and name in found}
             once = {name: d.contiguous() for name, d in found.items() if name not in tied}
             save_file(once, new, metadata={"tied": json.dumps(tied)})
             new.replace(path)
@@ -149,15 +172,14 @@ class Delta:
             raise ValueError(f"Delta: a weight must be finite, not {weight}")
         if not isinstance(other, Mapping):
             other = _read(other)
+        names, pairs = self._present()
         moves: dict[str, Tensor] = {}
         for name, d in other.items():
-            known = self._names.get(name)
-            if known not in self._pairs:
+            known = names.get(name)
+            if known not in pairs:
                 raise ValueError(f"Delta: {name!r} is none of the weights with a copy")
-            if d.shape != self._pairs[known][0].shape:
-                raise ValueError(
-                    f"Delta: {name} is {tuple(self._pairs[known][0].shape)}, the other delta's {tuple(d.shape)}"
-                )
+            if d.shape != pairs[known][0].shape:
+                raise ValueError(f"Delta: {name} is {tuple(pairs[known][0].shape)}, the other delta's {tuple(d.shape)}")
             if known in moves and not torch.equal(moves[known], d):
                 raise ValueError(
                     f"Delta: {name} is tied to {known} in this model, and the other delta moves them apart; untie them "
@@ -165,7 +187,7 @@ class Delta:
                 )
             moves[known] = d
         for name, d in moves.items():
-            p = self._pairs[name][0]
+            p = pairs[name][0]
             p.add_(d.to(p.device), alpha=weight)
 
     @torch.no_grad()
@@ -175,7 +197,7 @@ class Delta:
             name: float(
                 torch.linalg.vector_norm(p - b if p.dtype.itemsize >= 4 else p.float() - b.float(), dtype=torch.float64)
             )
-            for name, (p, b) in self._pairs.items()
+            for name, (p, b) in self._present()[1].items()
         }
 
     def norm(self) -> float:

@@ -69,7 +69,7 @@ def sweep(
     for name, digest in done.items():
         if name not in texts or _digest(texts[name]) != digest:
             raise ValueError(f"GAP: {path} holds a text {name!r} that is not among the texts; give another output")
-    base = Snapshot([p for p in model.parameters() if p.requires_grad])
+    base = Snapshot([p for p in model.parameters() if p.requires_grad], model)
     try:
         for number, (name, ids) in enumerate(texts.items(), start=1):
             if name not in done:

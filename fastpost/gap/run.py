@@ -71,10 +71,13 @@ class GapResult:
         return f"loss {self.losses[-1]:.4g}, drift {self.drift[-1]:.2g}{score}"
 
     def rollback(self) -> None:
-        """Makes the model the untouched one again, bit for bit, in the same storage; may be called at any time, repeatedly.
+        """Makes the model the untouched one again, bit for bit, in place; may be called at any time, repeatedly.
+
+        Where other parameters have taken the place of those of the run (`load_state_dict(assign=True)`), these are written.
 
         Raises:
-            ValueError: the model's weights have changed dtype, shape or device since the run.
+            ValueError: the model's weights have changed dtype, shape, device or sharding since the run, or it lacks some.
+                Nothing is written.
         """
         self._base.restore()
 
@@ -85,7 +88,7 @@ class GapResult:
             model: the one that the run was made on.
 
         Raises:
-            ValueError: another model.
+            ValueError: another model; as `rollback`.
         """
         return Delta(model, self._base.by_name(model))
 
@@ -213,7 +216,8 @@ class GAP:
 
         Raises:
             TypeError, ValueError: a text that cannot be used (see `fastpost.gap.text.prepare`), a model without weights to
-                train, an `evaluate` that returns NaN or no number. The weights are as before.
+                train, an `evaluate` that returns NaN or no number, or replaces the model's parameters. The weights are as
+                before.
         """
         weights = checks.movable_weights(model)
         checks.check_callables(evaluate, test, allow_leak)
@@ -222,15 +226,20 @@ class GAP:
         with _as_before(model, weights):
             ids = prepare(model, input_ids, attention_mask, self.max_tokens)
             ids = ids.clone() if ids.is_inference() else ids
-            base = Snapshot(weights) if base is None else base
+            if base is None:
+                base = Snapshot(weights, model)
+            else:
+                base.follow()
+                if {id(p) for p in base.weights} != {id(p) for p in weights}:
+                    raise ValueError("GAP: base is a copy of other weights than those of the model that have requires_grad")
             try:
                 model.eval()
-                untouched = None if test is None else _score(test, model)
+                untouched = None if test is None else _score(test, model, base)
                 watched = None if probe is None else Probe(model, probe)
                 with Reporter(progress, self.n_steps) as report:
                     result = self._climb(model, weights, ids, base, evaluate, watched, report)
                 if test is not None and untouched is not None:
-                    result.test_scores = [untouched, _score(test, model)]
+                    result.test_scores = [untouched, _score(test, model, base)]
                 return result
             except BaseException:
                 base.restore()
@@ -271,7 +280,7 @@ class GAP:
         if probe is not None:
             result.kl.append(0.0)
         if evaluate is not None:
-            result.scores.append(_score(evaluate, model))
+            result.scores.append(_score(evaluate, model, base))
         model.eval()
         for step in range(1, self.n_steps + 1):
             loss = ascent.differentiate()
@@ -300,16 +309,16 @@ class GAP:
             if evaluate is None:
                 result.best_step = step
                 if guarded:
-                    held = _keep(held, weights)
+                    held = _keep(held, weights, model)
             elif not moved:
                 result.scores.append(result.scores[-1])  # the same weights have the same score
             else:
-                score, highest = _score(evaluate, model), max(result.scores)
+                score, highest = _score(evaluate, model, base), max(result.scores)
                 model.eval()  # evaluate() may have left another mode
                 result.scores.append(score)
                 if score > highest:
                     result.best_step = step
-                    held = _keep(held, weights)
+                    held = _keep(held, weights, model)
                 elif score < highest and step > self.min_steps:
                     below += 1
             report(step, result.summary)
@@ -414,17 +423,24 @@ class _FirstMove:
         return self._made
 
 
-def _keep(held: Snapshot | None, weights: list[nn.Parameter]) -> Snapshot:
+def _keep(held: Snapshot | None, weights: list[nn.Parameter], model: nn.Module) -> Snapshot:
     if held is None:
-        return Snapshot(weights)
+        return Snapshot(weights, model)
     held.save()
     return held
 
 
-def _score(evaluate: Evaluate, model: nn.Module) -> float:
+def _score(evaluate: Evaluate, model: nn.Module, base: Snapshot) -> float:
     model.eval()
+    weights = base.weights
     with torch.no_grad():
         score = evaluate(model)
+    base.follow()
+    if [id(p) for p in base.weights] != [id(p) for p in weights]:
+        raise ValueError(
+            "GAP: evaluate or test has replaced parameters of the model (load_state_dict(assign=True)?), so that further "
+            "steps would not reach it; let it write into the parameters in place, or score a copy of the model"
+        )
     if isinstance(score, Tensor) and score.numel() == 1 and not score.is_complex():
         score = score.item()
     if not checks.real(score):

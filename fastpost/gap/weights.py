@@ -3,35 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastpost import plan
+from fastpost import distributed, plan
 from fastpost.ops import params as ops
 
 
+class _Held(NamedTuple):
+    """A weight that is copied, what this rank holds of it, the copy, and all names that the model has for it."""
+
+    weight: Tensor
+    part: Tensor
+    copy: Tensor
+    names: tuple[str, ...]
+
+
 class Snapshot:
-    """One copy of a list of tensors, in one buffer per (device, dtype), taken when constructed.
+    """One copy of a list of weights, in one buffer per (device, dtype), taken when constructed.
 
     Args:
-        tensors: dense floating-point tensors, each memory once; devices and dtypes may mix.
+        weights: dense floating-point tensors, each memory once; devices and dtypes may mix. Of a sharded one (DTensor) this
+            rank's part counts.
+        model: holds them as parameters. `follow` then finds what has taken their place in it.
 
     Raises:
         TypeError, ValueError: as `fastpost.ops.params.check_lists`.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, weights: Sequence[Tensor], model: nn.Module | None = None) -> None:
+        tensors = [_part(p) for p in weights]
         ops.check_lists("GAP", {"weights": tensors}, written=("weights",))
-        self._tensors: list[Tensor] = []
-        self._copies: list[Tensor] = []
+        whole = {id(part): p for part, p in zip(tensors, weights, strict=True)}
+        names = {} if model is None else _names_of(model)
+        self._model = model
+        self._held: list[_Held] = []
         self._buffers: list[Tensor] = []  # held beside their views, so that spans know the padding to be theirs
         for bucket in ops.make_buckets(weights=tensors):
             buffer, views = plan.flat_like(bucket.weights)
-            self._tensors += bucket.weights
-            self._copies += views
+            for part, copy in zip(bucket.weights, views, strict=True):
+                p = whole[id(part)]
+                self._held.append(_Held(p, part, copy, names.get(id(p), ())))
             self._buffers.append(buffer)
         self.save()
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What is copied, restored and measured: as given, or as `follow` has found it."""
+        return [held.weight for held in self._held]
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [held.part for held in self._held]
+
+    @property
+    def _copies(self) -> list[Tensor]:
+        return [held.copy for held in self._held]
 
     @torch.no_grad()
     def save(self) -> None:
@@ -40,26 +69,62 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts the saved bits back, into the same storage.
+        """Puts the saved bits back, into the same storage or into that of the parameters which the model has instead now.
 
         Raises:
-            ValueError: a tensor has changed its dtype, shape or device since it was copied; nothing is written.
+            ValueError: as `follow`; nothing is written.
         """
-        for now, then in zip(self._tensors, self._copies, strict=True):
-            if (now.dtype, now.shape, now.device) != (then.dtype, then.shape, then.device):
-                raise ValueError(
-                    f"GAP: a weight was {then.dtype} of shape {tuple(then.shape)} on {then.device} when copied and is "
-                    f"{now.dtype} of shape {tuple(now.shape)} on {now.device} now, so that its bits cannot be put back; "
-                    "convert the model back (model.to(...)) and call this again"
-                )
+        self.follow()
         ops.sam_restore_(self._tensors, self._copies)
         torch.clear_autocast_cache()
 
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Turns to the parameters that the model has now under the names of those that were copied.
+
+        They are others after `load_state_dict(assign=True)` and the like. A weight that was tied and is so no more has its
+        copy under each of its names. One that has another name now, as under an adapter, is found if it is the same tensor.
+
+        Raises:
+            ValueError: a weight has changed its dtype, shape, device or sharding since it was copied, or the model has none
+                in its place. Nothing is changed.
+        """
+        here = {} if self._model is None else dict(self._model.named_parameters(remove_duplicate=False))
+        known = {id(p) for p in here.values()}
+        found: dict[int, _Held] = {}
+        for held in self._held:
+            places: dict[int, tuple[Tensor, list[str]]] = {}  # the parameters that have its names now
+            for name in held.names:
+                if name in here:
+                    places.setdefault(memory(here[name]), (here[name], []))[1].append(name)
+            if id(held.weight) in known or not held.names:
+                places.setdefault(memory(held.weight), (held.weight, []))
+            if not places:
+                raise ValueError(
+                    f"GAP: the model has no parameter {held.names[0]!r} any more, of which there is a copy; give the model "
+                    "the parameters back that it had, and call this again"
+                )
+            lost = [name for name in held.names if name not in here]
+            for number, (where, (now, names)) in enumerate(places.items()):
+                _check_like(now, held)
+                names = names if number else names + lost
+                if where in found:  # tied again
+                    found[where] = found[where]._replace(names=(*found[where].names, *names))
+                else:  # `save` writes into each copy
+                    found[where] = _Held(now, _part(now), held.copy.clone() if number else held.copy, tuple(names))
+        if [id(new.part) for new in found.values()] != [id(held.part) for held in self._held]:
+            ops.check_lists("GAP", {"weights": [new.part for new in found.values()]}, written=("weights",))
+            self._held = list(found.values())
+
     def by_name(self, model: nn.Module) -> dict[str, Tensor]:
-        """The copies by the names that their tensors have in a model; those that it does not hold are left out."""
+        """The copies by the names that their tensors have in a model; those that it does not hold are left out.
+
+        Raises:
+            ValueError: as `follow`.
+        """
+        self.follow()
         names = {id(p): name for name, p in model.named_parameters()}
-        pairs = zip(self._tensors, self._copies, strict=True)
-        return {names[id(t)]: copy for t, copy in pairs if id(t) in names}
+        return {names[id(held.weight)]: held.copy for held in self._held if id(held.weight) in names}
 
     @torch.no_grad()
     def squared_distance(self) -> Tensor:
@@ -71,11 +136,11 @@ class Snapshot:
         """The same of each group of a model's tensors; `group_of` says a tensor's group by the tensor's name."""
         names = {id(p): name for name, p in model.named_parameters()}
         groups: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-        for now, then in zip(self._tensors, self._copies, strict=True):
-            if id(now) in names:
-                group = groups.setdefault(group_of(names[id(now)]), ([], []))
-                group[0].append(now)
-                group[1].append(then)
+        for held in self._held:
+            if id(held.weight) in names:
+                group = groups.setdefault(group_of(names[id(held.weight)]), ([], []))
+                group[0].append(held.part)
+                group[1].append(held.copy)
         squares = [ops.squared_distance(*group) for group in groups.values()]  # all queued before the first is waited for
         return {name: float(square.sqrt()) for name, square in zip(groups, squares, strict=True)}
 
@@ -99,6 +164,42 @@ class Snapshot:
             return torch.zeros(2, dtype=torch.int64)
         several = len({moved.device for moved, _ in counts}) > 1
         return torch.stack([n.cpu() if several else n for pair in counts for n in pair]).view(-1, 2).sum(0)
+
+
+def _part(p: Tensor) -> Tensor:
+    """What this rank holds of a weight, as memory; of a plain one the weight itself."""
+    return distributed.local(p).detach() if distributed.is_sharded(p) else p
+
+
+def memory(p: Tensor) -> int:
+    """The same for parameters that share their memory: as those of tied layers do once each has been assigned its own."""
+    part = _part(p)
+    return part.data_ptr() or id(p)
+
+
+def _names_of(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """All names of each parameter, by its id."""
+    found: dict[int, tuple[str, ...]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        found[id(p)] = (*found.get(id(p), ()), name)
+    return found
+
+
+def _check_like(now: Tensor, held: _Held) -> None:
+    """Raises ValueError unless the saved bits can be written to this rank's part of `now`."""
+    if distributed.is_sharded(now) != distributed.is_sharded(held.weight):
+        then, since = ("whole", "sharded") if distributed.is_sharded(now) else ("sharded", "whole")
+        raise ValueError(
+            f"GAP: a weight was {then} when copied and is {since} now, so that its bits cannot be put back; call this on the "
+            "model as it was, before it is sharded or gathered"
+        )
+    part, copy = _part(now), held.copy
+    if (part.dtype, part.shape, part.device) != (copy.dtype, copy.shape, copy.device):
+        raise ValueError(
+            f"GAP: a weight was {copy.dtype} of shape {tuple(copy.shape)} on {copy.device} when copied and is "
+            f"{part.dtype} of shape {tuple(part.shape)} on {part.device} now, so that its bits cannot be put back; "
+            "convert the model back (model.to(...)) and call this again"
+        )
 
 
 def _count(mask: Tensor) -> Tensor:
