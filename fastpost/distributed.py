@@ -121,6 +121,15 @@ def sum_before(value: int, group: dist.ProcessGroup | None = None) -> int:
     return sum(values[: dist.get_rank(group)])
 
 
+def everywhere(holds: bool) -> bool:
+    """Whether something holds on all ranks; every rank has to call this."""
+    if not active():
+        return holds
+    found: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(found, holds)
+    return all(found)
+
+
 def fully_sharded(params: Iterable[Tensor]) -> list[tuple[nn.Module, Any]]:
     """The FSDP2 modules that own some of these parameters, each with one of its per-parameter records.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -278,15 +279,21 @@ def functional_path(strategy: str) -> float:
 
 
 def fsdp2_resumed() -> float:
-    """Saved by torch's distributed checkpoint after four steps of six; the group's rho comes back with it."""
+    """Saved by torch's distributed checkpoint after four steps of six; the group's rho comes back with it, and a guard knows
+    where the run began."""
+    guards = DriftGuard(max_drift=1e9), DriftGuard(max_drift=1e9)
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)
     saving = {"save_strategy": "steps", "save_steps": 4, "output_dir": folder[0], "sam_interval": 3}
-    whole = sharded(ShardedSAM, model(), 6, **saving)
+    whole = sharded(ShardedSAM, model(), 6, callbacks=[guards[0]], **saving)
     weights = {name: distributed.whole(p) for name, p in whole.model.named_parameters()}
-    resumed = sharded(ShardedSAM, model(), 6, resume=f"{folder[0]}/checkpoint-4", **saving)
+    resumed = sharded(ShardedSAM, model(), 6, resume=f"{folder[0]}/checkpoint-4", callbacks=[guards[1]], **saving)
     again = {name: distributed.whole(p) for name, p in resumed.model.named_parameters()}
     assert resumed.sam.param_groups[0]["sam_steps"] == 6
+    assert guards[1].drift == pytest.approx(guards[0].drift, rel=1e-6)
+    assert sorted(path.name for path in Path(folder[0]).glob("drift_guard*")) == [
+        f"drift_guard_start-0000{rank}-of-00002.safetensors" for rank in range(2)
+    ]
     return largest_difference((weights[name], again[name]) for name in weights)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 from fastpost.integrations.transformers import DriftGuard, LossGuard, SAMTrainer
@@ -65,6 +68,71 @@ def test_drift_of_a_layer_is_bounded_and_checks_may_be_rare(tmp_path: Any) -> No
     assert guard.last_good == guard.stopped_at - 3
     assert "max_layer_drift" in guard.reason
     assert all(same_bits(p, q) for p, q in zip(weights(trainer.model), guarded.states[guard.last_good], strict=True))
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
+def resumed(folder: Any, checkpoint: Any, *guards: Any, **options: Any) -> Any:
+    trainer = trainer_of(Ascent, tiny.build("causal"), arguments(folder, 12, **SAVING, **options), callbacks=list(guards))
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    return trainer
+
+
+@pytest.mark.parametrize("moved", ["same folder", "other output_dir", "folder moved"])
+def test_a_resumed_run_is_bounded_from_where_it_began(tmp_path: Path, moved: str) -> None:
+    _, free = run(tmp_path / "free")
+    drifts = [free.drift(step) for step in range(13)]
+    bound = (drifts[5] + drifts[6]) / 2
+    first = tmp_path / "first"
+    layered = DriftGuard(max_layer_drift=1e9)
+    whole, _ = run(first, DriftGuard(max_drift=bound), layered, **SAVING)
+    start = load_file(first / "drift_guard_start.safetensors")
+    assert {name: same_bits(t, start[name]) for name, t in tiny.build("causal").named_parameters()} == dict.fromkeys(
+        start, True
+    )
+    folder = {"same folder": first, "other output_dir": tmp_path / "second", "folder moved": tmp_path / "third"}[moved]
+    if moved == "folder moved":
+        first.rename(folder)
+    guards = DriftGuard(max_drift=bound), DriftGuard(max_layer_drift=1e9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = resumed(folder, (first if first.exists() else folder) / "checkpoint-4", *guards)
+    assert (guards[0].stopped_at, guards[0].last_good) == (6, 5)
+    assert guards[0].drift == pytest.approx(drifts[5], rel=1e-6)
+    assert guards[1].drift == pytest.approx(layered.drift, rel=1e-6)
+    assert all(same_bits(p, q) for p, q in zip(weights(again.model), weights(whole.model), strict=True))
+    written = folder / "drift_guard_start.safetensors"
+    assert all(same_bits(t, start[name]) for name, t in load_file(written).items())
+
+
+@pytest.mark.parametrize("why", ["missing", "of another run", "broken", "no guard before"])
+def test_a_resumed_run_without_its_start_says_what_the_bound_means(tmp_path: Path, why: str) -> None:
+    guards = [] if why == "no guard before" else [DriftGuard(max_drift=1e9)]
+    _, free = run(tmp_path, *guards, **SAVING)
+    start = tmp_path / "drift_guard_start.safetensors"
+    if why == "missing":
+        start.unlink()
+    elif why == "broken":
+        start.write_bytes(start.read_bytes()[:100])
+    elif why == "of another run":
+        model = tiny.build("causal")
+        model.transformer.ln_f.bias.data.add_(1)
+        trainer = trainer_of(Ascent, model, arguments(tmp_path, 2, **SAVING), callbacks=[DriftGuard(max_drift=1e9)])
+        trainer.train()
+    guard = DriftGuard(max_drift=1e9, every=5)
+    with pytest.warns(
+        UserWarning, match=r"drift_guard_start\.safetensors of the run .* from the weights of step 4, not from"
+    ):
+        resumed(tmp_path, tmp_path / "checkpoint-4", guard)
+    pairs = zip(free.states[10], free.states[4], strict=True)
+    expected = float(sum((a.double() - b.double()).square().sum() for a, b in pairs).sqrt())
+    assert guard.drift == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_run_without_checkpoints_writes_no_start(tmp_path: Path) -> None:
+    run(tmp_path, DriftGuard(max_drift=1e9))
+    assert not list(tmp_path.glob("drift_guard_start*"))
 
 
 class Rising(Trainer):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastpost.gap.weights import memory
+from fastpost.gap.weights import memory, write_tensors
 
 
 class Delta:
@@ -138,22 +138,10 @@ class Delta:
         Raises:
             ModuleNotFoundError: safetensors is not installed. OSError: the file cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.new")
-        try:
-            found = self.tensors()
-            tied = {name: known for name, known in self._present()[0].items() if name != known and name in found}
-            once = {name: d.contiguous() for name, d in found.items() if name not in tied}
-            save_file(once, new, metadata={"tied": json.dumps(tied)})
-            new.replace(path)
-        except SafetensorError as error:  # a disk that is full
-            raise OSError(f"{path} cannot be written: {error}") from error
-        finally:
-            new.unlink(missing_ok=True)
+        found = self.tensors()
+        tied = {name: known for name, known in self._present()[0].items() if name != known and name in found}
+        once = {name: d for name, d in found.items() if name not in tied}
+        write_tensors(Path(path), once, {"tied": json.dumps(tied)})
 
     @torch.no_grad()
     def merge_(self, other: Mapping[str, Tensor] | str | Path, weight: float = 1.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -166,6 +167,26 @@ class Snapshot:
         return torch.stack([n.cpu() if several else n for pair in counts for n in pair]).view(-1, 2).sum(0)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all; its folder is made.
+
+    Raises:
+        ModuleNotFoundError: safetensors is not installed. OSError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, metadata=metadata)
+        new.replace(path)
+    except SafetensorError as error:  # a disk that is full
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def _part(p: Tensor) -> Tensor:
     """What this rank holds of a weight, as memory; of a plain one the weight itself."""
     return distributed.local(p).detach() if distributed.is_sharded(p) else p
@@ -190,8 +211,8 @@ def _check_like(now: Tensor, held: _Held) -> None:
     if distributed.is_sharded(now) != distributed.is_sharded(held.weight):
         then, since = ("whole", "sharded") if distributed.is_sharded(now) else ("sharded", "whole")
         raise ValueError(
-            f"GAP: a weight was {then} when copied and is {since} now, so that its bits cannot be put back; call this on the "
-            "model as it was, before it is sharded or gathered"
+            f"GAP: a weight was {then} when copied and is {since} now, so that its bits cannot be put back; call this while "
+            f"it is {then}"
         )
     part, copy = _part(now), held.copy
     if (part.dtype, part.shape, part.device) != (copy.dtype, copy.shape, copy.device):

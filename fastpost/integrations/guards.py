@@ -6,48 +6,126 @@ Made for ascent (unlearning, GAP), where a loss has no floor, and useful for any
 from __future__ import annotations
 
 import math
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from fastpost import distributed, ranks
 from fastpost.gap.guards import layer_drifts
-from fastpost.gap.weights import Snapshot
+from fastpost.gap.weights import Snapshot, write_tensors
+from fastpost.ops.params import squared_norm
 
 
 class _Weights:
     """Copies of the trainable weights that this rank holds, and the distance from them over all ranks."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._params = [p for p in model.parameters() if p.requires_grad]
-        if not self._params:
+        params = [p for p in model.parameters() if p.requires_grad]
+        if not params:
             raise ValueError("the model has no trainable weights to guard")
-        self._ranks = ranks.Ranks()
-        distributed.reshard(self._params)
+        self._model, self._ranks = model, ranks.Ranks()
+        distributed.reshard(params)
         groups: dict[ranks.Sharing, list[torch.Tensor]] = {}
-        for p in self._params:
-            part = distributed.local(p).detach()
-            groups.setdefault(self._ranks.sharing(p), []).append(part if distributed.is_sharded(p) else p)
-        self.copies = {sharing: Snapshot(tensors) for sharing, tensors in groups.items()}
+        for p in params:
+            groups.setdefault(self._ranks.sharing(p), []).append(p)
+        self.copies = {sharing: Snapshot(weights, model) for sharing, weights in groups.items()}
 
     @property
     def sharded(self) -> bool:
         return any(self.copies)
 
+    def _follow(self) -> None:
+        self._reshard()
+        for copy in self.copies.values():
+            copy.follow()
+
+    def _reshard(self) -> None:
+        distributed.reshard(p for copy in self.copies.values() for p in copy.weights)
+
     def save(self) -> None:
+        self._follow()
         for copy in self.copies.values():
             copy.save()
 
     def restore(self) -> None:
+        self._reshard()
         for copy in self.copies.values():
             copy.restore()
-        distributed.reshard(self._params)
+        self._reshard()
 
     def distance(self) -> float:
+        self._follow()
         squares = {key: copy.squared_distance().cpu() for key, copy in self.copies.items()}
         return math.sqrt(float(self._ranks.sum(squares)))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The copies by the names of their weights; of a sharded one this rank's part."""
+        self._reshard()
+        return {name: t for copy in self.copies.values() for name, t in copy.by_name(self._model).items()}
+
+    def fingerprint(self) -> str:
+        """The squared norm of all copies over all ranks: it tells apart what different runs began with."""
+        copies = {key: list(copy.by_name(self._model).values()) for key, copy in self.copies.items()}
+        return float(self._ranks.sum({key: squared_norm(found).cpu() for key, found in copies.items()})).hex()
+
+
+class _StartFile:
+    """The weights that a run began with, in a file of its output folder; of sharded ones each rank writes its own."""
+
+    def __init__(self, start: _Weights) -> None:
+        self._start, self._fingerprint = start, start.fingerprint()
+        self.name = "drift_guard_start.safetensors"
+        if start.sharded:
+            self.name = f"drift_guard_start-{dist.get_rank():05}-of-{dist.get_world_size():05}.safetensors"
+
+    def recorded(self, folder: str) -> dict[str, str]:
+        """What a checkpoint tells of it."""
+        return {"start_folder": folder, "start_fingerprint": self._fingerprint}
+
+    def write(self, folder: str, here: bool) -> None:
+        """`here`: this process writes whole weights."""
+        if here or self._start.sharded:
+            write_tensors(Path(folder, self.name), self._start.tensors(), {"fingerprint": self._fingerprint})
+
+    def read(self, recorded: Mapping[str, Any], folder: str) -> str | None:
+        """Puts into `start` what the file holds, on all ranks or on none.
+
+        Args:
+            recorded: `recorded()` of the run that is resumed.
+            folder: the output folder now, where the file is looked for as well.
+
+        Returns:
+            The folder where it was found; None where a rank has none that fits.
+        """
+        copies = self._start.tensors()
+        fingerprint, where = str(recorded.get("start_fingerprint", "")), [str(recorded.get("start_folder", folder)), folder]
+        found = next((f for f in where if self._fits(Path(f, self.name), fingerprint, copies)), None)
+        if not distributed.everywhere(found is not None) or found is None:
+            return None
+        with safe_open(Path(found, self.name), "pt") as file:
+            for name, copy in copies.items():
+                copy.copy_(file.get_tensor(name))
+        self._fingerprint = fingerprint
+        return found
+
+    @staticmethod
+    def _fits(path: Path, fingerprint: str, copies: Mapping[str, torch.Tensor]) -> bool:
+        try:
+            with safe_open(path, "pt") as file:
+                told = (file.metadata() or {}).get("fingerprint")
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return False
+        return told == fingerprint and shapes == {name: tuple(copy.shape) for name, copy in copies.items()}
 
 
 class Guard(TrainerCallback):
@@ -84,10 +162,15 @@ class Guard(TrainerCallback):
         control.should_training_stop = True
 
 
-class DriftGuard(Guard):
-    """Stops a run before its weights have gone too far from those that it began with.
+class DriftGuard(Guard, ExportableState):
+    """Stops a run before its weights have gone too far from those that it began with, before it was ever resumed.
 
     Keeps two copies of the trainable weights. A check reads the distance, which waits for the device.
+
+    With the first checkpoint it writes the weights that the run began with into `output_dir`, once:
+    `drift_guard_start.safetensors`, as large as the trainable weights; where they are sharded, a file per rank, its part.
+    A resumed run reads them there. Without that file, or on another number of ranks where weights are sharded, it warns,
+    and the drift is that from the weights of the checkpoint.
 
     Args:
         max_drift: bound on the 2-norm of (now - start) over all trainable weights, > 0; None: none.
@@ -97,6 +180,7 @@ class DriftGuard(Guard):
 
     Raises:
         ValueError: no bound, or one that is not positive; `max_layer_drift` on a sharded model.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, max_drift: float | None = None, max_layer_drift: float | None = None, every: int = 1) -> None:
@@ -109,16 +193,46 @@ class DriftGuard(Guard):
         self.max_drift, self.max_layer_drift, self.every = max_drift, max_layer_drift, every
         self.drift = 0.0
         self._start: _Weights | None = None
+        self._file: _StartFile | None = None
+        self._written = False
+        self._recorded: dict[str, str] = {}
+
+    def state(self) -> dict[str, Any]:
+        """For transformers: what a checkpoint keeps of it. The weights themselves are beside, in `output_dir`."""
+        options = {"max_drift": self.max_drift, "max_layer_drift": self.max_layer_drift, "every": self.every}
+        return {"args": options, "attributes": dict(self._recorded)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, model=model)
         self._start = _Weights(model)
         if self.max_layer_drift is not None and self._start.sharded:
             raise ValueError("DriftGuard: max_layer_drift needs whole weights, and this model is sharded; use max_drift")
+        self._file, self._written = _StartFile(self._start), False
+        folder = os.path.abspath(args.output_dir)
+        if state.global_step:
+            kept = (state.stateful_callbacks or {}).get(type(self).__name__) or {}
+            kept = kept[-1] if isinstance(kept, list) else kept  # of several guards, which began together, the newest
+            found = self._file.read(kept.get("attributes", {}), folder)
+            self._written = found == folder
+            if found is None:
+                warnings.warn(
+                    f"DriftGuard: {self._file.name} of the run that is resumed is not in {folder}, so that its drift is "
+                    f"measured from the weights of step {state.global_step}, not from those that the run began with. "
+                    "Put the file there to have the bounds hold from its start",
+                    stacklevel=2,
+                )
+        self._recorded = self._file.recorded(folder)
+        if state.stateful_callbacks is not None:  # transformers has no place for it on going on without one
+            state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._file is not None and not self._written and not args.save_only_model:  # such a run is not resumed
+            self._file.write(args.output_dir, here=args.should_save)
+            self._written = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_end(args, state, control)
-        self._start = None
+        self._start = self._file = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self._start is None or state.global_step % self.every:
