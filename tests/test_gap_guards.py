@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastpost
+from fastpost.gap import checks
 from fastpost.gap.guards import Probe
 
 from .test_gap import VOCABULARY, a_text, bits, same, tiny_model
@@ -162,6 +165,53 @@ def test_choosing_on_the_reported_data_is_refused() -> None:
     assert same(before, bits(model))
     result = fastpost.GAP(n_steps=2)(model, a_text(), evaluate=score, test=score, allow_leak=True)
     assert len(result.test_scores) == 2
+
+
+class Scorer:
+    """Scores on data of its own."""
+
+    def __init__(self, score: float = 1.0) -> None:
+        self.value = score
+
+    def score(self, model: torch.nn.Module) -> float:
+        return self.value
+
+
+def on(ids: torch.Tensor, model: torch.nn.Module, weights: tuple[float, ...] = ()) -> float:
+    return float(ids.sum()) + sum(weights)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda scorer: scorer.score,
+        lambda scorer: functools.partial(scorer.score),
+        lambda scorer: functools.partial(on, a_text(), weights=(0.5, 1)),
+        lambda scorer: functools.partial(functools.partial(Scorer.score, scorer)),
+    ],
+)
+def test_two_names_for_one_score_are_one(make: Any) -> None:
+    scorer = Scorer()
+    evaluate, test = make(scorer), make(scorer)
+    assert evaluate is not test
+    with pytest.raises(ValueError, match=r"same object, or the same method or partial of it.*allow_leak=True"):
+        checks.check_callables(evaluate, test, False)
+    checks.check_callables(evaluate, test, True)
+
+
+def test_methods_of_two_objects_and_partials_of_other_parts_are_two() -> None:
+    partial, text, model = functools.partial, a_text(), tiny_model()
+    for evaluate, test in (
+        (Scorer().score, Scorer().score),
+        (partial(on, text), partial(on, text + 1)),
+        (partial(on, text), partial(on, text, weights=(1.0,))),
+        (partial(on, text, weights=(1.0,)), partial(on, text, weights=(2.0,))),
+        (partial(on, text), partial(on, text.float())),
+        (partial(on, text), lambda m: on(text, m)),
+    ):
+        checks.check_callables(evaluate, test, False)
+    result = fastpost.GAP(n_steps=1)(model, text, evaluate=Scorer(1.0).score, test=Scorer(2.0).score)
+    assert (result.scores, result.test_scores) == ([1.0, 1.0], [2.0, 2.0])
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastpost.distributed import is_sharded
@@ -44,11 +47,30 @@ def check_callables(evaluate: Any, test: Any, allow_leak: bool) -> None:
     for name, function in (("evaluate", evaluate), ("test", test)):
         if function is not None and not callable(function):
             raise TypeError(f"GAP: {name} must be a function of the model, not {type(function).__name__}")
-    if test is not None and test is evaluate and not allow_leak:
+    if test is not None and _same(test, evaluate) and not allow_leak:
         raise ValueError(
-            "GAP: test and evaluate are the same object, so the state would be chosen on the scores that are reported; "
-            "give test other data, or allow_leak=True"
+            "GAP: test and evaluate are the same object, or the same method or partial of it, so the state would be chosen "
+            "on the scores that are reported; give test other data, or allow_leak=True"
         )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two things are one: the same object, method of one object, partial of equal parts, or equal value."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, types.MethodType):  # every access makes a new one
+        return bool(a == b)
+    if isinstance(a, functools.partial):
+        return _same(a.func, b.func) and _same(a.args, b.args) and _same(a.keywords, b.keywords)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, Tensor):
+        return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
+    return isinstance(a, str | bytes | numbers.Number) and bool(a == b)
 
 
 def movable_weights(model: nn.Module) -> list[nn.Parameter]:

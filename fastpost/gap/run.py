@@ -209,7 +209,8 @@ class GAP:
                 state that is kept.
             probe: token ids (batch, time), or a mapping of the model's inputs, on which `max_kl` watches the predictions.
             base: a copy of the untouched weights that is there already (`fastpost.gap.sweep` takes one for all texts).
-            allow_leak: let `test` be the object that `evaluate` is. The score of the chosen state is then biased upward.
+            allow_leak: let `test` be what `evaluate` is: one object, one method of it, or partials of equal parts. The score
+                of the chosen state is then biased upward.
 
         Returns:
             GapResult, which holds the copy of the untouched weights for `rollback()`.
