@@ -160,15 +160,20 @@ def test_padding_changes_nothing() -> None:
         assert float(ours(longer, padded)) == pytest.approx(float(ours(logits, labels).detach()), rel=1e-12)
 
 
-def test_nothing_counts() -> None:
-    logits, _ = problem()
+@pytest.mark.parametrize("value", [0.5, math.nan])
+def test_where_no_label_counts_the_loss_and_its_gradient_are_0(value: float) -> None:
     labels = torch.full((BATCH, TIME), -100)
-    for name in ("ascent", "weighted", "satimp", "undial"):
-        loss = CASES[name][0](logits, labels)
+    both = {"grad_diff": lambda z, y: losses.grad_diff_loss(z, y, z, y)}
+    for ours in (both | {name: case[0] for name, case in CASES.items()}).values():
+        logits = torch.full((BATCH, TIME, VOCAB), value, dtype=torch.float64, requires_grad=True)
+        loss = ours(logits, labels)
         assert float(loss.detach()) == 0
         (gradient,) = torch.autograd.grad(loss, logits)
-        assert not gradient.any()
-    assert math.isfinite(float(losses.simnpo_loss(logits, labels).detach()))
+        assert bool((gradient == 0).all())
+    hidden, none = torch.full((2, 3, 4), value, requires_grad=True), torch.zeros(2, 3)
+    loss = losses.rmu_loss(hidden, torch.ones(4), hidden, hidden.detach(), forget_mask=none, retain_mask=none)
+    assert float(loss.detach()) == 0
+    assert bool((torch.autograd.grad(loss, hidden)[0] == 0).all())
 
 
 def test_satimp_without_its_second_factor_is_weighted_ascent() -> None:
