@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from fastpost.sam import (
     Variant,
     norm_layers,
 )
+from fastpost.sam.scopes import scope_in
 
 from . import tiny
 from .by_hand import gsam as gsam_gradient
@@ -499,6 +503,49 @@ def test_sampled_layers_are_perturbed_alone_and_others_at_each_step() -> None:
     assert all(len(layers) == 2 for layers in drawn)
     assert len(set(drawn)) > 2
     assert set(itertools.chain(*drawn)) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("scoped", ["norms", "named", "both", "sampled"])
+def test_a_scope_goes_along_with_copies_of_model_and_optimizer(scoped: str, duplicate: Any) -> None:
+    """A copy goes on as the original would, in its own weights, before and after a first step; so does one of a copy."""
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(6, 6) for _ in range(3)), "norm": nn.LayerNorm(6)}).double()
+    make: dict[str, Callable[[], Any]] = {
+        "norms": lambda: norm_layers(model),
+        "named": lambda: scope_in(model, ["layers.1.*"]),
+        "both": lambda: scope_in(model, ["layers.1.*"]) | norm_layers(model),
+        "sampled": lambda: SampledLayers(model, share=0.5),
+    }
+
+    def step(m: Any, opt: SAM) -> None:
+        def closure() -> Tensor:
+            x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
+            for layer in m["layers"]:
+                x = x + torch.tanh(layer(x))
+            loss = (m["norm"](x) - 1).square().sum()
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, scope=make[scoped]())
+    for _ in range(2):
+        twin, other = duplicate(duplicate((model, opt)))
+        kept = all_bits(model)
+        step(twin, other)
+        assert unchanged(model, kept)
+        step(model, opt)
+        assert unchanged(twin, all_bits(model))
+        assert not unchanged(model, kept)
+
+
+def test_a_scope_does_not_fall_for_tensors_where_others_have_been() -> None:
+    """A copy's tensors are its own, whatever their addresses were before."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
+    for scope in (norm_layers(model), SampledLayers(nn.ModuleDict({"layers": nn.ModuleList([model])}))):
+        twin, inside = copy.deepcopy((model, scope))
+        assert [inside(None, p) for p in twin.parameters()] == [scope(None, p) for p in model.parameters()]
+        assert not any(inside(None, p) for p in model.parameters())
 
 
 def test_sampled_layers_go_on_where_a_run_is_resumed() -> None:

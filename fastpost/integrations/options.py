@@ -319,10 +319,8 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
         patterns = self.patterns()
         if patterns is None or model is None:
             return patterns
-        scopes = [scope_in(model, [pattern for pattern in patterns if pattern != NORMS])]
-        if NORMS in patterns:
-            scopes.append(norm_layers(model))
-        return lambda name, p: any(scope(name, p) for scope in scopes)
+        scope = scope_in(model, [pattern for pattern in patterns if pattern != NORMS])
+        return scope | norm_layers(model) if NORMS in patterns else scope
 
     def build_r3f(self, label_smoothing: float = 0.0, fused_linear: bool = False) -> Any:
         """The R3F that these options describe, or its relative.

@@ -61,7 +61,31 @@ def _unused(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     return [pattern for pattern in patterns if not any(fits(name, [pattern]) for name in names)]
 
 
-def scope_in(model: nn.Module, patterns: Iterable[str]) -> Callable[[str | None, Tensor], bool]:
+class TensorScope:
+    """A scope of the tensors given: these very ones. Whoever copies or pickles it together with them finds the copies in it.
+
+    Args:
+        tensors: what is in scope; those that no optimizer holds do no harm.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._ids = set(map(id, self._tensors))
+
+    def __call__(self, name: str | None, p: Tensor) -> bool:
+        return id(p) in self._ids
+
+    def __or__(self, other: TensorScope) -> TensorScope:
+        return TensorScope([*self._tensors, *other._tensors])
+
+    def __getstate__(self) -> dict[str, list[Tensor]]:
+        return {"tensors": self._tensors}  # ids are those of this process and of the originals
+
+    def __setstate__(self, state: dict[str, list[Tensor]]) -> None:
+        TensorScope.__init__(self, state["tensors"])
+
+
+def scope_in(model: nn.Module, patterns: Iterable[str]) -> TensorScope:
     """A scope by the names that a model has for its parameters, where the optimizer has none.
 
     Raises:
@@ -71,11 +95,10 @@ def scope_in(model: nn.Module, patterns: Iterable[str]) -> Callable[[str | None,
     named = list(model.named_parameters())
     for pattern in _unused(patterns, [name for name, _ in named]):
         raise ValueError(f"sam_scope: no parameter's name fits {pattern!r}; correct the pattern, or leave it out")
-    inside = {id(p) for name, p in named if fits(name, patterns)}
-    return lambda name, p: id(p) in inside
+    return TensorScope(p for name, p in named if fits(name, patterns))
 
 
-def norm_layers(model: nn.Module) -> Callable[[str | None, Tensor], bool]:
+def norm_layers(model: nn.Module) -> TensorScope:
     """A scope of the gains and offsets of norm layers only (SAM-ON, 2306.04226): 0.1 % of a model, best kept in float32.
 
     Use it where a copy of all weights is too much, or where they are in 16 bits and would not hold the perturbation.
@@ -84,10 +107,10 @@ def norm_layers(model: nn.Module) -> Callable[[str | None, Tensor], bool]:
         ValueError: the model has no module whose class name ends in "Norm" (or "Norm" and a dimension).
     """
     norms = [m for m in model.modules() if type(m).__name__.rstrip("123d").endswith("Norm")]
-    inside = {id(p) for m in norms for p in m.parameters(recurse=False)}
+    inside = [p for m in norms for p in m.parameters(recurse=False)]
     if not inside:
         raise ValueError(f"norm_layers: {type(model).__name__} has no norm layer with parameters")
-    return lambda name, p: id(p) in inside
+    return TensorScope(inside)
 
 
 class StepScope:
@@ -143,10 +166,10 @@ class SampledLayers(StepScope):
 
     def _draw(self, numbers: list[int]) -> None:
         self.drawn = numbers
-        self._ids = {id(p) for number in numbers for p in self.layers[number]}
+        self._inside = TensorScope(p for number in numbers for p in self.layers[number])
 
     def __call__(self, name: str | None, p: Tensor) -> bool:
-        return id(p) in self._ids
+        return self._inside(name, p)
 
 
 class ScopeCache:
@@ -157,6 +180,9 @@ class ScopeCache:
         self._key: tuple[int, ...] = ()
         self._ids: set[int] | None = None
         self._step: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_key": (), "_ids": None}  # a copy holds other tensors
 
     def begin(self, step: int) -> None:
         """Before the ascents of a step, whose number counts where the scope is asked at each."""
