@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 import fastpost
 from fastpost import SAM
-from fastpost.integrations.peft import BiLoRA, FlatLoRA
+from fastpost.integrations.peft import BiLoRA, EFlatLoRA, FlatLoRA
 from tests.by_hand import distance, language_loss, largest_difference, rows_of_text, sam_by_hand
 from tests.conftest import same_bits
 from tests.distributed import mesh_of, run, whole
@@ -321,3 +322,82 @@ def test_flat_lora_leaves_layers_without_an_active_adapter_alone() -> None:
         noised = model(input_ids=rows).logits
     assert not torch.equal(noised, plain)
     assert torch.equal(model(input_ids=rows).logits, plain)
+
+
+@pytest.mark.parametrize("how", ["loaded", "assigned", "data", "in place"])
+def test_flat_lora_follows_base_weights_that_change(how: str) -> None:
+    """The noise is that of the weights as they are, as a fresh FlatLoRA draws it, bit for bit."""
+    model, rows = lora(), rows_of_text(4)
+    flat = FlatLoRA(model, sigma=0.5)
+    before = language_loss(model, rows).detach()
+    frozen = {name: 3 * p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    if how in ("loaded", "assigned"):
+        model.load_state_dict(frozen, strict=False, assign=how == "assigned")
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if not p.requires_grad):
+            if how == "data":
+                p.data.mul_(3)
+            elif how == "in place":
+                p.mul_(3)
+    after = language_loss(model, rows).detach()
+    flat.remove()
+    FlatLoRA(model, sigma=0.5)
+    assert same_bits(after, language_loss(model, rows).detach())
+    assert not torch.equal(after, before)
+
+
+def by_trained(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(trained(model), lr=0.3)
+
+
+METHODS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], torch.optim.Optimizer]]] = {
+    "bi": (lambda m: BiLoRA(m, rho=0.5), lambda m, method: torch.optim.SGD(method.param_groups(lr=0.3))),
+    "eflat": (lambda m: EFlatLoRA(m, rho=0.5), lambda m, _: by_trained(m)),
+    "flat": (lambda m: FlatLoRA(m, sigma=0.5), lambda m, _: by_trained(m)),
+}
+
+
+def steps(model: Any, method: Any, opt: torch.optim.Optimizer, number: int) -> list[Tensor]:
+    found = []
+    for [rows] in windows(number):
+        loss = language_loss(model, rows)
+        found.append(loss.detach())
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_copy_of_a_model_computes_with_its_own_weights(name: str, attached: bool) -> None:
+    """Copied alone, as AveragedModel does, and with its method, which then trains it as the original would be trained."""
+    make, optimizer = METHODS[name]
+    model, [[rows]] = lora(), windows(1)
+    method = make(model)
+    opt = optimizer(model, method)
+    if attached:
+        method.attach(opt)
+        steps(model, method, opt, 2)
+    here = language_loss(model, rows).detach()
+    state = {key: t.clone() for key, t in model.state_dict().items()}
+
+    average = torch.optim.swa_utils.AveragedModel(model)
+    assert same_bits(language_loss(average, rows).detach(), here)
+    twin, of_twin = copy.deepcopy((model, method))
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in twin.parameters()}
+    with torch.no_grad():
+        for p in (p for module in (average, copy.deepcopy(model)) for p in module.parameters()):
+            p.mul_(1.5)
+    assert not torch.equal(language_loss(average, rows).detach(), here)
+    assert same_bits(language_loss(model, rows).detach(), here)
+
+    again = optimizer(twin, of_twin)
+    of_twin.attach(again)
+    if not attached:
+        method.attach(opt)
+    theirs = steps(twin, of_twin, again, 3)
+    assert all(same_bits(t, state[key]) for key, t in model.state_dict().items())
+    assert all(same_bits(a, b) for a, b in zip(steps(model, method, opt, 3), theirs, strict=True))
+    of_twin.remove()
+    assert not torch.equal(language_loss(twin, rows).detach(), language_loss(model, rows).detach())

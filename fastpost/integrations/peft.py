@@ -106,7 +106,8 @@ class BiLoRA:
             if auxiliary in model.peft_config:
                 model.delete_adapter(auxiliary)
             raise
-        self._scales = {id(layer): float(layer.scaling[auxiliary]) for layer in self.layers}
+        # Keyed by the layers, which a deepcopy of the model replaces here as well.
+        self._scales = {layer: float(layer.scaling[auxiliary]) for layer in self.layers}
         self._hooks = [layer.register_forward_pre_hook(self._switch) for layer in self.layers]
 
     def _activate(self) -> None:
@@ -145,7 +146,7 @@ class BiLoRA:
             second -= inside
         if second:
             raise ValueError("BiLoRA: the optimizer lacks the second adapter; build it from param_groups()")
-        self._hooks.append(optimizer.register_step_post_hook(lambda *_: self.project()))
+        self._hooks.append(optimizer.register_step_post_hook(self._after_step))
 
     @torch.no_grad()
     def norm(self) -> Tensor:
@@ -155,7 +156,7 @@ class BiLoRA:
             _refuse_sharded(layer.lora_A[self.auxiliary].weight)  # maybe since it was made
             a, b = (_wide(m[self.auxiliary].weight) for m in (layer.lora_A, layer.lora_B))
             # |B A|^2 = tr(A^T B^T B A), without the product of full size
-            squared.append(self._scales[id(layer)] ** 2 * ((b.T @ b) * (a @ a.T)).sum().double())
+            squared.append(self._scales[layer] ** 2 * ((b.T @ b) * (a @ a.T)).sum().double())
         return torch.stack([s.to(squared[0].device) for s in squared]).sum().clamp(min=0).sqrt()
 
     @torch.no_grad()
@@ -180,10 +181,13 @@ class BiLoRA:
     def _second(self) -> list[Tensor]:
         return [m[self.auxiliary].weight for layer in self.layers for m in (layer.lora_A, layer.lora_B)]
 
+    def _after_step(self, *_: Any) -> None:
+        self.project()
+
     def _switch(self, layer: Any, _: Any) -> None:
         if layer.training and self.auxiliary not in layer.active_adapters:
             self._activate()  # a trainer that loads a checkpoint leaves the first adapter alone
-        layer.scaling[self.auxiliary] = self._scales[id(layer)] if layer.training else 0.0
+        layer.scaling[self.auxiliary] = self._scales[layer] if layer.training else 0.0
 
 
 class EFlatLoRA:
@@ -250,7 +254,7 @@ class EFlatLoRA:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(w) not in held for layer in self._layers.values() for w in self._matrices(layer)):
             raise ValueError("EFlatLoRA: the optimizer lacks matrices of the adapter")
-        self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self.update()))
+        self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
 
     @torch.no_grad()
     def update(self) -> None:
@@ -312,6 +316,9 @@ class EFlatLoRA:
         for hook in self._hooks:
             hook.remove()
         self._layers, self._hooks, self._moved = {}, [], {}
+
+    def _before_step(self, *_: Any) -> None:
+        self.update()
 
     def _matrices(self, layer: Any) -> tuple[Tensor, Tensor]:
         return layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
@@ -378,7 +385,6 @@ class FlatLoRA:
             base = layer.get_base_layer()
             base.forward = functools.partial(self._forward, layer, base, number)
             self._layers.append(base)
-        self._row_norms: dict[int, Tensor] = {}
 
     @property
     def sigma_now(self) -> float:
@@ -417,17 +423,15 @@ class FlatLoRA:
         if is_sharded(base.weight):
             raise TypeError("FlatLoRA: tensor-parallel weights are not served")
         transposed = isinstance(base, Conv1D)
-        scale = self._scale(layer, base.weight.T if transposed else base.weight, number)
+        scale = self._scale(layer, base.weight.T if transposed else base.weight)
         seed = (self.seed + self.step) * 2**20 + number
         return noised_linear(x, base.weight, base.bias, scale, eps, seed, transposed=transposed)
 
     @torch.no_grad()
-    def _scale(self, layer: Any, weight: Tensor, number: int) -> Tensor:
+    def _scale(self, layer: Any, weight: Tensor) -> Tensor:
         """Root mean square of each row of the merged weight, without merging: |w + b A|^2 = |w|^2 + 2 b.(A w) + |b A|^2."""
         wide = _wide(weight)
-        own = self._row_norms.get(number)
-        if own is None:
-            own = self._row_norms[number] = wide.square().sum(1)
+        own = wide.square().sum(1)  # anew, as weights may be loaded in between: little beside the noise
         names = [name for name in layer.active_adapters if name in layer.lora_A]
         a = torch.cat([layer.lora_A[name].weight for name in names]).to(wide.dtype)
         b = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for name in names], 1).to(wide.dtype)
