@@ -65,6 +65,23 @@ def test_torch_distributed_checkpoints_can_warm_the_optimizer_up() -> None:
     assert unchanged(resumed, all_bits(model))
 
 
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
+def test_of_steps_at_a_learning_rate_of_0_those_that_ascend_count(cls: type[torch.optim.Optimizer]) -> None:
+    """Plain ones may be a checkpoint's, which makes one at each for SGD, as that keeps no state."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = network()
+    opt = SAM(model.parameters(), cls, rho=0.1, lr=0.0, interval=2)
+    ascended = []
+    for lr in (0.0, 0.0, 1e-2, 1e-2, 0.0, 1e-2):
+        opt.param_groups[0]["lr"] = lr
+        ascended.append(opt.ascends)
+        opt.step(closure_of(model))
+        opt.zero_grad()
+        get_optimizer_state_dict(model, opt)
+    assert ascended == [True, False, False, True, False, False]
+
+
 def test_copies_and_pickles_keep_working() -> None:
     model = network()
     opt = SAM(model.parameters(), torch.optim.AdamW, rho=0.1, lr=1e-2)

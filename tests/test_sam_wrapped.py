@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import pickle
 import warnings
 from collections import defaultdict
 from typing import Any
@@ -202,6 +203,41 @@ def test_state_and_groups_of_several_base_optimizers(how: str) -> None:
         with pytest.raises(ValueError, match=message):
             call()
     assert second.param_groups[0] is groups[1]
+
+
+def test_the_joined_list_of_groups_cannot_be_changed_but_the_groups_can() -> None:
+    _, opt = two_bases()
+    new = {**opt.param_groups[0], "params": [nn.Parameter(torch.ones(2))]}
+    groups = opt.param_groups
+    for change in (
+        lambda: groups.append(new),
+        lambda: groups.extend([new]),
+        lambda: groups.insert(0, new),
+        lambda: groups.pop(),
+        lambda: groups.remove(groups[0]),
+        lambda: groups.clear(),
+        lambda: groups.sort(key=id),
+        lambda: groups.reverse(),
+        lambda: groups.__setitem__(0, new),
+        lambda: groups.__delitem__(0),
+        lambda: groups.__iadd__([new]),
+        lambda: groups.__imul__(2),
+    ):
+        with pytest.raises(TypeError, match=r"joins the groups of several base optimizers.*add_param_group"):
+            change()
+    assert [group["params"] for group in groups] == [base.param_groups[0]["params"] for base in opt._bases]
+    groups[1]["lr"] = 0.75
+    assert opt._bases[1].param_groups[0]["lr"] == 0.75
+    assert opt.state_dict()["param_groups"][1]["lr"] == 0.75
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5)
+    assert opt._bases[1].param_groups[0]["lr"] == 0.375
+    for twin in (copy.deepcopy(groups), pickle.loads(pickle.dumps(groups)), [*groups], groups[:]):
+        assert type(twin) is list
+        twin.append(new)
+    opt.param_groups = groups
+    opt.add_param_group({"params": new["params"]})
+    assert len(opt.param_groups) == 3
+    assert opt._bases[1].param_groups[1] is opt.param_groups[2]
 
 
 def test_neither_is_set_while_perturbed() -> None:

@@ -106,6 +106,25 @@ class MergedState(MutableMapping[Tensor, Any]):
         return sum(len(base.state) for base in self._bases)
 
 
+def _refused(self: list[Any], *args: Any, **kwargs: Any) -> Any:
+    raise TypeError(
+        "SAM: this list joins the groups of several base optimizers, and changing it would change none of them. Call "
+        "add_param_group(group), or change param_groups of the base optimizer whose group it is; the groups themselves may "
+        "be written to"
+    )
+
+
+class JoinedGroups(list[dict[str, Any]]):
+    """The groups of several base optimizers, to read and to write into; the list itself cannot be changed. A copy of it is a
+    plain list."""
+
+    append = extend = insert = pop = remove = clear = sort = reverse = _refused
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refused
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return list, (list(self),)
+
+
 def step_bases(bases: Sequence[Optimizer], scale: Tensor | None, found_inf: Tensor | None) -> int | Tensor:
     """Lets every base optimizer step, unless a gradient is not finite; returns how many steps were skipped.
 
@@ -217,9 +236,11 @@ class Wrapper(Optimizer):
         """The base optimizer's own groups, so that schedulers act on both.
 
         Groups that others have added to it (callbacks that unfreeze layers) get rho, adaptive and eta from the constructor.
+        With several base optimizers the list joins theirs: groups may be written to, but none added or taken away.
         """
         self._groups_are_read()
-        return self._groups()
+        groups = self._groups()
+        return groups if len(self._bases) == 1 else JoinedGroups(groups)
 
     @param_groups.setter
     def param_groups(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -389,7 +410,9 @@ class Wrapper(Optimizer):
             after(self)
 
     def _count_step(self, ascended: bool) -> None:
-        # A checkpoint of a fresh optimizer is made after one step at a learning rate of 0: that one does not count.
+        # To make a checkpoint torch.distributed steps an optimizer without state at a learning rate of 0, with SGD each time.
+        # Such a step does not count, nor does a plain one of the loop's own at 0: on a rank that holds no state the two look
+        # alike, and ranks have to count alike, or some would ascend alone.
         groups = self._groups()
         if not ascended:
             rates = [group["lr"] for group in groups if "lr" in group]
