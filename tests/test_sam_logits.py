@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -53,8 +54,11 @@ def test_logits_sam_where_nothing_moves(tokens: int) -> None:
     assert logits_sam(hidden, weight, loss, 0.0).item() == loss(hidden @ weight.T).item()
     assert logits_sam(hidden, weight, lambda z: (z * 0).sum()).item() == 0
     assert logits_sam(hidden.detach() / 0, weight, loss).isnan()
-    with pytest.raises(ValueError, match="rho"):
-        logits_sam(hidden, weight, loss, -1.0)
+    for rho in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="logits_sam: rho must be finite and >= 0"):
+            logits_sam(hidden, weight, loss, rho)
+    with pytest.raises(TypeError, match="logits_sam: rho must be a number"):
+        logits_sam(hidden, weight, loss, "0.1")
 
 
 def equations(

@@ -8,6 +8,7 @@ import math
 import pickle
 import random
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch.func import functional_call
 import fastpost
 from fastpost import SAM
 from fastpost.distributed import no_sync
-from fastpost.sam import GSAM, WSAM, SAMWindow, StableSAM
+from fastpost.sam import GSAM, WSAM, MomentumSAM, SAMWindow, StableSAM, ZerothOrderSAM
 
 from .by_hand import gsam, stable_sam
 from .small import X, Y, all_bits, network, same_state, unchanged
@@ -607,3 +608,12 @@ def test_a_second_window_of_an_optimizer_is_refused_and_copies_are_in_none() -> 
     opt.abandon()  # as the error says
     other.run([X[:4], X[4:8]])
     opt.step()
+
+
+@pytest.mark.parametrize("variant", [MomentumSAM(), ZerothOrderSAM(1)])
+def test_per_micro_batch_is_refused_where_no_pass_ascends(variant: Any) -> None:
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, variant=variant)
+    with pytest.raises(ValueError, match=f"{type(variant).__name__} makes no ascent pass.*use it without per_micro_batch"):
+        SAMWindow(opt, runner(model), per_micro_batch=True)
+    SAMWindow(opt, runner(model))

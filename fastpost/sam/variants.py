@@ -478,9 +478,11 @@ def logits_sam(
     Returns:
         The loss at w + e, with gradients to `hidden`, `weight` and `bias`; e counts as a constant, as in SAM. Where G is
         zero or not finite, the loss at w.
+
+    Raises:
+        TypeError: rho is no number. ValueError: it is negative or not finite.
     """
-    if not rho >= 0:
-        raise ValueError(f"logits_sam: rho must be >= 0, not {rho}")
+    ops.check_radius("logits_sam", rho, 0.0)
     logits = torch.nn.functional.linear(hidden, weight, bias)
     with torch.enable_grad():
         at = logits.detach().requires_grad_()

@@ -115,6 +115,11 @@ class SAMWindow:
                 f"SAMWindow: {type(variant).__name__} combines the gradients of two whole passes; use it without "
                 "per_micro_batch"
             )
+        if per_micro_batch and not variant.ascent_pass:
+            raise ValueError(
+                f"SAMWindow: {type(variant).__name__} makes no ascent pass, which per_micro_batch is about; use it without "
+                "per_micro_batch"
+            )
         if found.sync_ascent is False and no_sync is None:
             raise ValueError(
                 "SAMWindow: sync_ascent=False lets each replica ascend by its own gradient, which takes a backward pass "
