@@ -97,6 +97,23 @@ def test_every_model(kind: str, fused: bool | None) -> None:
     assert start.training
 
 
+def test_logits_that_the_head_does_not_explain_are_held_whole() -> None:
+    """A padded head: by default from logits, as if one had asked for them; asked to fuse, an error."""
+    ids = torch.randint(0, tiny.VOCABULARY, (3, 5))
+    start = tiny.AfterHead(lambda z: z[..., : tiny.VOCABULARY], 64).double()
+    found = []
+    for fused in (None, False):
+        model = moved(tiny.AfterHead(start.change, 64).double())
+        torch.manual_seed(4)
+        got = Anchor(start, 0.3, fused_linear=fused)(model, input_ids=ids, labels=ids)
+        got.loss.backward()
+        assert got.logits is not None
+        found.append([got.loss, got.task_loss, got.divergence, *gradients(model)])
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+    with pytest.raises(ValueError, match=r"^Anchor: AfterHead changes its logits .* \(of its head's 64 classes it makes 61"):
+        Anchor(start, 0.3, fused_linear=True)(model, input_ids=ids, labels=ids)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dft", [False, True])
 def test_every_divergence_and_dft(divergence: str, dft: bool) -> None:

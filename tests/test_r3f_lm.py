@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fastpost import R3F
 from fastpost.r3f.relatives import RDrop
 from tests.conftest import same_bits
-from tests.tiny import VOCABULARY, batch_for, build, gradients
+from tests.tiny import VOCABULARY, AfterHead, batch_for, build, gradients
 
 WITH_HEAD = ("causal", "llama", "masked_lm", "seq2seq", "t5", "decoder")
 FORWARDS = ("two_pass", "double_batch")
@@ -46,9 +46,88 @@ def test_fused_head_equals_whole_logits(kind: str, forward: str) -> None:
     agree(build(kind), batch_for(kind), forward=forward)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "granite"])
+@pytest.mark.parametrize("name", ["gemma2", "granite", "recurrent_gemma", "t5gemma"])
 def test_what_a_model_does_after_its_head(name: str) -> None:
-    agree(build(name), batch_for("causal"))
+    """Caps and scales of configs, of a decoder's own too, show in the loss."""
+    model, batch = build(name), batch_for("t5" if name == "t5gemma" else "causal")
+    agree(model, batch)
+    assert not torch.allclose(model(**batch).logits, _uncapped(model, batch), rtol=0.05)
+
+
+def _uncapped(model: Any, batch: dict[str, Any]) -> Tensor:
+    found: list[Tensor] = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda m, a, out: found.append(out))
+    model(**batch)
+    handle.remove()
+    return found[0]
+
+
+def _masked(logits: Tensor) -> Tensor:
+    logits = logits.clone()
+    logits[..., -2:] = -1e4
+    return logits
+
+
+class _Learnt(nn.Module):
+    """A scale that is 1 before training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits * self.scale
+
+
+CHANGES: dict[str, Any] = {
+    "padded": lambda z: z[..., :VOCABULARY],
+    "masked": _masked,
+    "cap": lambda z: 30 * torch.tanh(z / 30),
+    "scale": lambda z: 1.01 * z,
+    "learnt": _Learnt(),
+    "clamp": lambda z: z.clamp(-50, 50),
+    "bias": lambda z: z + 1e-2 * torch.eye(z.shape[-1])[-1].to(z),
+    "order": lambda z: z.flip(-1),
+    "normalised": lambda z: z.log_softmax(-1),
+    "rows": lambda z: z.view(3, 5, -1) + 0,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_of_logits_that_are_not_known_are_refused_at_every_step(change: str) -> None:
+    model = AfterHead(CHANGES[change], 64 if change == "padded" else VOCABULARY)
+    ids = torch.randint(0, VOCABULARY, (3, 5))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    for method in (R3F(fused_linear=True), RDrop(fused_linear=True)):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"changes its logits after the head in a way .* use fused_linear=False"):
+                method(model, input_ids=ids, labels=ids)
+    assert model.passes == 1
+    assert all(same_bits(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_the_look_at_a_model_changes_nothing() -> None:
+    """Random numbers and running means are those of a model that was looked at before; one pass, once."""
+    ids, found = torch.randint(0, VOCABULARY, (3, 5)), []
+    for looked_at in (False, True):
+        model, r3f = AfterHead(lambda z: z), R3F(eps=1e-2, fused_linear=True)
+        if looked_at:
+            start = copy.deepcopy(model.state_dict())
+            r3f(model, input_ids=ids, labels=ids)
+            assert model.passes == 3
+            model.load_state_dict(start)
+        torch.manual_seed(8)
+        out = r3f(model, input_ids=ids, labels=ids)
+        found.append((out.loss, out.symm_kl, torch.rand(3), model.norm.running_mean))
+        assert model.passes == (5 if looked_at else 3)
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_another_cap_of_the_config_is_seen() -> None:
+    model, batch = build("gemma2"), batch_for("causal")
+    agree(model, batch)
+    model.config.final_logit_softcapping = 1.0
+    agree(model, batch)
 
 
 @pytest.mark.parametrize("options", [

@@ -6,7 +6,7 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported: its advice is not about us
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,14 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
 )
 
 VOCABULARY = 61
@@ -125,7 +129,7 @@ def _build(kind: str, dropout: float) -> Any:
                 initializer_range=0.2,
             )
         )
-    if kind in ("gemma2", "granite"):  # these change their logits after the head
+    if kind in ("gemma2", "granite", "recurrent_gemma", "t5gemma"):  # these change their logits after the head
         sizes = {
             "vocab_size": VOCABULARY,
             "hidden_size": 24,
@@ -138,7 +142,20 @@ def _build(kind: str, dropout: float) -> Any:
         }
         if kind == "gemma2":
             return Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=12, final_logit_softcapping=2.0))
-        return GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=3.0))
+        if kind == "granite":
+            return GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=3.0))
+        if kind == "recurrent_gemma":
+            del sizes["attention_dropout"]
+            sizes["num_hidden_layers"] = 3  # the third is the first with attention
+            return RecurrentGemmaForCausalLM(
+                RecurrentGemmaConfig(
+                    **sizes, lru_width=24, attention_window_size=8, logits_soft_cap=3.0, w_init_variance_scale=2.0
+                )
+            )
+        sides = {**sizes, "head_dim": 12, "dropout_rate": dropout, "final_logit_softcapping": 3.0}
+        return T5GemmaForConditionalGeneration(
+            T5GemmaConfig(encoder=sides, decoder=sides, dropout_rate=dropout, vocab_size=VOCABULARY)
+        )
     if kind == "seq2seq":
         return BartForConditionalGeneration(_bart(dropout))
     if kind == "seq2seq_sequence":
@@ -212,3 +229,27 @@ def word_level_bert(folder: Path, words: Sequence[str]) -> Path:
     )
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+class AfterHead(nn.Module):
+    """A small language model that does something to the logits of its head, which has more classes than width."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor], classes: int = VOCABULARY) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.embedding, self.norm = nn.Embedding(VOCABULARY, 12), nn.BatchNorm1d(12)
+            self.head = nn.Linear(12, classes, bias=False)
+        self.dropout = nn.Dropout(0.2)
+        self.change, self.passes = change, 0
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        self.passes += 1
+        hidden = self.dropout(self.norm(self.embedding(input_ids).flatten(0, 1))).view(*input_ids.shape, -1)
+        return self.change(self.head(hidden))

@@ -77,7 +77,8 @@ class Anchor:
         label_smoothing: in [0, 1), of the cross-entropy in training, in torch's convention. With "dft" the probability
             weighs the smoothed cross-entropy.
         fused_linear: hidden states and head go into `linear_distillation_loss`. None: for each of the two models whose head
-            is a plain nn.Linear; the other's logits are held. True: an error where it is not. False: logits.
+            is a plain nn.Linear, and which does no more to its logits than caps and scales that its config names; the
+            other's logits are held. True: an error where it is not so. False: logits.
         shift_labels, ignore_index: as in R3F.
         memory_budget: bytes for a chunk of logits.
 
@@ -150,8 +151,9 @@ class Anchor:
             training = bool(getattr(model, "training", True))
             teacher, seen = self._teacher(root, inputs, labels, batch) if training and self.anchor_kl else (None, None)
             labels = labels if seen is None else seen.labels
-            head = self._head(model, root, fused_head) if training else None
-            stream = last_stream(model, root, head, _without_cache(root, inputs))
+            inputs = _without_cache(root, inputs)
+            head = self._head(fused_head, model, root, inputs) if training else None
+            stream = last_stream(model, root, head, inputs)
             labels = beside_virtual_tokens(root, labels, stream, self.ignore_index)
             check_rows(labels, stream, stream.shape[-1] if head is None else len(head.linear.weight), self.ignore_index)
             labels = labels.to(stream.device)
@@ -186,18 +188,19 @@ class Anchor:
         assert self.reference is not None
         with self.reference.opened(root) as reference:
             inner = unwrap(reference)
-            head = self._head(reference, inner, lambda _, inner: find_head(inner))
             seen = None
             if isinstance(self.reference, InContext):
                 seen = teaching(root, inner, batch, inputs, labels, self.ignore_index, self.shift_labels)
                 inputs = seen.inputs
-            return _output_layer(last_stream(reference, inner, head, _without_cache(inner, inputs)), head), seen
+            inputs = _without_cache(inner, inputs)
+            head = self._head(find_head, inner, inputs)
+            return _output_layer(last_stream(reference, inner, head, inputs), head), seen
 
-    def _head(self, model: Any, root: Any, find: Any) -> Head | None:
+    def _head(self, find: Any, *of: Any) -> Head | None:
         if self.fused_linear is False:
             return None
         try:
-            found: Head = find(model, root)
+            found: Head = find(*of)
         except ValueError:
             if self.fused_linear:
                 raise

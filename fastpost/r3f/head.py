@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpost.r3f.conventions import logits_of
+from fastpost.r3f.conventions import accelerators, logits_of
+from fastpost.rng import RandomState
 
-# Models whose way from head to logits has been looked at and is known.
-_known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# What models do to their logits, as it was seen: by what was asked, the cap and the temperature, or why no head serves.
+_seen: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], tuple[float | None, float] | str]] = weakref.WeakKeyDictionary()
+
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # names in transformers' configs
 
 
 class Head(NamedTuple):
@@ -45,11 +48,19 @@ class Head(NamedTuple):
         return logits if self.temperature == 1 else logits / self.temperature
 
 
-def find_head(root: Any) -> Head:
-    """The output head of a model.
+def find_head(root: Any, inputs: dict[str, Any]) -> Head:
+    """The output head of a model, and what the model does to its logits.
+
+    The first time, the model runs once on these inputs, without a graph and with a stand-in for a few rows of logits; what
+    becomes of the stand-in is compared with the caps and scales that the model's configs name. Random numbers and buffers
+    are put back.
+
+    Args:
+        root: a model without its wrappers. inputs: of its forward pass, without labels.
 
     Raises:
-        ValueError: no output embeddings, or they are no plain nn.Linear.
+        ValueError: no output embeddings, or they are no plain nn.Linear; the head does not run, or runs twice; the model
+            changes its logits in another way.
     """
     get = getattr(root, "get_output_embeddings", None)
     linear = get() if callable(get) else None
@@ -60,20 +71,29 @@ def find_head(root: Any) -> Head:
             f"R3F: fused_linear needs a model whose get_output_embeddings() is a plain nn.Linear; in "
             f"{type(root).__name__} it is {kind}. Without fused_linear any head serves"
         )
-    owner = root.get_base_model() if callable(getattr(root, "get_base_model", None)) else root  # PEFT
-    config = getattr(owner, "config", None)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    temperature = getattr(config, "logits_scaling", None) or 1.0
-    extra = getattr(owner, "final_logits_bias", None)
-    return Head(linear, extra if isinstance(extra, Tensor) else None, softcap, temperature / scale)
+    extra = getattr(_owner(root), "final_logits_bias", None)
+    plain = Head(linear, extra if isinstance(extra, Tensor) else None, None, 1.0)
+    ways = _ways(getattr(_owner(root), "config", None))
+    asked = (linear.weight.shape, ways, getattr(root, "training", None))  # in eval mode a model may do something else
+    seen = _seen.setdefault(root, {})
+    if asked not in seen:
+        try:
+            seen[asked] = _way_of(root, plain, ways, inputs)
+        except ValueError as error:
+            if not str(error).startswith("R3F: "):
+                raise
+            seen[asked] = str(error)
+    way = seen[asked]
+    if isinstance(way, str):
+        raise ValueError(way)
+    return plain._replace(softcap=way[0], temperature=way[1])
 
 
-def fused_head(model: Any, root: Any) -> Head:
+def fused_head(model: Any, root: Any, inputs: dict[str, Any]) -> Head:
     """`find_head` of a model whose head's weight is to be used outside of its forward pass.
 
     Args:
-        model: with its wrappers. root: without them.
+        model: with its wrappers. root: without them. inputs: as in `find_head`.
 
     Raises:
         ValueError: as `find_head`; DistributedDataParallel that looks for unused parameters.
@@ -83,7 +103,99 @@ def fused_head(model: Any, root: Any) -> Head:
             "R3F: fused_linear uses the head's weight outside of the forward pass, which DistributedDataParallel "
             "refuses under find_unused_parameters=True; leave that off, or use fused_linear=False"
         )
-    return find_head(root)
+    return find_head(root, inputs)
+
+
+def _owner(root: Any) -> Any:
+    """The model inside PEFT's."""
+    return root.get_base_model() if callable(getattr(root, "get_base_model", None)) else root
+
+
+def _ways(config: Any) -> tuple[tuple[float | None, float], ...]:
+    """Caps and temperatures that a config or its parts for text name, and none; the model may have any of them."""
+    text = getattr(config, "get_text_config", None)
+    parts = (config, text() if callable(text) else None, getattr(config, "decoder", None))
+    caps: list[float | None] = [cap for part in parts for name in _CAPS if (cap := _number(part, name)) is not None]
+    temperatures = []
+    for part in parts:
+        scale = _number(part, "logit_scale") or _number(part, "lm_head_multiplier") or 1.0
+        divisor = _number(part, "logits_scaling") or 1.0
+        temperatures += [divisor / scale, 1 / divisor / scale]  # HyperCLOVA X multiplies by what Granite divides by
+    return tuple((cap, t) for cap in dict.fromkeys([*caps, None]) for t in dict.fromkeys([*temperatures, 1.0]))
+
+
+def _number(part: Any, name: str) -> float | None:
+    """A positive number of a config."""
+    value = getattr(part, name, None)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+
+
+def _way_of(
+    root: Any, head: Head, ways: tuple[tuple[float | None, float], ...], inputs: dict[str, Any]
+) -> tuple[float | None, float]:
+    """The cap and the temperature with which the model treats a stand-in for its logits."""
+    stand_in = _stand_in(head)
+    buffers = [(b, b.clone()) for b in root.buffers()] if isinstance(root, nn.Module) else []
+    random, captured = RandomState(accelerators(root)), Captured()
+
+    def hand_on(states: Tensor) -> Tensor:
+        # A learnt scale may be 1 as yet. It shows by the graph that it begins.
+        torch.set_grad_enabled(True)
+        return stand_in.to(states.device).reshape(*(1,) * (states.ndim - 2), *stand_in.shape).clone()
+
+    try:
+        with torch.no_grad(), _in_place_of(head.linear, hand_on, captured):
+            output = root(**inputs)
+    except Exception as error:
+        if captured.states is None or str(error).startswith("R3F: "):
+            raise
+        raise ValueError(_unknown(root, f"a few rows of logits end in {type(error).__name__}")) from error
+    finally:
+        random.put()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+    if captured.states is None:
+        raise ValueError(_NOT_CALLED)
+    found = logits_of(output)
+    if found.shape[-1] != stand_in.shape[-1] or found.numel() != stand_in.numel():
+        made = f"{found.shape[-1]} classes" if found.shape[-1] != stand_in.shape[-1] else "other rows"
+        raise ValueError(_unknown(root, f"of its head's {stand_in.shape[-1]} classes it makes {made}"))
+    if found.requires_grad and not (head.extra_bias is not None and head.extra_bias.requires_grad):
+        raise ValueError(_unknown(root, "a trained parameter takes part"))
+    with torch.no_grad():
+        found = found.reshape(stand_in.shape)
+        # As exact as its dtype, through a few operations and another tanh.
+        rtol = max(4 * torch.finfo(found.dtype).eps, 1e-5)
+        logits = stand_in.to(found.device)
+        if head.extra_bias is not None:
+            logits = logits + head.extra_bias.reshape(-1).to(logits)
+        for cap, temperature in ways:
+            expected = head._replace(softcap=cap, temperature=temperature).after(logits)
+            if torch.allclose(found.to(expected.dtype), expected, rtol=rtol, atol=1e-7):
+                return cap, temperature
+    raise ValueError(_unknown(root, "no cap or scale of its config explains them"))
+
+
+def _stand_in(head: Head) -> Tensor:
+    """Three rows for logits, (3, vocab): numbers of either sign between 1e-2 and 1e4, no two alike, the same with the other
+    sign, and zeros. A cap shows by the large ones, a bias by the zeros, a mask or a scale anywhere."""
+    classes = head.linear.weight.shape[0]
+    place = torch.arange(classes, dtype=torch.float64)
+    values = 10 ** ((place * 0.6180339887498949) % 1 * 6 - 2) * (1 - 2 * (place % 2))
+    rows = torch.stack((values, -values, torch.zeros_like(values)))
+    return rows.to(torch.promote_types(head.linear.weight.dtype, torch.float32))
+
+
+def _unknown(root: Any, how: str) -> str:
+    return (
+        f"R3F: {type(root).__name__} changes its logits after the head in a way that fused_linear does not know ({how}); "
+        "use fused_linear=False"
+    )
+
+
+_NOT_CALLED = "R3F: the output head was not called in the forward pass, so fused_linear cannot serve this model"
 
 
 class Captured:
@@ -93,52 +205,49 @@ class Captured:
 
 
 @contextlib.contextmanager
+def _in_place_of(linear: nn.Linear, instead: Any, captured: Captured) -> Iterator[None]:
+    """While open, the head calls this with its input, which is noted, once."""
+
+    def forward(input: Tensor) -> Tensor:  # nn.Linear.forward's own argument name
+        if captured.states is not None:
+            raise ValueError("R3F: the head runs more than once in a forward pass, so fused_linear cannot serve this model")
+        captured.states = input
+        handed: Tensor = instead(input)
+        return handed
+
+    linear.__dict__["forward"] = forward  # shadows the class's method; hooks of others still run around it
+    try:
+        yield
+    finally:
+        linear.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
 def bypass_head(root: Any, head: Head) -> Iterator[Captured]:
     """While open, the head hands its input on as it is, so that a forward pass ends with hidden states.
 
     They travel through the model's output rather than past it: wrappers (DDP, FSDP2) hang their backward hooks on that.
     """
-    found = Captured()
-
-    def hand_on(input: Tensor) -> Tensor:  # nn.Linear.forward's own argument name
-        if found.states is not None:
-            raise ValueError("R3F: the head runs more than once in a forward pass, so fused_linear cannot serve this model")
-        found.states = input
-        return input
-
-    owner = root.get_base_model() if callable(getattr(root, "get_base_model", None)) else root
-    head.linear.__dict__["forward"] = hand_on  # shadows the class's method; hooks of others still run around it
+    found, owner = Captured(), _owner(root)
     if head.extra_bias is not None:
         owner.final_logits_bias = head.extra_bias.new_zeros(1, 1)
     try:
-        yield found
+        with _in_place_of(head.linear, lambda states: states, found):
+            yield found
     finally:
-        head.linear.__dict__.pop("forward", None)
         if head.extra_bias is not None:
             owner.final_logits_bias = head.extra_bias
 
 
-def hidden_of(root: Any, head: Head, output: Any, captured: Captured) -> Tensor:
+def hidden_of(head: Head, output: Any, captured: Captured) -> Tensor:
     """The hidden states in what a model returned while its head was out, (..., width).
 
-    What stands where logits are expected has passed through all that the model does after its head; the first time, it is
-    compared with what is known of that.
-
     Raises:
-        ValueError: the head did not run, or the model changes its logits in a way that is not known here.
+        ValueError: the head did not run.
     """
     states, returned = captured.states, logits_of(output)
     if states is None:
-        raise ValueError("R3F: the output head was not called in the forward pass, so fused_linear cannot serve this model")
-    if root not in _known:
-        with torch.no_grad():
-            expected = head.after(states.detach().float())
-            if returned.shape != states.shape or not torch.allclose(returned.float(), expected, rtol=2e-2, atol=1e-5):
-                raise ValueError(
-                    f"R3F: {type(root).__name__} changes its logits after the head in a way that fused_linear does not "
-                    "know; use fused_linear=False"
-                )
-        _known.add(root)
+        raise ValueError(_NOT_CALLED)
     # Untouched, the output itself: hooks that wrappers put on it then see the backward pass begin.
     return returned if head.softcap is None and head.temperature == 1 and returned.dtype == states.dtype else states
 
@@ -149,4 +258,4 @@ def last_stream(model: Any, root: Any, head: Head | None, inputs: dict[str, Any]
         return logits_of(model(**inputs))
     with bypass_head(root, head) as captured:
         output = model(**inputs)
-    return hidden_of(root, head, output, captured)
+    return hidden_of(head, output, captured)

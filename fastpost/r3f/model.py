@@ -112,6 +112,8 @@ class R3F(Windowed):
         inplace: let the gradients overwrite the logits (no logit-sized allocation); then `out.logits` is None.
         fused_linear: for models with a vocabulary: hidden states and the output head's weight go into `linear_r3f_loss`, and
             logits are never held whole. The head must be a plain nn.Linear, tied or not; `out.logits` is None in training.
+            At the first step the model runs once more, without a graph, to see what it does to its logits: caps and scales
+            that its config names are applied, anything else is an error.
         memory_budget: bytes for a chunk of logits under `fused_linear`.
 
     Raises:
@@ -227,7 +229,7 @@ class R3F(Windowed):
         give_decoder_inputs(root, inputs, labels)
 
         training = bool(getattr(model, "training", True))
-        head = fused_head(model, root) if self.fused_linear and training else None
+        head = fused_head(model, root, inputs) if self.fused_linear and training else None
         passes = Passes(self, model, root, inputs, told, labels, head, self._window or Step())
         if self.r3f_lambda == 0 or not training:
             clean = passes.run()

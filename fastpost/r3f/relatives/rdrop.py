@@ -36,7 +36,7 @@ class RDrop(Method):
             rounding.
         fused_linear: for models with a vocabulary: hidden states and the output head's weight go into `linear_r_drop_loss`,
             and logits are never held whole. The head must be a plain nn.Linear, tied or not; `out.logits` is None in
-            training.
+            training. What models may do to their logits: as in R3F.
         memory_budget: bytes for a chunk of logits under `fused_linear`.
         options: `shift_labels`, `ignore_index`, ...: as in `Method`.
 
@@ -83,7 +83,7 @@ class RDrop(Method):
 
     def _head(self, call: Call) -> Head:
         with self._named():
-            return fused_head(call.model, call.root)
+            return fused_head(call.model, call.root, call.inputs)
 
     def _pass(self, call: Call, head: Head | None) -> Tensor:
         """Logits of one forward pass, or the hidden states before a head that is taken out."""
