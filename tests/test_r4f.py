@@ -224,6 +224,83 @@ def test_sigma_is_found_once_for_each_change_of_the_weight(monkeypatch: pytest.M
         assert norm(layer.weight) == pytest.approx(1, rel=1e-6)
 
 
+ORIGINAL = "parametrizations.weight.original"
+
+
+def normalised(weight: Tensor) -> Tensor:
+    """W / sigma in float64, with the gradient of sigma that its singular vectors give."""
+    w = weight.double()
+    u, _, vh = torch.linalg.svd(w.detach(), full_matrices=False)
+    return w / (u[:, 0] @ w @ vh[0])
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (160, 150)])
+@pytest.mark.parametrize("how", ["functional_call", "data"])
+def test_weights_that_come_and_go_at_one_address_have_their_own_sigma(how: str, shape: tuple[int, int]) -> None:
+    layer = nn.Linear(shape[1], shape[0], bias=False)
+    R4F(layer)
+    x = torch.eye(shape[1])
+    original: Any = layer.get_parameter(ORIGINAL)
+    addresses = set()
+    for _ in range(20):
+        weight = torch.randn(shape)
+        addresses.add(weight.data_ptr())
+        with torch.no_grad():
+            if how == "data":
+                original.data = torch.empty(0)
+                original.data = weight
+                found = layer(x)
+            else:
+                found = torch.func.functional_call(layer, {ORIGINAL: weight}, (x,))
+            torch.testing.assert_close(found.mT.double(), normalised(weight), rtol=1e-5, atol=1e-6)
+        del weight
+    assert len(addresses) < 20  # else nothing was shown
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (150, 140)])
+def test_transforms_of_functions_of_the_weight(shape: tuple[int, int]) -> None:
+    """grad, jvp, vmap and vmap of grad; afterwards the layer's own weight is as it was."""
+    layer = nn.Linear(shape[1], shape[0], bias=False)
+    R4F(layer)
+    x, weights, tangent = torch.randn(3, shape[1]), torch.randn(2, *shape), torch.randn(shape)
+    before = layer(x)
+
+    def ours(weight: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {ORIGINAL: weight}, (x,)).square().sum()
+
+    def truth(weight: Tensor) -> Tensor:
+        return (x.double() @ normalised(weight).mT).square().sum()
+
+    def slope(weight: Tensor) -> Tensor:
+        leaf = weight.double().requires_grad_()
+        (gradient,) = torch.autograd.grad(truth(leaf), leaf)
+        return gradient
+
+    close: Any = lambda a, b: torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)  # noqa: E731
+    close(torch.func.grad(ours)(weights[0]), slope(weights[0]))
+    close(torch.func.jvp(ours, (weights[0],), (tangent,))[1], (slope(weights[0]) * tangent).sum())
+    close(torch.func.vmap(ours)(weights), torch.stack([truth(w) for w in weights]))
+    close(torch.func.vmap(torch.func.grad(ours))(weights), torch.stack([slope(w) for w in weights]))
+    per_row = torch.func.vmap(torch.func.grad(lambda row: layer(row).sum()))(x)  # of the inputs, beside the layer's weight
+    torch.testing.assert_close(per_row, layer.weight.sum(0).expand_as(x))
+    assert same_bits(layer(x), before)
+    broken = torch.func.vmap(ours)(torch.stack((weights[0], weights[1].clone().fill_(math.inf))))
+    assert broken.isfinite().tolist() == [True, False]
+
+
+def test_copies_find_the_same_sigma_in_memory_of_their_own() -> None:
+    layer = nn.Linear(12, 3)
+    R4F(layer)
+    x = torch.randn(4, 12)
+    expected = layer(x)
+    made = copy.deepcopy(layer)
+    assert same_bits(made(x), expected)
+    with torch.no_grad():
+        made.get_parameter(ORIGINAL).mul_(3)
+    assert same_bits(layer(x), expected)
+    torch.testing.assert_close(made(x), expected)
+
+
 @pytest.mark.parametrize("layers", ["last", "all"])
 def test_no_noise_gives_exactly_zero_kl_at_every_step(layers: str) -> None:
     model, batch = build("roberta", dropout=0.1), batch_for("roberta")

@@ -7,11 +7,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastpost.distributed import is_sharded
 from fastpost.errors import unknown
+from fastpost.ops.autograd import transformed
 
 LAYERS = ("last", "all")
 MODES = ("exact", "at_most")
@@ -33,10 +35,11 @@ class R4F:
     for 768 x 768 on two cores), in float64. Its vectors count as constants, as in torch's spectral_norm: with sigma =
     u' W v that is the exact gradient. Nothing but W enters, so a loaded checkpoint gives the same bits.
 
-    They are sought only when W has changed, as its version counter, its address and optimizers' steps tell: both passes of
+    They are sought only when W has changed, as its memory, its version counter and optimizers' steps tell: both passes of
     an R3F step, and evaluation, see one sigma, and zero noise gives exactly zero KL. (Released R4F iterates
     in every forward pass, so there the two passes differ by up to 2.5e-2 without any noise.) Writes through `weight.data`
-    outside of an optimizer's step go unnoticed; sigma then still follows to first order.
+    outside of an optimizer's step go unnoticed; sigma then still follows to first order. Weights that
+    `torch.func.functional_call` puts in place of W are normalised by their own sigma, also inside `grad`, `jvp` and `vmap`.
 
     What is saved loads without fastpost: the model's state dict, and so `save_pretrained` and a Trainer's checkpoints, hold
     W / sigma under the layer's plain name, and beside it W (`parametrizations.weight.original`), from which a model with R4F
@@ -182,7 +185,10 @@ class SpectralNorm(nn.Module):
         # Plain attributes: as buffers they would enter the state dict, and be rounded by model.bfloat16().
         self._u: Tensor | None = None
         self._v: Tensor | None = None
-        self._seen: tuple[Any, ...] | None = None
+        self._seen: _Seen | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": None}  # a copy has memory of its own, and finds the same sigma there
 
     def extra_repr(self) -> str:
         return f"at_most={self.at_most}"
@@ -196,30 +202,57 @@ class SpectralNorm(nn.Module):
 
     def sigma(self, weight: Tensor) -> Tensor:
         """sigma_max(W) = u' W v, a scalar in W's dtype (float32 for 16-bit W), differentiable in W."""
-        state = _state(weight)
-        if state != self._seen:
-            with torch.no_grad():
-                self._refresh(weight.detach())
-            self._seen = state
-        assert self._u is not None
-        assert self._v is not None
+        u, v = self._vectors(weight)
         work = _working(weight)
         with torch.autocast(weight.device.type, enabled=False):  # in 16 bits sigma would be off by 1e-3
-            return torch.dot(self._u.to(work), torch.mv(weight.to(work), self._v.to(work)))
+            return torch.dot(u.to(work), torch.mv(weight.to(work), v.to(work)))
+
+    def _vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The leading singular vectors, sought anew where the weight is not the one seen last, or has changed."""
+        plain = not torch._C._functorch.is_functorch_wrapped_tensor(weight)
+        seen = _Seen(weight) if plain else None
+        if seen is None or seen != self._seen:
+            if transformed():  # what a transform makes ends with it, and vmap shows no values to decide by
+                return _without_looking(weight.detach())
+            with torch.no_grad():
+                self._refresh(weight.detach())
+            self._seen = seen
+        assert self._u is not None
+        assert self._v is not None
+        return self._u, self._v
 
     def _refresh(self, weight: Tensor) -> None:
         """Brings u and v up to date with the weight."""
         with torch.autocast(weight.device.type, enabled=False):
-            matrix = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)  # MPS has no float64
+            matrix = _exact(weight)
             if not bool(torch.isfinite(matrix).all()):  # a run that has diverged: sigma is NaN, and so is the output
                 self._u, self._v = matrix.new_zeros(matrix.shape[0]), matrix.new_zeros(matrix.shape[1])
                 return
             v = _leading(matrix) if min(matrix.shape) <= _DIRECT else _lanczos(matrix)
             if v is None:
                 v = torch.linalg.svd(matrix, full_matrices=False).Vh[0]
-            image = matrix @ v
-            length = image.norm()
-            self._v, self._u = v.contiguous(), image / torch.where(length > 0, length, 1)
+            self._u, self._v = _with_image(matrix, v)
+
+
+@torch.no_grad()
+def _without_looking(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The leading singular vectors, zeros where the weight is not finite, by operations that branch on no value."""
+    with torch.autocast(weight.device.type, enabled=False):
+        matrix = _exact(weight)
+        finite = torch.isfinite(matrix).all()
+        u, v = _with_image(matrix, _leading(torch.where(finite, matrix, 0)))
+        return torch.where(finite, u, 0), torch.where(finite, v, 0)
+
+
+def _exact(weight: Tensor) -> Tensor:
+    return weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)  # MPS has no float64
+
+
+def _with_image(matrix: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The left singular vector beside the right one."""
+    image = matrix @ v
+    length = image.norm()
+    return image / torch.where(length > 0, length, 1), v.contiguous()
 
 
 def _leading(matrix: Tensor) -> Tensor:
@@ -279,7 +312,17 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(_note_step)
 
 
-def _state(weight: Tensor) -> tuple[Any, ...]:
-    """Differs whenever the weight may have changed: loading and fastpost's own kernels bump the version counter."""
-    version = None if weight.is_inference() else weight._version
-    return _steps, version, weight.data_ptr(), weight.dtype, weight.device
+class _Seen:
+    """A weight as it is now: differs whenever it may have changed. Loading and fastpost's own kernels bump the version.
+
+    The memory is told by a weak reference: while that is held, no other memory takes its name, as an address may be taken.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._memory = StorageWeakRef(weight.untyped_storage())
+        version = None if weight.is_inference() else weight._version
+        place = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device)
+        self._told = (_steps, version, *place)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Seen) and self._memory == other._memory and self._told == other._told
