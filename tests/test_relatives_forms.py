@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from fastpost import R3F
+from fastpost.anchor import Anchor
 from fastpost.ops.noise import add_noise
 from fastpost.r3f.relatives import SMART, FreeLB, HyPe, NEFTune, NoisedStudent, RDrop, SymNoise
 from fastpost.r3f.relatives.base import Method
@@ -23,7 +26,7 @@ from fastpost.r3f.relatives.hype import find_layers
 from tests import distributed
 from tests.conftest import same_bits
 from tests.test_relatives import KINDS, METHODS, NOISY, assert_same, of, step
-from tests.tiny import batch_for, build, pad
+from tests.tiny import VOCABULARY, batch_for, build, pad
 
 # -- padding, other ways in, accumulation -----------------------------------------------------------------------------
 
@@ -107,6 +110,26 @@ def test_transformers_neftune_beside_another_method_is_refused(name: str) -> Non
     R3F(r3f_lambda=0)(model, **batch)  # plain fine-tuning with NEFTune
     deactivate_neftune(model, hook)
     of(name)(model, **batch)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "r3f", "anchor"])
+@pytest.mark.parametrize("how", ["config", "batch"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_router_s_loss_is_not_dropped(name: str, how: str, training: bool) -> None:
+    """Mixtral's own loss has a part that the cross-entropy of its logits leaves out."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, output_router_logits=how == "config")).train(training)
+    batch = {**batch_for("causal"), **({"output_router_logits": True} if how == "batch" else {})}
+    assert model(**batch).aux_loss > 0
+    method: Any = {"r3f": R3F, "anchor": lambda: Anchor(model)}.get(name, lambda: of(name))()
+    who = type(method).__name__
+    with pytest.raises(
+        ValueError, match=rf"^{who}: the model adds a loss of its router .* set model.config.output_router_l"
+    ):
+        method(model, **batch)
+    if how == "config":
+        method(model, **{**batch, "output_router_logits": False})  # as the batch asks
 
 
 @pytest.mark.parametrize("name", METHODS)

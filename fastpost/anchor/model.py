@@ -140,7 +140,8 @@ class Anchor:
                 the fields that `InContext` describes.
 
         Raises:
-            ValueError: labels that are missing, out of range or of the wrong shape; a reference with another vocabulary or
+            ValueError: labels that are missing, out of range or of the wrong shape; a model whose loss has a part for its
+                router; a reference with another vocabulary or
                 other rows; what the reference refuses.
         """
         self._check()

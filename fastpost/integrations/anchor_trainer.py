@@ -26,6 +26,7 @@ from fastpost.anchor import (
 from fastpost.anchor.context import FIELDS
 from fastpost.anchor.examples import check_examples, collate_without_context
 from fastpost.integrations.mixin import PostTrainingMixin
+from fastpost.r3f.conventions import has_router_loss
 
 AVERAGE = "anchor_ema.safetensors"  # in each checkpoint
 
@@ -108,7 +109,7 @@ class AnchorTrainerMixin(PostTrainingMixin):
                 f"{name}: compute_loss_func computes a loss of its own, which the anchor's would replace; call "
                 "fastpost.linear_distillation_loss inside it, or leave it out"
             )
-        if self._has_router_loss():
+        if has_router_loss(self.model):
             raise ValueError(
                 f"{name}: the model adds a loss of its router (output_router_logits=True) to its own, which the anchor's "
                 "cross-entropy would leave out; set model.config.output_router_logits=False"

@@ -152,11 +152,6 @@ class PostTrainingMixin(Base):  # type: ignore[misc]
         """A batch as the model takes it; a method that reads more of it takes that out here."""
         return dict(inputs)
 
-    def _has_router_loss(self) -> bool:
-        config = getattr(self.model, "config", None)
-        text_config = getattr(config, "get_text_config", lambda: config)()
-        return bool(getattr(text_config, "output_router_logits", False))
-
     def _factor(self, items: Any) -> int:
         """What undoes the mean over processes, where the divisor counts the labels of all."""
         if items is None or not self.args.average_tokens_across_devices:

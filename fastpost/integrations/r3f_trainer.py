@@ -10,7 +10,7 @@ import torch
 
 from fastpost.integrations.mixin import PostTrainingMixin
 from fastpost.r3f import R4F
-from fastpost.r3f.conventions import logits_of
+from fastpost.r3f.conventions import has_router_loss, logits_of
 from fastpost.r3f.noise import unwrap
 from fastpost.r3f.passes import Step
 from fastpost.r3f.relatives import FreeLB, HyPe
@@ -84,7 +84,7 @@ class R3FTrainerMixin(PostTrainingMixin):
             )
         if "anchor" in self._methods:  # which makes the clean pass
             self._adds_to = next(c for c in type(self).__mro__ if vars(c).get("_method") == "anchor")
-        if self._adds_to is None and self._has_router_loss():
+        if self._adds_to is None and has_router_loss(self.model):
             raise ValueError(
                 f"{type(self).__name__}: the model adds a loss of its router (output_router_logits=True) to its own, which "
                 "R3F's cross-entropy would leave out; set model.config.output_router_logits=False"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,6 +53,29 @@ def class_labels(root: Any, batch: dict[str, Any], ignore_index: int) -> Tensor:
     classes = getattr(config, "num_labels", None) if classifies else None
     check_range(labels, classes if isinstance(classes, int) else None, ignore_index)
     return labels.long()
+
+
+def has_router_loss(model: Any, batch: Mapping[str, Any] | None = None) -> bool:
+    """Whether a model adds a loss of its router to its own.
+
+    Args:
+        batch: the inputs of a call, which may ask for that, or for none, themselves.
+    """
+    asked = None if batch is None else batch.get("output_router_logits")
+    if asked is None:
+        config = getattr(model, "config", None)
+        text = getattr(config, "get_text_config", None)
+        asked = getattr(text() if callable(text) else config, "output_router_logits", False)
+    return bool(asked)
+
+
+def refuse_router_loss(root: Any, batch: Mapping[str, Any]) -> None:
+    """Raises ValueError where the model's own loss has a part that a cross-entropy of its logits leaves out."""
+    if has_router_loss(root, batch):
+        raise ValueError(
+            "R3F: the model adds a loss of its router (output_router_logits=True) to its own, which the cross-entropy of "
+            "its logits would leave out; set model.config.output_router_logits=False"
+        )
 
 
 def check_range(labels: Tensor, classes: int | None, ignore_index: int) -> None:
@@ -124,6 +147,7 @@ def take_batch(
     Args:
         num_items: None: transformers' `num_items_in_batch`, where the batch has it.
     """
+    refuse_router_loss(root, batch)
     labels = class_labels(root, batch, ignore_index)
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
     if num_items is None:

@@ -17,7 +17,13 @@ from fastpost.ops.noise import check_noise
 from fastpost.ops.params import seed_tensor
 from fastpost.ops.reductions import R3F_REDUCTIONS, item_divisor
 from fastpost.ops.scalars import POSITIVE, check_number, check_real, check_whole
-from fastpost.r3f.conventions import class_labels, give_decoder_inputs, per_item, summed_cross_entropy
+from fastpost.r3f.conventions import (
+    class_labels,
+    give_decoder_inputs,
+    per_item,
+    refuse_router_loss,
+    summed_cross_entropy,
+)
 from fastpost.r3f.head import Head, fused_head
 from fastpost.r3f.noise import SCALES, unwrap
 from fastpost.r3f.passes import Passes, Step, Windowed
@@ -212,11 +218,13 @@ class R3F(Windowed):
 
         Raises:
             ValueError: no labels; labels of the wrong shape, out of range or not integers (regression has no KL); a
-                model without input embeddings; num_items negative, not finite or with another reduction.
+                model without input embeddings, or whose loss has a part for its router; num_items negative, not finite or
+                with another reduction.
             RuntimeError: the embedding was not called in the forward pass.
         """
         self._check()
         root = unwrap(model)
+        refuse_router_loss(root, batch)
         labels = class_labels(root, batch, self.ignore_index)
         told = {name: batch[name] for name in ("sequence_ids",) if name in batch}  # for us, not for the model
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "num_items_in_batch", *told)}

@@ -319,7 +319,7 @@ class _Seen:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._memory = StorageWeakRef(weight.untyped_storage())
+        self._memory = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
         version = None if weight.is_inference() else weight._version
         place = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device)
         self._told = (_steps, version, *place)

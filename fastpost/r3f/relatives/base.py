@@ -122,7 +122,8 @@ class Method(Windowed):
 
         Raises:
             ValueError: labels that are missing, out of range, of the wrong shape or not integers; num_items negative; a
-                model without input embeddings. RuntimeError: the embedding was not called in the forward pass.
+                model without input embeddings, or whose loss has a part for its router.
+            RuntimeError: the embedding was not called in the forward pass.
         """
         self._check()
         with self._named():
