@@ -162,7 +162,8 @@ class R3FTrainerMixin(PostTrainingMixin):
 
     def _r3f_begin(self, info: PassInfo) -> None:
         if self._r3f_step is None or (info.index == 0 and not info.is_replay):
-            self._r3f_step = Step(self.args.process_index * RANK)
+            first = self.args.process_index * RANK
+            self._r3f_step = Step((first, first))
             self._r3f_counted = []
         step = self._r3f_step
         if info.index == 0:  # the seed is drawn anew: a second pass that draws the first one's dropout draws its seed too

@@ -132,7 +132,7 @@ class Noise:
     def _drawn(self, x: Tensor, keep: Tensor | None, call: int) -> dict[str, Any]:
         """Seed, token numbers and scales for rows like x (..., width)."""
         index = None
-        if call == 0:
+        if self.counted is None:
             self.counted = math.prod(x.shape[:-1]) if keep is None else keep.sum()
         if isinstance(self.offset, Tensor) or self.offset:
             kept_rows = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if keep is None else keep

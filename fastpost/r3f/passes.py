@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,9 @@ from fastpost.rng import RandomState
 
 if TYPE_CHECKING:
     from fastpost.r3f.model import R3F
+
+Number = int | Tensor
+Offset = Number | tuple[Number, Number]
 
 _SIDE = 1 << 32  # between the seeds of the two sides of an encoder-decoder
 
@@ -39,11 +43,34 @@ class Place:
 
 @dataclass
 class Step:
-    """One optimizer step: its seed per device, and how many tokens have been seen on each side of the model."""
+    """One optimizer step: its seed per device, and how many tokens have been seen on each side of the model.
 
-    offset: int | Tensor = 0
+    Attributes:
+        offset: number of the first token, of one side or of (encoder, decoder).
+    """
+
+    offset: Offset = 0
     seeds: dict[torch.device, Tensor] = field(default_factory=dict)
     counted: dict[str, int | Tensor] = field(default_factory=dict)
+
+    def next(self, side: str, device: torch.device) -> int | Tensor:
+        """Number of the next token on a side of the model."""
+        start = self.offset[side == "decoder"] if isinstance(self.offset, tuple) else self.offset
+        number = start + self.counted.get(side, 0)
+        return number.to(device) if isinstance(number, Tensor) else number
+
+    def count(self, side: str, tokens: int | Tensor | None) -> None:
+        """Tokens that have got noise there; None: nothing ran."""
+        if tokens is not None:
+            self.counted[side] = self.counted.get(side, 0) + tokens
+
+    def starts_both_sides(self) -> None:
+        """Raises ValueError where one number stands for two sides, which have other numbers of tokens."""
+        if isinstance(self.offset, Tensor) or (not isinstance(self.offset, tuple) and self.offset):
+            raise ValueError(
+                "R3F: noise enters both sides of this encoder-decoder, whose tokens are counted apart; give both numbers, "
+                "window(token_offset=(the encoder's, the decoder's))"
+            )
 
 
 class Windowed:
@@ -52,7 +79,7 @@ class Windowed:
     _window: Step | None = None
 
     @contextlib.contextmanager
-    def window(self, token_offset: int | Tensor = 0, *, step: Step | None = None) -> Iterator[None]:
+    def window(self, token_offset: Offset = 0, *, step: Step | None = None) -> Iterator[None]:
         """The calls inside are micro-batches of one step: they share its seed, and their tokens are counted on.
 
             with r3f.window():
@@ -63,12 +90,20 @@ class Windowed:
         that lie before its own (`fastpost.distributed.sum_before`) and the same integer `seed`. Padding is not counted.
 
         Args:
-            token_offset: number of the first token.
+            token_offset: number of the first token: of those that noise can reach on the side that is noised. Where both
+                sides of an encoder-decoder are (`where="both"`, `HyPe`), a pair, (the encoder's, the decoder's).
             step: the step that the calls belong to, where its calls cannot stand in one block; None: a new one.
 
         Raises:
+            TypeError: a token_offset that is neither a number nor a pair of them.
             RuntimeError: a window is open already.
         """
+        given = token_offset if isinstance(token_offset, tuple) and len(token_offset) == 2 else (token_offset,)
+        if not all(isinstance(n, Integral | Tensor) for n in given):
+            raise TypeError(
+                f"{type(self).__name__}: token_offset must be an integer, a tensor with one, or a pair of them (encoder, "
+                f"decoder), not {token_offset!r}"
+            )
         if self._window is not None:
             raise RuntimeError(f"{type(self).__name__}: a window is open already")
         self._window = Step(token_offset) if step is None else step
@@ -152,6 +187,8 @@ class Passes:
             sides: tuple[str, ...] = ("encoder",)
         else:
             sides = ("encoder", "decoder") if how.where == "both" else (how.where,)
+        if len(sides) == 2:
+            self.step.starts_both_sides()
         places = []
         for side in sides:
             own = sequences if side == "encoder" else None
@@ -206,8 +243,7 @@ class Passes:
         for place, hook in hooks:
             hook.require_called(place.name)
         for place in places:
-            if place.noise.counted is not None:
-                self.step.counted[place.side] = self.step.counted.get(place.side, 0) + place.noise.counted
+            self.step.count(place.side, place.noise.counted)
         return output
 
     def _noise(self, device: torch.device, side: str, sequences: Tensor | None) -> Noise:
@@ -216,9 +252,6 @@ class Passes:
             known = next(iter(step.seeds.values()), None)
             step.seeds[device] = self._seed(device) if known is None else known.to(device)
         seed = step.seeds[device] + (_SIDE if side == "decoder" else 0)
-        offset = step.offset + step.counted.get(side, 0)
-        if isinstance(offset, Tensor):
-            offset = offset.to(device)
         return Noise(
             how.eps,
             how.noise_type,
@@ -226,7 +259,7 @@ class Passes:
             how.detach_noised_embedding,
             how._measured,
             how.noise_scale,
-            offset,
+            step.next(side, device),
             sequences,
         )
 

@@ -184,17 +184,15 @@ class Method(Windowed):
         return seed_tensor((self.seed + self.step - 1) % 2**64, device)
 
     @contextlib.contextmanager
-    def _counted(self, noise: Noise) -> Iterator[None]:
+    def _counted(self, noise: Noise, side: str = "encoder") -> Iterator[None]:
         """Around the first pass with this noise: its tokens are counted on from the window's earlier calls."""
         step, first = self._window, noise.counted is None
         if step is None or not first:
             yield
             return
-        offset = step.offset + step.counted.get("encoder", 0)
-        noise.offset = offset.to(noise.seed.device) if isinstance(offset, Tensor) else offset
+        noise.offset = step.next(side, noise.seed.device)
         yield
-        if noise.counted is not None:
-            step.counted["encoder"] = step.counted.get("encoder", 0) + noise.counted
+        step.count(side, noise.counted)
 
     def _place(self, call: Call) -> tuple[str, nn.Module]:
         with self._named():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -105,19 +106,30 @@ class HyPe(Method):
         with contextlib.nullcontext() if self.dropout else evaluating(call.root):
             if self.eps == 0:
                 return self._plain(call, self._clean(call))
-            device = next((p.device for p in call.root.parameters()), call.labels.device)
-            noise = Noise(self.eps, self.noise_type, self._seed_on(device), detach=False, measured=self._measured)
-            with self._counted(noise), _NoisyLayers(blocks, noise, self._masks(call)) as noisy:
+            stacks = self._stacks(call)
+            if len(stacks) == 2 and self._window is not None:
+                with self._named():
+                    self._window.starts_both_sides()
+            with contextlib.ExitStack() as entered:
+                for stack in stacks:
+                    entered.enter_context(self._counted(stack.noise, stack.side))
+                noisy = entered.enter_context(_NoisyLayers(blocks, stacks))
                 logits = self._clean(call)
         if noisy.calls == 0:
             raise RuntimeError(f"HyPe: none of the layers {', '.join(blocks)} ran in the forward pass, so no noise entered")
         return self._plain(call, logits)
 
-    def _masks(self, call: Call) -> dict[str, Tensor | None]:
-        """What is padding, for the layers whose names begin so; "" for all others."""
-        mask = call.attention_mask
+    def _stacks(self, call: Call) -> list[_Stack]:
+        """The stacks of layers, whose tokens are counted apart; the last holds all layers that are in none before."""
+        device = next((p.device for p in call.root.parameters()), call.labels.device)
+        seed, mask = self._seed_on(device), call.attention_mask
+
+        def stack(side: str, prefix: str, mask: Tensor | None) -> _Stack:
+            noise = Noise(self.eps, self.noise_type, seed, detach=False, measured=self._measured)
+            return _Stack(side, prefix, noise, mask)
+
         if not is_encoder_decoder(call.root):
-            return {"": mask}
+            return [stack("encoder", "", mask)]
         encoder = call.root.get_encoder()
         name = next((name for name, module in call.root.named_modules() if module is encoder), "encoder")
         given = call.inputs.get("decoder_attention_mask")
@@ -128,34 +140,51 @@ class HyPe(Method):
             decoder = counts.flip(-1).cumsum(-1).flip(-1)
         elif decoder is None:
             decoder = mask  # a classifier, which gives its decoder the encoder's tokens
-        return {f"{name}.": mask, "": decoder}
+        return [stack("encoder", f"{name}.", mask), stack("decoder", "", decoder)]
+
+
+@dataclass
+class _Stack:
+    """Layers of one side of a model.
+
+    Attributes:
+        side: "encoder" or "decoder". prefix: what their names begin with.
+        noise: theirs. mask: 0 where there is padding, or None.
+    """
+
+    side: str
+    prefix: str
+    noise: Noise
+    mask: Tensor | None
 
 
 class _NoisyLayers:
     """While open, the hidden states that enter the blocks carry noise, other numbers at every call."""
 
-    def __init__(self, blocks: dict[str, nn.Module], noise: Noise, masks: dict[str, Tensor | None]) -> None:
-        self.blocks, self.noise, self.masks = blocks, noise, masks
+    def __init__(self, blocks: dict[str, nn.Module], stacks: list[_Stack]) -> None:
+        self.blocks, self.stacks = blocks, stacks
         self.calls = 0
         self._undo: list[Any] = []
 
     def __enter__(self) -> _NoisyLayers:
         for name, block in self.blocks.items():
-            mask = next((mask for prefix, mask in self.masks.items() if name.startswith(prefix)), None)
-            self._undo.append(block.register_forward_pre_hook(self._hook(mask), with_kwargs=True))
+            stack = next(stack for stack in self.stacks if name.startswith(stack.prefix))
+            self._undo.append(block.register_forward_pre_hook(self._hook(stack), with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
         while self._undo:
             self._undo.pop().remove()
 
-    def _hook(self, mask: Tensor | None) -> Any:
+    def _hook(self, stack: _Stack) -> Any:
+        mask = stack.mask
+
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             hidden = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(hidden, Tensor) or not hidden.dtype.is_floating_point:
                 raise TypeError(f"HyPe: {type(module).__name__} was not given hidden states first; pass other layers=")
             keep = mask != 0 if mask is not None and mask.shape == hidden.shape[:-1] else None
-            noised = self.noise.add(hidden, keep, self.calls)
+            noised = stack.noise.add(hidden, keep, self.calls)
             self.calls += 1
             return ((noised, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": noised})
 
