@@ -244,6 +244,36 @@ def test_rows_that_do_not_count_may_hold_anything_and_each_row_has_its_loss(
     assert nothing.loss.item() == 0
 
 
+def test_probabilities_that_leave_nothing_to_the_rest_are_served_where_that_is_meant() -> None:
+    problem = Problem()
+    ids, log_probs = problem.known()
+    normalised = log_probs.log_softmax(-1)
+    sparse = torch.where(
+        torch.rand(log_probs.shape, generator=torch.Generator().manual_seed(1)) < 0.5, -torch.inf, normalised
+    )
+    sparse[..., 0] = normalised[..., 0]
+    nothing = torch.full(ROWS, -torch.inf, dtype=torch.float64)
+    few = torch.full(ROWS, -100)
+    few.view(-1)[:7] = 1
+    hot = torch.full_like(log_probs, -torch.inf).index_fill(-1, torch.tensor(0), 0)
+    one_among_others = normalised.clone()
+    one_among_others[0, 0] = log_probs[0, 0]
+    for given, labels, options in (
+        (normalised, None, {"rest": "dropped"}),
+        (normalised, None, {"teacher_rest": nothing}),
+        (normalised, few, {}),
+        (hot, None, {}),
+        (one_among_others, None, {}),
+        (sparse, None, {}),
+    ):
+        want = {name: value for name, value in options.items() if name != "teacher_rest"}
+        theirs = truth(problem.leaves(), ids, given, labels, **want)
+        found = loss_of(problem.leaves(), ids, given, labels, **options)
+        torch.testing.assert_close(found.loss, theirs[0], rtol=1e-9, atol=1e-12)
+    every = torch.arange(VOCAB).expand(*ROWS, VOCAB)
+    loss_of(problem.leaves(), every, problem.teacher.log_softmax(-1))
+
+
 def test_probabilities_that_rounding_brings_above_one_are_scaled() -> None:
     problem = Problem()
     problem.teacher[..., 0] += 30
@@ -375,10 +405,15 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"log_probs": lambda t: t * math.nan}, ValueError, "row 0 holds a log-probability that is NaN"),
     ({"log_probs": lambda t: t - math.inf}, ValueError, "row 0 holds no class of the teacher"),
     (
-        {"log_probs": lambda t: t.log_softmax(-1), "divergence": "reverse_kl"},
+        {
+            "log_probs": lambda t: torch.full_like(t, -math.inf).index_fill(-1, torch.tensor(0), 0),
+            "divergence": "reverse_kl",
+        },
         ValueError,
         "has none in the teacher, so reverse_kl is infinite; give teacher_rest",
     ),
+    ({"log_probs": lambda t: t.log_softmax(-1)}, ValueError, "in every row the known classes add up to 1, as if they had"),
+    ({"log_probs": lambda t: t.float().log_softmax(-1)}, ValueError, "over the teacher's whole vocabulary, or take rest="),
     ({"memory_budget": 1000}, ValueError, "memory_budget of 1,000 bytes"),
 ]
 

@@ -41,6 +41,9 @@ class TopLogProbs(NamedTuple):
 
 
 RESTS = ("one_class", "dropped")
+_ALL = 2e-6  # of float32: as near to 1 do log-probabilities come that were normalised over the k classes
+_MANY = 8  # rows that leave nothing; a few may do so by chance
+_SURE = 0.99  # of one class: then little is left to the others
 _ROUNDING = 1.05  # sums of probabilities up to here: logarithms that were stored in 16 bits give up to 1.01
 
 
@@ -94,9 +97,9 @@ def linear_top_k_distillation_loss(
 
     Raises:
         ValueError: as there; also, on the CPU and under FASTPOST_CHECKS=1, an id out of range or twice in a row,
-            log-probabilities above 0, NaN, or that add up to more than 1 (with `teacher_rest`: to something else than 1), a
-            row without any, and an infinite divergence, such as "reverse_kl" where the teacher leaves nothing to the rest;
-            `teacher_rest` with rest="dropped".
+            log-probabilities above 0, NaN, or that add up to more than 1 (with `teacher_rest`: to something else than 1; with
+            neither that nor rest="dropped": to 1 in every row, in float32 or wider), a row without any, and an infinite
+            divergence, such as "reverse_kl" where the teacher leaves nothing to the rest; `teacher_rest` with rest="dropped".
         TypeError: as there; ids that are no integers.
     """
     op = "linear_top_k_distillation_loss"
@@ -115,6 +118,8 @@ def linear_top_k_distillation_loss(
     _check_teacher(op, hidden, vocab, teacher_ids, teacher_log_probs, counts)
     if teacher_rest is not None:
         _check_rest(op, hidden, teacher_log_probs, teacher_rest, rest, counts)
+    elif rest == "one_class":
+        _check_something_is_left(op, teacher_log_probs, counts, weight.shape[0])
     rows, k = len(counts), teacher_ids.shape[-1]
     log_probs = teacher_log_probs.detach().reshape(rows, k)
     is_used = (log_probs > -torch.inf) & (counts > 0).unsqueeze(1)
@@ -202,6 +207,24 @@ def _check_rest(op: str, hidden: Tensor, log_probs: Tensor, of_rest: Tensor, res
         raise ValueError(
             f"{op}: in row {int(faulty.nonzero()[0])} the known classes and teacher_rest add up to a probability other than "
             "1; teacher_rest is the logarithm of what the known ones leave"
+        )
+
+
+def _check_something_is_left(op: str, log_probs: Tensor, counts: Tensor, classes: int) -> None:
+    """Looks for probabilities that were normalised over the k classes; `classes`: at most the vocabulary.
+
+    Where the teacher is sure of one class, or all are known, they add up to 1 by right; and 16 bits cannot tell.
+    """
+    if not checks_values(log_probs.device) or log_probs.dtype.itemsize < 4:
+        return
+    log_probs = log_probs.detach().reshape(len(counts), -1)
+    known = (log_probs > -torch.inf).sum(1)
+    telling = (counts > 0) & (known < classes) & (log_probs.amax(1) < math.log(_SURE))
+    if int(telling.sum()) >= _MANY and bool((log_probs[telling].double().logsumexp(1).abs() < _ALL).all()):
+        raise ValueError(
+            f"{op}: in every row the known classes add up to 1, as if they had been normalised over themselves. Give their "
+            "log-probabilities over the teacher's whole vocabulary, or take rest='dropped'; for a teacher that leaves "
+            "nothing to other classes, give teacher_rest (-inf is nothing)"
         )
 
 
