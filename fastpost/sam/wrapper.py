@@ -410,8 +410,8 @@ class Wrapper(Optimizer):
             after(self)
 
     def _count_step(self, ascended: bool) -> None:
-        # To make a checkpoint torch.distributed steps an optimizer without state at a learning rate of 0, with SGD each time.
-        # Such a step does not count, nor does a plain one of the loop's own at 0: on a rank that holds no state the two look
+        # To make a checkpoint torch.distributed steps an optimizer without state at a learning rate of 0, SGD each time.
+        # Such a step does not count, nor does a plain one of the loop's own at 0: on a rank that holds no state they look
         # alike, and ranks have to count alike, or some would ascend alone.
         groups = self._groups()
         if not ascended:
