@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import fastpost
+from fastpost.gap.zero_shot import log_likelihoods
 from tests.test_gap import VOCABULARY, a_text, bits, same, tiny_model, torch_ascent
 
 
@@ -196,3 +199,76 @@ def test_bad_models_and_evaluate():
         fastpost.GAP()(nn.Sequential(nn.Embedding(VOCABULARY, 4), nn.Flatten(1)), a_text())
     positional = nn.Sequential(nn.Embedding(VOCABULARY, 4), nn.Linear(4, VOCABULARY))
     assert len(fastpost.GAP(n_steps=2)(positional, a_text()).losses) == 3
+
+
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+def bert(cls: Any = transformers.BertForMaskedLM, **config: Any) -> Any:
+    return cls(transformers.BertConfig(**SMALL, **config))
+
+
+def t5() -> Any:
+    config = transformers.T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+class OfOnesOwn(transformers.BertForMaskedLM):
+    pass
+
+
+def with_adapters(model: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (bert, "BertForMaskedLM is set to read in both directions"),
+        (lambda: bert(transformers.BertLMHeadModel), "BertLMHeadModel is set to read in both directions"),
+        (lambda: bert(OfOnesOwn), "OfOnesOwn is set to read in both directions"),
+        (lambda: torch.compile(bert()), "BertForMaskedLM is set"),
+        (lambda: with_adapters(bert()), "BertForMaskedLM is set"),
+        (t5, "T5ForConditionalGeneration is an encoder-decoder"),
+    ],
+)
+def test_a_model_that_sees_what_it_predicts_is_refused(make: Any, what: str) -> None:
+    model = make()
+    before = bits(model)
+    with pytest.raises(ValueError, match=f"GAP needs a causal language model, .*{what}"):
+        fastpost.GAP(n_steps=2)(model, a_text())
+    with pytest.raises(ValueError, match=f"zero-shot needs a causal language model, .*{what}"):
+        log_likelihoods(model, [[1]], [[2]])
+    assert same(before, bits(model))
+
+
+def test_models_that_read_one_way_are_served_whoever_made_them() -> None:
+    class Anybodys(nn.Module):
+        """Says nothing of what it is, and keeps a config that says too much."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_model()
+            self.config = transformers.T5Config()
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            return self.inner(input_ids).logits
+
+    bart = transformers.BartConfig(
+        vocab_size=VOCABULARY, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    for model in (
+        Anybodys(),
+        bert(is_decoder=True),
+        bert(transformers.BertLMHeadModel, is_decoder=True),
+        transformers.BartForCausalLM(bart),
+    ):
+        assert len(fastpost.GAP(n_steps=2)(model, a_text()).losses) == 3

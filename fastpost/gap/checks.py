@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpost.distributed import is_sharded
+from fastpost.distributed import is_a, is_sharded
 
 
 def real(value: object) -> bool:
@@ -95,6 +95,38 @@ def movable_weights(model: nn.Module) -> list[nn.Parameter]:
             "one text per rank; signs for micro-batches in a sharded loop are SignedWindow's"
         )
     return weights
+
+
+def check_causal(who: str, model: object) -> None:
+    """Refuses transformers' encoder-decoders, and those of its models that read a text in both directions: what they predict
+    they have seen. Other modules are served as they are; of them nothing is known.
+
+    Raises:
+        ValueError: such a model, by itself or inside of torch.compile, DDP or PEFT.
+    """
+    inner: Any = getattr(model, "_orig_mod", model)
+    if isinstance(inner, nn.parallel.DistributedDataParallel):
+        inner = inner.module
+    if hasattr(inner, "peft_config") and callable(getattr(inner, "get_base_model", None)):
+        inner = inner.get_base_model()
+    if not is_a("PreTrainedModel", "transformers.modeling_utils", inner):
+        return
+    told = f"{who} needs a causal language model, which predicts each token from those before it: {type(inner).__name__} is "
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise ValueError(f"{told}an encoder-decoder; use a decoder alone, such as AutoModelForCausalLM loads")
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    both_ways: set[str] = set()
+    for kind, masked in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.items():
+        for names in (masked, causal.get(kind, ())):  # of one body, whose config says how it reads
+            both_ways.update((names,) if isinstance(names, str) else names)
+    one_way = any(getattr(inner.config, name, False) for name in ("is_decoder", "causal", "is_causal"))
+    if not one_way and not both_ways.isdisjoint(cls.__name__ for cls in type(inner).__mro__):
+        raise ValueError(
+            f"{told}set to read in both directions; use a decoder, or where this one was trained as such set "
+            "is_decoder=True in its config before it is loaded"
+        )
 
 
 def _quantised(model: nn.Module) -> str | None:

@@ -217,9 +217,10 @@ class GAP:
 
         Raises:
             TypeError, ValueError: a text that cannot be used (see `fastpost.gap.text.prepare`), a model without weights to
-                train, an `evaluate` that returns NaN or no number, or replaces the model's parameters. The weights are as
-                before.
+                train or one that is not causal (where transformers tells), an `evaluate` that returns NaN or no number, or
+                replaces the model's parameters. The weights are as before.
         """
+        checks.check_causal("GAP", model)
         weights = checks.movable_weights(model)
         checks.check_callables(evaluate, test, allow_leak)
         if (probe is None) != (self.max_kl is None):

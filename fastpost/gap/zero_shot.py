@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpost.gap.checks import check_causal
 from fastpost.modes import evaluating
 
 Encode = Callable[[str], Sequence[int]]
@@ -71,8 +72,10 @@ def log_likelihoods(model: Any, contexts: Sequence[Sequence[int]], continuations
             than the model's positions beyond that, the beginning is left out (as lm-eval does).
 
     Raises:
-        ValueError: an empty context or continuation, or a continuation that leaves no room for a token before it.
+        ValueError: an empty context or continuation, or a continuation that leaves no room for a token before it; a model of
+            transformers that is not causal.
     """
+    check_causal("zero-shot", model)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 1 << 30
     rows = []
     for context, continuation in zip(contexts, continuations, strict=True):
