@@ -580,6 +580,31 @@ def test_bad_options(change: dict[str, Any], error: type[Exception], message: st
         fused(Problem().leaves(), **change)
 
 
+@pytest.mark.parametrize("reduction", ["token", "none"])
+def test_a_teacher_that_was_run_in_inference_mode(reduction: str) -> None:
+    """Its hidden states, head, labels and logits have no version, and torch saves none of these for a backward pass."""
+    problem = Problem()
+    with torch.inference_mode():
+        teacher, labels = [t.detach() * 1 for t in problem.leaves()[3:]], problem.labels * 1
+        logits = F.linear(*teacher)
+    assert all(t.is_inference() for t in (*teacher, labels, logits))
+    ours, theirs = problem.leaves(), problem.leaves()
+    expected = truth(theirs, problem.labels, ce_weight=0.5, reduction=reduction)[0]
+    expected.sum().backward()
+    found = fused([*ours[:3], *teacher], labels, ce_weight=0.5, reduction=reduction).loss
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    torch.testing.assert_close([t.grad for t in ours[:3]], [t.grad for t in theirs[:3]], rtol=1e-9, atol=1e-13)
+    again = problem.leaves()[:3]
+    options: dict[str, Any] = {"ce_weight": 0.5, "reduction": reduction}
+    fastpost.distillation_loss(F.linear(*again), logits, labels, **options).loss.sum().backward()
+    torch.testing.assert_close([t.grad for t in again], [t.grad for t in theirs[:3]], rtol=1e-9, atol=1e-13)
+    batched = problem.leaves()[:3]
+    loss = fused([*batched, *teacher], labels, ce_weight=0.5, reduction=reduction).loss.sum()
+    (twice,) = torch.autograd.grad(loss, batched[0], torch.tensor([1.0, 2.0], dtype=loss.dtype), is_grads_batched=True)
+    torch.testing.assert_close(twice, torch.stack((theirs[0].grad, 2 * theirs[0].grad)))  # type: ignore[arg-type, operator]
+
+
 @pytest.mark.parametrize(
     ("at", "change", "error", "message"),
     [

@@ -434,6 +434,10 @@ def test_a_budget_too_small_for_64_rows() -> None:
         (lambda t, y: (t, y, {"reduction": "tokens"}), ValueError, "token"),
         (lambda t, y: ([t[0].long(), *t[1:]], y, {}), TypeError, "dtype"),
         (lambda t, y: ([None, *t[1:]], y, {}), TypeError, "hidden is a NoneType"),
+        (lambda t, y: (t, y, {"memory_budget": math.inf}), ValueError, "memory_budget must be finite and > 0, not inf"),
+        (lambda t, y: (t, y, {"memory_budget": -5}), ValueError, "memory_budget must be finite and > 0, not -5"),
+        (lambda t, y: (t, y, {"memory_budget": 0}), ValueError, "memory_budget must be finite and > 0, not 0"),
+        (lambda t, y: (t, y, {"memory_budget": "1GB"}), TypeError, "memory_budget must be a number, not '1GB'"),
     ],
 )
 def test_bad_input(change: Any, error: type[Exception], message: str) -> None:

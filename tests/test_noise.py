@@ -324,6 +324,17 @@ def test_bad_input_is_named(backend: str) -> None:
         add_noise(x, seed=2**64)
     with pytest.raises(ValueError, match="seed must be one int64"):
         add_noise(x, seed=torch.tensor([1, 2]))
+    for seed in (1.9, True, "1"):
+        with pytest.raises(TypeError, match="seed must be a whole number or an int64 tensor with one, not"):
+            add_noise(x, seed=seed)  # type: ignore[arg-type]
+    for scale in (torch.tensor([1.0, -0.5]), torch.tensor([-0.5, 1.0])):
+        with pytest.raises(ValueError, match=r"scale must be >= 0, and its least value is -0\.5"):
+            add_noise(x, scale=scale)
+        with pytest.raises(ValueError, match="embedding_noise: scale must be >= 0"):
+            embedding_noise(table, ids, scale=scale)
+    for padding_idx in (5, 99, -6):
+        with pytest.raises(ValueError, match=f"padding_idx={padding_idx} is outside a table of 5 rows"):
+            embedding_noise(table, ids, padding_idx=padding_idx)
     with pytest.raises(IndexError, match="index 5 is outside a table of 5 rows"):
         embedding_noise(table, torch.tensor([0, 5]))
     with pytest.raises(IndexError, match="index -1 is outside"):

@@ -344,6 +344,19 @@ def test_both_sides_draw_numbers_of_their_own() -> None:
     assert not torch.equal(moved[0], moved[-1])
 
 
+@pytest.mark.parametrize("kind", ["seq2seq", "t5"])
+@pytest.mark.parametrize("method", [R3F(eps=0.1, seed=3), RDrop(), R3F(eps=0.1, seed=3, fused_linear=True)], ids=repr)
+def test_another_label_that_does_not_count_is_no_token_of_the_decoder(kind: str, method: Any) -> None:
+    model, batch = build(kind), batch_for(kind)
+    found = []
+    for ignored in (-100, -1):
+        method.ignore_index, method.step = ignored, 0
+        labels = batch["labels"].masked_fill(batch["labels"] == -100, ignored)
+        found.append(method(model, **{**batch, "labels": labels}))
+    assert same_bits(found[0].loss, found[1].loss)
+    assert float(found[0].task_loss) == pytest.approx(float(model(**batch).loss.detach()), rel=1e-5)
+
+
 # -- presets --------------------------------------------------------------------------------------------------------------
 
 

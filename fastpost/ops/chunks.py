@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from fastpost.ops.scalars import POSITIVE, check_number
+
 # Where fresh memory has to be paged in (CPUs), a chunk that is written again and again is faster than one that holds all.
 _MOST_ROWS = {"cpu": 1024}
 _LEAST_ROWS = 64
@@ -75,6 +77,8 @@ def fitting_rows(
     group: dist.ProcessGroup | None = None,
 ) -> int:  # fmt: skip
     """`chunk_rows` of rows of which each costs so many bytes."""
+    if type(budget) is not int or budget <= 0:
+        check_number(op, "memory_budget", budget, POSITIVE)
     if group is not None:
         most = torch.tensor(per_row, device=device)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=group)

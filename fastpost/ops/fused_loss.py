@@ -98,6 +98,12 @@ class _FusedLoss(Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # or backward would be given zeros of the size of the gradients
         ctx.grads = output[3:] if any(want) and not per_row else None
+        # What torch.inference_mode() made has no gradient and no version, and torch refuses to save it.
+        # (Under torch.compile, which cannot ask, the refusal stays.)
+        ctx.fixed = {}
+        if not torch.compiler.is_compiling():
+            ctx.fixed = {at: t for at, t in enumerate(tensors) if t is not None and t.is_inference()}
+            tensors = [None if at in ctx.fixed else t for at, t in enumerate(tensors)]
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -106,7 +112,10 @@ class _FusedLoss(Function):
             return (None,) * len(ctx.needs_input_grad)
         stacks = WALKS[ctx.walk].stacks
         wanted = list(ctx.needs_input_grad[6:])
-        labels, weights, *tensors = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        if ctx.fixed:
+            saved = [ctx.fixed.get(at, t) for at, t in enumerate(saved)]
+        labels, weights, *tensors = saved
         dtypes = [None if t is None else t.dtype for t in tensors]
         made, ctx.grads = ctx.grads, None
         again = by_operation() or unmapped_batch(upstream)  # which calls operations that it does not know one by one

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpost.dispatch import select, strict
 from fastpost.errors import unknown
-from fastpost.ops.autograd import Function, batched, one_by_one
+from fastpost.ops.autograd import Function, batched, checks_values, one_by_one
 from fastpost.ops.params import seed_tensor
 from fastpost.ops.registry import define
 from fastpost.ops.scalars import check_number
@@ -225,6 +225,8 @@ def _scales(op: str, scale: Tensor | None, shape: torch.Size, device: torch.devi
     _check_rows(op, "scale", scale, shape, device)
     if not scale.dtype.is_floating_point:
         raise TypeError(f"{op}: scale must be floating point, not {scale.dtype}")
+    if checks_values(device) and bool((scale < 0).any()):
+        raise ValueError(f"{op}: scale must be >= 0, and its least value is {float(scale.min()):g}")
     return scale.detach()
 
 
@@ -261,8 +263,8 @@ def add_noise(
 
     Raises:
         ValueError: eps negative or not finite; unknown noise type; `keep`, `token_index` or `scale` of another shape or on
-            another device.
-        TypeError: wrong dtype of x, `keep`, `token_index` or `scale`.
+            another device; on the CPU, and under FASTPOST_CHECKS=1, a scale below 0.
+        TypeError: wrong dtype of x, `keep`, `token_index` or `scale`; a seed that is no whole number.
     """
     check_noise("add_noise", eps, noise_type)
     out_dtype = out_dtype or x.dtype
@@ -333,7 +335,7 @@ def embedding_noise(
 
     Raises:
         IndexError: an index lies outside the table (on the CPU and under FASTPOST_CHECKS=1; on GPUs it gives rows of NaN).
-        ValueError, TypeError: as `add_noise`.
+        ValueError: a padding_idx outside the table, and as `add_noise`. TypeError: as `add_noise`.
     """
     check_noise("embedding_noise", eps, noise_type)
     if table.ndim != 2 or not table.dtype.is_floating_point:
@@ -344,6 +346,8 @@ def embedding_noise(
         raise ValueError(f"embedding_noise: ids are on {ids.device}, the table on {table.device}")
     rows = _places("embedding_noise", keep, token_index, ids.shape, table.device)
     scales = _scales("embedding_noise", scale, ids.shape, table.device)
+    if padding_idx is not None and not -table.shape[0] <= padding_idx < table.shape[0]:
+        raise ValueError(f"embedding_noise: padding_idx={padding_idx} is outside a table of {table.shape[0]} rows")
     seed = fresh_seed(table.device) if seed is None else seed_tensor(seed, table.device)
     if padding_idx is None:
         padding_idx = -1

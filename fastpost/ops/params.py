@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -440,6 +441,9 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ValueError(f"seed must be one int64, not {seed.numel()} values of {seed.dtype}")
         return seed.reshape(()).to(device)
+    given: object = seed
+    if isinstance(given, bool) or not isinstance(given, Integral):
+        raise TypeError(f"seed must be a whole number or an int64 tensor with one, not {seed!r}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must lie in [-2^63, 2^64), not {seed}")
     # A fill, not a copy from the host: it waits for nothing and can be captured.

@@ -97,9 +97,9 @@ def linear_top_k_distillation_loss(
 
     Raises:
         ValueError: as there; also, on the CPU and under FASTPOST_CHECKS=1, an id out of range or twice in a row,
-            log-probabilities above 0, NaN, or that add up to more than 1 (with `teacher_rest`: to something else than 1; with
-            neither that nor rest="dropped": to 1 in every row, in float32 or wider), a row without any, and an infinite
-            divergence, such as "reverse_kl" where the teacher leaves nothing to the rest; `teacher_rest` with rest="dropped".
+            log-probabilities above 0, NaN, or that add up to more than 1 (with `teacher_rest`: to anything but 1; without
+            it or rest="dropped": to 1 in every row, in float32 or wider), a row without any, and an infinite divergence,
+            such as "reverse_kl" where the teacher leaves nothing to the rest; `teacher_rest` with rest="dropped".
         TypeError: as there; ids that are no integers.
     """
     op = "linear_top_k_distillation_loss"

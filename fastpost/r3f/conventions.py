@@ -154,11 +154,11 @@ def take_batch(
         num_items = batch.get("num_items_in_batch")
     if num_items is not None:
         item_divisor("R3F", num_items, labels.device)
-    give_decoder_inputs(root, inputs, labels)
+    give_decoder_inputs(root, inputs, labels, ignore_index)
     return labels, inputs, num_items
 
 
-def give_decoder_inputs(root: Any, inputs: dict[str, Any], labels: Tensor) -> None:
+def give_decoder_inputs(root: Any, inputs: dict[str, Any], labels: Tensor, ignore_index: int) -> None:
     """An encoder-decoder makes its decoder's inputs from labels, which it is not given here.
 
     Nor, without labels, would it know that it need not fill a cache for generation.
@@ -174,6 +174,8 @@ def give_decoder_inputs(root: Any, inputs: dict[str, Any], labels: Tensor) -> No
     for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
         shift = getattr(root, name, None)
         if callable(shift):
+            if ignore_index < 0:  # no token; models put padding in the place of -100
+                labels = labels.masked_fill(labels == ignore_index, -100)
             inputs["decoder_input_ids"] = shift(labels)
             return
     raise ValueError(

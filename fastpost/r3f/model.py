@@ -234,7 +234,7 @@ class R3F(Windowed):
             raise ValueError(f"R3F: num_items goes with reduction 'token' or 'sentence', not {self.reduction!r}")
         if num_items is not None:
             item_divisor("R3F", num_items, labels.device)  # before the model runs
-        give_decoder_inputs(root, inputs, labels)
+        give_decoder_inputs(root, inputs, labels, self.ignore_index)
 
         training = bool(getattr(model, "training", True))
         head = fused_head(model, root, inputs) if self.fused_linear and training else None
@@ -266,7 +266,7 @@ class R3F(Windowed):
         root = unwrap(model)
         labels = class_labels(root, batch, self.ignore_index)
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
-        give_decoder_inputs(root, inputs, labels)
+        give_decoder_inputs(root, inputs, labels, self.ignore_index)
         passes = Passes(self, model, root, inputs, {}, labels, None, self._window or Step())
         targets = passes.targets(clean)
         noised = passes.noised()
