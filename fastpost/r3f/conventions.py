@@ -63,10 +63,17 @@ def has_router_loss(model: Any, batch: Mapping[str, Any] | None = None) -> bool:
     """
     asked = None if batch is None else batch.get("output_router_logits")
     if asked is None:
-        config = getattr(model, "config", None)
-        text = getattr(config, "get_text_config", None)
-        asked = getattr(text() if callable(text) else config, "output_router_logits", False)
+        asked = getattr(text_config(getattr(model, "config", None)), "output_router_logits", False)
     return bool(asked)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that is about text, or the whole of it."""
+    part = getattr(config, "get_text_config", None)
+    try:
+        return part() if callable(part) else config
+    except ValueError:  # several parts are
+        return config
 
 
 def refuse_router_loss(root: Any, batch: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpost.r3f.conventions import accelerators, logits_of
+from fastpost.r3f.conventions import accelerators, logits_of, text_config
 from fastpost.rng import RandomState
 
 # What models do to their logits, as it was seen: by what was asked, the cap and the temperature, or why no head serves.
@@ -113,8 +114,7 @@ def _owner(root: Any) -> Any:
 
 def _ways(config: Any) -> tuple[tuple[float | None, float], ...]:
     """Caps and temperatures that a config or its parts for text name, and none; the model may have any of them."""
-    text = getattr(config, "get_text_config", None)
-    parts = (config, text() if callable(text) else None, getattr(config, "decoder", None))
+    parts = (config, text_config(config), getattr(config, "decoder", None))
     caps: list[float | None] = [cap for part in parts for name in _CAPS if (cap := _number(part, name)) is not None]
     temperatures = []
     for part in parts:
@@ -144,7 +144,8 @@ def _way_of(
         return stand_in.to(states.device).reshape(*(1,) * (states.ndim - 2), *stand_in.shape).clone()
 
     try:
-        with torch.no_grad(), _in_place_of(head.linear, hand_on, captured):
+        with warnings.catch_warnings(), torch.no_grad(), _in_place_of(head.linear, hand_on, captured):
+            warnings.simplefilter("ignore")  # such as that nothing wants a gradient; the first step warns of the rest
             output = root(**inputs)
     except Exception as error:
         if captured.states is None or str(error).startswith("R3F: "):
