@@ -345,7 +345,11 @@ def test_both_sides_draw_numbers_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "t5"])
-@pytest.mark.parametrize("method", [R3F(eps=0.1, seed=3), RDrop(), R3F(eps=0.1, seed=3, fused_linear=True)], ids=repr)
+@pytest.mark.parametrize(
+    "method",
+    [R3F(eps=0.1, seed=3), RDrop(), R3F(eps=0.1, seed=3, fused_linear=True)],
+    ids=["R3F", "R-Drop", "R3F, fused head"],
+)
 def test_another_label_that_does_not_count_is_no_token_of_the_decoder(kind: str, method: Any) -> None:
     model, batch = build(kind), batch_for(kind)
     found = []
