@@ -720,6 +720,19 @@ def test_r3f_inplace(backend: str) -> None:
     assert all(e is not None and same_bits(g, e) for g, e in zip(got, expected[1], strict=True))
 
 
+@pytest.mark.parametrize("payload", [0x7F800001, 0x7FC00001, 0x7FC001FF, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_a_nan_of_any_payload_stays_one(backend: str, payload: int) -> None:
+    """Arithmetic makes one kind of NaN; memory may hold any."""
+    a, b = streams(3, 1500, 0.5)
+    a.view(torch.int32)[1, 7] = payload - (1 << 32 if payload >> 31 else 0)
+    labels = torch.tensor([1, 2, 3])
+    for weight in (0.0, 1.0):
+        (value, grads) = gradients(lambda a, b, w=weight: r3f_loss(a, b, labels, r3f_lambda=w).loss, a, b)
+        assert value.isnan()
+        assert grads[0][1].isnan().all()
+    assert symmetric_kl(a, b, reduction="none").isnan().tolist() == [False, True, False]
+
+
 # -- float16 under a loss scale -------------------------------------------------------------------------------------------
 
 

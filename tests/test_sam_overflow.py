@@ -63,6 +63,22 @@ def test_a_step_between_two_ascents_is_skipped_too(base: str, variant: type[Vari
     assert not unchanged(model, before)
 
 
+def test_a_plain_step_that_does_not_count_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.distributed's checkpoints make one, at a learning rate of 0, on those ranks alone that have no state: whoever
+    looks together with other ranks would wait for them."""
+    model = network()
+    opt = SAM(model.parameters(), torch.optim.AdamW, rho=0.1, lr=0.1, interval=2)
+    opt.step(closure_of(model))
+    looked = []
+    plain = hooks.OverflowGuard.check
+    monkeypatch.setattr(hooks.OverflowGuard, "check", lambda *args: looked.append(args) or plain(*args))
+    loss_of(model).backward()
+    for rate, looks in ((0.0, 0), (0.1, 1)):
+        opt.param_groups[0]["lr"] = rate
+        opt.step()
+        assert len(looked) == looks
+
+
 @pytest.mark.parametrize("overflowing", ["ascent", "descent"])
 def test_a_step_after_the_block_is_guarded_too(overflowing: str) -> None:
     model = network()

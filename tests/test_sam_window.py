@@ -97,12 +97,9 @@ def test_a_window_is_the_loop_from_the_equations(form: str, fraction: float, per
 
 
 @pytest.mark.parametrize("name", ["gsam", "wsam", "stable"])
-@pytest.mark.parametrize("fed", [N, 1])
-def test_a_variant_that_mixes_both_gradients_has_them_on_one_scale(name: str, fed: int) -> None:
-    """Two of five micro-batches make the ascent: their mean, as the second gradient is that of all.
-
-    Where a window ends after its first one, both gradients are a fifth of that one's.
-    """
+@pytest.mark.parametrize(("fed", "ends"), [(N, "full"), (3, "closed"), (3, "shortened"), (1, "closed")])
+def test_a_variant_that_mixes_both_gradients_has_them_on_one_scale(name: str, fed: int, ends: str) -> None:
+    """Two of five micro-batches make the ascent. A window that ends early has fewer in all, each still over five."""
     variants = {
         "gsam": (GSAM(0.4), lambda g, h: gsam(g, h, 0.4)),
         "wsam": (WSAM(0.9), lambda g, h: g + 9 * (h - g)),
@@ -111,17 +108,20 @@ def test_a_variant_that_mixes_both_gradients_has_them_on_one_scale(name: str, fe
     variant, rule = variants[name]
     model = double_network()
     w = {k: v.detach().clone() for k, v in model.named_parameters()}
-    first, ascending, divisor = MICRO[:fed], MICRO[: min(fed, 2)], N if fed == 1 else 2
-    g = gradient(model, w, ascending, divisor)
+    first, ascending = MICRO[:fed], MICRO[: min(fed, 2)]
+    g = {k: v * fed / len(ascending) for k, v in gradient(model, w, ascending, N).items()}
     h = gradient(model, ascended(w, g), first, N)
     expected = rule(flat(g), flat(h))
 
     opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, ascent_fraction=0.4, variant=variant)
     window = SAMWindow(opt, runner(model))
     window.open(N)
-    for batch in first:
+    for i, batch in enumerate(first):
+        if ends == "shortened" and i + 1 == fed:
+            window.shorten()
         window.feed(batch)
     window.close()
+    assert window.fed == fed
     assert (flat({k: p.grad for k, p in model.named_parameters()}) - expected).norm() <= 1e-12 * expected.norm()
 
 

@@ -19,15 +19,15 @@ FASTPOST_HD float less_ln2(float x, float n) {
 // e^x for x <= 0 and NaN, within 1.5 ulp and what less_ln2 adds: 2^n times a polynomial (minimax, 3e-9) on |f| <= ln 2 / 2.
 // Zero below -87.33, where the result would leave float's normal range, -inf included.
 FASTPOST_HD float exp_nonpositive(float x) {
-  constexpr float rounder = 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer, n, which is in its last bits
+  // 1.5 * 2^23 makes the sum round to an integer; the 127 on top leaves n + 127 in its last bits, an exponent field.
+  constexpr float rounder = 12582912.0f + 127.0f;
   const float shifted = x * 0x1.715476p+0f + rounder;
   const float n = shifted - rounder;
   const float f = less_ln2(x, n);
   const float c2 = 0x1.fffffcp-2f, c3 = 0x1.55549p-3f, c4 = 0x1.5558f8p-5f, c5 = 0x1.123b02p-7f, c6 = 0x1.6a2256p-10f;
   const float y = 1.0f + f * (1.0f + f * (c2 + f * (c3 + f * (c4 + f * (c5 + f * c6)))));
-  // y is near 1 and 2^n y a normal number: so n may be added to the exponent, which leaves the multipliers to others.
-  const uint32_t scaled = float_bits(y) + (float_bits(shifted) << 23);
-  return bits_float(scaled & ~mask_of(x < -87.33f));
+  const float scaled = y * bits_float(float_bits(shifted) << 23);  // an addition of exponents would let a NaN's payload in
+  return bits_float(float_bits(scaled) & ~mask_of(x < -87.33f));
 }
 
 // Narrowing a double argument loses what exp turns into a relative error; this puts it back.

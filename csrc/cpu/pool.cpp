@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
+#include <cstring>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -111,9 +113,21 @@ ParallelRegion region_of_torch() {
   return torch == nullptr ? nullptr : reinterpret_cast<ParallelRegion>(dlsym(torch, "GOMP_parallel"));
 }
 
+// Whether this process was forked, and has begun no other program since: Linux's flag PF_FORKNOEXEC.
+bool was_forked() {
+  FILE* file = fopen("/proc/self/stat", "r");
+  if (file == nullptr) return false;
+  char text[1024] = {};
+  const size_t length = fread(text, 1, sizeof text - 1, file);
+  fclose(file);
+  const char* name_ends = length > 0 ? strrchr(text, ')') : nullptr;  // a process may have any name
+  unsigned flags = 0;
+  return name_ends != nullptr && sscanf(name_ends + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) == 1 && (flags & 0x40) != 0;
+}
+
 // A forked child has none of its parent's threads. An OpenMP runtime would wait for them for ever; a pool, whose locks may
-// be held for ever, is left behind for a new one.
-std::atomic<bool> forked{false};
+// be held for ever, is left behind for a new one. The fork may have come before the core was loaded.
+std::atomic<bool> forked{was_forked()};
 
 [[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] {
   forked.store(true);

@@ -11,7 +11,8 @@
 namespace fastpost::cpu {
 
 // Runs body(0) ... body(tasks - 1), each once, on the calling thread and at most threads - 1 others; returns when all are
-// done. Which thread runs a task is unspecified, so results must depend on the task alone. body must not throw.
+// done. Which thread runs a task is unspecified, so results must depend on the task alone. body must not throw. Of OpenMP
+// each calling thread has a team of its own; the pool serves one caller at a time, and another runs all of its tasks itself.
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& body);
 
 }  // namespace fastpost::cpu

@@ -100,12 +100,14 @@ class Function(torch.autograd.Function):
 def apply_any(function: type[Function], *args: Any) -> Any:
     """`function.apply(*args)`, of a function whose `forward` takes any number of tensors.
 
-    Where nothing is recorded, torch.compile would hand such a `forward` a context that it does not take.
+    Where nothing is recorded, torch.compile would hand such a `forward` a context that it does not take. Whether a transform
+    of torch.func records cannot be seen there, so that it is left to eager torch.
     """
-    if is_dynamo_compiling() and not (
-        torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
-    ):
-        return function.forward(*args)
+    if is_dynamo_compiling():
+        if transformed():
+            torch._dynamo.graph_break()
+        elif not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)):
+            return function.forward(*args)
     return function.apply(*args)
 
 

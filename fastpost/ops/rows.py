@@ -89,16 +89,15 @@ class RowValues(Function):
         again, batched = by_operation(), unmapped_batch(upstream)
         if ctx.kind.inplace and (again or batched or grads is None):
             raise RuntimeError(ONCE)
-        if ctx.kind.overwrites:
-            if again or batched or ctx.overwritten:
-                raise RuntimeError(ONCE)
-            ctx.overwritten = True
+        if ctx.kind.overwrites and (again or batched or ctx.overwritten):
+            raise RuntimeError(ONCE)
         if grads is not None and not again and not batched:
             wanted = ctx.want
             scale_([g for g, w in zip(grads, wanted, strict=True) if w], upstream)
         else:
             wanted = ctx.needs_input_grad[2:4]
             clean, noised, *more = ctx.saved_tensors
+            ctx.overwritten = ctx.kind.overwrites
             if batched:
                 grads = ctx.kind.formula(clean, noised, upstream, *more)
             elif again:

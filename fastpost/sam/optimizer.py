@@ -63,7 +63,8 @@ class SAM(Wrapper):
 
     A non-finite gradient in either pass, or in a step between two ascents (`interval`), skips the step: weights, moments and
     step counts keep their bits, and `skipped_steps` counts it. Knowing that costs one flag read per step where the base
-    optimizer takes no `found_inf`.
+    optimizer takes no `found_inf`; in a step between two ascents also a sum over all gradients, unless a GradScaler has
+    looked at them, and a number from each rank where ranks have to agree.
 
     Args:
         params: as for any optimizer (tensors, named tensors or groups; groups may set their own rho, adaptive, eta), or None
@@ -451,15 +452,12 @@ class SAM(Wrapper):
         if self._backward_norm is not None:
             self._backward_norm.begin(comes and self.ascends)
 
-    @ops.without_grad
-    def weigh_ascent_(self, factor: float) -> None:
-        """For windows: multiplies the gradients present, of a part of the micro-batches, to be on the scale of all.
+    def weigh_ascent(self, factor: float) -> None:
+        """For windows whose ascent was over some of the micro-batches, before `end_ascent`: a factor on its gradients.
 
-        Done where the variant mixes them with the second ones. SAM itself takes only a direction from them.
+        It counts where the variant mixes them with the second ones. SAM itself takes only a direction from them.
         """
-        if factor != 1 and self.variant.scales_must_agree:
-            for gradient in self._gradients().values():
-                gradient.mul_(factor)
+        self._step.ascent_factor = factor
 
     def set_model(self, model: nn.Module) -> None:
         """Gives SAM the model whose running statistics second passes leave alone; does nothing where it has one already."""
@@ -717,9 +715,17 @@ class SAM(Wrapper):
                     f"SAM: {type(variant).__name__} combines the gradients of both passes, of which unscale_() has rescaled "
                     "one; call opt.end_ascent() after the second pass, and unscale after it"
                 )
-            _without_grad(variant.descend, self._context, self._step.clean, self._gradients())
+            _without_grad(self._descend, self._gradients())
         elif variant.overrides("between") and not self.ascends:
             _without_grad(variant.between, self._context, self._gradients())
+
+    def _descend(self, second: Gradients) -> None:
+        factor = self._step.ascent_factor if self.variant.scales_must_agree else 1.0
+        if factor != 1:
+            for gradient in self._step.clean.values():
+                gradient.mul_(factor)
+        self._context.ascent_factor = factor
+        self.variant.descend(self._context, self._step.clean, second)
 
     # -- the variant, and gradients as they arrive --------------------------------------------------------------------
 
@@ -838,7 +844,7 @@ class SAM(Wrapper):
         ascended, norm = self._step.ascended, self._step.squared_norm
         self._guard.disarm()
         self._reducer.know(self._model_groups())
-        if ascended or always or self.interval > 1:
+        if ascended or always or (self.interval > 1 and self._counts(ascended)):
             found_inf = self._guard.check(norm, found_inf, [p for group in self._groups() for p in group["params"]])
         self._notice_plain_step(ascended)
         self._count_step(ascended)

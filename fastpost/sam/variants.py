@@ -37,6 +37,7 @@ class VariantContext:
         names: what a variant keeps per parameter.
 
     Attributes:
+        ascent_factor: in `descend`, what brings the gradients at w to the scale of the second ones; `clean` has it already.
         is_stateless: the base optimizer has stepped, and left nothing in the state of a whole group's parameters.
     """
 
@@ -52,6 +53,7 @@ class VariantContext:
         self._state = state
         self._names = names
         self._pending: dict[Tensor, dict[str, Tensor]] = {}
+        self.ascent_factor = 1.0
         self.is_stateless = False
 
     def tensors(self) -> list[Tensor]:
@@ -205,7 +207,7 @@ class StableSAM(Variant):
 
     def descend(self, context: VariantContext, clean: Gradients, second: Gradients) -> None:
         assert self._clean is not None
-        _scale_(second, ratio(self._clean, context.dot(second, second)).sqrt())
+        _scale_(second, ratio(self._clean, context.dot(second, second)).sqrt() * context.ascent_factor)
 
 
 class GSAM(Variant):

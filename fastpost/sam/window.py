@@ -44,9 +44,9 @@ class SAMWindow:
 
     The ascent gradient is that of the first k = ceil(ascent_fraction * n) micro-batches; the descent gradient is that of all
     n, at the one perturbed point (2110.08529 takes a quarter). For a variant that mixes both, such as GSAM, the ascent's is
-    multiplied by n / k. Micro-batches of the ascent are run twice and kept until then,
-    later ones run once, at w + e. After the last one w is back and the gradients are the second pass's, ready for
-    `unscale_`, clipping and `step()`::
+    multiplied by n / k, n being how many there were when the window closed. Micro-batches of the ascent are run twice and
+    kept until then, later ones run once, at w + e. After the last one w is back and the gradients are the second pass's,
+    ready for `unscale_`, clipping and `step()`::
 
         window = SAMWindow(opt, lambda batch: backward_of(loss_fn(model, batch) / 4))   # forward and backward of one
         for batches in windows_of_four:
@@ -131,7 +131,7 @@ class SAMWindow:
         self._no_sync = no_sync
         self.size = 0
         self.perturbed_losses: list[Any] = []
-        self.fed = self._ascending = 0
+        self.fed = self._ascending = self._ascended = 0
         self._kept: list[tuple[Kept, RandomState]] = []
 
     def run(self, micro_batches: Iterable[Any]) -> list[Any]:
@@ -160,7 +160,7 @@ class SAMWindow:
             raise RuntimeError("SAMWindow: the optimizer is perturbed; finish its step first")
         self.optimizer.zero_grad()
         self.optimizer.in_window = True
-        self.size, self.fed = size, 0
+        self.size, self.fed, self._ascended = size, 0, 0
         self.perturbed_losses = []
         ascends = self.optimizer.ascends and self.optimizer.variant.ascent_pass
         # 0.07 * 100 is 7.000000000000001
@@ -254,7 +254,9 @@ class SAMWindow:
             )
         try:
             if self._kept:
-                self._replay(of=len(self._kept))  # nor will more have a second pass
+                self._replay()
+            if self._ascended:
+                self.optimizer.weigh_ascent(self.fed / self._ascended)
             self.optimizer.end_ascent()
         except BaseException:
             self.abort()
@@ -277,12 +279,12 @@ class SAMWindow:
         sync = last and self.optimizer.sync_ascent is not False
         result = self.run_pass(micro_batch, PassInfo(self.fed - 1, sync=sync, is_last=self.fed == self.size))
         if last:
-            self._replay(of=self.size)
+            self._replay()
         return result
 
-    def _replay(self, of: int) -> None:
-        """Perturbs, and runs the micro-batches of the ascent again; `of` so many that the second pass is over."""
-        self.optimizer.weigh_ascent_(of / len(self._kept))
+    def _replay(self) -> None:
+        """Perturbs, and runs the micro-batches of the ascent again."""
+        self._ascended = len(self._kept)
         self.optimizer.first_step(zero_grad=True)
         replayed, self._kept = self._kept, []
         after = RandomState(self.optimizer.accelerators())

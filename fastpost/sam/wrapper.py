@@ -409,17 +409,18 @@ class Wrapper(Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def _count_step(self, ascended: bool) -> None:
+    def _counts(self, ascended: bool) -> bool:
+        """Whether a step counts, and is looked at: not a plain one at a learning rate of 0."""
         # To make a checkpoint torch.distributed steps an optimizer without state at a learning rate of 0, SGD each time.
         # Such a step does not count, nor does a plain one of the loop's own at 0: on a rank that holds no state they look
         # alike, and ranks have to count alike, or some would ascend alone.
-        groups = self._groups()
-        if not ascended:
-            rates = [group["lr"] for group in groups if "lr" in group]
-            if rates and all(map(_is_zero, rates)):
-                return
-        for group in groups:
-            group["sam_steps"] += 1
+        rates = [group["lr"] for group in self._groups() if "lr" in group]
+        return ascended or not rates or not all(map(_is_zero, rates))
+
+    def _count_step(self, ascended: bool) -> None:
+        if self._counts(ascended):
+            for group in self._groups():
+                group["sam_steps"] += 1
 
     def _refuse_while_perturbed(self, what: str) -> None:
         if self.is_perturbed:
