@@ -294,6 +294,16 @@ def fsdp2_resumed() -> float:
     assert sorted(path.name for path in Path(folder[0]).glob("drift_guard*")) == [
         f"drift_guard_start-0000{rank}-of-00002.safetensors" for rank in range(2)
     ]
+    lost = Path(folder[0], f"drift_guard_start-0000{dist.get_rank()}-of-00002.safetensors")
+    before = lost.read_bytes()
+    if dist.get_rank() == 1:  # that one rank cannot read its part is enough
+        lost.unlink()
+    dist.barrier()
+    guard = DriftGuard(max_drift=1e9)
+    with pytest.warns(UserWarning, match="from the weights of step 4, not from"):
+        sharded(ShardedSAM, model(), 6, resume=f"{folder[0]}/checkpoint-4", callbacks=[guard], **saving)
+    assert guard.drift < guards[0].drift
+    assert lost.read_bytes() == before if dist.get_rank() == 0 else not lost.exists()
     return largest_difference((weights[name], again[name]) for name in weights)
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
+from fastpost.integrations import guards
 from fastpost.integrations.transformers import DriftGuard, LossGuard, SAMTrainer
 
 from . import tiny
@@ -94,40 +96,72 @@ def test_a_resumed_run_is_bounded_from_where_it_began(tmp_path: Path, moved: str
     folder = {"same folder": first, "other output_dir": tmp_path / "second", "folder moved": tmp_path / "third"}[moved]
     if moved == "folder moved":
         first.rename(folder)
-    guards = DriftGuard(max_drift=bound), DriftGuard(max_layer_drift=1e9)
+    both = DriftGuard(max_drift=bound), DriftGuard(max_layer_drift=1e9)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        again = resumed(folder, (first if first.exists() else folder) / "checkpoint-4", *guards)
-    assert (guards[0].stopped_at, guards[0].last_good) == (6, 5)
-    assert guards[0].drift == pytest.approx(drifts[5], rel=1e-6)
-    assert guards[1].drift == pytest.approx(layered.drift, rel=1e-6)
+        again = resumed(folder, (first if first.exists() else folder) / "checkpoint-4", *both)
+    assert (both[0].stopped_at, both[0].last_good) == (6, 5)
+    assert both[0].drift == pytest.approx(drifts[5], rel=1e-6)
+    assert both[1].drift == pytest.approx(layered.drift, rel=1e-6)
     assert all(same_bits(p, q) for p, q in zip(weights(again.model), weights(whole.model), strict=True))
     written = folder / "drift_guard_start.safetensors"
     assert all(same_bits(t, start[name]) for name, t in load_file(written).items())
 
 
-@pytest.mark.parametrize("why", ["missing", "of another run", "broken", "no guard before"])
+@pytest.mark.parametrize("why", ["missing", "of another run", "broken", "of another dtype", "no guard before"])
 def test_a_resumed_run_without_its_start_says_what_the_bound_means(tmp_path: Path, why: str) -> None:
-    guards = [] if why == "no guard before" else [DriftGuard(max_drift=1e9)]
-    _, free = run(tmp_path, *guards, **SAVING)
+    _, free = run(tmp_path, *[DriftGuard(max_drift=1e9)] * (why != "no guard before"), **SAVING)
     start = tmp_path / "drift_guard_start.safetensors"
     if why == "missing":
         start.unlink()
     elif why == "broken":
         start.write_bytes(start.read_bytes()[:100])
+    elif why == "of another dtype":
+        with safe_open(start, "pt") as file:
+            save_file({name: file.get_tensor(name).double() for name in file.keys()}, start, file.metadata())  # noqa: SIM118
     elif why == "of another run":
         model = tiny.build("causal")
         model.transformer.ln_f.bias.data.add_(1)
         trainer = trainer_of(Ascent, model, arguments(tmp_path, 2, **SAVING), callbacks=[DriftGuard(max_drift=1e9)])
         trainer.train()
+    before = start.read_bytes() if start.exists() else None
     guard = DriftGuard(max_drift=1e9, every=5)
-    with pytest.warns(
-        UserWarning, match=r"drift_guard_start\.safetensors of the run .* from the weights of step 4, not from"
-    ):
+    told = "saved without a DriftGuard" if why == "no guard before" else r"drift_guard_start\.safetensors of the run"
+    with pytest.warns(UserWarning, match=rf"{told}.* from the weights of step 4, not from"):
         resumed(tmp_path, tmp_path / "checkpoint-4", guard)
     pairs = zip(free.states[10], free.states[4], strict=True)
     expected = float(sum((a.double() - b.double()).square().sum() for a, b in pairs).sqrt())
     assert guard.drift == pytest.approx(expected, rel=1e-6)
+    if why == "no guard before":  # a run of its own begins
+        names = [name for name, _ in tiny.build("causal").named_parameters()]
+        assert all(same_bits(load_file(start)[name], p) for name, p in zip(names, free.states[4], strict=True))
+    else:
+        assert (start.read_bytes() if start.exists() else None) == before
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_start_that_was_not_found_counts_again_once_it_is_back(
+    tmp_path: Path, moved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One resumed run cannot read it, and writes checkpoints; the next one goes on from those."""
+
+    def unreadable(path: Any, *_: Any) -> Any:
+        raise OSError(f"{path}: stale file handle")
+
+    folder, start = tmp_path / "first", tmp_path / "first" / "drift_guard_start.safetensors"
+    _, free = run(folder, DriftGuard(max_drift=1e9), **SAVING)
+    before, second = start.read_bytes(), tmp_path / "second" if moved else folder
+    with monkeypatch.context() as patch:
+        patch.setattr(guards, "safe_open", unreadable)
+        with pytest.warns(UserWarning, match="from the weights of step 4, not from"):
+            resumed(second, folder / "checkpoint-4", DriftGuard(max_drift=1e9))
+    assert start.read_bytes() == before
+    assert list(tmp_path.glob("*/drift_guard_start*")) == [start]
+    guard = DriftGuard(max_drift=1e9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        resumed(second, second / "checkpoint-8", guard)
+    assert guard.drift == pytest.approx(free.drift(12), rel=1e-6)
 
 
 def test_a_run_without_checkpoints_writes_no_start(tmp_path: Path) -> None:

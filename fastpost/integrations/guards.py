@@ -78,6 +78,10 @@ class _Weights:
         return float(self._ranks.sum({key: squared_norm(found).cpu() for key, found in copies.items()})).hex()
 
 
+# What a safetensors file calls the dtypes of weights that can be guarded.
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
 class _StartFile:
     """The weights that a run began with, in a file of its output folder; of sharded ones each rank writes its own."""
 
@@ -96,7 +100,7 @@ class _StartFile:
         if here or self._start.sharded:
             write_tensors(Path(folder, self.name), self._start.tensors(), {"fingerprint": self._fingerprint})
 
-    def read(self, recorded: Mapping[str, Any], folder: str) -> str | None:
+    def read(self, recorded: Mapping[str, str], folder: str) -> str | None:
         """Puts into `start` what the file holds, on all ranks or on none.
 
         Args:
@@ -107,7 +111,7 @@ class _StartFile:
             The folder where it was found; None where a rank has none that fits.
         """
         copies = self._start.tensors()
-        fingerprint, where = str(recorded.get("start_fingerprint", "")), [str(recorded.get("start_folder", folder)), folder]
+        fingerprint, where = recorded["start_fingerprint"], [recorded["start_folder"], folder]
         found = next((f for f in where if self._fits(Path(f, self.name), fingerprint, copies)), None)
         if not distributed.everywhere(found is not None) or found is None:
             return None
@@ -122,10 +126,11 @@ class _StartFile:
         try:
             with safe_open(path, "pt") as file:
                 told = (file.metadata() or {}).get("fingerprint")
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
         except (OSError, SafetensorError):
             return False
-        return told == fingerprint and shapes == {name: tuple(copy.shape) for name, copy in copies.items()}
+        return told == fingerprint and found == {name: (tuple(t.shape), _DTYPES[t.dtype]) for name, t in copies.items()}
 
 
 class Guard(TrainerCallback):
@@ -169,8 +174,9 @@ class DriftGuard(Guard, ExportableState):
 
     With the first checkpoint it writes the weights that the run began with into `output_dir`, once:
     `drift_guard_start.safetensors`, as large as the trainable weights; where they are sharded, a file per rank, its part.
-    A resumed run reads them there. Without that file, or on another number of ranks where weights are sharded, it warns,
-    and the drift is that from the weights of the checkpoint.
+    A resumed run reads them there. Without that file, in another dtype, or on another number of ranks where weights are
+    sharded, it warns, and the drift is that from the weights of the checkpoint. It writes no other start then, and its
+    checkpoints still tell of the first one: once the file is back, a later run finds it.
 
     Args:
         max_drift: bound on the 2-norm of (now - start) over all trainable weights, > 0; None: none.
@@ -194,7 +200,7 @@ class DriftGuard(Guard, ExportableState):
         self.drift = 0.0
         self._start: _Weights | None = None
         self._file: _StartFile | None = None
-        self._written = False
+        self._to_write = False
         self._recorded: dict[str, str] = {}
 
     def state(self) -> dict[str, Any]:
@@ -207,28 +213,40 @@ class DriftGuard(Guard, ExportableState):
         self._start = _Weights(model)
         if self.max_layer_drift is not None and self._start.sharded:
             raise ValueError("DriftGuard: max_layer_drift needs whole weights, and this model is sharded; use max_drift")
-        self._file, self._written = _StartFile(self._start), False
+        self._file, self._to_write = _StartFile(self._start), True
         folder = os.path.abspath(args.output_dir)
-        if state.global_step:
-            kept = (state.stateful_callbacks or {}).get(type(self).__name__) or {}
-            kept = kept[-1] if isinstance(kept, list) else kept  # of several guards, which began together, the newest
-            found = self._file.read(kept.get("attributes", {}), folder)
-            self._written = found == folder
-            if found is None:
-                warnings.warn(
-                    f"DriftGuard: {self._file.name} of the run that is resumed is not in {folder}, so that its drift is "
-                    f"measured from the weights of step {state.global_step}, not from those that the run began with. "
-                    "Put the file there to have the bounds hold from its start",
-                    stacklevel=2,
-                )
-        self._recorded = self._file.recorded(folder)
+        kept = self._kept(state, folder)
+        found = self._file.read(kept, folder) if kept else None
+        if kept and found is None:  # a later run may find the file: it is left alone, and checkpoints go on to tell of it
+            self._recorded, self._to_write = kept, False
+        else:
+            self._recorded, self._to_write = self._file.recorded(folder), found != folder
+        if state.global_step and found is None:
+            why, remedy = "the checkpoint that is resumed was saved without a DriftGuard", ""
+            if kept:
+                why = f"{self._file.name} of the run that is resumed is not in {folder}, or does not fit its weights"
+                remedy = ". Put the file there and resume again to have the bounds hold from its start"
+            warnings.warn(
+                f"DriftGuard: {why}, so that the drift is measured from the weights of step {state.global_step}, not from "
+                f"those that the run began with{remedy}",
+                stacklevel=2,
+            )
         if state.stateful_callbacks is not None:  # transformers has no place for it on going on without one
             state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
+    def _kept(self, state: Any, folder: str) -> dict[str, str]:
+        """What the checkpoint that is resumed tells of the run's start; empty where it tells nothing."""
+        kept = (state.stateful_callbacks or {}).get(type(self).__name__) or {} if state.global_step else {}
+        kept = kept[-1] if isinstance(kept, list) else kept  # of several guards, which began together, the newest
+        told = kept.get("attributes", {})
+        if "start_fingerprint" not in told:
+            return {}
+        return {"start_folder": str(told.get("start_folder", folder)), "start_fingerprint": str(told["start_fingerprint"])}
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._file is not None and not self._written and not args.save_only_model:  # such a run is not resumed
+        if self._file is not None and self._to_write and not args.save_only_model:  # such a run is not resumed
             self._file.write(args.output_dir, here=args.should_save)
-            self._written = True
+            self._to_write = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_end(args, state, control)
