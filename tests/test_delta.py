@@ -237,3 +237,33 @@ def test_a_tied_weight_s_delta_moves_both_names(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lm_head\.weight is tied to transformer\.wte\.weight in this model"):
         delta.merge_(apart)
     assert all(same_bits(p, after[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("tied_at", ["before", "after"])
+def test_a_weight_that_is_tied_to_one_without_a_copy_keeps_its_own(tmp_path: Path, tied_at: str) -> None:
+    """A frozen embedding has no copy; the head that it is tied to, before the delta is built or after, has one."""
+    model = build("causal")
+    emb, head = model.transformer.wte, model.lm_head
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    emb.weight.requires_grad_(False)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert "lm_head.weight" in start
+    assert "transformer.wte.weight" not in start
+    with torch.no_grad():
+        head.weight.add_(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(3)))
+    moved = head.weight.detach().double() - start["lm_head.weight"].double()
+    if tied_at == "before":
+        emb.weight = head.weight
+    delta = Delta(model, start)
+    emb.weight = head.weight
+    assert delta.norm() == pytest.approx(float(moved.norm()), rel=1e-6)
+    known = "transformer.wte.weight" if tied_at == "before" else "lm_head.weight"
+    assert delta.norms()[known] == pytest.approx(float(moved.norm()), rel=1e-6)
+    found = delta.tensors()
+    assert found["lm_head.weight"] is found["transformer.wte.weight"]
+    torch.testing.assert_close(found["lm_head.weight"].double(), moved, rtol=1e-6, atol=1e-6)
+    delta.save(tmp_path / "delta.safetensors")
+    delta.scale_(0.0)
+    assert same_bits(emb.weight, start["lm_head.weight"])
+    delta.merge_(tmp_path / "delta.safetensors", 0.5)  # once, though under two names
+    torch.testing.assert_close(head.weight.double(), start["lm_head.weight"].double() + moved / 2, rtol=1e-6, atol=1e-6)

@@ -37,10 +37,9 @@ class Delta:
 
     def __init__(self, model: nn.Module, base: Mapping[str, Tensor]) -> None:
         self._model = model
-        first = {id(p): name for name, p in model.named_parameters()}
-        tied = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        names = _names(dict(model.named_parameters(remove_duplicate=False)), base)
         # Under every name: weights that are tied now may have parameters of their own later.
-        self._base = {name: base[known] for name, known in tied.items() if known in base}
+        self._base = {name: base[known] for name, known in names.items() if known in base}
         if not self._base:
             raise ValueError("Delta: no weight of the model has a copy in base")
         self._present()
@@ -53,8 +52,7 @@ class Delta:
             ValueError: a weight and its copy do not fit, or the weight is gone.
         """
         here = dict(self._model.named_parameters(remove_duplicate=False))
-        first: dict[int, str] = {}
-        names = {name: first.setdefault(memory(p), name) for name, p in here.items()}
+        names = _names(here, self._base)
         missing = [name for name in self._base if name not in here]
         if missing:
             raise ValueError(f"Delta: the model has no weight {missing[0]!r} any more; build the delta anew")
@@ -191,6 +189,15 @@ class Delta:
     def norm(self) -> float:
         """2-norm of the whole delta."""
         return math.sqrt(sum(n * n for n in self.norms().values()))
+
+
+def _names(here: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, str]:
+    """Every name of a weight with the one that it goes by: of those of a tied weight the first one with a copy in `base`,
+    without which it would have none; else the first one."""
+    first: dict[int, str] = {}
+    for name in sorted(here, key=lambda name: name not in base):
+        first.setdefault(memory(here[name]), name)
+    return {name: first[memory(p)] for name, p in here.items()}
 
 
 def _read(path: str | Path) -> dict[str, Tensor]:
