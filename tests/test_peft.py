@@ -401,3 +401,39 @@ def test_a_copy_of_a_model_computes_with_its_own_weights(name: str, attached: bo
     assert all(same_bits(a, b) for a, b in zip(steps(model, method, opt, 3), theirs, strict=True))
     of_twin.remove()
     assert not torch.equal(language_loss(twin, rows).detach(), language_loss(model, rows).detach())
+
+
+class Stranger:
+    """A trainer or a logger, with hooks of its own on the optimizer."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __deepcopy__(self, _: Any) -> Any:
+        raise AssertionError("copied with a model that knows nothing of it")
+
+    def hook(self, *_: Any) -> None:
+        self.calls += 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_copy_leaves_the_optimizer_and_its_hooks_behind(name: str) -> None:
+    make, optimizer = METHODS[name]
+    model, stranger = lora(), Stranger()
+    method = make(model)
+    opt = optimizer(model, method)
+    opt.register_step_pre_hook(stranger.hook)
+    opt.register_step_post_hook(stranger.hook)
+    method.attach(opt)
+    steps(model, method, opt, 2)
+    torch.optim.swa_utils.AveragedModel(model)
+    twin, of_twin = copy.deepcopy((model, method))
+    before = [t.clone() for t in twin.state_dict().values()]
+    of_twin.remove()  # takes nothing off the original's optimizer
+    assert len(opt._optimizer_step_pre_hooks) + len(opt._optimizer_step_post_hooks) == 3
+    steps(model, method, opt, 1)
+    assert stranger.calls == 6
+    method.remove()
+    assert len(opt._optimizer_step_pre_hooks) + len(opt._optimizer_step_post_hooks) == 2
+    if name != "bi":  # which takes its second adapter away
+        assert all(same_bits(a, b) for a, b in zip(twin.state_dict().values(), before, strict=True))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from fastpost.distributed import is_sharded
@@ -28,7 +29,26 @@ except ImportError as error:
     raise ImportError("fastpost.integrations.peft needs peft: pip install 'fastpost[peft]'") from error
 
 
-class BiLoRA:
+class _Method:
+    """The handles of a method's hooks on optimizers.
+
+    They hold all hooks of their optimizer, with whatever these are bound to: a copy of the method leaves them behind, and is
+    attached anew.
+    """
+
+    def __init__(self) -> None:
+        self._attached: list[RemovableHandle] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_attached": []}
+
+    def _detach(self) -> None:
+        for hook in self._attached:
+            hook.remove()
+        self._attached = []
+
+
+class BiLoRA(_Method):
     """Bi-LoRA: a second adapter carries SAM's perturbation, so that a step is one forward and one backward pass.
 
     The objective of Liu et al. (2508.19564) is the minimum over (A1, B1) of the maximum over |s B2 A2| <= rho of
@@ -73,6 +93,7 @@ class BiLoRA:
         auxiliary: str = "bilora",
         rank: int | None = None,
     ) -> None:
+        super().__init__()
         check_radius("BiLoRA", rho, 0.0)
         config = _lora_config("BiLoRA", model, adapter)
         if auxiliary in model.peft_config:
@@ -146,7 +167,7 @@ class BiLoRA:
             second -= inside
         if second:
             raise ValueError("BiLoRA: the optimizer lacks the second adapter; build it from param_groups()")
-        self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        self._attached.append(optimizer.register_step_post_hook(self._after_step))
 
     @torch.no_grad()
     def norm(self) -> Tensor:
@@ -169,6 +190,7 @@ class BiLoRA:
 
     def remove(self) -> None:
         """Takes the second adapter away; the first one is left, as trained."""
+        self._detach()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -190,7 +212,7 @@ class BiLoRA:
         layer.scaling[self.auxiliary] = self._scales[layer] if layer.training else 0.0
 
 
-class EFlatLoRA:
+class EFlatLoRA(_Method):
     """EFlat-LoRA: B is perturbed by a moving average of what SAM on the merged weight asks for (Deng et al. 2508.00522).
 
     A step is one forward and one backward pass, at B + E with E the average so far. From its gradients, of each layer and
@@ -224,6 +246,7 @@ class EFlatLoRA:
     """
 
     def __init__(self, model: PeftModel, rho: float = 0.05, *, beta: float = 0.9, adapter: str = "default") -> None:
+        super().__init__()
         check_radius("EFlatLoRA", rho, 0.0)
         check_real("EFlatLoRA", "beta", beta)
         if not 0 < beta < 1:
@@ -231,7 +254,6 @@ class EFlatLoRA:
         _lora_config("EFlatLoRA", model, adapter)
         self.rho, self.beta, self.adapter = rho, beta, adapter
         self._layers = dict(_lora_layers("EFlatLoRA", model, adapter))
-        self._hooks: list[Any] = []
         self._moved: dict[str, Tensor] = {}  # E of each layer, (out, r)
         for name, layer in self._layers.items():
             for w in self._matrices(layer):
@@ -254,7 +276,7 @@ class EFlatLoRA:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(w) not in held for layer in self._layers.values() for w in self._matrices(layer)):
             raise ValueError("EFlatLoRA: the optimizer lacks matrices of the adapter")
-        self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+        self._attached.append(optimizer.register_step_pre_hook(self._before_step))
 
     @torch.no_grad()
     def update(self) -> None:
@@ -313,9 +335,8 @@ class EFlatLoRA:
         """The layers compute with B again."""
         for layer in self._layers.values():
             vars(layer.lora_B[self.adapter]).pop("forward", None)
-        for hook in self._hooks:
-            hook.remove()
-        self._layers, self._hooks, self._moved = {}, [], {}
+        self._detach()
+        self._layers, self._moved = {}, {}
 
     def _before_step(self, *_: Any) -> None:
         self.update()
@@ -331,7 +352,7 @@ class EFlatLoRA:
         return nn.functional.linear(x, module.weight + e.to(module.weight), module.bias)
 
 
-class FlatLoRA:
+class FlatLoRA(_Method):
     """Flat-LoRA: each training step sees the merged weights under Gaussian noise of its own (Li et al. 2409.14396).
 
     Minimised over the adapters is the expectation of L(W' + e), W' = W + s B A, by one draw of e per step, with
@@ -361,6 +382,7 @@ class FlatLoRA:
     """
 
     def __init__(self, model: PeftModel, sigma: float = 0.05, *, total_steps: int | None = None, seed: int = 0) -> None:
+        super().__init__()
         if not (math.isfinite(sigma) and sigma >= 0):
             raise ValueError(f"FlatLoRA: sigma must be finite and >= 0, not {sigma}")
         if total_steps is not None and total_steps < 1:
@@ -368,7 +390,6 @@ class FlatLoRA:
         _lora_config("FlatLoRA", model, model.active_adapters[0] if isinstance(model, PeftModel) else "")
         self.sigma, self.total_steps, self.seed, self.step = sigma, total_steps, seed, 0
         self._layers: list[Any] = []
-        self._hooks: list[Any] = []
         found = list(_lora_layers("FlatLoRA", model, None))
         for name, layer in found:
             base = layer.get_base_layer()
@@ -395,15 +416,14 @@ class FlatLoRA:
 
     def attach(self, optimizer: Optimizer) -> None:
         """New noise after each step of the optimizer."""
-        self._hooks.append(optimizer.register_step_post_hook(self._advance))
+        self._attached.append(optimizer.register_step_post_hook(self._advance))
 
     def remove(self) -> None:
         """The layers compute with W again."""
         for base in self._layers:
             vars(base).pop("forward", None)
-        for hook in self._hooks:
-            hook.remove()
-        self._layers, self._hooks = [], []
+        self._detach()
+        self._layers = []
 
     def __enter__(self) -> FlatLoRA:
         return self
