@@ -1,6 +1,7 @@
-"""What this rank holds of a parameter: DTensor (FSDP2, tensor parallel), DDP. Sums over the other ranks are in `ranks.py`.
+"""What this rank holds of a parameter: DTensor (FSDP2, tensor parallel), DDP; and what is inside a wrapped model.
 
-Nothing here knows a method; SAM and others go through it, so that no DTensor reaches an operation.
+Sums over the other ranks are in `ranks.py`. Nothing here knows a method; SAM and others go through it, so that no
+DTensor reaches an operation.
 """
 
 from __future__ import annotations
@@ -18,6 +19,21 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
+
+
+def unwrap(model: Any, *, compiled: bool = False) -> Any:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile, however they are nested.
+
+    Args:
+        compiled: look into torch.compile alone, to see what was compiled: a DDP or FSDP2 module maybe.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and not compiled and not hasattr(model, "get_input_embeddings"):
+            inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def active() -> bool:
@@ -192,7 +208,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: `model` is neither.
     """
-    inner = getattr(model, "_orig_mod", model)
+    inner = unwrap(model, compiled=True)
     if not isinstance(inner, nn.parallel.DistributedDataParallel) and not _is_fully_sharded(inner):
         raise TypeError(f"no_sync: {type(model).__name__} is neither DistributedDataParallel nor made by fully_shard")
     with gradient_sync(model, False):
@@ -206,7 +222,7 @@ def gradient_sync(model: nn.Module, sync: bool) -> Iterator[None]:
     DDP and FSDP2 modules have something to share; others are left alone. FSDP2 cannot be asked what was decided outside: it
     synchronises afterwards.
     """
-    inner: Any = getattr(model, "_orig_mod", model)  # torch.compile
+    inner = unwrap(model, compiled=True)
     if isinstance(inner, nn.parallel.DistributedDataParallel):
         outside = inner.require_backward_grad_sync
         inner.require_backward_grad_sync = sync

@@ -228,6 +228,14 @@ def with_adapters(model: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
 
 
+def replica(model: nn.Module) -> nn.Module:
+    """DDP around a model; what looks into it needs no process group."""
+    found = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(found)
+    found.module = model
+    return found
+
+
 @pytest.mark.parametrize(
     ("make", "what"),
     [
@@ -235,6 +243,10 @@ def with_adapters(model: Any) -> Any:
         (lambda: bert(transformers.BertLMHeadModel), "BertLMHeadModel is set to read in both directions"),
         (lambda: bert(OfOnesOwn), "OfOnesOwn is set to read in both directions"),
         (lambda: torch.compile(bert()), "BertForMaskedLM is set"),
+        (lambda: replica(bert()), "BertForMaskedLM is set"),
+        (lambda: replica(torch.compile(bert())), "BertForMaskedLM is set"),
+        (lambda: torch.compile(replica(bert())), "BertForMaskedLM is set"),
+        (lambda: replica(torch.compile(with_adapters(bert()))), "BertForMaskedLM is set"),
         (lambda: with_adapters(bert()), "BertForMaskedLM is set"),
         (t5, "T5ForConditionalGeneration is an encoder-decoder"),
     ],

@@ -20,8 +20,8 @@ from fastpost.anchor.context import (
     with_teacher,
     without_context,
 )
+from fastpost.distributed import unwrap
 from fastpost.r3f.conventions import shifts_labels
-from fastpost.r3f.noise import unwrap
 
 OF_MASKS = {PREFIX[1]: PREFIX[0], WHOLE[2]: WHOLE[0], WHOLE[1]: WHOLE[0]}  # what has an entry for each token of another
 

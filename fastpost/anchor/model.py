@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastpost.anchor.context import FIELDS, InContext, Teaching, teaching, without_context
 from fastpost.anchor.references import Frozen, Reference, check_weight
+from fastpost.distributed import unwrap
 from fastpost.errors import unknown
 from fastpost.ops.linear_distillation import DIVERGENCES, DistillationOptions, OutputLayer, distillation_loss_of
 from fastpost.r3f.conventions import (
@@ -21,7 +22,6 @@ from fastpost.r3f.conventions import (
     take_batch,
 )
 from fastpost.r3f.head import Head, find_head, fused_head, last_stream
-from fastpost.r3f.noise import unwrap
 
 WEIGHTINGS = ("none", "dft")
 

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpost.distributed import is_sharded
+from fastpost.distributed import is_sharded, unwrap
 from fastpost.modes import evaluating
-from fastpost.r3f.noise import unwrap
 
 
 class Reference:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpost.distributed import is_a, is_sharded
+from fastpost.distributed import is_a, is_sharded, unwrap
 
 
 def real(value: object) -> bool:
@@ -102,13 +102,11 @@ def check_causal(who: str, model: object) -> None:
     they have seen. Other modules are served as they are; of them nothing is known.
 
     Raises:
-        ValueError: such a model, by itself or inside of torch.compile, DDP or PEFT.
+        ValueError: such a model, by itself or inside of torch.compile, DDP and PEFT, however these are nested.
     """
-    inner: Any = getattr(model, "_orig_mod", model)
-    if isinstance(inner, nn.parallel.DistributedDataParallel):
-        inner = inner.module
+    inner = unwrap(model)
     if hasattr(inner, "peft_config") and callable(getattr(inner, "get_base_model", None)):
-        inner = inner.get_base_model()
+        inner = unwrap(inner.get_base_model())
     if not is_a("PreTrainedModel", "transformers.modeling_utils", inner):
         return
     told = f"{who} needs a causal language model, which predicts each token from those before it: {type(inner).__name__} is "

@@ -67,7 +67,7 @@ class SurgeryWindow:
         if method not in METHODS:
             raise ValueError(f"SurgeryWindow: method must be one of {', '.join(METHODS)}, not {method!r}")
         self._params = trained_parameters("SurgeryWindow", model)
-        inner = getattr(model, "_orig_mod", model)  # torch.compile
+        inner = distributed.unwrap(model, compiled=True)
         self._ddp = inner if isinstance(inner, nn.parallel.DistributedDataParallel) else None
         self.method = method
         self._open = False

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from fastpost.distributed import unwrap
 from fastpost.integrations.mixin import PostTrainingMixin
 from fastpost.r3f import R4F
 from fastpost.r3f.conventions import has_router_loss, logits_of
-from fastpost.r3f.noise import unwrap
 from fastpost.r3f.passes import Step
 from fastpost.r3f.relatives import FreeLB, HyPe
 from fastpost.r3f.relatives.hype import find_layers

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpost.distributed import is_a
+from fastpost.distributed import is_a, unwrap
 from fastpost.integrations import COMPUTE_DTYPES
 from fastpost.integrations.masters import Masters, check_weights
 from fastpost.integrations.mixin import PostTrainingMixin, accelerated_sync, innermost
 from fastpost.integrations.stand_ins import refuse_early
-from fastpost.r3f.noise import unwrap
 from fastpost.ranks import NormGroup
 from fastpost.sam import ExternalSAM, FunctionalSAM, PassInfo, PerturbationReport, SAMWindow
 from fastpost.sam.options import RADIUS_KEYS, fill_groups

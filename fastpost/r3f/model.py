@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpost.distributed import unwrap
 from fastpost.errors import unknown
 from fastpost.ops.divergence import r3f_loss, symmetric_kl
 from fastpost.ops.jensen_shannon import js_divergence
@@ -25,7 +26,7 @@ from fastpost.r3f.conventions import (
     summed_cross_entropy,
 )
 from fastpost.r3f.head import Head, fused_head
-from fastpost.r3f.noise import SCALES, unwrap
+from fastpost.r3f.noise import SCALES
 from fastpost.r3f.passes import Passes, Step, Windowed
 
 OPTIONS = {

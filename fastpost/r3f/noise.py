@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpost.distributed import unwrap
 from fastpost.errors import unknown
 from fastpost.ops.autograd import traced
 from fastpost.ops.noise import add_noise, asks_for_gradient, embedding_noise
@@ -24,17 +25,6 @@ from fastpost.ops.noise import add_noise, asks_for_gradient, embedding_noise
 SCALES = ("absolute", "relative", "neftune")
 
 CALL = 1 << 40  # from one call's seed to the next one's (an embedding that runs twice, layers); steps are 1 apart
-
-
-def unwrap(model: Any) -> Any:
-    """The model inside DistributedDataParallel, DataParallel or torch.compile."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and not hasattr(model, "get_input_embeddings"):
-            inner = getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def is_encoder_decoder(model: Any) -> bool:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastpost.distributed import unwrap
 from fastpost.errors import unknown
 from fastpost.modes import evaluating
-from fastpost.r3f.noise import is_encoder_decoder, unwrap
+from fastpost.r3f.noise import is_encoder_decoder
 
 POOLINGS = ("first", "mean", "pooler")
 _GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of C, for standardised features; beyond, hundreds of features fit any labels

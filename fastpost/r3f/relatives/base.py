@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpost.distributed import unwrap
 from fastpost.errors import nearest, unknown
 from fastpost.ops.divergence import r3f_loss
 from fastpost.ops.noise import fresh_seed
@@ -35,7 +36,6 @@ from fastpost.r3f.noise import (
     is_encoder_decoder,
     refuse_neftune,
     sequence_numbers,
-    unwrap,
 )
 from fastpost.r3f.passes import Windowed
 

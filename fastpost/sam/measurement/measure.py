@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastpost.distributed import is_a
+from fastpost.distributed import is_a, unwrap
 from fastpost.modes import kept_modes
 from fastpost.norm_stats import frozen_norm_stats
 from fastpost.ops import params as ops
@@ -173,7 +173,7 @@ def _raising_together(is_replica: bool) -> Iterator[None]:
 
 def _innermost(model: nn.Module) -> tuple[nn.Module, bool]:
     """The module to compute with, and whether it is one of DDP's replicas. Gradients are taken from it, not through DDP."""
-    inner = getattr(model, "_orig_mod", model)
+    inner = unwrap(model, compiled=True)
     if isinstance(inner, nn.parallel.DistributedDataParallel):
         return inner.module, True
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
