@@ -12,7 +12,8 @@ from torch.nn.functional import linear
 import fastpost
 
 ROWS, WIDTH, CLASSES = 6, 8, 11
-WEIGHT, TEACHER, OTHER = torch.randn(CLASSES, WIDTH), torch.randn(CLASSES, WIDTH), torch.randn(9, WIDTH)
+_DRAWN = torch.Generator().manual_seed(0)  # at import, where nobody has seeded torch's own: every process tests the same
+WEIGHT, TEACHER, OTHER = (torch.randn(n, WIDTH, generator=_DRAWN) for n in (CLASSES, CLASSES, 9))
 
 
 def top(hidden: Tensor) -> Tensor:
