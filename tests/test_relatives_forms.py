@@ -132,8 +132,13 @@ def test_sides_of_other_lengths_are_counted_apart(where: str, kind: str) -> None
                 last = method(model, num_items=items, **part(slice(1, 4))).loss
             torch.testing.assert_close(found[0] + last, expected, rtol=1e-9, atol=0)
         if where not in single:
-            with method.window(make(counts[0])), pytest.raises(ValueError, match=r"both sides .*token_offset=\(the enco"):
-                method(model, num_items=items, **part(slice(1, 4)))
+            for number in (counts[0], 0) if make is torch.tensor else (counts[0],):  # the values of tensors are not read
+                refused = pytest.raises(ValueError, match=r"both sides .*token_offset=\(the enco")
+                with method.window(make(number)), refused:
+                    method(model, num_items=items, **part(slice(1, 4)))
+            method = of()
+            with method.window(0):
+                assert float(method(model, num_items=items, **part(slice(0, 1))).loss) == float(found[0])
     for wrong in ((1, 2, 3), 1.5, ("a", 1)):
         with pytest.raises(TypeError, match="token_offset must be an integer, a tensor with one, or a pair"):
             method.window(wrong).__enter__()

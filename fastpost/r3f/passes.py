@@ -65,7 +65,10 @@ class Step:
             self.counted[side] = self.counted.get(side, 0) + tokens
 
     def starts_both_sides(self) -> None:
-        """Raises ValueError where one number stands for two sides, which have other numbers of tokens."""
+        """Raises ValueError where one number stands for two sides, which have other numbers of tokens.
+
+        0 is right for both. A tensor is not read, since that waits for its device, so it is refused whatever it holds.
+        """
         if isinstance(self.offset, Tensor) or (not isinstance(self.offset, tuple) and self.offset):
             raise ValueError(
                 "R3F: noise enters both sides of this encoder-decoder, whose tokens are counted apart; give both numbers, "
@@ -91,7 +94,8 @@ class Windowed:
 
         Args:
             token_offset: number of the first token: of those that noise can reach on the side that is noised. Where both
-                sides of an encoder-decoder are (`where="both"`, `HyPe`), a pair, (the encoder's, the decoder's).
+                sides of an encoder-decoder are (`where="both"`, `HyPe`), a pair, (the encoder's, the decoder's), or the
+                integer 0.
             step: the step that the calls belong to, where its calls cannot stand in one block; None: a new one.
 
         Raises:
