@@ -288,6 +288,45 @@ def test_transforms_of_functions_of_the_weight(shape: tuple[int, int]) -> None:
     assert broken.isfinite().tolist() == [True, False]
 
 
+@pytest.mark.parametrize("shape", [(5, 12), (150, 140)])
+def test_sigma_of_a_plain_weight_is_found_once_under_transforms(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of the inputs after the weight has changed: the first call finds its vectors, for the others too."""
+    from fastpost.r3f import spectral
+
+    sought = []
+    refresh, leading = spectral.SpectralNorm._refresh, spectral._leading
+    monkeypatch.setattr(spectral.SpectralNorm, "_refresh", lambda self, weight: sought.append(1) or refresh(self, weight))
+    monkeypatch.setattr(spectral, "_leading", lambda matrix: sought.append(1) or leading(matrix))
+    layer = nn.Linear(shape[1], shape[0], bias=False)
+    R4F(layer)
+    x = torch.randn(3, shape[1])
+
+    def score(row: Tensor) -> Tensor:
+        return layer(row).sum()
+
+    for transform in (
+        torch.func.vmap(torch.func.grad(score)),
+        torch.func.vmap(torch.func.jacfwd(score)),
+        torch.func.functionalize(lambda rows: torch.func.vmap(torch.func.grad(score))(rows)),
+    ):
+        original = layer.get_parameter(ORIGINAL)
+        with torch.no_grad():
+            original.copy_(torch.randn(shape))
+        sought.clear()
+        first = transform(x)
+        truth = normalised(original.detach()).sum(0).expand_as(x)
+        torch.testing.assert_close(first.double(), truth, rtol=1e-5, atol=1e-6)
+        found = len(sought)
+        assert found
+        assert same_bits(transform(x), first)
+        (plain,) = torch.autograd.grad(layer(x.requires_grad_()).sum(), x)
+        torch.testing.assert_close(plain.double(), truth, rtol=1e-5, atol=1e-6)
+        assert len(sought) == found
+        x = x.detach()
+
+
 def test_copies_find_the_same_sigma_in_memory_of_their_own() -> None:
     layer = nn.Linear(12, 3)
     R4F(layer)

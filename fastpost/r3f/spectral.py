@@ -13,7 +13,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastpost.distributed import is_sharded
 from fastpost.errors import unknown
-from fastpost.ops.autograd import transformed
 
 LAYERS = ("last", "all")
 MODES = ("exact", "at_most")
@@ -209,12 +208,12 @@ class SpectralNorm(nn.Module):
 
     def _vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The leading singular vectors, sought anew where the weight is not the one seen last, or has changed."""
-        plain = not torch._C._functorch.is_functorch_wrapped_tensor(weight)
-        seen = _Seen(weight) if plain else None
-        if seen is None or seen != self._seen:
-            if transformed():  # what a transform makes ends with it, and vmap shows no values to decide by
-                return _without_looking(weight.detach())
-            with torch.no_grad():
+        if torch._C._functorch.is_functorch_wrapped_tensor(weight):
+            return _without_looking(weight.detach())  # what a transform made ends with it, and vmap shows no values
+        seen = _Seen(weight)
+        if seen != self._seen:
+            # A transform of other tensors leaves this one plain. Outside of it, the vectors outlive it.
+            with torch.no_grad(), torch._C._DisableFuncTorch():
                 self._refresh(weight.detach())
             self._seen = seen
         assert self._u is not None
