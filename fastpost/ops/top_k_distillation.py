@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -84,7 +86,9 @@ def linear_top_k_distillation_loss(
         teacher_log_probs: floating point (..., k), their log-probabilities over the teacher's whole vocabulary
             (`linear_top_log_probs`). -inf: a place is not used, whatever its id (rows of different k).
         teacher_rest: floating point (...), the log-probability of all other classes together. None: what the known ones
-            leave to 1, which is rounding alone where they are nearly all: 1e-7 of float32, 1e-2 of 16 bits.
+            leave to 1, which is rounding alone where they are nearly all: 1e-7 of float32, 1e-2 of 16 bits. Where that is
+            so in every row, as it is after a normalisation over the k classes, a UserWarning says it, once per process (on
+            the CPU and under FASTPOST_CHECKS=1; float32 or wider).
         rest: "one_class", the rest of the vocabulary is one more class; "dropped", both models are normalised over the k
             classes, which says nothing of how much the student gives to others.
         temperature: T > 0, at which the log-probabilities were taken; divides the student's logits in the divergence.
@@ -97,9 +101,9 @@ def linear_top_k_distillation_loss(
 
     Raises:
         ValueError: as there; also, on the CPU and under FASTPOST_CHECKS=1, an id out of range or twice in a row,
-            log-probabilities above 0, NaN, or that add up to more than 1 (with `teacher_rest`: to anything but 1; without
-            it or rest="dropped": to 1 in every row, in float32 or wider), a row without any, and an infinite divergence,
-            such as "reverse_kl" where the teacher leaves nothing to the rest; `teacher_rest` with rest="dropped".
+            log-probabilities above 0, NaN, or that add up to more than 1 (with `teacher_rest`: to anything but 1), a row
+            without any, and an infinite divergence, such as "reverse_kl" where the teacher leaves nothing to the rest;
+            `teacher_rest` with rest="dropped".
         TypeError: as there; ids that are no integers.
     """
     op = "linear_top_k_distillation_loss"
@@ -119,7 +123,7 @@ def linear_top_k_distillation_loss(
     if teacher_rest is not None:
         _check_rest(op, hidden, teacher_log_probs, teacher_rest, rest, counts)
     elif rest == "one_class":
-        _check_something_is_left(op, teacher_log_probs, counts, weight.shape[0])
+        _look_for_a_rest(teacher_log_probs, counts, weight.shape[0])
     rows, k = len(counts), teacher_ids.shape[-1]
     log_probs = teacher_log_probs.detach().reshape(rows, k)
     is_used = (log_probs > -torch.inf) & (counts > 0).unsqueeze(1)
@@ -210,10 +214,11 @@ def _check_rest(op: str, hidden: Tensor, log_probs: Tensor, of_rest: Tensor, res
         )
 
 
-def _check_something_is_left(op: str, log_probs: Tensor, counts: Tensor, classes: int) -> None:
-    """Looks for probabilities that were normalised over the k classes; `classes`: at most the vocabulary.
+def _look_for_a_rest(log_probs: Tensor, counts: Tensor, classes: int) -> None:
+    """Warns of probabilities that may have been normalised over the k classes; `classes`: at most the vocabulary.
 
-    Where the teacher is sure of one class, or all are known, they add up to 1 by right; and 16 bits cannot tell.
+    Where the teacher is sure of one class, or all are known, they add up to 1 by right; and 16 bits cannot tell. A sharp
+    teacher's do as well, so this is no error.
     """
     if not checks_values(log_probs.device) or log_probs.dtype.itemsize < 4:
         return
@@ -221,11 +226,18 @@ def _check_something_is_left(op: str, log_probs: Tensor, counts: Tensor, classes
     known = (log_probs > -torch.inf).sum(1)
     telling = (counts > 0) & (known < classes) & (log_probs.amax(1) < math.log(_SURE))
     if int(telling.sum()) >= _MANY and bool((log_probs[telling].double().logsumexp(1).abs() < _ALL).all()):
-        raise ValueError(
-            f"{op}: in every row the known classes add up to 1, as if they had been normalised over themselves. Give their "
-            "log-probabilities over the teacher's whole vocabulary, or take rest='dropped'; for a teacher that leaves "
-            "nothing to other classes, give teacher_rest (-inf is nothing)"
-        )
+        _warn_of_no_rest()
+
+
+@functools.cache  # once per process
+def _warn_of_no_rest() -> None:
+    warnings.warn(
+        "linear_top_k_distillation_loss: in every row the known classes add up to 1, so that the rest of the vocabulary is "
+        "rounding alone. If they were normalised over themselves, give their log-probabilities over the teacher's whole "
+        "vocabulary, or take rest='dropped'; if the teacher leaves next to nothing to other classes, give teacher_rest "
+        "(linear_top_log_probs has it; -inf is nothing)",
+        stacklevel=4,
+    )
 
 
 def _with_rest(log_probs: Tensor, of_rest: Tensor | None) -> Tensor:
