@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastpost.r3f.conventions import accelerators, logits_of, text_config
@@ -16,6 +18,9 @@ from fastpost.rng import RandomState
 
 # What models do to their logits, as it was seen: by what was asked, the cap and the temperature, or why no head serves.
 _seen: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], tuple[float | None, float] | str]] = weakref.WeakKeyDictionary()
+
+# Of the machine, and not of the model.
+_FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, dist.DistError)
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # names in transformers' configs
 
@@ -54,14 +59,15 @@ def find_head(root: Any, inputs: dict[str, Any]) -> Head:
 
     The first time, the model runs once on these inputs, without a graph and with a stand-in for a few rows of logits; what
     becomes of the stand-in is compared with the caps and scales that the model's configs name. Random numbers and buffers
-    are put back.
+    are put back, and a cache among the inputs stays as it is. A pass that fails is no answer: the next call asks again.
 
     Args:
         root: a model without its wrappers. inputs: of its forward pass, without labels.
 
     Raises:
         ValueError: no output embeddings, or they are no plain nn.Linear; the head does not run, or runs twice; the model
-            changes its logits in another way.
+            changes its logits in another way; what it does to three rows of logits fails.
+        torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError, MemoryError: as the pass raised it.
     """
     get = getattr(root, "get_output_embeddings", None)
     linear = get() if callable(get) else None
@@ -78,12 +84,7 @@ def find_head(root: Any, inputs: dict[str, Any]) -> Head:
     asked = (linear.weight.shape, ways, getattr(root, "training", None))  # in eval mode a model may do something else
     seen = _seen.setdefault(root, {})
     if asked not in seen:
-        try:
-            seen[asked] = _way_of(root, plain, ways, inputs)
-        except ValueError as error:
-            if not str(error).startswith("R3F: "):
-                raise
-            seen[asked] = str(error)
+        seen[asked] = _way_of(root, plain, ways, inputs)
     way = seen[asked]
     if isinstance(way, str):
         raise ValueError(way)
@@ -132,8 +133,11 @@ def _number(part: Any, name: str) -> float | None:
 
 def _way_of(
     root: Any, head: Head, ways: tuple[tuple[float | None, float], ...], inputs: dict[str, Any]
-) -> tuple[float | None, float]:
-    """The cap and the temperature with which the model treats a stand-in for its logits."""
+) -> tuple[float | None, float] | str:
+    """The cap and the temperature with which the model treats a stand-in for its logits, or why no head serves.
+
+    What is returned holds for the model. What is raised may hold for these inputs or this moment alone.
+    """
     stand_in = _stand_in(head)
     buffers = [(b, b.clone()) for b in root.buffers()] if isinstance(root, nn.Module) else []
     random, captured = RandomState(accelerators(root)), Captured()
@@ -146,10 +150,12 @@ def _way_of(
     try:
         with warnings.catch_warnings(), torch.no_grad(), _in_place_of(head.linear, hand_on, captured):
             warnings.simplefilter("ignore")  # such as that nothing wants a gradient; the first step warns of the rest
-            output = root(**inputs)
+            output = root(**_shielded(inputs))
     except Exception as error:
-        if captured.states is None or str(error).startswith("R3F: "):
+        if captured.states is None or isinstance(error, _FAILURES):
             raise
+        if str(error) == _CALLED_AGAIN:
+            return _CALLED_AGAIN
         raise ValueError(_unknown(root, f"a few rows of logits end in {type(error).__name__}")) from error
     finally:
         random.put()
@@ -158,13 +164,13 @@ def _way_of(
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
     if captured.states is None:
-        raise ValueError(_NOT_CALLED)
+        return _NOT_CALLED
     found = logits_of(output)
     if found.shape[-1] != stand_in.shape[-1] or found.numel() != stand_in.numel():
         made = f"{found.shape[-1]} classes" if found.shape[-1] != stand_in.shape[-1] else "other rows"
-        raise ValueError(_unknown(root, f"of its head's {stand_in.shape[-1]} classes it makes {made}"))
+        return _unknown(root, f"of its head's {stand_in.shape[-1]} classes it makes {made}")
     if found.requires_grad and not (head.extra_bias is not None and head.extra_bias.requires_grad):
-        raise ValueError(_unknown(root, "a trained parameter takes part"))
+        return _unknown(root, "a trained parameter takes part")
     with torch.no_grad():
         found = found.reshape(stand_in.shape)
         # As exact as its dtype, through a few operations and another tanh.
@@ -176,7 +182,32 @@ def _way_of(
             expected = head._replace(softcap=cap, temperature=temperature).after(logits)
             if torch.allclose(found.to(expected.dtype), expected, rtol=rtol, atol=1e-7):
                 return cap, temperature
-    raise ValueError(_unknown(root, "no cap or scale of its config explains them"))
+    return _unknown(root, "no cap or scale of its config explains them")
+
+
+def _shielded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs, with copies of those that a pass may change, such as a cache (past_key_values).
+
+    What cannot be copied, such as a cache with a graph, is left out.
+    """
+    shielded = {}
+    for name, value in inputs.items():
+        if not _of_tensors(value):
+            try:
+                value = copy.deepcopy(value)
+            except Exception:
+                continue
+        shielded[name] = value
+    return shielded
+
+
+def _of_tensors(value: Any) -> bool:
+    """Whether an input is made of tensors and constants alone."""
+    if isinstance(value, Mapping):
+        return all(map(_of_tensors, value.values()))
+    if isinstance(value, tuple | list):
+        return all(map(_of_tensors, value))
+    return value is None or isinstance(value, Tensor | bool | int | float | str | torch.dtype | torch.device)
 
 
 def _stand_in(head: Head) -> Tensor:
@@ -196,6 +227,7 @@ def _unknown(root: Any, how: str) -> str:
     )
 
 
+_CALLED_AGAIN = "R3F: the head runs more than once in a forward pass, so fused_linear cannot serve this model"
 _NOT_CALLED = "R3F: the output head was not called in the forward pass, so fused_linear cannot serve this model"
 
 
@@ -211,7 +243,7 @@ def _in_place_of(linear: nn.Linear, instead: Any, captured: Captured) -> Iterato
 
     def forward(input: Tensor) -> Tensor:  # nn.Linear.forward's own argument name
         if captured.states is not None:
-            raise ValueError("R3F: the head runs more than once in a forward pass, so fused_linear cannot serve this model")
+            raise ValueError(_CALLED_AGAIN)
         captured.states = input
         handed: Tensor = instead(input)
         return handed
