@@ -602,7 +602,9 @@ def test_a_teacher_that_was_run_in_inference_mode(reduction: str) -> None:
     batched = problem.leaves()[:3]
     loss = fused([*batched, *teacher], labels, ce_weight=0.5, reduction=reduction).loss.sum()
     (twice,) = torch.autograd.grad(loss, batched[0], torch.tensor([1.0, 2.0], dtype=loss.dtype), is_grads_batched=True)
-    torch.testing.assert_close(twice, torch.stack((theirs[0].grad, 2 * theirs[0].grad)))  # type: ignore[arg-type, operator]
+    once = theirs[0].grad
+    assert once is not None
+    torch.testing.assert_close(twice, torch.stack((once, 2 * once)))
 
 
 @pytest.mark.parametrize(

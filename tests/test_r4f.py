@@ -276,7 +276,9 @@ def test_transforms_of_functions_of_the_weight(shape: tuple[int, int]) -> None:
         (gradient,) = torch.autograd.grad(truth(leaf), leaf)
         return gradient
 
-    close: Any = lambda a, b: torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)  # noqa: E731
+    def close(a: Tensor, b: Tensor) -> None:
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
     close(torch.func.grad(ours)(weights[0]), slope(weights[0]))
     close(torch.func.jvp(ours, (weights[0],), (tangent,))[1], (slope(weights[0]) * tangent).sum())
     close(torch.func.vmap(ours)(weights), torch.stack([truth(w) for w in weights]))

@@ -20,7 +20,12 @@ from fastpost.rng import RandomState
 _seen: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], tuple[float | None, float] | str]] = weakref.WeakKeyDictionary()
 
 # Of the machine, and not of the model.
-_FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, dist.DistError)
+_FAILURES = (
+    torch.OutOfMemoryError,
+    torch.AcceleratorError,
+    MemoryError,
+    *((dist.DistError,) if dist.is_available() else ()),
+)
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # names in transformers' configs
 
