@@ -75,7 +75,7 @@ def activate() -> None:
 
     cuda.status = lambda: (True, "the CUDA core, emulated on the CPU")  # type: ignore[assignment]
     cuda._where = lambda device: (0, 0)  # type: ignore[assignment]
-    cuda._is_captured = lambda: False  # type: ignore[assignment]
+    cuda._is_captured = cuda._is_watched = lambda: False  # type: ignore[assignment]
     cuda.refuses = lambda op, device, dtype, walkable: refusal(  # type: ignore[assignment]
         vars(cuda), op, None if device == "cpu" else f"serves no {device} here", dtype, walkable
     )

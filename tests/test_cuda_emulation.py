@@ -169,16 +169,24 @@ def test_streams_have_a_counter_each_and_captured_calls_one_that_is_never_used_a
     assert tickets.of(9, False) == 0
 
 
-def test_a_graph_that_is_captured_first_takes_a_second_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counters cannot be made during a capture; a call outside of one makes them."""
-    captured = True
+def test_where_nothing_may_wait_a_first_call_takes_a_second_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counters cannot be made during a capture, or where torch objects to waiting; a call elsewhere makes them."""
+    captured, watched = True, False
     monkeypatch.setattr(cuda, "_tickets", {})
     monkeypatch.setattr(cuda, "_is_captured", lambda: captured)
+    monkeypatch.setattr(cuda, "_is_watched", lambda: watched)
     assert cuda._ticket(torch.device("cpu"), 0, 1) == 0
-    captured = False
+    captured, watched = False, True
+    assert cuda._ticket(torch.device("cpu"), 0, 1) == 0
+    watched = False
     outside = cuda._ticket(torch.device("cpu"), 0, 1)
+    captured, watched = False, True
+    assert cuda._ticket(torch.device("cpu"), 0, 1) == outside
     captured = True
     assert 0 != cuda._ticket(torch.device("cpu"), 0, 1) != outside != 0
+
+    with torch.device("meta"):  # a default that is no CPU
+        assert cuda._Tickets(torch.device("cpu"))._memory.device.type == "cpu"
 
 
 @needs_emulation

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpost import SAM
-from fastpost.sam import GSAM, TRAM, FriendlySAM, LookSAM, MomentumSAM, SAMWindow, StableSAM
+from fastpost.sam import GSAM, TRAM, FriendlySAM, LookSAM, MomentumSAM, PreconditionedSAM, SAMWindow, StableSAM
 
 from .gpu import DEVICE, needs_gpu, no_sync
 
@@ -21,6 +21,7 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "look": (LookSAM, {"interval": 2}),
     "friendly": (FriendlySAM, {}),
     "momentum": (MomentumSAM, {}),
+    "preconditioned": (PreconditionedSAM, {}),
 }
 FUSED = {"fused": True, "lr": 1e-2, "eps": 1e-3}
 
@@ -141,6 +142,26 @@ def test_an_ascent_overflow_shrinks_the_scale_without_a_second_gradient_for_all(
     assert opt.skipped_steps == 1
     assert all(torch.equal(p, q) for p, q in zip(spare.parameters(), before[-2:], strict=True))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), after, strict=True))
+
+
+def test_steps_between_two_ascents_wait_for_nothing_under_a_scaler() -> None:
+    model = network(DEVICE)
+    opt = SAM(model.parameters(), torch.optim.AdamW, rho=0.1, interval=3, **FUSED)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10, growth_interval=1000)
+    window = SAMWindow(opt, runner(model, scaler))
+
+    batches = micro_batches(DEVICE, 2)
+
+    def steps(n: int) -> None:
+        for _ in range(n):
+            window.run(batches)
+            scaler.step(opt)
+            scaler.update()
+
+    steps(3)  # allocates
+    with no_sync():
+        steps(6)
+    assert opt.skipped_steps == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

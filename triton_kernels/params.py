@@ -273,7 +273,7 @@ def _add_terms(e, s, v, ee, ss, es, vv, ev, changed):
     return ee, ss, es, tl.fma(v, v, vv), tl.fma(e, v, ev), changed + tl.where(s != 0.0, 1.0, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def _sam_perturb_kernel(
     table,
     partial,
@@ -344,7 +344,7 @@ def _restore_kernel(table, bits: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.
     tl.store(w + i, tl.load(stash + i, mask=i < length), mask=i < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def _put_listed_kernel(
     table, waits, words, capacity, row_width: tl.constexpr, bits: tl.constexpr, narrow: tl.constexpr, BLOCK: tl.constexpr
 ):

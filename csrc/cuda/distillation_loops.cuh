@@ -196,7 +196,7 @@ template <Family family, class O>
 __device__ __forceinline__ void write_gradients(const float* a, const float* b, O* grad_a, O* grad_b, int64_t cols,
                                                 const Comparison& c, const FDivergence& how, bool backwards, Ahead& ahead) {
   const Cut<float> cut(a, cols);
-  const bool wide_a = aligned(grad_a + cut.head), wide_b = aligned(grad_b + cut.head);
+  const bool wide_a = stored_whole<float>(grad_a + cut.head), wide_b = stored_whole<float>(grad_b + cut.head);
   for_packs(a, b, cut, backwards, ahead, [&](int64_t i, int classes, const Pack<float>& x, const Pack<float>& y) {
     Pack<float> to_teacher, to_student;
     const int64_t from = c.label - i;

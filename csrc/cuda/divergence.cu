@@ -322,8 +322,10 @@ void scale_rows(const LogitRows& block, DType dtype, int64_t rows, int64_t cols,
   if (rows == 0 || cols == 0) return;
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    call.launch(scale_rows_kernel<T>, std::min(rows, kMostBlocks), kRowThreads, static_cast<T*>(block.address), block.stride,
-                rows, cols, factors, factor_stride);
+    // Where all rows have one factor, which mostly is 1, blocks that find nothing to do are few.
+    const int64_t blocks = std::min(rows, factor_stride == 0 ? call.resident() : kMostBlocks);
+    call.launch(scale_rows_kernel<T>, blocks, kRowThreads, static_cast<T*>(block.address), block.stride, rows, cols, factors,
+                factor_stride);
   });
 }
 

@@ -70,6 +70,12 @@ __device__ __forceinline__ void store_as(bf16* to, const Pack<float>& pack, bool
   }
 }
 
+// Whether gradients of a pack of T may be stored from here in one access.
+template <class T, class O>
+__device__ __forceinline__ bool stored_whole(const O* to) {
+  return reinterpret_cast<uintptr_t>(to) % (Pack<T>::size * sizeof(O)) == 0;
+}
+
 // classes: how many of the pack's there are.
 template <class O>
 __device__ __forceinline__ void store_some(O* to, int classes, const Pack<float>& pack, bool wide) {
@@ -150,8 +156,8 @@ __device__ __forceinline__ void differentiate_carefully(const T* a, const T* b, 
       const Gradient d = differentiate_carefully<T, operand>(xi, yi, w, furthest);
       return operand ? finished(d, xi, yi, w) : d;
     });
-    if (grad_a != nullptr) store_as(grad_a + i, x, aligned(grad_a + i));
-    if (grad_b != nullptr) store_as(grad_b + i, y, aligned(grad_b + i));
+    if (grad_a != nullptr) store_as(grad_a + i, x, stored_whole<T>(grad_a + i));
+    if (grad_b != nullptr) store_as(grad_b + i, y, stored_whole<T>(grad_b + i));
   }
 }
 
@@ -221,8 +227,8 @@ __device__ __forceinline__ void write_gradients(const T* a, const T* b, O* grad_
                                                 const Whole& whole, Ahead& ahead) {
   constexpr bool can_be_exact = sizeof(T) == 4;
   const Cut<T> cut(a, cols);
-  const bool wide = aligned(b + cut.head) && (grad_a == nullptr || aligned(grad_a + cut.head)) &&
-                    (grad_b == nullptr || aligned(grad_b + cut.head));
+  const bool wide = aligned(b + cut.head) && (grad_a == nullptr || stored_whole<T>(grad_a + cut.head)) &&
+                    (grad_b == nullptr || stored_whole<T>(grad_b + cut.head));
   const int64_t i = threadIdx.x < kWarp ? cut.single() : -1;
   if (i >= 0) {
     float furthest = 0;

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) weigh_rows_kernel(const __grid_const
   block_sum(counted);
   if (threadIdx.x == 0) scales = scales_of(r.how, r.items, counted[0]);
   __syncthreads();
-#pragma unroll 1
+#pragma unroll 4
   for (int64_t row = threadIdx.x; row < r.rows; row += kThreads) {
     const bool counting = counts(r, row);
     r.ce_weights[row] = counting ? scales.ce : 0;

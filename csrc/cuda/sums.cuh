@@ -38,8 +38,20 @@ struct SumsOf {
 template <int count>
 __device__ void fold_chunks(const SumsOf& sums) {
   double sum[count] = {};
+  constexpr int ahead = count == 1 ? 4 : 1;  // so many chunks are on their way at once, and added one after another
+  int64_t c = threadIdx.x;
 #pragma unroll 1
-  for (int64_t c = threadIdx.x; c < sums.chunks; c += kThreads)
+  for (; c + (ahead - 1) * kThreads < sums.chunks; c += ahead * kThreads) {
+    double value[ahead][count];
+#pragma unroll
+    for (int u = 0; u < ahead; ++u)
+      for (int k = 0; k < count; ++k) value[u][k] = __ldcg(sums.partial + (c + u * kThreads) * count + k);
+#pragma unroll
+    for (int u = 0; u < ahead; ++u)
+      for (int k = 0; k < count; ++k) sum[k] += value[u][k];
+  }
+#pragma unroll 1
+  for (; ahead > 1 && c < sums.chunks; c += kThreads)
     for (int k = 0; k < count; ++k) sum[k] += __ldcg(sums.partial + c * count + k);
   block_sum(sum);
   if (threadIdx.x == 0)

@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) top_k_kernel(const __grid_cons
   };
   const Rate one = rate_of(1);
   const Cut<float> cut(z, w.cols);
-  const bool wide = aligned(grad + cut.head);
+  const bool wide = stored_whole<float>(grad + cut.head);
   // The label's class takes what it gets of the rest by way of its exponential, in double.
   const double label_rest =
       labelled && to_rest != 0 ? to_rest / rest.sum * exp((static_cast<double>(label_logit) - top) * inverse) : 0;

@@ -93,7 +93,7 @@ class _Tickets:
 
     def __init__(self, device: torch.device) -> None:
         # From ordinary memory, so that this waits until they are there, once in a process: any stream may rely on them.
-        self._memory = torch.zeros(self.count, dtype=torch.int32).to(device)
+        self._memory = torch.zeros(self.count, dtype=torch.int32, device="cpu").to(device)
         self._free = iter(range(self._memory.data_ptr(), self._memory.data_ptr() + 4 * self.count, 4))
         self._of_stream: dict[int, int] = {}
 
@@ -114,12 +114,18 @@ def _is_captured() -> bool:
     return torch._C._cuda_isCurrentStreamCapturing()
 
 
+def _is_watched() -> bool:
+    """Whether torch objects to waiting for a device (`torch.cuda.set_sync_debug_mode`)."""
+    return bool(torch.cuda.get_sync_debug_mode())  # type: ignore[no-untyped-call]
+
+
 def _ticket(device: torch.device, index: int, stream: int) -> int:
     """The address of a counter for a kernel that sums; 0 where a second kernel has to add up."""
     captured = _is_captured()
     tickets = _tickets.get(index)
     if tickets is None:
-        if captured:  # nothing may wait now, and what a graph allocates is not zero when it is replayed
+        # Nothing may wait now; and what a graph allocates is not zero when it is replayed.
+        if captured or _is_watched():
             return 0
         tickets = _tickets[index] = _Tickets(device)
     return tickets.of(stream, captured)

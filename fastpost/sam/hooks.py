@@ -129,7 +129,9 @@ class OverflowGuard:
         """
         bad = self._verdict(norm)
         if found_inf is not None:
-            return self._reducer.agree(torch.maximum(found_inf.float(), bad.to(found_inf.device)))
+            if bad is not self._verdicts[0]:  # which is on the CPU, and a copy of it would wait for the device
+                found_inf = torch.maximum(found_inf, bad.to(found_inf.device))
+            return self._reducer.agree(found_inf.float())
         gradients = ops.gradients_of(params)
         if gradients:
             second = self._look_at(gradients, params)

@@ -361,6 +361,13 @@ class MomentumSAM(Variant):
         return result
 
 
+def _steps(count: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor | float:
+    """The steps that an optimizer has counted: as a number where the CPU has them, so that no copy waits for a device."""
+    if isinstance(count, Tensor) and not count.is_cpu:
+        return count.to(dtype=dtype, device=device)
+    return float(count)
+
+
 class PreconditionedSAM(Variant):
     """Preconditioned SAM (after 2502.02407): e = rho d / |d| along d = g / (sqrt(v) + eps), as Adam scales its steps.
 
@@ -390,7 +397,7 @@ class PreconditionedSAM(Variant):
                 v = distributed.local_as(p, found).to(wide)
                 group = settings[p]
                 if "betas" in group and "step" in state:
-                    v = v / (1 - group["betas"][1] ** torch.as_tensor(state["step"], dtype=wide, device=v.device))
+                    v = v / (1 - group["betas"][1] ** _steps(state["step"], wide, v.device))
                 d = g.to(wide) / (v.sqrt() + group.get("eps", 1e-8))
                 result[p] = torch.where(v > 0, d, g * 0).to(g.dtype)  # inf * 0 is nan: an overflow is still seen
             elif state or context.is_stateless:
