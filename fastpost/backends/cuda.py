@@ -116,7 +116,7 @@ def _is_captured() -> bool:
 
 def _is_watched() -> bool:
     """Whether torch objects to waiting for a device (`torch.cuda.set_sync_debug_mode`)."""
-    return bool(torch.cuda.get_sync_debug_mode())  # type: ignore[no-untyped-call]
+    return bool(torch.cuda.get_sync_debug_mode())
 
 
 def _ticket(device: torch.device, index: int, stream: int) -> int:
