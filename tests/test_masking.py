@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +24,7 @@ TELLING = """hub_token push_to_hub_token
     password db_passwd PGPASSWORD pwd passphrase credentials private_key key authToken --hub_token clientSecret"""
 PLAIN = """gap_max_tokens
     average_tokens_across_devices include_num_input_tokens_seen tokenizer TOKENIZERS_PARALLELISM pad_token
-    eos_token_id token_type_ids HF_TOKEN_PATH key_column monkey keys turkey max_length hub_model_id bearing"""
+    eos_token_id token_type_ids HF_TOKEN_PATH key_column monkey keys turkey max_length hub_model_id bearing PWD OLDPWD"""
 
 
 @pytest.mark.parametrize("name", TELLING.split())
@@ -60,6 +61,18 @@ def test_of_all_options_the_tokens_are_secret_and_no_other() -> None:
 )
 def test_texts(text: str, masked: str) -> None:
     assert Mask().text(text) == masked
+
+
+def test_where_something_lies_is_no_secret(tmp_path, monkeypatch) -> None:
+    """The working folder, which shells put into the environment, and a file that holds a key: paths of runs begin so."""
+    (tmp_path / "key.json").touch()
+    monkeypatch.setenv("PWD", str(tmp_path))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    monkeypatch.setenv("SOME_API_KEY", "/sesame/street/7")
+    mask = Mask(os.environ)
+    assert mask.text(f"--output_dir {tmp_path}/out /sesame/street/7") == f"--output_dir {tmp_path}/out {MASK}"
+    arguments = PostTrainingArguments(str(tmp_path / "out"), report_to="none", use_cpu=True)
+    assert pickle.loads(pickle.dumps(arguments)).output_dir == arguments.to_dict()["output_dir"] == str(tmp_path / "out")
 
 
 def test_what_was_seen_as_a_secret_is_masked_wherever_it_occurs() -> None:

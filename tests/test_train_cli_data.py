@@ -364,6 +364,14 @@ def test_gap_climbs_on_texts_whatever_their_labels(models, files, tmp_path, labe
     assert train_gap.prepare(train_options.parse(words[1:])).ids.shape == (1, 20)
 
 
+def test_gap_is_no_work_for_several_processes(models, files, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["train", "--method", "gap", "--model", models["causal"], "--train_file", files["text.txt"]]
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "--method gap climbs one text in one process, and 2 were started" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_gap_refuses_columns_that_it_does_not_read(models, files, tmp_path, capsys) -> None:
     words = ["train", "--method", "gap", "--model", models["causal"], "--train_file", files["rows.jsonl"], "--use_cpu"]
     for option in ("--label_column", "--pair_column"):

@@ -265,6 +265,32 @@ def test_it_goes_on_from_there_to_the_same_weights(models, files, stopped, run_o
     assert table(stopped) == table(run_of_four)
 
 
+@pytest.mark.parametrize("last", [3, 14])
+def test_a_batch_size_that_was_found_is_that_of_the_run_that_goes_on(models, files, tmp_path, monkeypatch, last) -> None:
+    """A machine that holds three rows: 20 rows make 14 steps of two epochs, not the four that were asked for."""
+    steps = []
+    step = train_checkpoints.RunTrainer.training_step
+
+    def on_a_small_machine(self, model, inputs, *args):
+        if len(inputs["input_ids"]) > 3:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 3 rows")
+        steps.append(self.state.global_step)
+        if stop in steps:
+            raise KeyboardInterrupt
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(train_checkpoints.RunTrainer, "training_step", on_a_small_machine)
+    found = ["--per_device_train_batch_size", "10", "--auto_find_batch_size", "True"]
+    words = words_of("sam", models, files, tmp_path, *EVERY, *found, "--max_steps", "-1", "--num_train_epochs", "2")
+    stop = last
+    assert main(words) == (130 if last < 14 else 0)
+    stop = None
+    steps.clear()
+    assert main([*words, *RESUME]) == 0
+    assert steps == list(range(last, 14))
+    assert table(tmp_path)[-1]["step"] == "14"
+
+
 def test_where_none_is_whole_that_is_said(models, files, stopped, capsys) -> None:
     for number in (1, 2, 3):
         (stopped / f"checkpoint-{number}" / "rng_state.pth").unlink()

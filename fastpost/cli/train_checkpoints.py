@@ -131,6 +131,8 @@ class RunTrainer(PostTrainer):
     def was_at_its_end(self, checkpoint: str) -> bool:
         """Whether a checkpoint is of the run's last step, after which the Trainer would make another; it is loaded then."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+        if self.args.auto_find_batch_size and state.train_batch_size is not None:
+            self._train_batch_size = state.train_batch_size  # by which the Trainer would go on
         steps = max(-(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps), 1)
         asked = self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * steps)
         if state.global_step < asked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,11 @@ def prepare(run: Run) -> Ascent:
         ValueError, FileNotFoundError: the first thing that is wrong.
     """
     options, tasks = run.gap, run.gap.tasks
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(
+            f"--method gap climbs one text in one process, and {processes} were started, which would write the same folder; "
+            "start it without torchrun, once for each text"
+        )
     if there := checkpoints_of(run.folder):
         raise ValueError(f"{run.folder} holds {there[0].name} of another run; give another --output_dir")
     check_folder(run.folder)

@@ -19,6 +19,7 @@ _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SHORT = 8  # shorter secrets are replaced in a text only where they stand as words of their own
 _PLACE = re.compile("<[A-Z_]+>")  # what transformers writes in place of a token
 _PLAIN = {"true", "false", "none", "null", "yes", "no"}
+_WORKING_FOLDER = "PWD"  # by this name shells keep it in the environment
 
 _PATTERNS = (
     (re.compile(r"(?<=://)[^/\s@'\"]+@"), f"{MASK}@"),
@@ -39,6 +40,8 @@ _CREDENTIALS = re.compile(r"://[^/\s@'\":]*:([^/\s@'\"]+)@")
 
 def is_secret(name: str) -> bool:
     """Whether an option, a key or a variable of this name holds a secret: `hub_token`, `apiKey`, `WANDB_API_KEY`."""
+    if name == _WORKING_FOLDER:
+        return False
     words = [word.lower() for word in _WORDS.findall(name)]
     if not words or words[-1] in _ABOUT or _SPECIAL & set(words):
         return False
@@ -46,9 +49,11 @@ def is_secret(name: str) -> bool:
 
 
 def _held(value: Any) -> bool:
-    """Whether a value can be a secret at all."""
+    """Whether a value can be a secret at all. A file or folder that is there says where one is, at most."""
     if isinstance(value, str):
-        return value not in ("", MASK) and not _PLACE.fullmatch(value)
+        return (
+            value not in ("", MASK) and not _PLACE.fullmatch(value) and not (os.path.isabs(value) and os.path.exists(value))
+        )
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
