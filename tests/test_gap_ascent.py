@@ -8,7 +8,9 @@ import itertools
 import math
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -292,3 +294,22 @@ def test_quantised_checkpoints_are_refused_but_under_adapters(trainable: bool, a
     else:
         with pytest.raises(ValueError, match=refused):
             fastpost.GAP(n_steps=1)(model, a_text())
+
+
+def test_adapters_on_a_quantised_model_are_found_inside_of_a_wrapper() -> None:
+    """DDP has no `peft_config`; what it wraps has."""
+    inner = tiny_model()
+    inner.hf_quantizer = SimpleNamespace(
+        is_trainable=True, quantization_config=SimpleNamespace(quant_method=SimpleNamespace(value="gptq"))
+    )
+    adapted = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["c_fc"], init_lora_weights=False))
+    assert fastpost.GAP(n_steps=1)(Wrapper(adapted), a_text()).drift[1] > 0
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)

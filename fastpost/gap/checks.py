@@ -141,7 +141,8 @@ def _quantised(model: nn.Module) -> str | None:
         method = str(getattr(method, "value", method))
         if not quantizer.is_trainable:
             return f"{method}, for evaluation only"
-        adapted = hasattr(model, "peft_config") or getattr(part, "_hf_peft_config_loaded", False)
+        inside = getattr(part, "_hf_peft_config_loaded", False)
+        adapted = inside or any(hasattr(module, "peft_config") for module in model.modules())  # also below DDP
         if not adapted:
             return f"{method}, without adapters"
     return None
