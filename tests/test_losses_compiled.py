@@ -81,3 +81,27 @@ def test_transforms_inside(name: str) -> None:
         assert expected.any()
         torch.testing.assert_close(torch.compile(transform, backend="aot_eager")(hidden), expected)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["symmetric_kl", "r3f_loss"])
+def test_in_place_runs_between_two_graphs(name: str) -> None:
+    """As it does without a compiler, in the logits' memory; one graph for all cannot be had, and the error says why."""
+
+    def loss(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        clean, noised = logits(hidden), others(hidden)
+        if name == "symmetric_kl":
+            return fastpost.symmetric_kl(clean, noised, inplace=True), clean
+        return fastpost.r3f_loss(clean, noised, labels(hidden), inplace=True).loss, clean
+
+    found = []
+    for run in (loss, torch.compile(loss, backend="aot_eager")):
+        torch.compiler.reset()
+        hidden = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        value, clean = run(hidden)
+        assert not torch.equal(clean, logits(hidden))
+        value.backward()
+        found.append((value.detach(), hidden.grad, clean.detach()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="leave out inplace=True or fullgraph=True"):
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden.detach().requires_grad_())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -239,6 +241,18 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return apart < (rows - 1) * stride + cols and not cols <= apart % stride <= stride - cols
 
 
+_WHY_UNTRACED = (
+    "symmetric_kl/r3f_loss with inplace=True overwrite the logits, so they run between two graphs; leave out inplace=True "
+    "or fullgraph=True"
+)
+
+
+@torch.compiler.disable(reason=_WHY_UNTRACED)  # type: ignore[no-untyped-call, untyped-decorator]
+def _untraced(loss: Callable[..., Any], *args: Any) -> Any:
+    """A loss as without a compiler, which does not trace what overwrites its arguments."""
+    return loss(*args)
+
+
 def _run(
     op: str,
     logits: Tensor,
@@ -308,6 +322,7 @@ def symmetric_kl(
         inplace: the gradients overwrite the logits in this very call, without any allocation of their size; then only one
             backward pass can be run, and nobody else may use the logits. float16 logits are overwritten in the backward
             pass, where a loss scale is known; gradients of other dtypes are multiplied by the factor that comes back.
+            torch.compile ends its graph before the call, and begins another behind it.
 
     Returns:
         float32 (float64 for float64 logits). No rows, or none that count, give 0.
@@ -316,6 +331,9 @@ def symmetric_kl(
         ValueError: shapes, dtypes or devices differ; unknown reduction; wrong shape of the mask.
         TypeError: logits are not floating point, the mask not bool.
     """
+    if inplace and torch.compiler.is_compiling():
+        alone: Tensor = _untraced(_symmetric_kl, logits, noised_logits, mask, reduction, inplace)
+        return alone
     found = kl_losses(False, logits, noised_logits, mask, reduction, _symmetric_kl, inplace)
     if found is None:
         return _symmetric_kl(logits, noised_logits, mask, reduction, inplace)
@@ -379,13 +397,15 @@ def r3f_loss(
             finite or with another reduction.
         TypeError: logits not floating point, labels not integers.
     """
+    arguments = logits, noised_logits, labels, r3f_lambda, reduction, ignore_index, num_items, label_smoothing, inplace
+    if inplace and torch.compiler.is_compiling():
+        alone: R3FLoss = _untraced(_r3f_loss, *arguments)
+        return alone
     found = None
     if not label_smoothing:
         found = r3f_losses(logits, noised_logits, labels, r3f_lambda, reduction, ignore_index, num_items, _r3f_loss, inplace)
     if found is None:
-        return _r3f_loss(
-            logits, noised_logits, labels, r3f_lambda, reduction, ignore_index, num_items, label_smoothing, inplace
-        )
+        return _r3f_loss(*arguments)
     for kl in found[3:]:
         check_finite("r3f_loss", kl)
         check_bounded("r3f_loss", kl)
