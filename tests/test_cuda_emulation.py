@@ -74,7 +74,7 @@ def short_table() -> int:
 
 
 @needs_emulation
-@pytest.mark.parametrize("tensors", [short_table(), short_table() + 1, 2500])
+@pytest.mark.parametrize("tensors", [short_table(), short_table() + 1, 1500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lists_that_fill_their_table(dtype: torch.dtype, tensors: int) -> None:
     """The short table full; the long one with one more; the long one, of some 1,000, cut. Results must not show which."""
