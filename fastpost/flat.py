@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpost.plan import flat_like
+from fastpost.plan import distinct, flat_like, overlap
 
 
 class FlatParameters:
@@ -43,17 +43,18 @@ class FlatParameters:
         self.gradients: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         while self._hooks:
             self._hooks.pop().remove()
+        for module in model.modules():
+            self._hooks.append(module.register_state_dict_post_hook(_saved_apart))
         kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
         for p in parameters:
             kinds.setdefault((p.dtype, p.device), []).append(p)
         for kind, members in kinds.items():
-            # Parameters tied by sharing memory under two names keep sharing it.
-            owners = {(p.data_ptr(), p.shape, p.stride()) if p.numel() else (id(p),): p for p in members}
+            owners = _owners(members)
             self.parameters[kind], views = flat_like(list(owners.values()))
             self.gradients[kind], gradient_views = flat_like(list(owners.values()))
             place = {key: (v, g) for key, v, g in zip(owners, views, gradient_views, strict=True)}
             for p in members:
-                view, gradient = place[(p.data_ptr(), p.shape, p.stride()) if p.numel() else (id(p),)]
+                view, gradient = place[_key(p)]
                 view.copy_(p)
                 p.data = view
                 if p.grad is not None:
@@ -101,17 +102,57 @@ def _check(parameters: list[nn.Parameter]) -> None:
             raise TypeError("flatten_parameters: the model holds DTensors (sharded parameters), which cannot be flattened")
         if p.device.type == "meta":
             raise ValueError("flatten_parameters: a parameter is on the meta device; load the weights first")
+        if p.layout != torch.strided:
+            raise TypeError(f"flatten_parameters: a parameter has the layout {p.layout}; only dense ones can be flattened")
         if not p.dtype.is_floating_point:
             raise TypeError(
                 f"flatten_parameters: a parameter has dtype {p.dtype}; only floating-point ones can be flattened"
             )
+    owners = list(_owners(parameters).values())
+    if not all(map(distinct, owners)) or overlap(owners) is not None:
+        raise ValueError(
+            "flatten_parameters: parameters share memory without being the same tensor (expanded, transposed, or parts of one "
+            "another), which separate places would end; tie them by using one parameter in both modules"
+        )
+
+
+def _key(p: Tensor) -> tuple[Any, ...]:
+    """The same for parameters that are one tensor under two names, which keep sharing their memory."""
+    return (p.dtype, p.data_ptr(), p.shape, p.stride()) if p.numel() else (id(p),)
+
+
+def _owners(parameters: list[nn.Parameter]) -> dict[tuple[Any, ...], nn.Parameter]:
+    return {_key(p): p for p in parameters}
+
+
+_saved: weakref.WeakValueDictionary[tuple[Any, ...], Tensor] = weakref.WeakValueDictionary()
+
+
+def _saved_apart(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A state dict's hook: the module's own parameters as tensors of the same memory, but with a storage each.
+
+    Who saves a model takes tensors of one storage for one tensor under several names, or writes all of the storage.
+    """
+    for name, p in module._parameters.items():
+        found = state.get(prefix + name)
+        if p is None or found is None or found is p or found.data_ptr() != p.data_ptr():
+            continue  # `keep_vars`, or another hook's
+        if found.untyped_storage().nbytes() > found.numel() * found.element_size() > 0:
+            apart = _saved.get(_key(found))  # tied weights stay one
+            if apart is None:
+                reach = sum(stride * (size - 1) for stride, size in zip(found.stride(), found.shape, strict=True)) + 1
+                memory = torch.as_strided(found, (reach,), (1,)).view(torch.uint8)
+                apart = torch.from_dlpack(memory).view(found.dtype).as_strided(found.shape, found.stride())
+                _saved[_key(found)] = apart
+            state[prefix + name] = apart
 
 
 def flatten_parameters(model: nn.Module) -> FlatParameters:
     """Moves all parameters and gradients of a model into one buffer per dtype and device, in place.
 
-    Parameters stay the same objects with the same values, shapes and strides, so optimizers, `state_dict`, tied weights and
-    hooks keep working; element-wise operations on the list then see one span. After `zero_grad(set_to_none=True)`
+    Parameters stay the same objects with the same values and shapes, and strides where they leave no gaps, so optimizers,
+    `state_dict`, tied weights and hooks keep working; element-wise operations on the list then see one span. What
+    `state_dict` returns can be saved by any library: its tensors are the weights' memory, with a storage each. After `zero_grad(set_to_none=True)`
     gradients come back into the buffer, at the price of one copy. `model.to()` moves parameters out of it again: a warning
     says so, and `reflatten()` mends it. Flatten before building anything that remembers addresses (CUDA graphs, DDP).
 
@@ -122,7 +163,7 @@ def flatten_parameters(model: nn.Module) -> FlatParameters:
         The buffers, which live as long as the model's parameters.
 
     Raises:
-        ValueError: no parameters, or one on the meta device.
-        TypeError: sharded (DTensor) or non-floating-point parameters.
+        ValueError: no parameters, one on the meta device, or two that share memory without being the same tensor.
+        TypeError: sharded (DTensor), sparse or non-floating-point parameters.
     """
     return FlatParameters(model)

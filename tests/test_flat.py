@@ -139,6 +139,56 @@ def test_saving_copying_and_pickling(tmp_path: Path) -> None:
         assert next(model.parameters()).abs().sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_every_saver_finds_every_weight(tmp_path: Path, dtype: torch.dtype) -> None:
+    """What is saved has a storage of its own, but is the weights' memory; weights that are tied are one."""
+    from accelerate import Accelerator
+    from safetensors.torch import load_file, load_model, save_model
+
+    model = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "head": nn.Linear(4, 6), "last": nn.Linear(6, 2)})
+    model["head"].weight = model["embedding"].weight
+    model["last"].weight.data = torch.randn(6, 2).t()
+    model = model.to(dtype)
+    fastpost.flatten_parameters(model)
+    state = model.state_dict()
+    assert [t.data_ptr() for t in state.values()] == [model.get_parameter(name).data_ptr() for name in state]
+    assert {t.untyped_storage().nbytes() for t in state.values()} == {dtype.itemsize * n for n in (24, 6, 12, 2)}
+    assert state["last.weight"].stride() == (1, 2)
+    assert state["head.weight"] is state["embedding.weight"]
+
+    torch.save(model["last"].state_dict(), tmp_path / "last.pt")
+    assert list(torch.load(tmp_path / "last.pt")) == ["weight", "bias"]
+    if dtype == torch.float32:  # a file's own overhead is small beside a layer that is not written
+        big = nn.Sequential(nn.Linear(1000, 1000), nn.Linear(10, 2))
+        fastpost.flatten_parameters(big)
+        torch.save(big[1].state_dict(), tmp_path / "small.pt")
+        assert (tmp_path / "small.pt").stat().st_size < 10_000
+    Accelerator(cpu=True).save_model(model, str(tmp_path))
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {"head.bias", "last.weight", "last.bias"} < set(saved)
+    assert len(saved) == 4  # and one of the two names of the tied weight
+    save_model(model, str(tmp_path / "again.safetensors"))
+    before = {name: t.view(torch.uint8).clone() for name, t in model.state_dict().items() if t.is_contiguous()}
+    with torch.no_grad():
+        model["last"].bias.zero_()
+    load_model(model, str(tmp_path / "again.safetensors"))
+    assert all(torch.equal(model.state_dict()[name].view(torch.uint8), kept) for name, kept in before.items())
+
+
+def test_parameters_that_share_memory_without_being_one_are_refused() -> None:
+    for data in (lambda w: w.t(), lambda w: w[1:], lambda w: w[:1].expand(5, -1)):
+        model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False)})
+        tied = nn.Module()
+        tied.register_parameter("w", nn.Parameter(data(model["a"].weight.data)))
+        model["b"] = tied
+        with pytest.raises(ValueError, match="share memory without being the same tensor"):
+            fastpost.flatten_parameters(model)
+    sparse = nn.Module()
+    sparse.register_parameter("w", nn.Parameter(torch.eye(3).to_sparse()))
+    with pytest.raises(TypeError, match="torch.sparse_coo; only dense ones"):
+        fastpost.flatten_parameters(sparse)
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="no parameters"):
         fastpost.flatten_parameters(nn.ReLU())
