@@ -192,9 +192,9 @@ def test_what_the_sanitizers_run_runs(capsys: pytest.CaptureFixture[str]) -> Non
     assert lines[-1] == f"{len(lines) - 1} inputs run, all there are"
     assert gpu_sanitize.main("cpu", "cpu", seconds=0) == 0
     few = capsys.readouterr().out.splitlines()
-    for family in ("lists of", "noise on", "rows of", "SAM steps"):
+    for family in ("lists of", "noise on", "rows of", "SAM steps", "SAM of", "heads of"):
         assert any(line.startswith(family) for line in few)
-    assert few[-1] == "4 inputs run, then time was over"
+    assert few[-1] == "6 inputs run, then time was over"
     gpu_sanitize.unwritten("cpu")
 
 
