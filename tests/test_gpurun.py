@@ -59,6 +59,15 @@ def test_the_dry_run_builds_and_lists_without_leaving_anything(tmp_path: Path) -
     assert planned <= 300  # the stage's share
     assert list(tmp_path.iterdir()) == []
     assert sorted((ROOT / "bench" / "data").iterdir()) == before
+    for never_timed in (
+        "distillation_rows",
+        "linear_distillation_cuda",
+        "top_k_rows",
+        "linear_top_k_cuda",
+        "stash_ulp",
+        "masters",
+    ):
+        assert 0 < done.stdout.index(f"\n{never_timed}") < done.stdout.index("\nkl_compiled")
     quick = run(SCRIPT, "--dry-run", "--quick", "--only", "bench")
     assert "kl_compiled" in done.stdout
     assert "kl_train" in quick.stdout
@@ -107,8 +116,8 @@ def test_unknown_options_are_named() -> None:
 PYTHON = """#!/bin/bash
 case "$*" in
   *judge*unwritten*) exit ${FOUND} ;;
-  *pytest*tests/*) echo "1 failed"; exit 3 ;;
-  *"fastpost bench"*) echo started; sleep 60 ;;
+  *pytest*tests/*) echo "1 failed; kernels in $TRITON_CACHE_DIR"; exit 3 ;;
+  *"fastpost bench"*) echo "started; kernels in $TRITON_CACHE_DIR"; sleep 60 ;;
   *fastpost.bench.goals*) echo "goals of: ${*:3}" ;;
 esac
 """
@@ -155,7 +164,9 @@ def test_a_stage_that_fails_or_hangs_stops_no_other_and_is_counted(pretended: Pa
     assert "3 stages failed" in done.stdout
     assert "fastpost on NVIDIA X100" in done.stdout
     assert "goals of: \n" in done.stdout  # there is no CSV of this run
-    assert (out / "bench.log").read_text() == "started\n"
+    kernels = pretended / "build" / "gpu" / "triton"  # compiled once for all stages
+    assert (out / "bench.log").read_text() == f"started; kernels in {kernels}\n"
+    assert (out / "tests.log").read_text().endswith(f"kernels in {kernels}\n")
     assert sorted(p.name for p in out.iterdir()) == ["bench.log", "summary.txt", "tests.log"]
     after = pretend(pretended, "--only", "tests", "--only", "sanitizer", "--output", str(out))
     assert after.returncode == 1
