@@ -29,7 +29,6 @@ ANYWHERE = {
     "copy_",
     "cpu",
     "to",
-    "__get__",
     "__set__",
     "grad",
     "backward",
@@ -54,10 +53,11 @@ def side_at(place: Any) -> str | None:
 
 
 def tensors_in(things: Iterable[Any]) -> Iterator[Tensor]:
+    """Long lists of numbers are not walked."""
     for thing in things:
         if isinstance(thing, Tensor):
             yield thing
-        elif isinstance(thing, (tuple, list)):
+        elif isinstance(thing, (tuple, list)) and not (thing and isinstance(thing[0], (int, float)) and len(thing) > 9):
             yield from tensors_in(thing)
 
 
@@ -85,6 +85,11 @@ class Sides(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in ("__get__", "tolist"):  # mostly no tensor comes of these
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor) and side_of(result) is None:
+                result._side = side_of(args[0])  # type: ignore[attr-defined]
+            return result
         given = [*tensors_in(args), *tensors_in(kwargs.values())]
         if name not in ANYWHERE:
             self.check(name, args, given)
