@@ -17,7 +17,7 @@ from fastpost.bench.params_cuda import COPY, DTYPES, also_triton, copy_of, from_
 from fastpost.bench.registry import Bandwidth, Case, Contender, Floor, Goal, PeakMemory, Target, Work, cuda_case, peer
 from fastpost.dispatch import select
 from fastpost.published import fairseq_symmetric_kl
-from fastpost.row_tasks import DistillationTask
+from fastpost.row_tasks import DistillationTask, TopKTask
 
 PAIRS = 1 << 28  # positions of one stream
 WIDTHS = (16384, 50257, 128256)
@@ -98,6 +98,11 @@ def kl_forward(at: Target, variant: Variant) -> Case:
     )  # fmt: skip
 
 
+def padded(at: Target, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for rows of logits whose starts lie 64 columns apart, or a multiple of that, as the library lays its own out."""
+    return torch.empty(rows, -(-cols // 64) * 64, dtype=dtype, device=at.device)
+
+
 @cuda_case(**{f"{cols}_{kind}": (cols, kind) for cols in WIDTHS[1:] for kind in ("forward_kl", "reverse_kl", "js")})
 def distillation_rows(at: Target, variant: tuple[int, str]) -> Case:
     """The row kernel of distillation alone: float32 logits of both streams, the student's gradients in bfloat16.
@@ -110,9 +115,11 @@ def distillation_rows(at: Target, variant: tuple[int, str]) -> Case:
     readings = 3 if kind == "js" else 2
 
     def contenders() -> list[Contender]:
-        student = at.randn(rows, cols, std=3.0)
-        teacher = student + at.randn(rows, cols)
-        gradient = torch.empty_like(student, dtype=torch.bfloat16)
+        room = padded(at, rows, cols)
+        student, teacher = room[:, :cols], padded(at, rows, cols)[:, :cols]
+        student.copy_(at.randn(rows, cols, std=3.0))
+        teacher.copy_(student + at.randn(rows, cols))
+        gradient = padded(at, rows, cols, torch.bfloat16)[:, :cols]
         weights = torch.ones(rows, dtype=torch.float64, device=at.device)
         task = DistillationTask(
             student, teacher, None, -100, weights, None, torch.empty_like(weights), None, gradient, divergence=kind
@@ -121,7 +128,7 @@ def distillation_rows(at: Target, variant: tuple[int, str]) -> Case:
         def work() -> None:
             select("distillation_rows", student.device, student.dtype)(task)
 
-        return [copy_of(student), Contender(kind, work, 2 * size, peak=True)]
+        return [copy_of(room), Contender(kind, work, 2 * size, peak=True)]
 
     goals: list[Goal] = [
         Floor(kind, COPY, {} if kind == "js" else {"cuda": 1.15}, bytes=readings * 2 * size + size // 2),
@@ -130,6 +137,55 @@ def distillation_rows(at: Target, variant: tuple[int, str]) -> Case:
     return Case(
         f"distillation_rows, {kind}", shape_of(rows, cols, 1.0), "float32", contenders, goals,
         bytes=2 * size, work=7, memory=4 * size,
+    )  # fmt: skip
+
+
+@cuda_case(**DTYPES)
+def top_k_rows(at: Target, dtype: torch.dtype) -> Case:
+    """The row kernel of distillation from 64 known classes alone; the gradient in this dtype, of float32 logits.
+
+    Floor: the logits are read twice, the gradient is written once.
+    """
+    rows, cols = at.size(4096), at.size(WIDTHS[-1], 3)
+    size, written = 4 * rows * cols, rows * cols * dtype.itemsize
+    ours, operations = "forward_kl", "the same by torch's operations"
+
+    def contenders() -> list[Contender]:
+        room = padded(at, rows, cols)
+        logits, gradient = room[:, :cols], padded(at, rows, cols, dtype)[:, :cols]
+        logits.copy_(at.randn(rows, cols, std=3.0))
+        kept = room.clone()
+        known, ids = (logits + at.randn(rows, cols)).log_softmax(-1).topk(min(64, cols - 1), -1)
+        weights = torch.ones(rows, dtype=torch.float64, device=at.device)
+        task = TopKTask(
+            logits, ids, known.double(), None, -100, weights, None, torch.empty_like(weights), None, gradient,
+            divergence="forward_kl",
+        )  # fmt: skip
+
+        def work() -> None:
+            select("top_k_rows", logits.device, logits.dtype)(task)
+
+        def by_operations() -> None:
+            with fastpost.use_backend("reference"):
+                work()
+
+        def renew() -> None:
+            room.copy_(kept)  # the task lets them be overwritten
+
+        return [
+            copy_of(kept),
+            Contender(ours, work, size + written, renew, peak=True),
+            Contender(operations, by_operations, 0, renew, "reference", slow=True),
+        ]
+
+    goals: list[Goal] = [
+        Floor(ours, COPY, {"cuda": 1.15}, bytes=2 * size + written),
+        Goal(ours, operations, {"cuda": 5.0}, faster=True),
+        PeakMemory(ours, "", {"cuda": 0.1}, per=rows * cols),
+    ]
+    return Case(
+        "top_k_rows, forward_kl", shape_of(rows, cols, MEDIUM), name_of(dtype), contenders, goals,
+        bytes=size + written, work=12, memory=12 * size, seconds=1,
     )  # fmt: skip
 
 

@@ -70,6 +70,7 @@ tests=(tests/test_gpu_*.py)
 # The package as an editable install would lay it out, for a Python in which it is not installed: bench/ and triton_kernels/ lie
 # outside fastpost/. Another tree's installation must not stand in for it.
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export TRITON_CACHE_DIR=$work/triton # what one stage has compiled, the next ones find
 here="import fastpost.bench as b, fastpost.triton_kernels as t
 assert [*b.__path__, *t.__path__] == ['$root/bench', '$root/triton_kernels']"
 if ! (cd / && "$python" -c "$here") 2>/dev/null; then
@@ -144,7 +145,7 @@ tests() {
     workers=$(nproc)
     options+=(-n "$((workers > 8 ? 8 : workers))" --dist worksteal)
   fi
-  TRITON_CACHE_DIR=$work/triton OMP_NUM_THREADS=2 "$python" -m pytest "${options[@]}" "${tests[@]}"
+  OMP_NUM_THREADS=2 "$python" -m pytest "${options[@]}" "${tests[@]}"
 }
 
 # One line per run: a tool, what it runs, the exit status expected. Planted defects must be found.
@@ -164,9 +165,8 @@ check() {
       options+=(--kernel-regex kns=fastpost)
     fi
   fi
-  # Inputs are begun for half of the time; the last one, compilation and the tool's own work have the other half. Triton's
-  # kernels are there from the tests.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 TRITON_CACHE_DIR=$work/triton OMP_NUM_THREADS=1 \
+  # Inputs are begun for half of the time; the last one and the tool's own work have the other half.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1 \
     timeout -k 5 "$((limit > 16 ? limit - 8 : 8))" compute-sanitizer "${options[@]}" "$python" -m tests.gpu_sanitize "$what" \
     "$((limit / 2))" >"$work/$tool-$what.log" 2>&1 || status=$?
   if [[ $tool == initcheck ]] && ((status == 0 || status == 86)); then
@@ -221,7 +221,8 @@ bench() {
 
 # What Nsight Compute says of our kernels at the sizes of the bench: time alone, share of the memory's peak, instructions.
 profiled=(kl_train_128256_float32 kl_train_128256_bfloat16 linear_r3f_gpt2 sam_llama_bfloat16 perturb_flat_bfloat16
-  restore_adamw_bfloat16 add_noise_bfloat16)
+  restore_adamw_bfloat16 add_noise_bfloat16 distillation_rows_128256_forward_kl distillation_rows_128256_js top_k_rows_bfloat16
+  masters)
 metrics=gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,smsp__inst_executed.sum
 metrics+=,launch__registers_per_thread,sm__warps_active.avg.pct_of_peak_sustained_active
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -95,17 +96,65 @@ class Teacher:
         return F.kl_div((hidden @ weight.T).float().log_softmax(-1), target, reduction="batchmean", log_target=True)
 
     @torch.no_grad()
-    def products(self) -> None:
+    def products(self, of_teacher: bool = True) -> None:
         """Three products of every chunk of the student and one of the teacher, and nothing else."""
         hidden, weight = (t.detach() for t in self.leaves)
         total, vocab = torch.zeros_like(weight), len(weight)
         room = torch.empty(CHUNK, -(-vocab // 64) * 64, dtype=weight.dtype, device=weight.device)[:, :vocab]
         for at in range(0, len(hidden), CHUNK):
             x, teacher = hidden[at : at + CHUNK], self.teacher[0][at : at + CHUNK]
-            torch.mm(teacher, self.teacher[1].T, out=room[: len(x)])
+            if of_teacher:
+                torch.mm(teacher, self.teacher[1].T, out=room[: len(x)])
             logits = torch.mm(x, weight.T, out=room[: len(x)])
             logits @ weight
             total.addmm_(logits.T, x)
+
+
+class StoredTeacher(Teacher):
+    """The same student, and a teacher of whom the most probable classes of every row are stored."""
+
+    CLASSES = 64
+
+    def __init__(self, at: Target, rows: int, width: int, vocab: int) -> None:
+        super().__init__(at, rows, width, vocab)
+        *self.known, self.rest = fastpost.linear_top_log_probs(*self.teacher, min(self.CLASSES, vocab // 2))
+
+    def from_known(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return fastpost.linear_top_k_distillation_loss(hidden, weight, *self.known, self.labels, teacher_rest=self.rest).loss
+
+    def gathered(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """The same divergence from logits held whole: log-probabilities gathered, and the rest as one class."""
+        ids, log_p = self.known
+        log_q = (hidden @ weight.T).float().log_softmax(-1).gather(-1, ids)
+        rest_q = torch.log1p(-log_q.exp().sum(-1, keepdim=True))
+        given = torch.cat((log_q, rest_q), -1), torch.cat((log_p, self.rest.unsqueeze(-1)), -1)
+        return F.kl_div(*given, reduction="batchmean", log_target=True)
+
+
+@cuda_case(**SHAPES)
+def linear_top_k_cuda(at: Target, shape: tuple[int, int, int]) -> Case:
+    """Forward and backward from a teacher's 64 most probable classes, the student's hidden states and weight trained."""
+    rows, width, vocab = at.size(shape[0], 70), at.size(shape[1], 8), at.size(shape[2], 30)
+    alone, ours, whole = "its three products alone", "64 classes, forward KL", "gathered from whole logits"
+    outputs = vocab * width * 6 + 2 * rows * width
+
+    def contenders() -> list[Contender]:
+        teacher = StoredTeacher(at, rows, width, vocab)
+        return [
+            peer(alone, functools.partial(teacher.products, of_teacher=False)),
+            Contender(ours, teacher.step(teacher.from_known), peak=True, launches=True),
+            peer(whole, teacher.step(teacher.gathered), slow=True, peak=True),
+        ]
+
+    goals: list[Goal] = [
+        Goal(ours, alone, {"cuda": 1.15}),
+        Goal(ours, whole, {"cuda": 1.0}, faster=True),
+        PeakMemory(ours, "", {"cuda": ((1 << 30) + outputs) / MB + 64}, per=MB),
+    ]
+    return Case(
+        "linear_top_k_distillation_loss, forward + backward", f"{rows:,} x {width:,} x {vocab:,}", "bfloat16", contenders,
+        goals, bytes=4 * rows * vocab, work=24, memory=60 * rows * vocab + 10 * vocab * width, seconds=2,
+    )  # fmt: skip
 
 
 @cuda_case(**SHAPES)

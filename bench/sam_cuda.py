@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from fastpost import SAM, flatten_parameters, plan
-from fastpost.bench.params_cuda import COPY, DTYPES, also_triton, copy_of, name_of
+from fastpost.bench.params_cuda import COPY, DTYPES, SHARES, also_triton, copy_of, name_of
 from fastpost.bench.registry import Bandwidth, Case, Contender, Goal, HostTime, Launches, Target, Work, cuda_case, peer
 from fastpost.ops import params as ops
 from fastpost.published import PublishedSAM, foreach_sam_perturb, foreach_sam_restore
+from fastpost.sam.perturbation.stash import Stash, UlpStash
 
 Shapes = list[tuple[int, ...]]
 RHO = 0.05
@@ -186,6 +187,105 @@ def sam_llama(at: Target, dtype: torch.dtype) -> Case:
         "norm + perturb + restore, Llama-like", shape, name_of(dtype), contenders, goals,
         bytes=7 * size, work=9, memory=21 * size, seconds=2,
     )  # fmt: skip
+
+
+def kept(name: str, stash: Stash, params: nn.ParameterList, rho: float) -> Contender:
+    """To w + e and back, without the norm, which does not depend on how w is kept."""
+    weights, grads = [p.detach() for p in params], gradients(params)
+    (bucket,) = ops.make_buckets(weights=weights, grads=grads)
+    room, squared = stash.room(bucket), ops.squared_norm(grads)
+    perturb, restore = stash.operations(bucket)
+
+    def run(_: object = room) -> None:
+        ops.run(perturb, bucket, squared, rho, None, bucket.dtype)
+        ops.run(restore, bucket)
+
+    return Contender(name, run, 6 * sum(w.nbytes for w in weights))
+
+
+@cuda_case(**DTYPES)
+def stash_ulp(at: Target, dtype: torch.dtype) -> Case:
+    """Perturb and restore with codes and with a copy: both move 6 bytes per byte of parameters.
+
+    0.4 % of the float32 weights are listed, as of SmolLM2 at rho 0.15. How many is read by the host at every ascent, so time
+    is the host's.
+    """
+    shapes = llama_shapes(at, 768)
+    size = elements(shapes) * dtype.itemsize
+    copied, coded = "stash='copy'", "stash='ulp'"
+    rho = 0.006 if dtype == torch.float32 else RHO
+
+    def contenders() -> list[Contender]:
+        params = parameters(at, shapes, dtype)
+        return [kept(copied, Stash(), params, rho), kept(coded, UlpStash(), params, rho)]
+
+    goals: list[Goal] = [Goal(coded, copied, {"cuda": 1.0})]
+    shape = f"{len(shapes)} tensors, {elements(shapes) / 1e6:,.0f}M"
+    return Case(
+        "perturb + restore, what is stashed", shape, name_of(dtype), contenders, goals,
+        bytes=6 * size, work=2, memory=6 * size, wall=True, seconds=1,
+    )  # fmt: skip
+
+
+@cuda_case(**DTYPES)
+def stash_ulp_adamw(at: Target, dtype: torch.dtype) -> Case:
+    """The way back and AdamW's step from codes, in one pass and in two: 7.5 bytes moved for 9.5. From a copy: 7."""
+    shapes = llama_shapes(at, 768)
+    size = elements(shapes) * dtype.itemsize
+    apart, fused, copied = "codes: restore, then torch's fused AdamW", "codes: fused restore + AdamW", "copy: the same"
+
+    def leaves(name: str, stash: str, fused_restore: bool, moved: float) -> Contender:
+        params = list(parameters(at, shapes, dtype))
+        how = {"fused": True, "stash": stash, "fused_restore": fused_restore}
+        opt = SAM(params, torch.optim.AdamW, rho=RHO, lr=1e-5, **how)  # type: ignore[arg-type]
+        return Contender(name, opt.second_step, int(moved * size), before=opt.first_step)
+
+    def contenders() -> list[Contender]:
+        return [leaves(apart, "ulp", False, 9.5), leaves(fused, "ulp", True, 7.5), leaves(copied, "copy", True, 7)]
+
+    goals: list[Goal] = [Goal(fused, apart, {"cuda": 0.88}), Goal(fused, copied, {})]
+    shape = f"{len(shapes)} tensors, {elements(shapes) / 1e6:,.0f}M"
+    return Case(
+        "restore + AdamW, what is stashed", shape, name_of(dtype), contenders, goals,
+        bytes=int(7.5 * size), work=4, memory=18 * size, seconds=1,
+    )  # fmt: skip
+
+
+@cuda_case()
+def masters(at: Target) -> Case:
+    """w + e as casts of float32 masters, and back: 8 and 6 bytes a weight. Torch's operations hold e and the sum beside."""
+    shapes = llama_shapes(at, 768)
+    count = elements(shapes)
+    ours, foreach = "casts of masters + e, and of masters", "_foreach_ recipe"
+
+    def contenders() -> list[Contender]:
+        params = parameters(at, shapes, torch.bfloat16)
+        weights, grads = [p.detach() for p in params], gradients(params)
+        held = [w.float() for w in weights]
+        (bucket,) = ops.make_buckets(weights=weights, grads=grads)
+        bucket.stash = held
+        squared = ops.squared_norm(grads)
+
+        def work() -> None:
+            ops.run("sam_perturb_masters_", bucket, squared, RHO, None, torch.bfloat16)
+            ops.run("sam_cast_", bucket)
+
+        def recipe() -> None:
+            moved = torch._foreach_mul(grads, (RHO / squared.sqrt()).to(torch.bfloat16))
+            torch._foreach_copy_(weights, torch._foreach_add(held, moved))
+            torch._foreach_copy_(weights, held)
+
+        return [
+            copy_of(at.randn(count, dtype=torch.bfloat16)),
+            Contender(ours, work, 14 * count, launches=True),
+            peer(foreach, recipe),
+        ]
+
+    goals: list[Goal] = [Bandwidth(ours, COPY, SHARES["bfloat16"]), Goal(ours, foreach, {}, faster=True)]
+    shape = f"{len(shapes)} tensors, {count / 1e6:,.0f}M"
+    return Case(
+        "perturb + restore over masters", shape, "bfloat16", contenders, goals, bytes=14 * count, work=4, memory=30 * count
+    )
 
 
 @cuda_case(**DTYPES)

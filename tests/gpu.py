@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import operator
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -17,6 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastpost
+from fastpost.errors import BackendUnavailable
+from fastpost.ops import params
+
+from . import emulation
 from .conftest import CPU_BACKENDS
 from .memory import cpu_peak_bytes
 
@@ -24,7 +31,14 @@ DEVICE = os.environ.get("FASTPOST_GPU_TESTS", "cuda")
 ON_GPU = DEVICE != "cpu"
 BACKENDS = ("cuda", "triton") if ON_GPU else CPU_BACKENDS
 needs_gpu = pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="torch sees no CUDA device")
-_FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "tensor", "zeros")
+_FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")
+_RANDOM = ("rand", "randint", "randn", "randperm")
+
+
+def _drawn(factory: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Random numbers from the CPU's generator, so that a test has the same ones everywhere, on the device."""
+    made = factory(*args, **kwargs)
+    return made if "device" in kwargs else made.detach().to(DEVICE).requires_grad_(made.requires_grad)
 
 
 class _OnDevice:
@@ -35,6 +49,8 @@ class _OnDevice:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
+        if name in _RANDOM and self._module is torch:
+            return functools.partial(_drawn, value)
         return functools.partial(value, device=DEVICE) if name in self._factories else value
 
 
@@ -50,6 +66,35 @@ def borrow(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
     monkeypatch.setattr(Tensor, "numpy", lambda self, *args, **kwargs: plain(self.cpu(), *args, **kwargs))
 
 
+def every(body: Callable[..., None], **given: Any) -> None:
+    """A borrowed test under all of its parameters that agree with `given`, from the same seed each; tells of all that fail.
+
+    For tests whose cases are many and short. A rehearsal runs the first one, and with CUDA_EMULATION=1 all.
+    """
+    axes = []
+    for mark in getattr(body, "pytestmark", []):
+        if mark.name == "parametrize":
+            names, values = mark.args
+            names = [n.strip() for n in names.split(",")] if isinstance(names, str) else list(names)
+            axes.append([dict(zip(names, v if len(names) > 1 else (v,), strict=True)) for v in values])
+    cases: list[dict[str, Any]] = [functools.reduce(operator.or_, parts, {}) for parts in itertools.product(*axes)]
+    cases = [case for case in cases if all(case.get(name, value) == value for name, value in given.items())]
+    assert cases, f"{body.__name__} has no such case"
+    ran, wrong = 0, []
+    for case in cases if ON_GPU or emulation.enabled() else cases[:1]:
+        torch.manual_seed(1234)
+        try:
+            body(**given | case)
+        except pytest.skip.Exception:
+            continue
+        except AssertionError as error:
+            wrong.append(f"{case}: {str(error).strip() or type(error).__name__}")
+        ran += 1
+    if not ran:
+        pytest.skip("not for this backend")
+    assert not wrong, f"{len(wrong)} of {ran} fail:\n" + "\n".join(wrong)
+
+
 def at_home(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().cpu() for t in tensors]
 
@@ -59,9 +104,18 @@ def there(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().clone().to(DEVICE) for t in tensors]
 
 
+@functools.cache
+def _first_sums() -> None:
+    """Makes what a process keeps from its first sum on: counters on the device, whose copy waits for it."""
+    for name in BACKENDS:
+        with contextlib.suppress(BackendUnavailable), fastpost.use_backend(name):
+            params.squared_norm([torch.ones(1, device=DEVICE)])
+
+
 @contextlib.contextmanager
 def no_sync() -> Iterator[None]:
     """Whatever waits for the device in here raises."""
+    _first_sums()
     if not ON_GPU:
         yield
         return
@@ -124,8 +178,3 @@ def peak_bytes(work: Callable[[], object]) -> int:
     work()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """As a plugin (`pytest -p tests.gpu`): only a module's own tests, without the bodies that it borrows."""
-    items[:] = [item for item in items if item.function.__module__ == item.module.__name__]  # type: ignore[attr-defined]

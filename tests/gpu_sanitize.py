@@ -17,13 +17,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 import fastpost
-from fastpost import SAM, plan
+from fastpost import (
+    SAM,
+    dispatch,
+    linear_distillation_loss,
+    linear_js_divergence,
+    linear_r3f_loss,
+    linear_r_drop_loss,
+    linear_top_k_distillation_loss,
+    plan,
+)
+from fastpost.errors import BackendUnavailable
 from fastpost.ops import params as ops
 from fastpost.ops.divergence import r3f_loss, symmetric_kl
 from fastpost.ops.noise import NOISE_TYPES, add_noise, embedding_noise
@@ -32,6 +42,7 @@ LENGTHS = (1, 7, 0, 33, 1025, 65537)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OFFSETS = ((0, 0, 0), (3, 3, 3), (1, 2, 3))
 NOISE_SHAPES = ((4, 1031), (5, 3), (1, 65537), (3, 8))
+DIVERGENCES = ("forward_kl", "reverse_kl", "symmetric_kl", "js", "total_variation")
 ROWS = ((4, 1031), (5, 33), (2, 5000), (3, 2))
 T = TypeVar("T")
 
@@ -130,6 +141,78 @@ def steps(device: str) -> Iterator[str]:
         yield f"SAM steps, fused_restore={fused_restore}"
 
 
+STORED: tuple[tuple[torch.dtype, dict[str, Any]], ...] = (
+    (torch.float32, {"stash": "ulp", "fused_restore": True}),
+    (torch.bfloat16, {"rounding": "stochastic", "stash": "ulp"}),
+    (torch.bfloat16, {"master_params": None}),
+    (torch.float32, {"norm": "backward"}),
+    (torch.bfloat16, {"stash": "ulp", "fused_restore": True, "adaptive": True}),
+    (torch.float16, {"rounding": "stochastic", "adaptive": True}),
+    (torch.float16, {"stash": "ulp"}),
+    (torch.float32, {"stash": "ulp", "adaptive": True}),
+    (torch.float16, {"master_params": None, "adaptive": True}),
+)
+
+
+def stored(device: str) -> Iterator[str]:
+    """SAM's steps, by how weights and norm are kept; the first input asks for every kernel of theirs.
+
+    The second radius is so large that no distance fits into a code.
+    """
+    for cases in (STORED[:3], *([case] for case in STORED[3:])):
+        for dtype, options in cases:
+            if options.get("norm") == "backward" and not serves("chunk_squares", device):
+                continue
+            for rho in (0.3, 1e4):
+                leaves = [torch.nn.Parameter(shifted(torch.randn(n, device=device).to(dtype), 3)) for n in LENGTHS]
+                masters = [p.detach().float() for p in leaves] if "master_params" in options else None
+                more = {**options, "master_params": masters} if masters else options
+                opt = SAM(leaves, torch.optim.AdamW, rho=rho, lr=1e-2, fused=True, **more)
+                for _ in range(2):
+                    for step in (opt.first_step, opt.second_step):
+                        sum((p * torch.randn_like(p)).float().sum() for p in leaves).backward()  # type: ignore[union-attr]
+                        step(zero_grad=True)
+        names = (f"{dtype} {'+'.join(options)}" for dtype, options in cases)
+        yield f"SAM of {', '.join(names)}"
+
+
+def heads(device: str) -> Iterator[str]:
+    """Losses of output heads: rows of a warp and of a block, of operands in both dtypes."""
+    for cols, dtype in ((33, torch.float32), (1031, torch.bfloat16), (1031, torch.float32), (33, torch.bfloat16)):
+        made = [torch.randn(n, 24, device=device).to(dtype).requires_grad_() for n in (5, 5, cols, cols)]
+        hidden, noised, weight, teacher = made
+        labels = torch.randint(0, cols, (5,), device=device)
+        labels[0] = -100
+        for options in ({}, {"softcap": 20.0, "temperature": 0.7}):
+            r3f = linear_r3f_loss(hidden, noised, weight, labels, label_smoothing=0.1, **options)  # type: ignore[arg-type]
+            r3f.loss.backward()
+            linear_r_drop_loss(hidden, noised, weight, labels, **options).loss.backward()  # type: ignore[arg-type]
+            if serves("js_operand_rows", device):
+                linear_js_divergence(hidden, noised, weight, mask=labels >= 0, **options).backward()  # type: ignore[arg-type]
+            for divergence in DIVERGENCES:
+                how: dict[str, Any] = {**options, "divergence": divergence, "ce_weight": 0.5}
+                if serves("distillation_rows", device):
+                    for grad in ("student", "both"):
+                        linear_distillation_loss(hidden, weight, noised, teacher, labels, grad=grad, **how).loss.backward()
+                if serves("top_k_rows", device):
+                    ids = torch.rand(5, cols, device=device).argsort(-1)[:, :7]
+                    if device != "cpu":  # classes that do not exist
+                        ids[1, 2], ids[2, 3] = 2**40, -1
+                    known = torch.full((5, 7), -3.0, device=device)
+                    for rest in ("one_class", "dropped"):
+                        linear_top_k_distillation_loss(hidden, weight, ids, known, labels, rest=rest, **how).loss.backward()
+        yield f"heads of {dtype}, {cols} classes"
+
+
+def serves(op: str, device: str) -> bool:
+    """Whether the backend in force has this operation, as Triton has not all."""
+    try:
+        dispatch.select(op, torch.device(device), torch.float32)
+    except BackendUnavailable:
+        return False
+    return True
+
+
 def overrun(device: str) -> None:
     """Negates 4,096 elements where 64 were allocated."""
     large, small = torch.zeros(4096, device=device), torch.zeros(64, device=device)
@@ -197,7 +280,7 @@ def main(what: str, device: str = "cuda", seconds: float = math.inf) -> int:
         wait(device)
         return 0
     with fastpost.use_backend(what):
-        return run((params, noise, divergence, steps), device, seconds)
+        return run((stored, heads, params, noise, divergence, steps), device, seconds)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from fastpost import dispatch
 from fastpost.backends import cuda
-from fastpost.bench import clocks, goals, host_cost, machine, params_cuda, registry, run, table
+from fastpost.bench import clocks, divergence_cuda, goals, host_cost, machine, params_cuda, registry, run, table
 from fastpost.bench.clocks import DeviceClock, HostClock, measure
 from fastpost.bench.registry import (
     Bandwidth,
@@ -571,6 +572,21 @@ def test_cases_for_gpus_run_small_on_the_cpu(name: str, monkeypatch: pytest.Monk
     assert {op for op in wanted if not hasattr(cuda, op)} == set()
     assert all(result.seconds or result.missing for result in results.values())
     assert case.bytes > 0 or case.name.startswith("host time")
+
+
+@pytest.mark.parametrize("cols", [50257, 128256])
+def test_rows_of_distillation_are_timed_as_the_library_lays_them_out(cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[Any] = []
+    monkeypatch.setattr(divergence_cuda, "select", lambda *_: tasks.append)
+    for name in (f"distillation_rows_{cols}_js", "top_k_rows_bfloat16"):
+        case = run.load([name], "cuda")[name](Target(CPU, 2.1e-3))
+        for contender in case.build():
+            contender.run()
+        for task in tasks:
+            logits = [t for t in task if isinstance(t, Tensor) and t.ndim == 2 and t.shape[1] == task[0].shape[1]]
+            assert all(t.stride() == (-(-t.shape[1] // 64) * 64, 1) for t in logits)
+            assert task[0].shape[1] % 64
+    assert len(tasks) == 3
 
 
 def test_unknown_case_and_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Wide rows of a teacher's and a student's logits on the CUDA core, run on the CPU: every kind of row that leaves the near
-way, against each divergence's definition. What all backends promise is in test_distillation_rows.py, which runs here too.
+way, against each divergence's definition. What all backends promise is in test_distillation_rows.py, which runs here too; on
+a GPU test_gpu_rows.py runs both.
 """
 
 from __future__ import annotations

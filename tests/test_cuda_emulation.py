@@ -21,7 +21,7 @@ from fastpost import SAM
 from fastpost.backends import cuda, native
 from fastpost.ops import params as ops
 
-from . import emulation
+from . import emulation, gpu_sanitize
 from .conftest import same_bits
 
 HERE = Path(__file__).parent / "cuda_emulation"
@@ -213,3 +213,28 @@ def test_a_failed_launch_names_the_operation_and_the_device() -> None:
     with pytest.raises(RuntimeError, match=r"negate_ on cuda:3 failed: invalid device ordinal.*fastpost doctor"):
         core.cuda.negate(plan, 3, 0)
     assert bool((x == 1).all())
+
+
+# -- what the sanitizers are shown ----------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A module of the core that remembers what was asked of it."""
+
+    def __init__(self, module: object) -> None:
+        self.module, self.names = module, set[str]()
+
+    def __getattr__(self, name: str) -> object:
+        self.names.add(name)
+        return getattr(self.module, name)
+
+
+@needs_emulation
+def test_the_sanitizers_first_inputs_call_every_operation_of_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time may be over after one of each family."""
+    core, of_core = native.core(), Watched(native.core())
+    of_core.cuda = watched = Watched(core.cuda)
+    monkeypatch.setattr(native, "core", lambda: of_core)
+    assert gpu_sanitize.main("cuda", "cpu", seconds=0) == 0
+    operations = {name for name in dir(core.cuda) if not name.startswith("_")} - {"device_count", "supports"}
+    assert operations - watched.names == set()

@@ -1,4 +1,5 @@
 """Wide rows of logits on the CUDA core, run on the CPU: every kind of row that leaves the near way, against the equations.
+On a GPU test_gpu_rows.py runs the same.
 
 The emulation's 2^x is off by up to 2^-22 wherever it is asked, which is all that the hardware promises.
 """
@@ -233,7 +234,7 @@ def test_cross_entropy_in_the_same_pass(kind: str, r3f_lambda: float) -> None:
     furthest = float((a - b).detach().abs().max()) if kind in ("disagreeing at 15", "ten million") else 0.0
     # The label's p - 1 is right to 6e-7 where p is next to 1.
     want = r3f_lambda * clean + ce_gradient
-    assert np.linalg.norm(found[0] - want) <= (1e-6 + 2.0**-23 * furthest) * np.linalg.norm(want) + 6e-7
+    assert np.linalg.norm(found[0].double().numpy() - want) <= (1e-6 + 2.0**-23 * furthest) * np.linalg.norm(want) + 6e-7
     if r3f_lambda > 1e-20:  # below, probabilities times lambda leave float32's range
         assert relative_l2(found[1], r3f_lambda * noised) <= 1e-6 + 2.0**-23 * furthest
 

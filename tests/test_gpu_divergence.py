@@ -19,13 +19,14 @@ from fastpost.ops.reductions import KL_REDUCTIONS
 
 from . import oracles
 from . import test_divergence as bodies
-from .conftest import same_bits
+from .conftest import DTYPES, same_bits
 from .gpu import (
     BACKENDS,
     DEVICE,
     ON_GPU,
     Captured,
     borrow,
+    every,
     late_stream,
     needs_gpu,
     no_sync,
@@ -35,9 +36,11 @@ from .gpu import (
 from .test_divergence import (  # noqa: F401  (collected here once more, on the device)
     test_a_confident_label_keeps_its_digits,
     test_a_constant_between_the_streams_changes_nothing,
+    test_a_nan_of_any_payload_stays_one,
     test_all_labels_ignored,
     test_backward_twice,
     test_fairseq_criteria,
+    test_float16_gradients_are_made_under_the_loss_scale,
     test_float64_is_exact,
     test_fresh_gradients_are_written_everywhere,
     test_half_precision_rounds_once,
@@ -60,6 +63,7 @@ from .test_divergence import (  # noqa: F401  (collected here once more, on the 
     test_r3f_loss,
     test_reductions,
     test_scales_as_the_square_of_the_noise,
+    test_smoothing_keeps_its_digits_whatever_is_added_to_all_logits,
     test_value_and_gradients,
 )
 
@@ -86,6 +90,17 @@ def test_accuracy(backend: str, shift: float, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(bodies, "ROWS", ROWS)
     wrong = {where: errors for where, errors in bodies.worst_errors(shift).items() if not all(e <= 1e-6 for e in errors)}
     assert wrong == {}
+
+
+@pytest.mark.parametrize("move", [bodies.outlier, bodies.off_centre, bodies.all_but_one, bodies.two_camps])
+def test_rows_that_ask_for_care(backend: str, move: Callable[[Tensor], Tensor]) -> None:
+    every(bodies.test_rows_that_ask_for_care, backend=backend, move=move)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_awkward_rows(backend: str, dtype: torch.dtype) -> None:
+    every(bodies.test_awkward_rows, backend=backend, dtype=dtype)
+    every(bodies.test_no_rows, backend=backend, dtype=dtype)
 
 
 @pytest.mark.parametrize("cols", [33, 1300, 50256, 50257])

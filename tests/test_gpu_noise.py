@@ -14,7 +14,7 @@ from fastpost.ops.noise import add_noise, embedding_noise
 
 from . import test_noise as bodies
 from .conftest import DTYPES, same_bits
-from .gpu import BACKENDS, DEVICE, ON_GPU, Captured, borrow, late_stream, needs_gpu, no_sync, there
+from .gpu import BACKENDS, DEVICE, ON_GPU, Captured, borrow, every, late_stream, needs_gpu, no_sync, there
 from .test_noise import (  # noqa: F401  (collected here once more, on the device)
     NOISE_TYPES,
     NORMAL_ULPS,
@@ -29,8 +29,14 @@ from .test_noise import (  # noqa: F401  (collected here once more, on the devic
     test_layouts_empty_tensors_scalars_and_special_values,
     test_moments_of_normal_noise,
     test_moments_of_uniform_noise,
+    test_noise_as_small_as_floats_can_be,
+    test_noise_belongs_to_the_token_wherever_it_lies,
     test_rows_without_noise_are_left_alone_and_not_counted,
+    test_scaled_noise_is_its_equation,
+    test_scaled_noise_passes_gradients_on,
+    test_scales_are_one_factor_per_row,
     test_seeds,
+    test_strided_and_16_bit_scales,
     test_sum_and_product_are_rounded_separately,
     test_uniform_numbers_are_the_generators_top_bits,
 )
@@ -71,6 +77,11 @@ def test_uniform_noise_is_the_cpus_bits(backend: str, dtype: torch.dtype, out_dt
         got = add_noise(x, 0.037, seed=-5, out_dtype=out_dtype, **options)
         assert same_bits(got.cpu(), on_the_cpu(add_noise, x, 0.037, seed=-5, out_dtype=out_dtype, **options))
     assert float((got.double() - x.double()).abs().max()) > 0.03
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scaled_uniform_noise_is_the_same_bits_everywhere(backend: str, dtype: torch.dtype) -> None:
+    every(bodies.test_scaled_uniform_noise_is_the_same_bits_everywhere, backend=backend, dtype=dtype)
 
 
 @pytest.mark.parametrize("offset", [1, 2, 7])

@@ -78,6 +78,12 @@ def test_squared_distance_is_right_to_the_last_digits(backend: str, dtype: torch
     bodies.test_the_dot_product_is_right_to_the_last_digits_and_writes_nothing(backend, dtype)
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunk_squares_are_what_squared_norm_adds_up(backend: str, dtype: torch.dtype) -> None:
+    bodies.test_chunk_squares_are_what_squared_norm_adds_up(backend, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("eta", [None, 0.0, 0.01])
 def test_squared_norm_is_right_to_the_last_digits(backend: str, dtype: torch.dtype, eta: float | None) -> None:

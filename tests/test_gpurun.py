@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from fastpost.bench import profiled
 from fastpost.bench.registry import Target
 from fastpost.bench.run import load
 
-from . import gpu_sanitize
+from . import gpu_sanitize, rehearsal
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -41,7 +42,7 @@ def test_the_dry_run_builds_and_lists_without_leaving_anything(tmp_path: Path) -
     stages = [word for stage in ("tests", "bench", "sanitizer", "profile") for word in ("--only", stage)]
     done = run(SCRIPT, "--dry-run", *stages, TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    for family in ("params", "rounding", "noise", "divergence", "sam"):
+    for family in ("params", "rounding", "noise", "divergence", "rows", "sam"):
         (count,) = re.findall(rf"test_gpu_{family}.py: (\d+) tests", done.stdout)
         assert int(count) > 10
     assert "290 tensors" in done.stdout
@@ -58,6 +59,15 @@ def test_the_dry_run_builds_and_lists_without_leaving_anything(tmp_path: Path) -
     assert planned <= 300  # the stage's share
     assert list(tmp_path.iterdir()) == []
     assert sorted((ROOT / "bench" / "data").iterdir()) == before
+    for never_timed in (
+        "distillation_rows",
+        "linear_distillation_cuda",
+        "top_k_rows",
+        "linear_top_k_cuda",
+        "stash_ulp",
+        "masters",
+    ):
+        assert 0 < done.stdout.index(f"\n{never_timed}") < done.stdout.index("\nkl_compiled")
     quick = run(SCRIPT, "--dry-run", "--quick", "--only", "bench")
     assert "kl_compiled" in done.stdout
     assert "kl_train" in quick.stdout
@@ -106,8 +116,8 @@ def test_unknown_options_are_named() -> None:
 PYTHON = """#!/bin/bash
 case "$*" in
   *judge*unwritten*) exit ${FOUND} ;;
-  *pytest*tests/*) echo "1 failed"; exit 3 ;;
-  *"fastpost bench"*) echo started; sleep 60 ;;
+  *pytest*tests/*) echo "1 failed; kernels in $TRITON_CACHE_DIR"; exit 3 ;;
+  *"fastpost bench"*) echo "started; kernels in $TRITON_CACHE_DIR"; sleep 60 ;;
   *fastpost.bench.goals*) echo "goals of: ${*:3}" ;;
 esac
 """
@@ -154,7 +164,9 @@ def test_a_stage_that_fails_or_hangs_stops_no_other_and_is_counted(pretended: Pa
     assert "3 stages failed" in done.stdout
     assert "fastpost on NVIDIA X100" in done.stdout
     assert "goals of: \n" in done.stdout  # there is no CSV of this run
-    assert (out / "bench.log").read_text() == "started\n"
+    kernels = pretended / "build" / "gpu" / "triton"  # compiled once for all stages
+    assert (out / "bench.log").read_text() == f"started; kernels in {kernels}\n"
+    assert (out / "tests.log").read_text().endswith(f"kernels in {kernels}\n")
     assert sorted(p.name for p in out.iterdir()) == ["bench.log", "summary.txt", "tests.log"]
     after = pretend(pretended, "--only", "tests", "--only", "sanitizer", "--output", str(out))
     assert after.returncode == 1
@@ -191,9 +203,9 @@ def test_what_the_sanitizers_run_runs(capsys: pytest.CaptureFixture[str]) -> Non
     assert lines[-1] == f"{len(lines) - 1} inputs run, all there are"
     assert gpu_sanitize.main("cpu", "cpu", seconds=0) == 0
     few = capsys.readouterr().out.splitlines()
-    for family in ("lists of", "noise on", "rows of", "SAM steps"):
+    for family in ("lists of", "noise on", "rows of", "SAM steps", "SAM of", "heads of"):
         assert any(line.startswith(family) for line in few)
-    assert few[-1] == "4 inputs run, then time was over"
+    assert few[-1] == "6 inputs run, then time was over"
     gpu_sanitize.unwritten("cpu")
 
 
@@ -247,10 +259,10 @@ def test_what_the_script_profiles_exists() -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="rehearsed with the compiled core")
 def test_the_gpu_tests_are_rehearsed_on_the_cpu() -> None:
-    """Their own code, without the bodies that they borrow, which run on the CPU anyway."""
+    """Their own code, each body that they borrow once, and nowhere a tensor of the host among the device's."""
     files = sorted(str(p) for p in (ROOT / "tests").glob("test_gpu_*.py"))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "tests.gpu", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "tests.rehearsal", "-p", "no:cacheprovider", *files],
         env={**os.environ, "FASTPOST_GPU_TESTS": "cpu"},
         cwd=ROOT,
         capture_output=True,
@@ -260,4 +272,23 @@ def test_the_gpu_tests_are_rehearsed_on_the_cpu() -> None:
     )
     assert done.returncode == 0, done.stdout[-4000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])  # type: ignore[index]
-    assert passed > 200
+    assert passed > 500
+
+
+def test_a_rehearsal_refuses_what_a_device_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = "".join(("c", "pu"))  # a name of its own
+    monkeypatch.setattr(rehearsal, "DEVICE", device)
+    with rehearsal.Sides():
+        there, host = torch.ones(3, device=device), torch.ones(3)
+        moved, scalar = host.to(device), torch.ones(())
+        index = torch.arange(2)
+        for allowed in (lambda: (there * 2 + moved) * scalar, lambda: there.cpu() + host, lambda: there[index] + there[:2]):
+            allowed()
+        there[:2] = host[:2]
+        for refused in (
+            lambda: there[:2] + host[:2], lambda: torch.cat([moved, host]), lambda: host[there.long()],
+            lambda: there.sum() * host, lambda: there.index_put_((index,), host[:2]), lambda: there.numpy(),
+            lambda: np.asarray(there),
+        ):  # fmt: skip
+            with pytest.raises(AssertionError, match="on the device"):
+                refused()
