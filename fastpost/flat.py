@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor, nn
 
 from fastpost.plan import distinct, flat_like, overlap
@@ -44,7 +45,7 @@ class FlatParameters:
         while self._hooks:
             self._hooks.pop().remove()
         for module in model.modules():
-            self._hooks.append(module.register_state_dict_post_hook(_saved_apart))
+            self._hooks.append(module.register_state_dict_post_hook(_saved_apart))  # type: ignore[no-untyped-call]
         kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
         for p in parameters:
             kinds.setdefault((p.dtype, p.device), []).append(p)
@@ -111,8 +112,8 @@ def _check(parameters: list[nn.Parameter]) -> None:
     owners = list(_owners(parameters).values())
     if not all(map(distinct, owners)) or overlap(owners) is not None:
         raise ValueError(
-            "flatten_parameters: parameters share memory without being the same tensor (expanded, transposed, or parts of one "
-            "another), which separate places would end; tie them by using one parameter in both modules"
+            "flatten_parameters: parameters share memory without being the same tensor (expanded, transposed, or parts of "
+            "one another), which places of their own would end; tie them by using one parameter in both modules"
         )
 
 
@@ -142,7 +143,7 @@ def _saved_apart(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) 
             if apart is None:
                 reach = sum(stride * (size - 1) for stride, size in zip(found.stride(), found.shape, strict=True)) + 1
                 memory = torch.as_strided(found, (reach,), (1,)).view(torch.uint8)
-                apart = torch.from_dlpack(memory).view(found.dtype).as_strided(found.shape, found.stride())
+                apart = torch.utils.dlpack.from_dlpack(memory).view(found.dtype).as_strided(found.shape, found.stride())
                 _saved[_key(found)] = apart
             state[prefix + name] = apart
 
@@ -152,9 +153,10 @@ def flatten_parameters(model: nn.Module) -> FlatParameters:
 
     Parameters stay the same objects with the same values and shapes, and strides where they leave no gaps, so optimizers,
     `state_dict`, tied weights and hooks keep working; element-wise operations on the list then see one span. What
-    `state_dict` returns can be saved by any library: its tensors are the weights' memory, with a storage each. After `zero_grad(set_to_none=True)`
-    gradients come back into the buffer, at the price of one copy. `model.to()` moves parameters out of it again: a warning
-    says so, and `reflatten()` mends it. Flatten before building anything that remembers addresses (CUDA graphs, DDP).
+    `state_dict` returns can be saved by any library: its tensors are the weights' memory, with a storage each. After
+    `zero_grad(set_to_none=True)` gradients come back into the buffer, at the price of one copy. `model.to()` moves
+    parameters out of it again: a warning says so, and `reflatten()` mends it. Flatten before building anything that
+    remembers addresses (CUDA graphs, DDP).
 
     Args:
         model: any module whose parameters are plain dense tensors.

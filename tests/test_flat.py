@@ -185,7 +185,7 @@ def test_parameters_that_share_memory_without_being_one_are_refused() -> None:
             fastpost.flatten_parameters(model)
     sparse = nn.Module()
     sparse.register_parameter("w", nn.Parameter(torch.eye(3).to_sparse()))
-    with pytest.raises(TypeError, match="torch.sparse_coo; only dense ones"):
+    with pytest.raises(TypeError, match=r"torch\.sparse_coo; only dense ones"):
         fastpost.flatten_parameters(sparse)
 
 
