@@ -240,6 +240,7 @@ def test_help_all_groups_every_option_by_method() -> None:
         ("--method gap --no_dataloader_pin_memory", "--dataloader_pin_memory is an option of training runs"),
         ("--method gap --gap_lr -1", "lr must be finite and > 0"),
         ("--method gap --text_index 99", "--text_index 99: the training data hold"),
+        ("--method sam --fp16 --use_cpu", "--fp16: on a CPU there is no training in float16"),
         ("--method sam --per_device_train_batch_size big", "invalid int value: 'big'"),
         ("--method sam --max_length 99", "--max_length 99: the model takes 32 tokens"),
         ("--method sam --model /nowhere/model", "--model /nowhere/model cannot be loaded: there is no such folder"),

@@ -352,6 +352,11 @@ def _check(method: str, data: DataOptions, gap: GapOptions, values: Any, asked: 
         if path is not None and not Path(path).is_file():
             raise FileNotFoundError(f"--{name}: {no_file(Path(path))}")
     if method != "gap":
+        if values.fp16 and (values.use_cpu or not torch.accelerator.is_available()):
+            raise ValueError(
+                "--fp16: on a CPU there is no training in float16, and transformers would train in float32; leave it out, or "
+                "take --bf16 --use_cpu"
+            )
         if "r3f" in PARTS[method] and values.neftune_noise_alpha is not None:
             raise ValueError(
                 f"--neftune_noise_alpha adds noise to the embeddings of both passes that --method {method} compares; choose "
