@@ -120,6 +120,21 @@ def test_sam_on_text_is_the_step_of_its_equations(models, files, tmp_path) -> No
     assert distance(start, trained) > 1e-2
 
 
+@pytest.mark.parametrize("method", ["none", "sam", "r3f", "sam+r3f", "anchor"])
+def test_a_classifier_s_loss_is_the_same_however_a_batch_is_cut(models, files, tmp_path, method) -> None:
+    """The mean of its micro-batches, under any method; the Trainer by itself adds the losses of classifiers up."""
+    found = []
+    for size, cuts in ((8, 1), (2, 4)):
+        out = tmp_path / str(cuts)
+        extra = ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(cuts), "--max_steps", "1"]
+        still = ["--learning_rate", "0", "--max_grad_norm", "100", "--train_sampling_strategy", "sequential"]
+        zero = ["--r3f_lambda", "0"] if "r3f" in method else ["--anchor_kl", "1e-9"] if method == "anchor" else []
+        words = words_of(method, {**models, "encoder": models["plain"]}, files, out, *extra, *still, *zero)
+        assert main(words) == 0
+        found.append(next((float(row["loss"]), float(row["grad_norm"])) for row in table(out) if row["loss"]))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("scored", ["windows", "tasks"])
 def test_gap_is_the_library_s_with_halves_that_choose_and_report(models, files, tmp_path, scored) -> None:
     words = ["train", "--method", "gap", "--model", models["causal"], "--train_file", files["texts.jsonl"], "--use_cpu"]

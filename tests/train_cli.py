@@ -40,7 +40,7 @@ WORDS = list(dict.fromkeys(re.findall(r"[a-z]+", (stdlib.root() / "argparse.py")
 
 
 def build_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of a tiny encoder and of a tiny causal language model, both with dropout and a tokenizer of whole words."""
+    """Folders of a tiny encoder and a tiny causal language model, each with dropout and without, and a tokenizer of words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     found = {}
@@ -58,9 +58,11 @@ def build_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     gpt2 = transformers.GPT2Config(
         **sizes, n_embd=16, n_layer=1, n_head=2, n_positions=32, initializer_range=0.2, bos_token_id=0, eos_token_id=3
     )
+    plain = transformers.BertConfig(**{**bert.to_dict(), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
     still = transformers.GPT2Config(**{**gpt2.to_dict(), "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
     for name, model in (
         ("encoder", transformers.BertModel(bert)),
+        ("plain", transformers.BertModel(plain)),
         ("causal", transformers.GPT2LMHeadModel(gpt2)),
         ("still", transformers.GPT2LMHeadModel(still)),
     ):

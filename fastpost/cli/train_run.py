@@ -155,6 +155,8 @@ def assemble(job: Job) -> Any:
             changed=job.start.changes,
             is_last=lambda: watch.asked,
         )
+        if job.labels:  # the Trainer takes their loss for one that is divided by a step's labels, and would add n of them up
+            trainer.model_accepts_loss_kwargs = False
         trainer.rehearse()
     except Exception:
         if not there and run.folder.is_dir() and not any(run.folder.iterdir()):
