@@ -40,7 +40,7 @@ WORDS = list(dict.fromkeys(re.findall(r"[a-z]+", (stdlib.root() / "argparse.py")
 
 
 def build_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of a tiny encoder and a tiny causal language model, each with dropout and without, and a tokenizer of words."""
+    """Folders of a tiny encoder and a tiny language model, each with dropout and without, and a tokenizer of words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     found = {}

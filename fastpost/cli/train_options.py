@@ -354,8 +354,8 @@ def _check(method: str, data: DataOptions, gap: GapOptions, values: Any, asked: 
     if method != "gap":
         if values.fp16 and (values.use_cpu or not torch.accelerator.is_available()):
             raise ValueError(
-                "--fp16: on a CPU there is no training in float16, and transformers would train in float32; leave it out, or "
-                "take --bf16 --use_cpu"
+                "--fp16: on a CPU there is no training in float16, and transformers would train in float32; leave it out, "
+                "or take --bf16 --use_cpu"
             )
         if "r3f" in PARTS[method] and values.neftune_noise_alpha is not None:
             raise ValueError(
