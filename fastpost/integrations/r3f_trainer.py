@@ -49,7 +49,7 @@ class R3FTrainerMixin(PostTrainingMixin):
     Raises:
         TypeError: a `compute_loss_func`, or a trainer of TRL other than SFT.
         ValueError: over a loss of the trainer's own, options that need R3F to make the clean pass; a model whose loss has a
-            part for its router.
+            part for its router; sequence parallelism.
     """
 
     _method = "r3f"
@@ -84,6 +84,12 @@ class R3FTrainerMixin(PostTrainingMixin):
             )
         if "anchor" in self._methods:  # which makes the clean pass
             self._adds_to = next(c for c in type(self).__mro__ if vars(c).get("_method") == "anchor")
+        parallel: Any = getattr(self.accelerator, "parallelism_config", None)
+        if getattr(parallel, "sp_size", 1) > 1:
+            raise ValueError(
+                f"{who}: under sequence parallelism (sp_size={parallel.sp_size}) the Trainer weighs each rank's loss by its "
+                "labels, and R3F's divergence would stand beside that; take context parallelism (cp_size)"
+            )
         if self._adds_to is None and has_router_loss(self.model):
             raise ValueError(
                 f"{type(self).__name__}: the model adds a loss of its router (output_router_logits=True) to its own, which "

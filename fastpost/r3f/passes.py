@@ -125,7 +125,7 @@ class Passes:
         how: the options.
         model: as it was given; called without labels. root: without its wrappers.
         inputs: the batch without labels. told: what it says to us and not to the model.
-        labels: int64, (batch,) or (batch, time).
+        labels: int64, (batch,) or (batch, time). shift: whether row t predicts label t + 1; None: as the model's own loss.
         head: taken out of the model, so that passes end with hidden states; None: they end with logits.
         step: the optimizer step that the batch belongs to.
     """
@@ -136,6 +136,7 @@ class Passes:
     inputs: dict[str, Any]
     told: dict[str, Any]
     labels: Tensor
+    shift: bool | None
     head: Head | None
     step: Step
 
@@ -283,4 +284,4 @@ class Passes:
     def targets(self, stream: Tensor) -> Tensor:
         """Labels in step with the rows of the logits, or of the hidden states before a head."""
         self.fits(stream)
-        return align_labels(self.root, self.labels, stream, self.how.shift_labels, self.how.ignore_index)
+        return align_labels(self.root, self.labels, stream, self.shift, self.how.ignore_index)
