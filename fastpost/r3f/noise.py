@@ -166,7 +166,7 @@ class Noise:
         )
         self.measure(x, noised, keep, drawn)
         if self.detach and x.requires_grad and torch.is_grad_enabled() and not traced():
-            return asks_for_gradient(noised, x)
+            return asks_for_gradient(noised)
         return noised
 
     def look_up(self, table: Tensor, ids: Tensor, keep: Tensor | None, padding_idx: int | None, call: int = 0) -> Tensor:
