@@ -18,7 +18,7 @@ from fastpost.r3f.relatives.hype import find_layers
 from fastpost.r3f.spectral import find_classifier
 from fastpost.sam import TRAM, PassInfo
 
-RANK = 1 << 32  # tokens of one step and one rank; noise depends on the token's number
+RANK = 1 << 32  # tokens of one step and one rank's data; noise depends on the token's number
 
 
 class R3FTrainerMixin(PostTrainingMixin):
@@ -30,8 +30,8 @@ class R3FTrainerMixin(PostTrainingMixin):
     the micro-batch. `label_smoothing_factor` smooths the cross-entropy. Evaluation is the trainer's own plain loss.
 
     Noise belongs to the token of the optimizer step: the micro-batches of a window share one seed and count their tokens on,
-    so a step does not depend on how it was cut. Ranks draw different noise. With an integer `r3f_seed` it depends on the
-    number of the step only.
+    so a step does not depend on how it was cut. Ranks draw different noise; those of one tensor-parallel group, which have
+    the same tokens, draw the same. With an integer `r3f_seed` it depends on the number of the step only.
 
     Over a trainer with a `compute_loss` of its own, the divergence is added to that loss, at the rows whose labels count; it
     has to return outputs with logits when asked to, for a batch with `labels`.
@@ -168,7 +168,9 @@ class R3FTrainerMixin(PostTrainingMixin):
 
     def _r3f_begin(self, info: PassInfo) -> None:
         if self._r3f_step is None or (info.index == 0 and not info.is_replay):
-            first = self.args.process_index * RANK
+            # The ranks of a tensor-parallel group are neighbours and have the same tokens. Those of a context-parallel group
+            # have other tokens of the same rows, with numbers of their own.
+            first = self.args.process_index // self.get_tp_size() * RANK
             self._r3f_step = Step((first, first))
             self._r3f_counted = []
         step = self._r3f_step
