@@ -268,7 +268,9 @@ class EFlatLoRA(_Method):
             module.forward = functools.partial(self._forward, name, module)
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Reads the gradients before each step of the optimizer.
+        """Reads the gradients before each step of the optimizer, or after the closure that makes them in its step.
+
+        A closure that runs several times in a step (LBFGS, SAM) runs at one E each time, and the last gradients count.
 
         Raises:
             ValueError: the optimizer does not hold the adapter.
@@ -338,8 +340,23 @@ class EFlatLoRA(_Method):
         self._detach()
         self._layers, self._moved = {}, {}
 
-    def _before_step(self, *_: Any) -> None:
-        self.update()
+    def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        named = "closure" in kwargs
+        closure = kwargs["closure"] if named else args[1] if len(args) > 1 else None  # args begin with the optimizer
+        if closure is None:
+            self.update()
+            return None
+        start = self._moved
+
+        def closure_and_update() -> Any:
+            self._moved = dict(start)
+            loss = closure()
+            self.update()
+            return loss
+
+        if named:
+            return args, {**kwargs, "closure": closure_and_update}
+        return (args[0], closure_and_update, *args[2:]), kwargs
 
     def _matrices(self, layer: Any) -> tuple[Tensor, Tensor]:
         return layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
