@@ -21,6 +21,7 @@ from fastpost.distributed import is_sharded
 from fastpost.ops.params import check_radius
 from fastpost.ops.perturbed import noised_linear
 from fastpost.ops.scalars import check_real
+from fastpost.rng import seed_of
 
 try:
     from peft import LoraConfig, PeftModel
@@ -432,7 +433,10 @@ class FlatLoRA(_Method):
         return self.sigma * (1 - math.cos(math.pi * min(self.step / self.total_steps, 1.0))) / 2
 
     def attach(self, optimizer: Optimizer) -> None:
-        """New noise after each step of the optimizer."""
+        """New noise after each step of the optimizer; none after one that a GradScaler skips.
+
+        A fused optimizer under a GradScaler keeps on the device whether it skipped: there each step waits for it.
+        """
         self._attached.append(optimizer.register_step_post_hook(self._advance))
 
     def remove(self) -> None:
@@ -448,8 +452,10 @@ class FlatLoRA(_Method):
     def __exit__(self, *_: Any) -> None:
         self.remove()
 
-    def _advance(self, *_: Any) -> None:
-        self.step += 1
+    def _advance(self, optimizer: Optimizer, *_: Any) -> None:
+        overflow = getattr(optimizer, "found_inf", None)  # of a GradScaler, which leaves it to fused optimizers to skip
+        if overflow is None or not bool(overflow):
+            self.step += 1
 
     def _forward(self, layer: Any, base: Any, number: int, x: Tensor) -> Tensor:
         eps = self.sigma_now
@@ -461,7 +467,7 @@ class FlatLoRA(_Method):
             raise TypeError("FlatLoRA: tensor-parallel weights are not served")
         transposed = isinstance(base, Conv1D)
         scale = self._scale(layer, base.weight.T if transposed else base.weight)
-        seed = (self.seed + self.step) * 2**20 + number
+        seed = seed_of(self.seed, self.step, number)
         return noised_linear(x, base.weight, base.bias, scale, eps, seed, transposed=transposed)
 
     @torch.no_grad()

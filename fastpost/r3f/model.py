@@ -111,8 +111,8 @@ class R3F(Windowed):
             whether its forward shifts by hand; no for models that tell neither, two-dimensional logits and encoder-decoders.
             A batch's own `shift_labels` are compared as they stand.
         seed: None draws a seed per step from torch's generator (repeatable under torch.manual_seed); an integer gives the
-            n-th step the seed `seed + n`, n in `self.step`. A step is a call, or all the calls inside one `window()`. Noise
-            depends on the seed, the token's number in the step and the channel only.
+            n-th step a seed of its own, n in `self.step`; step 0 has `seed`. A step is a call, or all the calls inside one
+            `window()`. Noise depends on the seed, the token's number in the step and the channel only.
         ignore_index: label that does not count.
         label_smoothing: of the task loss, as in `r3f_loss`.
         divergence: "symmetric_kl", or "js", the Jensen-Shannon divergence (bounded; another method).

@@ -24,7 +24,7 @@ from fastpost.ops.noise import add_noise, asks_for_gradient, embedding_noise
 
 SCALES = ("absolute", "relative", "neftune")
 
-CALL = 1 << 40  # from one call's seed to the next one's (an embedding that runs twice, layers); steps are 1 apart
+CALL = 1 << 40  # from one call's seed to the next one's (an embedding that runs twice, layers)
 
 
 def is_encoder_decoder(model: Any) -> bool:

@@ -18,7 +18,7 @@ from fastpost.ops.params import seed_tensor
 from fastpost.r3f.conventions import accelerators, align_labels, beside_virtual_tokens, check_rows, device_of
 from fastpost.r3f.head import Head, last_stream
 from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, refuse_neftune, sequence_numbers
-from fastpost.rng import RandomState
+from fastpost.rng import RandomState, seed_of
 
 if TYPE_CHECKING:
     from fastpost.r3f.model import R3F
@@ -273,7 +273,7 @@ class Passes:
         if how.seed is None:
             return fresh_seed(device)
         how.step += 1
-        return seed_tensor((how.seed + how.step - 1) % 2**64, device)
+        return seed_tensor(seed_of(how.seed, how.step - 1), device)
 
     def fits(self, stream: Tensor) -> None:
         """Raises ValueError where labels do not go with the logits, or the hidden states before a head."""

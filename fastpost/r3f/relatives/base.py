@@ -38,6 +38,7 @@ from fastpost.r3f.noise import (
     sequence_numbers,
 )
 from fastpost.r3f.passes import Windowed
+from fastpost.rng import seed_of
 
 DROPOUTS = OPTIONS["dropout"]
 
@@ -184,7 +185,7 @@ class Method(Windowed):
         if self.seed is None:
             return fresh_seed(device)
         self.step += 1
-        return seed_tensor((self.seed + self.step - 1) % 2**64, device)
+        return seed_tensor(seed_of(self.seed, self.step - 1), device)
 
     @contextlib.contextmanager
     def _counted(self, noise: Noise, side: str = "encoder") -> Iterator[None]:
