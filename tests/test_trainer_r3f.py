@@ -133,6 +133,18 @@ def test_sequence_parallelism_is_refused(tmp_path: Any, monkeypatch: Any) -> Non
         trainer.train()
 
 
+@pytest.mark.parametrize("options", [{"r3f_noise_scale": "neftune"}, {"r3f_relative": "freelb"}])
+def test_noise_by_length_under_context_parallelism_is_refused(tmp_path: Any, monkeypatch: Any, options: Any) -> None:
+    """A rank has a part of each sequence there."""
+    trainer = trainer_of(R3FTrainer, tiny.build("causal", 0.0), arguments(tmp_path, 1, r3f_eps=0.3))
+    monkeypatch.setattr(Accelerator, "parallelism_config", SimpleNamespace(sp_size=1, cp_size=2, tp_size=1))
+    trainer.args.r3f_eps = 0.2
+    trainer._take_options()  # which noise of the tokens alone is not
+    trainer.args = arguments(tmp_path, 1, **options)
+    with pytest.raises(ValueError, match=r"R3FTrainer: this noise is scaled by the length .* \(cp_size=2\)"):
+        trainer._take_options()
+
+
 def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path: Any) -> None:
     """Noise belongs to the token: one batch of six rows, or three micro-batches of two."""
     whole, cut = (tiny.build("causal", 0.0, torch.float64) for _ in range(2))

@@ -13,7 +13,7 @@ from fastpost.integrations.mixin import PostTrainingMixin
 from fastpost.r3f import R4F
 from fastpost.r3f.conventions import has_router_loss, logits_of
 from fastpost.r3f.passes import Step
-from fastpost.r3f.relatives import FreeLB, HyPe
+from fastpost.r3f.relatives import FreeLB, HyPe, NEFTune, SymNoise
 from fastpost.r3f.relatives.hype import find_layers
 from fastpost.r3f.spectral import find_classifier
 from fastpost.sam import TRAM, PassInfo
@@ -49,7 +49,7 @@ class R3FTrainerMixin(PostTrainingMixin):
     Raises:
         TypeError: a `compute_loss_func`, or a trainer of TRL other than SFT.
         ValueError: over a loss of the trainer's own, options that need R3F to make the clean pass; a model whose loss has a
-            part for its router; sequence parallelism.
+            part for its router; sequence parallelism; context parallelism with noise that is scaled by length.
     """
 
     _method = "r3f"
@@ -106,6 +106,14 @@ class R3FTrainerMixin(PostTrainingMixin):
         if fused is None:
             fused = self._fused_by_default and self._builds_no_logits
         self.r3f = options.build_r3f(smoothing, fused)
+        if getattr(parallel, "cp_size", 1) > 1 and (
+            options.r3f_noise_scale == "neftune" or isinstance(self.r3f, NEFTune | SymNoise | FreeLB)
+        ):
+            raise ValueError(
+                f"{who}: this noise is scaled by the length of a sequence, of which a rank has a part under context "
+                f"parallelism (cp_size={parallel.cp_size}); take r3f_noise_scale='relative' or 'absolute', and another "
+                "r3f_relative than NEFTune, SymNoise and FreeLB"
+            )
         if self._adds_to is None:
             return
         if options.r3f_relative is not None:
