@@ -284,3 +284,24 @@ def test_a_forward_put_on_the_model_is_not_copied_along(fused: bool | None) -> N
     model.forward = types.MethodType(wrapped, model)
     copy = Frozen.copy_of(model)
     assert float(Anchor(copy, fused_linear=fused)(moved(model), **tiny.batch_for("llama")).divergence) > 1e-3
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "seq2seq"])
+def test_shift_labels_are_the_targets_as_they_stand(kind: str, fused: bool) -> None:
+    model, reference = tiny.build(kind, 0.0, torch.float64), moved(tiny.build(kind, 0.0, torch.float64))
+    batch = tiny.batch_for(kind)
+    targets = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:].clone()
+    targets[:, 2] = -100
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if kind == "seq2seq":
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    counts = targets != -100
+    with torch.no_grad():
+        log_q, log_p = (m(**inputs).logits[counts].log_softmax(-1) for m in (model, reference.eval()))
+    task = F.nll_loss(log_q, targets[counts])
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    for asked in (None, True):
+        out = Anchor(reference, 0.3, fused_linear=fused, shift_labels=asked)(model, **batch, shift_labels=targets)
+        torch.testing.assert_close(out.task_loss.double(), task, rtol=1e-6, atol=0)
+        torch.testing.assert_close(out.divergence.double(), divergence, rtol=1e-6, atol=0)

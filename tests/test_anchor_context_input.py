@@ -219,6 +219,7 @@ def test_batches_that_are_refused() -> None:
             context_input_ids=batch["context_input_ids"].tolist())  # fmt: skip
     refused(TypeError, "context_input_ids has torch.float32 numbers", context_input_ids=batch["context_input_ids"].float())
     refused(TypeError, "teacher_labels is a list", of=teacher, teacher_labels=[[1]])
+    refused(ValueError, "^InContext: the batch has shift_labels", shift_labels=batch["labels"])
     beyond = batch["context_input_ids"].clone()
     beyond[2, 1] = 61
     refused(

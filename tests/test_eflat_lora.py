@@ -8,7 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from fastpost.integrations.peft import EFlatLoRA
 from tests.by_hand import language_loss, largest_difference, rows_of_text
@@ -57,6 +59,91 @@ def test_eflat_lora_is_its_equations(kind: str) -> None:
         assert state.keys() == moved.keys()
         assert largest_difference((state[name], e) for name, e in moved.items()) <= 1e-12
         assert largest_difference(zip(trained(model), trained(other), strict=True)) <= 1e-12
+
+
+@pytest.mark.parametrize("form", ["closure", "named", "lightning", "twice"])
+def test_a_closure_makes_the_gradients_that_are_read(form: str, tmp_path: Path) -> None:
+    """As Lightning's automatic optimisation has it: E is that of the loop without a closure, after every step."""
+
+    def made() -> tuple[Any, Any, EFlatLoRA]:
+        model = lora("causal", live=False)
+        opt = torch.optim.SGD(trained(model), lr=0.5)
+        eflat = EFlatLoRA(model, RHO, beta=0.7)
+        eflat.attach(opt)
+        return model, opt, eflat
+
+    model, opt, eflat = made()
+    expected = []
+    for [rows] in windows(4):
+        opt.zero_grad()
+        language_loss(model, rows).backward()
+        opt.step()
+        expected.append(eflat.state_dict())
+    other, opt, eflat = made()
+    found = []
+    if form == "lightning":
+
+        class Module(LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = other
+
+            def training_step(self, rows: Tensor, batch_idx: int) -> Tensor:
+                return language_loss(self.model, rows)
+
+            def on_train_batch_end(self, *_: Any) -> None:
+                found.append(eflat.state_dict())
+
+            def configure_optimizers(self) -> torch.optim.Optimizer:
+                return opt
+
+        quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+        trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet)
+        trainer.fit(Module(), DataLoader(torch.stack([rows for [rows] in windows(4)]), batch_size=None))
+    for [rows] in windows(4) if form != "lightning" else []:
+
+        def closure(rows: Tensor = rows) -> Tensor:
+            opt.zero_grad()
+            loss = language_loss(other, rows)
+            loss.backward()
+            return loss
+
+        def twice(closure: Any = closure) -> Tensor:
+            assert same_bits(closure(), closure())
+            return closure()
+
+        if form == "named":
+            opt.step(closure=closure)
+        else:
+            opt.step(closure if form == "closure" else twice)
+        found.append(eflat.state_dict())
+    for mine, theirs in zip(found, expected, strict=True):
+        assert largest_difference((mine[name], e) for name, e in theirs.items()) == 0
+    assert largest_difference(zip(trained(model), trained(other), strict=True)) == 0
+    assert any(bool(e.any()) for e in expected[0].values())
+
+
+def test_an_optimizer_may_run_its_closure_several_times() -> None:
+    """Each time at the E of the step's beginning; what the last one leaves counts."""
+    model = lora("causal", live=False)
+    opt = torch.optim.LBFGS(trained(model), lr=0.1, max_iter=3, max_eval=3, tolerance_grad=0, tolerance_change=0)
+    eflat = EFlatLoRA(model, RHO, beta=0.7)
+    eflat.attach(opt)
+    for [rows] in windows(3):
+        start, seen = eflat.state_dict(), []
+
+        def closure(rows: Tensor = rows, seen: list[Any] = seen) -> Tensor:
+            seen.append(eflat.state_dict())
+            opt.zero_grad()
+            loss = language_loss(model, rows)
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+        assert len(seen) == 3
+        for state in seen:
+            assert largest_difference((state[name], e) for name, e in start.items()) == 0
+        assert largest_difference((eflat.state_dict()[name], e) for name, e in start.items()) > 0
 
 
 def test_the_perturbation_raises_the_loss_is_off_in_eval_mode_and_goes_away(tmp_path: Path) -> None:

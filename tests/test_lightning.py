@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -528,6 +528,59 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="validation in the middle of an accumulation window"):
         middle.fit(module, loader(16), loader(2))
     assert distance(module, before) == 0
+
+
+class Augmented(LightningModule):
+    """What each pass saw: the batch, and a dropout mask."""
+
+    def __init__(self, in_place: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.in_place = torch.nn.Linear(4, 2).double(), in_place
+        self.seen: list[Tensor] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        batch["x"] = batch["x"] + torch.randn((), dtype=torch.float64)
+
+    def training_step(self, *args: Any) -> Tensor:
+        """As a decorator leaves it: Lightning gives such a step the number as well."""
+        batch, number = args
+        assert number == len(self.seen) // 2
+        if self.in_place:
+            batch["x"].mul_(0.5)
+        x = batch.pop("x")
+        self.seen.append(torch.cat((x.flatten(), torch.nn.functional.dropout(torch.ones(8).double()))))
+        return self.net(x).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=LR)
+
+
+class Mixup(Callback):
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        batch["x"].add_(torch.rand(()))
+        batch["x"] = batch["x"] * 0.7 + 0.3 * batch["x"].flip(0)
+
+
+def test_both_passes_see_what_the_hooks_before_them_made(tmp_path: Path) -> None:
+    """Those of callbacks behind SAM's, of the module, and the random numbers that they drew."""
+    data = [{"x": torch.randn(4, generator=torch.Generator().manual_seed(i), dtype=torch.float64)} for i in range(8)]
+    for callbacks in ([SAMCallback(rho=RHO), Mixup()], [Mixup(), SAMCallback(rho=RHO)]):
+        module = Augmented()
+        fit = trainer(tmp_path, None, callbacks=callbacks)
+        fit.fit(module, DataLoader(data, batch_size=2))
+        assert len(module.seen) == 8
+        for first, second in zip(module.seen[::2], module.seen[1::2], strict=True):
+            assert same_bits(first, second)
+        assert "training_step" not in vars(fit.strategy)
+
+
+def test_a_training_step_that_changes_its_batch_is_an_error_and_leaves_w(tmp_path: Path) -> None:
+    module = Augmented(in_place=True)
+    before = copy.deepcopy(module.net)
+    with pytest.raises(RuntimeError, match="was changed in place in its first pass"):
+        trainer(tmp_path, SAMCallback(rho=RHO)).fit(module, DataLoader([{"x": torch.ones(4).double()}] * 2))
+    assert distance(module.net, before) == 0
 
 
 def test_an_interrupted_second_pass_leaves_w(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import fastpost
 from fastpost import SAM
 from fastpost.integrations.peft import BiLoRA, EFlatLoRA, FlatLoRA
+from fastpost.rng import seed_of
 from tests.by_hand import distance, language_loss, largest_difference, rows_of_text, sam_by_hand
 from tests.conftest import same_bits
 from tests.distributed import mesh_of, run, whole
@@ -121,7 +122,7 @@ def test_r3f_on_adapters_is_the_loop_by_hand(fused: bool) -> None:
         losses.append(float(out.task_loss))
 
         table = reference.get_input_embeddings()(rows)
-        noised = fastpost.add_noise(table, 0.5, seed=40 + step)
+        noised = fastpost.add_noise(table, 0.5, seed=seed_of(40, step))
         a, b = (reference(inputs_embeds=e).logits[:, :-1].flatten(0, 1) for e in (table, noised))
         p, q = (v.log_softmax(-1) for v in (a, b))
         kl = ((p.exp() - q.exp()) * (p - q)).sum(-1).mean()
@@ -154,7 +155,7 @@ def test_flat_lora_is_its_equations(kind: str) -> None:
                 transposed = layer.fan_in_fan_out
                 merged = layer.get_base_layer().weight.detach() + layer.get_delta_weight("default").detach()
                 merged = merged.T if transposed else merged
-                z = fastpost.add_noise(torch.zeros_like(merged), 1.0, "normal", seed=(5 + step) * 2**20 + number)
+                z = fastpost.add_noise(torch.zeros_like(merged), 1.0, "normal", seed=seed_of(5, step, number))
                 draws.append(z.flatten())
                 noise = sigma * merged.norm(dim=1, keepdim=True) / math.sqrt(merged.shape[1]) * z
                 extra[name] = noise.T if transposed else noise
@@ -177,6 +178,37 @@ def test_flat_lora_is_its_equations(kind: str) -> None:
     assert float(drawn.mean().abs()) < 5 / math.sqrt(drawn.numel())
     assert float(drawn.var()) == pytest.approx(1, abs=10 / math.sqrt(drawn.numel()))
     assert all(same_bits(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+
+
+def test_flat_lora_of_the_next_seed_is_not_one_step_ahead() -> None:
+    losses = []
+    for seed, step in ((0, 1), (1, 0), (0, 1)):
+        model = lora()
+        with FlatLoRA(model, sigma=0.4, seed=seed) as flat:
+            flat.step = step
+            losses.append(float(language_loss(model, rows_of_text(4)).detach()))
+    assert losses[0] == losses[2] != losses[1]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_flat_lora_counts_no_step_that_overflowed(fused: bool) -> None:
+    """A fused optimizer's step() is called then as well, and does nothing."""
+    model = lora(dtype=torch.float32)
+    opt = torch.optim.AdamW(trained(model), lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    counted = []
+    with FlatLoRA(model, sigma=0.4) as flat:
+        flat.attach(opt)
+        for factor in (1.0, float("inf"), 1.0):
+            before = [p.detach().clone() for p in trained(model)]
+            scaler.scale(language_loss(model, rows_of_text(4)) * factor).backward()
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+            moved = largest_difference(zip(trained(model), before, strict=True)) > 0
+            assert moved == math.isfinite(factor)
+            counted.append(flat.step)
+    assert counted == [1, 1, 2]
 
 
 def test_flat_lora_trains_and_is_off_where_it_should_be() -> None:

@@ -361,3 +361,50 @@ def test_labels_are_shifted_as_asked() -> None:
     straight = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     for asked, expected in ((None, shifted), (True, shifted), (False, straight)):
         torch.testing.assert_close(R3F(shift_labels=asked)(model, **batch).loss, expected)
+
+
+def with_shifted(kind: str) -> tuple[Batch, Tensor]:
+    """A batch of two texts packed into each row, and its targets, which the end of the first text does not have."""
+    batch = {name: value for name, value in batch_for(kind).items() if name != "attention_mask"}
+    targets = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:].clone()
+    targets[:, 2] = -100
+    return batch, targets
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+@pytest.mark.parametrize("kind", ["causal", "llama", "tokens", "seq2seq"])
+def test_shift_labels_are_the_targets_as_they_stand(kind: str, forward: str) -> None:
+    """As in transformers' losses, and whatever the labels beside them are."""
+    model, (batch, targets) = build(kind, dtype=torch.float64), with_shifted(kind)
+    decoder = (
+        {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch["labels"])} if kind == "seq2seq" else {}
+    )
+    inputs = {**{name: value for name, value in batch.items() if name != "labels"}, **decoder}
+    logits = model(**inputs).logits
+    task = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def r3f(**how: Any) -> R3F:
+        return R3F(0.5, 0.7, seed=3, forward=forward, **how)
+
+    expected = r3f(shift_labels=False)(model, **inputs, labels=targets)
+    torch.testing.assert_close(expected.task_loss, task.detach())
+    for asked in (None, True, False):
+        found = r3f(shift_labels=asked)(model, **batch, shift_labels=targets)
+        assert same_bits(found.loss, expected.loss)
+        divergence = r3f(shift_labels=asked).noised_divergence(model, logits, {**batch, "shift_labels": targets})
+        torch.testing.assert_close(divergence, expected.symm_kl, rtol=1e-9, atol=0)
+    torch.testing.assert_close(R3F(shift_labels=True)(model.eval(), **batch, shift_labels=targets).loss, task)
+    if kind == "llama":  # as its own loss, in float32
+        torch.testing.assert_close(model(**batch, shift_labels=targets).loss.double(), task, rtol=1e-6, atol=0)
+
+
+def test_shift_labels_alone_and_what_does_not_go_with_them() -> None:
+    model, (batch, targets) = build("llama"), with_shifted("llama")
+    ids = batch["input_ids"]
+    expected = R3F(seed=3)(model, **batch, shift_labels=targets).loss
+    assert same_bits(R3F(seed=3)(model, input_ids=ids, shift_labels=targets).loss, expected)
+    assert same_bits(R3F(seed=3)(model, **batch, shift_labels=None).loss, R3F(seed=3)(model, **batch).loss)
+    with pytest.raises(ValueError, match=r"^R3F: shift_labels have shape \(\d+, \d+\), labels"):
+        R3F()(model, **batch, shift_labels=targets[:, :-1])
+    with pytest.raises(TypeError, match=r"^R3F: shift_labels must be a tensor, not bool$"):
+        R3F()(model, **batch, shift_labels=True)

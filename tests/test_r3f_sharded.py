@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import fastpost
@@ -126,6 +127,34 @@ def fsdp2_head_resharded() -> None:
         R3F(EPS, fused_linear=True)(model, **batch_for("causal"))
 
 
+def tensor_parallel(checkpointed: bool = False) -> None:
+    """A model cut as transformers cuts it, whose embedding's output went through DTensor; all ranks have the whole batch."""
+    model, size = build("llama"), dist.get_world_size()
+    inner = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+    inner |= {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
+    inner |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+    plan: dict[str, Any] = {f"model.layers.*.{name}": style for name, style in inner.items()}
+    plan["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate())
+    plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
+    parallelize_module(model, d.mesh_of(size), plan)
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    batch = batch_for("causal")
+    for forward in ("two_pass", "double_batch"):
+        model.zero_grad()
+        loss = R3F(EPS, seed=SEED, forward=forward)(model, **batch).loss
+        loss.backward()
+        expected, gradients = alone(False, forward, llama)
+        assert abs(float(loss.detach()) / expected - 1) < 1e-6
+        for name, p in model.named_parameters():
+            grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+            assert float((grad - gradients[name]).norm()) <= 1e-5 * float(gradients[name].norm()) + 1e-6, name
+
+
+def tensor_parallel_checkpointed() -> None:
+    tensor_parallel(checkpointed=True)
+
+
 # -- a vocabulary cut across ranks ----------------------------------------------------------------------------------------
 
 WIDTH, VOCAB, ROWS = 16, 129, 130
@@ -231,7 +260,7 @@ TWO = {
     for case in (
         ddp, ddp_double_batch, ddp_fused, ddp_fused_softcap, fsdp2, fsdp2_double_batch, fsdp2_fused, fsdp2_fused_softcap,
         fsdp2_head_resharded, vocab_in_float64, vocab_in_float32, vocab_errors, vocab_masked,
-        fsdp2_r4f, ddp_fused_looking_for_unused_parameters,
+        fsdp2_r4f, ddp_fused_looking_for_unused_parameters, tensor_parallel, tensor_parallel_checkpointed,
     )
 }  # fmt: skip
 FOUR = {case.__name__: case for case in (vocab_in_float64, fsdp2)}

@@ -364,6 +364,19 @@ def test_every_kind_of_model_trains(name: str) -> None:
         assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_shift_labels_are_the_targets_as_they_stand(name: str) -> None:
+    model, batch = build("llama", dtype=torch.float64), batch_for("llama")
+    targets = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].clone()
+    targets[:, 2] = -100
+    found = step(of(name), model, {**batch, "shift_labels": targets})[0]
+    aligned = of(name)
+    aligned.shift_labels = False
+    expected = step(aligned, model, {**batch, "labels": targets})[0]
+    assert same_bits(found.loss.detach(), expected.loss.detach())
+    assert not same_bits(found.loss.detach(), step(of(name), model, batch)[0].loss.detach())
+
+
 def test_freelb_of_one_step_is_neftune() -> None:
     model, batch = build("causal"), batch_for("causal")
     one, found = step(FreeLB(1, adv_init_mag=5.0, seed=3), model, batch)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastpost.rng import RandomState
+from fastpost.rng import RandomState, seed_of
 
 
 def drawn(normals: int, uniforms: int) -> list[float]:
@@ -34,6 +34,13 @@ def test_the_second_pass_draws_what_the_first_drew(before: int, normals: int, un
         after.put()
         assert drawn(2, 1) == following
         after.put()
+
+
+def test_seeds_of_runs_have_no_step_in_common() -> None:
+    keys = {seed_of(seed, step, part) for seed in range(-4, 8) for step in range(500) for part in range(20)}
+    assert len(keys) == 12 * 500 * 20
+    assert all(0 <= key < 2**64 for key in keys)
+    assert [seed_of(seed, 0) for seed in (0, 7, -1)] == [0, 7, 2**64 - 1]
 
 
 def test_a_second_pass_that_draws_less_leaves_what_the_first_left() -> None:

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
 
 from fastpost import R3F
 from fastpost.integrations.r3f_trainer import RANK
@@ -259,6 +260,31 @@ def apart(trainer: Any, hand: nn.Module) -> float:
     return largest_difference((whole[name], p) for name, p in hand.named_parameters())
 
 
+def tensor_parallel_r3f() -> float:
+    """Ranks of one tensor-parallel group have the same batch and the same noise: a step is that of one process."""
+    hand: Any = tiny.build("llama", 0.0, torch.float64)
+    environment()
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    hand.save_pretrained(folder[0])  # which the first rank does
+    dist.barrier()
+    cut = type(hand).from_pretrained(folder[0], distributed_config=DistributedConfig(tp_size=2), dtype=torch.float64)
+    trainer = trained(
+        ShardedR3F, cut.train(), 4, gradient_accumulation_steps=3, r3f_eps=0.3, noise_type="normal", r3f_seed=5
+    )
+    assert trainer.get_tp_size() == 2
+    opt, method = optimizer_of(hand), R3F(0.3, 1.0, "normal", seed=5)
+    for window in windows(rows(), 3, 4):
+        opt.zero_grad()
+        with method.window():
+            for batch in window[0]:
+                method(hand, num_items=items_of(window), **batch).loss.backward()
+        nn.utils.clip_grad_norm_(hand.parameters(), CLIP)
+        opt.step()
+    return apart(trainer, hand)
+
+
 def fsdp2(fraction: float) -> float:
     hand = model()
     trainer = sharded(ShardedSAM, model(), FEWER, sam_ascent_fraction=fraction)
@@ -387,6 +413,7 @@ CASES = {
     "anchor ema": partial(anchored, "ema"),
     **{f"anchor context, {kind}": partial(in_context, kind) for kind in ("ema", "reference", "live", "lora_off")},
     "anchor lora_off": partial(anchored, "lora_off"),
+    "tensor-parallel r3f": tensor_parallel_r3f,
     "fsdp2": partial(fsdp2, 1.0),
     "fsdp2, a third": partial(fsdp2, 0.3),
     "fsdp2 resumed": fsdp2_resumed,
@@ -429,7 +456,7 @@ def test_each_rank_may_count_its_own_tokens(outcome: distributed.Outcome) -> Non
     assert outcome.worst("own counts") <= 1e-9
 
 
-@pytest.mark.parametrize("case", ["r3f", "freelb", "tram"])
+@pytest.mark.parametrize("case", ["r3f", "tensor-parallel r3f", "freelb", "tram"])
 def test_r3f_and_its_relatives_are_the_loop_by_hand(outcome: distributed.Outcome, case: str) -> None:
     assert outcome.worst(case) <= 1e-9
 

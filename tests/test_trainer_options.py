@@ -26,6 +26,7 @@ from fastpost.integrations.options import PostTrainingOptions, part_of
 from fastpost.integrations.transformers import PostTrainer, PostTrainingArguments, R3FTrainer, R3FTrainerMixin, SAMTrainer
 from fastpost.integrations.trl import PostSFTConfig, PostSFTTrainer
 from fastpost.r3f import relatives
+from fastpost.rng import seed_of
 from fastpost.sam import GSAM, TRAM, WSAM, ExternalSAM, FriendlySAM, LookSAM, MomentumSAM, SAMWindow, StableSAM, Variant
 
 from . import tiny
@@ -139,7 +140,7 @@ def test_functional_sam_takes_both_streams_of_r3f(tmp_path: Path, forward: str) 
     trainer_of(PostTrainer, mine, args).train()
 
     def streams(hand: Any, batch: Any, step: int, seen: int) -> list[Tensor]:
-        return list(both_streams(hand, batch, 5 + step, seen))
+        return list(both_streams(hand, batch, seed_of(5, step), seen))
 
     def loss(z: list[Tensor], batch: Any, items: int) -> Tensor:
         return cross_entropy_of(z, batch, items) + 0.4 * symmetric(z[0], z[1], batch) / items
@@ -411,7 +412,7 @@ def test_tram_in_the_trainer_follows_its_equations(tmp_path: Path, fraction: flo
         items, k = items_of([window]), math.ceil(fraction * len(window))
 
         def gradient(micro_batches: list[Any], items: int = items, step: int = step) -> tuple[Any, float]:
-            kl = divergences(hand, micro_batches, items, 5 + step).sum()
+            kl = divergences(hand, micro_batches, items, seed_of(5, step)).sum()
             loss = sum(causal_loss(hand, batch, items) for batch in micro_batches) + (weight or 0) * kl
             return torch.autograd.grad(loss, params), float(kl.detach())
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import HPSearchBackend
 
 from fastpost import R3F, add_noise
 from fastpost.integrations.transformers import (
+    AnchorTrainer,
     PostTrainer,
     R3FTrainer,
     R3FTrainerMixin,
@@ -99,6 +102,47 @@ def test_the_loss_is_that_of_the_equations(tmp_path: Any) -> None:
     assert logged(trainer, "r3f/symm_kl") == pytest.approx([kl], rel=1e-5)
     assert logged(trainer, "loss") == pytest.approx([task + 0.7 * kl], rel=1e-5)
     assert kl > 0.1
+
+
+@pytest.mark.parametrize("options", [{"r3f_lambda": 0.0}, {"anchor_kl": 0.0}])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_shift_labels_are_the_targets_as_they_stand(tmp_path: Any, options: dict[str, float], accumulation: int) -> None:
+    """As in the Trainer, which counts its items by them: two texts packed into each row."""
+    data = []
+    for row in rows():
+        targets = nn.functional.pad(row["labels"][1:], (0, 1), value=-100)
+        data.append({**row, "shift_labels": torch.where(torch.arange(len(targets)) == 5, -100, targets)})
+    plain, mine = (tiny.build("llama", 0.0) for _ in range(2))
+    shared = {"gradient_accumulation_steps": accumulation, "remove_unused_columns": False}
+    reference = trainer_of(Trainer, plain, arguments(tmp_path, 4, **shared), data)
+    trainer = trainer_of(
+        R3FTrainer if "r3f_lambda" in options else AnchorTrainer, mine, arguments(tmp_path, 4, **shared, **options), data
+    )
+    reference.train()
+    trainer.train()
+    assert logged(trainer, "loss") == pytest.approx(logged(reference, "loss"), rel=1e-5)
+    assert distance(mine, plain) <= 1e-5
+
+
+def test_sequence_parallelism_is_refused(tmp_path: Any, monkeypatch: Any) -> None:
+    """There the Trainer's loss weighs ranks by their labels."""
+    trainer = trainer_of(R3FTrainer, tiny.build("causal", 0.0), arguments(tmp_path, 1, **R3F_OPTIONS))
+    monkeypatch.setattr(Accelerator, "parallelism_config", SimpleNamespace(sp_size=2, cp_size=1, tp_size=1))
+    trainer.args.r3f_eps = 0.2
+    with pytest.raises(ValueError, match=r"R3FTrainer: under sequence parallelism \(sp_size=2\)"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("options", [{"r3f_noise_scale": "neftune"}, {"r3f_relative": "freelb"}])
+def test_noise_by_length_under_context_parallelism_is_refused(tmp_path: Any, monkeypatch: Any, options: Any) -> None:
+    """A rank has a part of each sequence there."""
+    trainer = trainer_of(R3FTrainer, tiny.build("causal", 0.0), arguments(tmp_path, 1, r3f_eps=0.3))
+    monkeypatch.setattr(Accelerator, "parallelism_config", SimpleNamespace(sp_size=1, cp_size=2, tp_size=1))
+    trainer.args.r3f_eps = 0.2
+    trainer._take_options()  # which noise of the tokens alone is not
+    trainer.args = arguments(tmp_path, 1, **options)
+    with pytest.raises(ValueError, match=r"R3FTrainer: this noise is scaled by the length .* \(cp_size=2\)"):
+        trainer._take_options()
 
 
 def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path: Any) -> None:

@@ -128,7 +128,7 @@ def teaching(
         ValueError: no context, other inputs than tokens and their mask, shapes that do not fit, a row longer than the model
             has positions; on the CPU, and under FASTPOST_CHECKS=1, tokens that count and differ, and ids that are none.
     """
-    _check_model(root, inputs, labels)
+    _check_model(root, batch, inputs, labels)
     labels = labels.to(inputs["input_ids"].device)
     shifted = shifts_labels(root) if shift_labels is None else shift_labels
     rows = with_teacher({**inputs, "labels": labels, **_fields(batch)}, ignore_index, shifted, vocabulary_of(reference))
@@ -286,7 +286,7 @@ def _longest(mask: Tensor) -> int:
     return max(int(mask.sum(1).max()), 1)
 
 
-def _check_model(root: Any, inputs: Mapping[str, Any], labels: Tensor) -> None:
+def _check_model(root: Any, batch: Mapping[str, Any], inputs: Mapping[str, Any], labels: Tensor) -> None:
     ids = inputs.get("input_ids")
     if is_encoder_decoder(root) or not isinstance(ids, Tensor) or labels.shape != ids.shape:
         shape = tuple(ids.shape) if isinstance(ids, Tensor) else "none"
@@ -299,6 +299,11 @@ def _check_model(root: Any, inputs: Mapping[str, Any], labels: Tensor) -> None:
         raise ValueError(
             f"InContext: the batch has {others[0]}, which says nothing of the context's tokens; leave it out (packed rows "
             "have no context of their own: packing and padding_free off)"
+        )
+    if batch.get("shift_labels") is not None:
+        raise ValueError(
+            "InContext: the batch has shift_labels, and the teacher's tokens are found by labels, the ids of the tokens "
+            "beside them; leave shift_labels out"
         )
 
 

@@ -136,8 +136,9 @@ class Anchor:
             model: called as `model(**batch)` without the labels.
             num_items: what both sums are divided by, instead of the labels of this batch that count (gradient accumulation;
                 transformers' `num_items_in_batch`, which is also taken from the batch).
-            batch: the model's inputs and `labels`, integers of shape (batch,) or (batch, time); for a teacher in a context,
-                the fields that `InContext` describes.
+            batch: the model's inputs and `labels`, integers of shape (batch,) or (batch, time). `shift_labels`, shifted
+                already, stand in their place, as in transformers' losses. For a teacher in a context, the fields that
+                `InContext` describes.
 
         Raises:
             ValueError: labels that are missing, out of range or of the wrong shape; a model whose loss has a part for its
@@ -148,7 +149,7 @@ class Anchor:
         with named("Anchor"):
             root = unwrap(model)
             own = self._read_by_model(root, batch)
-            labels, inputs, num_items = take_batch(root, own, self.ignore_index, num_items)
+            labels, shift, inputs, num_items = take_batch(root, own, self.shift_labels, self.ignore_index, num_items)
             training = bool(getattr(model, "training", True))
             teacher, seen = self._teacher(root, inputs, labels, batch) if training and self.anchor_kl else (None, None)
             labels = labels if seen is None else seen.labels
@@ -158,7 +159,7 @@ class Anchor:
             labels = beside_virtual_tokens(root, labels, stream, self.ignore_index)
             check_rows(labels, stream, stream.shape[-1] if head is None else len(head.linear.weight), self.ignore_index)
             labels = labels.to(stream.device)
-            targets = align_labels(root, labels, stream, self.shift_labels, self.ignore_index)
+            targets = align_labels(root, labels, stream, shift, self.ignore_index)
             if seen is not None and teacher is not None:
                 teacher = teacher._replace(hidden=seen.rows_for(teacher.hidden, stream, shifted=targets is not labels))
         weighting = "probability" if training and self.weighting == "dft" else "none"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from fastpost.integrations.options import METHODS, PostTrainingOptions
 from fastpost.integrations.stand_ins import refuse_early
 from fastpost.rng import RandomState
 from fastpost.sam import SAM, ExternalSAM, PassInfo, SAMWindow, find_sam
+from fastpost.sam.window import Kept
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -62,10 +62,12 @@ COMPUTE_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class MicroBatch(NamedTuple):
-    """What a second pass needs: the batch, its number, and the generators as they stood before its first pass."""
+    """What a second pass needs, as it stood before the first one: the batch, its number, what `training_step` is given
+    beside the batch, and the generators."""
 
-    batch: Any
+    kept: Kept
     number: int
+    further: tuple[Any, ...]
     before: RandomState
 
 
@@ -82,7 +84,8 @@ class SAMCallback(Callback):
 
     Logged are `sam/seen_over_intended`, `sam/seen_cosine` (see PerturbationReport) and `sam/skipped_steps`. What
     `training_step` logs is kept from its first run; torchmetrics objects that it updates see the batches of the ascent
-    twice. Of the module's hooks only `training_step` and `backward` run again.
+    twice. Of the module's hooks only `training_step` and `backward` run again: what `on_train_batch_start` does to a batch,
+    there or in other callbacks, is in both passes. A `training_step` that changes its batch's tensors in place is an error.
 
     Under DDP the ascent uses the mean gradient of all ranks.
 
@@ -100,8 +103,8 @@ class SAMCallback(Callback):
     Raises:
         ValueError: options and keywords at once; options of R3F; manual optimisation, a strategy that shards (use FSDP2 in a
             plain loop), options of SAM out of range.
-        RuntimeError: a `training_step` that returned None; a checkpoint or a validation in the middle of a window, while the
-            weights are w + e.
+        RuntimeError: a `training_step` that returned None, or changed its batch in place; a checkpoint or a validation in
+            the middle of a window, while the weights are w + e.
     """
 
     def __init__(self, options: PostTrainingOptions | None = None, **keywords: Any) -> None:
@@ -128,6 +131,7 @@ class SAMCallback(Callback):
         self.sam: ExternalSAM | None = None
         self._window: _Window | None = None
         self._current: MicroBatch | None = None
+        self._unwatch: Callable[[], None] | None = None  # until the batch's first pass begins
 
     def _judge(self) -> None:
         """Refuses what cannot be served, before there is a model."""
@@ -182,7 +186,8 @@ class SAMCallback(Callback):
             )
         if any(isinstance(c, SAMCallback) and c is not self for c in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError("SAMCallback: two of them would make every pass twice; leave one out")
-        self.sam = self._window = self._current = None
+        self._forget()
+        self.sam = self._window = None
         if self._is_off:
             return
         self._judge()  # the options may be others than at construction
@@ -201,8 +206,26 @@ class SAMCallback(Callback):
         assert self.sam is not None
         if not window.is_open:
             window.open(trainer.accumulate_grad_batches)
-        kept = copy.copy(batch) if isinstance(batch, (Mapping, list)) else batch
-        self._current = MicroBatch(kept, batch_idx, RandomState(self.sam.accelerators()))
+        self._watch(trainer.strategy, batch_idx)
+
+    def _watch(self, strategy: Any, number: int) -> None:
+        """Notes what the first pass begins with as it begins: the hooks of other callbacks and of the module, which may
+        change the batch or draw random numbers, run before it and after this callback's own."""
+        training_step, own = strategy.training_step, vars(strategy).get("training_step")
+
+        def first_pass(batch: Any, *further: Any) -> Any:
+            assert self.sam is not None
+            unwatch()
+            self._current = MicroBatch(Kept(batch), number, further, RandomState(self.sam.accelerators()))
+            return training_step(batch, *further)
+
+        def unwatch() -> None:
+            self._unwatch = None
+            del strategy.training_step
+            if own is not None:  # somebody else's
+                strategy.training_step = own
+
+        strategy.training_step, self._unwatch = first_pass, unwatch
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         window, micro_batch = self._window, self._current
@@ -236,7 +259,7 @@ class SAMCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._current is not None:  # no backward pass was made
+        if self._current is not None or self._unwatch is not None:  # no backward pass was made
             self._forget()
             raise RuntimeError(
                 "SAMCallback: training_step returned None; a batch without a loss has no place in SAM's window"
@@ -270,6 +293,8 @@ class SAMCallback(Callback):
     def _forget(self) -> None:
         """Whatever happens, nobody sees w + e outside of a window."""
         self._current = None
+        if self._unwatch is not None:
+            self._unwatch()
         if self._window is not None and self._window.is_open:
             self._window.abort()
 
@@ -294,10 +319,9 @@ class _Window(SAMWindow):
 
     def _again(self, micro_batch: MicroBatch) -> torch.Tensor:
         trainer, module = self.trainer, self.module
-        takes_number = len(inspect.signature(module.training_step).parameters) > 1
-        extra_args = (micro_batch.number,) if takes_number else ()
+        batch = micro_batch.kept.again(micro_batch.number)
         with unlogged(module):
-            out: Any = trainer.strategy.training_step(micro_batch.batch, *extra_args)
+            out: Any = trainer.strategy.training_step(batch, *micro_batch.further)
             loss: torch.Tensor = (out["loss"] if isinstance(out, Mapping) else out) / trainer.accumulate_grad_batches
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             module.backward(loss if scaler is None else scaler.scale(loss))

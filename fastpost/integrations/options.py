@@ -106,7 +106,7 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
         r3f_grad, r3f_dropout, r3f_forward: as in `fastpost.R3F`.
         r3f_divergence, r3f_where: "symmetric_kl" or "js"; the side of an encoder-decoder that is noised.
         r3f_detach_embedding: the noised branch sends no gradient into the embedding table.
-        r3f_seed: None draws noise from torch's generator; an integer makes the n-th step's noise that of `r3f_seed + n`.
+        r3f_seed: None draws noise from torch's generator; an integer gives each step noise of its own, alike in every run.
         r3f_embedding: name of the module whose output gets the noise; None: the model's input embedding.
         r3f_fused_linear: never build the logits; None: where the trainer does not either (TRL's SFT).
         r3f_relative: a class of `fastpost.r3f.relatives` in R3F's place, written as `sam_variant` is: "rdrop:alpha=0.5",

@@ -21,6 +21,7 @@ from fastpost.distributed import is_sharded
 from fastpost.ops.params import check_radius
 from fastpost.ops.perturbed import noised_linear
 from fastpost.ops.scalars import check_real
+from fastpost.rng import seed_of
 
 try:
     from peft import LoraConfig, PeftModel
@@ -268,7 +269,9 @@ class EFlatLoRA(_Method):
             module.forward = functools.partial(self._forward, name, module)
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Reads the gradients before each step of the optimizer.
+        """Reads the gradients before each step of the optimizer, or after the closure that makes them in its step.
+
+        A closure that runs several times in a step (LBFGS, SAM) runs at one E each time, and the last gradients count.
 
         Raises:
             ValueError: the optimizer does not hold the adapter.
@@ -338,8 +341,23 @@ class EFlatLoRA(_Method):
         self._detach()
         self._layers, self._moved = {}, {}
 
-    def _before_step(self, *_: Any) -> None:
-        self.update()
+    def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        named = "closure" in kwargs
+        closure = kwargs["closure"] if named else args[1] if len(args) > 1 else None  # args begin with the optimizer
+        if closure is None:
+            self.update()
+            return None
+        start = self._moved
+
+        def closure_and_update() -> Any:
+            self._moved = dict(start)
+            loss = closure()
+            self.update()
+            return loss
+
+        if named:
+            return args, {**kwargs, "closure": closure_and_update}
+        return (args[0], closure_and_update, *args[2:]), kwargs
 
     def _matrices(self, layer: Any) -> tuple[Tensor, Tensor]:
         return layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
@@ -415,7 +433,10 @@ class FlatLoRA(_Method):
         return self.sigma * (1 - math.cos(math.pi * min(self.step / self.total_steps, 1.0))) / 2
 
     def attach(self, optimizer: Optimizer) -> None:
-        """New noise after each step of the optimizer."""
+        """New noise after each step of the optimizer; none after one that a GradScaler skips.
+
+        A fused optimizer under a GradScaler keeps on the device whether it skipped: there each step waits for it.
+        """
         self._attached.append(optimizer.register_step_post_hook(self._advance))
 
     def remove(self) -> None:
@@ -431,8 +452,10 @@ class FlatLoRA(_Method):
     def __exit__(self, *_: Any) -> None:
         self.remove()
 
-    def _advance(self, *_: Any) -> None:
-        self.step += 1
+    def _advance(self, optimizer: Optimizer, *_: Any) -> None:
+        overflow = getattr(optimizer, "found_inf", None)  # of a GradScaler, which leaves it to fused optimizers to skip
+        if overflow is None or not bool(overflow):
+            self.step += 1
 
     def _forward(self, layer: Any, base: Any, number: int, x: Tensor) -> Tensor:
         eps = self.sigma_now
@@ -444,7 +467,7 @@ class FlatLoRA(_Method):
             raise TypeError("FlatLoRA: tensor-parallel weights are not served")
         transposed = isinstance(base, Conv1D)
         scale = self._scale(layer, base.weight.T if transposed else base.weight)
-        seed = (self.seed + self.step) * 2**20 + number
+        seed = seed_of(self.seed, self.step, number)
         return noised_linear(x, base.weight, base.bias, scale, eps, seed, transposed=transposed)
 
     @torch.no_grad()

@@ -13,12 +13,12 @@ from fastpost.integrations.mixin import PostTrainingMixin
 from fastpost.r3f import R4F
 from fastpost.r3f.conventions import has_router_loss, logits_of
 from fastpost.r3f.passes import Step
-from fastpost.r3f.relatives import FreeLB, HyPe
+from fastpost.r3f.relatives import FreeLB, HyPe, NEFTune, SymNoise
 from fastpost.r3f.relatives.hype import find_layers
 from fastpost.r3f.spectral import find_classifier
 from fastpost.sam import TRAM, PassInfo
 
-RANK = 1 << 32  # tokens of one step and one rank; noise depends on the token's number
+RANK = 1 << 32  # tokens of one step and one rank's data; noise depends on the token's number
 
 
 class R3FTrainerMixin(PostTrainingMixin):
@@ -30,8 +30,8 @@ class R3FTrainerMixin(PostTrainingMixin):
     the micro-batch. `label_smoothing_factor` smooths the cross-entropy. Evaluation is the trainer's own plain loss.
 
     Noise belongs to the token of the optimizer step: the micro-batches of a window share one seed and count their tokens on,
-    so a step does not depend on how it was cut. Ranks draw different noise. With an integer `r3f_seed` it depends on the
-    number of the step only.
+    so a step does not depend on how it was cut. Ranks draw different noise; those of one tensor-parallel group, which have
+    the same tokens, draw the same. With an integer `r3f_seed` it depends on the number of the step only.
 
     Over a trainer with a `compute_loss` of its own, the divergence is added to that loss, at the rows whose labels count; it
     has to return outputs with logits when asked to, for a batch with `labels`.
@@ -49,7 +49,7 @@ class R3FTrainerMixin(PostTrainingMixin):
     Raises:
         TypeError: a `compute_loss_func`, or a trainer of TRL other than SFT.
         ValueError: over a loss of the trainer's own, options that need R3F to make the clean pass; a model whose loss has a
-            part for its router.
+            part for its router; sequence parallelism; context parallelism with noise that is scaled by length.
     """
 
     _method = "r3f"
@@ -84,6 +84,12 @@ class R3FTrainerMixin(PostTrainingMixin):
             )
         if "anchor" in self._methods:  # which makes the clean pass
             self._adds_to = next(c for c in type(self).__mro__ if vars(c).get("_method") == "anchor")
+        parallel: Any = getattr(self.accelerator, "parallelism_config", None)
+        if getattr(parallel, "sp_size", 1) > 1:
+            raise ValueError(
+                f"{who}: under sequence parallelism (sp_size={parallel.sp_size}) the Trainer weighs each rank's loss by its "
+                "labels, and R3F's divergence would stand beside that; take context parallelism (cp_size)"
+            )
         if self._adds_to is None and has_router_loss(self.model):
             raise ValueError(
                 f"{type(self).__name__}: the model adds a loss of its router (output_router_logits=True) to its own, which "
@@ -100,6 +106,14 @@ class R3FTrainerMixin(PostTrainingMixin):
         if fused is None:
             fused = self._fused_by_default and self._builds_no_logits
         self.r3f = options.build_r3f(smoothing, fused)
+        if getattr(parallel, "cp_size", 1) > 1 and (
+            options.r3f_noise_scale == "neftune" or isinstance(self.r3f, NEFTune | SymNoise | FreeLB)
+        ):
+            raise ValueError(
+                f"{who}: this noise is scaled by the length of a sequence, of which a rank has a part under context "
+                f"parallelism (cp_size={parallel.cp_size}); take r3f_noise_scale='relative' or 'absolute', and another "
+                "r3f_relative than NEFTune, SymNoise and FreeLB"
+            )
         if self._adds_to is None:
             return
         if options.r3f_relative is not None:
@@ -162,7 +176,9 @@ class R3FTrainerMixin(PostTrainingMixin):
 
     def _r3f_begin(self, info: PassInfo) -> None:
         if self._r3f_step is None or (info.index == 0 and not info.is_replay):
-            first = self.args.process_index * RANK
+            # The ranks of a tensor-parallel group are neighbours and have the same tokens. Those of a context-parallel group
+            # have other tokens of the same rows, with numbers of their own.
+            first = self.args.process_index // self.get_tp_size() * RANK
             self._r3f_step = Step((first, first))
             self._r3f_counted = []
         step = self._r3f_step

@@ -284,7 +284,7 @@ def add_noise(
 
 class _AsksForGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, noised: Tensor, source: Tensor) -> Tensor:
+    def forward(ctx: Any, noised: Tensor, asking: Tensor) -> Tensor:
         ctx.mark_dirty(noised)  # the same tensor, which the model may change in place
         return noised
 
@@ -293,15 +293,17 @@ class _AsksForGradient(torch.autograd.Function):
         return None, None
 
 
-def asks_for_gradient(noised: Tensor, source: Tensor) -> Tensor:
-    """`noised` itself, as a part of the graph that lets no gradient through to anything.
+def asks_for_gradient(noised: Tensor) -> Tensor:
+    """`noised` itself, as a part of a graph of its own that lets no gradient through to anything.
 
-    Reentrant checkpointing gives the weights inside no gradients where none of its inputs asks for one.
+    Reentrant checkpointing gives the weights inside no gradients where none of its inputs asks for one. What asks here is a
+    leaf: above a tensor of the model's, DTensor's operations would not know what to do with a gradient that is none.
 
     Args:
-        noised: without a graph. source: any tensor with one.
+        noised: without a graph.
     """
-    asking: Tensor = _AsksForGradient.apply(noised, source)  # type: ignore[no-untyped-call]
+    leaf = torch.zeros((), dtype=noised.dtype, device=noised.device, requires_grad=True)
+    asking: Tensor = _AsksForGradient.apply(noised, leaf)  # type: ignore[no-untyped-call]
     return asking
 
 

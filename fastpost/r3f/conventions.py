@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,46 @@ def named(method: str) -> Iterator[None]:
         raise
 
 
-def class_labels(root: Any, batch: dict[str, Any], ignore_index: int) -> Tensor:
+def take_labels(
+    root: Any, batch: Mapping[str, Any], shift: bool | None, ignore_index: int
+) -> tuple[Tensor, bool | None, dict[str, Any]]:
+    """What rows of logits are compared with, how to align it, and the model's inputs; checked before the model runs.
+
+    A batch's `shift_labels` are in step with the logits already, as transformers' losses take them. They stand in the place
+    of its `labels`, of which only a decoder's inputs are then made.
+
+    Args:
+        shift: whether row t predicts label t + 1; None: as the model's own loss does.
+
+    Returns:
+        int64 labels; `shift`, False for `shift_labels`; the batch without what is about its loss.
+
+    Raises:
+        ValueError, TypeError: labels that cannot serve, or two kinds of labels that differ in shape.
+    """
+    labels, aligned = batch.get("labels"), batch.get("shift_labels")
+    name = "labels" if aligned is None else "shift_labels"
+    taken = class_labels(root, batch, ignore_index, name)
+    if aligned is not None and isinstance(labels, Tensor) and labels.shape != aligned.shape:
+        raise ValueError(
+            f"R3F: shift_labels have shape {tuple(aligned.shape)}, labels {tuple(labels.shape)}; shift_labels have a target "
+            "for each row of logits, and ignore_index where there is none"
+        )
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels", "num_items_in_batch")}
+    of_decoder = labels.long() if aligned is not None and isinstance(labels, Tensor) else taken
+    give_decoder_inputs(root, inputs, of_decoder, ignore_index)
+    return taken, shift if aligned is None else False, inputs
+
+
+def class_labels(root: Any, batch: Mapping[str, Any], ignore_index: int, name: str = "labels") -> Tensor:
     """The batch's labels as int64, or an error that says why they cannot serve; runs before the model does."""
-    labels = batch.get("labels")
+    labels = batch.get(name)
     if labels is None:
         near = difflib.get_close_matches("labels", [k for k in batch if "label" in k], n=1, cutoff=0.4)
         hint = f" Rename {near[0]!r}?" if near else ""
         raise ValueError(f"R3F: the batch has no 'labels', only {', '.join(sorted(batch)) or 'nothing'}.{hint}")
     if not isinstance(labels, Tensor):
-        raise TypeError(f"R3F: labels must be a tensor, not {type(labels).__name__}")
+        raise TypeError(f"R3F: {name} must be a tensor, not {type(labels).__name__}")
     config = getattr(root, "config", None)
     classifies = "Classification" in type(root).__name__
     if (
@@ -146,23 +177,31 @@ def per_item(total: Tensor, num_items: float | Tensor) -> Tensor:
     return (total.double() / item_divisor("R3F", num_items, total.device)).to(total.dtype)
 
 
+class Batch(NamedTuple):
+    """A batch that was read and checked: `take_labels`, and what sums are divided by (None: the labels that count)."""
+
+    labels: Tensor
+    shift: bool | None
+    inputs: dict[str, Any]
+    num_items: float | Tensor | None
+
+
 def take_batch(
-    root: Any, batch: dict[str, Any], ignore_index: int, num_items: float | Tensor | None
-) -> tuple[Tensor, dict[str, Any], float | Tensor | None]:
-    """Labels, the model's inputs and what sums are divided by, checked before a model runs.
+    root: Any, batch: Mapping[str, Any], shift: bool | None, ignore_index: int, num_items: float | Tensor | None
+) -> Batch:
+    """What a batch has, checked before a model runs.
 
     Args:
+        shift: whether row t predicts label t + 1; None: as the model's own loss does.
         num_items: None: transformers' `num_items_in_batch`, where the batch has it.
     """
     refuse_router_loss(root, batch)
-    labels = class_labels(root, batch, ignore_index)
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
+    labels, shift, inputs = take_labels(root, batch, shift, ignore_index)
     if num_items is None:
         num_items = batch.get("num_items_in_batch")
     if num_items is not None:
         item_divisor("R3F", num_items, labels.device)
-    give_decoder_inputs(root, inputs, labels, ignore_index)
-    return labels, inputs, num_items
+    return Batch(labels, shift, inputs, num_items)
 
 
 def give_decoder_inputs(root: Any, inputs: dict[str, Any], labels: Tensor, ignore_index: int) -> None:

@@ -16,14 +16,13 @@ from fastpost.ops.jensen_shannon import js_divergence
 from fastpost.ops.linear_divergence import linear_r3f_loss
 from fastpost.ops.noise import check_noise
 from fastpost.ops.params import seed_tensor
-from fastpost.ops.reductions import R3F_REDUCTIONS, item_divisor
+from fastpost.ops.reductions import R3F_REDUCTIONS
 from fastpost.ops.scalars import POSITIVE, check_number, check_real, check_whole
 from fastpost.r3f.conventions import (
-    class_labels,
-    give_decoder_inputs,
     per_item,
-    refuse_router_loss,
     summed_cross_entropy,
+    take_batch,
+    take_labels,
 )
 from fastpost.r3f.head import Head, fused_head
 from fastpost.r3f.noise import SCALES
@@ -110,9 +109,10 @@ class R3F(Windowed):
         shift_labels: whether row t predicts label t + 1. None: as the model's own loss does, which is told by transformers'
             `model.loss_function` where its forward uses that (GPT-2, Llama, ...: yes; BartForCausalLM, XLNet: no), else by
             whether its forward shifts by hand; no for models that tell neither, two-dimensional logits and encoder-decoders.
+            A batch's own `shift_labels` are compared as they stand.
         seed: None draws a seed per step from torch's generator (repeatable under torch.manual_seed); an integer gives the
-            n-th step the seed `seed + n`, n in `self.step`. A step is a call, or all the calls inside one `window()`. Noise
-            depends on the seed, the token's number in the step and the channel only.
+            n-th step a seed of its own, n in `self.step`; step 0 has `seed`. A step is a call, or all the calls inside one
+            `window()`. Noise depends on the seed, the token's number in the step and the channel only.
         ignore_index: label that does not count.
         label_smoothing: of the task loss, as in `r3f_loss`.
         divergence: "symmetric_kl", or "js", the Jensen-Shannon divergence (bounded; another method).
@@ -214,8 +214,9 @@ class R3F(Windowed):
             num_items: what "token" and "sentence" divide by, instead of the labels of this batch that count (gradient
                 accumulation; transformers' `num_items_in_batch`, which is also taken from the batch): a number or a tensor
                 with one. 0, a step without a label that counts, gives loss 0 with zero gradients.
-            batch: the model's inputs and `labels`: integers of shape (batch,) or (batch, time). `sequence_ids` (batch, time)
-                may tell packed sequences apart; the model is not given them.
+            batch: the model's inputs and `labels`: integers of shape (batch,) or (batch, time). `shift_labels`, shifted
+                already, stand in their place, as in transformers' losses. `sequence_ids` (batch, time) may tell packed
+                sequences apart; the model is not given them.
 
         Raises:
             ValueError: no labels; labels of the wrong shape, out of range or not integers (regression has no KL); a
@@ -225,21 +226,14 @@ class R3F(Windowed):
         """
         self._check()
         root = unwrap(model)
-        refuse_router_loss(root, batch)
-        labels = class_labels(root, batch, self.ignore_index)
-        told = {name: batch[name] for name in ("sequence_ids",) if name in batch}  # for us, not for the model
-        inputs = {k: v for k, v in batch.items() if k not in ("labels", "num_items_in_batch", *told)}
-        if num_items is None:
-            num_items = batch.get("num_items_in_batch")
+        told = {name: batch.pop(name) for name in ("sequence_ids",) if name in batch}  # for us, not for the model
+        labels, shift, inputs, num_items = take_batch(root, batch, self.shift_labels, self.ignore_index, num_items)
         if num_items is not None and self.reduction in ("fairseq", "sum"):
             raise ValueError(f"R3F: num_items goes with reduction 'token' or 'sentence', not {self.reduction!r}")
-        if num_items is not None:
-            item_divisor("R3F", num_items, labels.device)  # before the model runs
-        give_decoder_inputs(root, inputs, labels, self.ignore_index)
 
         training = bool(getattr(model, "training", True))
         head = fused_head(model, root, inputs) if self.fused_linear and training else None
-        passes = Passes(self, model, root, inputs, told, labels, head, self._window or Step())
+        passes = Passes(self, model, root, inputs, told, labels, shift, head, self._window or Step())
         if self.r3f_lambda == 0 or not training:
             clean = passes.run()
             task = self._task_loss(clean, passes.targets(clean), num_items, head)
@@ -265,10 +259,8 @@ class R3F(Windowed):
             ValueError, TypeError: as R3F's call.
         """
         root = unwrap(model)
-        labels = class_labels(root, batch, self.ignore_index)
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
-        give_decoder_inputs(root, inputs, labels, self.ignore_index)
-        passes = Passes(self, model, root, inputs, {}, labels, None, self._window or Step())
+        labels, shift, inputs = take_labels(root, batch, self.shift_labels, self.ignore_index)
+        passes = Passes(self, model, root, inputs, {}, labels, shift, None, self._window or Step())
         targets = passes.targets(clean)
         noised = passes.noised()
         return self._divergence(clean.detach() if self.grad == "noised" else clean, noised, targets, num_items)

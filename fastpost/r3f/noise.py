@@ -24,7 +24,7 @@ from fastpost.ops.noise import add_noise, asks_for_gradient, embedding_noise
 
 SCALES = ("absolute", "relative", "neftune")
 
-CALL = 1 << 40  # from one call's seed to the next one's (an embedding that runs twice, layers); steps are 1 apart
+CALL = 1 << 40  # from one call's seed to the next one's (an embedding that runs twice, layers)
 
 
 def is_encoder_decoder(model: Any) -> bool:
@@ -166,7 +166,7 @@ class Noise:
         )
         self.measure(x, noised, keep, drawn)
         if self.detach and x.requires_grad and torch.is_grad_enabled() and not traced():
-            return asks_for_gradient(noised, x)
+            return asks_for_gradient(noised)
         return noised
 
     def look_up(self, table: Tensor, ids: Tensor, keep: Tensor | None, padding_idx: int | None, call: int = 0) -> Tensor:

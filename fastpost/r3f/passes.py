@@ -18,7 +18,7 @@ from fastpost.ops.params import seed_tensor
 from fastpost.r3f.conventions import accelerators, align_labels, beside_virtual_tokens, check_rows, device_of
 from fastpost.r3f.head import Head, last_stream
 from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, refuse_neftune, sequence_numbers
-from fastpost.rng import RandomState
+from fastpost.rng import RandomState, seed_of
 
 if TYPE_CHECKING:
     from fastpost.r3f.model import R3F
@@ -125,7 +125,7 @@ class Passes:
         how: the options.
         model: as it was given; called without labels. root: without its wrappers.
         inputs: the batch without labels. told: what it says to us and not to the model.
-        labels: int64, (batch,) or (batch, time).
+        labels: int64, (batch,) or (batch, time). shift: whether row t predicts label t + 1; None: as the model's own loss.
         head: taken out of the model, so that passes end with hidden states; None: they end with logits.
         step: the optimizer step that the batch belongs to.
     """
@@ -136,6 +136,7 @@ class Passes:
     inputs: dict[str, Any]
     told: dict[str, Any]
     labels: Tensor
+    shift: bool | None
     head: Head | None
     step: Step
 
@@ -272,7 +273,7 @@ class Passes:
         if how.seed is None:
             return fresh_seed(device)
         how.step += 1
-        return seed_tensor((how.seed + how.step - 1) % 2**64, device)
+        return seed_tensor(seed_of(how.seed, how.step - 1), device)
 
     def fits(self, stream: Tensor) -> None:
         """Raises ValueError where labels do not go with the logits, or the hidden states before a head."""
@@ -283,4 +284,4 @@ class Passes:
     def targets(self, stream: Tensor) -> Tensor:
         """Labels in step with the rows of the logits, or of the hidden states before a head."""
         self.fits(stream)
-        return align_labels(self.root, self.labels, stream, self.how.shift_labels, self.how.ignore_index)
+        return align_labels(self.root, self.labels, stream, self.shift, self.how.ignore_index)

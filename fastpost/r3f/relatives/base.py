@@ -38,6 +38,7 @@ from fastpost.r3f.noise import (
     sequence_numbers,
 )
 from fastpost.r3f.passes import Windowed
+from fastpost.rng import seed_of
 
 DROPOUTS = OPTIONS["dropout"]
 
@@ -49,13 +50,15 @@ class Call:
     Attributes:
         model: as it was given; called without labels. root: without its wrappers.
         inputs: the batch without labels, with a decoder's inputs where the model needs them.
-        labels: int64. num_items: divisor in place of the labels that count, or None.
+        labels: int64. shift: whether row t predicts label t + 1; None: as the model's own loss.
+        num_items: divisor in place of the labels that count, or None.
     """
 
     model: Any
     root: Any
     inputs: dict[str, Any]
     labels: Tensor
+    shift: bool | None
     num_items: float | Tensor | None
 
     @property
@@ -115,7 +118,8 @@ class Method(Windowed):
             model: called as `model(**batch)` without the labels.
             num_items: what sums over rows are divided by, instead of the labels of this batch that count (gradient
                 accumulation; transformers' `num_items_in_batch`, which is also taken from the batch).
-            batch: the model's inputs and `labels`, integers of shape (batch,) or (batch, time).
+            batch: the model's inputs and `labels`, integers of shape (batch,) or (batch, time). `shift_labels`, shifted
+                already, stand in their place.
 
         Returns:
             R3FOutput; `loss` = `task_loss` + weight * `symm_kl`, where `symm_kl` is 0 for methods without a KL.
@@ -128,8 +132,8 @@ class Method(Windowed):
         self._check()
         with self._named():
             root = unwrap(model)
-            labels, inputs, num_items = take_batch(root, batch, self.ignore_index, num_items)
-        call = Call(model, root, inputs, labels, num_items)
+            labels, shift, inputs, num_items = take_batch(root, batch, self.shift_labels, self.ignore_index, num_items)
+        call = Call(model, root, inputs, labels, shift, num_items)
         if getattr(model, "training", True):
             with self._named():
                 refuse_neftune(root)
@@ -181,7 +185,7 @@ class Method(Windowed):
         if self.seed is None:
             return fresh_seed(device)
         self.step += 1
-        return seed_tensor((self.seed + self.step - 1) % 2**64, device)
+        return seed_tensor(seed_of(self.seed, self.step - 1), device)
 
     @contextlib.contextmanager
     def _counted(self, noise: Noise, side: str = "encoder") -> Iterator[None]:
@@ -237,7 +241,7 @@ class Method(Windowed):
 
     def _targets(self, call: Call, logits: Tensor) -> Tensor:
         """Labels in step with the rows of the logits."""
-        return align_labels(call.root, call.labels, logits, self.shift_labels, self.ignore_index)
+        return align_labels(call.root, call.labels, logits, call.shift, self.ignore_index)
 
     def _cross_entropy(self, call: Call, logits: Tensor) -> Tensor:
         """Averaged over the rows that count, or over num_items; 0 where none counts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,4 +101,4 @@ class RDrop(Method):
             name: torch.cat((value, value)) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
             for name, value in call.inputs.items()
         }
-        return Call(call.model, call.root, inputs, torch.cat((call.labels, call.labels)), call.num_items)
+        return replace(call, inputs=inputs, labels=torch.cat((call.labels, call.labels)))
