@@ -37,10 +37,11 @@ class AcceleratedWindow(SAMWindow):
                 opt.zero_grad()
 
     As anywhere in Accelerate, `opt.step()` acts on the last micro-batch of a window only, and each loss counts
-    1 / gradient_accumulation_steps, also in a shorter last window of an epoch. Ranks share gradients once per pass: at its
-    last micro-batch. `prepare` wraps the optimizer and hides what SAM adds to one; that is at `opt.optimizer` (its `report`,
-    `skipped_steps`, `first_step`). Running statistics of norm layers move in the first passes, unless the SAM was made with
-    `norm_stats="both"`.
+    1 / gradient_accumulation_steps, also in a shorter last window of an epoch. Ranks share gradients once per pass, at its
+    last micro-batch, unless Accelerate is told `sync_each_batch`. `prepare` wraps the optimizer and hides what SAM adds to
+    one; that is at `opt.optimizer` (its `report`, `skipped_steps`, `first_step`). A loop that is left in the middle of a
+    window calls `abort()` before it evaluates or goes on. Running statistics of norm layers move in the first passes, unless
+    the SAM was made with `norm_stats="both"`.
 
     Args:
         accelerator: the Accelerator that prepared the model and the optimizer.
@@ -81,6 +82,7 @@ class AcceleratedWindow(SAMWindow):
         )
         if self.optimizer.compute_dtype is None and not accelerator.is_fsdp2:  # FSDP2 is asked for its own
             self.optimizer.compute_dtype = COMPUTE_DTYPES.get(accelerator.mixed_precision)
+        self.sync_each = bool(accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
         self.accelerator, self.model, self._loss_fn = accelerator, model, loss_fn
 
     def __call__(self, micro_batch: Any) -> Tensor:

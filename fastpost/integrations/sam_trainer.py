@@ -81,6 +81,7 @@ class TrainerWindow(SAMWindow):
             per_micro_batch=options.sam_per_micro_batch,
             no_sync=contextlib.nullcontext,  # said per pass, below
         )
+        self.sync_each = bool(trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
         self.trainer = trainer
         self.model: Any = None
         self.extra_args: tuple[Any, ...] = ()  # arguments of training_step after the inputs, the same for the whole window
@@ -90,11 +91,10 @@ class TrainerWindow(SAMWindow):
         """As SAMWindow's, in the trainer's own way; `trainer._pass_info` says which pass it is."""
         trainer = self.trainer
         path = trainer._functional_path
-        each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         trainer._pass_info = info
         try:
             with (
-                accelerated_sync(self.model, trainer.accelerator, info.sync or each),
+                accelerated_sync(self.model, trainer.accelerator, info.sync),
                 unlogged(trainer) if info.is_replay else contextlib.nullcontext(),
                 contextlib.nullcontext() if path is None or info.is_replay else path.refuse_unseen(),
             ):

@@ -68,13 +68,15 @@ class SAMWindow:
             and the generators go on as they would have without SAM.
         no_sync: opens a context without gradient synchronisation, such as `model.no_sync` of DDP. It is entered around
             forward and backward of all micro-batches but the last of each pass; with `sync_ascent=False` around the whole
-            ascent, which then uses each replica's own gradient.
+            ascent, which then uses each replica's own gradient. With `per_micro_batch` first passes synchronise (unless
+            `sync_ascent=False`), and over FSDP2's parameters all do, as it would add up what waits of both passes.
         model: the model, where the optimizer was not given it: so that each micro-batch moves the running statistics of norm
             layers once, in its first pass, as the optimizer's `norm_stats` says.
 
     A trainer that makes its passes in its own way derives a class and overrides `run_pass`.
 
     Attributes:
+        sync_each: whether ranks share gradients in every pass; those of an ascent with `sync_ascent=False` they never share.
         size: micro-batches announced for the open window.
         fed: how many of them have been fed.
         perturbed_losses: what `forward_backward` returned at w + e, in the order of the micro-batches.
@@ -129,6 +131,7 @@ class SAMWindow:
             found.set_model(model)
         self.forward_backward = forward_backward
         self._no_sync = no_sync
+        self.sync_each = self._syncs_each = False
         self.size = 0
         self.perturbed_losses: list[Any] = []
         self.fed = self._ascending = self._ascended = 0
@@ -160,6 +163,10 @@ class SAMWindow:
             raise RuntimeError("SAMWindow: the optimizer is perturbed; finish its step first")
         self.optimizer.zero_grad()
         self.optimizer.in_window = True
+        # FSDP2 keeps what it has not reduced out of `.grad`, so that it cannot be set aside between the passes of m-SAM.
+        self._syncs_each = self.sync_each or (
+            self.per_micro_batch and bool(distributed.fully_sharded(self.optimizer.tensors()))
+        )
         self.size, self.fed, self._ascended = size, 0, 0
         self.perturbed_losses = []
         ascends = self.optimizer.ascends and self.optimizer.variant.ascent_pass
@@ -208,7 +215,7 @@ class SAMWindow:
             if self.fed > self._ascending:
                 if self.fed == 1 and self.optimizer.ascends:  # a variant that needs no ascent pass
                     self.optimizer.first_step(zero_grad=True)
-                result = self.run_pass(micro_batch, PassInfo(self.fed - 1, sync=last, is_last=last))
+                result = self.run_pass(micro_batch, PassInfo(self.fed - 1, sync=self._syncs(last), is_last=last))
                 if self.optimizer.is_perturbed:
                     self.perturbed_losses.append(result)
             else:
@@ -273,11 +280,17 @@ class SAMWindow:
         self.size = 0
         self.optimizer.in_window = False
 
+    def _syncs(self, last: bool, ascends: bool = False) -> bool:
+        """Whether ranks share gradients in a pass. `last`: somebody takes the gradients after it. `ascends`: that is SAM."""
+        if ascends and self.optimizer.sync_ascent is False:
+            return False
+        return last or self._syncs_each
+
     def _ascend(self, micro_batch: Any, before: RandomState) -> Any:
         self._kept.append((Kept(micro_batch), before))
         last = self.fed == self._ascending
-        sync = last and self.optimizer.sync_ascent is not False
-        result = self.run_pass(micro_batch, PassInfo(self.fed - 1, sync=sync, is_last=self.fed == self.size))
+        info = PassInfo(self.fed - 1, sync=self._syncs(last, ascends=True), is_last=self.fed == self.size)
+        result = self.run_pass(micro_batch, info)
         if last:
             self._replay()
         return result
@@ -298,14 +311,14 @@ class SAMWindow:
         micro_batch = kept.again(index)
         if self.dropout_rng == "same":
             before.put()
-        info = PassInfo(index, is_replay=True, sync=is_last, is_last=is_last)
+        info = PassInfo(index, is_replay=True, sync=self._syncs(is_last), is_last=is_last)
         self.perturbed_losses.append(self.run_pass(micro_batch, info))
 
     def _ascend_alone(self, micro_batch: Any, before: RandomState) -> Any:
         """One micro-batch up and down (m-SAM); what the earlier ones left as gradients is set aside and added to."""
         kept, last = Kept(micro_batch), self.fed == self.size
         aside = [(p, *_set_aside(p)) for p in self.optimizer.tensors()]
-        info = PassInfo(self.fed - 1, sync=self.optimizer.sync_ascent is True, is_last=last)
+        info = PassInfo(self.fed - 1, sync=self._syncs(True, ascends=True), is_last=last)
         result = self.run_pass(micro_batch, info)
         self.optimizer.first_step(zero_grad=True)
         for p, gradient, values in aside:
