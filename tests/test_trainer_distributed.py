@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from functools import partial
@@ -28,6 +29,7 @@ from .test_trainer_anchor import KL, loop
 from .trainers import (
     CLIP,
     RHO,
+    VARIANTS,
     arguments,
     by_hand,
     causal_loss,
@@ -38,6 +40,7 @@ from .trainers import (
     optimizer_of,
     rows,
     trainer_of,
+    variant_by_hand,
     windows,
 )
 
@@ -123,6 +126,16 @@ def own_counts() -> float:
     # windows repeat epoch by epoch, always cut alike
     by_hand(hand, steps, lambda m, batch, items: causal_loss(m, batch, own[id(batch)]))
     return distance(mine, hand)
+
+
+def part_of_a_window(kind: str, own: bool) -> float:
+    """The ascent counts by its share of the labels of all ranks, or with `own` by the mean of its shares on each rank."""
+    mine, hand = model(), model()
+    options = {"sam_variant": VARIANTS[kind], "sam_ascent_fraction": 0.5, "average_tokens_across_devices": not own}
+    trained(SAMTrainer, mine, 4, gradient_accumulation_steps=3, **options)
+    steps = windows(rows(), 3, 4, ranks=2)
+    by = {id(batch): 2 * items_of([batches]) for window in steps for batches in window for batch in batches}
+    return distance(mine, variant_by_hand(hand, steps, kind, 0.5, (lambda batch: by[id(batch)]) if own else None))
 
 
 class Spoiled(SAMTrainer):
@@ -234,20 +247,21 @@ def freelb() -> float:
     return distance(mine, hand)
 
 
-def tram() -> float:
+def tram(fraction: float = 1.0) -> float:
     """The radius is the divergence of all ranks: e = rho d t^2 g / |t g|, t = |w|."""
     mine, hand = model(), model()
-    options = {"method": "tram", "r3f_eps": 0.3, "r3f_seed": 5, "sam_rho": 0.9}
+    options = {"method": "tram", "r3f_eps": 0.3, "r3f_seed": 5, "sam_rho": 0.9, "sam_ascent_fraction": fraction}
     trained(PostTrainer, mine, 3, gradient_accumulation_steps=3, **options)
     opt, r3f, params = optimizer_of(hand), R3F(0.3, seed=5), list(hand.parameters())
     for number, window in enumerate(windows(rows(), 3, 3, ranks=2)):
         items, batches = items_of(window), [batch for mine in window for batch in mine]
+        ascent = [mine[: math.ceil(fraction * len(mine))] for mine in window]
         kl = 0.0
-        for rank, own in enumerate(window):
+        for rank, own in enumerate(ascent):
             r3f.step = number
             with r3f.window(token_offset=rank * RANK):
-                kl += sum(float(r3f(hand, num_items=items, **batch).symm_kl) for batch in own)
-        g = torch.autograd.grad(sum(causal_loss(hand, batch, items) for batch in batches), params)
+                kl += sum(float(r3f(hand, num_items=items_of(ascent), **batch).symm_kl) for batch in own)
+        g = torch.autograd.grad(sum(causal_loss(hand, batch, items) for mine in ascent for batch in mine), params)
         stretched = [p.detach().square() * part for p, part in zip(params, g, strict=True)]
         norm = torch.stack([(p.detach() * part).square().sum() for p, part in zip(params, g, strict=True)]).sum().sqrt()
         longest = torch.stack([part.square().sum() for part in stretched]).sum().sqrt()
@@ -336,6 +350,7 @@ def fsdp2_resumed() -> float:
     ]
     lost = Path(folder[0], f"drift_guard_start-0000{dist.get_rank()}-of-00002.safetensors")
     before = lost.read_bytes()
+    dist.barrier()  # both have looked
     if dist.get_rank() == 1:  # that one rank cannot read its part is enough
         lost.unlink()
     dist.barrier()
@@ -423,11 +438,14 @@ CASES = {
     "m-sam fsdp2": partial(m_sam, "fsdp2", None),
     "parameters apart": biases_apart,
     "own counts": own_counts,
+    "part of a window, wsam": partial(part_of_a_window, "wsam", False),
+    "part of a window, friendlysam, own counts": partial(part_of_a_window, "friendlysam", True),
     "functional path ddp": partial(functional_path, "ddp"),
     "functional path fsdp2": partial(functional_path, "fsdp2"),
     "r3f": r3f,
     "freelb": freelb,
     "tram": tram,
+    "tram, a third": partial(tram, 0.3),
     "drift": drift,
     "anchor ema": partial(anchored, "ema"),
     **{f"anchor context, {kind}": partial(in_context, kind) for kind in ("ema", "reference", "live", "lora_off")},
@@ -480,7 +498,12 @@ def test_each_rank_may_count_its_own_tokens(outcome: distributed.Outcome) -> Non
     assert outcome.worst("own counts") <= 1e-9
 
 
-@pytest.mark.parametrize("case", ["r3f", "freelb", "tram"])
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("part of a window")])
+def test_a_variant_counts_the_labels_of_its_ascent(outcome: distributed.Outcome, case: str) -> None:
+    assert outcome.worst(case) <= 1e-9
+
+
+@pytest.mark.parametrize("case", ["r3f", "freelb", "tram", "tram, a third"])
 def test_r3f_and_its_relatives_are_the_loop_by_hand(outcome: distributed.Outcome, case: str) -> None:
     assert outcome.worst(case) <= 1e-9
 

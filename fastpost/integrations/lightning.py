@@ -14,8 +14,7 @@ import torch.distributed as dist
 from fastpost.errors import unknown
 from fastpost.integrations.options import METHODS, PostTrainingOptions
 from fastpost.integrations.stand_ins import refuse_early
-from fastpost.rng import RandomState
-from fastpost.sam import SAM, ExternalSAM, PassInfo, SAMWindow, find_sam
+from fastpost.sam import SAM, BeforePass, ExternalSAM, PassInfo, SAMWindow, find_sam
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -62,11 +61,10 @@ COMPUTE_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class MicroBatch(NamedTuple):
-    """What a second pass needs: the batch, its number, and the generators as they stood before its first pass."""
+    """What a second pass needs: the batch and its number."""
 
     batch: Any
     number: int
-    before: RandomState
 
 
 class SAMCallback(Callback):
@@ -127,7 +125,7 @@ class SAMCallback(Callback):
         self._judge()
         self.sam: ExternalSAM | None = None
         self._window: _Window | None = None
-        self._current: MicroBatch | None = None
+        self._current: BeforePass | None = None
 
     def _judge(self) -> None:
         """Refuses what cannot be served, before there is a model."""
@@ -198,24 +196,23 @@ class SAMCallback(Callback):
         if self._is_off:
             return
         assert window is not None
-        assert self.sam is not None
         if not window.is_open:
             window.open(trainer.accumulate_grad_batches)
         kept = copy.copy(batch) if isinstance(batch, (Mapping, list)) else batch
-        self._current = MicroBatch(kept, batch_idx, RandomState(self.sam.accelerators()))
+        self._current = window.before(MicroBatch(kept, batch_idx))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        window, micro_batch = self._window, self._current
+        window, before = self._window, self._current
         if self._is_off:
             return
         assert window is not None
         assert self.sam is not None
-        if micro_batch is None:
+        if before is None:
             raise RuntimeError("SAMCallback: backward() outside of a training batch")
         self._current = None
         if not trainer.fit_loop._should_accumulate():  # the last one, maybe because the epoch ends
             window.shorten()
-        window.feed(micro_batch, micro_batch.before)
+        window.feed(before.micro_batch, before)
         if window.is_open:
             return
         self.sam.finish_step(scaled=getattr(trainer.precision_plugin, "scaler", None) is not None)

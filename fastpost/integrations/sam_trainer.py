@@ -232,10 +232,23 @@ class SAMTrainerMixin(PostTrainingMixin):
         if not window.is_open:
             window.open(self.current_gradient_accumulation_steps)
         window.model, window.extra_args, window.named = model, extra_args, named
-        loss = window.feed(inputs)
+        items = extra_args[0] if extra_args else named.get("num_items_in_batch")
+        loss = window.feed(inputs, share=self._share_in_window(inputs, items) if window.needs_shares else None)
         if not window.is_open:
             self._finish_step()
         return loss
+
+    def _share_in_window(self, inputs: Any, items: Any) -> torch.Tensor | None:
+        """Which part of the window's labels a micro-batch has, the mean of processes; None where the trainer divides losses
+        by the number of micro-batches."""
+        counts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        if items is None or not counts or getattr(self, "loss_is_scaled_for_ga", None) is False:
+            return None
+        device = self.args.device
+        own = self._get_num_items_in_batch([inputs], device)  # of all processes, where `items` is
+        own, items = (torch.as_tensor(number, dtype=torch.float64, device=device) for number in (own, items))
+        share: torch.Tensor = own / items
+        return share if self.args.average_tokens_across_devices else self.accelerator.reduce(share, "mean")
 
     def _plain_step(self, inputs: Any) -> Any:
         assert self._window is not None

@@ -455,10 +455,11 @@ class SAM(Wrapper):
         if self._backward_norm is not None:
             self._backward_norm.begin(comes and self.ascends)
 
-    def weigh_ascent(self, factor: float) -> None:
-        """For windows whose ascent was over some of the micro-batches, before `end_ascent`: a factor on its gradients.
+    def weigh_ascent(self, factor: float | Tensor) -> None:
+        """For windows whose ascent is over some of the micro-batches: a factor on its gradients, by which they are on the
+        scale of the whole window's. To be said before `first_step`, and before `end_ascent` where more is known then.
 
-        It counts where the variant mixes them with the second ones. SAM itself takes only a direction from them.
+        It counts where the variant averages them, or mixes them with the second ones. SAM itself takes a direction alone.
         """
         self._step.ascent_factor = factor
 
@@ -712,6 +713,7 @@ class SAM(Wrapper):
     def _direction(self) -> Callable[[Tensor], Tensor | None]:
         """What the variant follows for each tensor. Gradients that it does not see stand for themselves, to be refused."""
         seen = self._gradients()
+        self._context.ascent_factor = self._step.ascent_factor
         direction = self.variant.direction(self._context, seen)
         return lambda p: direction.get(p) if p in direction or p in seen else distributed.local_gradient(p)
 
@@ -730,9 +732,9 @@ class SAM(Wrapper):
 
     def _descend(self, second: Gradients) -> None:
         factor = self._step.ascent_factor if self.variant.scales_must_agree else 1.0
-        if factor != 1:
+        if isinstance(factor, Tensor) or factor != 1:
             for gradient in self._step.clean.values():
-                gradient.mul_(factor)
+                gradient.mul_(factor.to(gradient) if isinstance(factor, Tensor) else factor)
         self._context.ascent_factor = factor
         self.variant.descend(self._context, self._step.clean, second)
 
