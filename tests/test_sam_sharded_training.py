@@ -127,6 +127,10 @@ def per_micro_batch() -> None:
         for waits in (False, True):
             for sync_ascent in (None, True, False) if strategy == "ddp" and waits else (None, True):
                 model = DistributedDataParallel(d.Net()) if strategy == "ddp" else sharded(mesh)
+                if strategy == "fsdp2":  # as loaders do: FSDP2 knows these parameters from its first forward pass on
+                    for module in model.modules():
+                        for name, p in module.named_parameters(recurse=False):
+                            setattr(module, name, nn.Parameter(p.detach().clone()))
                 opt, names = sam(model, sync_ascent=sync_ascent), names_of(model)
                 weights = {name: d.whole(p) for p, name in names.items()}
                 mean = {name: torch.zeros_like(w) for name, w in weights.items()}

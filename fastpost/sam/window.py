@@ -73,7 +73,7 @@ class SAMWindow:
         no_sync: opens a context without gradient synchronisation, such as `model.no_sync` of DDP. It is entered around
             forward and backward of all micro-batches but the last of each pass; with `sync_ascent=False` around the whole
             ascent, which then uses each replica's own gradient. With `per_micro_batch` first passes synchronise (unless
-            `sync_ascent=False`), and over FSDP2's parameters all do, as it would add up what waits of both passes.
+            `sync_ascent=False`), and over sharded parameters all do, as FSDP2 would add up what waits of both passes.
         model: the model, where the optimizer was not given it: so that each micro-batch moves the running statistics of norm
             layers once, in its first pass, as the optimizer's `norm_stats` says.
 
@@ -172,9 +172,8 @@ class SAMWindow:
         self.optimizer.zero_grad()
         self.optimizer.in_window = True
         # FSDP2 keeps what it has not reduced out of `.grad`, so that it cannot be set aside between the passes of m-SAM.
-        self._syncs_each = self.sync_each or (
-            self.per_micro_batch and bool(distributed.fully_sharded(self.optimizer.tensors()))
-        )
+        sharded = any(map(distributed.is_sharded, self.optimizer.tensors()))
+        self._syncs_each = self.sync_each or (self.per_micro_batch and sharded)
         self.size, self._announced, self.fed, self._ascended = size, size, 0, 0
         self._of_all = self._of_ascent = 0.0
         self.perturbed_losses = []
