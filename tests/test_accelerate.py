@@ -7,6 +7,7 @@ import functools
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -361,6 +362,13 @@ def test_refusals() -> None:
     with pytest.raises(RuntimeError, match="goes on accumulating"):
         window(rows_of_text(2))
     assert not window.optimizer.is_perturbed
+
+
+def test_context_parallelism_is_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, model = accelerator(), build("causal")
+    monkeypatch.setattr(Accelerator, "parallelism_config", property(lambda _: SimpleNamespace(cp_enabled=True)))
+    with pytest.raises(ValueError, match=r"context parallelism.*cuts a batch in place.*first_step\(zero_grad=True\)"):
+        AcceleratedWindow(made, model, sam(model), language_loss)
 
 
 # -- two processes ------------------------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate import ParallelismConfig, PartialState
+from accelerate.utils import DistributedType, TorchContextParallelConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from fastpost import R3F
 from fastpost.integrations.r3f_trainer import RANK
@@ -300,12 +302,65 @@ class ShardedAnchor(OnCpu, AnchorTrainer):
     pass
 
 
-def sharded(cls: Any, mine: nn.Module, steps: int, **options: Any) -> Any:
+def sharded(cls: Any, mine: nn.Module, steps: int, layer: str = "GPT2Block", **options: Any) -> Any:
     os.environ["ACCELERATE_USE_FSDP"] = "true"
-    wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"], "state_dict_type": "SHARDED_STATE_DICT"}
+    wrapped = {"version": 2, "transformer_layer_cls_to_wrap": [layer], "state_dict_type": "SHARDED_STATE_DICT"}
     trainer = trained(cls, mine, steps, fsdp=True, fsdp_config=wrapped, gradient_accumulation_steps=3, **options)
     assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
     return trainer
+
+
+class PlainConfig(PretrainedConfig):
+    model_type = "plain"
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
+class Plain(PreTrainedModel):
+    """A model without attention, for which torch's context_parallel has no kernel on CPUs."""
+
+    config_class, accepts_loss_kwargs = PlainConfig, True
+    _supports_sdpa, _no_split_modules = True, ["Layer"]
+
+    def __init__(self, config: PlainConfig) -> None:
+        super().__init__(config)
+        torch.manual_seed(3)
+        self.words, self.places = nn.Embedding(tiny.VOCABULARY, 16), nn.Embedding(8, 16)
+        self.layer, self.head = Layer(), nn.Linear(16, tiny.VOCABULARY)
+        self.double()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def forward(
+        self, input_ids: Any, position_ids: Any = None, shift_labels: Any = None, num_items_in_batch: Any = None, **rest: Any
+    ) -> CausalLMOutput:
+        places = torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
+        logits, loss = self.head(self.layer(self.words(input_ids) + self.places(places))), None
+        if shift_labels is not None:
+            flat = logits.flatten(0, 1), shift_labels.flatten()
+            loss = nn.functional.cross_entropy(*flat, reduction="sum") / num_items_in_batch
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+def cut_sequences() -> float:
+    """Accelerate's context parallelism: both processes have the same texts, each a part of every one."""
+    mine, hand = (Plain(PlainConfig(attn_implementation="sdpa")) for _ in range(2))
+    handler = TorchContextParallelConfig(cp_comm_strategy="allgather")
+    options = {"parallelism_config": ParallelismConfig(cp_size=2, cp_handler=handler), "sam_ascent_fraction": 0.5}
+    options["remove_unused_columns"] = False
+    data = rows(time=8)
+    trainer = sharded(ShardedSAM, mine, 4, **options, layer="Layer", given={"data": data})
+    norms = by_hand(hand, windows(data, 3, 4), fraction=0.5)
+    assert logged(trainer, "grad_norm") == pytest.approx(norms, rel=1e-6)
+    return apart(trainer, hand)
 
 
 def apart(trainer: Any, hand: nn.Module) -> float:
@@ -452,6 +507,7 @@ CASES = {
     "anchor lora_off": partial(anchored, "lora_off"),
     "fsdp2": partial(fsdp2, 1.0),
     "fsdp2, a third": partial(fsdp2, 0.3),
+    "fsdp2, sequences cut": cut_sequences,
     "fsdp2 resumed": fsdp2_resumed,
     "fsdp2 drift": fsdp2_drift,
     "fsdp2 r3f": fsdp2_r3f,
@@ -519,7 +575,7 @@ def test_functional_sam_is_the_loop_from_the_equations(outcome: distributed.Outc
     assert outcome.worst(case) <= 1e-9
 
 
-@pytest.mark.parametrize("case", ["fsdp2", "fsdp2, a third"])
+@pytest.mark.parametrize("case", ["fsdp2", "fsdp2, a third", "fsdp2, sequences cut"])
 def test_sharded_sam_is_the_loop_from_the_equations(outcome: distributed.Outcome, case: str) -> None:
     assert outcome.worst(case) <= 1e-9
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpost.distributed import gradient_sync
-from fastpost.integrations import COMPUTE_DTYPES
+from fastpost.integrations import COMPUTE_DTYPES, cuts_sequences
 from fastpost.sam import PassInfo, SAMWindow
 
 try:
@@ -52,6 +52,7 @@ class AcceleratedWindow(SAMWindow):
 
     Raises:
         TypeError: `optimizer` is no SAM, or a strategy that SAM cannot serve (DeepSpeed, Megatron, FSDP1).
+        ValueError: context parallelism; options that contradict each other.
     """
 
     def __init__(
@@ -70,6 +71,13 @@ class AcceleratedWindow(SAMWindow):
             raise TypeError(
                 f"AcceleratedWindow: {accelerator.distributed_type.value} keeps parameters, gradients or steps where SAM "
                 "cannot reach them; use FSDP with fsdp_version=2, or plain data parallelism"
+            )
+        if cuts_sequences(accelerator):
+            raise ValueError(
+                "AcceleratedWindow: context parallelism (cp_size > 1) cuts a batch in place in maybe_context_parallel, "
+                "where its second pass has to be made too; take SAMTrainer with transformers, or make both passes there "
+                "yourself: accelerator.backward(loss); opt.optimizer.first_step(zero_grad=True); "
+                "accelerator.backward(loss_again); opt.step()"
             )
         super().__init__(
             optimizer,

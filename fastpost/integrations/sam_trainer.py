@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from fastpost.distributed import is_a, unwrap
-from fastpost.integrations import COMPUTE_DTYPES
+from fastpost.integrations import COMPUTE_DTYPES, cuts_sequences
 from fastpost.integrations.masters import Masters, check_weights
 from fastpost.integrations.mixin import PostTrainingMixin, accelerated_sync, innermost
 from fastpost.integrations.stand_ins import refuse_early
@@ -91,6 +92,8 @@ class TrainerWindow(SAMWindow):
         """As SAMWindow's, in the trainer's own way; `trainer._pass_info` says which pass it is."""
         trainer = self.trainer
         path = trainer._functional_path
+        if cuts_sequences(trainer.accelerator):
+            micro_batch = _copied(micro_batch)
         trainer._pass_info = info
         try:
             with (
@@ -401,6 +404,13 @@ class SAMTrainerMixin(PostTrainingMixin):
         if self._window is not None and self._window.is_open:
             self._window.abort()
         super()._on_epoch_end()
+
+
+def _copied(inputs: Any) -> Any:
+    """A batch with tensors of its own."""
+    copied = copy.copy(inputs)
+    copied.update({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+    return copied
 
 
 @contextlib.contextmanager
