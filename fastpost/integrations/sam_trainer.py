@@ -249,6 +249,8 @@ class SAMTrainerMixin(PostTrainingMixin):
             return None
         device = self.args.device
         own = self._get_num_items_in_batch([inputs], device)  # of all processes, where `items` is
+        if own is None:
+            return None
         own, items = (torch.as_tensor(number, dtype=torch.float64, device=device) for number in (own, items))
         share: torch.Tensor = own / items
         return share if self.args.average_tokens_across_devices else self.accelerator.reduce(share, "mean")
