@@ -181,6 +181,14 @@ def waiting_gradients(params: Iterable[Tensor]) -> list[Tensor]:
     return found
 
 
+def drop_waiting_gradients(params: Iterable[Tensor]) -> None:
+    """Drops `waiting_gradients`, which an optimizer's `zero_grad()` does not see. All ranks have to drop them."""
+    for _, record in fully_sharded(params):
+        record.unsharded_accumulated_grad = None
+        if (whole := getattr(record, "_unsharded_param", None)) is not None:
+            whole.grad = None
+
+
 def reshard(params: Iterable[Tensor]) -> None:
     """Lets FSDP2 gather these parameters anew before it next computes with them.
 

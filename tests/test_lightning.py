@@ -599,6 +599,21 @@ class Short(Module):
         return -1 if self.current_epoch == 0 and batch_idx == 3 else None
 
 
+class InPlace(Module):
+    def training_step(self, rows: Tensor, batch_idx: int) -> Tensor:
+        rows[:, 0] = 0
+        return super().training_step(rows, batch_idx)
+
+
+def test_a_training_step_that_changes_its_batch_is_refused(tmp_path: Path) -> None:
+    module = InPlace()
+    before = copy.deepcopy(module.model)
+    with pytest.raises(RuntimeError, match="micro-batch 0 was changed in place in its first pass"):
+        trainer(tmp_path, SAMCallback(rho=RHO)).fit(module, loader(4))
+    assert module.calls == 1
+    assert distance(module.model, before) == 0
+
+
 def test_an_epoch_may_be_left_anywhere(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 2}
     model = Short()

@@ -70,7 +70,7 @@ HALF = [
     (0, True, False, False, True), (1, True, False, False, True),
     (2, False, False, False, True), (3, False, True, True, True),
 ]  # fmt: skip
-ONE_BY_ONE = [(i, again, again and i == 3, i == 3, again) for i in range(4) for again in (False, True)]
+ONE_BY_ONE = [(i, again, not again or i == 3, i == 3, again) for i in range(4) for again in (False, True)]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_first_passes_that_the_trainer_has_made_already() -> None:
     window = Replays(one, mine)
     window.open(N)
     for x in MICRO:
-        before = RandomState(one.accelerators())
+        before = window.before(x)
         window.backward(x)
         window.feed(x, before)
     assert not window.is_open
@@ -123,6 +123,48 @@ def test_first_passes_that_the_trainer_has_made_already() -> None:
     two.step()
     assert torch.equal(drawn, torch.rand(1))
     assert unchanged(mine, all_bits(theirs))
+
+
+@pytest.mark.parametrize("field", [None, "x"])
+def test_a_first_pass_of_the_trainers_that_changes_the_micro_batch_is_refused(field: str | None) -> None:
+    model, seen = network(), []
+
+    class Replays(SAMWindow):
+        def run_pass(self, micro_batch: Any, info: PassInfo) -> Any:
+            return super().run_pass(micro_batch, info) if info.is_replay else None
+
+    def backward(batch: Any) -> None:
+        x = batch if field is None else batch.pop(field)
+        seen.append(x.mul_(0.5))
+        model(x).square().mean().backward()
+
+    window = Replays(ExternalSAM(adamw(model), rho=RHO), backward)
+    weights = all_bits(model)
+    window.open(1)
+    x = MICRO[0].clone()
+    batch = x if field is None else {field: x}
+    before = window.before(batch)
+    backward(batch)
+    with pytest.raises(RuntimeError, match="micro-batch 0 was changed in place in its first pass"):
+        window.feed(batch, before)
+    assert len(seen) == 1
+    assert not window.is_open
+    assert unchanged(model, weights)
+
+
+def test_what_a_window_is_not_to_be_fed() -> None:
+    model = network()
+    window = Recorded(ExternalSAM(adamw(model), rho=RHO), model)
+    window.open(3)
+    with pytest.raises(TypeError, match=r"what window\.before\(micro_batch\) returns.*not RandomState"):
+        window.feed(MICRO[0], RandomState())
+    assert not window.passes
+    window.feed(MICRO[0], share=0.2)
+    with pytest.raises(ValueError, match="some micro-batches of the window come with a share and some without"):
+        window.feed(MICRO[1])
+    window.feed(MICRO[1], share=0.3)
+    window.feed(MICRO[2], share=0.5)
+    assert [info.share for info, _ in window.passes] == [0.2, 0.3, 0.5, None, None, None]
 
 
 @pytest.mark.parametrize("scaled", [False, True])

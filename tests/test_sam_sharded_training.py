@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastpost import SAM
-from fastpost.distributed import no_sync
+from fastpost.distributed import no_sync, waiting_gradients
 from fastpost.sam import GSAM, DecoupledWSAM, LookSAM, SAMWindow, StableSAM, ZerothOrderSAM
 
 from . import distributed as d
@@ -122,17 +123,31 @@ def windows() -> None:
 def per_micro_batch() -> None:
     """m-SAM over micro-batches of all ranks: each ascends on its own, the second gradients add up."""
     mesh = d.mesh_of(dist.get_world_size())
-    model = sharded(mesh)
-    opt, names = sam(model), names_of(model)
-    weights = {name: d.whole(p) for p, name in names.items()}
-    mean = {name: torch.zeros_like(w) for name, w in weights.items()}
-    for number in range(2):
-        _, second, _ = d.equations(number, weights, RHO)
-        mean = {name: mean[name] + second[name] / 2 for name in mean}
-    window = SAMWindow(opt, lambda n: (d.loss_of(model, *d.mine(mesh, n)) / 2).backward(), per_micro_batch=True)
-    window.run([0, 1])
-    opt.step()
-    assert all((d.whole(p) - weights[n] + LR * mean[n]).abs().max() <= 1e-12 for p, n in names.items())
+    for strategy in ("ddp", "fsdp2"):
+        for waits in (False, True):
+            for sync_ascent in (None, True, False) if strategy == "ddp" and waits else (None, True):
+                model = DistributedDataParallel(d.Net()) if strategy == "ddp" else sharded(mesh)
+                if strategy == "fsdp2":  # as loaders do: FSDP2 knows these parameters from its first forward pass on
+                    for module in model.modules():
+                        for name, p in module.named_parameters(recurse=False):
+                            setattr(module, name, nn.Parameter(p.detach().clone()))
+                opt, names = sam(model, sync_ascent=sync_ascent), names_of(model)
+                weights = {name: d.whole(p) for p, name in names.items()}
+                mean = {name: torch.zeros_like(w) for name, w in weights.items()}
+                for number in range(3):
+                    alone = sync_ascent is False
+                    second = _m_sharpness(number, weights) if alone else d.equations(number, weights, RHO)[1]
+                    mean = {name: mean[name] + second[name] / 3 for name in mean}
+
+                def backward(number: int, model: nn.Module = model) -> None:
+                    (d.loss_of(model, *d.mine(mesh, number)) / 3).backward()
+
+                wait = (lambda model=model: no_sync(model)) if waits else None
+                SAMWindow(opt, backward, per_micro_batch=True, no_sync=wait).run([0, 1, 2])
+                opt.step()
+                for p, name in names.items():
+                    apart = (d.whole(p) - weights[name] + LR * mean[name]).abs().max()
+                    assert apart <= 1e-12, (strategy, waits, sync_ascent, name)
     found = []
     for views in (False, True):  # one gradient that fills its bucket
         torch.manual_seed(3)
@@ -145,6 +160,37 @@ def per_micro_batch() -> None:
             opt.zero_grad()
         found.append(head.module.weight.detach().clone())
     assert (found[0] - found[1]).abs().max() <= 1e-12
+
+
+def given_up_before_reducing() -> None:
+    """What FSDP2 has not reduced of a step that was given up is gone too, and the next step does not know of it."""
+    mesh = d.mesh_of(dist.get_world_size())
+    found = []
+    for how in ("", "abort", "close", "abandon", "zero_grad", "open"):
+        model = sharded(mesh)
+        opt = sam(model)
+
+        def backward(number: int, model: nn.Module = model) -> None:
+            (d.loss_of(model, *d.mine(mesh, number)) / 2).backward()
+
+        window = SAMWindow(opt, backward, no_sync=lambda model=model: no_sync(model))
+        if how in ("abort", "close"):
+            window.open(3)
+            window.feed(2)
+            with pytest.raises(RuntimeError, match="closed after 1 of 3") if how == "close" else contextlib.nullcontext():
+                getattr(window, how)()
+        elif how:
+            with no_sync(model):
+                backward(2)
+            with pytest.raises(RuntimeError, match=r"FSDP2 has not reduced.*outside no_sync"):
+                opt.first_step()
+        if how in ("abandon", "zero_grad"):
+            getattr(opt, how)()
+        assert how == "open" or not waiting_gradients(model.parameters())
+        window.run([0, 1])
+        found.append([d.whole(p.grad) for p in model.parameters()])
+    for others in found[1:]:
+        assert all(torch.equal(g, h) for g, h in zip(found[0], others, strict=True))
 
 
 def swapped_after_construction() -> None:
@@ -433,8 +479,9 @@ def decoupled() -> None:
 CASES = {
     case.__name__: case
     for case in (
-        ddp_averaged, ddp_each_its_own, windows, per_micro_batch, swapped_after_construction, overflow_on_one_rank,
-        scaled, seen_through_mixed_precision, checkpoints, stochastic_rounding, running_statistics,
+        ddp_averaged, ddp_each_its_own, windows, per_micro_batch, given_up_before_reducing,
+        swapped_after_construction, overflow_on_one_rank, scaled, seen_through_mixed_precision, checkpoints,
+        stochastic_rounding, running_statistics,
         zeroth_order, decoupled, refused,
     )
 }  # fmt: skip

@@ -193,6 +193,47 @@ def test_a_variant_follows_its_equations_to_1e_12(name: str, form) -> None:
     assert (weights(model) - weights(problem.model)).abs().max() > 1e-3  # and is not SAM
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("name", ["stable", "gsam", "weighted", "friendly"])
+def test_a_part_of_a_window_counts_by_its_share(name: str, as_tensor: bool) -> None:
+    """Sums over rows, divided by all of the window's, of which the ascent has few in one step and many in the next."""
+
+    class Half(Problem):
+        def gradient(self, w: Tensor, x: Tensor) -> Tensor:
+            if w is not at[0]:  # g at w is over the ascent's rows
+                return super().gradient(w, x)
+            live, rows = w.detach().requires_grad_(), slice(0, first[0])
+            named = {n: part.view(s) for (n, s), part in zip(self.shapes.items(), live.split(sizes), strict=True)}
+            return torch.autograd.grad(
+                nn.functional.cross_entropy(functional_call(self.model, named, (x[rows],)), Y[rows]), live
+            )[0]
+
+    equations, variant, options = CASES[name]
+    problem = Half()
+    sizes = [s.numel() for s in problem.shapes.values()]
+    model = copy.deepcopy(problem.model)
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, variant=variant(), ascent_fraction=0.5, **options)
+
+    def forward_backward(batch: tuple[Tensor, slice]) -> None:
+        x, rows = batch
+        (nn.functional.cross_entropy(model(x[rows]), Y[rows], reduction="sum") / 32).backward()
+
+    window = SAMWindow(opt, forward_backward)
+    at, first = [problem.w], [4]
+    steps = equations(problem, problem.w)
+    for number, x in enumerate(BATCHES):
+        first[0] = (4, 28, 16)[number % 3]
+        expected = next(steps)
+        window.open(2)
+        assert window.needs_shares
+        for rows in (slice(0, first[0]), slice(first[0], 32)):
+            share = (rows.stop - rows.start) / 32
+            window.feed((x, rows), share=torch.tensor(share, dtype=torch.float64) if as_tensor else share)
+        opt.step()
+        assert (weights(model) - expected).abs().max() <= 1e-12
+        at[0] = expected
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_variant_does_not_feel_the_loss_scale(name: str) -> None:
     equations, variant, options = CASES[name]

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 import fastpost
 from fastpost import SAM, sharpness
+from fastpost.distributed import drop_waiting_gradients, no_sync
 
 from . import distributed as d
 from .conftest import bits
@@ -380,6 +381,12 @@ def shards() -> None:
     found = sharpness(model, of_net, [d.mine(mesh, i) for i in range(3)], 0.2, directions=1)
     close_to(found, lone([d.batch(i) for i in range(3)]))
     assert 0 < found.random.rise.mean < found.own.rise.mean
+    with no_sync(model):
+        d.loss_of(model, *d.mine(mesh, 7)).backward()
+    with pytest.raises(ValueError, match=r"drop_waiting_gradients\(model\.parameters\(\)\) drops them"):
+        sharpness(model, of_net, [d.mine(mesh, 0)], 0.2)
+    drop_waiting_gradients(model.parameters())
+    sharpness(model, of_net, [d.mine(mesh, 0)], 0.2, directions=0, curvature=False)
     for p, (grad, weight, values) in zip(model.parameters(), before, strict=True):
         assert p.grad is grad
         assert torch.equal(d.part(p), weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastpost
-from fastpost.distributed import no_sync
+from fastpost.distributed import drop_waiting_gradients, no_sync
 from fastpost.gap import SignedWindow, SurgeryWindow
 
 from . import distributed as processes
@@ -307,7 +308,36 @@ def unreduced() -> None:
         torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
 
 
-CASES = {f"surgery_{f.__name__}": f for f in (fsdp2, partly_sharded, ddp, unreduced)}  # run by test_signed_window.py
+def after_an_error() -> None:
+    """FSDP2 keeps nothing of a window that failed; the remedy for what others left waiting does what it says."""
+    model = processes.Net()
+    for module in (*model.blocks, model):
+        fully_shard(module)
+    mesh, window = processes.mesh_of(2), SurgeryWindow(model, "gru")
+
+    def wait(window: Any) -> None:
+        with window, no_sync(model):
+            signed_loss(model, "forget", *processes.mine(mesh, 3)).backward()
+            raise OSError("no more data")
+
+    with pytest.raises(OSError, match="no more data"):
+        wait(window)
+    check(model, window)
+    model.zero_grad()
+    with pytest.raises(OSError, match="no more data"):
+        wait(contextlib.nullcontext())
+    with (
+        pytest.raises(RuntimeError, match=r"FSDP2 holds.*fastpost\.distributed\.drop_waiting_gradients\(model\.param"),
+        window,
+    ):
+        pass
+    drop_waiting_gradients(model.parameters())
+    check(model, window)
+
+
+CASES = {
+    f"surgery_{f.__name__}": f for f in (fsdp2, partly_sharded, ddp, unreduced, after_an_error)
+}  # run by test_signed_window.py
 
 
 def test_the_same_as_a_plain_sum_without_conflict() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from functools import partial
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate import ParallelismConfig, PartialState
+from accelerate.utils import DistributedType, TorchContextParallelConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
+from transformers.modeling_outputs import CausalLMOutput
 
 from fastpost import R3F
 from fastpost.integrations.r3f_trainer import RANK
@@ -29,6 +32,7 @@ from .test_trainer_anchor import KL, loop
 from .trainers import (
     CLIP,
     RHO,
+    VARIANTS,
     arguments,
     by_hand,
     causal_loss,
@@ -39,6 +43,7 @@ from .trainers import (
     optimizer_of,
     rows,
     trainer_of,
+    variant_by_hand,
     windows,
 )
 
@@ -126,6 +131,16 @@ def own_counts() -> float:
     return distance(mine, hand)
 
 
+def part_of_a_window(kind: str, own: bool) -> float:
+    """The ascent counts by its share of the labels of all ranks, or with `own` by the mean of its shares on each rank."""
+    mine, hand = model(), model()
+    options = {"sam_variant": VARIANTS[kind], "sam_ascent_fraction": 0.5, "average_tokens_across_devices": not own}
+    trained(SAMTrainer, mine, 4, gradient_accumulation_steps=3, **options)
+    steps = windows(rows(), 3, 4, ranks=2)
+    by = {id(batch): 2 * items_of([batches]) for window in steps for batches in window for batch in batches}
+    return distance(mine, variant_by_hand(hand, steps, kind, 0.5, (lambda batch: by[id(batch)]) if own else None))
+
+
 class Spoiled(SAMTrainer):
     """On rank 1 the loss of pass 4 is infinite: the second step's ascent."""
 
@@ -141,6 +156,46 @@ def spoiled(sync_ascent: bool | None) -> tuple[int, list[bool]]:
     mine = tiny.build("causal")
     trainer = trained(Spoiled, mine, 3, gradient_accumulation_steps=2, sam_sync_ascent=sync_ascent)
     return trainer.sam.skipped_steps, [bool(p.isfinite().all()) for p in mine.parameters()]
+
+
+def m_sam(strategy: str, sync_ascent: bool | None, each: bool = False) -> float:
+    """Each micro-batch ascends by its own gradient: that of all ranks, or with sync_ascent=False each rank's."""
+    hand, options = model(), {"sam_per_micro_batch": True, "sam_sync_ascent": sync_ascent}
+    accumulation: dict[str, Any] = {"gradient_accumulation_steps": 3}
+    if each:
+        accumulation = {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 3, "sync_each_batch": True}}}
+    if strategy == "fsdp2":
+        trainer = sharded(ShardedSAM, model(), 4, **options)
+    else:
+        trainer = trained(SAMTrainer, model(), 4, **accumulation, **options)
+    opt, params = optimizer_of(hand), list(hand.parameters())
+    for window in windows(rows(), 3, 4, ranks=2):
+        items, second = items_of(window), []
+        together = [list(batches) for batches in zip(*window, strict=True)]
+        for batches in [[batch] for mine in window for batch in mine] if sync_ascent is False else together:
+            g = torch.autograd.grad(sum(causal_loss(hand, batch, items) for batch in batches), params)
+            with ascended(params, g, RHO):
+                loss = sum(causal_loss(hand, batch, items) for batch in batches)
+                second.append(torch.autograd.grad(loss, params))
+        for p, *parts in zip(params, *second, strict=True):
+            p.grad = torch.stack(parts).sum(0)
+        nn.utils.clip_grad_norm_(params, CLIP)
+        opt.step()
+    return apart(trainer, hand)
+
+
+def own_ascents_synchronised_each() -> float:
+    """Accelerate's sync_each_batch shares every gradient but those that each rank ascends by on its own."""
+    found = []
+    for each in (False, True):
+        accumulation: dict[str, Any] = {"gradient_accumulation_steps": 2}
+        if each:
+            accumulation = {
+                "accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2, "sync_each_batch": True}}
+            }
+        found.append(model())
+        trained(SAMTrainer, found[-1], 3, sam_sync_ascent=False, **accumulation)
+    return distance(*found)
 
 
 def own_ascents() -> float:
@@ -195,20 +250,21 @@ def freelb() -> float:
     return distance(mine, hand)
 
 
-def tram() -> float:
+def tram(fraction: float = 1.0) -> float:
     """The radius is the divergence of all ranks: e = rho d t^2 g / |t g|, t = |w|."""
     mine, hand = model(), model()
-    options = {"method": "tram", "r3f_eps": 0.3, "r3f_seed": 5, "sam_rho": 0.9}
+    options = {"method": "tram", "r3f_eps": 0.3, "r3f_seed": 5, "sam_rho": 0.9, "sam_ascent_fraction": fraction}
     trained(PostTrainer, mine, 3, gradient_accumulation_steps=3, **options)
     opt, r3f, params = optimizer_of(hand), R3F(0.3, seed=5), list(hand.parameters())
     for number, window in enumerate(windows(rows(), 3, 3, ranks=2)):
         items, batches = items_of(window), [batch for mine in window for batch in mine]
+        ascent = [mine[: math.ceil(fraction * len(mine))] for mine in window]
         kl = 0.0
-        for rank, own in enumerate(window):
+        for rank, own in enumerate(ascent):
             r3f.step = number
             with r3f.window(token_offset=rank * RANK):
-                kl += sum(float(r3f(hand, num_items=items, **batch).symm_kl) for batch in own)
-        g = torch.autograd.grad(sum(causal_loss(hand, batch, items) for batch in batches), params)
+                kl += sum(float(r3f(hand, num_items=items_of(ascent), **batch).symm_kl) for batch in own)
+        g = torch.autograd.grad(sum(causal_loss(hand, batch, items) for mine in ascent for batch in mine), params)
         stretched = [p.detach().square() * part for p, part in zip(params, g, strict=True)]
         norm = torch.stack([(p.detach() * part).square().sum() for p, part in zip(params, g, strict=True)]).sum().sqrt()
         longest = torch.stack([part.square().sum() for part in stretched]).sum().sqrt()
@@ -247,12 +303,65 @@ class ShardedAnchor(OnCpu, AnchorTrainer):
     pass
 
 
-def sharded(cls: Any, mine: nn.Module, steps: int, **options: Any) -> Any:
+def sharded(cls: Any, mine: nn.Module, steps: int, layer: str = "GPT2Block", **options: Any) -> Any:
     os.environ["ACCELERATE_USE_FSDP"] = "true"
-    wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"], "state_dict_type": "SHARDED_STATE_DICT"}
+    wrapped = {"version": 2, "transformer_layer_cls_to_wrap": [layer], "state_dict_type": "SHARDED_STATE_DICT"}
     trainer = trained(cls, mine, steps, fsdp=True, fsdp_config=wrapped, gradient_accumulation_steps=3, **options)
     assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
     return trainer
+
+
+class PlainConfig(PretrainedConfig):
+    model_type = "plain"
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
+class Plain(PreTrainedModel):
+    """A model without attention, for which torch's context_parallel has no kernel on CPUs."""
+
+    config_class, accepts_loss_kwargs = PlainConfig, True
+    _supports_sdpa, _no_split_modules = True, ["Layer"]
+
+    def __init__(self, config: PlainConfig) -> None:
+        super().__init__(config)
+        torch.manual_seed(3)
+        self.words, self.places = nn.Embedding(tiny.VOCABULARY, 16), nn.Embedding(8, 16)
+        self.layer, self.head = Layer(), nn.Linear(16, tiny.VOCABULARY)
+        self.double()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def forward(
+        self, input_ids: Any, position_ids: Any = None, shift_labels: Any = None, num_items_in_batch: Any = None, **rest: Any
+    ) -> CausalLMOutput:
+        places = torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
+        logits, loss = self.head(self.layer(self.words(input_ids) + self.places(places))), None
+        if shift_labels is not None:
+            flat = logits.flatten(0, 1), shift_labels.flatten()
+            loss = nn.functional.cross_entropy(*flat, reduction="sum") / num_items_in_batch
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+def cut_sequences() -> float:
+    """Accelerate's context parallelism: both processes have the same texts, each a part of every one."""
+    mine, hand = (Plain(PlainConfig(attn_implementation="sdpa")) for _ in range(2))
+    handler = TorchContextParallelConfig(cp_comm_strategy="allgather")
+    options = {"parallelism_config": ParallelismConfig(cp_size=2, cp_handler=handler), "sam_ascent_fraction": 0.5}
+    options["remove_unused_columns"] = False
+    data = rows(time=8)
+    trainer = sharded(ShardedSAM, mine, 4, **options, layer="Layer", given={"data": data})
+    norms = by_hand(hand, windows(data, 3, 4), fraction=0.5)
+    assert logged(trainer, "grad_norm") == pytest.approx(norms, rel=1e-6)
+    return apart(trainer, hand)
 
 
 def apart(trainer: Any, hand: nn.Module) -> float:
@@ -322,6 +431,7 @@ def fsdp2_resumed() -> float:
     ]
     lost = Path(folder[0], f"drift_guard_start-0000{dist.get_rank()}-of-00002.safetensors")
     before = lost.read_bytes()
+    dist.barrier()  # both have looked
     if dist.get_rank() == 1:  # that one rank cannot read its part is enough
         lost.unlink()
     dist.barrier()
@@ -402,13 +512,21 @@ CASES = {
     "overflow": partial(spoiled, None),
     "overflow of one rank's own ascent": partial(spoiled, False),
     "own ascents": own_ascents,
+    "own ascents, sync_each_batch": own_ascents_synchronised_each,
+    "m-sam ddp": partial(m_sam, "ddp", None),
+    "m-sam ddp, own ascents": partial(m_sam, "ddp", False),
+    "m-sam ddp, own ascents, sync_each_batch": partial(m_sam, "ddp", False, each=True),
+    "m-sam fsdp2": partial(m_sam, "fsdp2", None),
     "parameters apart": biases_apart,
     "own counts": own_counts,
+    "part of a window, wsam": partial(part_of_a_window, "wsam", False),
+    "part of a window, friendlysam, own counts": partial(part_of_a_window, "friendlysam", True),
     "functional path ddp": partial(functional_path, "ddp"),
     "functional path fsdp2": partial(functional_path, "fsdp2"),
     "r3f": r3f,
     "freelb": freelb,
     "tram": tram,
+    "tram, a third": partial(tram, 0.3),
     "drift": drift,
     "anchor ema": partial(anchored, "ema"),
     **{f"anchor context, {kind}": partial(in_context, kind) for kind in ("ema", "reference", "live", "lora_off")},
@@ -416,6 +534,7 @@ CASES = {
     "tensor-parallel r3f": tensor_parallel_r3f,
     "fsdp2": partial(fsdp2, 1.0),
     "fsdp2, a third": partial(fsdp2, 0.3),
+    "fsdp2, sequences cut": cut_sequences,
     "fsdp2 resumed": fsdp2_resumed,
     "fsdp2 drift": fsdp2_drift,
     "fsdp2 r3f": fsdp2_r3f,
@@ -444,8 +563,14 @@ def test_an_overflow_on_one_rank_skips_the_step_on_both(outcome: distributed.Out
         assert all(finite)
 
 
-def test_each_rank_may_ascend_by_its_own_gradient(outcome: distributed.Outcome) -> None:
-    assert outcome.worst("own ascents") <= 1e-9
+@pytest.mark.parametrize("case", ["own ascents", "own ascents, sync_each_batch"])
+def test_each_rank_may_ascend_by_its_own_gradient(outcome: distributed.Outcome, case: str) -> None:
+    assert outcome.worst(case) <= 1e-9
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("m-sam")])
+def test_m_sam_is_the_loop_from_the_equations(outcome: distributed.Outcome, case: str) -> None:
+    assert outcome.worst(case) <= 1e-9
 
 
 def test_ranks_may_hold_parameters_of_their_own(outcome: distributed.Outcome) -> None:
@@ -456,7 +581,12 @@ def test_each_rank_may_count_its_own_tokens(outcome: distributed.Outcome) -> Non
     assert outcome.worst("own counts") <= 1e-9
 
 
-@pytest.mark.parametrize("case", ["r3f", "tensor-parallel r3f", "freelb", "tram"])
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("part of a window")])
+def test_a_variant_counts_the_labels_of_its_ascent(outcome: distributed.Outcome, case: str) -> None:
+    assert outcome.worst(case) <= 1e-9
+
+
+@pytest.mark.parametrize("case", ["r3f", "tensor-parallel r3f", "freelb", "tram", "tram, a third"])
 def test_r3f_and_its_relatives_are_the_loop_by_hand(outcome: distributed.Outcome, case: str) -> None:
     assert outcome.worst(case) <= 1e-9
 
@@ -472,7 +602,7 @@ def test_functional_sam_is_the_loop_from_the_equations(outcome: distributed.Outc
     assert outcome.worst(case) <= 1e-9
 
 
-@pytest.mark.parametrize("case", ["fsdp2", "fsdp2, a third"])
+@pytest.mark.parametrize("case", ["fsdp2", "fsdp2, a third", "fsdp2, sequences cut"])
 def test_sharded_sam_is_the_loop_from_the_equations(outcome: distributed.Outcome, case: str) -> None:
     assert outcome.worst(case) <= 1e-9
 

@@ -35,6 +35,7 @@ from .conftest import same_bits
 from .trainers import (
     CLIP,
     RHO,
+    VARIANTS,
     arguments,
     causal_loss,
     cross_entropy_of,
@@ -45,6 +46,7 @@ from .trainers import (
     optimizer_of,
     rows,
     trainer_of,
+    variant_by_hand,
     windows,
 )
 
@@ -74,7 +76,9 @@ def sam_loop(hand: nn.Module, steps: Any, optimizer: Any = None, per_micro_batch
     )
     for (micro_batches,) in steps:
         now[:] = micro_batches
-        window.run(micro_batches)
+        window.open(len(micro_batches))
+        for batch in micro_batches:
+            window.feed(batch, share=items_of([[batch]]) / items_of([micro_batches]))
         nn.utils.clip_grad_norm_(hand.parameters(), CLIP)
         sam.step()
         sam.zero_grad()
@@ -113,6 +117,21 @@ def test_sam_in_the_trainer_is_sam_in_a_loop(tmp_path: Path, options: dict[str, 
     assert distance(mine, model()) > 1e-2
     assert type(trainer.sam.variant) is type(sam.variant)
     assert type(trainer.sam._perturbation) is type(sam._perturbation)
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_a_variant_over_part_of_a_window_counts_its_labels(tmp_path: Path, kind: str, accepts: bool) -> None:
+    """Losses are divided by the labels of the window, or, where the model is not told them, each by its own."""
+    mine, hand = model(), model()
+    options = {"sam_variant": VARIANTS[kind], "sam_ascent_fraction": 0.5, "gradient_accumulation_steps": 3}
+    trainer = trainer_of(SAMTrainer, mine, arguments(tmp_path, STEPS, **options))
+    trainer.model_accepts_loss_kwargs = accepts
+    trainer.train()
+    steps = windows(rows(), 3, STEPS)
+    own = {id(batch): len(window) * items_of([[batch]]) for (window,) in steps for batch in window}
+    variant_by_hand(hand, steps, kind, 0.5, None if accepts else lambda batch: own[id(batch)])
+    assert distance(mine, hand) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("preconditioned", "interval"), [(False, 1), (True, 1), (False, 2)])
@@ -417,7 +436,7 @@ def test_tram_in_the_trainer_follows_its_equations(tmp_path: Path, fraction: flo
             return torch.autograd.grad(loss, params), float(kl.detach())
 
         g, share = gradient(window[:k])
-        radius = 0.9 * share * len(window) / k
+        radius = 0.9 * share * items / items_of([window[:k]])
         t = [p.detach().abs() for p in params]
         norm = torch.stack([(a * b).square().sum() for a, b in zip(t, g, strict=True)]).sum().sqrt()
         kept = [p.detach().clone() for p in params]

@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from fastpost.integrations.transformers import PostTrainingArguments
 
-from .by_hand import ascended, rows_of_text
+from .by_hand import ascended, gsam, rows_of_text, stable_sam
 
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch, float], Tensor]
@@ -141,6 +141,62 @@ def by_hand(
         norms.append(float(nn.utils.clip_grad_norm_(params, clip)))
         opt.step()
     return norms
+
+
+def variant_by_hand(
+    model: nn.Module,
+    steps: list[list[list[Batch]]],
+    kind: str,
+    fraction: float,
+    divisor: Callable[[Batch], float] | None = None,
+) -> nn.Module:
+    """The model, trained by a variant whose g at w is over some micro-batches of each window: their mean over labels.
+
+    Args:
+        kind: "wsam" (gamma 0.8), "gsam" (alpha 0.4), "stablesam", "friendlysam" (sigma 0.8, decay 0.6).
+        divisor: by which a micro-batch's loss is divided; None: the labels of the whole window. g then is the ascent's
+            gradient over the part that its labels are of the sum of loss weights.
+    """
+    opt, params = optimizer_of(model), list(model.parameters())
+    mean = torch.zeros(sum(p.numel() for p in params), dtype=torch.float64)
+
+    def gradient(batches: list[Batch], by: Callable[[Batch], float]) -> Tensor:
+        loss = sum(causal_loss(model, batch, by(batch)) for batch in batches)
+        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, params)])
+
+    for window in steps:
+        everything = [batch for mine in window for batch in mine]
+        ascent = [batch for mine in window for batch in mine[: math.ceil(fraction * len(mine))]]
+        items = items_of(window)
+        by = divisor or (lambda batch, items=items: items)
+        g = gradient(ascent, by) / sum(items_of([[batch]]) / by(batch) for batch in ascent)
+        mean = 0.6 * mean + 0.4 * g
+        direction = g - 0.8 * mean if kind == "friendlysam" else g
+        with ascended(params, _like(params, direction), RHO):
+            h = gradient(everything, by)
+        made = {
+            "wsam": lambda g=g, h=h: g + 0.8 / (1 - 0.8) * (h - g),
+            "gsam": lambda g=g, h=h: gsam(g, h, 0.4),
+            "stablesam": lambda g=g, h=h: stable_sam(g, h),
+            "friendlysam": lambda h=h: h,
+        }[kind]()
+        for p, part in zip(params, _like(params, made), strict=True):
+            p.grad = part.clone()
+        nn.utils.clip_grad_norm_(params, CLIP)
+        opt.step()
+    return model
+
+
+VARIANTS = {
+    "wsam": "wsam:gamma=0.8",
+    "gsam": "gsam:alpha=0.4",
+    "stablesam": "stablesam",
+    "friendlysam": "friendlysam:sigma=0.8,decay=0.6",
+}
+
+
+def _like(params: list[Tensor], vector: Tensor) -> list[Tensor]:
+    return [part.view_as(p) for p, part in zip(params, vector.split([p.numel() for p in params]), strict=True)]
 
 
 Streams = Callable[[nn.Module, Batch, int, int], list[Tensor]]

@@ -77,7 +77,13 @@ class SurgeryWindow:
     def __enter__(self) -> SurgeryWindow:
         if self._open:
             raise RuntimeError("SurgeryWindow: already open")
-        if any(p.grad is not None for p in self._params) or distributed.waiting_gradients(self._params):
+        if distributed.waiting_gradients(self._params):
+            raise RuntimeError(
+                "SurgeryWindow: FSDP2 holds gradients that it has not reduced, which belong to neither side; call "
+                "fastpost.distributed.drop_waiting_gradients(model.parameters()) before the window. optimizer.zero_grad() "
+                "does not see them"
+            )
+        if any(p.grad is not None for p in self._params):
             raise RuntimeError(
                 "SurgeryWindow: there are gradients already, which belong to neither side; call optimizer.zero_grad() (with "
                 "set_to_none=True, its default) before the window"
@@ -96,6 +102,7 @@ class SurgeryWindow:
             if not done:  # half of a step is no step
                 for p in self._params:
                     p.grad = None
+                distributed.drop_waiting_gradients(self._params)
 
     def next(self, side: str) -> None:
         """What is differentiated from here on is of this side.

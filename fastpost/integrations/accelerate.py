@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpost.distributed import gradient_sync
-from fastpost.integrations import COMPUTE_DTYPES
+from fastpost.integrations import COMPUTE_DTYPES, cuts_sequences
 from fastpost.sam import PassInfo, SAMWindow
 
 try:
@@ -37,10 +37,11 @@ class AcceleratedWindow(SAMWindow):
                 opt.zero_grad()
 
     As anywhere in Accelerate, `opt.step()` acts on the last micro-batch of a window only, and each loss counts
-    1 / gradient_accumulation_steps, also in a shorter last window of an epoch. Ranks share gradients once per pass: at its
-    last micro-batch. `prepare` wraps the optimizer and hides what SAM adds to one; that is at `opt.optimizer` (its `report`,
-    `skipped_steps`, `first_step`). Running statistics of norm layers move in the first passes, unless the SAM was made with
-    `norm_stats="both"`.
+    1 / gradient_accumulation_steps, also in a shorter last window of an epoch. Ranks share gradients once per pass, at its
+    last micro-batch, unless Accelerate is told `sync_each_batch`. `prepare` wraps the optimizer and hides what SAM adds to
+    one; that is at `opt.optimizer` (its `report`, `skipped_steps`, `first_step`). A loop that is left in the middle of a
+    window calls `abort()` before it evaluates or goes on. Running statistics of norm layers move in the first passes, unless
+    the SAM was made with `norm_stats="both"`.
 
     Args:
         accelerator: the Accelerator that prepared the model and the optimizer.
@@ -51,6 +52,7 @@ class AcceleratedWindow(SAMWindow):
 
     Raises:
         TypeError: `optimizer` is no SAM, or a strategy that SAM cannot serve (DeepSpeed, Megatron, FSDP1).
+        ValueError: context parallelism; options that contradict each other.
     """
 
     def __init__(
@@ -70,6 +72,13 @@ class AcceleratedWindow(SAMWindow):
                 f"AcceleratedWindow: {accelerator.distributed_type.value} keeps parameters, gradients or steps where SAM "
                 "cannot reach them; use FSDP with fsdp_version=2, or plain data parallelism"
             )
+        if cuts_sequences(accelerator):
+            raise ValueError(
+                "AcceleratedWindow: context parallelism (cp_size > 1) cuts a batch in place in maybe_context_parallel, "
+                "where its second pass has to be made too; take SAMTrainer with transformers, or make both passes there "
+                "yourself: accelerator.backward(loss); opt.optimizer.first_step(zero_grad=True); "
+                "accelerator.backward(loss_again); opt.step()"
+            )
         super().__init__(
             optimizer,
             self._loss_and_backward,
@@ -81,6 +90,7 @@ class AcceleratedWindow(SAMWindow):
         )
         if self.optimizer.compute_dtype is None and not accelerator.is_fsdp2:  # FSDP2 is asked for its own
             self.optimizer.compute_dtype = COMPUTE_DTYPES.get(accelerator.mixed_precision)
+        self.sync_each = bool(accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
         self.accelerator, self.model, self._loss_fn = accelerator, model, loss_fn
 
     def __call__(self, micro_batch: Any) -> Tensor:

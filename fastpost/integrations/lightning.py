@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,9 +14,7 @@ import torch.distributed as dist
 from fastpost.errors import unknown
 from fastpost.integrations.options import METHODS, PostTrainingOptions
 from fastpost.integrations.stand_ins import refuse_early
-from fastpost.rng import RandomState
-from fastpost.sam import SAM, ExternalSAM, PassInfo, SAMWindow, find_sam
-from fastpost.sam.window import Kept
+from fastpost.sam import SAM, BeforePass, ExternalSAM, PassInfo, SAMWindow, find_sam
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -62,13 +61,10 @@ COMPUTE_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class MicroBatch(NamedTuple):
-    """What a second pass needs, as it stood before the first one: the batch, its number, what `training_step` is given
-    beside the batch, and the generators."""
+    """What a second pass needs: the batch, and what `training_step` is given beside it."""
 
-    kept: Kept
-    number: int
+    batch: Any
     further: tuple[Any, ...]
-    before: RandomState
 
 
 class SAMCallback(Callback):
@@ -130,7 +126,7 @@ class SAMCallback(Callback):
         self._judge()
         self.sam: ExternalSAM | None = None
         self._window: _Window | None = None
-        self._current: MicroBatch | None = None
+        self._current: BeforePass | None = None
         self._unwatch: Callable[[], None] | None = None  # until the batch's first pass begins
 
     def _judge(self) -> None:
@@ -203,20 +199,19 @@ class SAMCallback(Callback):
         if self._is_off:
             return
         assert window is not None
-        assert self.sam is not None
         if not window.is_open:
             window.open(trainer.accumulate_grad_batches)
-        self._watch(trainer.strategy, batch_idx)
+        self._watch(trainer.strategy, window)
 
-    def _watch(self, strategy: Any, number: int) -> None:
+    def _watch(self, strategy: Any, window: SAMWindow) -> None:
         """Notes what the first pass begins with as it begins: the hooks of other callbacks and of the module, which may
         change the batch or draw random numbers, run before it and after this callback's own."""
         training_step, own = strategy.training_step, vars(strategy).get("training_step")
 
         def first_pass(batch: Any, *further: Any) -> Any:
-            assert self.sam is not None
             unwatch()
-            self._current = MicroBatch(Kept(batch), number, further, RandomState(self.sam.accelerators()))
+            kept = copy.copy(batch) if isinstance(batch, (Mapping, list)) else batch
+            self._current = window.before(MicroBatch(kept, further))
             return training_step(batch, *further)
 
         def unwatch() -> None:
@@ -228,17 +223,17 @@ class SAMCallback(Callback):
         strategy.training_step, self._unwatch = first_pass, unwatch
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        window, micro_batch = self._window, self._current
+        window, before = self._window, self._current
         if self._is_off:
             return
         assert window is not None
         assert self.sam is not None
-        if micro_batch is None:
+        if before is None:
             raise RuntimeError("SAMCallback: backward() outside of a training batch")
         self._current = None
         if not trainer.fit_loop._should_accumulate():  # the last one, maybe because the epoch ends
             window.shorten()
-        window.feed(micro_batch, micro_batch.before)
+        window.feed(before.micro_batch, before)
         if window.is_open:
             return
         self.sam.finish_step(scaled=getattr(trainer.precision_plugin, "scaler", None) is not None)
@@ -319,9 +314,8 @@ class _Window(SAMWindow):
 
     def _again(self, micro_batch: MicroBatch) -> torch.Tensor:
         trainer, module = self.trainer, self.module
-        batch = micro_batch.kept.again(micro_batch.number)
         with unlogged(module):
-            out: Any = trainer.strategy.training_step(batch, *micro_batch.further)
+            out: Any = trainer.strategy.training_step(micro_batch.batch, *micro_batch.further)
             loss: torch.Tensor = (out["loss"] if isinstance(out, Mapping) else out) / trainer.accumulate_grad_batches
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             module.backward(loss if scaler is None else scaler.scale(loss))

@@ -99,7 +99,8 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
         sam_dropout_rng: "same" masks in both passes, or "independent".
         sam_norm: when the ascent's norm is summed up, in the "step" or during "backward", as `fastpost.SAM(norm=)`.
         sam_norm_stats: which passes move the running statistics of batch norm layers: the "first", or "both".
-        sam_sync_ascent: under DDP, False lets each process perturb by its own gradient (the original); None averages.
+        sam_sync_ascent: under DDP, False lets each process perturb by its own gradient (the original; with m-SAM each of its
+            micro-batches, as in 2302.09693). None and True take the mean of all processes, with m-SAM too.
         r3f_lambda: weight of the KL, >= 0; None is 1.0, under "tram" 0.
         r3f_eps, noise_type: scale of the noise, "uniform" or "normal".
         r3f_noise_scale: what r3f_eps is measured in: "absolute", "relative", "neftune".
@@ -142,7 +143,9 @@ class PostTrainingOptions(AnchorOptions, WithoutSecrets):
     sam_dropout_rng: str = option("same", "Dropout masks of the two passes: same or independent.")
     sam_norm: str = option("step", "When the ascent's norm is summed up: in the step, or during backward.")
     sam_norm_stats: str = option("first", "Passes that move the running statistics of batch norm layers: first or both.")
-    sam_sync_ascent: bool | None = option(None, "False: under DDP each process perturbs by its own gradient.")
+    sam_sync_ascent: bool | None = option(
+        None, "False: under DDP each process perturbs by its own gradient; else by the mean of all."
+    )
     r3f_lambda: float | None = option(None, "Weight of R3F's divergence, >= 0 (1.0; under tram 0).")
     r3f_eps: float = option(1e-5, "Scale of R3F's noise, >= 0.")
     noise_type: str = option("uniform", "R3F's noise: uniform or normal.")

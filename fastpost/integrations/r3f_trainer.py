@@ -274,7 +274,9 @@ class R3FTrainerMixin(PostTrainingMixin):
             return
         if sam.sync_ascent is not False:
             share = self.accelerator.reduce(share, "mean")
-        sam.variant.observe(share * self.current_gradient_accumulation_steps)
+        assert self._pass_info is not None
+        assert self._pass_info.share is not None
+        sam.variant.observe(share, self._pass_info.share)
 
     def _note(self, share: torch.Tensor) -> None:
         if self._pass_info is None or not self._pass_info.is_replay:

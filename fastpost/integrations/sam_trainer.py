@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from fastpost.distributed import is_a, unwrap
-from fastpost.integrations import COMPUTE_DTYPES
+from fastpost.integrations import COMPUTE_DTYPES, cuts_sequences
 from fastpost.integrations.masters import Masters, check_weights
 from fastpost.integrations.mixin import PostTrainingMixin, accelerated_sync, innermost
 from fastpost.integrations.stand_ins import refuse_early
@@ -81,6 +82,7 @@ class TrainerWindow(SAMWindow):
             per_micro_batch=options.sam_per_micro_batch,
             no_sync=contextlib.nullcontext,  # said per pass, below
         )
+        self.sync_each = bool(trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
         self.trainer = trainer
         self.model: Any = None
         self.extra_args: tuple[Any, ...] = ()  # arguments of training_step after the inputs, the same for the whole window
@@ -90,11 +92,12 @@ class TrainerWindow(SAMWindow):
         """As SAMWindow's, in the trainer's own way; `trainer._pass_info` says which pass it is."""
         trainer = self.trainer
         path = trainer._functional_path
-        each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        if cuts_sequences(trainer.accelerator):
+            micro_batch = _copied(micro_batch)
         trainer._pass_info = info
         try:
             with (
-                accelerated_sync(self.model, trainer.accelerator, info.sync or each),
+                accelerated_sync(self.model, trainer.accelerator, info.sync),
                 unlogged(trainer) if info.is_replay else contextlib.nullcontext(),
                 contextlib.nullcontext() if path is None or info.is_replay else path.refuse_unseen(),
             ):
@@ -232,10 +235,25 @@ class SAMTrainerMixin(PostTrainingMixin):
         if not window.is_open:
             window.open(self.current_gradient_accumulation_steps)
         window.model, window.extra_args, window.named = model, extra_args, named
-        loss = window.feed(inputs)
+        items = extra_args[0] if extra_args else named.get("num_items_in_batch")
+        loss = window.feed(inputs, share=self._share_in_window(inputs, items) if window.needs_shares else None)
         if not window.is_open:
             self._finish_step()
         return loss
+
+    def _share_in_window(self, inputs: Any, items: Any) -> torch.Tensor | None:
+        """Which part of the window's labels a micro-batch has, the mean of processes; None where the trainer divides losses
+        by the number of micro-batches."""
+        counts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        if items is None or not counts or getattr(self, "loss_is_scaled_for_ga", None) is False:
+            return None
+        device = self.args.device
+        own = self._get_num_items_in_batch([inputs], device)  # of all processes, where `items` is
+        if own is None:
+            return None
+        own, items = (torch.as_tensor(number, dtype=torch.float64, device=device) for number in (own, items))
+        share: torch.Tensor = own / items
+        return share if self.args.average_tokens_across_devices else self.accelerator.reduce(share, "mean")
 
     def _plain_step(self, inputs: Any) -> Any:
         assert self._window is not None
@@ -388,6 +406,13 @@ class SAMTrainerMixin(PostTrainingMixin):
         if self._window is not None and self._window.is_open:
             self._window.abort()
         super()._on_epoch_end()
+
+
+def _copied(inputs: Any) -> Any:
+    """A batch with tensors of its own."""
+    copied = copy.copy(inputs)
+    copied.update({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+    return copied
 
 
 @contextlib.contextmanager

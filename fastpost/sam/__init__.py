@@ -21,7 +21,7 @@ from fastpost.sam.variants import (
     Variant,
     logits_sam,
 )
-from fastpost.sam.window import PassInfo, SAMWindow
+from fastpost.sam.window import BeforePass, PassInfo, SAMWindow
 from fastpost.sam.zeroth_order import ZerothOrderSAM
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "TRAM",
     "WSAM",
     "Around",
+    "BeforePass",
     "DecoupledWSAM",
     "Estimate",
     "ExternalSAM",

@@ -84,7 +84,7 @@ class SAM(Wrapper):
             does not.
         interval: SAM on every interval-th step, the base optimizer on the others; `opt.ascends` says which one comes next.
         sync_ascent: whether ranks average the ascent gradient (True) or each perturbs by its own (False: m-sharpness, the
-            original); None takes the gradients as they are. Windows act on it.
+            original). Windows act on it, and average for None as well; by hand the gradients count as they are.
         rounding: how w + e is stored in 16-bit weights: to "nearest", or "stochastic", at random between neighbours, which
             keeps the mean of the step but not its direction.
         rounding_seed: key of those random numbers.
@@ -413,7 +413,8 @@ class SAM(Wrapper):
         self.zero_grad()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients; between the two passes too, an ascent that overflowed stays known."""
+        """Drops the gradients, also those that FSDP2 has not reduced yet; between the two passes too, an ascent that
+        overflowed stays known."""
         for params in self._lists():
             for p in params:
                 if set_to_none:
@@ -421,6 +422,8 @@ class SAM(Wrapper):
                 elif p.grad is not None:
                     p.grad.detach_() if p.grad.grad_fn is not None else p.grad.requires_grad_(False)
                     p.grad.zero_()
+        if distributed.active():
+            distributed.drop_waiting_gradients(self.tensors())
         if self.is_perturbed:
             self._early.forget()
             self._guard.arm(self._step.squared_norm, self._lists)
@@ -452,10 +455,11 @@ class SAM(Wrapper):
         if self._backward_norm is not None:
             self._backward_norm.begin(comes and self.ascends)
 
-    def weigh_ascent(self, factor: float) -> None:
-        """For windows whose ascent was over some of the micro-batches, before `end_ascent`: a factor on its gradients.
+    def weigh_ascent(self, factor: float | Tensor) -> None:
+        """For windows whose ascent is over some of the micro-batches: a factor on its gradients, by which they are on the
+        scale of the whole window's. To be said before `first_step`, and before `end_ascent` where more is known then.
 
-        It counts where the variant mixes them with the second ones. SAM itself takes only a direction from them.
+        It counts where the variant averages them, or mixes them with the second ones. SAM itself takes a direction alone.
         """
         self._step.ascent_factor = factor
 
@@ -697,12 +701,19 @@ class SAM(Wrapper):
         )
 
     def _refuse_no_gradient(self) -> None:
-        if self.variant.ascent_pass:
-            raise RuntimeError("SAM: no parameter (in scope) has a gradient; call backward() before the ascent")
+        if not self.variant.ascent_pass:
+            return
+        if distributed.active() and distributed.waiting_gradients(self.tensors()):
+            raise RuntimeError(
+                "SAM: FSDP2 has not reduced the gradients of the ascent; let the last backward pass before it synchronise "
+                "(outside no_sync). opt.zero_grad() drops those that wait"
+            )
+        raise RuntimeError("SAM: no parameter (in scope) has a gradient; call backward() before the ascent")
 
     def _direction(self) -> Callable[[Tensor], Tensor | None]:
         """What the variant follows for each tensor. Gradients that it does not see stand for themselves, to be refused."""
         seen = self._gradients()
+        self._context.ascent_factor = self._step.ascent_factor
         direction = self.variant.direction(self._context, seen)
         return lambda p: direction.get(p) if p in direction or p in seen else distributed.local_gradient(p)
 
@@ -721,9 +732,9 @@ class SAM(Wrapper):
 
     def _descend(self, second: Gradients) -> None:
         factor = self._step.ascent_factor if self.variant.scales_must_agree else 1.0
-        if factor != 1:
+        if isinstance(factor, Tensor) or factor != 1:
             for gradient in self._step.clean.values():
-                gradient.mul_(factor)
+                gradient.mul_(factor.to(gradient) if isinstance(factor, Tensor) else factor)
         self._context.ascent_factor = factor
         self.variant.descend(self._context, self._step.clean, second)
 

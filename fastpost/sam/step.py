@@ -50,7 +50,7 @@ class SAMStep:
         sums: of the last perturbation; None without one.
         tensors: how many the optimizer's groups held at the ascent.
         clean: the gradients at w, where the variant keeps them until the second pass is over.
-        ascent_factor: what the gradients at w are multiplied by to be on the scale of the second ones.
+        ascent_factor: what the gradients at w are multiplied by to be on the scale of the whole window's.
         combined: whether the variant has rewritten the gradients for good.
         notes: what others keep of its first passes, each by a key of its own.
     """
@@ -61,7 +61,7 @@ class SAMStep:
     sums: PerturbationSums | None = None
     tensors: int = 0
     clean: Gradients = field(default_factory=dict)
-    ascent_factor: float = 1.0
+    ascent_factor: float | Tensor = 1.0
     combined: bool = False
     notes: dict[object, Any] = field(default_factory=dict)
 

@@ -37,7 +37,8 @@ class VariantContext:
         names: what a variant keeps per parameter.
 
     Attributes:
-        ascent_factor: in `descend`, what brings the gradients at w to the scale of the second ones; `clean` has it already.
+        ascent_factor: what brings the gradients at w to the scale of the whole window's, in `direction` as far as that is
+            known; in `descend`, `clean` has it already.
         is_stateless: the base optimizer has stepped, and left nothing in the state of a whole group's parameters.
     """
 
@@ -53,7 +54,7 @@ class VariantContext:
         self._state = state
         self._names = names
         self._pending: dict[Tensor, dict[str, Tensor]] = {}
-        self.ascent_factor = 1.0
+        self.ascent_factor: float | Tensor = 1.0
         self.is_stateless = False
 
     def tensors(self) -> list[Tensor]:
@@ -81,14 +82,15 @@ class VariantContext:
         """Sum of one float64 scalar for each parameter, over all of them and over all ranks."""
         return self._reducer.total((self._reducer.key(p), number) for p, number in numbers.items())
 
-    def mean(self, total: Tensor | None, count: int) -> Tensor | None:
-        """The mean of what all ranks that share parameters have observed, from this rank's sum and number of observations: a
-        float64 scalar; None where no rank has any. Every rank has to call it."""
-        total = torch.zeros((), dtype=torch.float64) if total is None else total.double()
+    def mean(self, total: Tensor | None, items: float | Tensor) -> Tensor | None:
+        """The mean of what all ranks that share parameters have observed, from this rank's sum and the items that it is
+        over: a float64 scalar, 0 where there are none; None where no rank has observed any. Every rank has to call it."""
+        mine = torch.zeros((), dtype=torch.float64) if total is None else total.double()
+        over = items.to(mine) if isinstance(items, Tensor) else torch.full_like(mine, items)
         if not distributed.active():
-            return total / count if count else None
-        total, counts = self._reducer.pool(torch.stack([total, torch.full_like(total, count)])).unbind()
-        return total / counts if count or bool(counts) else None
+            return None if total is None else ratio(mine, over)
+        mine, over = self._reducer.pool(torch.stack([mine, over])).unbind()
+        return None if total is None and not bool(over) else ratio(mine, over)
 
     def kept(self, p: Tensor, name: str) -> Tensor:
         """What was kept for a parameter; zeros before."""
@@ -139,6 +141,8 @@ class Variant:
         keeps_gradient: whether the gradient at w is kept until the second one is there, at the price of a copy.
         scales_must_agree: whether `descend` mixes the two passes, so that a loss scale must be on both gradients or on none,
             and the gradient of some of a window's micro-batches is put on the scale of all.
+        weighs_ascents: whether it goes by the scale of the ascent's gradient, or of what was observed there, so that a
+            window has to know what share of it an ascent over some of its micro-batches is.
         rewrites: whether `descend` or `between`, where overridden, change gradients. They are then called at the end of the
             backward pass, so that the caller clips what they made; where further passes add to the gradients, again after
             each, with all that there is so far.
@@ -151,6 +155,7 @@ class Variant:
     ascent_pass = True
     keeps_gradient = False
     scales_must_agree = False
+    weighs_ascents = False
     rewrites = True
     state_names: tuple[str, ...] = ()
     follows_state = False
@@ -197,6 +202,7 @@ class StableSAM(Variant):
     """
 
     scales_must_agree = True
+    weighs_ascents = True
 
     def __init__(self) -> None:
         self._clean: Tensor | None = None
@@ -207,7 +213,8 @@ class StableSAM(Variant):
 
     def descend(self, context: VariantContext, clean: Gradients, second: Gradients) -> None:
         assert self._clean is not None
-        _scale_(second, ratio(self._clean, context.dot(second, second)).sqrt() * context.ascent_factor)
+        longer = ratio(self._clean, context.dot(second, second)).sqrt()
+        _scale_(second, longer * _beside(context.ascent_factor, longer))
 
 
 class GSAM(Variant):
@@ -222,6 +229,7 @@ class GSAM(Variant):
 
     keeps_gradient = True
     scales_must_agree = True
+    weighs_ascents = True
 
     def __init__(self, alpha: float = 0.1) -> None:
         self.alpha = _not_negative("GSAM", "alpha", alpha)
@@ -246,6 +254,7 @@ class WSAM(Variant):
 
     keeps_gradient = True
     scales_must_agree = True
+    weighs_ascents = True
 
     def __init__(self, gamma: float = 0.9) -> None:
         ops.check_real(type(self).__name__, "gamma", gamma)
@@ -293,8 +302,9 @@ class LookSAM(Variant):
 class FriendlySAM(Variant):
     """Friendly-SAM (2403.12350): ascends along the noise of the gradient, g - sigma m, m its running mean.
 
-    m_t = decay m_{t-1} + (1 - decay) g_t, from m_0 = 0. Use it with small batches, where SAM's ascent mostly follows the
-    full gradient. With a GradScaler give `loss_scale`, because gradients of different scales do not add up.
+    m_t = decay m_{t-1} + (1 - decay) g_t, from m_0 = 0, each g_t on the scale of its whole window. Use it with small
+    batches, where SAM's ascent mostly follows the full gradient. With a GradScaler give `loss_scale`, because gradients of
+    different scales do not add up.
 
     Args:
         sigma: how much of the mean is taken away.
@@ -303,6 +313,7 @@ class FriendlySAM(Variant):
     """
 
     state_names = ("sam_mean",)
+    weighs_ascents = True
 
     def __init__(
         self, sigma: float = 1.0, decay: float = 0.9, loss_scale: Callable[[], float | Tensor] | None = None
@@ -315,15 +326,17 @@ class FriendlySAM(Variant):
         self.loss_scale = loss_scale
 
     def direction(self, context: VariantContext, gradients: Gradients) -> Gradients:
-        scale = 1.0 if self.loss_scale is None else self.loss_scale()
+        # Of these gradients, where those of whole windows that are not scaled have 1.
+        scale = (1.0 if self.loss_scale is None else self.loss_scale()) / context.ascent_factor
         ok = torch.isfinite(context.dot(gradients, gradients))
         result = {}
         for p, g in gradients.items():
             before = context.kept(p, "sam_mean")
-            mean = torch.add(before * self.decay, g / scale, alpha=1 - self.decay)
+            unit = _beside(scale, g)
+            mean = torch.add(before * self.decay, g / unit, alpha=1 - self.decay)
             mean = torch.where(ok.to(g.device), mean, before)
             context.keep(p, "sam_mean", mean)
-            result[p] = torch.sub(g, mean * scale, alpha=self.sigma).to(g.dtype)  # a converted model keeps a wider mean
+            result[p] = torch.sub(g, mean * unit, alpha=self.sigma).to(g.dtype)  # a converted model keeps a wider mean
         return result
 
 
@@ -420,20 +433,26 @@ class TRAM(Variant):
     """
 
     rewrites = False
+    weighs_ascents = True
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
-        self._count = 0
+        self._items: float | Tensor = 0.0
 
-    def observe(self, divergence: Tensor) -> None:
-        """Takes the divergence of one (micro-)batch; the radius is the mean over the window, and over ranks that share
-        parameters. Pipeline stages that have none observe none."""
+    def observe(self, divergence: Tensor, items: float | Tensor = 1.0) -> None:
+        """Takes the divergence of one (micro-)batch; the radius is the mean over the ascent's, and over ranks that share
+        parameters. Pipeline stages that have none observe none.
+
+        Args:
+            divergence: a mean; or a sum, where micro-batches differ in size.
+            items: over how many items that sum is, > 0 (such as tokens, or their share of a window's).
+        """
         value = divergence.detach().double()
         self._sum = value if self._sum is None else self._sum + value
-        self._count += 1
+        self._items = self._items + items
 
     def radius(self, context: VariantContext) -> Tensor | None:
-        mean = context.mean(self._sum, self._count)
+        mean = context.mean(self._sum, self._items)
         if mean is None:
             raise RuntimeError("SAM: TRAM has no radius: call observe(divergence) in the first pass of each step")
         return mean
@@ -442,12 +461,17 @@ class TRAM(Variant):
         self.forget()  # what the second pass observed does not count
 
     def forget(self) -> None:
-        self._sum, self._count = None, 0
+        self._sum, self._items = None, 0.0
 
 
 def _not_negative(who: str, name: str, value: float) -> float:
     ops.check_number(who, name, value)
     return value
+
+
+def _beside(value: float | Tensor, other: Tensor) -> float | Tensor:
+    """`value` on the device of another tensor."""
+    return value.to(other.device) if isinstance(value, Tensor) else value
 
 
 def _scale_(tensors: Gradients, factor: Tensor) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -31,12 +32,14 @@ class PassInfo:
         is_replay: the micro-batch ran before in this window, and this is its second pass, at w + e.
         sync: whether ranks share gradients in this pass.
         is_last: the micro-batch is the window's last one.
+        share: what part of the window's loss its micro-batch's is, as `feed` was told; None in a second pass.
     """
 
     index: int
     is_replay: bool = False
     sync: bool = True
     is_last: bool = False
+    share: float | Tensor | None = None
 
 
 class SAMWindow:
@@ -44,9 +47,10 @@ class SAMWindow:
 
     The ascent gradient is that of the first k = ceil(ascent_fraction * n) micro-batches; the descent gradient is that of all
     n, at the one perturbed point (2110.08529 takes a quarter). For a variant that mixes both, such as GSAM, the ascent's is
-    multiplied by n / k, n being how many there were when the window closed. Micro-batches of the ascent are run twice and
-    kept until then, later ones run once, at w + e. After the last one w is back and the gradients are the second pass's,
-    ready for `unscale_`, clipping and `step()`::
+    multiplied by n / k, n being how many there were when the window closed; or, where losses are divided by the items of the
+    window, by the shares that `feed` is told. Micro-batches of the ascent are run twice and kept until then, later ones run
+    once, at w + e. After the last one w is back and the gradients are the second pass's, ready for `unscale_`, clipping and
+    `step()`::
 
         window = SAMWindow(opt, lambda batch: backward_of(loss_fn(model, batch) / 4))   # forward and backward of one
         for batches in windows_of_four:
@@ -68,15 +72,18 @@ class SAMWindow:
             and the generators go on as they would have without SAM.
         no_sync: opens a context without gradient synchronisation, such as `model.no_sync` of DDP. It is entered around
             forward and backward of all micro-batches but the last of each pass; with `sync_ascent=False` around the whole
-            ascent, which then uses each replica's own gradient.
+            ascent, which then uses each replica's own gradient. With `per_micro_batch` first passes synchronise (unless
+            `sync_ascent=False`), and over sharded parameters all do, as FSDP2 would add up what waits of both passes.
         model: the model, where the optimizer was not given it: so that each micro-batch moves the running statistics of norm
             layers once, in its first pass, as the optimizer's `norm_stats` says.
 
     A trainer that makes its passes in its own way derives a class and overrides `run_pass`.
 
     Attributes:
+        sync_each: whether ranks share gradients in every pass; those of an ascent with `sync_ascent=False` they never share.
         size: micro-batches announced for the open window.
         fed: how many of them have been fed.
+        needs_shares: whether it matters to the open window what `feed` is told of a micro-batch's share.
         perturbed_losses: what `forward_backward` returned at w + e, in the order of the micro-batches.
 
     Raises:
@@ -129,10 +136,14 @@ class SAMWindow:
             found.set_model(model)
         self.forward_backward = forward_backward
         self._no_sync = no_sync
+        self.sync_each = self._syncs_each = False
         self.size = 0
         self.perturbed_losses: list[Any] = []
-        self.fed = self._ascending = self._ascended = 0
-        self._kept: list[tuple[Kept, RandomState]] = []
+        self.fed = self._ascending = self._ascended = self._announced = 0
+        self.needs_shares = self._tells_shares = False
+        self._of_all: float | Tensor = 0.0  # shares of what was fed; where none were told, its number
+        self._of_ascent: float | Tensor = 0.0
+        self._kept: list[BeforePass] = []
 
     def run(self, micro_batches: Iterable[Any]) -> list[Any]:
         """A whole window; returns what `forward_backward` returned for each micro-batch the first time it ran."""
@@ -160,11 +171,17 @@ class SAMWindow:
             raise RuntimeError("SAMWindow: the optimizer is perturbed; finish its step first")
         self.optimizer.zero_grad()
         self.optimizer.in_window = True
-        self.size, self.fed, self._ascended = size, 0, 0
+        # FSDP2 keeps what it has not reduced out of `.grad`, so that it cannot be set aside between the passes of m-SAM.
+        sharded = any(map(distributed.is_sharded, self.optimizer.tensors()))
+        self._syncs_each = self.sync_each or (self.per_micro_batch and sharded)
+        self.size, self._announced, self.fed, self._ascended = size, size, 0, 0
+        self._of_all = self._of_ascent = 0.0
         self.perturbed_losses = []
         ascends = self.optimizer.ascends and self.optimizer.variant.ascent_pass
         # 0.07 * 100 is 7.000000000000001
         self._ascending = math.ceil(self.ascent_fraction * size * (1 - 1e-12)) if ascends else 0
+        in_part = self.per_micro_batch or self._ascending < size
+        self.needs_shares = bool(self._ascending) and in_part and self.optimizer.variant.weighs_ascents
         self._announce()
 
     @property
@@ -185,36 +202,56 @@ class SAMWindow:
         with contextlib.nullcontext() if info.sync or self._no_sync is None else self._no_sync():
             return self.forward_backward(micro_batch)
 
-    def feed(self, micro_batch: Any, before: RandomState | None = None) -> Any:
+    def before(self, micro_batch: Any) -> BeforePass:
+        """For a trainer that makes first passes itself: what `feed` has to know of a micro-batch as it is before its own."""
+        return BeforePass(micro_batch, self.optimizer.accelerators())
+
+    def feed(self, micro_batch: Any, before: BeforePass | None = None, share: float | Tensor | None = None) -> Any:
         """Runs one micro-batch; the last one closes the window.
 
         Args:
             micro_batch: passed to `forward_backward`, a second time where it takes part in the ascent: lists and mappings
                 as a shallow copy, so that a pass may take entries out.
-            before: the generators as they stood before its first pass, for a trainer that has made that pass already;
-                None: as they are now.
+            before: what `before(micro_batch)` returned before its first pass, for a trainer that has made that pass already.
+            share: what part of the window's loss this micro-batch's is, a number or a scalar (on ranks, the mean of theirs):
+                such as its labels over the window's, where losses are sums divided by the labels of the window. None: each
+                counts alike. Variants that average or mix gradients of ascents over some of the micro-batches go by it.
 
         Returns:
             What `forward_backward` returned the first time it ran: at w for a micro-batch of the ascent, else at w + e.
 
         Raises:
+            TypeError: `before` is something else.
+            ValueError: a share for some micro-batches of the window and none for others. Nothing was done.
             RuntimeError: no window is open, or the first pass of a micro-batch has changed its tensors in place.
         """
         if not self.is_open:
             raise RuntimeError("SAMWindow: no window is open; open() one with the number of micro-batches to come")
+        if before is not None and not isinstance(before, BeforePass):
+            raise TypeError(
+                f"SAMWindow: before must be what window.before(micro_batch) returns before the first pass, not "
+                f"{type(before).__name__}"
+            )
+        if self.fed and (share is not None) != self._tells_shares:
+            raise ValueError(
+                "SAMWindow: some micro-batches of the window come with a share and some without; say all or none"
+            )
+        self._tells_shares = share is not None
+        amount = 1.0 if share is None else share
+        self._of_all = self._of_all + amount
         self.fed += 1
         last = self.fed == self.size
         try:
             if self.fed > self._ascending:
                 if self.fed == 1 and self.optimizer.ascends:  # a variant that needs no ascent pass
                     self.optimizer.first_step(zero_grad=True)
-                result = self.run_pass(micro_batch, PassInfo(self.fed - 1, sync=last, is_last=last))
+                result = self.run_pass(micro_batch, self._first_pass(self._syncs(last), amount))
                 if self.optimizer.is_perturbed:
                     self.perturbed_losses.append(result)
             else:
-                before = RandomState(self.optimizer.accelerators()) if before is None else before
+                before = self.before(micro_batch) if before is None else before
                 ascend = self._ascend_alone if self.per_micro_batch else self._ascend
-                result = ascend(micro_batch, before)
+                result = ascend(micro_batch, before, amount)
             if last:
                 self.close()
             else:
@@ -256,7 +293,7 @@ class SAMWindow:
             if self._kept:
                 self._replay()
             if self._ascended:
-                self.optimizer.weigh_ascent(self.fed / self._ascended)
+                self.optimizer.weigh_ascent(_ratio(self._of_all, self._of_ascent))
             self.optimizer.end_ascent()
         except BaseException:
             self.abort()
@@ -273,11 +310,25 @@ class SAMWindow:
         self.size = 0
         self.optimizer.in_window = False
 
-    def _ascend(self, micro_batch: Any, before: RandomState) -> Any:
-        self._kept.append((Kept(micro_batch), before))
+    def _syncs(self, last: bool, ascends: bool = False) -> bool:
+        """Whether ranks share gradients in a pass. `last`: somebody takes the gradients after it. `ascends`: that is SAM."""
+        if ascends and self.optimizer.sync_ascent is False:
+            return False
+        return last or self._syncs_each
+
+    @property
+    def _whole(self) -> float:
+        """What all that was announced counts."""
+        return 1.0 if self._tells_shares else float(self._announced)
+
+    def _first_pass(self, sync: bool, amount: float | Tensor) -> PassInfo:
+        return PassInfo(self.fed - 1, sync=sync, is_last=self.fed == self.size, share=amount / self._whole)
+
+    def _ascend(self, micro_batch: Any, before: BeforePass, amount: float | Tensor) -> Any:
+        self._kept.append(before)
+        self._of_ascent = self._of_ascent + amount
         last = self.fed == self._ascending
-        sync = last and self.optimizer.sync_ascent is not False
-        result = self.run_pass(micro_batch, PassInfo(self.fed - 1, sync=sync, is_last=self.fed == self.size))
+        result = self.run_pass(micro_batch, self._first_pass(self._syncs(last, ascends=True), amount))
         if last:
             self._replay()
         return result
@@ -285,43 +336,53 @@ class SAMWindow:
     def _replay(self) -> None:
         """Perturbs, and runs the micro-batches of the ascent again."""
         self._ascended = len(self._kept)
+        self.optimizer.weigh_ascent(_ratio(self._whole, self._of_ascent))
         self.optimizer.first_step(zero_grad=True)
         replayed, self._kept = self._kept, []
         after = RandomState(self.optimizer.accelerators())
-        for i, (kept, before) in enumerate(replayed):
-            self._run_again(i, kept, before, is_last=i + 1 == self.size)
+        for i, before in enumerate(replayed):
+            self._run_again(i, before, is_last=i + 1 == self.size)
         if self.dropout_rng == "same":
             after.put()
         self.optimizer.settle_norm_stats()  # later micro-batches have one pass only, which counts
 
-    def _run_again(self, index: int, kept: Kept, before: RandomState, is_last: bool) -> None:
-        micro_batch = kept.again(index)
+    def _run_again(self, index: int, before: BeforePass, is_last: bool) -> None:
+        micro_batch = before.again(index)
         if self.dropout_rng == "same":
-            before.put()
-        info = PassInfo(index, is_replay=True, sync=is_last, is_last=is_last)
+            before.random.put()
+        info = PassInfo(index, is_replay=True, sync=self._syncs(is_last), is_last=is_last)
         self.perturbed_losses.append(self.run_pass(micro_batch, info))
 
-    def _ascend_alone(self, micro_batch: Any, before: RandomState) -> Any:
+    def _ascend_alone(self, micro_batch: Any, before: BeforePass, amount: float | Tensor) -> Any:
         """One micro-batch up and down (m-SAM); what the earlier ones left as gradients is set aside and added to."""
-        kept, last = Kept(micro_batch), self.fed == self.size
         aside = [(p, *_set_aside(p)) for p in self.optimizer.tensors()]
-        info = PassInfo(self.fed - 1, sync=self.optimizer.sync_ascent is True, is_last=last)
-        result = self.run_pass(micro_batch, info)
+        result = self.run_pass(micro_batch, self._first_pass(self._syncs(True, ascends=True), amount))
+        self.optimizer.weigh_ascent(_ratio(self._whole, amount))
         self.optimizer.first_step(zero_grad=True)
         for p, gradient, values in aside:
             if gradient is not None and values is not None:
                 gradient.copy_(values)
             p.grad = gradient
-        self._run_again(self.fed - 1, kept, before, last)
+        self._run_again(self.fed - 1, before, is_last=self.fed == self.size)
         self.optimizer.end_ascent()
         return result
 
 
-class Kept:
-    """A micro-batch for its second pass: lists and mappings as a shallow copy, tensors as they are."""
+class BeforePass:
+    """A micro-batch before its first pass, for its second: lists and mappings as a shallow copy, tensors as they are.
 
-    def __init__(self, micro_batch: Any) -> None:
-        self._micro_batch = copy.copy(micro_batch) if isinstance(micro_batch, (Mapping, list)) else micro_batch
+    Args:
+        micro_batch: as the first pass will get it.
+        devices: accelerators that the pass draws from.
+
+    Attributes:
+        micro_batch: the same, or its copy.
+        random: the generators as they stand.
+    """
+
+    def __init__(self, micro_batch: Any, devices: Iterable[torch.device] = ()) -> None:
+        self.micro_batch = copy.copy(micro_batch) if isinstance(micro_batch, (Mapping, list)) else micro_batch
+        self.random = RandomState(devices)
         self._versions = [(t, t._version) for t in _tensors(micro_batch)]
 
     def again(self, index: int) -> Any:
@@ -332,10 +393,11 @@ class Kept:
         """
         if any(t._version != version for t, version in self._versions):
             raise RuntimeError(
-                f"SAMWindow: micro-batch {index} was changed in place in its first pass (masking, mixup, scaling), and its "
-                "second pass would change it again; change a copy, or do it where batches are made"
+                f"SAMWindow: micro-batch {index} was changed in place in its first pass (masking, mixup, scaling; torch's "
+                "context_parallel cuts its buffers), and its second pass would change it again; change a copy, or do it "
+                "where batches are made"
             )
-        return self._micro_batch
+        return self.micro_batch
 
 
 def _tensors(micro_batch: Any) -> Iterator[Tensor]:
@@ -349,6 +411,13 @@ def _tensors(micro_batch: Any) -> Iterator[Tensor]:
     elif isinstance(micro_batch, (list, tuple)):
         for value in micro_batch:
             yield from _tensors(value)
+
+
+def _ratio(whole: float | Tensor, part: float | Tensor) -> float | Tensor:
+    """whole / part; 1 where the part is 0, whose gradients are 0 as well."""
+    if isinstance(part, Tensor):
+        return torch.where(part == 0, 1.0, whole / part)
+    return whole / part if part else 1.0
 
 
 def _set_aside(p: Tensor) -> tuple[Tensor | None, Tensor | None]:

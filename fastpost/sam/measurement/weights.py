@@ -63,7 +63,8 @@ class Weights:
             )
         if self.sharded and distributed.waiting_gradients(self.params):
             raise ValueError(
-                "sharpness: FSDP2 holds gradients that it has not reduced yet; measure after a window's last micro-batch"
+                "sharpness: FSDP2 holds gradients that it has not reduced yet; measure after a window's last micro-batch. "
+                "Where that does not come, fastpost.distributed.drop_waiting_gradients(model.parameters()) drops them"
             )
         self.rho, self.eta, self._compute_dtype = rho, eta, compute_dtype
         self._reducer = ShardReducer()
