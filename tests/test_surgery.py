@@ -98,6 +98,16 @@ def test_a_conflict_between_nearly_orthogonal_sides(method: str) -> None:
     torch.testing.assert_close(made, exact, rtol=1e-13, atol=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [(1e-39, 1.0), (1.0, 1e-39), (1e-20, 1e20), (1e20, 1e-20)])
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"sago"}))
+def test_sides_whose_sizes_no_float32_divides(method: str, sizes: tuple[float, float]) -> None:
+    """A text that is forgotten has gradients of 1e-39: factors of the projections leave float32, the result does not."""
+    f, r = ([size * torch.tensor(x)] for size, x in zip(sizes, ([-1.0, 0.5, 0.25], [1.0, 1.5, -0.5]), strict=True))
+    (made,), (exact,) = operated(method, Sides(f, r), *PLANS[0]), expected(method, f, r)
+    largest = max(float(g.double().norm()) for g in (exact, *(x for x in (*f, *r) if method != "gru")))
+    assert float((made.double() - exact).norm()) <= 2e-6 * largest + 3e-45
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
 def test_narrow_gradients_are_rounded_once(method: str, dtype: torch.dtype) -> None:
