@@ -167,15 +167,16 @@ class AdaptersOff(Reference):
     reference is the unperturbed base model.
     """
 
-    @contextlib.contextmanager
-    def opened(self, model: Any) -> Iterator[Any]:
-        """As the base says; afterwards modes, adapters and which weights want gradients are as they were.
+    @staticmethod
+    def check(model: Any) -> None:
+        """Refuses models without adapters to switch off.
 
         Raises:
-            ValueError: no PEFT model, prompt learning, or weights trained that adapters off leave on.
+            ValueError: no PEFT model, or prompt learning.
         """
-        off = getattr(model, "disable_adapter", None)
-        if not callable(off) or not isinstance(getattr(model, "peft_config", None), dict):
+        if not callable(getattr(model, "disable_adapter", None)) or not isinstance(
+            getattr(model, "peft_config", None), dict
+        ):
             raise ValueError(
                 f"Anchor: 'lora_off' switches the adapters of a PEFT model off, and {type(model).__name__} has none "
                 "(get_peft_model makes one); 'reference' keeps a second copy instead"
@@ -185,6 +186,16 @@ class AdaptersOff(Reference):
                 "Anchor: 'lora_off' needs adapters inside the layers; virtual tokens (prompt or prefix tuning) change the "
                 "rows of the outputs. Use 'reference'"
             )
+
+    @contextlib.contextmanager
+    def opened(self, model: Any) -> Iterator[Any]:
+        """As the base says; afterwards modes, adapters and which weights want gradients are as they were.
+
+        Raises:
+            ValueError: as `check`; weights are trained that adapters off leave on.
+        """
+        self.check(model)
+        off = model.disable_adapter
         wanted = [(name, p, p.requires_grad) for name, p in model.named_parameters()]
         try:
             # PEFT takes gradients from what it switches off, and gives them to all of it afterwards.

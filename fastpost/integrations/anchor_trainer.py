@@ -25,8 +25,10 @@ from fastpost.anchor import (
 )
 from fastpost.anchor.context import FIELDS
 from fastpost.anchor.examples import check_examples, collate_without_context
+from fastpost.distributed import unwrap
 from fastpost.integrations.mixin import PostTrainingMixin
-from fastpost.r3f.conventions import has_router_loss
+from fastpost.r3f.conventions import has_router_loss, named
+from fastpost.r3f.head import linear_head
 
 AVERAGE = "anchor_ema.safetensors"  # in each checkpoint
 
@@ -86,6 +88,9 @@ class AnchorTrainerMixin(PostTrainingMixin):
         super()._prepare_model()
         self.anchor = None
         if "anchor" in self._methods:
+            if self.post_training.anchor_fused_linear:
+                with named("Anchor"):
+                    linear_head(unwrap(self.model))
             self._renew_reference(self.model)
             self._build_anchor()
 
@@ -186,6 +191,7 @@ class AnchorTrainerMixin(PostTrainingMixin):
         if kind == "live":
             return Live()
         if kind == "lora_off":
+            AdaptersOff.check(unwrap(model))
             return AdaptersOff()
         if kind == "ema":
             return MovingAverage(model, self.post_training.ema_decay)

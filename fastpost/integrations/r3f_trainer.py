@@ -12,6 +12,8 @@ from fastpost.distributed import unwrap
 from fastpost.integrations.mixin import PostTrainingMixin
 from fastpost.r3f import R4F
 from fastpost.r3f.conventions import has_router_loss, logits_of
+from fastpost.r3f.head import linear_head
+from fastpost.r3f.noise import find_embedding
 from fastpost.r3f.passes import Step
 from fastpost.r3f.relatives import FreeLB, HyPe, NEFTune, SymNoise
 from fastpost.r3f.relatives.hype import find_layers
@@ -158,6 +160,10 @@ class R3FTrainerMixin(PostTrainingMixin):
                     "hype:dropout=false"
                 )
             find_layers(unwrap(self.model), self.r3f.layers)
+        if "r3f" in self._methods and options.r3f_embedding is not None:
+            find_embedding(self.model, options.r3f_embedding)
+        if "r3f" in self._methods and options.r3f_fused_linear:
+            linear_head(unwrap(self.model))
 
     # -- a step, one micro-batch after another ------------------------------------------------------------------------------
 

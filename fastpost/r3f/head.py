@@ -59,6 +59,24 @@ class Head(NamedTuple):
         return logits if self.temperature == 1 else logits / self.temperature
 
 
+def linear_head(root: Any) -> nn.Linear:
+    """The output head of a model without its wrappers.
+
+    Raises:
+        ValueError: no output embeddings, or they are no plain nn.Linear.
+    """
+    get = getattr(root, "get_output_embeddings", None)
+    linear = get() if callable(get) else None
+    # FSDP2 gives its modules classes of their own; what counts is the forward pass.
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__:
+        kind = "missing" if linear is None else type(linear).__name__
+        raise ValueError(
+            f"R3F: fused_linear needs a model whose get_output_embeddings() is a plain nn.Linear; in "
+            f"{type(root).__name__} it is {kind}. Without fused_linear any head serves"
+        )
+    return linear
+
+
 def find_head(root: Any, inputs: dict[str, Any]) -> Head:
     """The output head of a model, and what the model does to its logits.
 
@@ -74,15 +92,7 @@ def find_head(root: Any, inputs: dict[str, Any]) -> Head:
             changes its logits in another way; what it does to three rows of logits fails.
         torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError, MemoryError: as the pass raised it.
     """
-    get = getattr(root, "get_output_embeddings", None)
-    linear = get() if callable(get) else None
-    # FSDP2 gives its modules classes of their own; what counts is the forward pass.
-    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__:
-        kind = "missing" if linear is None else type(linear).__name__
-        raise ValueError(
-            f"R3F: fused_linear needs a model whose get_output_embeddings() is a plain nn.Linear; in "
-            f"{type(root).__name__} it is {kind}. Without fused_linear any head serves"
-        )
+    linear = linear_head(root)
     extra = getattr(_owner(root), "final_logits_bias", None)
     plain = Head(linear, extra if isinstance(extra, Tensor) else None, None, 1.0)
     ways = _ways(getattr(_owner(root), "config", None))
