@@ -1,4 +1,4 @@
-"""Random number states of the CPU and of accelerators, so that a second pass can draw what the first one drew.
+"""Random number states of the CPU and of accelerators, so that a second pass can draw what the first one drew; and seeds.
 
 NumPy's and Python's generators are among them: speech models draw the masks of SpecAugment from NumPy's.
 """
