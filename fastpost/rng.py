@@ -1,4 +1,4 @@
-"""Random number states of the CPU and of accelerators, so that a second pass can draw what the first one drew.
+"""Random number states of the CPU and of accelerators, so that a second pass can draw what the first one drew; and seeds.
 
 NumPy's and Python's generators are among them: speech models draw the masks of SpecAugment from NumPy's.
 """
@@ -6,6 +6,7 @@ NumPy's and Python's generators are among them: speech models draw the masks of 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import random
 import struct
 import sys
@@ -126,6 +127,12 @@ def _read_python() -> tuple[Any, bytes | None]:
 
 _numpy = _Twister(_numpy_words, _read_numpy, lambda state: np.random.set_state(state))
 _python = _Twister(_python_words, _read_python, lambda state: random.setstate(state))
+
+
+def stream_seed(*numbers: int) -> int:
+    """A seed below 2^63 for the stream of random numbers that these numbers name, in this order."""
+    name = ",".join(str(int(number)) for number in numbers)
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
 
 
 def accelerators(tensors: Iterable[Tensor]) -> list[torch.device]:

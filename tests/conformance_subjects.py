@@ -21,7 +21,7 @@ class Right(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(self, params: Any, base: type[torch.optim.Optimizer], rho: float = 0.05, **kwargs: Any) -> None:
-        super().__init__(params, {})
+        super().__init__(params, {"rho": rho})
         self.rho = rho
         self.kept: dict[Tensor, Tensor] = {}
         self.waits = False
@@ -37,7 +37,10 @@ class Right(torch.optim.Optimizer):
 
     def factor(self) -> Tensor:
         norm = self.norm()
-        return self.rho / norm if norm != 0 else norm
+        return 1 / norm if norm != 0 else norm
+
+    def radius(self, p: Tensor) -> float:
+        return next(group["rho"] for group in self.param_groups if any(p is q for q in group["params"]))
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -45,7 +48,7 @@ class Right(torch.optim.Optimizer):
         self.overflowed = not torch.isfinite(self.norm())
         for p in self.tensors():
             if p.grad is not None:
-                self.move(p, p.grad * factor.to(p.grad.dtype))
+                self.move(p, p.grad * (self.radius(p) * factor).to(p.grad.dtype))
         self.waits = True
         if zero_grad:
             self.zero_grad()
@@ -98,7 +101,7 @@ class Right(torch.optim.Optimizer):
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         if hasattr(self, "base"):
-            self.base.add_param_group(group)  # one list for both
+            self.base.add_param_group({"rho": self.rho, **group})  # one list for both
         else:
             super().add_param_group(group)
 
@@ -211,7 +214,7 @@ class OneNormPerTensor(Right):
         for p in self.tensors():
             if p.grad is not None:
                 norm = p.grad.float().norm()
-                self.move(p, p.grad * (self.rho / norm if norm != 0 else norm).to(p.grad.dtype))
+                self.move(p, p.grad * (self.radius(p) / norm if norm != 0 else norm).to(p.grad.dtype))
         self.waits = True
         if zero_grad:
             self.zero_grad()
@@ -225,12 +228,31 @@ class NormOfOneShard(Right):
 
 class DividesByZero(Right):
     def factor(self) -> Tensor:
-        return self.rho / self.norm()
+        return 1 / self.norm()
 
 
 class HasNoZero(Right):
     def __init__(self, params: Any, base: type[torch.optim.Optimizer], rho: float = 0.05, **kwargs: Any) -> None:
         super().__init__(params, base, rho or 0.05, **kwargs)
+
+
+class KeepsTheFirstGradient(Right):
+    """zero_grad=True of the first step clears nothing, so that steps are made with g(w) + g(w + e)."""
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        super().first_step()
+
+
+class StepsWithOneLearningRate(Right):
+    def may_step(self, ascended_by_nan: bool) -> bool:
+        for group in self.param_groups[1:]:
+            group["lr"] = self.param_groups[0]["lr"]
+        return super().may_step(ascended_by_nan)
+
+
+class PerturbsWithOneRho(Right):
+    def radius(self, p: Tensor) -> float:
+        return float(self.param_groups[0]["rho"])
 
 
 class NeverPerturbs(Right):
@@ -315,7 +337,13 @@ class Dies(Right):
         os._exit(3)
 
 
-GRADIENTS = {"perturbation", "tied parameters", "added parameters", "frozen parameters"}  # compare e with its formula
+# Compare e with its formula.
+GRADIENTS = {"perturbation", "group options", "tied parameters", "added parameters", "frozen parameters"}
+# Compare the step with the base optimizer's.
+STEPS = {
+    *("group options", "second gradient", "rho zero", "added parameters", "frozen parameters"),
+    *("None in first pass", "None in second pass"),
+}
 
 # What each defect breaks, and nothing else.
 DEFECTS: dict[type[Right], set[str]] = {
@@ -334,6 +362,9 @@ DEFECTS: dict[type[Right], set[str]] = {
     OneNormPerTensor: GRADIENTS,
     DividesByZero: {"zero gradient"},
     HasNoZero: {"rho zero"},
+    KeepsTheFirstGradient: STEPS,
+    StepsWithOneLearningRate: {"group options"},
+    PerturbsWithOneRho: {"group options"},
     NeverPerturbs: GRADIENTS | {"second gradient", "restore", "restore bfloat16", "GradScaler, first pass"},
     SavesWhilePerturbed: {"saving while perturbed"},
     InsistsOnAClosure: {"distributed checkpoint"},

@@ -268,6 +268,13 @@ def test_shift_is_the_callers_choice() -> None:
         (lambda z, y: losses.ascent_loss(z, y[:, 1:]), ValueError, "labels"),
         (lambda z, y: losses.ascent_loss(z, y + VOCAB), ValueError, "outside"),
         (lambda z, y: losses.ascent_loss(z, y.double()), TypeError, "integers"),
+        (lambda z, y: losses.ascent_loss(z, y.tolist()), TypeError, "labels must be a tensor, not a list"),
+        (lambda z, y: losses.npo_loss(z, y, [1.0, 2.0]), TypeError, "npo_loss: reference_nll must be a tensor, not a list"),
+        (lambda z, y: losses.npo_loss(z, y, (1.0, 2)), TypeError, "npo_loss: reference_nll must be a tensor, not a float"),
+        (lambda z, y: losses.npo_loss(z, y, ()), TypeError, "npo_loss: reference_nll must be a tensor, not a tuple"),
+        (lambda z, y: losses.undial_loss(z, y, None), TypeError, "undial_loss: teacher_logits must be a tensor"),
+        (lambda z, y: losses.rmu_loss(z, [1.0]), TypeError, "rmu_loss: direction must be a tensor, not a list"),
+        (lambda z, y: losses.rmu_loss(z, torch.ones(VOCAB), z, 3), TypeError, "rmu_loss: reference must be a tensor"),
     ],
 )
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,9 @@ import pytest
 
 import fastpost
 from fastpost.conformance import Adapter, Result, properties, sam_conformance
+from fastpost.conformance.__main__ import main
 
+from . import conformance_subjects
 from .conformance_subjects import DEFECTS, Dies, Hangs, NormOfOneShard, Right
 
 
@@ -92,6 +95,10 @@ def test_bad_input_is_refused() -> None:
         sam_conformance(Right, only=["restored"])
     with pytest.raises(ValueError, match="time_limit=0: use a positive number"):
         sam_conformance(Right, time_limit=0)
+    with pytest.raises(ValueError, match="time_limit=inf: use a positive number"):
+        sam_conformance(Right, time_limit=float("inf"))
+    with pytest.raises(TypeError, match=r"make_optimizer must be a class or a function of .*, not a module"):
+        sam_conformance(json)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"style 'twice': use one of two_step, closure"):
         Adapter(Right, style="twice")
     with pytest.raises(ValueError, match="isolate=True: it cannot be sent"):
@@ -123,3 +130,25 @@ def test_the_command_prints_json_and_fails_where_a_property_does() -> None:
     done = subprocess.run([*command[:3], "tests.conformance_subjects"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "name the optimizer as module:make_optimizer" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["Right", "--only", "bogus"], "no property is called 'bogus'; there are: perturbation, "),
+        (["Right", "--time-limit", "-1"], "time_limit=-1: use a positive number of seconds"),
+        (["torch"], "make_optimizer must be a class or a function"),
+        (["NoPickle"], "cannot be sent to another process .*, or add --no-isolate"),
+        (["missing"], "AttributeError: module 'tests.conformance_subjects' has no attribute 'missing'"),
+    ],
+)
+def test_wrong_options_of_the_command_are_no_failed_property(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpicklable = lambda *args, **kwargs: Right(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(conformance_subjects, "NoPickle", unpicklable, raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as ended:
+        main([f"tests.conformance_subjects:{options[0]}", *options[1:]])
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err)

@@ -119,6 +119,9 @@ def test_bad_input_writes_nothing() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             delta.scale_(factor)
+    for wrong in ("0.5", {name: "0.5"}, {name: None}):
+        with pytest.raises(TypeError, match="Delta: a factor must be a number, not"):
+            delta.scale_(wrong)
     with pytest.raises(ValueError, match="alpha"):
         delta.lines_(-0.1)
     assert all(torch.equal(bits(p), bits(after[n])) for n, p in model.named_parameters())
@@ -167,6 +170,19 @@ def test_sixteen_bit_deltas_are_float32():
 def test_merging_what_does_not_fit_writes_nothing(tmp_path):
     model = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.ones(2)), "b": torch.nn.Parameter(torch.ones(2))})
     delta = Delta(model, {"a": torch.zeros(2)})
+    both = Delta(model, {"a": torch.zeros(2), "b": torch.zeros(2)})
+    for second, error, message in (  # the first one fits, and is not written either
+        (torch.ones(2, dtype=torch.complex64), ValueError, r"b is torch\.float32, the other delta's torch\.complex64"),
+        (torch.ones(2, dtype=torch.int64), ValueError, r"the other delta's torch\.int64"),
+        (torch.ones(2, dtype=torch.bool), ValueError, r"the other delta's torch\.bool"),
+        (torch.tensor([1.0, math.nan]), ValueError, "the other delta's b is not finite"),
+        (torch.tensor([1.0, math.inf]), ValueError, "the other delta's b is not finite"),
+        ([1.0, 1.0], TypeError, "the other delta's b is a list, not a tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            both.merge_({"a": torch.ones(2), "b": second})
+    with pytest.raises(TypeError, match="a weight must be a number, not '1'"):
+        both.merge_({"a": torch.ones(2)}, "1")
     for other, weight, message in (
         ({"a": torch.ones(2), "b": torch.ones(2)}, 1.0, "'b' is none"),
         ({"a": torch.ones(3)}, 1.0, r"a is \(2,\), the other delta's \(3,\)"),

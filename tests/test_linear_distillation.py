@@ -642,8 +642,20 @@ def test_a_divergence_that_is_infinite_names_its_row() -> None:
     tensors = Problem().tensors
     tensors[2] = tensors[2].clone()
     tensors[2][7] = -math.inf  # a class that the student rules out
-    with pytest.raises(ValueError, match="row 0 holds a class that is -inf in one stream only"):
+    with pytest.raises(
+        ValueError, match=r"in row 0 the student has no probability .* where the teacher has some, so forward_kl"
+    ):
         fused(tensors)
+    with pytest.raises(ValueError, match=r"in row 0 one of the two has no probability .* so symmetric_kl is infinite"):
+        fused(tensors, divergence="symmetric_kl")
+    swapped = tensors[3:] + tensors[:3]
+    with pytest.raises(
+        ValueError, match=r"in row 0 the teacher has no probability .* where the student has some, so reverse_kl"
+    ):
+        fused(swapped, divergence="reverse_kl")
+    for remedy in ("js", "total_variation"):
+        assert math.isfinite(float(fused(tensors, divergence=remedy).loss))
+        assert math.isfinite(float(fused(swapped, divergence=remedy).loss))
     assert math.isfinite(float(fused(tensors, divergence="reverse_kl").loss))
     assert math.isfinite(float(fused(tensors, divergence="js").loss))
     tensors[5] = tensors[5].clone()

@@ -54,6 +54,24 @@ def test_sigma_is_the_largest_singular_value(shape: tuple[int, int], scale: floa
     assert norm(layer.weight) == pytest.approx(1, rel=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (1, 1), (200, 190)])
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e160, 1e300])
+def test_float64_weights_of_any_size(shape: tuple[int, int], scale: float) -> None:
+    layer = nn.Linear(shape[1], shape[0]).double()
+    with torch.no_grad():
+        layer.weight.normal_()
+        expected = norm(layer.weight) * scale
+        layer.weight.mul_(scale)
+    r4f = R4F(layer)
+    assert float(r4f.sigmas()[""]) == pytest.approx(expected, rel=1e-9, abs=0)
+    assert norm(layer.weight) == pytest.approx(1, rel=1e-9)
+    original = layer.parametrizations.weight.original.detach()  # type: ignore[union-attr, operator]
+    mapped = torch.func.vmap(
+        lambda w: torch.func.functional_call(layer, {"parametrizations.weight.original": w}, torch.ones(shape[1]).double())
+    )(original.unsqueeze(0))
+    torch.testing.assert_close(mapped[0], layer(torch.ones(shape[1]).double()), rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", ["for-loop", "foreach", "fused"])
 def test_sigma_stays_exact_while_training(kind: str) -> None:
     """With updates large enough to exchange the leading directions; torch's fused optimizers bump no version counter."""
@@ -526,6 +544,12 @@ def test_bad_input() -> None:
     R4F(layer)
     with pytest.raises(ValueError, match="the weight of the head is parametrised already"):
         R4F(layer)
+    with pytest.raises(ValueError, match=r"weight of the head has shape \(0, 3\), nothing to normalise"):
+        R4F(nn.Linear(3, 0))
+    with pytest.raises(ValueError, match="weight of out has shape"):
+        R4F(nn.ModuleDict({"out": nn.Linear(0, 3)}))
+    with pytest.raises(ValueError, match="weight of the head is on the meta device; load or initialise"):
+        R4F(nn.Linear(3, 2, device="meta"))
     head = Head()
     with torch.no_grad():
         head.out_proj.weight[0, 0] = math.nan

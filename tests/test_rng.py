@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastpost.rng import RandomState, seed_of
+from fastpost.rng import RandomState, seed_of, stream_seed
 
 
 def drawn(normals: int, uniforms: int) -> list[float]:
@@ -138,3 +138,11 @@ def test_a_seed_makes_words_that_were_read_before_the_generators_again() -> None
     RandomState()
     state.put()
     assert random.random() == first
+
+
+def test_streams_of_other_numbers_have_other_seeds() -> None:
+    names = [(seed, batch, k) for seed in (-1, 0, 1, 2**70) for batch in range(12) for k in range(120)]
+    seeds = [stream_seed(*name) for name in names]
+    assert len(set(seeds)) == len(names)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert stream_seed(0, 12) != stream_seed(0, 1, 2) != stream_seed(1, 0, 2)

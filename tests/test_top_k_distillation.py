@@ -440,6 +440,40 @@ def test_no_gradient_is_made_where_none_is_wanted() -> None:
         assert not loss_of(problem.leaves(), *problem.known()).loss.requires_grad
 
 
+def test_what_an_infinite_divergence_is_told_to_do_helps() -> None:
+    """A class that only the student rules out, and a rest that only the teacher does."""
+    problem = Problem()
+    ids, log_probs = problem.known()
+    leaves = problem.leaves()
+    ruled_out = [*leaves[:2], torch.zeros(VOCAB, dtype=leaves[0].dtype)]
+    ruled_out[2][ids[0, 0, 0]] = -math.inf
+    hot = torch.full_like(log_probs, -math.inf).index_fill(-1, torch.tensor(0), 0)
+    given = {"hidden": ruled_out[0], "weight": ruled_out[1]}
+
+    def value(log_probs: Tensor, bias: Tensor | None, divergence: str, **options: Any) -> float:
+        out = fastpost.linear_top_k_distillation_loss(
+            **given, teacher_ids=ids, teacher_log_probs=log_probs, bias=bias, divergence=divergence, **options
+        )
+        return float(out.loss.detach())
+
+    with pytest.raises(ValueError, match=r"row 0 the student has no probability .* so forward_kl is infinite") as told:
+        value(log_probs, ruled_out[2], "forward_kl")
+    assert "forward_kl'" not in str(told.value)
+    assert "rest" not in str(told.value)
+    with pytest.raises(ValueError, match=r"row 0 one of the two has no probability .* so symmetric_kl is infinite"):
+        value(log_probs, ruled_out[2], "symmetric_kl")
+    nothing = torch.full(hot.shape[:-1], -math.inf, dtype=hot.dtype)
+    for divergence in ("reverse_kl", "symmetric_kl"):
+        with pytest.raises(ValueError, match=r"give teacher_rest .*, or take rest='dropped'"):
+            value(hot, None, divergence)
+        with pytest.raises(ValueError, match="leave teacher_rest out, and take rest='dropped'"):
+            value(hot, None, divergence, teacher_rest=nothing)
+        assert math.isfinite(value(hot, None, divergence, rest="dropped"))
+    for remedy in ("js", "total_variation"):
+        assert math.isfinite(value(log_probs, ruled_out[2], remedy))
+        assert math.isfinite(value(hot, None, remedy))
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rest": "ignored"}, ValueError, "unknown rest 'ignored'"),
     ({"divergence": "kl"}, ValueError, "unknown divergence 'kl'"),
@@ -461,7 +495,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
             "divergence": "reverse_kl",
         },
         ValueError,
-        "has none in the teacher, so reverse_kl is infinite; give teacher_rest",
+        r"the teacher has no probability .* where the student has some, so reverse_kl is infinite; .* give teacher_rest",
     ),
     ({"memory_budget": 1000}, ValueError, "memory_budget of 1,000 bytes"),
 ]

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from fastpost.conformance.adapter import Adapter
 from fastpost.conformance.registry import properties
 from fastpost.conformance.results import print_table, to_json
-from fastpost.conformance.suite import sam_conformance
+from fastpost.conformance.runner import why_not_elsewhere
+from fastpost.conformance.suite import chosen, sam_conformance
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if no property failed."""
+    """Returns 0 if no property failed, else 1; wrong options end with status 2."""
     parser = argparse.ArgumentParser(prog="python -m fastpost.conformance", description=sam_conformance.__doc__)
     parser.description = "Checks what users rely on in a SAM-like optimizer."
     parser.add_argument("optimizer", nargs="?", help="module:name of make_optimizer, or of an Adapter")
@@ -36,9 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path.insert(0, os.getcwd())
     try:
         target = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        parser.error(f"{args.optimizer}: {error}")
-    adapter = target if isinstance(target, Adapter) else Adapter(target)
+    except Exception as error:  # whatever the module raises: status 1 is a property's
+        parser.error(f"{args.optimizer}: {type(error).__name__}: {error}")
+    try:
+        adapter = target if isinstance(target, Adapter) else Adapter(target)
+        chosen(adapter, args.only, args.time_limit)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    if not args.no_isolate and (reason := why_not_elsewhere(adapter)) is not None:
+        parser.error(f"{args.optimizer}: {reason}, or add --no-isolate")
     results = sam_conformance(
         adapter,
         distributed=not args.no_distributed,

@@ -31,7 +31,7 @@ class Adapter:
         not_applicable: name of a property to the reason why it means nothing for this optimizer.
 
     Raises:
-        ValueError: an unknown style.
+        ValueError: an unknown style. TypeError: make_optimizer cannot be called.
     """
 
     def __init__(
@@ -42,6 +42,11 @@ class Adapter:
         style: str | None = None,
         not_applicable: Mapping[str, str] | None = None,
     ) -> None:
+        if not callable(make_optimizer):
+            raise TypeError(
+                f"make_optimizer must be a class or a function of (params, base_optimizer_class, rho=...), not a "
+                f"{type(make_optimizer).__name__}"
+            )
         if style is not None and style not in STYLES:
             raise ValueError(f"style {style!r}: use one of {', '.join(STYLES)}")
         self.make_optimizer = make_optimizer

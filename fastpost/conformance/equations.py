@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,16 +25,21 @@ from fastpost.conformance.subject import (
 from fastpost.conformance.subject import batch as batch_of
 
 
-def expect_perturbation(subject: Subject, seen: Seen) -> None:
+def expect_perturbation(subject: Subject, seen: Seen, radii: Mapping[str, float] | None = None) -> None:
     """Compares the weights of the second pass with w + e in float64.
 
     One unit in the last place of w + e is allowed for storing it, and 1e-5 of |e| for float32 norms and products.
+
+    Args:
+        radii: of every parameter, by name; None: the subject's rho for all.
     """
     names = list(seen.before)
     weights = [seen.before[n].double() for n in names]
     grads = [None if (g := seen.first_grads[n]) is None else g.double() for n in names]
-    wanted = subject.adapter.perturbation(weights, grads, subject.rho)
-    if wanted is None:
+    radii = dict.fromkeys(names, subject.rho) if radii is None else radii
+    at = {rho: subject.adapter.perturbation(weights, grads, rho) for rho in radii.values()}
+    wanted = [e[k] for k, name in enumerate(names) if (e := at[radii[name]]) is not None]
+    if not wanted:
         for name, g in zip(names, grads, strict=True):
             if g is None and differing({name: seen.before[name]}, {name: seen.perturbed[name]}):
                 raise Failure(f"{name} has no gradient and was perturbed")
@@ -62,6 +70,28 @@ def perturbation(adapter: Adapter) -> None:
         _formula(subject)
         for _ in range(3):
             expect_perturbation(subject, subject.step())
+
+
+@conformance("group options")
+def group_options(adapter: Adapter) -> None:
+    """Every group is stepped with its own learning rate and perturbed with its own rho, under one norm."""
+    usual = getattr(Subject(adapter).opt, "param_groups", ())
+    if not usual or any(key not in group for group in usual for key in ("lr", "rho")):
+        raise NotApplicable("its groups hold no lr and rho of their own")
+    own = {"inner": {"lr": 0.1, "rho": 0.3}, "outer": {"lr": 0.02, "rho": 0.05}, "left": {"lr": 0.3}, "right": {"rho": 0.9}}
+
+    def groups(model: nn.Module, *keys: str) -> list[dict[str, Any]]:
+        given = {part: {key: value for key, value in own[part].items() if key in keys} for part in own}
+        return [{"params": list(model.get_submodule(part).parameters()), **given[part]} for part in own]
+
+    model = network()
+    subject = Subject(adapter, model=model, params=groups(model, "lr", "rho"))
+    twin = Twin(subject, lambda model: groups(model, "lr"))
+    radii = {name: own[name.partition(".")[0]].get("rho", subject.rho) for name, _ in model.named_parameters()}
+    for _ in range(3):
+        seen = subject.step()
+        expect_perturbation(subject, seen, radii)
+        expect_close(seen.after, twin.step(seen.second_grads), "another step than with the learning rate of each group")
 
 
 @conformance("second gradient")

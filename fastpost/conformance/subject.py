@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastpost.conformance.adapter import Adapter
 from fastpost.conformance.registry import Failure
@@ -57,7 +58,7 @@ def batch(number: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
     return torch.randn(8, 6, generator=generator).to(dtype), torch.randn(8, 3, generator=generator).to(dtype)
 
 
-def loss_of(model: nn.Module, data: tuple[Tensor, Tensor], **branches: bool) -> Tensor:
+def loss_of(model: Callable[..., Tensor], data: tuple[Tensor, Tensor], **branches: bool) -> Tensor:
     x, y = data
     loss: Tensor = (model(x, **branches) - y).square().mean()
     return loss
@@ -106,7 +107,10 @@ def expect_close(a: Weights, b: Weights, what: str, tolerance: float = 1e-6) -> 
 
 @dataclass
 class Seen:
-    """One step: weights before it, in its second pass and after it, and the gradients of both passes (None where absent)."""
+    """One step: weights before it, in its second pass and after it, and the gradients of both passes (None where absent).
+
+    A pass that calls `Subject.backward` has the gradients of its weights and its batch, whatever lies in `.grad`.
+    """
 
     before: Weights
     perturbed: Weights = field(default_factory=dict)
@@ -141,6 +145,7 @@ class Subject:
         self.model = network() if model is None else model
         self.opt = adapter.make(self.params() if params is None else params, base, rho=rho, **self.kwargs)
         self.number = 0  # of the batch
+        self._computed: dict[str, Tensor | None] | None = None  # what the last `backward` had to make
 
     def params(self) -> list[nn.Parameter]:
         return list(self.model.parameters())
@@ -152,8 +157,22 @@ class Subject:
         return {name: None if p.grad is None else whole(p.grad) for name, p in self.model.named_parameters()}
 
     def backward(self, **branches: bool) -> Tensor:
+        self._computed = self.gradients_at(self.weights(), **branches)
         loss = loss_of(self.model, batch(self.number, self.params()[0].dtype), **branches)
         return differentiate(loss)
+
+    def gradients_at(self, weights: Weights, **branches: bool) -> dict[str, Tensor | None]:
+        """Of this step's batch, by copies of the weights: no `.grad` is read, and nothing accumulates."""
+        copies = {n: weights[n].clone().requires_grad_(p.requires_grad) for n, p in self.model.named_parameters()}
+
+        def model(x: Tensor, **branches: bool) -> Tensor:
+            y: Tensor = functional_call(self.model, copies, (x,), branches)
+            return y
+
+        loss = loss_of(model, batch(self.number, self.params()[0].dtype), **branches)
+        thawed = {name: w for name, w in copies.items() if w.requires_grad}
+        found = torch.autograd.grad(loss, list(thawed.values()), allow_unused=True)
+        return dict.fromkeys(copies) | dict(zip(thawed, found, strict=True))
 
     def step(
         self, first: Backward | None = None, second: Backward | None = None, drive: Callable[..., None] | None = None
@@ -161,15 +180,18 @@ class Subject:
         """Makes one step on the next batch and notes what the passes saw."""
         seen = Seen(self.weights())
 
+        def noted(backward: Backward) -> tuple[Tensor, dict[str, Tensor | None]]:
+            self._computed = None
+            loss = backward()
+            return loss, self.grads() if self._computed is None else self._computed
+
         def one() -> Tensor:
-            loss = (first or self.backward)()
-            seen.first_grads = self.grads()
+            loss, seen.first_grads = noted(first or self.backward)
             return loss
 
         def two() -> Tensor:
             seen.perturbed = self.weights()
-            loss = (second or self.backward)()
-            seen.second_grads = self.grads()
+            loss, seen.second_grads = noted(second or self.backward)
             return loss
 
         (drive or self.adapter.step)(self.opt, one, two)

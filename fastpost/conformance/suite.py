@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,21 +37,17 @@ def sam_conformance(
         One `Result` per property, in the order of the table.
 
     Raises:
-        ValueError: a name in `only` that is no property, or a time limit that is not positive.
+        ValueError: a name in `only` that is no property, a time limit that is not positive and finite, or isolate=True with
+            an optimizer that cannot be sent to another process.
+        TypeError: make_optimizer cannot be called.
     """
     adapter = make_optimizer if isinstance(make_optimizer, Adapter) else Adapter(make_optimizer)
-    known = properties()
-    wanted = list(known) if only is None else list(only)
-    for name in (*wanted, *adapter.not_applicable):
-        if name not in known:
-            raise ValueError(f"no property is called {name!r}; there are: {', '.join(known)}")
-    if not time_limit > 0:
-        raise ValueError(f"time_limit={time_limit}: use a positive number of seconds")
+    wanted = chosen(adapter, only, time_limit)
     verdicts: dict[str, Verdict] = {}
     elsewhere = why_not_elsewhere(adapter)
     alone: list[Property] = []
     together: list[Property] = []
-    for prop in (known[name] for name in wanted):
+    for prop in wanted:
         if prop.name in adapter.not_applicable:
             verdicts[prop.name] = "not applicable", adapter.not_applicable[prop.name]
         elif prop.processes == 1:
@@ -65,7 +62,23 @@ def sam_conformance(
         raise ValueError(f"isolate=True: {elsewhere}")
     verdicts.update((in_processes if isolate else in_this_process)(adapter, alone, time_limit))
     verdicts.update(in_processes(adapter, together, time_limit))
-    results = [Result(name, *verdicts[name], known[name].promise) for name in wanted]
+    results = [Result(prop.name, *verdicts[prop.name], prop.promise) for prop in wanted]
     if table:
         print_table(adapter.name, results)
     return results
+
+
+def chosen(adapter: Adapter, only: Iterable[str] | None, time_limit: float) -> list[Property]:
+    """The properties to run.
+
+    Raises:
+        ValueError: a name that is no property, or a time limit that is not positive and finite.
+    """
+    known = properties()
+    wanted = list(known) if only is None else list(only)
+    for name in (*wanted, *adapter.not_applicable):
+        if name not in known:
+            raise ValueError(f"no property is called {name!r}; there are: {', '.join(known)}")
+    if not 0 < time_limit < math.inf:
+        raise ValueError(f"time_limit={time_limit:g}: use a positive number of seconds")
+    return [known[name] for name in wanted]

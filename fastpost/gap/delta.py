@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,15 +74,15 @@ class Delta:
             factor: one number, or one per name; names that it lacks stay as they are.
 
         Raises:
-            ValueError: a factor that is not finite, or an unknown name; nothing is written then.
+            ValueError: a factor that is not finite, or an unknown name. TypeError: a factor that is no number. Nothing is
+                written then.
         """
         _, pairs = self._present()
-        factors = {name: float(factor) for name in pairs} if not isinstance(factor, Mapping) else dict(factor)
-        for name, value in factors.items():
+        given = factor if isinstance(factor, Mapping) else dict.fromkeys(pairs, factor)
+        for name in given:
             if name not in pairs:
                 raise ValueError(f"Delta: {name!r} is none of the weights with a copy")
-            if not math.isfinite(value):
-                raise ValueError(f"Delta: a factor must be finite, not {value}")
+        factors = {name: _finite("a factor", value) for name, value in given.items()}
         for name, value in factors.items():
             p, base = pairs[name]
             if value == 1:
@@ -151,11 +152,11 @@ class Delta:
             weight: finite.
 
         Raises:
-            ValueError: a weight that is not finite, a name that has no copy in base, a shape that does not fit, two
-                deltas for what is one tied weight here; nothing is written then.
+            ValueError: a weight or a delta that is not finite, a name that has no copy in base, a shape that does not fit,
+                a delta of another kind of numbers than its weight (complex, whole, bool), two deltas for what is one tied
+                weight here. TypeError: a delta that is no tensor, or a weight that is no number. Nothing is written then.
         """
-        if not math.isfinite(weight):
-            raise ValueError(f"Delta: a weight must be finite, not {weight}")
+        weight = _finite("a weight", weight)
         if not isinstance(other, Mapping):
             other = _read(other)
         names, pairs = self._present()
@@ -164,8 +165,15 @@ class Delta:
             known = names.get(name)
             if known not in pairs:
                 raise ValueError(f"Delta: {name!r} is none of the weights with a copy")
-            if d.shape != pairs[known][0].shape:
-                raise ValueError(f"Delta: {name} is {tuple(pairs[known][0].shape)}, the other delta's {tuple(d.shape)}")
+            if not isinstance(d, Tensor):
+                raise TypeError(f"Delta: the other delta's {name} is a {type(d).__name__}, not a tensor")
+            here = pairs[known][0]
+            if d.shape != here.shape:
+                raise ValueError(f"Delta: {name} is {tuple(here.shape)}, the other delta's {tuple(d.shape)}")
+            if (d.is_floating_point(), d.is_complex()) != (here.is_floating_point(), here.is_complex()):
+                raise ValueError(f"Delta: {name} is {here.dtype}, the other delta's {d.dtype}; give one of its kind")
+            if not bool(torch.isfinite(d).all()):
+                raise ValueError(f"Delta: the other delta's {name} is not finite")
             if known in moves and not torch.equal(moves[known], d):
                 raise ValueError(
                     f"Delta: {name} is tied to {known} in this model, and the other delta moves them apart; untie them "
@@ -189,6 +197,14 @@ class Delta:
     def norm(self) -> float:
         """2-norm of the whole delta."""
         return math.sqrt(sum(n * n for n in self.norms().values()))
+
+
+def _finite(what: str, value: Any) -> float:
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"Delta: {what} must be a number, not {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"Delta: {what} must be finite, not {value}")
+    return float(value)
 
 
 def _names(here: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, str]:

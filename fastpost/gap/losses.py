@@ -39,8 +39,10 @@ def token_nll(logits: Tensor, labels: Tensor, *, shift: bool = True, ignore_inde
         (batch, rows) float32 or float64, 0 where a label does not count; bool of that shape. rows = time - 1 under shift.
 
     Raises:
-        ValueError: shapes that do not fit, labels out of range (on the CPU). TypeError: labels are no integers.
+        ValueError: shapes that do not fit, labels out of range (on the CPU). TypeError: labels are no integers, or one of
+            them is no tensor.
     """
+    _tensors("", logits=logits, labels=labels)
     if logits.ndim != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
             f"logits (batch, time, vocab) have shape {tuple(logits.shape)}, labels (batch, time) {tuple(labels.shape)}"
@@ -169,10 +171,14 @@ def npo_loss(
     Args:
         reference_nll: `sequence_nll` of the untouched model, or its `nll`, (batch,); no gradient flows into it.
         beta: > 0; 0.1 in the paper.
+
+    Raises:
+        ValueError, TypeError: as `token_nll`; also a reference of another shape, or that is no tensor.
     """
     nll, tokens = sequence_nll(logits, labels, shift=shift, ignore_index=ignore_index)
-    if isinstance(reference_nll, tuple):
+    if isinstance(reference_nll, tuple) and reference_nll:
         reference_nll = reference_nll[0]
+    _tensors("npo_loss: ", reference_nll=reference_nll)
     if reference_nll.shape != nll.shape:
         raise ValueError(f"npo_loss: reference_nll has shape {tuple(reference_nll.shape)}, expected {tuple(nll.shape)}")
     _positive("npo_loss", beta)
@@ -218,6 +224,7 @@ def undial_loss(
         strength: > 0; the authors take 3 to 30.
     """
     _positive("undial_loss", strength, "strength")
+    _tensors("undial_loss: ", logits=logits, teacher_logits=teacher_logits)
     if teacher_logits.shape != logits.shape:
         raise ValueError(
             f"undial_loss: teacher_logits have shape {tuple(teacher_logits.shape)}, logits {tuple(logits.shape)}"
@@ -280,6 +287,9 @@ def rmu_loss(
         raise ValueError("rmu_loss: retain_mask is for retain, which is missing")
     if not (math.isfinite(alpha) and alpha >= 0):
         raise ValueError(f"rmu_loss: alpha must be finite and >= 0, not {alpha}")
+    given = {"retain": retain, "reference": reference, "forget_mask": forget_mask, "retain_mask": retain_mask}
+    given = {name: t for name, t in given.items() if t is not None}
+    _tensors("rmu_loss: ", forget=forget, direction=direction, **given)
     if direction.shape != forget.shape[-1:]:
         raise ValueError(f"rmu_loss: direction has shape {tuple(direction.shape)}, expected ({forget.shape[-1]},)")
     loss = _mean_square(forget, direction.expand_as(forget), forget_mask)
@@ -288,6 +298,12 @@ def rmu_loss(
     if retain.shape != reference.shape:
         raise ValueError(f"rmu_loss: retain has shape {tuple(retain.shape)}, reference {tuple(reference.shape)}")
     return loss + alpha * _mean_square(retain, reference, retain_mask)
+
+
+def _tensors(where: str, **given: object) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{where}{name} must be a tensor, not a {type(value).__name__}; torch.tensor(...) makes one")
 
 
 def _mean_square(hidden: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:

@@ -67,23 +67,44 @@ def read_task(path: str | Path) -> Task:
         raise ValueError(f"{path} lacks {error}") from None
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}: {error}") from None
     raise ValueError(f"{path}: dialogues are .json, questions with choices .jsonl, PubMedQA .csv")
 
 
 def _dialogues(data: Any) -> list[list[str]]:
     data = data["text"] if isinstance(data, dict) else data
-    rows = list(data.values()) if isinstance(data, dict) else data
-    if not all(isinstance(row, list) and all(isinstance(turn, str) for turn in row) for row in rows):
-        raise ValueError("expected lists of turns")
-    return [row for row in rows if len(row) > 1]
+    named = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else None
+    if named is None:
+        raise ValueError(f"expected lists of turns, not {json.dumps(data)[:60]}")
+    found: list[list[str]] = []
+    for name, row in named:
+        if not isinstance(row, list) or not all(isinstance(turn, str) for turn in row):
+            raise ValueError(f"expected lists of turns, and dialogue {name!r} is {json.dumps(row)[:60]}")
+        _check_text(row, f"dialogue {name!r}: ")
+        found.append(row)
+    return [row for row in found if len(row) > 1]
+
+
+def _check_text(row: Any, where: str) -> None:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()  # halves of surrogate pairs, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}{error}") from None
 
 
 def _question(line: str, number: int) -> Choice:
-    row = json.loads(line)
-    json.dumps(row, ensure_ascii=False).encode()  # halves of surrogate pairs, which no tokenizer takes
-    context, choices, answer = (row[name] for name in ("context", "choices", "answer"))
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number}: expected a mapping of context, choices and answer, not {line.strip()[:60]}")
+    _check_text(row, f"line {number}: ")
+    for name in ("context", "choices", "answer"):
+        if name not in row:
+            raise ValueError(f"line {number} lacks {name!r}")
+    context, choices, answer = row["context"], row["choices"], row["answer"]
     if not isinstance(context, str) or not context:
         raise ValueError(f"line {number}: the context is empty or no text")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
@@ -105,6 +126,11 @@ def _pubmed_qa(path: Path) -> list[Choice]:
                 raise ValueError(
                     f"line {reader.line_num}: final_decision {row['final_decision']!r} is none of {', '.join(ANSWERS)}"
                 )
+            for name in ("abstract", "question"):  # a row of too few cells has None there
+                if not (row[name] or "").strip():
+                    raise ValueError(f"line {reader.line_num}: the {name} is missing or empty")
+            if None in row:
+                raise ValueError(f"line {reader.line_num} has more cells than columns; quote texts that hold commas")
             context = f"Context: {row['abstract']}\nQuestion: {row['question']}\nAnswer:"
             found.append(Choice(context, choices, ANSWERS.index(answer)))
     return found

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpost.errors import unknown
+from fastpost.ops.autograd import checks_values
 from fastpost.ops.chunks import distillation_row_bytes, fitting_rows
 from fastpost.ops.distillation_walk import Settings
-from fastpost.ops.divergence import check_bounded, check_finite
+from fastpost.ops.divergence import check_finite
 from fastpost.ops.fused_loss import fused_loss
 from fastpost.ops.head import check_head, check_tensor, operand_dtype
 from fastpost.ops.reductions import item_divisor, kl_weights, out_dtype, r3f_weights
@@ -120,7 +121,7 @@ def linear_distillation_loss(
         beta: of "js", in (0, 1). GKD's 0 and 1, which are limits in name only, are "forward_kl" and "reverse_kl".
         temperature: T > 0. The divergence is not multiplied by T^2, as Hinton's gradients would be: put that into
             divergence_weight.
-        divergence_weight, ce_weight: >= 0. ce_weight needs labels.
+        divergence_weight, ce_weight: >= 0; at 0 that term is left out, and its value is 0. ce_weight needs labels.
         ce_weighting: "none", or "probability": each row's cross-entropy is multiplied by the probability of its label, which
             sends no gradient (DFT, 2508.05629). It costs a second look at the logits and no product.
         label_smoothing: in [0, 1), in torch's convention (the weight of the uniform distribution in the target of the
@@ -142,8 +143,9 @@ def linear_distillation_loss(
 
     Returns:
         DistillationLoss(loss, task_loss, divergence), float32 (float64 where an argument is); task_loss (0 without
-        ce_weight; with ce_weighting, of the cross-entropies so weighted) and divergence are detached and not yet multiplied
-        by their weights. Where no row counts, the loss is 0 with zero gradients.
+        ce_weight; with ce_weighting, of the cross-entropies so weighted) and divergence (0 with divergence_weight=0, which
+        leaves it out) are detached and not yet multiplied by their weights. Where no row counts, the loss is 0 with zero
+        gradients.
 
     Raises:
         ValueError: shapes or devices that do not fit, vocabularies of different sizes, an option that does not exist or is
@@ -264,9 +266,32 @@ def distillation_loss_of(
         weights,
         options.reduction == "none",
     )
+    check_infinite(op, values[0], options.divergence)
     check_finite(op, values[0])
-    check_bounded(op, values[0])
     return loss_of(value, values * each, student.hidden.shape[:-1], options.reduction, out_dtype(dtypes[0]))
+
+
+_INFINITE = {
+    "forward_kl": "the student has no probability (a class of -inf) where the teacher has some",
+    "reverse_kl": "the teacher has no probability (a class of -inf) where the student has some",
+    "symmetric_kl": "one of the two has no probability (a class of -inf) where the other has some",
+}
+
+
+def check_infinite(op: str, values: Tensor, divergence: str, remedy: str = "") -> None:
+    """On the CPU and under FASTPOST_CHECKS=1: raises ValueError naming the first row whose divergence is infinite.
+
+    Nothing can be learnt from it. NaN passes: an overflow is for the loss scaler to see.
+
+    Args:
+        remedy: another one, after those that always serve.
+    """
+    if divergence in _INFINITE and checks_values(values.device) and bool((values == torch.inf).any()):
+        at = int((values == torch.inf).nonzero()[0])
+        raise ValueError(
+            f"{op}: in row {at} {_INFINITE[divergence]}, so {divergence} is infinite; mask the row, or take divergence 'js' "
+            f"or 'total_variation', which are finite there{remedy}"
+        )
 
 
 def _operands(layer: OutputLayer) -> torch.dtype:

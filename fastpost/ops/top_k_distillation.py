@@ -21,6 +21,7 @@ from fastpost.ops.linear_distillation import (
     DistillationLoss,
     DistillationOptions,
     OutputLayer,
+    check_infinite,
     check_options,
     counted_rows,
     loss_of,
@@ -97,13 +98,13 @@ def linear_top_k_distillation_loss(
         vocab_group: as there; ids are of the whole vocabulary, and they and the log-probabilities are the same on all ranks.
 
     Returns:
-        DistillationLoss(loss, task_loss, divergence), as there.
+        DistillationLoss(loss, task_loss, divergence), as there: with divergence_weight=0 the divergence is 0.
 
     Raises:
         ValueError: as there; also, on the CPU and under FASTPOST_CHECKS=1, an id out of range or twice in a row,
             log-probabilities above 0, NaN, or that add up to more than 1 (with `teacher_rest`: to anything but 1), a row
-            without any, and an infinite divergence, such as "reverse_kl" where the teacher leaves nothing to the rest;
-            `teacher_rest` with rest="dropped".
+            without any, and an infinite divergence: "forward_kl" where the student rules out what the teacher does not,
+            "reverse_kl" where the teacher leaves nothing to the rest; `teacher_rest` with rest="dropped".
         TypeError: as there; ids that are no integers.
     """
     op = "linear_top_k_distillation_loss"
@@ -148,12 +149,11 @@ def linear_top_k_distillation_loss(
         weights,
         reduction == "none",
     )  # fmt: skip
-    if checks_values(hidden.device) and bool((values[0] == torch.inf).any()):
-        at = int((values[0] == torch.inf).nonzero()[0])
-        raise ValueError(
-            f"{op}: in row {at} the student gives a probability to what has none in the teacher, so {divergence} is "
-            "infinite; give teacher_rest (linear_top_log_probs has it), use 'forward_kl' or 'js', or rest='dropped'"
-        )
+    # Of the classes in use only the rest can have no probability in the teacher.
+    known = "give teacher_rest (linear_top_log_probs has it), or" if teacher_rest is None else "leave teacher_rest out, and"
+    may_lack = divergence != "forward_kl" and rest == "one_class"
+    remedy = f"; where it is the teacher that leaves nothing to the rest, {known} take rest='dropped'" if may_lack else ""
+    check_infinite(op, values[0], divergence, remedy)
     return loss_of(value, values * each, hidden.shape[:-1], reduction, out_dtype(dtype))
 
 

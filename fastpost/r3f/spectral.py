@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, cast
 
 import torch
@@ -56,7 +57,7 @@ class R4F:
 
     Raises:
         TypeError: head is no module. ValueError: no nn.Linear in it, one that is parametrised already or whose weight is
-            not floating point; unknown `layers` or `mode`.
+            not floating point, not finite, empty or on the meta device; unknown `layers` or `mode`.
     """
 
     def __init__(self, head: nn.Module, layers: str = "last", mode: str = "exact") -> None:
@@ -74,6 +75,10 @@ class R4F:
             layer, what = found[name], f"R4F: the weight of {name or 'the head'}"
             if parametrize.is_parametrized(layer, "weight"):
                 raise ValueError(f"{what} is parametrised already; merge() or remove that first")
+            if layer.weight.is_meta:
+                raise ValueError(f"{what} is on the meta device; load or initialise the model first")
+            if not layer.weight.numel():
+                raise ValueError(f"{what} has shape {tuple(layer.weight.shape)}, nothing to normalise; name another head")
             if not layer.weight.dtype.is_floating_point:
                 raise ValueError(f"{what} is {layer.weight.dtype}; only floating-point weights can be normalised")
             if not bool(torch.isfinite(layer.weight).all()):
@@ -244,7 +249,11 @@ def _without_looking(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _exact(weight: Tensor) -> Tensor:
-    return weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)  # MPS has no float64
+    """The weight, its largest element near 1 by a power of two: its vectors are the same, and its squares stay in range."""
+    matrix = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)  # MPS has no float64
+    numbers = torch.finfo(matrix.dtype)
+    exponent = matrix.abs().amax().log2().floor().clamp(math.log2(numbers.tiny), math.floor(math.log2(numbers.max)) - 1)
+    return matrix / exponent.exp2()
 
 
 def _with_image(matrix: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ from fastpost.sam.measurement.results import Around, Estimate, Sharpness
 from fastpost.sam.measurement.study import NO_STAGES, Loss, Row, Study
 from fastpost.sam.measurement.weights import Weights
 from fastpost.sam.scopes import Scope
+
+_LARGEST = 1e150  # radius: e e and the curvature's divisor have its square
 
 
 def sharpness(
@@ -59,7 +62,7 @@ def sharpness(
         model: any module; under DDP `loss` is given the module inside.
         loss: from (model, batch) to a scalar; a mean over the batch's rows, if micro-batches are to be comparable.
         batches: read once and kept. Each counts the same, whatever its size.
-        rho: radius, > 0, in the units of the weights' global 2-norm (for ASAM of e / t).
+        rho: radius, from 1e-150 to 1e150, in the units of the weights' global 2-norm (for ASAM of e / t).
         adaptive, eta: ASAM's e, t = abs(w) + eta. Random directions are then scaled by t.
         micro_batch_size: rows of a micro-batch, which is given an ascent of its own (m-sharpness); None is whole batches.
             Batches are tensors, or mappings and sequences of tensors, with one row per example.
@@ -95,6 +98,10 @@ def sharpness(
         raise ValueError(f"sharpness: eta={eta} is ASAM's constant; say adaptive=True, or leave eta out")
     if not rho > 0:
         raise ValueError("sharpness: rho must be > 0; at radius 0 there is nothing to measure")
+    if not 1 / _LARGEST <= rho <= _LARGEST:
+        raise ValueError(
+            f"sharpness: rho must be from {1 / _LARGEST:g} to {_LARGEST:g}, whose squares are numbers, not {rho:g}"
+        )
     if micro_batch_size is not None:
         _check_whole("micro_batch_size", micro_batch_size, least=1)
     _check_whole("directions", directions, least=0)
@@ -106,14 +113,14 @@ def sharpness(
             if eval_mode:
                 inner.eval()
             study = Study(weights, inner, loss, curvature, is_replica)
-            if is_replica:  # ranks have batches of their own, and draw directions of their own
-                seed = seed * 4099 + dist.get_rank()
+            # Replicas have batches of their own, and draw directions of their own.
+            seeds = (int(seed), dist.get_rank() if is_replica else 0)
             with _raising_together(is_replica):
                 found = list(batches)
                 if not found:
                     raise ValueError("sharpness: there is no batch to measure")
                 rows = [
-                    study.measure(batch, number, micro_batch_size, directions, seed) for number, batch in enumerate(found)
+                    study.measure(batch, number, micro_batch_size, directions, seeds) for number, batch in enumerate(found)
                 ]
             wholes = study.measure_full(len(found)) if full_batch else []
     finally:
@@ -121,7 +128,7 @@ def sharpness(
     if is_replica:
         rows, wholes = _gathered(rows), _gathered(wholes)
     own = _around(rows, "own_", curvature)
-    full = _around(wholes, "", curvature) if full_batch else None
+    full = _around(wholes, "", curvature, is_one=True) if full_batch else None
     random = _around(rows, "random_", False) if directions else None
     lossy = Estimate.of([row["loss"] for row in rows])
     count = int(sum(row["count"] for row in rows))
@@ -135,12 +142,15 @@ def _check_whole(name: str, value: int, least: int) -> None:
         raise ValueError(f"sharpness: {name} must be >= {least}, not {value}")
 
 
-def _around(rows: list[Row], prefix: str, curvature: bool) -> Around:
-    def estimate(name: str) -> Estimate:
-        return Estimate.of([row[prefix + name] for row in rows])
+def _around(rows: list[Row], prefix: str, curvature: bool, is_one: bool = False) -> Around:
+    """`is_one`: all batches share one direction, so that its norm and what is seen of it do not scatter."""
 
-    norm = estimate("norm") if prefix + "norm" in rows[0] else None
-    return Around(estimate("rise"), estimate("curvature") if curvature else None, norm, estimate("seen"))
+    def estimate(name: str, is_one: bool = False) -> Estimate:
+        found = Estimate.of([row[prefix + name] for row in rows])
+        return Estimate(found.mean, math.nan) if is_one else found
+
+    norm = estimate("norm", is_one) if prefix + "norm" in rows[0] else None
+    return Around(estimate("rise"), estimate("curvature") if curvature else None, norm, estimate("seen", is_one))
 
 
 def _gathered(rows: list[Row]) -> list[Row]:

@@ -13,7 +13,8 @@ class Estimate:
 
     Attributes:
         mean: of the batches' values.
-        error: its standard error, from the scatter between batches; NaN for a single batch.
+        error: its standard error, from the scatter between batches; NaN for a single batch, and for what belongs to one
+            direction that all batches share (the norm of `full`'s gradient, and its `seen`).
     """
 
     mean: float

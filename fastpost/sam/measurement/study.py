@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastpost.rng import RandomState, accelerators
+from fastpost.rng import RandomState, accelerators, stream_seed
 from fastpost.sam.measurement.weights import Weights
 from fastpost.sam.step import Gradients
 
@@ -52,17 +52,17 @@ class Study:
         self._parts: list[_Part] = []
         self.eps = 0.0
 
-    def measure(self, batch: Any, number: int, size: int | None, directions: int, seed: int) -> Row:
-        """A batch along the gradients of its micro-batches, and at random."""
+    def measure(self, batch: Any, number: int, size: int | None, directions: int, seed: Sequence[int]) -> Row:
+        """A batch along the gradients of its micro-batches, and at random: in directions of their own for every `seed`."""
         row: Row = {"count": 0}
         for content, share in _micro_batches(batch, size):
             part = _Part(number, share, content, RandomState(self._devices))
-            index = seed * 1_000_003 + number * 1009 + int(row["count"])
-            _add(row, share, self._measure_part(part, directions, index))
+            seeds = [stream_seed(*seed, number, int(row["count"]), k) for k in range(directions)]
+            _add(row, share, self._measure_part(part, seeds))
             row["count"] += 1
         return row
 
-    def _measure_part(self, part: _Part, directions: int, index: int) -> Row:
+    def _measure_part(self, part: _Part, seeds: Sequence[int]) -> Row:
         weights = self._weights
         at, gradients = self._slope(part)
         squared = weights.squared_norm(gradients)
@@ -77,12 +77,12 @@ class Study:
                 self._sum[p] = self._sum[p].add_(wide, alpha=part.share) if p in self._sum else wide * part.share
         (row,) = self._ascend([part], gradients, squared)
         found = {"loss": at, "own_norm": math.sqrt(squared), **{f"own_{name}": value for name, value in row.items()}}
-        for k in range(directions):
-            direction, length = weights.random(gradients, index * 101 + k)
+        for seed in seeds:
+            direction, length = weights.random(gradients, seed)
             for sign in (1, -1):
                 with weights.moved(direction, length, sign, random=True) as moved:
                     rise, seen = self._value(part) - at, _ratio(moved.seen, moved.intended)
-                _add(found, 0.5 / directions, {"random_rise": rise, "random_seen": seen})
+                _add(found, 0.5 / len(seeds), {"random_rise": rise, "random_seen": seen})
         return found
 
     def measure_full(self, batches: int) -> list[Row]:
