@@ -339,26 +339,6 @@ def test_same_bits_for_any_number_of_threads(cols: int) -> None:
         assert all(same_bits(x, y) for x, y in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gradients_written_past_the_caches_have_the_same_bits(dtype: torch.dtype) -> None:
-    """From 16 MB on; rows of an odd length, labels, and one stream alone."""
-    rows, cols = 2 + (16 << 20) // 50_001 // dtype.itemsize, 50_001
-    a = torch.randn(rows, cols)
-    b, a = (a + torch.randn(rows, 1) * torch.randn(rows, cols)).to(dtype), a.to(dtype)
-    labels = torch.randint(cols, (rows,))
-    for wanted in ((a, b), (a,), (b,)):
-
-        def gradient(part: slice, wanted: tuple[Tensor, ...] = wanted) -> list[Tensor]:
-            x, y = (t[part].detach().requires_grad_(any(t is w for w in wanted)) for t in (a, b))
-            with fastpost.use_backend("cpu"):
-                loss = r3f_loss(x, y, labels[part], reduction="sum").loss
-            return list(torch.autograd.grad(loss, [t for t in (x, y) if t.requires_grad]))
-
-        halves = [gradient(slice(0, rows // 2)), gradient(slice(rows // 2, None))]
-        for whole, *parts in zip(gradient(slice(None)), *halves, strict=True):
-            assert same_bits(whole, torch.cat(parts))
-
-
 # -- reductions, masks, layouts -------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpost import use_backend
 from fastpost.ops import params as ops
 
 from .conftest import DTYPES, same_bits
@@ -110,23 +109,6 @@ def test_found_inf_restores_bit_for_bit_and_leaves_the_moments(backend: str, dty
         assert same_bits(columns["weights"][i], kept["stash"][i])
         assert same_bits(columns["exp_avgs"][i], kept["exp_avgs"][i])
         assert same_bits(columns["exp_avg_sqs"][i], kept["exp_avg_sqs"][i])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_large_list_is_written_past_the_caches_with_the_same_bits(dtype: torch.dtype) -> None:
-    """16 MB and more, from odd addresses; against the same tensor in two calls."""
-    numel, cut = (16 << 20) // dtype.itemsize + 1001, (9 << 20) // dtype.itemsize + 1
-    columns = {
-        name: torch.rand(numel + 1).to(dtype)[1:] for name in ("weights", "grads", "stash", "exp_avgs", "exp_avg_sqs")
-    }
-    parts = {name: [t[:cut].clone(), t[cut:].clone()] for name, t in columns.items()}
-    steps = [torch.tensor(4.0)]
-    with use_backend("cpu"):
-        run({**{name: [t] for name, t in columns.items()}, "steps": steps}, **HOW)
-        for k in range(2):
-            run({**{name: [part[k]] for name, part in parts.items()}, "steps": steps}, **HOW)
-    for name in ("weights", "exp_avgs", "exp_avg_sqs"):
-        assert same_bits(columns[name], torch.cat(parts[name]))
 
 
 def test_gradients_are_divided_by_the_scale(backend: str) -> None:

@@ -68,12 +68,10 @@ void divergence_rows(const LogitRows& clean, const LogitRows& noised, const Logi
                      int64_t ignore_index, const double* kl_weights, const double* ce_weights, double* kl, double* ce,
                      int threads) {
   const int64_t size = element_size(dtype);
-  const bool stream = rows * cols * size >= kStreamBytes;
   for_rows(rows, cols, threads, [&](int64_t i, int64_t end) {
     DivergenceRow row = row_of(clean, noised, size, cols, i, end);
     row.grad_clean = at(grad_clean, i, size);
     row.grad_noised = at(grad_noised, i, size);
-    row.stream = stream && row.grad_clean != row.clean && row.grad_noised != row.noised;
     const bool outside = weigh(row, i, labels, ignore_index, kl_weights, ce_weights);
     double kl_value, ce_value;
     divergence_loops().row(dtype, row, &kl_value, &ce_value);

@@ -4,7 +4,6 @@
 
 #include "core/divergence.h"
 #include "cpu/loops.h"
-#include "cpu/streaming.h"
 
 namespace fastpost::cpu {
 namespace {
@@ -31,6 +30,8 @@ enum class Way {
   careful,  // whatever else: of e_a - e_b and p - q the better form for each pair, and J summed up pair by pair
 };
 constexpr double kFarDivergence = 0.02;
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // How many elements a loop over lanes has. Those at the end of a row come one by one.
 template <int n>
@@ -187,24 +188,22 @@ Folded folded(const RowMoments<Real>& moments, const Weights& weights) {
           moments.noised_kl - weights.noised_ce / weights.kl};
 }
 
-// The scaled gradients, and where they are asked for (valued) the row's value. stream: write past the caches.
+// The scaled gradients, and where they are asked for (valued) the row's value.
 template <class T, class Shift, Way way, bool write, bool valued>
 double finish_row(const T* a, const T* b, const T* next, const float* clean_exp, const float* noised_exp, T* grad_clean,
                   T* grad_noised, int64_t n, const Shift shift, const RowMoments<typename Shift::Real> moments,
-                  const Weights weights, bool stream) {
+                  const Weights weights) {
   using Real = typename Shift::Real;
   const Folded fold = folded(moments, weights);
   LaneSums<Real, T> value;
-  constexpr int64_t kRoom = write ? kBlock<T> : 1;  // for what nobody asked for, or what then goes past the caches
-  T clean_room[kRoom], noised_room[kRoom];
-  T *dx = clean_room, *dy = noised_room;
-  int64_t start = 0, stop = 0;
+  T unwanted[write ? kBlock<T> : 1];  // where a gradient that nobody asked for goes
+  T *dx = unwanted, *dy = unwanted;
+  int64_t start = 0;
   const auto begin = [&](int64_t from, int64_t to) {
     prefetch(next, from, to);
     start = from;
-    stop = to;
-    dx = stream || grad_clean == nullptr ? clean_room : grad_clean + from;
-    dy = stream || grad_noised == nullptr ? noised_room : grad_noised + from;
+    dx = grad_clean == nullptr ? unwanted : grad_clean + from;
+    dy = grad_noised == nullptr ? unwanted : grad_noised + from;
   };
   const auto differentiate = [&](int64_t at, auto count) {
 #pragma omp simd
@@ -238,18 +237,9 @@ double finish_row(const T* a, const T* b, const T* next, const float* clean_exp,
       }
     }
   };
-  const auto put = [&](T* gradient, const T* room) {
-    if (gradient != nullptr) copy_unfenced(gradient + start, room, (stop - start) * static_cast<int64_t>(sizeof(T)), true);
-  };
   for_lanes<T>(n, differentiate, begin, [&] {
     if constexpr (valued) value.fold();
-    if constexpr (write) {
-      if (!stream) return;
-      put(grad_clean, clean_room);
-      put(grad_noised, noised_room);
-    }
   });
-  fence(write && stream);
   if constexpr (!valued) return 0;
   return way == Way::careful ? value.sum() : value.sum() / weights.kl;
 }
@@ -346,8 +336,8 @@ bool divergence_row(const DivergenceRow& row, const RowExtent& extent, const Shi
   const bool write = grad_clean != nullptr || grad_noised != nullptr;
   const Weights weights = write ? weights_of(row) : Weights{1, 0, 0};
   const auto finish = [&](auto pass) {
-    return pass(a, b, next_noised, row.clean_exp, row.noised_exp, grad_clean, grad_noised, row.cols, shift, moments, weights,
-                row.stream);
+    return pass(a, b, next_noised, row.clean_exp, row.noised_exp, grad_clean, grad_noised, row.cols, shift, moments,
+                weights);
   };
   *kl = found.value;
   if constexpr (valued)

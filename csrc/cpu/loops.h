@@ -14,10 +14,6 @@
 
 namespace fastpost::cpu {
 
-// From so many bytes on what is written would leave the last cache before it is read again: it goes past the caches, which
-// saves fetching its lines first.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
-
 // Offsets into the sums of one perturbed chunk; the order of PerturbSums.
 enum PerturbSum : int { kIntendedSq, kStoredSq, kStoredDot, kSeenSq, kSeenDot, kChanged, kPerturbSums };
 
@@ -26,7 +22,7 @@ struct PerturbLoop {
   bool adaptive;
   float eta;
   DType compute_dtype;
-  bool stream;      // write past the caches what is not read here: the stash, or of masters the weights
+  bool stream;      // write the stash past the caches
   bool masters;     // the stash holds float masters to read, and is not written
   bool stochastic;  // round 16-bit weights at random
   uint64_t seed;
@@ -45,15 +41,14 @@ struct ParamsLoops {
   // decode and then restore_adamw from what it has found, a block at a time.
   void (*decode_adamw)(DType, void* w, const void* g, const void* codes, void* first, void* second, int64_t n,
                        const AdamW& how, double steps, double grad_scale);
-  // stream, here and below: write past the caches.
-  void (*cast)(DType, void* w, const float* masters, int64_t n, bool stream);
+  void (*cast)(DType, void* w, const float* masters, int64_t n);
   void (*copy)(void* to, const void* from, int64_t bytes, bool stream);
   void (*negate)(DType, void* g, int64_t n);
   void (*scale)(DType, void* g, double factor, int64_t n);
   void (*flip_signs)(DType, void* g, uint64_t seed, uint64_t first_element, uint32_t stream, int64_t n);
   // One step of AdamW from the stash into w; how and steps: csrc/api.h.
   void (*restore_adamw)(DType, void* w, const void* g, const void* stash, void* first, void* second, int64_t n,
-                        const AdamW& how, double steps, double grad_scale, bool stream);
+                        const AdamW& how, double steps, double grad_scale);
 };
 
 struct NoiseLoops {
@@ -71,7 +66,6 @@ struct DivergenceRow {
   void *grad_clean, *grad_noised;        // null: not wanted; may be the logits themselves
   int64_t cols, label;
   double kl_weight, ce_weight, noised_ce_weight;
-  bool stream;  // write gradients past the caches; these are not where the logits are then
 };
 
 // What operand_rows makes of a row's gradients (csrc/api.h): first and second of grad_clean and grad_noised. Null gradients

@@ -11,6 +11,8 @@
 namespace fastpost::cpu {
 namespace {
 
+// Above this many bytes a column outlives the last-level cache anyway; writing past it saves reading the line first.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
 constexpr int64_t kPieceBytes = int64_t{256} << 10;  // of a span, per task
 
 int worth(int64_t elements, int threads) { return elements < kWorthThreads ? 1 : threads; }
@@ -212,9 +214,8 @@ void sam_decode_adamw(const Plan& plan, const AdamW& how, const double* steps, d
 }
 
 void sam_cast(const Plan& plan, int threads) {
-  const bool stream = plan.bytes() >= kStreamBytes;
   for_chunks(plan, threads, [&](int64_t, const Chunk& chunk) {
-    params_loops().cast(plan.dtype(), plan.at(kWeight, chunk), masters_of(plan, chunk), chunk.length, stream);
+    params_loops().cast(plan.dtype(), plan.at(kWeight, chunk), masters_of(plan, chunk), chunk.length);
   });
 }
 
@@ -227,11 +228,10 @@ void sam_restore(const Plan& plan, int threads) {
 
 void sam_restore_adamw(const Plan& plan, const AdamW& how, const double* steps, double grad_scale, bool skip, int threads) {
   if (skip) return sam_restore(plan, threads);
-  const bool stream = plan.bytes() >= kStreamBytes;
   for_chunks(plan, threads, [&](int64_t, const Chunk& chunk) {
     params_loops().restore_adamw(plan.dtype(), plan.at(kWeight, chunk), plan.at(kGrad, chunk), plan.at(kStash, chunk),
                                  plan.at(kFirst, chunk), plan.at(kSecond, chunk), chunk.length, how, steps[chunk.tensor],
-                                 grad_scale, stream);
+                                 grad_scale);
   });
 }
 

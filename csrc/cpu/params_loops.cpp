@@ -2,12 +2,17 @@
 #include "core/params.h"
 #include "core/philox.h"
 #include "cpu/loops.h"
-#include "cpu/streaming.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace fastpost::cpu {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // elements whose float sums are folded into float64; also stays in the first cache
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Eight float64 lanes whatever the register width: the order of additions, and so the norm, is the same bits on every
 // instruction set (the product of two floats is exact in float64, so fused or not makes no difference). They are in as many
@@ -110,23 +115,45 @@ double sum_of(const T* x, const T* y, double eta, int64_t n) {
   return fold(sum[0]) + tail;
 }
 
+// Copies past the caches when asked to: a stash is not read again before a whole forward and backward pass. Other threads
+// see it once it is fenced; a fence waits for memory, so it stands behind a chunk and not behind each block.
+void copy_unfenced(void* to, const void* from, int64_t bytes, bool stream) {
+  char* out = static_cast<char*>(to);
+  const char* in = static_cast<const char*>(from);
+#if defined(__x86_64__)
+  if (stream) {
+    const int64_t head = least(bytes, (-reinterpret_cast<intptr_t>(out)) & 63);
+    memcpy(out, in, head);
+    int64_t i = head;
+    for (; i + 64 <= bytes; i += 64) {
+#if defined(__AVX512F__)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
+#elif defined(__AVX__)
+      for (int k = 0; k < 64; k += 32)
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i + k),
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i + k)));
+#else
+      for (int k = 0; k < 64; k += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(out + i + k),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i + k)));
+#endif
+    }
+    memcpy(out + i, in + i, bytes - i);
+    return;
+  }
+#endif
+  memcpy(out, in, bytes);
+}
+
+void fence([[maybe_unused]] bool stream) {
+#if defined(__x86_64__)
+  if (stream) _mm_sfence();
+#endif
+}
+
 void copy(void* to, const void* from, int64_t bytes, bool stream) {
   copy_unfenced(to, from, bytes, stream);
   fence(stream);
-}
-
-// body(to, from, count): writes elements [from, from + count) of `out`, which it does not read, to `to`. With `stream` that
-// is a block which then goes past the caches, so that no line of `out` is fetched only to be overwritten.
-template <class T, class Body>
-void write_blocks(T* out, int64_t n, bool stream, const Body& body) {
-  if (!stream) return body(out, 0, n);
-  T made[kBlock];
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t m = least(kBlock, n - i);
-    body(made, i, m);
-    copy_unfenced(out + i, made, m * static_cast<int64_t>(sizeof(T)), true);
-  }
-  fence(true);
 }
 
 // 16 random bits per element, for n elements from one that is a multiple of 8.
@@ -200,10 +227,7 @@ void perturb_chunk(T* w, const T* g, void* stash, int64_t n, uint64_t first, uin
     if constexpr (sizeof(T) == 2) {
       if (how.masters) {
         const float* masters = static_cast<const float*>(stash) + i;
-        T made[kBlock];
-        T* to = how.stream ? made : w + i;
-        perturb_block<T, float, Seen, adaptive, false>(to, masters, g + i, nullptr, m, how, sums);
-        if (how.stream) copy_unfenced(w + i, made, m * sizeof(T), true);
+        perturb_block<T, float, Seen, adaptive, false>(w + i, masters, g + i, nullptr, m, how, sums);
         continue;
       }
     }
@@ -465,11 +489,8 @@ void decode(DType dtype, void* w, const void* codes, int64_t n) {
   });
 }
 
-void cast(DType dtype, void* w, const float* masters, int64_t n, bool stream) {
-  with_dtype(dtype, [&](auto t) {
-    write_blocks(static_cast<decltype(t)*>(w), n, stream,
-                 [&](auto* to, int64_t i, int64_t count) { cast_of(to, masters + i, count); });
-  });
+void cast(DType dtype, void* w, const float* masters, int64_t n) {
+  with_dtype(dtype, [&](auto t) { cast_of(static_cast<decltype(t)*>(w), masters, n); });
 }
 
 void negate(DType dtype, void* g, int64_t n) {
@@ -485,15 +506,12 @@ void flip_signs(DType dtype, void* g, uint64_t seed, uint64_t first, uint32_t st
 }
 
 void restore_adamw(DType dtype, void* w, const void* g, const void* stash, void* first, void* second, int64_t n,
-                   const AdamW& how, double steps, double grad_scale, bool stream) {
+                   const AdamW& how, double steps, double grad_scale) {
   const AdamWStep step = adamw_step(how, steps);
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    const T *grads = static_cast<const T*>(g), *held = static_cast<const T*>(stash);
-    T *m = static_cast<T*>(first), *v = static_cast<T*>(second);
-    write_blocks(static_cast<T*>(w), n, stream, [&](T* to, int64_t i, int64_t count) {
-      restore_adamw_of(to, grads + i, held + i, m + i, v + i, count, step, static_cast<float>(1.0 / grad_scale));
-    });
+    restore_adamw_of(static_cast<T*>(w), static_cast<const T*>(g), static_cast<const T*>(stash), static_cast<T*>(first),
+                     static_cast<T*>(second), n, step, static_cast<float>(1.0 / grad_scale));
   });
 }
 
