@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastpost import plan
 from fastpost.ops import params as ops
+from fastpost.rng import seed_of
 from fastpost.sam.buckets import Change, Changes, ParameterBucket, ShardReducer, changes, put, refuse_changes
 from fastpost.sam.perturbation.stash import Stash
 from fastpost.sam.step import PerturbationSums
@@ -234,5 +235,5 @@ class StochasticPerturbation(Perturbation):
 
     def _prepare(self, b: ParameterBucket, setting: PerturbParams, squared: Tensor) -> Iterable[Any]:
         # Replicas draw the same numbers, or they would part; the shards of a tensor draw numbers of their own.
-        key = self._seed + self.number * 0x9E3779B97F4A7C15 + self._reducer.part_number(b.params[0]) * 0xD1B54A32D192ED03
-        return (*super()._prepare(b, setting, squared), ops.seed_tensor(key % 2**64, b.bucket.device))
+        key = seed_of(self._seed, self.number, self._reducer.part_number(b.params[0]))
+        return (*super()._prepare(b, setting, squared), ops.seed_tensor(key, b.bucket.device))
