@@ -146,47 +146,68 @@ def everywhere(holds: bool) -> bool:
     return all(found)
 
 
-def fully_sharded(params: Iterable[Tensor]) -> list[tuple[nn.Module, Any]]:
-    """The FSDP2 modules that own some of these parameters, each with one of its per-parameter records.
+def _sharded_groups(params: Iterable[Tensor]) -> list[tuple[nn.Module, Any, list[Any]]]:
+    """The FSDP2 modules that own some of these parameters, each with a group of FSDP2's and its records of these parameters.
 
     `module.parameters()` cannot tell while a module is unsharded, so FSDP2's own records are asked.
     """
+    states = sys.modules.get("torch.distributed._composable_state")
+    if states is None or not states._module_state_mapping:  # nothing was sharded: not worth a look at each parameter
+        return []
     wanted = {id(p) for p in params if is_sharded(p)}
-    found: list[tuple[nn.Module, Any]] = []
-    if not wanted:
-        return found
-    from torch.distributed._composable_state import _module_state_mapping
-
-    for module, reference in list(_module_state_mapping.items()):
+    found = []
+    for module, reference in list(states._module_state_mapping.items()) if wanted else ():
         state: Any = reference()
         groups = getattr(state, "_fsdp_param_groups", None)
         if groups is None:  # torch before 2.11
             groups = [getattr(state, "_fsdp_param_group", None)]
-        records = [record for group in groups if group is not None for record in group.fsdp_params]
-        found += [(module, record) for record in records if id(record.sharded_param) in wanted]
+        for group in groups:
+            records = [] if group is None else [r for r in group.fsdp_params if id(r.sharded_param) in wanted]
+            if records:
+                found.append((module, group, records))
     return found
+
+
+def fully_sharded(params: Iterable[Tensor]) -> list[tuple[nn.Module, Any]]:
+    """The FSDP2 modules that own some of these parameters, each with one of its per-parameter records."""
+    return [(module, record) for module, _, records in _sharded_groups(params) for record in records]
+
+
+def _half_reduced(group: Any, records: list[Any]) -> Tensor | None:
+    """What a group under HSDP has reduced over its shards only (`set_requires_all_reduce(False)`), if all of it is of these
+    records."""
+    found: Tensor | None = getattr(group, "_partial_reduce_output", None)
+    return found if len(records) == len(group.fsdp_params) else None
 
 
 def waiting_gradients(params: Iterable[Tensor]) -> list[Tensor]:
     """What FSDP2 has accumulated of these parameters' gradients without reducing it (`set_requires_gradient_sync(False)`).
 
+    Under HSDP also what it has reduced over the shards only (`set_requires_all_reduce(False)`): one tensor for a module.
+
     It is in no `.grad` that a user sees; FSDP2's own records are asked.
     """
     found: list[Tensor] = []
-    for _, record in fully_sharded(params):
-        if record.unsharded_accumulated_grad is not None:
-            found.append(record.unsharded_accumulated_grad)
-        elif (whole := getattr(record, "_unsharded_param", None)) is not None and whole.grad is not None:
-            found.append(local(whole.grad))
+    for _, group, records in _sharded_groups(params):
+        if (half := _half_reduced(group, records)) is not None:
+            found.append(half)
+        for record in records:
+            if record.unsharded_accumulated_grad is not None:
+                found.append(record.unsharded_accumulated_grad)
+            elif (whole := getattr(record, "_unsharded_param", None)) is not None and whole.grad is not None:
+                found.append(local(whole.grad))
     return found
 
 
 def drop_waiting_gradients(params: Iterable[Tensor]) -> None:
     """Drops `waiting_gradients`, which an optimizer's `zero_grad()` does not see. All ranks have to drop them."""
-    for _, record in fully_sharded(params):
-        record.unsharded_accumulated_grad = None
-        if (whole := getattr(record, "_unsharded_param", None)) is not None:
-            whole.grad = None
+    for _, group, records in _sharded_groups(params):
+        if _half_reduced(group, records) is not None:
+            group._partial_reduce_output = None
+        for record in records:
+            record.unsharded_accumulated_grad = None
+            if (whole := getattr(record, "_unsharded_param", None)) is not None:
+                whole.grad = None
 
 
 def reshard(params: Iterable[Tensor]) -> None:

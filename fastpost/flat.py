@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -44,8 +46,11 @@ class FlatParameters:
         self.gradients: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         while self._hooks:
             self._hooks.pop().remove()
+        names = collections.Counter(map(_key, (p for m in model.modules() for p in m.parameters(recurse=False))))
         for module in model.modules():
-            self._hooks.append(module.register_state_dict_post_hook(_saved_apart))  # type: ignore[no-untyped-call]
+            tied = frozenset(n for n, p in module.named_parameters(recurse=False) if names[_key(p)] > 1)
+            saved_apart = functools.partial(_saved_apart, tied)
+            self._hooks.append(module.register_state_dict_post_hook(saved_apart))  # type: ignore[no-untyped-call]
         kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
         for p in parameters:
             kinds.setdefault((p.dtype, p.device), []).append(p)
@@ -126,26 +131,37 @@ def _owners(parameters: list[nn.Parameter]) -> dict[tuple[Any, ...], nn.Paramete
     return {_key(p): p for p in parameters}
 
 
-_saved: weakref.WeakValueDictionary[tuple[Any, ...], Tensor] = weakref.WeakValueDictionary()
-
-
-def _saved_apart(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _saved_apart(tied: frozenset[str], module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """A state dict's hook: the module's own parameters as tensors of the same memory, but with a storage each.
 
     Who saves a model takes tensors of one storage for one tensor under several names, or writes all of the storage.
+
+    Args:
+        tied: names of parameters that the model has under another name too; they stay one tensor.
     """
     for name, p in module._parameters.items():
         found = state.get(prefix + name)
         if p is None or found is None or found is p or found.data_ptr() != p.data_ptr():
             continue  # `keep_vars`, or another hook's
-        if found.untyped_storage().nbytes() > found.numel() * found.element_size() > 0:
-            apart = _saved.get(_key(found))  # tied weights stay one
-            if apart is None:
-                reach = sum(stride * (size - 1) for stride, size in zip(found.stride(), found.shape, strict=True)) + 1
-                memory = torch.as_strided(found, (reach,), (1,)).view(torch.uint8)
-                apart = torch.utils.dlpack.from_dlpack(memory).view(found.dtype).as_strided(found.shape, found.stride())
-                _saved[_key(found)] = apart
-            state[prefix + name] = apart
+        if found.untyped_storage().nbytes() <= found.numel() * found.element_size() or not found.numel():
+            continue
+        others = state.values() if name in tied else ()
+        apart = next((t for t in others if isinstance(t, Tensor) and t is not found and _is_apart(t, found)), None)
+        state[prefix + name] = _apart(found) if apart is None else apart
+
+
+def _is_apart(t: Tensor, found: Tensor) -> bool:
+    return _key(t) == _key(found) and t.untyped_storage().nbytes() < found.untyped_storage().nbytes()
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """The same memory with a storage of its own; the tensor itself on devices that do not export memory."""
+    reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)) + 1
+    memory = torch.as_strided(tensor, (reach,), (1,)).view(torch.uint8)
+    try:
+        return torch.utils.dlpack.from_dlpack(memory).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+    except BufferError:
+        return tensor
 
 
 def flatten_parameters(model: nn.Module) -> FlatParameters:
@@ -153,10 +169,10 @@ def flatten_parameters(model: nn.Module) -> FlatParameters:
 
     Parameters stay the same objects with the same values and shapes, and strides where they leave no gaps, so optimizers,
     `state_dict`, tied weights and hooks keep working; element-wise operations on the list then see one span. What
-    `state_dict` returns can be saved by any library: its tensors are the weights' memory, with a storage each. After
-    `zero_grad(set_to_none=True)` gradients come back into the buffer, at the price of one copy. `model.to()` moves
-    parameters out of it again: a warning says so, and `reflatten()` mends it. Flatten before building anything that
-    remembers addresses (CUDA graphs, DDP).
+    `state_dict` returns can be saved by any library: its tensors are the weights' memory, with a storage each. (Read or
+    copy them; autograd does not see what is written through them.) After `zero_grad(set_to_none=True)` gradients come back
+    into the buffer, at the price of one copy. `model.to()` moves parameters out of it again: a warning says so, and
+    `reflatten()` mends it. Flatten before building anything that remembers addresses (CUDA graphs, DDP).
 
     Args:
         model: any module whose parameters are plain dense tensors.

@@ -30,6 +30,15 @@ def seed_of(seed: int, step: int, part: int = 0) -> int:
     return (seed + step * 0x9E3779B97F4A7C15 + part * 0xD1B54A32D192ED03) % 2**64
 
 
+def stream_seed(*numbers: int) -> int:
+    """A seed below 2^63 for the stream that any numbers name, in this order: a hash, for torch's generators.
+
+    (`seed_of` keeps the seed of step 0, and is for counter-based kernels.)
+    """
+    name = ",".join(str(int(number)) for number in numbers)
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+
+
 class RandomState:
     """The states of the default generators of torch, NumPy and Python at the time of construction.
 
@@ -127,12 +136,6 @@ def _read_python() -> tuple[Any, bytes | None]:
 
 _numpy = _Twister(_numpy_words, _read_numpy, lambda state: np.random.set_state(state))
 _python = _Twister(_python_words, _read_python, lambda state: random.setstate(state))
-
-
-def stream_seed(*numbers: int) -> int:
-    """A seed below 2^63 for the stream of random numbers that these numbers name, in this order."""
-    name = ",".join(str(int(number)) for number in numbers)
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
 
 
 def accelerators(tensors: Iterable[Tensor]) -> list[torch.device]:

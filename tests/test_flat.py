@@ -175,6 +175,22 @@ def test_every_saver_finds_every_weight(tmp_path: Path, dtype: torch.dtype) -> N
     assert all(torch.equal(model.state_dict()[name].view(torch.uint8), kept) for name, kept in before.items())
 
 
+def test_a_state_dict_is_of_the_weights_as_they_are_whatever_became_of_an_earlier_one() -> None:
+    model = network()
+    fastpost.flatten_parameters(model)
+    held = model.state_dict()
+    held["0.weight"].data = held["0.weight"].data.clone()
+    held["0.bias"].requires_grad_()
+    with torch.inference_mode():
+        inferred = model.state_dict()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(7.0)
+    now = model.state_dict()
+    assert all(bool((t == 7).all()) and not t.requires_grad and not t.is_inference() for t in now.values())
+    assert not set(map(id, now.values())) & {*map(id, held.values()), *map(id, inferred.values())}
+
+
 def test_parameters_that_share_memory_without_being_one_are_refused() -> None:
     for data in (lambda w: w.t(), lambda w: w[1:], lambda w: w[:1].expand(5, -1)):
         model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False)})

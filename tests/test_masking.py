@@ -24,7 +24,7 @@ TELLING = """hub_token push_to_hub_token
     password db_passwd PGPASSWORD pwd passphrase credentials private_key key authToken --hub_token clientSecret"""
 PLAIN = """gap_max_tokens
     average_tokens_across_devices include_num_input_tokens_seen tokenizer TOKENIZERS_PARALLELISM pad_token
-    eos_token_id token_type_ids HF_TOKEN_PATH key_column monkey keys turkey max_length hub_model_id bearing PWD OLDPWD"""
+    eos_token_id token_type_ids HF_TOKEN_PATH key_column monkey keys turkey max_length hub_model_id bearing OLDPWD"""
 
 
 @pytest.mark.parametrize("name", TELLING.split())
@@ -54,6 +54,7 @@ def test_of_all_options_the_tokens_are_secret_and_no_other() -> None:
         ('{"password":"abc"}', f'{{"password":"{MASK}"}}'),
         ("Authorization: Bearer abcdefgh12345", f"Authorization: Bearer {MASK}"),
         (f"401 for {TOKEN}.", f"401 for {MASK}."),
+        ("UID=sa;PWD=hunter2pass", f"UID=sa;PWD={MASK}"),
         ("argument --hub_token: expected one argument", "argument --hub_token: expected one argument"),
         ("the pad_token=[PAD] and a token", "the pad_token=[PAD] and a token"),
         ("mail a@b.org about 1 token: none left", "mail a@b.org about 1 token: none left"),

@@ -162,6 +162,50 @@ def per_micro_batch() -> None:
     assert (found[0] - found[1]).abs().max() <= 1e-12
 
 
+class Branches(nn.Module):
+    """A branch that some batches do not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.always, self.often = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        return self.always(x) + (self.often(x) if number % 2 == 0 else 0)
+
+
+def per_micro_batch_with_unused_parameters() -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    inputs = torch.randn(4, ranks, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    exact = Branches()
+    expected = [torch.zeros_like(p) for p in exact.parameters()]
+
+    def gradients(number: int) -> list[torch.Tensor]:
+        loss = sum(exact(x, number).square().mean() for x in inputs[number]) / ranks
+        found = torch.autograd.grad(loss, list(exact.parameters()), allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(exact.parameters(), found, strict=True)]
+
+    for number in range(4):
+        g = gradients(number)
+        norm = torch.stack([t.norm() for t in g]).norm()
+        e = [RHO * t / norm for t in g]
+        with torch.no_grad():
+            torch._foreach_add_(list(exact.parameters()), e)
+        expected = [a + b for a, b in zip(expected, gradients(number), strict=True)]
+        with torch.no_grad():
+            torch._foreach_sub_(list(exact.parameters()), e)
+    for waits in (False, True):
+        model = DistributedDataParallel(Branches(), find_unused_parameters=True)
+        opt = sam(model)
+
+        def backward(number: int, model: nn.Module = model) -> None:
+            model(inputs[number][rank], number).square().mean().backward()
+
+        SAMWindow(opt, backward, per_micro_batch=True, no_sync=model.no_sync if waits else None).run(range(4))
+        for p, g in zip(model.parameters(), expected, strict=True):
+            assert (p.grad - g).abs().max() <= 1e-12, waits
+
+
 def given_up_before_reducing() -> None:
     """What FSDP2 has not reduced of a step that was given up is gone too, and the next step does not know of it."""
     mesh = d.mesh_of(dist.get_world_size())
@@ -479,7 +523,8 @@ def decoupled() -> None:
 CASES = {
     case.__name__: case
     for case in (
-        ddp_averaged, ddp_each_its_own, windows, per_micro_batch, given_up_before_reducing,
+        ddp_averaged, ddp_each_its_own, windows, per_micro_batch, per_micro_batch_with_unused_parameters,
+        given_up_before_reducing,
         swapped_after_construction, overflow_on_one_rank, scaled, seen_through_mixed_precision, checkpoints,
         stochastic_rounding, running_statistics,
         zeroth_order, decoupled, refused,

@@ -309,6 +309,8 @@ def test_results_in_words_and_numbers() -> None:
     assert numbers["full_curvature_se"] == found.full.curvature.error
     assert all(isinstance(v, float) for v in numbers.values())
     assert "random_curvature" not in numbers
+    assert "full_gradient_norm" in numbers
+    assert "full_gradient_norm_se" not in numbers  # NaN, which is no JSON
     lines = str(found).splitlines()
     assert lines[0] == "sharpness: rho 0.05, 3 batches, ± standard error over batches"
     assert [line.split("  ")[0] for line in lines[2:]] == ["along", "its own gradient", "gradient of all", "random"]

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from fastpost.conformance.adapter import Adapter
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         target = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever the module raises: status 1 is a property's
+        if not isinstance(error, (ModuleNotFoundError, AttributeError)):
+            traceback.print_exc()
         parser.error(f"{args.optimizer}: {type(error).__name__}: {error}")
     try:
         adapter = target if isinstance(target, Adapter) else Adapter(target)

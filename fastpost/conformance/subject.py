@@ -164,12 +164,14 @@ class Subject:
     def gradients_at(self, weights: Weights, **branches: bool) -> dict[str, Tensor | None]:
         """Of this step's batch, by copies of the weights: no `.grad` is read, and nothing accumulates."""
         copies = {n: weights[n].clone().requires_grad_(p.requires_grad) for n, p in self.model.named_parameters()}
+        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
 
         def model(x: Tensor, **branches: bool) -> Tensor:
-            y: Tensor = functional_call(self.model, copies, (x,), branches)
+            y: Tensor = functional_call(self.model, {**copies, **buffers}, (x,), branches)
             return y
 
-        loss = loss_of(model, batch(self.number, self.params()[0].dtype), **branches)
+        with torch.random.fork_rng():  # the pass itself draws the same numbers
+            loss = loss_of(model, batch(self.number, self.params()[0].dtype), **branches)
         thawed = {name: w for name, w in copies.items() if w.requires_grad}
         found = torch.autograd.grad(loss, list(thawed.values()), allow_unused=True)
         return dict.fromkeys(copies) | dict(zip(thawed, found, strict=True))

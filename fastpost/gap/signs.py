@@ -54,6 +54,8 @@ class SignedWindow:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._count(1.0)
         self._open = False
+        if kind is not None:  # half of a step is no step, and zero_grad() does not see it
+            distributed.drop_waiting_gradients(self._params)
 
     def next(self, sign: int, weight: float = 1.0) -> None:
         """What is differentiated from here on counts sign * weight times.

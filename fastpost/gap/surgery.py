@@ -175,7 +175,8 @@ class SurgeryWindow:
         finite = torch.isfinite(forget + retain)
         of_forget = torch.where(finite, torch.where(forget > 0, of_forget, 1.0), torch.nan)
         of_retain = torch.where(finite, torch.where(retain > 0, of_retain, 1.0), torch.nan)
-        factors = (of_forget, of_retain) if self._side == FORGET else (of_retain, of_forget)
+        sides = (of_forget, of_retain) if self._side == FORGET else (of_retain, of_forget)
+        factors = tuple(map(_in_two, sides))
         for _, here, there in pairs:
             _combine_(here, there, *factors)
 
@@ -212,7 +213,17 @@ def _check_sides(here: Tensor | None, there: Tensor | None) -> None:
         )
 
 
-def _combine_(here: Tensor, there: Tensor, of_here: Tensor, of_there: Tensor) -> None:
+Parts = tuple[Tensor, Tensor]
+
+
+def _in_two(factor: Tensor) -> Parts:
+    """Two factors of half the exponent, for one in float64. Beside a gradient of 1e-39 factors leave float32's range while
+    products do not. The first part is a power of two, which costs no digits."""
+    first = torch.exp2((torch.frexp(factor).exponent // 2).double())
+    return first, factor / first
+
+
+def _combine_(here: Tensor, there: Tensor, of_here: Parts, of_there: Parts) -> None:
     """here = of_here * here + of_there * there, at least in float32; `there` is used up."""
     wide = torch.promote_types(here.dtype, torch.float32)
     other = _times_(there.to(wide), of_there)
@@ -222,11 +233,8 @@ def _combine_(here: Tensor, there: Tensor, of_here: Tensor, of_there: Tensor) ->
         here.copy_(other.add_(_times_(here.to(wide), of_here)))
 
 
-def _times_(g: Tensor, factor: Tensor) -> Tensor:
-    """g times a float64 factor, in place. Beside a gradient of 1e-39 factors leave float32's range while products do not: so
-    they come in two parts of half the exponent. The first is a power of two, which costs no digits."""
-    first = torch.exp2((torch.frexp(factor).exponent // 2).double())
-    for part in (first, factor / first):
+def _times_(g: Tensor, parts: Parts) -> Tensor:
+    for part in parts:
         g.mul_(part.to(g.device, g.dtype))
     return g
 

@@ -209,6 +209,8 @@ class SAMCallback(Callback):
         training_step, own = strategy.training_step, vars(strategy).get("training_step")
 
         def first_pass(batch: Any, *further: Any) -> Any:
+            if self._unwatch is not unwatch:  # of a batch that is over
+                return training_step(batch, *further)
             unwatch()
             kept = copy.copy(batch) if isinstance(batch, (Mapping, list)) else batch
             self._current = window.before(MicroBatch(kept, further))
@@ -216,6 +218,8 @@ class SAMCallback(Callback):
 
         def unwatch() -> None:
             self._unwatch = None
+            if vars(strategy).get("training_step") is not first_pass:
+                return  # somebody has put another around it, which is theirs
             del strategy.training_step
             if own is not None:  # somebody else's
                 strategy.training_step = own

@@ -19,7 +19,6 @@ _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SHORT = 8  # shorter secrets are replaced in a text only where they stand as words of their own
 _PLACE = re.compile("<[A-Z_]+>")  # what transformers writes in place of a token
 _PLAIN = {"true", "false", "none", "null", "yes", "no"}
-_WORKING_FOLDER = "PWD"  # by this name shells keep it in the environment
 
 _PATTERNS = (
     (re.compile(r"(?<=://)[^/\s@'\"]+@"), f"{MASK}@"),
@@ -40,8 +39,6 @@ _CREDENTIALS = re.compile(r"://[^/\s@'\":]*:([^/\s@'\"]+)@")
 
 def is_secret(name: str) -> bool:
     """Whether an option, a key or a variable of this name holds a secret: `hub_token`, `apiKey`, `WANDB_API_KEY`."""
-    if name == _WORKING_FOLDER:
-        return False
     words = [word.lower() for word in _WORDS.findall(name)]
     if not words or words[-1] in _ABOUT or _SPECIAL & set(words):
         return False

@@ -252,7 +252,7 @@ class SAMTrainerMixin(PostTrainingMixin):
         if own is None:
             return None
         own, items = (torch.as_tensor(number, dtype=torch.float64, device=device) for number in (own, items))
-        share: torch.Tensor = own / items
+        share: torch.Tensor = own / items.clamp(min=1)  # without any label all shares are 0
         return share if self.args.average_tokens_across_devices else self.accelerator.reduce(share, "mean")
 
     def _plain_step(self, inputs: Any) -> Any:

@@ -241,16 +241,17 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return apart < (rows - 1) * stride + cols and not cols <= apart % stride <= stride - cols
 
 
-_WHY_UNTRACED = (
-    "symmetric_kl/r3f_loss with inplace=True overwrite the logits, so they run between two graphs; leave out inplace=True "
-    "or fullgraph=True"
-)
-
-
-@torch.compiler.disable(reason=_WHY_UNTRACED)  # type: ignore[no-untyped-call, untyped-decorator]
 def _untraced(loss: Callable[..., Any], *args: Any) -> Any:
     """A loss as without a compiler, which does not trace what overwrites its arguments."""
-    return loss(*args)
+    return torch.compiler.disable(loss)(*args)  # type: ignore[no-untyped-call]
+
+
+# What torch.compiler.disable leaves on a function. As a decorator that would import the compiler along with fastpost.
+vars(_untraced).update(
+    _torchdynamo_disable=True,
+    _torchdynamo_disable_msg="symmetric_kl/r3f_loss with inplace=True overwrite the logits, so they run between two graphs; "
+    "leave out inplace=True or fullgraph=True",
+)
 
 
 def _run(

@@ -72,8 +72,8 @@ class SAMWindow:
             and the generators go on as they would have without SAM.
         no_sync: opens a context without gradient synchronisation, such as `model.no_sync` of DDP. It is entered around
             forward and backward of all micro-batches but the last of each pass; with `sync_ascent=False` around the whole
-            ascent, which then uses each replica's own gradient. With `per_micro_batch` first passes synchronise (unless
-            `sync_ascent=False`), and over sharded parameters all do, as FSDP2 would add up what waits of both passes.
+            ascent, which then uses each replica's own gradient. With `per_micro_batch` it is entered around no pass; with
+            `sync_ascent=False` around first passes, and where no parameter is sharded around second ones but the last.
         model: the model, where the optimizer was not given it: so that each micro-batch moves the running statistics of norm
             layers once, in its first pass, as the optimizer's `norm_stats` says.
 
@@ -171,9 +171,10 @@ class SAMWindow:
             raise RuntimeError("SAMWindow: the optimizer is perturbed; finish its step first")
         self.optimizer.zero_grad()
         self.optimizer.in_window = True
-        # FSDP2 keeps what it has not reduced out of `.grad`, so that it cannot be set aside between the passes of m-SAM.
+        # Of m-SAM, whose first passes synchronise, all do. FSDP2 keeps out of `.grad` what it has not reduced, so that it
+        # cannot be set aside between the passes; DDP expects gradients of what an earlier pass without it has reached.
         sharded = any(map(distributed.is_sharded, self.optimizer.tensors()))
-        self._syncs_each = self.sync_each or (self.per_micro_batch and sharded)
+        self._syncs_each = self.sync_each or (self.per_micro_batch and (sharded or self.optimizer.sync_ascent is not False))
         self.size, self._announced, self.fed, self._ascended = size, size, 0, 0
         self._of_all = self._of_ascent = 0.0
         self.perturbed_losses = []

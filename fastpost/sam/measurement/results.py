@@ -81,7 +81,8 @@ class Sharpness:
     resolution: float
 
     def as_dict(self) -> dict[str, float]:
-        """Every number under one name, such as `own_rise` and `own_rise_se`; what was not measured is left out."""
+        """Every number under one name, such as `own_rise` and `own_rise_se`; what was not measured, or has no error, is left
+        out."""
         found = {name: float(getattr(self, name)) for name in ("rho", "batches", "micro_batches", "resolution")}
         estimates = {"loss": self.loss}
         for kind in _KINDS:
@@ -90,7 +91,9 @@ class Sharpness:
                 estimates[f"{kind}_{field.name}"] = getattr(around, field.name)
         for name, estimate in estimates.items():
             if estimate is not None:
-                found |= {name: estimate.mean, f"{name}_se": estimate.error}
+                found[name] = estimate.mean
+                if not math.isnan(estimate.error):
+                    found[f"{name}_se"] = estimate.error
         return found
 
     def __str__(self) -> str:
