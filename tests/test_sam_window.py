@@ -373,16 +373,16 @@ def test_batches_of_inference_mode_are_served() -> None:
         (None, False, "..s..s..s"),
         (True, False, "..s..s..s"),
         (False, False, ".....s..s"),
-        (None, True, "s.s.ss"),
-        (True, True, "s.s.ss"),
+        (None, True, "ssssss"),
+        (True, True, "ssssss"),
         (False, True, ".....s"),
     ],
 )  # fmt: skip
 def test_where_gradients_are_synchronised(
     monkeypatch: pytest.MonkeyPatch, sync_ascent: bool | None, per_micro_batch: bool, expected: str
 ) -> None:
-    """'s' marks a pass outside no_sync: the last of each half; with a fraction the replay is not the last. m-SAM's first
-    passes are halves of their own."""
+    """'s' marks a pass outside no_sync: the last of each half; with a fraction the replay is not the last. Of m-SAM, whose
+    first passes are halves of their own, all do."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     model = double_network()
     opt = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, sync_ascent=sync_ascent)

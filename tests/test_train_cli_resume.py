@@ -265,9 +265,8 @@ def test_it_goes_on_from_there_to_the_same_weights(models, files, stopped, run_o
     assert table(stopped) == table(run_of_four)
 
 
-@pytest.mark.parametrize("last", [3, 14])
-def test_a_batch_size_that_was_found_is_that_of_the_run_that_goes_on(models, files, tmp_path, monkeypatch, last) -> None:
-    """A machine that holds three rows: 20 rows make 14 steps of two epochs, not the four that were asked for."""
+def test_a_batch_size_that_was_found_is_that_of_the_run_that_goes_on(models, files, tmp_path, monkeypatch) -> None:
+    """A machine that holds three rows: 20 rows make 7 steps, not the two that were asked for."""
     steps = []
     step = train_checkpoints.RunTrainer.training_step
 
@@ -280,15 +279,17 @@ def test_a_batch_size_that_was_found_is_that_of_the_run_that_goes_on(models, fil
         return step(self, model, inputs, *args)
 
     monkeypatch.setattr(train_checkpoints.RunTrainer, "training_step", on_a_small_machine)
+    saved = ["--save_strategy", "steps", "--save_steps", "3"]
     found = ["--per_device_train_batch_size", "10", "--auto_find_batch_size", "True"]
-    words = words_of("sam", models, files, tmp_path, *EVERY, *found, "--max_steps", "-1", "--num_train_epochs", "2")
-    stop = last
-    assert main(words) == (130 if last < 14 else 0)
+    words = words_of("sam", models, files, tmp_path, *saved, *found, "--max_steps", "-1", "--num_train_epochs", "1")
+    stop = 3
+    assert main(words) == 130
     stop = None
-    steps.clear()
-    assert main([*words, *RESUME]) == 0
-    assert steps == list(range(last, 14))
-    assert table(tmp_path)[-1]["step"] == "14"
+    for made in ([3, 4, 5, 6], []):  # the rest, and then nothing
+        steps.clear()
+        assert main([*words, *RESUME]) == 0
+        assert steps == made
+    assert table(tmp_path)[-1]["step"] == "7"
 
 
 def test_where_none_is_whole_that_is_said(models, files, stopped, capsys) -> None:

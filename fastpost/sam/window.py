@@ -171,14 +171,15 @@ class SAMWindow:
             raise RuntimeError("SAMWindow: the optimizer is perturbed; finish its step first")
         self.optimizer.zero_grad()
         self.optimizer.in_window = True
-        # Of m-SAM, whose first passes synchronise, all do. FSDP2 keeps out of `.grad` what it has not reduced, so that it
-        # cannot be set aside between the passes; DDP expects gradients of what an earlier pass without it has reached.
-        sharded = any(map(distributed.is_sharded, self.optimizer.tensors()))
-        self._syncs_each = self.sync_each or (self.per_micro_batch and (sharded or self.optimizer.sync_ascent is not False))
         self.size, self._announced, self.fed, self._ascended = size, size, 0, 0
         self._of_all = self._of_ascent = 0.0
         self.perturbed_losses = []
         ascends = self.optimizer.ascends and self.optimizer.variant.ascent_pass
+        # Of m-SAM, whose first passes synchronise, all do. FSDP2 keeps out of `.grad` what it has not reduced, so that it
+        # cannot be set aside between the passes; DDP expects gradients of what an earlier pass without it has reached.
+        sharded = any(map(distributed.is_sharded, self.optimizer.tensors()))
+        alone = self.per_micro_batch and ascends
+        self._syncs_each = self.sync_each or (alone and (sharded or self.optimizer.sync_ascent is not False))
         # 0.07 * 100 is 7.000000000000001
         self._ascending = math.ceil(self.ascent_fraction * size * (1 - 1e-12)) if ascends else 0
         in_part = self.per_micro_batch or self._ascending < size
