@@ -155,12 +155,17 @@ def _is_apart(t: Tensor, found: Tensor) -> bool:
 
 
 def _apart(tensor: Tensor) -> Tensor:
-    """The same memory with a storage of its own; the tensor itself on devices that do not export memory."""
+    """The same memory with a storage of its own; the tensor itself, with a warning, on devices that do not export memory."""
     reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)) + 1
     memory = torch.as_strided(tensor, (reach,), (1,)).view(torch.uint8)
     try:
         return torch.utils.dlpack.from_dlpack(memory).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
-    except BufferError:
+    except BufferError as error:
+        warnings.warn(
+            f"flatten_parameters: {tensor.device} exports no memory ({error}), so weights are saved as parts of one "
+            "storage, which Accelerate and safetensors take for one tensor; save copies of them",
+            stacklevel=2,
+        )
         return tensor
 
 
@@ -170,9 +175,10 @@ def flatten_parameters(model: nn.Module) -> FlatParameters:
     Parameters stay the same objects with the same values and shapes, and strides where they leave no gaps, so optimizers,
     `state_dict`, tied weights and hooks keep working; element-wise operations on the list then see one span. What
     `state_dict` returns can be saved by any library: its tensors are the weights' memory, with a storage each. (Read or
-    copy them; autograd does not see what is written through them.) After `zero_grad(set_to_none=True)` gradients come back
-    into the buffer, at the price of one copy. `model.to()` moves parameters out of it again: a warning says so, and
-    `reflatten()` mends it. Flatten before building anything that remembers addresses (CUDA graphs, DDP).
+    copy them; autograd does not see what is written through them. A device without DLPack brings a warning.) After
+    `zero_grad(set_to_none=True)` gradients come back into the buffer, at the price of one copy. `model.to()` moves
+    parameters out of it again: a warning says so, and `reflatten()` mends it. Flatten before building anything that
+    remembers addresses (CUDA graphs, DDP).
 
     Args:
         model: any module whose parameters are plain dense tensors.

@@ -80,18 +80,19 @@ def every(body: Callable[..., None], **given: Any) -> None:
     cases: list[dict[str, Any]] = [functools.reduce(operator.or_, parts, {}) for parts in itertools.product(*axes)]
     cases = [case for case in cases if all(case.get(name, value) == value for name, value in given.items())]
     assert cases, f"{body.__name__} has no such case"
-    ran, wrong = 0, []
+    ran, wrong, skipped = 0, [], set()
     for case in cases if ON_GPU or emulation.enabled() else cases[:1]:
         torch.manual_seed(1234)
         try:
             body(**given | case)
-        except pytest.skip.Exception:
+        except pytest.skip.Exception as skip:
+            skipped.add(str(skip))
             continue
         except AssertionError as error:
             wrong.append(f"{case}: {str(error).strip() or type(error).__name__}")
         ran += 1
     if not ran:
-        pytest.skip("not for this backend")
+        pytest.skip("; ".join(sorted(skipped)))
     assert not wrong, f"{len(wrong)} of {ran} fail:\n" + "\n".join(wrong)
 
 

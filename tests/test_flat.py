@@ -191,6 +191,18 @@ def test_a_state_dict_is_of_the_weights_as_they_are_whatever_became_of_an_earlie
     assert not set(map(id, now.values())) & {*map(id, held.values()), *map(id, inferred.values())}
 
 
+def test_a_device_that_exports_no_memory_brings_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: torch.Tensor) -> torch.Tensor:
+        raise BufferError("Cannot pack tensors")
+
+    model = network()
+    fastpost.flatten_parameters(model)
+    monkeypatch.setattr(torch.utils.dlpack, "from_dlpack", refused)
+    with pytest.warns(UserWarning, match=r"cpu exports no memory \(Cannot pack tensors\).*save copies"):
+        state = model.state_dict()
+    assert all(same_bits(state[name], p.detach()) for name, p in model.named_parameters())
+
+
 def test_parameters_that_share_memory_without_being_one_are_refused() -> None:
     for data in (lambda w: w.t(), lambda w: w[1:], lambda w: w[:1].expand(5, -1)):
         model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False)})

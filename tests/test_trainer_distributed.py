@@ -158,6 +158,14 @@ def spoiled(sync_ascent: bool | None) -> tuple[int, list[bool]]:
     return trainer.sam.skipped_steps, [bool(p.isfinite().all()) for p in mine.parameters()]
 
 
+def stepped(opt: torch.optim.Optimizer, params: list[nn.Parameter], parts: list[tuple[torch.Tensor, ...]]) -> None:
+    """One step by hand with the sum of these gradients, clipped."""
+    for p, *own in zip(params, *parts, strict=True):
+        p.grad = torch.stack(own).sum(0)
+    nn.utils.clip_grad_norm_(params, CLIP)
+    opt.step()
+
+
 def m_sam(strategy: str, sync_ascent: bool | None, each: bool = False) -> float:
     """Each micro-batch ascends by its own gradient: that of all ranks, or with sync_ascent=False each rank's."""
     hand, options = model(), {"sam_per_micro_batch": True, "sam_sync_ascent": sync_ascent}
@@ -177,10 +185,7 @@ def m_sam(strategy: str, sync_ascent: bool | None, each: bool = False) -> float:
             with ascended(params, g, RHO):
                 loss = sum(causal_loss(hand, batch, items) for batch in batches)
                 second.append(torch.autograd.grad(loss, params))
-        for p, *parts in zip(params, *second, strict=True):
-            p.grad = torch.stack(parts).sum(0)
-        nn.utils.clip_grad_norm_(params, CLIP)
-        opt.step()
+        stepped(opt, params, second)
     return apart(trainer, hand)
 
 
@@ -208,10 +213,7 @@ def own_ascents() -> float:
         for (batch,) in window:
             with ascended(params, torch.autograd.grad(causal_loss(hand, batch, items), params), RHO):
                 second.append(torch.autograd.grad(causal_loss(hand, batch, items), params))
-        for p, *parts in zip(params, *second, strict=True):
-            p.grad = torch.stack(parts).sum(0)
-        nn.utils.clip_grad_norm_(params, CLIP)
-        opt.step()
+        stepped(opt, params, second)
     return distance(mine, hand)
 
 

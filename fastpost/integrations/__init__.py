@@ -11,6 +11,11 @@ import torch
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def shares_each_batch(accelerator: Any) -> bool:
+    """Whether Accelerate is told (`sync_each_batch`) that ranks share gradients after each micro-batch."""
+    return bool(accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
+
+
 def cuts_sequences(accelerator: Any) -> bool:
     """Whether Accelerate's context parallelism is on, which cuts the tensors of a batch in place."""
     config = getattr(accelerator, "parallelism_config", None)

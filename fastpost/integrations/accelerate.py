@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpost.distributed import gradient_sync
-from fastpost.integrations import COMPUTE_DTYPES, cuts_sequences
+from fastpost.integrations import COMPUTE_DTYPES, cuts_sequences, shares_each_batch
 from fastpost.sam import PassInfo, SAMWindow
 
 try:
@@ -90,7 +90,7 @@ class AcceleratedWindow(SAMWindow):
         )
         if self.optimizer.compute_dtype is None and not accelerator.is_fsdp2:  # FSDP2 is asked for its own
             self.optimizer.compute_dtype = COMPUTE_DTYPES.get(accelerator.mixed_precision)
-        self.sync_each = bool(accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
+        self.sync_each = shares_each_batch(accelerator)
         self.accelerator, self.model, self._loss_fn = accelerator, model, loss_fn
 
     def __call__(self, micro_batch: Any) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastpost.distributed import is_a, unwrap
-from fastpost.integrations import COMPUTE_DTYPES, cuts_sequences
+from fastpost.integrations import COMPUTE_DTYPES, cuts_sequences, shares_each_batch
 from fastpost.integrations.masters import Masters, check_weights
 from fastpost.integrations.mixin import PostTrainingMixin, accelerated_sync, innermost
 from fastpost.integrations.stand_ins import refuse_early
@@ -82,7 +82,7 @@ class TrainerWindow(SAMWindow):
             per_micro_batch=options.sam_per_micro_batch,
             no_sync=contextlib.nullcontext,  # said per pass, below
         )
-        self.sync_each = bool(trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
+        self.sync_each = shares_each_batch(trainer.accelerator)
         self.trainer = trainer
         self.model: Any = None
         self.extra_args: tuple[Any, ...] = ()  # arguments of training_step after the inputs, the same for the whole window
