@@ -1,10 +1,30 @@
-"""What a backend is asked for rows of logits in two streams: one value for each argument list."""
+"""What a backend is asked for rows of activations and of logits: one value for each argument list."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+class NoiseTask(NamedTuple):
+    """Noise on activations, drawn from (seed, element).
+
+    Attributes:
+        eps: scale of the noise. noise_type: "uniform" on (-eps, eps), or "normal" with standard deviation eps.
+        seed: int64 scalar.
+        rows: int64, a number for each row of the activations, which it draws by, negative: no noise; None: 0, 1, 2, ...
+        scales: floating point, what eps is multiplied by in each row; None: 1.
+        out_dtype: of the result.
+    """
+
+    eps: float
+    noise_type: str
+    seed: Tensor
+    rows: Tensor | None
+    scales: Tensor | None
+    out_dtype: torch.dtype
 
 
 class DivergenceTask(NamedTuple):

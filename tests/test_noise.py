@@ -16,6 +16,7 @@ import fastpost
 from fastpost import dispatch
 from fastpost.backends import native, reference
 from fastpost.ops.noise import add_noise, embedding_noise
+from fastpost.row_tasks import NoiseTask
 from tests.conftest import CPU_BACKENDS, DTYPES, same_bits
 
 NOISE_TYPES = ("uniform", "normal")
@@ -353,7 +354,7 @@ def test_an_index_outside_the_table_reads_nothing(backend: str) -> None:
         pytest.skip("the CPU checks indices before anything is gathered")
     table, ids = torch.randn(5, 12), torch.tensor([0, 5, -1, 4, 2**40])
     kernel = dispatch.select("embedding_noise", table.device, table.dtype)
-    clean, noised = kernel(table, ids, 1e-3, "uniform", torch.tensor(3), None, None, torch.float32)
+    clean, noised = kernel(table, ids, NoiseTask(1e-3, "uniform", torch.tensor(3), None, None, torch.float32))
     assert clean.isnan().all(1).tolist() == noised.isnan().all(1).tolist() == [False, True, True, False, True]
     assert same_bits(clean[3], table[4])
 

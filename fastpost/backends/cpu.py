@@ -25,7 +25,7 @@ from fastpost.backends.serving import (
     top_k_arguments,
 )
 from fastpost.plan import AdamWPart, Bucket
-from fastpost.row_tasks import DistillationTask, DivergenceTask, LossTask, OperandTask, TopKTask
+from fastpost.row_tasks import DistillationTask, DivergenceTask, LossTask, NoiseTask, OperandTask, TopKTask
 
 
 def whole_operation(name: str) -> Any | None:
@@ -192,46 +192,29 @@ def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
     native.core().cpu.negate_clip(_plan(bucket), squared.item(), max_norm, _threads())
 
 
-def add_noise(
-    x: Tensor,
-    eps: float,
-    noise_type: str,
-    seed: Tensor,
-    rows: Tensor | None,
-    scales: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def add_noise(x: Tensor, how: NoiseTask) -> Tensor:
     core = native.core()
-    x, rows, scales = x.contiguous(), contiguous(rows), contiguous_floats(scales)
-    out = _empty(x.shape, out_dtype)
+    x, rows, scales = x.contiguous(), contiguous(how.rows), contiguous_floats(how.scales)
+    out = _empty(x.shape, how.out_dtype)
     core.cpu.add_noise(
-        x.data_ptr(), out.data_ptr(), _dtype(x.dtype), _dtype(out_dtype), x.numel(), eps,
-        getattr(core.NoiseType, noise_type), _seed(seed), address(rows), address(scales),
+        x.data_ptr(), out.data_ptr(), _dtype(x.dtype), _dtype(how.out_dtype), x.numel(), how.eps,
+        getattr(core.NoiseType, how.noise_type), _seed(how.seed), address(rows), address(scales),
         x.shape[-1] if x.ndim else 1, _threads(),
     )  # fmt: skip
     return out
 
 
-def embedding_noise(
-    table: Tensor,
-    ids: Tensor,
-    eps: float,
-    noise_type: str,
-    seed: Tensor,
-    rows: Tensor | None,
-    scales: Tensor | None,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def embedding_noise(table: Tensor, ids: Tensor, how: NoiseTask) -> tuple[Tensor, Tensor]:
     core = native.core()
     if table.stride(-1) != 1:
         table = table.contiguous()
     width = table.shape[1]
     clean = _empty((*ids.shape, width), table.dtype)
-    noised = _empty((*ids.shape, width), out_dtype)
-    ids, rows, scales = ids.to(torch.int64).contiguous(), contiguous(rows), contiguous_floats(scales)
+    noised = _empty((*ids.shape, width), how.out_dtype)
+    ids, rows, scales = ids.to(torch.int64).contiguous(), contiguous(how.rows), contiguous_floats(how.scales)
     core.cpu.embedding_noise(
-        table.data_ptr(), ids.data_ptr(), clean.data_ptr(), noised.data_ptr(), _dtype(table.dtype), _dtype(out_dtype),
-        ids.numel(), width, table.stride(0), eps, getattr(core.NoiseType, noise_type), _seed(seed),
+        table.data_ptr(), ids.data_ptr(), clean.data_ptr(), noised.data_ptr(), _dtype(table.dtype), _dtype(how.out_dtype),
+        ids.numel(), width, table.stride(0), how.eps, getattr(core.NoiseType, how.noise_type), _seed(how.seed),
         address(rows), address(scales), _threads(),
     )  # fmt: skip
     return clean, noised

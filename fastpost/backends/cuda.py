@@ -28,7 +28,7 @@ from fastpost.backends.serving import (
 )
 from fastpost.dispatch import strict
 from fastpost.plan import AdamWPart, Bucket
-from fastpost.row_tasks import DistillationTask, DivergenceTask, LossTask, OperandTask, TopKTask
+from fastpost.row_tasks import DistillationTask, DivergenceTask, LossTask, NoiseTask, OperandTask, TopKTask
 
 _FEW_ROWS = 1 << 16  # whose weights and sums one block makes in next to no time
 _SUMS = 6  # of a perturbation, as in fastpost.ops.params.NAMES_OF_SUMS
@@ -255,45 +255,28 @@ def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
 # -- noise ----------------------------------------------------------------------------------------------------------------
 
 
-def add_noise(
-    x: Tensor,
-    eps: float,
-    noise_type: str,
-    seed: Tensor,
-    rows: Tensor | None,
-    scales: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def add_noise(x: Tensor, how: NoiseTask) -> Tensor:
     core = native.core()
-    x, rows, scales = x.contiguous(), contiguous(rows), contiguous_floats(scales)
-    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    x, rows, scales = x.contiguous(), contiguous(how.rows), contiguous_floats(how.scales)
+    out = torch.empty(x.shape, dtype=how.out_dtype, device=x.device)
     core.cuda.add_noise(
-        x.data_ptr(), out.data_ptr(), _dtype(x.dtype), _dtype(out_dtype), x.numel(), eps,
-        getattr(core.NoiseType, noise_type), seed.data_ptr(), address(rows), address(scales),
+        x.data_ptr(), out.data_ptr(), _dtype(x.dtype), _dtype(how.out_dtype), x.numel(), how.eps,
+        getattr(core.NoiseType, how.noise_type), how.seed.data_ptr(), address(rows), address(scales),
         x.shape[-1] if x.ndim else 1, *_where(x.device),
     )  # fmt: skip
     return out
 
 
-def embedding_noise(
-    table: Tensor,
-    ids: Tensor,
-    eps: float,
-    noise_type: str,
-    seed: Tensor,
-    rows: Tensor | None,
-    scales: Tensor | None,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def embedding_noise(table: Tensor, ids: Tensor, how: NoiseTask) -> tuple[Tensor, Tensor]:
     core = native.core()
     table = table if table.stride(-1) == 1 else table.contiguous()
-    ids, rows, scales = ids.to(torch.int64).contiguous(), contiguous(rows), contiguous_floats(scales)
+    ids, rows, scales = ids.to(torch.int64).contiguous(), contiguous(how.rows), contiguous_floats(how.scales)
     clean = torch.empty((*ids.shape, table.shape[1]), dtype=table.dtype, device=table.device)
-    noised = torch.empty(clean.shape, dtype=out_dtype, device=table.device)
+    noised = torch.empty(clean.shape, dtype=how.out_dtype, device=table.device)
     core.cuda.embedding_noise(
-        table.data_ptr(), ids.data_ptr(), clean.data_ptr(), noised.data_ptr(), _dtype(table.dtype), _dtype(out_dtype),
-        ids.numel(), *table.shape, table.stride(0), eps, getattr(core.NoiseType, noise_type), seed.data_ptr(), address(rows),
-        address(scales), *_where(table.device),
+        table.data_ptr(), ids.data_ptr(), clean.data_ptr(), noised.data_ptr(), _dtype(table.dtype), _dtype(how.out_dtype),
+        ids.numel(), *table.shape, table.stride(0), how.eps, getattr(core.NoiseType, how.noise_type), how.seed.data_ptr(),
+        address(rows), address(scales), *_where(table.device),
     )  # fmt: skip
     return clean, noised
 

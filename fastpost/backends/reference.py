@@ -16,7 +16,7 @@ from torch import Tensor
 from fastpost.backends.known_classes import top_k_rows as top_k_rows
 from fastpost.backends.serving import coded, number_on, seed_on
 from fastpost.plan import CHUNK, AdamWPart, Bucket, dense
-from fastpost.row_tasks import DistillationTask, DivergenceTask, OperandTask
+from fastpost.row_tasks import DistillationTask, DivergenceTask, NoiseTask, OperandTask
 
 
 def status() -> tuple[bool, str]:
@@ -453,49 +453,32 @@ def quads(counter: Tensor, noise_type: str, seed: Tensor, dtype: torch.dtype) ->
 
 
 @torch.no_grad()
-def add_noise(
-    x: Tensor,
-    eps: float,
-    noise_type: str,
-    seed: Tensor,
-    rows: Tensor | None,
-    scales: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def add_noise(x: Tensor, how: NoiseTask) -> Tensor:
     """fl(x + fl(eps z)), rounded once more to `out_dtype`.
 
     Element (r, c) takes number rows[r] * width + c of the sequence, by default r * width + c; where rows[r] is negative it
     stays as it is. With scales the noise of row r is fl(fl(eps scales[r]) z).
     """
-    work = _working(x.dtype)
+    work, rows = _working(x.dtype), how.rows
     if rows is None:
-        z = draw(x.numel(), noise_type, seed, x.device, work).reshape(x.shape)
+        z = draw(x.numel(), how.noise_type, how.seed, x.device, work).reshape(x.shape)
     else:
         number = rows.clamp(min=0).unsqueeze(-1) * x.shape[-1] + torch.arange(x.shape[-1], device=x.device)
-        z = quads(number // 4, noise_type, seed, work).gather(-1, (number % 4).unsqueeze(-1)).squeeze(-1)
-    width = torch.tensor(eps, dtype=work, device=x.device)
-    if scales is not None:
-        width = (width * scales.to(work)).unsqueeze(-1)
+        z = quads(number // 4, how.noise_type, how.seed, work).gather(-1, (number % 4).unsqueeze(-1)).squeeze(-1)
+    width = torch.tensor(how.eps, dtype=work, device=x.device)
+    if how.scales is not None:
+        width = (width * how.scales.to(work)).unsqueeze(-1)
     noised = x.to(work) + z * width
     if rows is not None:
         noised = torch.where((rows >= 0).unsqueeze(-1), noised, x.to(work))
-    return noised.to(out_dtype).contiguous()
+    return noised.to(how.out_dtype).contiguous()
 
 
 @torch.no_grad()
-def embedding_noise(
-    table: Tensor,
-    ids: Tensor,
-    eps: float,
-    noise_type: str,
-    seed: Tensor,
-    rows: Tensor | None,
-    scales: Tensor | None,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def embedding_noise(table: Tensor, ids: Tensor, how: NoiseTask) -> tuple[Tensor, Tensor]:
     """The rows of `table`, and the same rows with noise."""
     clean = table[ids]
-    return clean, add_noise(clean, eps, noise_type, seed, rows, scales, out_dtype)
+    return clean, add_noise(clean, how)
 
 
 # -- divergence: rows of logits in two streams ----------------------------------------------------------------------------

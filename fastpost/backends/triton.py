@@ -17,7 +17,7 @@ from torch import Tensor
 from fastpost.backends.reference import sam_direction_ as sam_direction_  # torch's operations; no kernel of its own
 from fastpost.backends.serving import coded, contiguous, contiguous_floats, number_on, refusal, seed_on
 from fastpost.plan import AdamWPart, Bucket
-from fastpost.row_tasks import DivergenceTask, OperandTask
+from fastpost.row_tasks import DivergenceTask, NoiseTask, OperandTask
 
 
 def _interpreted() -> bool:
@@ -257,38 +257,25 @@ def negate_clip_(bucket: Bucket, squared: Tensor, max_norm: float) -> None:
     _kernels("params").scale_(_table(bucket, "grads"), bucket.dtype, factor)
 
 
-def add_noise(
-    x: Tensor,
-    eps: float,
-    noise_type: str,
-    seed: Tensor,
-    rows: Tensor | None,
-    scales: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def add_noise(x: Tensor, how: NoiseTask) -> Tensor:
     x = x.contiguous()
-    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    _kernels("noise").add_noise(x, out, eps, noise_type, seed, contiguous(rows), contiguous_floats(scales))
+    out = torch.empty(x.shape, dtype=how.out_dtype, device=x.device)
+    _kernels("noise").add_noise(x, out, *_drawn(how))
     return out
 
 
-def embedding_noise(
-    table: Tensor,
-    ids: Tensor,
-    eps: float,
-    noise_type: str,
-    seed: Tensor,
-    rows: Tensor | None,
-    scales: Tensor | None,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def embedding_noise(table: Tensor, ids: Tensor, how: NoiseTask) -> tuple[Tensor, Tensor]:
     if table.stride(-1) != 1:
         table = table.contiguous()
     clean = torch.empty((*ids.shape, table.shape[1]), dtype=table.dtype, device=table.device)
-    noised = torch.empty(clean.shape, dtype=out_dtype, device=table.device)
-    rows, scales = contiguous(rows), contiguous_floats(scales)
-    _kernels("noise").embedding_noise(table, ids.long().contiguous(), clean, noised, eps, noise_type, seed, rows, scales)
+    noised = torch.empty(clean.shape, dtype=how.out_dtype, device=table.device)
+    _kernels("noise").embedding_noise(table, ids.long().contiguous(), clean, noised, *_drawn(how))
     return clean, noised
+
+
+def _drawn(how: NoiseTask) -> tuple[Any, ...]:
+    """As the kernels take it."""
+    return how.eps, how.noise_type, how.seed, contiguous(how.rows), contiguous_floats(how.scales)
 
 
 def divergence_rows(task: DivergenceTask) -> tuple[Tensor, Tensor]:

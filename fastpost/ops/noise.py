@@ -14,6 +14,7 @@ from fastpost.ops.autograd import Function, batched, checks_values, one_by_one
 from fastpost.ops.params import seed_tensor
 from fastpost.ops.registry import define
 from fastpost.ops.scalars import check_number
+from fastpost.row_tasks import NoiseTask
 
 NOISE_TYPES = ("uniform", "normal")
 
@@ -31,30 +32,15 @@ def fresh_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-def _add_noise(
-    x: Tensor,
-    eps: float,
-    noise_type: str,
-    seed: Tensor,
-    rows: Tensor | None,
-    scales: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    function = select("add_noise", x.device, x.dtype, walkable=out_dtype != torch.float64)
-    result: Tensor = function(x, eps, noise_type, seed, rows, scales, out_dtype)
+def _add_noise(x: Tensor, *how: Any) -> Tensor:
+    task = NoiseTask(*how)
+    function = select("add_noise", x.device, x.dtype, walkable=task.out_dtype != torch.float64)
+    result: Tensor = function(x, task)
     return result
 
 
-def _embedding_noise(
-    table: Tensor,
-    ids: Tensor,
-    eps: float,
-    noise_type: str,
-    seed: Tensor,
-    rows: Tensor | None,
-    scales: Tensor | None,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def _embedding_noise(table: Tensor, ids: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+    task = NoiseTask(*how)
     # Here rather than at the door, where torch.compile and vmap show no values. On a GPU, where a bad index gives NaN, to
     # read the range would wait for the device.
     if ids.numel() and (ids.device.type == "cpu" or strict()):
@@ -63,26 +49,28 @@ def _embedding_noise(
             raise IndexError(
                 f"embedding_noise: index {low if low < 0 else high} is outside a table of {table.shape[0]} rows"
             )
-    function = select("embedding_noise", table.device, table.dtype, walkable=out_dtype != torch.float64)
-    clean, noised = function(table, ids, eps, noise_type, seed, rows, scales, out_dtype)
+    function = select("embedding_noise", table.device, table.dtype, walkable=task.out_dtype != torch.float64)
+    clean, noised = function(table, ids, task)
     return clean, noised
 
 
+_HOW = "float eps, str noise_type, Tensor seed, Tensor? rows, Tensor? scales, ScalarType out_dtype"  # a NoiseTask's
 _op_add_noise = define(
-    "add_noise(Tensor x, float eps, str noise_type, Tensor seed, Tensor? rows, Tensor? scales, ScalarType out_dtype)"
-    " -> Tensor",
+    f"add_noise(Tensor x, {_HOW}) -> Tensor",
     _add_noise,
-    lambda x, eps, noise_type, seed, rows, scales, out_dtype: torch.empty(x.shape, dtype=out_dtype, device=x.device),
+    lambda x, *how: torch.empty(x.shape, dtype=NoiseTask(*how).out_dtype, device=x.device),
 )
 _op_embedding_noise = define(
-    "embedding_noise(Tensor table, Tensor ids, float eps, str noise_type, Tensor seed, Tensor? rows, Tensor? scales, "
-    "ScalarType out_dtype) -> (Tensor, Tensor)",
+    f"embedding_noise(Tensor table, Tensor ids, {_HOW}) -> (Tensor, Tensor)",
     _embedding_noise,
-    lambda table, ids, eps, noise_type, seed, rows, scales, out_dtype: (
+    lambda table, ids, *how: (
         table.new_empty((*ids.shape, table.shape[1])),
-        table.new_empty((*ids.shape, table.shape[1]), dtype=out_dtype),
+        table.new_empty((*ids.shape, table.shape[1]), dtype=NoiseTask(*how).out_dtype),
     ),
 )
+
+
+# torch.compile hands a `forward` of any number of arguments a context, so they are told one by one.
 
 
 class _AddNoise(Function):
@@ -113,24 +101,24 @@ class _AddNoise(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        size = info.batch_size
-        if in_dims[3] is not None:  # a seed for each sample
+        size, how = info.batch_size, NoiseTask(*args[1:])
+        dims: Any = NoiseTask(*in_dims[1:])
+        if dims.seed is not None:  # one for each sample
             return one_by_one(_AddNoise, size, in_dims, args)
-        x, eps, noise_type, seed, rows, scales, out_dtype = args
-        x = batched(x, in_dims[0], size)
+        x = batched(args[0], in_dims[0], size)
         if x.ndim == 1:  # of scalars, which are rows of one element
             rows = torch.zeros(size, dtype=torch.int64, device=x.device)
-            return _AddNoise.apply(x.unsqueeze(1), eps, noise_type, seed, rows, None, out_dtype).squeeze(1), 0
-        rows = _own_rows(x.shape[1:-1], rows, in_dims[4], size, x.device)
-        scales = None if scales is None else batched(scales, in_dims[5], size)
-        return _AddNoise.apply(x, eps, noise_type, seed, rows, scales, out_dtype), 0
+            return _AddNoise.apply(x.unsqueeze(1), *how._replace(rows=rows)).squeeze(1), 0
+        return _AddNoise.apply(x, *_of_samples(how, dims, x.shape[1:-1], size, x.device)), 0
 
 
-def _own_rows(shape: torch.Size, rows: Tensor | None, dim: int | None, size: int, device: torch.device) -> Tensor:
-    """The number by which each row draws, (size, *shape): every sample counts from 0."""
+def _of_samples(how: NoiseTask, dims: Any, shape: torch.Size, size: int, device: torch.device) -> NoiseTask:
+    """Of so many samples with rows of this shape, each of which counts its rows from 0; dims: vmap's, of each."""
+    rows, dim = how.rows, dims.rows
     if rows is None:
         rows, dim = torch.arange(math.prod(shape), device=device).reshape(shape), None
-    return batched(rows, dim, size)
+    scales = None if how.scales is None else batched(how.scales, dims.scales, size)
+    return how._replace(rows=batched(rows, dim, size), scales=scales)
 
 
 class _EmbeddingNoise(Function):
@@ -138,21 +126,22 @@ class _EmbeddingNoise(Function):
     def forward(
         table: Tensor,
         ids: Tensor,
+        padding_idx: int,
+        detach_noised: bool,
         eps: float,
         noise_type: str,
         seed: Tensor,
         rows: Tensor | None,
         scales: Tensor | None,
         out_dtype: torch.dtype,
-        padding_idx: int,
-        detach_noised: bool,
     ) -> tuple[Tensor, Tensor]:
         clean, noised = _op_embedding_noise(table, ids, eps, noise_type, seed, rows, scales, out_dtype)
         return clean, noised
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        table, ids, *_, ctx.out_dtype, ctx.padding_idx, ctx.detach_noised = inputs
+        table, ids, ctx.padding_idx, ctx.detach_noised, *how = inputs
+        ctx.out_dtype = NoiseTask(*how).out_dtype
         ctx.save_for_backward(ids)
         ctx.save_for_forward(ids)
         ctx.rows, ctx.dtype = table.shape[0], table.dtype
@@ -180,14 +169,14 @@ class _EmbeddingNoise(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        size = info.batch_size
-        if in_dims[0] is not None or in_dims[4] is not None:  # a table or a seed for each sample
+        size, (table, ids, padding_idx, detach_noised) = info.batch_size, args[:4]
+        how = NoiseTask(*args[4:])
+        dims: Any = NoiseTask(*in_dims[4:])
+        if in_dims[0] is not None or dims.seed is not None:  # a table or a seed for each sample
             return one_by_one(_EmbeddingNoise, size, in_dims, args)
-        table, ids, eps, noise_type, seed, rows, scales, *rest = args
         ids = batched(ids, in_dims[1], size)
-        rows = _own_rows(ids.shape[1:], rows, in_dims[5], size, ids.device)
-        scales = None if scales is None else batched(scales, in_dims[6], size)
-        return _EmbeddingNoise.apply(table, ids, eps, noise_type, seed, rows, scales, *rest), (0, 0)
+        how = _of_samples(how, dims, ids.shape[1:], size, ids.device)
+        return _EmbeddingNoise.apply(table, ids, padding_idx, detach_noised, *how), (0, 0)
 
 
 def _check_rows(op: str, name: str, given: Tensor, shape: torch.Size, device: torch.device) -> None:
@@ -356,6 +345,6 @@ def embedding_noise(
     elif padding_idx < 0:
         padding_idx += table.shape[0]
     clean, noised = _EmbeddingNoise.apply(
-        table, ids, eps, noise_type, seed, rows, scales, out_dtype or table.dtype, padding_idx, detach_noised
+        table, ids, padding_idx, detach_noised, eps, noise_type, seed, rows, scales, out_dtype or table.dtype
     )
     return clean, noised
