@@ -250,6 +250,11 @@ def test_what_is_refused() -> None:
         Anchor("reference")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="decay must lie in"):
         MovingAverage(llama, 1.0)
+    with pytest.raises(TypeError, match="decay must be a number, not 'fast'"):
+        MovingAverage(llama, "fast")  # type: ignore[arg-type]
+    for reference in (Frozen, Frozen.copy_of, MovingAverage):
+        with pytest.raises(TypeError, match="a reference is made of a module, not of int"):
+            reference(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'lora_off' switches the adapters of a PEFT model off"):
         Anchor(AdaptersOff())(llama, **batch)
     with pytest.raises(ValueError, match="Anchor: the batch has no 'labels'"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastpost.distributed import is_sharded, unwrap
 from fastpost.modes import evaluating
+from fastpost.ops.scalars import check_real
 
 
 class Reference:
@@ -31,6 +32,12 @@ class Reference:
         """After a step of the optimizer; only an average has something to do."""
 
 
+def _module(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Anchor: a reference is made of a module, not of {type(model).__name__}")
+    return model
+
+
 class Frozen(Reference):
     """Another model that is not trained: the start of this one, or any over the same vocabulary.
 
@@ -42,9 +49,7 @@ class Frozen(Reference):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"Frozen: the reference must be a module, not {type(model).__name__}")
-        self.model = model
+        self.model = _module(model)
 
     @classmethod
     def copy_of(cls, model: nn.Module) -> Frozen:
@@ -67,7 +72,7 @@ class Frozen(Reference):
 
 class _Copy(Frozen):
     def __init__(self, model: nn.Module) -> None:
-        root = unwrap(model)
+        root = unwrap(_module(model))
         self._shared = [p for p in root.parameters() if not p.requires_grad]
         super().__init__(_copied(root, self._shared))
 
@@ -98,6 +103,7 @@ class MovingAverage(_Copy):
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
+        check_real("MovingAverage", "decay", decay)
         if not 0 <= decay < 1:
             raise ValueError(
                 f"MovingAverage: decay must lie in [0, 1), not {decay}; 1, an average that never moves, is the frozen start"
