@@ -73,7 +73,7 @@ test-kernels: $(VENV)/.built $(VENV)/.triton-3.6
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest $(by_the_test) $(operations) tests/test_operand_rows.py tests/test_triton_launches.py tests/test_sam_stash.py \
 		tests/test_sam_fused_codes.py -k triton
 	OMP_NUM_THREADS=1 CUDA_EMULATION=1 $(BIN)/pytest $(by_the_test) $(operations) tests/test_operand_rows.py tests/test_row_losses.py tests/test_second_derivatives.py \
-		tests/test_cuda_emulation.py tests/test_cuda_rows.py tests/test_cuda_distillation.py tests/test_distillation_rows.py tests/test_top_k_rows.py \
+		tests/test_cuda_emulation.py tests/test_cuda_rows.py tests/test_cuda_distillation.py tests/test_distillation_rows.py tests/test_top_k_rows.py tests/test_vocab_shards.py \
 		tests/test_sam_restore.py tests/test_sam_fused.py tests/test_sam_fused_codes.py tests/test_sam_stash.py
 	$(BIN)/python -m tests.sanitized $(by_the_test) tests/test_sam_fuzz.py
 	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/pytest --numprocesses auto tests/test_triton_compiled.py

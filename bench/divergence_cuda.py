@@ -17,7 +17,7 @@ from fastpost.bench.params_cuda import COPY, DTYPES, also_triton, copy_of, from_
 from fastpost.bench.registry import Bandwidth, Case, Contender, Floor, Goal, PeakMemory, Target, Work, cuda_case, peer
 from fastpost.dispatch import select
 from fastpost.published import fairseq_symmetric_kl
-from fastpost.row_tasks import DistillationTask, TopKTask
+from fastpost.row_tasks import IGNORED, DistillationTask, OperandTask, ShardTask, TopKTask
 
 PAIRS = 1 << 28  # positions of one stream
 WIDTHS = (16384, 50257, 128256)
@@ -186,6 +186,55 @@ def top_k_rows(at: Target, dtype: torch.dtype) -> Case:
     return Case(
         "top_k_rows, forward_kl", shape_of(rows, cols, MEDIUM), name_of(dtype), contenders, goals,
         bytes=size + written, work=12, memory=12 * size, seconds=1,
+    )  # fmt: skip
+
+
+@cuda_case(**DTYPES)
+def shard_rows(at: Target, dtype: torch.dtype) -> Case:
+    """One rank's part of rows whose 128,256 classes are cut across eight, what the ranks exchange left out; operands of this
+    dtype, of float32 logits.
+
+    Floor: both streams are read twice, both operands are written once.
+    """
+    rows, cols = at.size(4096), at.size(WIDTHS[-1] // 8, 3)
+    size, written = 2 * 4 * rows * cols, 2 * rows * cols * dtype.itemsize
+    ours, operations = "a rank's part", "the same by torch's operations"
+
+    def contenders() -> list[Contender]:
+        room = padded(at, 2 * rows, cols)
+        clean, noised = room[:, :cols].split(rows)
+        clean.copy_(at.randn(rows, cols, std=3.0))
+        noised.copy_(clean + at.randn(rows, cols, std=MEDIUM))
+        first, second = padded(at, 2 * rows, cols, dtype)[:, :cols].split(rows)
+        weights = torch.ones(rows, dtype=torch.float64, device=at.device)
+        task = OperandTask(clean, noised, None, IGNORED, weights, None, torch.empty_like(weights), None, first, second)
+        top = torch.stack((clean.amax(-1), noised.amax(-1)))
+        shard = ShardTask(task, top, torch.full((), float(cols), dtype=torch.float64, device=at.device), leads=True)
+
+        def work() -> None:
+            sums_of, finish = (select(op, clean.device, clean.dtype) for op in ("shard_sums", "shard_operands"))
+            before = sums_of(shard, None)
+            again = sums_of(shard, before)
+            finish(shard, before, before if again is None else again)
+
+        def by_operations() -> None:
+            with fastpost.use_backend("reference"):
+                work()
+
+        return [
+            copy_of(room),
+            Contender(ours, work, size + written, peak=True),
+            Contender(operations, by_operations, 0, backend="reference", slow=True),
+        ]
+
+    goals: list[Goal] = [
+        Floor(ours, COPY, {"cuda": 1.3}, bytes=2 * size + written),
+        Goal(ours, operations, {"cuda": 5.0}, faster=True),
+        PeakMemory(ours, "", {"cuda": 0.1}, per=rows * cols),
+    ]
+    return Case(
+        "shard_rows, an eighth of the classes", shape_of(rows, cols, MEDIUM), name_of(dtype), contenders, goals,
+        bytes=size + written, work=12, memory=6 * size, seconds=1,
     )  # fmt: skip
 
 

@@ -49,8 +49,8 @@ FAMILIES = (
 # leaves something behind in every later call.
 FIRST = (
     "host_time", "kl_train", "kl_forward", "linear_r3f", "sam_llama", "perturb_flat", "steps", "restore_adamw", "add_noise",
-    "sam_small", "distillation_rows", "top_k_rows", "linear_distillation_cuda", "linear_top_k_cuda", "stash_ulp", "masters",
-    "kl_compiled",
+    "sam_small", "distillation_rows", "top_k_rows", "shard_rows", "linear_distillation_cuda", "linear_top_k_cuda",
+    "stash_ulp", "masters", "kl_compiled",
 )  # fmt: skip
 # What glibc does with large buffers that are freed: give them back, so that the next one faults its pages in anew (its
 # default, in a young process), or keep them, as the grown heap of a long training run mostly does.

@@ -127,6 +127,33 @@ void bind_cuda_rows(py::module_& m) {
   def_distillation_rows<&cuda::distillation_rows>(m, kDevice, kStream);
   def_top_k_rows<&cuda::top_k_rows>(m, kKnownLogits, kDevice, kStream);
   def_scale_rows<&cuda::scale_rows>(m, kDevice, kStream);
+  m.def(
+      "shard_sums",
+      [](Pointer clean, int64_t clean_stride, Pointer noised, int64_t noised_stride, int64_t rows, int64_t cols,
+         Pointer tops, Pointer labels, Pointer kl_weights, Pointer ce_weights, Pointer before, bool leads, Pointer sums,
+         int device, Pointer stream) {
+        cuda::shard_sums({clean, clean_stride}, {noised, noised_stride}, rows, cols, {tops, labels, kl_weights, ce_weights},
+                         before, leads, sums, device, stream);
+      },
+      py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("rows"),
+      py::arg("cols"), py::arg("tops"), py::arg("labels"), py::arg("kl_weights"), py::arg("ce_weights"), py::arg("before"),
+      py::arg("leads"), py::arg("sums"), py::arg("device"), py::arg("stream"), Released());
+  m.def(
+      "shard_operands",
+      [](Pointer clean, int64_t clean_stride, Pointer noised, int64_t noised_stride, Pointer first, int64_t first_stride,
+         Pointer second, int64_t second_stride, DType operand_dtype, int64_t rows, int64_t cols, Pointer tops,
+         Pointer labels, Pointer kl_weights, Pointer ce_weights, Pointer before, Pointer sums, Pointer vocab,
+         double smoothing, double cap, bool teaches, Pointer kl, Pointer ce, int device, Pointer stream) {
+        cuda::shard_operands({clean, clean_stride}, {noised, noised_stride}, {first, first_stride}, {second, second_stride},
+                             operand_dtype, rows, cols, {tops, labels, kl_weights, ce_weights}, before, sums, vocab,
+                             {smoothing, cap, teaches, false, false}, kl, ce, device, stream);
+      },
+      py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("first"),
+      py::arg("first_stride"), py::arg("second"), py::arg("second_stride"), py::arg("operand_dtype"), py::arg("rows"),
+      py::arg("cols"), py::arg("tops"), py::arg("labels"), py::arg("kl_weights"), py::arg("ce_weights"), py::arg("before"),
+      py::arg("sums"), py::arg("vocab"), py::arg("smoothing"), py::arg("cap"), py::arg("teaches"), py::arg("kl"),
+      py::arg("ce"), py::arg("device"), py::arg("stream"), Released());
+  m.attr("shard_sums_per_row") = cuda::kShardSums;
 }
 #endif
 

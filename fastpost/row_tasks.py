@@ -87,6 +87,31 @@ class OperandTask(NamedTuple):
     noised_classifies: bool = False
 
 
+class ShardTask(NamedTuple):
+    """An `OperandTask` whose classes are cut across ranks, each with some columns of every row.
+
+    A backend has two functions for it. `shard_sums(shard, before)` gives what a rank's columns add up to, float64, which is
+    to be added over the ranks: first with None, then with these sums, since a row may have to be looked at again; None then
+    says that none has. `shard_operands(shard, before, sums)` does the task with what both calls added up to.
+
+    Attributes:
+        task: of this rank's columns; `noised_classifies` is False. Labels are columns of this rank or one of the numbers
+            below, the last of which is its ignore_index.
+        top: (2, rows), both streams' largest logits over all ranks, 0 where a stream has no class; in the logits' dtype.
+        vocab: how many columns all ranks have together, a float64 scalar.
+        leads: whether this is the first rank.
+    """
+
+    task: OperandTask
+    top: Tensor
+    vocab: Tensor
+    leads: bool
+
+
+# Labels of a ShardTask: a column of another rank, no class at all, no cross-entropy in this row.
+ELSEWHERE, NO_CLASS, IGNORED = -1, -2, -3
+
+
 class DistillationTask(NamedTuple):
     """A divergence of a teacher's and a student's rows, the student's cross-entropy, and gradients of their weighted sum.
 

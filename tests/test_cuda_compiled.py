@@ -44,6 +44,8 @@ HOT = {
     "wide_distillation_kernel": (84, "LDG"),
     "narrow_distillation_kernel": (128, ""),
     "top_k_kernel": (128, "LDG"),
+    "shard_sums_kernel": (84, "LDG"),
+    "shard_operands_kernel": (84, "LDG"),
     "scale_rows_kernel": (128, "LDG STG"),
     "scale_gradients_kernel": (128, "LDG STG"),
     "weigh_rows_kernel": (64, ""),

@@ -17,6 +17,7 @@ from . import test_cuda_rows as wide
 from . import test_distillation_rows as distillation
 from . import test_operand_rows as operands
 from . import test_top_k_rows as top_k
+from . import test_vocab_shards as shards
 from .conftest import CPU_BACKENDS
 from .gpu import BACKENDS, ON_GPU, borrow, every, needs_gpu
 from .test_distillation_rows import (  # noqa: F401  (collected here once more, on the device)
@@ -42,7 +43,7 @@ DIVERGENCES = distillation.DIVERGENCES
 
 @pytest.fixture(autouse=True)
 def _borrowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (operands, distillation, top_k, wide, wide_distillation):
+    for module in (operands, distillation, top_k, shards, wide, wide_distillation):
         borrow(monkeypatch, module)
 
 
@@ -76,6 +77,23 @@ def test_operands_of_rows_without_a_weight_and_of_classes_that_do_not_exist(back
 @pytest.mark.parametrize("rule", operands.RULES, ids=str)
 def test_operands_of_rows_that_are_no_numbers(backend: str, rule: dict[str, Any], op: str) -> None:
     every(operands.test_rows_that_are_no_numbers, backend=backend, rule=rule, op=op)
+
+
+# -- operands of a vocabulary that is cut across ranks ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        shards.test_against_the_equations,
+        shards.test_difficult_rows,
+        shards.test_what_has_no_value_and_what_has_no_weight,
+        shards.test_a_group_of_one_process,
+    ],
+    ids=lambda body: body.__name__.removeprefix("test_"),
+)
+def test_shards(backend: str, body: Any) -> None:
+    every(body, backend=backend)
 
 
 # -- distillation ---------------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ def test_the_dry_run_builds_and_lists_without_leaving_anything(tmp_path: Path) -
         "distillation_rows",
         "linear_distillation_cuda",
         "top_k_rows",
+        "shard_rows",
         "linear_top_k_cuda",
         "stash_ulp",
         "masters",

@@ -22,13 +22,14 @@ from fastpost.backends.serving import (
     distillation_arguments,
     number_on,
     operand_arguments,
+    operand_dtype,
     refusal,
     seed_on,
     top_k_arguments,
 )
 from fastpost.dispatch import strict
 from fastpost.plan import AdamWPart, Bucket
-from fastpost.row_tasks import DistillationTask, DivergenceTask, LossTask, NoiseTask, OperandTask, TopKTask
+from fastpost.row_tasks import DistillationTask, DivergenceTask, LossTask, NoiseTask, OperandTask, ShardTask, TopKTask
 
 _FEW_ROWS = 1 << 16  # whose weights and sums one block makes in next to no time
 _SUMS = 6  # of a perturbation, as in fastpost.ops.params.NAMES_OF_SUMS
@@ -323,6 +324,33 @@ def operand_rows(task: OperandTask) -> None:
 def js_operand_rows(task: OperandTask) -> None:
     core = native.core()
     core.cuda.operand_rows(*operand_arguments(core, task, mixture=True), *_where(task.clean.device))
+
+
+def shard_sums(shard: ShardTask, before: Tensor | None) -> Tensor:
+    core, clean = native.core(), shard.task.clean
+    sums = _doubles(clean.device, len(clean) * core.cuda.shard_sums_per_row)
+    core.cuda.shard_sums(
+        *addresses_and_strides(clean, shard.task.noised), *clean.shape, *_of_shard(shard), address(before), shard.leads,
+        sums.data_ptr(), *_where(clean.device),
+    )  # fmt: skip
+    return sums
+
+
+def shard_operands(shard: ShardTask, before: Tensor, sums: Tensor) -> None:
+    core, task = native.core(), shard.task
+    clean = task.clean
+    core.cuda.shard_operands(
+        *addresses_and_strides(clean, task.noised, task.first, task.second),
+        _dtype(operand_dtype(clean, task.first, task.second)), *clean.shape, *_of_shard(shard), before.data_ptr(),
+        sums.data_ptr(), shard.vocab.data_ptr(), task.smoothing, task.cap, task.teaches, task.kl_out.data_ptr(),
+        address(task.ce_out), *_where(clean.device),
+    )  # fmt: skip
+
+
+def _of_shard(shard: ShardTask) -> tuple[int, int, int, int]:
+    task = shard.task
+    labels = None if task.ce_weights is None else task.labels
+    return shard.top.data_ptr(), address(labels), address(task.kl_weights), address(task.ce_weights)
 
 
 def distillation_rows(task: DistillationTask) -> None:

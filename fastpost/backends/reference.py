@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fastpost.backends.known_classes import top_k_rows as top_k_rows
 from fastpost.backends.serving import coded, number_on, seed_on
+from fastpost.backends.vocab_shards import shard_operands as shard_operands
+from fastpost.backends.vocab_shards import shard_sums as shard_sums
 from fastpost.plan import CHUNK, AdamWPart, Bucket, dense
 from fastpost.row_tasks import DistillationTask, DivergenceTask, NoiseTask, OperandTask
 

@@ -1,21 +1,21 @@
-"""Rows of logits whose vocabulary is cut across ranks: symmetric KL and cross-entropy from two small all-reduces.
+"""Rows of logits whose vocabulary is cut across ranks: symmetric KL and cross-entropy from small all-reduces.
 
-Plain torch, in blocks that stay small beside the logits. The first all-reduce agrees on each row's maxima, the second on
-eight sums per row. The formulas are those of csrc/core/divergence.h, chosen per element rather than per row.
+The ranks agree on each row's maxima, then add up a dozen numbers per row, and these once more for rows that have to be
+looked at again (not in the reference). What a rank adds up, and the gradients of its columns, are the backends' work.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpost.row_tasks import OperandTask
-
-_BLOCK = {"cpu": 1 << 18}  # elements at a time
-_BLOCK_ELSEWHERE = 1 << 23  # where every operation is a launch
+from fastpost.backends import reference
+from fastpost.dispatch import select, serving
+from fastpost.row_tasks import ELSEWHERE, IGNORED, NO_CLASS, OperandTask, ShardTask
 
 
 def group_named(name: str) -> dist.ProcessGroup:
@@ -32,19 +32,6 @@ def check_labels(labels: Tensor | None, ignore_index: int, vocab: Tensor) -> Non
         raise ValueError(f"label {int(labels[outside][0])} is outside a vocabulary of {int(vocab)}")
 
 
-class _Sums(NamedTuple):
-    """What a row adds up over the whole vocabulary, each float64 (rows,); exponentials without the row's maxima."""
-
-    clean: Tensor
-    noised: Tensor
-    gap: Tensor  # clean - noised
-    gap_moment: Tensor  # gap times d
-    noised_moment: Tensor  # noised times d
-    alone: Tensor  # classes that are -inf in one stream only
-    label_logit: Tensor
-    logits: Tensor
-
-
 def sharded_operand_rows(task: OperandTask, group: dist.ProcessGroup) -> None:
     """`operand_rows` (fastpost/backends/reference.py) of this rank's columns: the same values on all ranks.
 
@@ -58,62 +45,43 @@ def sharded_operand_rows(task: OperandTask, group: dist.ProcessGroup) -> None:
     """
     if task.noised_classifies:
         raise ValueError("a head that is cut across ranks has no cross-entropy of the noised stream; gather its weight")
-    clean, noised, labels, ignore_index, kl_weights, ce_weights = task[:6]
-    kl_out, ce_out, first, second, smoothing, cap, teaches = task[6:13]
-    top, start, vocab = agree(clean, noised, group)
-    check_labels(labels, ignore_index, vocab)
-    own = own_labels(labels, start, clean.shape[1])
-    sums = _summed(clean, noised, top, own, bool(smoothing), group)
-
-    shift = torch.log1p(sums.gap / sums.noised)  # log of the ratio of the normalisers, the maxima taken off
-    mean = sums.noised_moment / sums.noised
-    kl = (torch.exp(-shift) * sums.gap_moment / sums.noised + mean * torch.expm1(-shift)).clamp(min=0)
-    kl = torch.where(sums.alone > 0, torch.full_like(kl, torch.inf), kl)
-    kl = torch.where(kl_weights == 0, torch.zeros_like(kl), kl)
-    ce = torch.zeros_like(kl)
+    clean, labels = task.clean, task.labels
+    top, start, vocab = agree(clean, task.noised, group)
+    check_labels(labels, task.ignore_index, vocab)
     if labels is not None:
-        assert ce_weights is not None
-        ce = torch.log(sums.clean) + top[0].double() - (1 - smoothing) * sums.label_logit
-        if smoothing:
-            ce = ce - smoothing / vocab * sums.logits
-        ce = torch.where((labels < 0) | (labels >= vocab), torch.full_like(ce, torch.nan), ce)
-        ce = torch.where(ce_weights == 0, torch.zeros_like(ce), ce)
+        column, outside = labels - start, (labels < 0) | (labels >= vocab)
+        column = torch.where((column >= 0) & (column < clean.shape[1]), column, ELSEWHERE)
+        labels = torch.where(labels == task.ignore_index, IGNORED, torch.where(outside, NO_CLASS, column))
+    gap = _smoothing_gap(clean, labels, vocab, group) if task.smoothing and labels is not None else None  # before gradients
+    shard = ShardTask(task._replace(labels=labels, ignore_index=IGNORED), top, vocab, leads=dist.get_rank(group) == 0)
+    sums_of, finish = (_function(op, clean) for op in ("shard_sums", "shard_operands"))
 
-    kl_out.copy_(kl)
-    if ce_out is not None:
-        ce_out.copy_(ce)
+    def added_up(before: Tensor | None) -> Tensor | None:
+        sums: Tensor | None = sums_of(shard, before)
+        if sums is not None:
+            dist.all_reduce(sums, dist.ReduceOp.SUM, group=group)
+        return sums
 
-    forward = (sums.gap_moment + sums.noised_moment) / sums.clean - shift  # KL(p || q)
-    for block in row_blocks(clean) if first is not None or second is not None else ():
-        a, b = clean[block], noised[block]
-        d, w1, w2, _ = _parts(a, b, top[:, block])
-        dtype = a.dtype
-        p, q = w1 / _column(sums.clean, block, dtype), w2 / _column(sums.noised, block, dtype)
-        r = d - _column(shift, block, dtype)
-        difference = torch.where(r.abs() < 0.5, q * torch.expm1(r.clamp(max=1)), p - q)
-        weight = _column(kl_weights, block, dtype)
-        noised_grad = None
-        if second is not None:
-            noised_grad = weight * (q * (_column(mean - shift, block, dtype) - r) - difference)
-            noised_grad = torch.where(weight == 0, torch.zeros_like(noised_grad), noised_grad)
-            if cap:
-                noised_grad *= 1 - (b / cap).square_()
-        if first is not None:
-            grad = torch.zeros_like(a)
-            if teaches:
-                grad = weight * (p * (r - _column(forward, block, dtype)) + difference)
-                grad = torch.where(weight == 0, torch.zeros_like(grad), grad)
-            if ce_weights is not None and own is not None:
-                weight = _column(ce_weights, block, dtype)
-                labelled = weight * (p - (smoothing / vocab).to(dtype)) if smoothing else weight * p
-                here, place = own[0][block].unsqueeze(-1), own[1][block]
-                labelled.scatter_add_(-1, place, torch.where(here, (smoothing - 1) * weight, 0))
-                grad = grad + torch.where(weight == 0, torch.zeros_like(labelled), labelled)
-            if cap:
-                grad *= 1 - (a / cap).square_()
-            first[block] = grad if noised_grad is None else grad + noised_grad
-        if second is not None and noised_grad is not None:
-            second[block] = noised_grad
+    before = added_up(None)
+    again = added_up(before)
+    finish(shard, before, before if again is None else again)
+    if gap is not None and task.ce_out is not None:
+        weighs = torch.zeros_like(gap) if task.ce_weights is None else task.ce_weights
+        task.ce_out.add_(torch.where(weighs == 0, 0.0, gap), alpha=task.smoothing)
+
+
+def _function(op: str, logits: Tensor) -> Callable[..., Any]:
+    """Of the backend that has it. One that was chosen by hand and has not leaves these rows to the reference."""
+    served = serving(op, logits.device, logits.dtype)
+    return getattr(reference, op) if served is None else select(op, logits.device, logits.dtype)
+
+
+def _smoothing_gap(clean: Tensor, labels: Tensor, vocab: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """z_y - mean(z) of every row, float64; 0 where the label does not count. labels: of a ShardTask."""
+    own = clean.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).double()
+    sums = torch.stack((torch.where(labels >= 0, own, torch.zeros_like(own)), clean.sum(-1, dtype=torch.float64)))
+    dist.all_reduce(sums, dist.ReduceOp.SUM, group=group)
+    return torch.where(labels >= ELSEWHERE, sums[0] - sums[1] / vocab, torch.zeros_like(own))
 
 
 def agree(clean: Tensor, noised: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,49 +98,9 @@ def agree(clean: Tensor, noised: Tensor, group: dist.ProcessGroup) -> tuple[Tens
     return top, sizes[:rank].sum().long(), sizes.sum().double()
 
 
-def _summed(
-    clean: Tensor, noised: Tensor, top: Tensor, own: tuple[Tensor, Tensor] | None, logits_too: bool, group: dist.ProcessGroup
-) -> _Sums:
-    sums = torch.zeros(len(_Sums._fields), len(clean), dtype=torch.float64, device=clean.device)
-    here = _Sums(*sums.unbind())  # views
-    for block in row_blocks(clean):
-        a, b = clean[block], noised[block]
-        d, w1, w2, u = _parts(a, b, top[:, block])
-        alone = (a == -torch.inf) != (b == -torch.inf)
-        for total, values in zip(here, (w1, w2, u, d * u, w2 * d, alone), strict=False):
-            total[block] = values.sum(-1, dtype=torch.float64)
-        if own is not None:
-            label_logit = a.gather(-1, own[1][block]).squeeze(-1).double()
-            here.label_logit[block] = torch.where(own[0][block], label_logit, torch.zeros_like(label_logit))
-        if logits_too:
-            here.logits[block] = a.sum(-1, dtype=torch.float64)
-    dist.all_reduce(sums, dist.ReduceOp.SUM, group=group)
-    return here
-
-
-def row_blocks(clean: Tensor) -> list[slice]:
-    rows, columns = clean.shape
-    step = max(1, _BLOCK.get(clean.device.type, _BLOCK_ELSEWHERE) // columns)
-    return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
-
-
 def own_labels(labels: Tensor | None, first: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:
     """Which rows' labels are columns of this rank, and which column (some column where not): (rows,), (rows, 1)."""
     if labels is None:
         return None
     at = labels - first
     return (at >= 0) & (at < columns), at.clamp(0, columns - 1).unsqueeze(-1)
-
-
-def _column(values: Tensor, block: slice, dtype: torch.dtype) -> Tensor:
-    return values[block].to(dtype).unsqueeze(-1)
-
-
-def _parts(a: Tensor, b: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d = a - b less the difference of the maxima, both streams' exponentials, and w1 - w2 without cancellation."""
-    dead = (a == -torch.inf) & (b == -torch.inf)
-    d = a - b - (top[0] - top[1]).unsqueeze(-1)
-    d = torch.where(dead, torch.zeros_like(d), d)
-    w1, w2 = (torch.exp(x - m.unsqueeze(-1)) for x, m in zip((a, b), top, strict=True))
-    u = torch.where(d.abs() < 0.5, w2 * torch.expm1(d.clamp(max=1)), w1 - w2)
-    return d, w1, w2, u

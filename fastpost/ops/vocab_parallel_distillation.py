@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpost.backends.reference import DivergenceTerms, divergence_terms
-from fastpost.ops.vocab_parallel import agree, check_labels, own_labels, row_blocks
+from fastpost.backends.vocab_shards import row_blocks
+from fastpost.ops.vocab_parallel import agree, check_labels, own_labels
 from fastpost.row_tasks import DistillationTask
 
 
