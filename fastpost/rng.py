@@ -24,10 +24,11 @@ def seed_of(seed: int, step: int, part: int = 0) -> int:
     Seeds near each other, such as 0, 1 and 2 of repeated runs, have no step in common, as they would with `seed + step`.
 
     Args:
-        seed: of the run; that of step 0, part 0. Any whole number, such as one of NumPy's, whose sums would overflow.
+        seed: of the run; that of step 0, part 0.
         step: from 0. part: from 0.
     """
-    return (int(seed) + step * 0x9E3779B97F4A7C15 + part * 0xD1B54A32D192ED03) % 2**64
+    # NumPy's integers would overflow.
+    return (int(seed) + int(step) * 0x9E3779B97F4A7C15 + int(part) * 0xD1B54A32D192ED03) % 2**64
 
 
 def stream_seed(*numbers: int) -> int:
