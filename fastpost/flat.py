@@ -185,10 +185,10 @@ def flatten_parameters(model: nn.Module) -> FlatParameters:
     Parameters stay the same objects with the same values and shapes, and strides where they leave no gaps, so optimizers,
     `state_dict`, tied weights and hooks keep working; element-wise operations on the list then see one span. What
     `state_dict` returns can be saved by any library: its tensors are the weights' memory, with a storage each. (Read or
-    copy them; autograd does not see what is written through them. A device without DLPack brings a warning.) After
-    `zero_grad(set_to_none=True)` gradients come back into the buffer, at the price of one copy. `model.to()` moves
-    parameters out of it again: a warning says so, and `reflatten()` mends it. Flatten before building anything that
-    remembers addresses (CUDA graphs, DDP).
+    copy them; autograd does not see what is written through them. A device without DLPack brings a warning.) A pickle of
+    the whole model needs fastpost where it is loaded. After `zero_grad(set_to_none=True)` gradients come back into the
+    buffer, at the price of one copy. `model.to()` moves parameters out of it again: a warning says so, and `reflatten()`
+    mends it. Flatten before building anything that remembers addresses (CUDA graphs, DDP).
 
     Args:
         model: any module whose parameters are plain dense tensors.
