@@ -46,9 +46,12 @@ class FlatParameters:
         self.gradients: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         while self._hooks:
             self._hooks.pop().remove()
-        names = collections.Counter(map(_key, (p for m in model.modules() for p in m.parameters(recurse=False))))
+        # Of a module with two names each of its parameters has two as well.
+        names = collections.Counter(_key(p) for _, p in model.named_parameters(remove_duplicate=False))
         for module in model.modules():
-            tied = frozenset(n for n, p in module.named_parameters(recurse=False) if names[_key(p)] > 1)
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # which takes no hooks
+            tied = frozenset(name for name, p in module._parameters.items() if p is not None and names[_key(p)] > 1)
             saved_apart = functools.partial(_saved_apart, tied)
             self._hooks.append(module.register_state_dict_post_hook(saved_apart))  # type: ignore[no-untyped-call]
         kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
@@ -146,21 +149,28 @@ def _saved_apart(tied: frozenset[str], module: nn.Module, state: dict[str, Any],
         if found.untyped_storage().nbytes() <= found.numel() * found.element_size() or not found.numel():
             continue
         others = state.values() if name in tied else ()
-        apart = next((t for t in others if isinstance(t, Tensor) and t is not found and _is_apart(t, found)), None)
+        apart = next((t for t in others if _is_apart(t, found)), None)
         state[prefix + name] = _apart(found) if apart is None else apart
 
 
-def _is_apart(t: Tensor, found: Tensor) -> bool:
-    return _key(t) == _key(found) and t.untyped_storage().nbytes() < found.untyped_storage().nbytes()
+def _is_apart(other: Any, found: Tensor) -> bool:
+    """Whether this is the same weight with a storage of its own. Buffers may be anything, such as sparse."""
+    if type(other) is not Tensor or other is found or other.layout != torch.strided or other.data_ptr() != found.data_ptr():
+        return False
+    return _key(other) == _key(found) and other.untyped_storage().nbytes() < found.untyped_storage().nbytes()
 
 
+@torch.inference_mode(False)  # or what is saved could not be written to outside of inference
 def _apart(tensor: Tensor) -> Tensor:
     """The same memory with a storage of its own; the tensor itself, with a warning, on devices that do not export memory."""
     reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)) + 1
     memory = torch.as_strided(tensor, (reach,), (1,)).view(torch.uint8)
     try:
-        return torch.utils.dlpack.from_dlpack(memory).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
-    except BufferError as error:
+        # By way of a capsule: a tensor by itself is exported from the current CUDA device only.
+        capsule = torch.utils.dlpack.to_dlpack(memory)  # type: ignore[attr-defined]
+        taken = torch.utils.dlpack.from_dlpack(capsule)
+        return taken.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+    except (BufferError, RuntimeError) as error:
         warnings.warn(
             f"flatten_parameters: {tensor.device} exports no memory ({error}), so weights are saved as parts of one "
             "storage, which Accelerate and safetensors take for one tensor; save copies of them",
@@ -175,10 +185,10 @@ def flatten_parameters(model: nn.Module) -> FlatParameters:
     Parameters stay the same objects with the same values and shapes, and strides where they leave no gaps, so optimizers,
     `state_dict`, tied weights and hooks keep working; element-wise operations on the list then see one span. What
     `state_dict` returns can be saved by any library: its tensors are the weights' memory, with a storage each. (Read or
-    copy them; autograd does not see what is written through them. A device without DLPack brings a warning.) After
-    `zero_grad(set_to_none=True)` gradients come back into the buffer, at the price of one copy. `model.to()` moves
-    parameters out of it again: a warning says so, and `reflatten()` mends it. Flatten before building anything that
-    remembers addresses (CUDA graphs, DDP).
+    copy them; autograd does not see what is written through them. A device without DLPack brings a warning.) A pickle of
+    the whole model needs fastpost where it is loaded. After `zero_grad(set_to_none=True)` gradients come back into the
+    buffer, at the price of one copy. `model.to()` moves parameters out of it again: a warning says so, and `reflatten()`
+    mends it. Flatten before building anything that remembers addresses (CUDA graphs, DDP).
 
     Args:
         model: any module whose parameters are plain dense tensors.

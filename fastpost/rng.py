@@ -27,7 +27,8 @@ def seed_of(seed: int, step: int, part: int = 0) -> int:
         seed: of the run; that of step 0, part 0.
         step: from 0. part: from 0.
     """
-    return (seed + step * 0x9E3779B97F4A7C15 + part * 0xD1B54A32D192ED03) % 2**64
+    # NumPy's integers would overflow.
+    return (int(seed) + int(step) * 0x9E3779B97F4A7C15 + int(part) * 0xD1B54A32D192ED03) % 2**64
 
 
 def stream_seed(*numbers: int) -> int:

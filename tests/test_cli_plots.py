@@ -119,6 +119,21 @@ def test_train_shows_f1_and_the_baseline_beside_accuracy(tmp_path, figures) -> N
     assert all(whole(axis.get_xticks()) for axis in figures[0].axes[:2])
 
 
+def test_sharpness_has_a_band_where_it_has_an_error(tmp_path, figures) -> None:
+    """A measurement on one batch has none, as in a run that goes on with other data."""
+    made = train_report.Results(tmp_path, "sam", "c", {}, [], "eval_loss")
+    for step, error in ((1, {}), (2, {"sharpness/own_rise_se": 0.25}), (3, {"sharpness/own_rise_se": 0.5})):
+        made.rows.append({"step": step, "sharpness/own_rise": 1.0, **error})
+    train_report.draw(made)
+    (band,) = figures[0].axes[0].collections
+    assert {tuple(point) for path in band.get_paths() for point in path.vertices} == {
+        (2, 0.75),
+        (2, 1.25),
+        (3, 0.5),
+        (3, 1.5),
+    }
+
+
 def test_a_cell_of_the_page() -> None:
     values = (None, "", 0.123456, 12, True, float("inf"), "sam")
     assert [train_report.shown(value) for value in values] == ["", "", "0.1235", "12", "True", "inf", "sam"]

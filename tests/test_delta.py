@@ -146,7 +146,8 @@ def test_deltas_of_two_runs_add_up(tmp_path):
     _, second = at(runs[1])
     second.save(tmp_path / "second.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["second.safetensors"]
-    for other in (second.tensors(), tmp_path / "second.safetensors"):
+    sparse = {name: t.to_sparse() for name, t in second.tensors().items()}
+    for other in (second.tensors(), sparse, tmp_path / "second.safetensors"):
         model, first = at(runs[0])
         first.scale_(0.5)
         first.merge_(other, 0.25)

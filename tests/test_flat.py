@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -189,6 +191,54 @@ def test_a_state_dict_is_of_the_weights_as_they_are_whatever_became_of_an_earlie
     now = model.state_dict()
     assert all(bool((t == 7).all()) and not t.requires_grad and not t.is_inference() for t in now.values())
     assert not set(map(id, now.values())) & {*map(id, held.values()), *map(id, inferred.values())}
+
+
+def twice(model: nn.ModuleDict) -> None:
+    model["again"] = model["head"]
+
+
+def twice_in_one(model: nn.ModuleDict) -> None:
+    model["head"].register_parameter("again", model["head"].weight)
+
+
+def beside_sparse(model: nn.ModuleDict) -> None:
+    model.register_buffer("edges", torch.eye(3).to_sparse())  # comes first in a state dict
+    twice_in_one(model)
+
+
+def scripted(model: nn.ModuleDict) -> None:
+    model["script"] = torch.jit.script(nn.Linear(2, 2))
+    twice(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("change", [twice, twice_in_one, beside_sparse, scripted])
+def test_a_weight_with_two_names_is_saved_once(change: Callable[[nn.ModuleDict], None]) -> None:
+    """Also where a whole module has two names, beside tensors without memory of their own, and in every mode."""
+    model = nn.ModuleDict({"head": nn.Linear(4, 6), "last": nn.Linear(6, 2)})
+    change(model)
+    fastpost.flatten_parameters(model)
+    with torch.inference_mode():
+        state = model.state_dict()
+    assert not any(t.is_inference() for t in state.values())
+    again = "again.weight" if change in (twice, scripted) else "head.again"
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    state = torch.load(file)
+    assert state[again].data_ptr() == state["head.weight"].data_ptr()
+    assert state["head.weight"].untyped_storage().nbytes() == 4 * 24
+    assert same_bits(state[again], model["head"].weight.detach())
+
+
+def test_the_current_device_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise BufferError("Can't export tensors on a different CUDA device index")  # what a tensor itself says
+
+    model = network()
+    fastpost.flatten_parameters(model)
+    monkeypatch.setattr(torch.Tensor, "__dlpack__", refused)
+    assert [t.untyped_storage().nbytes() for t in model.state_dict().values()] == [4 * p.numel() for p in model.parameters()]
 
 
 def test_a_device_that_exports_no_memory_brings_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

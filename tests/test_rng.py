@@ -41,6 +41,7 @@ def test_seeds_of_runs_have_no_step_in_common() -> None:
     assert len(keys) == 12 * 500 * 20
     assert all(0 <= key < 2**64 for key in keys)
     assert [seed_of(seed, 0) for seed in (0, 7, -1)] == [0, 7, 2**64 - 1]
+    assert all(seed_of(kind(7), kind(3), kind(2)) == seed_of(7, 3, 2) for kind in (np.int32, np.int64, np.uint64))
 
 
 def test_a_second_pass_that_draws_less_leaves_what_the_first_left() -> None:

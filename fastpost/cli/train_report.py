@@ -232,8 +232,8 @@ def _draw_panel(axis: Any, results: Results, panel: Panel) -> None:
         steps, values = zip(*points, strict=True)
         marker = "o" if len(points) < 3 else "." if len(points) < 30 and column != "loss" else ""
         axis.plot(steps, values, line, color=colour, label=label, marker=marker, clip_on=False)
-        if errors := [error for _, error in results.points(f"{column}_se")]:
-            low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
+        if errors := dict(results.points(f"{column}_se")):  # a value may be without one
+            low, high = ([v + sign * errors.get(step, math.nan) for step, v in points] for sign in (-1, 1))
             axis.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
     if "eval_accuracy" in panel.columns and results.baseline is not None:
         axis.axhline(results.baseline, color=_TEXT, linewidth=1, linestyle=":", label="most frequent label, accuracy")

@@ -170,7 +170,7 @@ class Subject:
             y: Tensor = functional_call(self.model, {**copies, **buffers}, (x,), branches)
             return y
 
-        with torch.random.fork_rng():  # the pass itself draws the same numbers
+        with torch.random.fork_rng(devices=[]):  # the pass itself draws the same numbers
             loss = loss_of(model, batch(self.number, self.params()[0].dtype), **branches)
         thawed = {name: w for name, w in copies.items() if w.requires_grad}
         found = torch.autograd.grad(loss, list(thawed.values()), allow_unused=True)

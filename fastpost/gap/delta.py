@@ -172,7 +172,7 @@ class Delta:
                 raise ValueError(f"Delta: {name} is {tuple(here.shape)}, the other delta's {tuple(d.shape)}")
             if (d.is_floating_point(), d.is_complex()) != (here.is_floating_point(), here.is_complex()):
                 raise ValueError(f"Delta: {name} is {here.dtype}, the other delta's {d.dtype}; give one of its kind")
-            if not bool(torch.isfinite(d).all()):
+            if not bool(torch.isfinite(d if d.layout == torch.strided else d.to_dense()).all()):
                 raise ValueError(f"Delta: the other delta's {name} is not finite")
             if known in moves and not torch.equal(moves[known], d):
                 raise ValueError(

@@ -295,10 +295,10 @@ class AnchorTrainerMixin(PostTrainingMixin):
             )
         assert self.anchor is not None
         items = num_items_in_batch if self.model_accepts_loss_kwargs else None
+        factor = self._factor(items)
         # The trainer's autocast surrounds the model only; the reference is to see the same one.
         with self.accelerator.autocast():
             out = self.anchor(model, num_items=items, **inputs)
-        factor = self._factor(items)
         share = torch.stack((out.divergence, out.task_loss)).double() * factor
         if self._pass_info is None or not self._pass_info.is_replay:
             share = share if items is not None else share / self.current_gradient_accumulation_steps

@@ -153,7 +153,17 @@ class PostTrainingMixin(Base):  # type: ignore[misc]
         return dict(inputs)
 
     def _factor(self, items: Any) -> int:
-        """What undoes the mean over processes, where the divisor counts the labels of all."""
+        """What undoes the mean over processes, where the divisor counts the labels of all.
+
+        Raises:
+            ValueError: the trainer counts for each of several devices (DataParallel).
+        """
+        if isinstance(items, torch.Tensor) and items.numel() > 1:
+            raise ValueError(
+                f"{type(self).__name__}: DataParallel cuts each batch among the {self.args.n_gpu} GPUs of this process, "
+                "which this loss does not serve; start a process for each GPU (torchrun, accelerate launch), or show it one "
+                "GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
         if items is None or not self.args.average_tokens_across_devices:
             return 1
         return int(self.accelerator.num_processes // self.get_tp_size())

@@ -234,9 +234,9 @@ class R3FTrainerMixin(PostTrainingMixin):
         # Divided as the trainer divides its own: what is no sum over the whole window will be divided by its length.
         said = getattr(self, "loss_is_scaled_for_ga", None)  # older trainers of transformers 5 do not ask
         scaled = items is not None if said is None else said
+        factor = self._factor(items if scaled else None)
         divergence = self._divergence_beside if self._measures_only else self.r3f.noised_divergence
-        kl = divergence(model, logits_of(outputs), self._own_inputs(inputs), items if scaled else None)
-        kl = kl * self._factor(items if scaled else None)
+        kl = divergence(model, logits_of(outputs), self._own_inputs(inputs), items if scaled else None) * factor
         steps = self.current_gradient_accumulation_steps
         if scaled and items is None:
             kl = kl / steps

@@ -251,7 +251,8 @@ class SAMTrainerMixin(PostTrainingMixin):
         own = self._get_num_items_in_batch([inputs], device)  # of all processes, where `items` is
         if own is None:
             return None
-        own, items = (torch.as_tensor(number, dtype=torch.float64, device=device) for number in (own, items))
+        # DataParallel has one number for each of its devices, all alike.
+        own, items = (torch.as_tensor(number, dtype=torch.float64, device=device).flatten()[0] for number in (own, items))
         share: torch.Tensor = own / items.clamp(min=1)  # without any label all shares are 0
         return share if self.args.average_tokens_across_devices else self.accelerator.reduce(share, "mean")
 

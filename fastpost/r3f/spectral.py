@@ -249,8 +249,11 @@ def _without_looking(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _exact(weight: Tensor) -> Tensor:
-    """The weight, its largest element near 1 by a power of two: its vectors are the same, and its squares stay in range."""
+    """The weight in numbers whose squares stay in range: in float64, if that is wider; else its largest element is brought
+    near 1 by a power of two, which leaves its vectors the same."""
     matrix = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)  # MPS has no float64
+    if matrix.dtype == torch.float64 and weight.dtype != torch.float64:
+        return matrix
     numbers = torch.finfo(matrix.dtype)
     exponent = matrix.abs().amax().log2().floor().clamp(math.log2(numbers.tiny), math.floor(math.log2(numbers.max)) - 1)
     return matrix / exponent.exp2()

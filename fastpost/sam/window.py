@@ -177,14 +177,15 @@ class SAMWindow:
         ascends = self.optimizer.ascends and self.optimizer.variant.ascent_pass
         # Of m-SAM, whose first passes synchronise, all do. FSDP2 keeps out of `.grad` what it has not reduced, so that it
         # cannot be set aside between the passes; DDP expects gradients of what an earlier pass without it has reached.
-        sharded = any(map(distributed.is_sharded, self.optimizer.tensors()))
-        alone = self.per_micro_batch and ascends
-        self._syncs_each = self.sync_each or (alone and (sharded or self.optimizer.sync_ascent is not False))
+        self._syncs_each = self.sync_each or (self.per_micro_batch and ascends and self._shares_ascents())
         # 0.07 * 100 is 7.000000000000001
         self._ascending = math.ceil(self.ascent_fraction * size * (1 - 1e-12)) if ascends else 0
         in_part = self.per_micro_batch or self._ascending < size
         self.needs_shares = bool(self._ascending) and in_part and self.optimizer.variant.weighs_ascents
         self._announce()
+
+    def _shares_ascents(self) -> bool:
+        return self.optimizer.sync_ascent is not False or any(map(distributed.is_sharded, self.optimizer.tensors()))
 
     @property
     def is_open(self) -> bool:
