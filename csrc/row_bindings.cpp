@@ -153,7 +153,6 @@ void bind_cuda_rows(py::module_& m) {
       py::arg("cols"), py::arg("tops"), py::arg("labels"), py::arg("kl_weights"), py::arg("ce_weights"), py::arg("before"),
       py::arg("sums"), py::arg("vocab"), py::arg("smoothing"), py::arg("cap"), py::arg("teaches"), py::arg("kl"),
       py::arg("ce"), py::arg("device"), py::arg("stream"), Released());
-  m.attr("shard_sums_per_row") = cuda::kShardSums;
 }
 #endif
 

@@ -37,6 +37,7 @@ from fastpost.errors import BackendUnavailable
 from fastpost.ops import params as ops
 from fastpost.ops.divergence import r3f_loss, symmetric_kl
 from fastpost.ops.noise import NOISE_TYPES, add_noise, embedding_noise
+from fastpost.row_tasks import ELSEWHERE, IGNORED, OperandTask, ShardTask
 
 LENGTHS = (1, 7, 0, 33, 1025, 65537)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -201,7 +202,33 @@ def heads(device: str) -> Iterator[str]:
                     known = torch.full((5, 7), -3.0, device=device)
                     for rest in ("one_class", "dropped"):
                         linear_top_k_distillation_loss(hidden, weight, ids, known, labels, rest=rest, **how).loss.backward()
+        if serves("shard_sums", device):
+            cut_rows(cols, dtype, device)
         yield f"heads of {dtype}, {cols} classes"
+
+
+def cut_rows(cols: int, dtype: torch.dtype, device: str) -> None:
+    """Rows of two ranks' columns: labels of either, and a row that is looked at again."""
+    clean, noised = torch.randn(2, 5, cols, device=device).unbind()
+    noised[1, 20] = -math.inf
+    weights = torch.ones(5, dtype=torch.float64, device=device)
+    labels = torch.tensor([0, cols - 1, 3, -100, 7], device=device)
+    top = torch.stack((clean.amax(-1), noised.amax(-1)))
+    vocab = torch.full((), float(cols), dtype=torch.float64, device=device)
+    ranks = []
+    for first, end in ((0, 21), (21, cols)):
+        inside = (labels >= first) & (labels < end)
+        own = torch.where(labels == -100, IGNORED, torch.where(inside, labels - first, ELSEWHERE))
+        logits = (t[:, first:end] for t in (clean, noised))
+        operands = (torch.empty(5, end - first, dtype=dtype, device=device) for _ in range(2))
+        values = (torch.empty_like(weights) for _ in range(2))
+        task = OperandTask(*logits, own, IGNORED, weights, weights, *values, *operands, smoothing=0.1)
+        ranks.append(ShardTask(task, top, vocab, leads=first == 0))
+    sums_of, finish = (dispatch.select(op, clean.device, clean.dtype) for op in ("shard_sums", "shard_operands"))
+    before = torch.stack([sums_of(rank, None) for rank in ranks]).sum(0)
+    sums = torch.stack([sums_of(rank, before) for rank in ranks]).sum(0)
+    for rank in ranks:
+        finish(rank, before, sums)
 
 
 def serves(op: str, device: str) -> bool:

@@ -328,7 +328,7 @@ def js_operand_rows(task: OperandTask) -> None:
 
 def shard_sums(shard: ShardTask, before: Tensor | None) -> Tensor:
     core, clean = native.core(), shard.task.clean
-    sums = _doubles(clean.device, len(clean) * core.cuda.shard_sums_per_row)
+    sums = _doubles(clean.device, len(clean) * core.SHARD_SUMS)
     core.cuda.shard_sums(
         *addresses_and_strides(clean, shard.task.noised), *clean.shape, *_of_shard(shard), address(before), shard.leads,
         sums.data_ptr(), *_where(clean.device),
