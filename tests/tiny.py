@@ -37,6 +37,8 @@ from transformers import (
     T5ForConditionalGeneration,
     T5GemmaConfig,
     T5GemmaForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 VOCABULARY = 61
@@ -162,6 +164,12 @@ def _build(kind: str, dropout: float) -> Any:
         return BartForSequenceClassification(_bart(dropout))
     if kind == "decoder":
         return BartForCausalLM(_bart(dropout))
+    if kind == "xlnet":  # which embeds its tokens as (time, batch)
+        return XLNetLMHeadModel(
+            XLNetConfig(
+                vocab_size=VOCABULARY, d_model=24, n_layer=1, n_head=2, d_inner=48, dropout=dropout, initializer_range=0.2
+            )
+        )
     assert kind == "t5"
     return T5ForConditionalGeneration(
         T5Config(

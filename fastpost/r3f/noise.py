@@ -268,6 +268,28 @@ def kept(ids: Tensor, attention_mask: Tensor | None, padding_idx: int | None) ->
     return None if padding_idx is None else ids != padding_idx
 
 
+def time_first(seen: Tensor, ids: Any) -> bool:
+    """Whether a module is given (time, batch, ...) of a batch whose ids are (batch, time), as modules inside XLNet are.
+
+    Where both are as long, that shows in token ids alone.
+
+    Args:
+        seen: what the module was given: ids, or hidden states.
+        ids: the batch's, with choices in front of time or without; anything else tells nothing.
+    """
+    if not isinstance(ids, Tensor) or ids.ndim < 2 or seen is ids or seen.ndim < 2:
+        return False
+    rows = ids.flatten(0, -2)
+    if seen.shape[:2] != rows.shape[::-1]:
+        return False
+    if rows.shape[0] != rows.shape[1]:
+        return True
+    if seen.ndim > 2 or traced() or seen.data_ptr() == ids.data_ptr():
+        return False
+    rows = rows.to(seen)
+    return torch.equal(seen, rows.mT) and not torch.equal(seen, rows)
+
+
 class NoisyEmbedding:
     """While open, a module's output carries noise. Everything is taken back on the way out, whatever happened inside.
 
@@ -283,6 +305,7 @@ class NoisyEmbedding:
         module: the embedding; called with token ids as its first argument.
         noise: what to add.
         attention_mask: of the whole call; (batch, time) or None.
+        ids: of the whole call, by which a module that is given them turned, (time, batch), is known; or None.
         halves: the call is a double batch.
         first_only: noise only at the module's first call in the forward pass (an encoder-decoder may share the module with
             its decoder, which runs second).
@@ -298,12 +321,13 @@ class NoisyEmbedding:
         module: nn.Module,
         noise: Noise,
         attention_mask: Tensor | None = None,
+        ids: Any = None,
         *,
         halves: bool = False,
         first_only: bool = False,
         second_only: bool = False,
     ) -> None:
-        self.module, self.noise, self.attention_mask = module, noise, attention_mask
+        self.module, self.noise, self.attention_mask, self.ids = module, noise, attention_mask, ids
         self.halves = halves
         self.only = 1 if first_only else 2 if second_only else None
         self.runs = self.calls = 0
@@ -354,11 +378,13 @@ class NoisyEmbedding:
 
     def _both_halves(self, ids: Tensor) -> Tensor:
         assert isinstance(self.module, nn.Embedding)
+        turned = time_first(ids, self.ids)
+        ids = ids.mT if turned else ids
         ids = ids[: ids.shape[0] // 2]
         keep = kept(ids, self._mask(), self._padding_idx())
         both = self.noise.look_up(self.module.weight, ids, keep, self._padding_idx(), self.calls)
         self.calls += 1
-        return both
+        return both.transpose(0, 1).contiguous() if turned else both
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._off():
@@ -368,6 +394,9 @@ class NoisyEmbedding:
         ids = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(ids, Tensor) or ids.shape != output.shape[:-1]:
             ids = None  # no token ids to find padding by, as in a module that mixes features
+        turned = False
+        if ids is not None and time_first(ids, self.ids):
+            turned, ids, output = True, ids.mT, output.transpose(0, 1)
         clean = output
         if self.halves:
             clean, output = output.chunk(2)
@@ -375,7 +404,8 @@ class NoisyEmbedding:
         keep = None if ids is None else kept(ids, self._mask(), self._padding_idx())
         noised = self.noise.add(output, keep, self.calls)
         self.calls += 1
-        return torch.cat((clean, noised)) if self.halves else noised
+        noised = torch.cat((clean, noised)) if self.halves else noised
+        return noised.transpose(0, 1).contiguous() if turned else noised
 
 
 def _plain(module: nn.Module) -> bool:

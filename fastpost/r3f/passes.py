@@ -231,6 +231,7 @@ class Passes:
                     place.module,
                     place.noise,
                     mask,
+                    inputs.get("input_ids" if place.side == "encoder" else "decoder_input_ids"),
                     halves=rows is not None,
                     first_only=place.first_only,
                     second_only=place.second_only,

@@ -228,7 +228,8 @@ class Method(Windowed):
                 return self._checked(call, call.model(**{**call.inputs, "inputs_embeds": noise.add(embeds, keep)}))
         name, module = self._place(call)
         with self._named():
-            with NoisyEmbedding(module, noise, mask, first_only=is_encoder_decoder(call.root)) as embedding:
+            ids = call.inputs.get("input_ids")
+            with NoisyEmbedding(module, noise, mask, ids, first_only=is_encoder_decoder(call.root)) as embedding:
                 output = call.model(**call.inputs)
             embedding.require_called(name)
             return self._checked(call, output)

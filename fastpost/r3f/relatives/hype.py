@@ -13,7 +13,7 @@ from fastpost.errors import unknown
 from fastpost.modes import evaluating
 from fastpost.ops.noise import check_noise
 from fastpost.r3f.model import R3FOutput
-from fastpost.r3f.noise import Noise, is_encoder_decoder
+from fastpost.r3f.noise import Noise, is_encoder_decoder, time_first
 from fastpost.r3f.relatives.base import Call, Method
 
 
@@ -123,10 +123,12 @@ class HyPe(Method):
         """The stacks of layers, whose tokens are counted apart; the last holds all layers that are in none before."""
         device = next((p.device for p in call.root.parameters()), call.labels.device)
         seed, mask = self._seed_on(device), call.attention_mask
+        embeds = call.inputs.get("inputs_embeds")
+        ids = embeds[..., 0] if isinstance(embeds, Tensor) else call.inputs.get("input_ids")
 
         def stack(side: str, prefix: str, mask: Tensor | None) -> _Stack:
             noise = Noise(self.eps, self.noise_type, seed, detach=False, measured=self._measured)
-            return _Stack(side, prefix, noise, mask)
+            return _Stack(side, prefix, noise, mask, ids if side == "encoder" else None)
 
         if not is_encoder_decoder(call.root):
             return [stack("encoder", "", mask)]
@@ -149,13 +151,14 @@ class _Stack:
 
     Attributes:
         side: "encoder" or "decoder". prefix: what their names begin with.
-        noise: theirs. mask: 0 where there is padding, or None.
+        noise: theirs. mask: 0 where there is padding, or None. ids: that the side reads, or None.
     """
 
     side: str
     prefix: str
     noise: Noise
     mask: Tensor | None
+    ids: Any
 
 
 class _NoisyLayers:
@@ -183,8 +186,11 @@ class _NoisyLayers:
             hidden = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(hidden, Tensor) or not hidden.dtype.is_floating_point:
                 raise TypeError(f"HyPe: {type(module).__name__} was not given hidden states first; pass other layers=")
-            keep = mask != 0 if mask is not None and mask.shape == hidden.shape[:-1] else None
-            noised = stack.noise.add(hidden, keep, self.calls)
+            turned = time_first(hidden, stack.ids)
+            rows = hidden.transpose(0, 1) if turned else hidden
+            keep = mask != 0 if mask is not None and mask.shape == rows.shape[:-1] else None
+            noised = stack.noise.add(rows, keep, self.calls)
+            noised = noised.transpose(0, 1).contiguous() if turned else noised
             self.calls += 1
             return ((noised, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": noised})
 
