@@ -164,6 +164,11 @@ def _build(kind: str, dropout: float) -> Any:
         return BartForSequenceClassification(_bart(dropout))
     if kind == "decoder":
         return BartForCausalLM(_bart(dropout))
+    if kind == "prompt":  # three virtual tokens before the text; all weights are trained
+        from peft import PromptTuningConfig, get_peft_model
+
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        return get_peft_model(_build("causal", dropout), config).requires_grad_(True)
     if kind == "xlnet":  # which embeds its tokens as (time, batch)
         return XLNetLMHeadModel(
             XLNetConfig(

@@ -131,10 +131,15 @@ def check_range(labels: Tensor, classes: int | None, ignore_index: int) -> None:
         )
 
 
+def virtual_tokens(root: Any) -> int:
+    """How many tokens PEFT's prompt learning puts before a text; prefix tuning puts them into the cache alone."""
+    config: Any = getattr(root, "active_peft_config", None)
+    return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
+
+
 def beside_virtual_tokens(root: Any, labels: Tensor, stream: Tensor, ignore_index: int) -> Tensor:
     """Labels for logits that begin with those of PEFT's virtual tokens (prompt tuning), which do not count."""
-    config: Any = getattr(root, "active_peft_config", None)
-    virtual = config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0
+    virtual = virtual_tokens(root)
     if not virtual or labels.ndim != 2 or stream.shape[1:-1] != (labels.shape[1] + virtual,):
         return labels
     return nn.functional.pad(labels, (virtual, 0), value=ignore_index)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastpost.ops.linear_divergence import linear_r_drop_loss
 from fastpost.ops.scalars import POSITIVE, check_number
-from fastpost.r3f.conventions import check_rows
 from fastpost.r3f.head import Head, fused_head, last_stream
 from fastpost.r3f.model import OPTIONS, R3FOutput
 from fastpost.r3f.relatives.base import Call, Method
@@ -92,7 +91,7 @@ class RDrop(Method):
             return self._clean(call)
         with self._named():
             states = last_stream(call.model, call.root, head, call.inputs)
-            check_rows(call.labels, states, head.linear.weight.shape[0], self.ignore_index)
+            self._fits(call, states, head.linear.weight.shape[0])
         return states
 
     def _twice(self, call: Call) -> Call:
