@@ -29,6 +29,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
     RobertaConfig,
@@ -62,26 +64,26 @@ def _encoder(dropout: float) -> dict[str, Any]:
     }
 
 
-def _bart(dropout: float) -> BartConfig:
-    return BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=24,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        max_position_embeddings=64,
-        dropout=dropout,
-        attention_dropout=dropout,
-        pad_token_id=PAD,
-        bos_token_id=0,
-        eos_token_id=2,
-        decoder_start_token_id=2,
-        num_labels=3,
-        init_std=0.2,
-    )
+def _sides(dropout: float) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "d_model": 24,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "max_position_embeddings": 64,
+        "dropout": dropout,
+        "attention_dropout": dropout,
+        "pad_token_id": PAD,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "num_labels": 3,
+        "init_std": 0.2,
+    }
 
 
 def build(kind: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -159,11 +161,13 @@ def _build(kind: str, dropout: float) -> Any:
             T5GemmaConfig(encoder=sides, decoder=sides, dropout_rate=dropout, vocab_size=VOCABULARY)
         )
     if kind == "seq2seq":
-        return BartForConditionalGeneration(_bart(dropout))
+        return BartForConditionalGeneration(BartConfig(**_sides(dropout)))
     if kind == "seq2seq_sequence":
-        return BartForSequenceClassification(_bart(dropout))
+        return BartForSequenceClassification(BartConfig(**_sides(dropout)))
     if kind == "decoder":
-        return BartForCausalLM(_bart(dropout))
+        return BartForCausalLM(BartConfig(**_sides(dropout)))
+    if kind == "m2m":  # makes its decoder's inputs in the forward pass, and has no method that does
+        return M2M100ForConditionalGeneration(M2M100Config(**_sides(dropout), encoder_layerdrop=0.0, decoder_layerdrop=0.0))
     if kind == "prompt":  # three virtual tokens before the text; all weights are trained
         from peft import PromptTuningConfig, get_peft_model
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -222,17 +222,47 @@ def give_decoder_inputs(root: Any, inputs: dict[str, Any], labels: Tensor, ignor
         return  # a classifier on an encoder-decoder, which makes its decoder's inputs from the encoder's
     if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
         return
-    for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
-        shift = getattr(root, name, None)
-        if callable(shift):
-            if ignore_index < 0:  # no token; models put padding in the place of -100
-                labels = labels.masked_fill(labels == ignore_index, -100)
-            inputs["decoder_input_ids"] = shift(labels)
-            return
+    shift = _decoder_shift(root)
+    if shift is not None:
+        if ignore_index < 0:  # no token; models put padding in the place of -100
+            labels = labels.masked_fill(labels == ignore_index, -100)
+        inputs["decoder_input_ids"] = shift(labels)
+        return
     raise ValueError(
         f"R3F: {type(root).__name__} is an encoder-decoder that cannot make decoder inputs from labels; add "
         "decoder_input_ids to the batch"
     )
+
+
+def _decoder_shift(root: Any) -> Callable[[Tensor], Tensor] | None:
+    """What makes a decoder's inputs of labels; None where the model has nothing that does."""
+    for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
+        shift = getattr(root, name, None)
+        if callable(shift):
+            return cast("Callable[[Tensor], Tensor]", shift)
+    # Some (NLLB, Blenderbot, Whisper) have no method, and call a function of their file in the forward pass.
+    forward = _own_forward(root)
+    shift = (
+        getattr(forward, "__globals__", {}).get("shift_tokens_right") if "shift_tokens_right" in _names(forward) else None
+    )
+    config = getattr(root, "config", None)
+    tokens = [getattr(config, name, None) for name in ("pad_token_id", "decoder_start_token_id")]
+    if not callable(shift) or len(inspect.signature(shift).parameters) != 3 or None in tokens:
+        return None
+    return lambda labels: cast(Tensor, shift(labels, *tokens))
+
+
+def _own_forward(root: Any) -> Any:
+    """The function behind a model's forward pass, without decorators and PEFT; None where there is none."""
+    model = root.get_base_model() if callable(getattr(root, "get_base_model", None)) else root  # PEFT
+    forward = getattr(type(model), "forward", None)
+    return None if forward is None else inspect.unwrap(forward)
+
+
+def _names(function: Any) -> set[str]:
+    """What a function's own code names."""
+    code = getattr(function, "__code__", None)
+    return set() if code is None else {*code.co_names, *code.co_varnames}
 
 
 def shifts_labels(root: Any) -> bool:
@@ -241,8 +271,7 @@ def shifts_labels(root: Any) -> bool:
     Class names do not tell: BartForCausalLM, XLNetLMHeadModel and some forty others take labels that are shifted already.
     """
     model = root.get_base_model() if callable(getattr(root, "get_base_model", None)) else root  # PEFT
-    code = getattr(inspect.unwrap(getattr(type(model), "forward", None) or shifts_labels), "__code__", None)
-    names = {*code.co_names, *code.co_varnames} if code is not None else set()
+    names = _names(_own_forward(root))
     if "loss_function" in names:
         return getattr(model.loss_function, "__name__", "") == "ForCausalLMLoss"
     return bool(names & {"shift_logits", "shift_labels"})
