@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpost.ops.reductions import item_divisor
-from fastpost.r3f.noise import is_encoder_decoder
+from fastpost.r3f.noise import BOUNDARIES, is_encoder_decoder
 
 
 @contextlib.contextmanager
@@ -275,6 +275,30 @@ def shifts_labels(root: Any) -> bool:
     if "loss_function" in names:
         return getattr(model.loss_function, "__name__", "") == "ForCausalLMLoss"
     return bool(names & {"shift_logits", "shift_labels"})
+
+
+def doubled(root: Any, inputs: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The inputs of a batch that holds the batch twice: tensors whose first dimension is `rows`, and where packed sequences
+    begin.
+
+    Raises:
+        ValueError: flash attention would take the packed sequences of each half for one.
+    """
+    twice = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and name.startswith(BOUNDARIES):
+            value = torch.cat((value, value[1:] + value[-1]))
+        elif isinstance(value, Tensor) and value.shape[:1] == (rows,):
+            value = torch.cat((value, value))
+        twice[name] = value
+    attention = str(getattr(text_config(getattr(root, "config", None)), "_attn_implementation", ""))
+    told = inputs.get("attention_mask") is not None or any(name.startswith(BOUNDARIES) for name in inputs)
+    if rows == 1 and "flash" in attention and inputs.get("position_ids") is not None and not told:
+        raise ValueError(
+            "R3F: flash attention tells packed sequences apart by position_ids in a batch of one row alone, and a double "
+            "batch has two; use forward='two_pass', or add cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k"
+        )
+    return twice
 
 
 def logits_of(output: Any) -> Tensor:

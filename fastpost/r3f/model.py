@@ -98,7 +98,8 @@ class R3F(Windowed):
         dropout: "independent" masks in the two passes, as released, or "shared": both passes draw the same (the generators
             of the CPU and of the model's devices are replayed).
         forward: "two_pass", or "double_batch": one pass over the batch twice, each embedding row read once. Equal up to
-            rounding with dropout off. Tensors whose first dimension is the batch size are doubled.
+            rounding with dropout off. Tensors whose first dimension is the batch size are doubled, and so is what says where
+            packed sequences begin (`cu_seq_lens_q`, ...).
         detach_noised_embedding: the noised branch sends no gradient into the embedding table, as in fairseq's classifier
             (its sequence-to-sequence criterion lets it flow).
         reduction: "token", "sentence", "fairseq" or "sum", as in `r3f_loss`; None: "sentence" for two-dimensional logits,

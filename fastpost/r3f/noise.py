@@ -24,6 +24,7 @@ from fastpost.ops.noise import add_noise, asks_for_gradient, embedding_noise
 
 SCALES = ("absolute", "relative", "neftune")
 
+BOUNDARIES = ("cu_seq_lens", "cu_seqlens")  # inputs whose names start so say where packed sequences begin
 CALL = 1 << 40  # from one call's seed to the next one's (an embedding that runs twice, layers)
 
 
@@ -241,7 +242,7 @@ def sequence_numbers(inputs: Mapping[str, Any], rows: torch.Size) -> Tensor | No
     tells = {name: inputs[name] for name in ("sequence_ids", "seq_idx", "position_ids", "attention_mask") if name in inputs}
     tells = {k: t for k, t in tells.items() if isinstance(t, Tensor) and t.ndim == 2 and t.shape[-1] == rows[-1]}
     mask = inputs.get("attention_mask")
-    packed = [name for name in inputs if name.startswith(("cu_seq_lens", "cu_seqlens"))]
+    packed = [name for name in inputs if name.startswith(BOUNDARIES)]
     if isinstance(mask, Tensor) and mask.ndim > 2:
         packed.append("an attention mask of blocks")
     if packed and not tells.keys() - {"attention_mask"}:
