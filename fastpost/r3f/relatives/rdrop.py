@@ -33,8 +33,7 @@ class RDrop(Method):
     Args:
         alpha: weight of the KL, >= 0. At 0 the cross-entropies of both passes remain.
         forward: "two_pass", or "double_batch": one pass over the batch twice, as in the paper's code; tensors are doubled as
-            in R3F. Same loss in distribution; the same bits without dropout only up to
-            rounding.
+            in R3F. Same loss in distribution; the same bits without dropout only up to rounding.
         fused_linear: for models with a vocabulary: hidden states and the output head's weight go into `linear_r_drop_loss`,
             and logits are never held whole. The head must be a plain nn.Linear, tied or not; `out.logits` is None in
             training. What models may do to their logits: as in R3F.
