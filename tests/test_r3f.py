@@ -316,8 +316,9 @@ def test_double_batch_in_float32_reads_each_row_once(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("scale", ["absolute", "relative", "neftune"])
 @pytest.mark.parametrize("forward", FORWARDS)
-@pytest.mark.parametrize(("kind", "length"), [("sequence", 9), ("xlnet", 9), ("xlnet", 4)])  # the last batch is a square
+@pytest.mark.parametrize(("kind", "length"), [("sequence", 9), ("longformer", 9), ("xlnet", 9), ("xlnet", 4)])
 def test_embeddings_given_directly_get_the_same_noise(kind: str, length: int, forward: str, scale: str) -> None:
+    """Also where a model pads its tokens itself, or turns them, which a square batch does not show."""
     model = build(kind, dtype=torch.float64)
     batch = {name: t[:, :length] if t.ndim == 2 else t for name, t in batch_for(kind).items()}
     direct = {**batch, "inputs_embeds": find_embedding(model)[1](batch["input_ids"])}

@@ -29,6 +29,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LongformerConfig,
+    LongformerForTokenClassification,
     M2M100Config,
     M2M100ForConditionalGeneration,
     RecurrentGemmaConfig,
@@ -100,6 +102,8 @@ def _build(kind: str, dropout: float) -> Any:
         return BertForSequenceClassification(BertConfig(**encoder, classifier_dropout=dropout))
     if kind == "roberta":
         return RobertaForSequenceClassification(RobertaConfig(**encoder, classifier_dropout=dropout))
+    if kind == "longformer":  # pads its tokens to full windows
+        return LongformerForTokenClassification(LongformerConfig(**encoder, attention_window=4, sep_token_id=2))
     if kind == "tokens":
         return BertForTokenClassification(BertConfig(**encoder, classifier_dropout=dropout))
     if kind == "masked_lm":
@@ -207,7 +211,7 @@ def batch_for(kind: str, rows: int = 4, pads: int = 0) -> Batch:
     if kind in ("sequence", "roberta", "seq2seq_sequence"):
         labels = torch.randint(0, 3, (rows,), generator=generator)
     else:
-        classes = 3 if kind == "tokens" else VOCABULARY
+        classes = 3 if kind in ("tokens", "longformer") else VOCABULARY
         labels = torch.randint(3 if classes > 3 else 0, classes, (rows, 9), generator=generator)
         labels = torch.where(mask, labels, -100)
     batch = {"input_ids": torch.where(mask, ids, PAD), "attention_mask": mask.long(), "labels": labels}

@@ -377,12 +377,30 @@ class NoisyEmbedding:
         mask = self.attention_mask
         return mask[: mask.shape[0] // 2] if self.halves and mask is not None else mask
 
+    def _keep(self, ids: Tensor) -> Tensor | None:
+        """Which of these ids (batch, time), of one half of a double batch, get noise."""
+        mask = self._mask()
+        if mask is not None and self._padded(ids, mask):
+            more = (0, ids.shape[1] - mask.shape[-1])
+            mask, sequences = nn.functional.pad(mask, more), self.noise.sequences
+            if sequences is not None and sequences.shape[-1] < ids.shape[1]:
+                self.noise.sequences = nn.functional.pad(sequences, more)
+        return kept(ids, mask, self._padding_idx())
+
+    def _padded(self, ids: Tensor, mask: Tensor) -> bool:
+        """Whether the model itself has padded the batch's ids on the right (Longformer: to full windows)."""
+        given, time = self.ids, mask.shape[-1]
+        if not isinstance(given, Tensor) or given.ndim < 2 or ids.ndim != 2 or ids.shape[1] <= time or traced():
+            return False
+        rows = given.flatten(0, -2)[: len(ids)]
+        return given.shape[-1] == time and len(rows) == len(ids) and torch.equal(ids[:, :time], rows.to(ids))
+
     def _both_halves(self, ids: Tensor) -> Tensor:
         assert isinstance(self.module, nn.Embedding)
         turned = time_first(ids, self.ids)
         ids = ids.mT if turned else ids
         ids = ids[: ids.shape[0] // 2]
-        keep = kept(ids, self._mask(), self._padding_idx())
+        keep = self._keep(ids)
         both = self.noise.look_up(self.module.weight, ids, keep, self._padding_idx(), self.calls)
         self.calls += 1
         return both.transpose(0, 1).contiguous() if turned else both
@@ -402,7 +420,7 @@ class NoisyEmbedding:
         if self.halves:
             clean, output = output.chunk(2)
             ids = None if ids is None else ids[: len(clean)]
-        keep = None if ids is None else kept(ids, self._mask(), self._padding_idx())
+        keep = None if ids is None else self._keep(ids)
         noised = self.noise.add(output, keep, self.calls)
         self.calls += 1
         noised = torch.cat((clean, noised)) if self.halves else noised
