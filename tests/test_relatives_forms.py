@@ -437,6 +437,8 @@ def test_bad_types() -> None:
         SymNoise(alpha="5")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="SymNoise: seed must be a whole number, not 'a'"):
         SymNoise(seed="a")
+    with pytest.raises(TypeError, match="SymNoise: ignore_index must be a whole number, not None"):
+        SymNoise(ignore_index=None)
     with pytest.raises(TypeError, match=r"SymNoise: no option 'fused_linear'\. Valid: alpha, r3f_lambda, noise_type,"):
         SymNoise(fused_linear=True)
     with pytest.raises(TypeError, match=r"FreeLB: no option 'adv_stepps'. Did you mean 'adv_steps'\?"):

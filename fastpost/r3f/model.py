@@ -198,6 +198,8 @@ class R3F(Windowed):
             if given not in valid and not (name == "reduction" and given is None):
                 raise unknown(name, given, valid)
         check_number("R3F", "memory_budget", self.memory_budget, POSITIVE)
+        check_whole("R3F", "ignore_index", self.ignore_index)
+        check_real("R3F", "label_smoothing", self.label_smoothing)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"R3F: label_smoothing must be in [0, 1), not {self.label_smoothing}")
         if self.divergence == "js" and self.grad != "both":

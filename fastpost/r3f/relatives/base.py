@@ -98,6 +98,7 @@ class Method(Windowed):
             raise TypeError(
                 f"{type(self).__name__}: embedding must be a module, a module's name or None, not {type(embedding).__name__}"
             )
+        check_whole(type(self).__name__, "ignore_index", ignore_index)
         if seed is not None:
             check_whole(type(self).__name__, "seed", seed)
             seed_tensor(seed, torch.device("cpu"))
