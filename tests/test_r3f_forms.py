@@ -368,6 +368,12 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         assert passes.calls == 0
 
 
+def test_bad_types() -> None:
+    for name, value in (("label_smoothing", "0.1"), ("ignore_index", None)):
+        with pytest.raises(TypeError, match=f"R3F: {name} must be a (whole )?number, not {value!r}"):
+            R3F(**{name: value})
+
+
 def test_bad_batches_fail_before_anything_runs() -> None:
     model, batch = build("sequence"), batch_for("sequence")
     passes, r3f = Count(model), R3F()

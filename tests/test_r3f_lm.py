@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import peft
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastpost import R3F
 from fastpost.anchor import Anchor
@@ -352,6 +354,44 @@ def test_prompt_tuning_gives_labels_their_virtual_tokens() -> None:
         out.loss.backward()
     with pytest.raises(ValueError, match="labels have shape"):
         R3F()(model, **{**batch, "labels": batch["labels"][:, 1:]})
+
+
+def varlen_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **told: Any
+) -> Any:
+    """As flash attention takes sequences that are packed into one row: by boundaries, all rows of the batch in line."""
+    lines = [t.transpose(1, 2).flatten(0, 1).transpose(0, 1) for t in (query, key, value)]  # (heads, tokens, width)
+    out = torch.zeros_like(lines[0])
+    for begin, end in itertools.pairwise(told["cu_seq_lens_q"].tolist()):
+        q, k, v = (t[:, begin:end] for t in lines)
+        out[:, begin:end] = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    return out.transpose(0, 1).unflatten(0, (len(query), -1)), None
+
+
+@pytest.mark.parametrize("method", [R3F, RDrop])
+def test_a_double_batch_of_packed_sequences_has_twice_their_boundaries(method: Any) -> None:
+    ALL_ATTENTION_FUNCTIONS.register("varlen", varlen_attention)
+    model = build("llama")
+    model.set_attn_implementation("varlen")  # type: ignore[operator]
+    ids, position_ids = torch.randint(3, VOCABULARY, (1, 9)), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    begins, batch = torch.tensor([0, 4, 9], dtype=torch.int32), {"input_ids": ids, "position_ids": position_ids}
+    told = {**dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), begins), "max_length_q": 5, "max_length_k": 5}
+    results = []
+    for forward in FORWARDS:
+        out = method(forward=forward, **({"eps": 0.3, "seed": 1} if method is R3F else {}))(
+            model, labels=ids, **batch, **told
+        )
+        results.append((out, gradients(model, out.loss)))
+    (two, expected), (double, found) = results
+    torch.testing.assert_close(double.loss, two.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(double.symm_kl, two.symm_kl, rtol=1e-4, atol=1e-9)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-6, msg=name)
+    model.config._attn_implementation = "flash_attention_2"  # type: ignore[union-attr]
+    with pytest.raises(
+        ValueError, match=f"{method.__name__}: flash attention tells packed sequences apart by position_ids in"
+    ):
+        method(forward="double_batch")(model, labels=ids, **batch)
 
 
 # -- encoder-decoders -----------------------------------------------------------------------------------------------------

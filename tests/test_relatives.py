@@ -323,7 +323,7 @@ NOTHING_ADDED: dict[str, Callable[[], Method]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("kind", [*ALL_KINDS, "prompt"])
 @pytest.mark.parametrize("name", NOTHING_ADDED)
 def test_nothing_added_is_plain_fine_tuning_bit_for_bit(name: str, kind: str) -> None:
     model, batch = build(kind, dropout=0.1), trained_as_here(kind)

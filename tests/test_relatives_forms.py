@@ -31,7 +31,7 @@ from tests.tiny import VOCABULARY, batch_for, build, pad
 # -- padding, other ways in, accumulation -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "roberta", "t5"])
+@pytest.mark.parametrize("kind", [*KINDS, "roberta", "t5", "xlnet", "prompt"])
 @pytest.mark.parametrize("name", METHODS)
 def test_padding_changes_nothing(name: str, kind: str) -> None:
     model, batch = build(kind, dtype=torch.float64), batch_for(kind)
@@ -69,11 +69,11 @@ def test_no_items_give_zero(name: str, given: float | Tensor) -> None:
     assert float(of(name)(model.eval(), num_items=given, **batch).loss) == 0
 
 
-@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+@pytest.mark.parametrize("kind", ["causal", "seq2seq", "xlnet", "prompt"])
 @pytest.mark.parametrize("name", NOISY)
 def test_a_window_s_noise_does_not_depend_on_how_it_is_cut(name: str, kind: str) -> None:
     model, batch = build(kind, dtype=torch.float64), batch_for(kind)
-    shifted = batch["labels"][:, 1:] if kind == "causal" else batch["labels"]
+    shifted = batch["labels"][:, 1:] if kind in ("causal", "prompt") else batch["labels"]
     items = int((shifted != -100).sum())
     _, expected = step(of(name), model, batch, num_items=items)
     rows = len(batch["labels"])
@@ -437,6 +437,8 @@ def test_bad_types() -> None:
         SymNoise(alpha="5")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="SymNoise: seed must be a whole number, not 'a'"):
         SymNoise(seed="a")
+    with pytest.raises(TypeError, match="SymNoise: ignore_index must be a whole number, not None"):
+        SymNoise(ignore_index=None)
     with pytest.raises(TypeError, match=r"SymNoise: no option 'fused_linear'\. Valid: alpha, r3f_lambda, noise_type,"):
         SymNoise(fused_linear=True)
     with pytest.raises(TypeError, match=r"FreeLB: no option 'adv_stepps'. Did you mean 'adv_steps'\?"):

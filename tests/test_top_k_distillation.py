@@ -182,9 +182,10 @@ def test_float32_is_right_to_a_millionth(divergence: str) -> None:
 def test_no_rows_have_no_loss() -> None:
     hidden, weight = torch.zeros(0, WIDTH, requires_grad=True), torch.randn(VOCAB, WIDTH)
     ids, log_probs, rest = fastpost.linear_top_log_probs(hidden, weight, K)
-    out = fastpost.linear_top_k_distillation_loss(hidden, weight, ids, log_probs, teacher_rest=rest)
-    out.loss.backward()
-    assert out.loss.item() == 0
+    for of_rest in (rest, None):
+        out = fastpost.linear_top_k_distillation_loss(hidden, weight, ids, log_probs, teacher_rest=of_rest)
+        out.loss.backward()
+        assert out.loss.item() == 0
 
 
 def test_identical_models_have_none() -> None:

@@ -29,6 +29,10 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LongformerConfig,
+    LongformerForTokenClassification,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
     RobertaConfig,
@@ -37,6 +41,8 @@ from transformers import (
     T5ForConditionalGeneration,
     T5GemmaConfig,
     T5GemmaForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 VOCABULARY = 61
@@ -60,26 +66,26 @@ def _encoder(dropout: float) -> dict[str, Any]:
     }
 
 
-def _bart(dropout: float) -> BartConfig:
-    return BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=24,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        max_position_embeddings=64,
-        dropout=dropout,
-        attention_dropout=dropout,
-        pad_token_id=PAD,
-        bos_token_id=0,
-        eos_token_id=2,
-        decoder_start_token_id=2,
-        num_labels=3,
-        init_std=0.2,
-    )
+def _sides(dropout: float) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "d_model": 24,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "max_position_embeddings": 64,
+        "dropout": dropout,
+        "attention_dropout": dropout,
+        "pad_token_id": PAD,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "num_labels": 3,
+        "init_std": 0.2,
+    }
 
 
 def build(kind: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -96,6 +102,8 @@ def _build(kind: str, dropout: float) -> Any:
         return BertForSequenceClassification(BertConfig(**encoder, classifier_dropout=dropout))
     if kind == "roberta":
         return RobertaForSequenceClassification(RobertaConfig(**encoder, classifier_dropout=dropout))
+    if kind == "longformer":  # pads its tokens to full windows
+        return LongformerForTokenClassification(LongformerConfig(**encoder, attention_window=4, sep_token_id=2))
     if kind == "tokens":
         return BertForTokenClassification(BertConfig(**encoder, classifier_dropout=dropout))
     if kind == "masked_lm":
@@ -157,11 +165,24 @@ def _build(kind: str, dropout: float) -> Any:
             T5GemmaConfig(encoder=sides, decoder=sides, dropout_rate=dropout, vocab_size=VOCABULARY)
         )
     if kind == "seq2seq":
-        return BartForConditionalGeneration(_bart(dropout))
+        return BartForConditionalGeneration(BartConfig(**_sides(dropout)))
     if kind == "seq2seq_sequence":
-        return BartForSequenceClassification(_bart(dropout))
+        return BartForSequenceClassification(BartConfig(**_sides(dropout)))
     if kind == "decoder":
-        return BartForCausalLM(_bart(dropout))
+        return BartForCausalLM(BartConfig(**_sides(dropout)))
+    if kind == "m2m":  # makes its decoder's inputs in the forward pass, and has no method that does
+        return M2M100ForConditionalGeneration(M2M100Config(**_sides(dropout), encoder_layerdrop=0.0, decoder_layerdrop=0.0))
+    if kind == "prompt":  # three virtual tokens before the text; all weights are trained
+        from peft import PromptTuningConfig, get_peft_model
+
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        return get_peft_model(_build("causal", dropout), config).requires_grad_(True)
+    if kind == "xlnet":  # which embeds its tokens as (time, batch)
+        return XLNetLMHeadModel(
+            XLNetConfig(
+                vocab_size=VOCABULARY, d_model=24, n_layer=1, n_head=2, d_inner=48, dropout=dropout, initializer_range=0.2
+            )
+        )
     assert kind == "t5"
     return T5ForConditionalGeneration(
         T5Config(
@@ -190,7 +211,7 @@ def batch_for(kind: str, rows: int = 4, pads: int = 0) -> Batch:
     if kind in ("sequence", "roberta", "seq2seq_sequence"):
         labels = torch.randint(0, 3, (rows,), generator=generator)
     else:
-        classes = 3 if kind == "tokens" else VOCABULARY
+        classes = 3 if kind in ("tokens", "longformer") else VOCABULARY
         labels = torch.randint(3 if classes > 3 else 0, classes, (rows, 9), generator=generator)
         labels = torch.where(mask, labels, -100)
     batch = {"input_ids": torch.where(mask, ids, PAD), "attention_mask": mask.long(), "labels": labels}

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastpost.anchor.context import FIELDS, InContext, Teaching, teaching, without_context
-from fastpost.anchor.references import Frozen, Reference, check_weight
+from fastpost.anchor.references import Frozen, Reference
 from fastpost.distributed import unwrap
 from fastpost.errors import unknown
 from fastpost.ops.linear_distillation import DIVERGENCES, DistillationOptions, OutputLayer, distillation_loss_of
+from fastpost.ops.scalars import check_number, check_real, check_whole
 from fastpost.r3f.conventions import (
     align_labels,
     beside_virtual_tokens,
@@ -114,11 +115,15 @@ class Anchor:
 
     def _check(self) -> None:
         """Attributes may be changed between steps (schedules), so they are checked at every one."""
-        check_weight("Anchor: anchor_kl", self.anchor_kl)
-        check_weight("Anchor: ce_weight", self.ce_weight)
+        for name in ("anchor_kl", "ce_weight"):
+            check_number("Anchor", name, getattr(self, name))
+        check_real("Anchor", "label_smoothing", self.label_smoothing)
+        check_whole("Anchor", "ignore_index", self.ignore_index)
         for name, valid in (("divergence", DIVERGENCES), ("weighting", WEIGHTINGS)):
             if getattr(self, name) not in valid:
                 raise unknown(name, getattr(self, name), valid)
+        if self.divergence == "js":
+            check_real("Anchor", "beta", self.beta)
         if self.divergence == "js" and not 0 < self.beta < 1:
             raise ValueError(f"Anchor: beta must lie in (0, 1), not {self.beta}")
         if not 0 <= self.label_smoothing < 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -279,9 +278,3 @@ def _follow(mine: nn.Module, model: Any) -> None:
         for name, t in copies:
             if name in own and t.device != own[name].device:
                 t.data = t.data.to(own[name].device)
-
-
-def check_weight(name: str, value: Any) -> None:
-    """Raises ValueError for what is no finite number >= 0."""
-    if isinstance(value, bool) or not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and >= 0, not {value}")

@@ -222,7 +222,7 @@ def _look_for_a_rest(log_probs: Tensor, counts: Tensor, classes: int) -> None:
     """
     if not checks_values(log_probs.device) or log_probs.dtype.itemsize < 4:
         return
-    log_probs = log_probs.detach().reshape(len(counts), -1)
+    log_probs = log_probs.detach().reshape(len(counts), log_probs.shape[-1])
     known = (log_probs > -torch.inf).sum(1)
     telling = (counts > 0) & (known < classes) & (log_probs.amax(1) < math.log(_SURE))
     if int(telling.sum()) >= _MANY and bool((log_probs[telling].double().logsumexp(1).abs() < _ALL).all()):

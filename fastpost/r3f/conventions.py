@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastpost.ops.reductions import item_divisor
-from fastpost.r3f.noise import is_encoder_decoder
+from fastpost.r3f.noise import BOUNDARIES, is_encoder_decoder
 
 
 @contextlib.contextmanager
@@ -131,10 +131,15 @@ def check_range(labels: Tensor, classes: int | None, ignore_index: int) -> None:
         )
 
 
+def virtual_tokens(root: Any) -> int:
+    """How many tokens PEFT's prompt learning puts before a text; prefix tuning puts them into the cache alone."""
+    config: Any = getattr(root, "active_peft_config", None)
+    return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
+
+
 def beside_virtual_tokens(root: Any, labels: Tensor, stream: Tensor, ignore_index: int) -> Tensor:
     """Labels for logits that begin with those of PEFT's virtual tokens (prompt tuning), which do not count."""
-    config: Any = getattr(root, "active_peft_config", None)
-    virtual = config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0
+    virtual = virtual_tokens(root)
     if not virtual or labels.ndim != 2 or stream.shape[1:-1] != (labels.shape[1] + virtual,):
         return labels
     return nn.functional.pad(labels, (virtual, 0), value=ignore_index)
@@ -217,17 +222,47 @@ def give_decoder_inputs(root: Any, inputs: dict[str, Any], labels: Tensor, ignor
         return  # a classifier on an encoder-decoder, which makes its decoder's inputs from the encoder's
     if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
         return
-    for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
-        shift = getattr(root, name, None)
-        if callable(shift):
-            if ignore_index < 0:  # no token; models put padding in the place of -100
-                labels = labels.masked_fill(labels == ignore_index, -100)
-            inputs["decoder_input_ids"] = shift(labels)
-            return
+    shift = _decoder_shift(root)
+    if shift is not None:
+        if ignore_index < 0:  # no token; models put padding in the place of -100
+            labels = labels.masked_fill(labels == ignore_index, -100)
+        inputs["decoder_input_ids"] = shift(labels)
+        return
     raise ValueError(
         f"R3F: {type(root).__name__} is an encoder-decoder that cannot make decoder inputs from labels; add "
         "decoder_input_ids to the batch"
     )
+
+
+def _decoder_shift(root: Any) -> Callable[[Tensor], Tensor] | None:
+    """What makes a decoder's inputs of labels; None where the model has nothing that does."""
+    for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
+        shift = getattr(root, name, None)
+        if callable(shift):
+            return cast("Callable[[Tensor], Tensor]", shift)
+    # Some (NLLB, Blenderbot, Whisper) have no method, and call a function of their file in the forward pass.
+    forward = _own_forward(root)
+    shift = (
+        getattr(forward, "__globals__", {}).get("shift_tokens_right") if "shift_tokens_right" in _names(forward) else None
+    )
+    config = getattr(root, "config", None)
+    tokens = [getattr(config, name, None) for name in ("pad_token_id", "decoder_start_token_id")]
+    if not callable(shift) or len(inspect.signature(shift).parameters) != 3 or None in tokens:
+        return None
+    return lambda labels: cast(Tensor, shift(labels, *tokens))
+
+
+def _own_forward(root: Any) -> Any:
+    """The function behind a model's forward pass, without decorators and PEFT; None where there is none."""
+    model = root.get_base_model() if callable(getattr(root, "get_base_model", None)) else root  # PEFT
+    forward = getattr(type(model), "forward", None)
+    return None if forward is None else inspect.unwrap(forward)
+
+
+def _names(function: Any) -> set[str]:
+    """What a function's own code names."""
+    code = getattr(function, "__code__", None)
+    return set() if code is None else {*code.co_names, *code.co_varnames}
 
 
 def shifts_labels(root: Any) -> bool:
@@ -236,11 +271,34 @@ def shifts_labels(root: Any) -> bool:
     Class names do not tell: BartForCausalLM, XLNetLMHeadModel and some forty others take labels that are shifted already.
     """
     model = root.get_base_model() if callable(getattr(root, "get_base_model", None)) else root  # PEFT
-    code = getattr(inspect.unwrap(getattr(type(model), "forward", None) or shifts_labels), "__code__", None)
-    names = {*code.co_names, *code.co_varnames} if code is not None else set()
+    names = _names(_own_forward(root))
     if "loss_function" in names:
         return getattr(model.loss_function, "__name__", "") == "ForCausalLMLoss"
     return bool(names & {"shift_logits", "shift_labels"})
+
+
+def doubled(root: Any, inputs: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The inputs of a batch that holds the batch twice: tensors whose first dimension is `rows`, and where packed sequences
+    begin.
+
+    Raises:
+        ValueError: flash attention would take the packed sequences of each half for one.
+    """
+    twice = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and name.startswith(BOUNDARIES):
+            value = torch.cat((value, value[1:] + value[-1]))
+        elif isinstance(value, Tensor) and value.shape[:1] == (rows,):
+            value = torch.cat((value, value))
+        twice[name] = value
+    attention = str(getattr(text_config(getattr(root, "config", None)), "_attn_implementation", ""))
+    told = inputs.get("attention_mask") is not None or any(name.startswith(BOUNDARIES) for name in inputs)
+    if rows == 1 and "flash" in attention and inputs.get("position_ids") is not None and not told:
+        raise ValueError(
+            "R3F: flash attention tells packed sequences apart by position_ids in a batch of one row alone, and a double "
+            "batch has two; use forward='two_pass', or add cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k"
+        )
+    return twice
 
 
 def logits_of(output: Any) -> Tensor:

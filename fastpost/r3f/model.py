@@ -98,7 +98,8 @@ class R3F(Windowed):
         dropout: "independent" masks in the two passes, as released, or "shared": both passes draw the same (the generators
             of the CPU and of the model's devices are replayed).
         forward: "two_pass", or "double_batch": one pass over the batch twice, each embedding row read once. Equal up to
-            rounding with dropout off. Tensors whose first dimension is the batch size are doubled.
+            rounding with dropout off. Tensors whose first dimension is the batch size are doubled, and so is what says where
+            packed sequences begin (`cu_seq_lens_q`, ...).
         detach_noised_embedding: the noised branch sends no gradient into the embedding table, as in fairseq's classifier
             (its sequence-to-sequence criterion lets it flow).
         reduction: "token", "sentence", "fairseq" or "sum", as in `r3f_loss`; None: "sentence" for two-dimensional logits,
@@ -197,6 +198,8 @@ class R3F(Windowed):
             if given not in valid and not (name == "reduction" and given is None):
                 raise unknown(name, given, valid)
         check_number("R3F", "memory_budget", self.memory_budget, POSITIVE)
+        check_whole("R3F", "ignore_index", self.ignore_index)
+        check_real("R3F", "label_smoothing", self.label_smoothing)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"R3F: label_smoothing must be in [0, 1), not {self.label_smoothing}")
         if self.divergence == "js" and self.grad != "both":

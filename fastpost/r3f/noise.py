@@ -24,6 +24,7 @@ from fastpost.ops.noise import add_noise, asks_for_gradient, embedding_noise
 
 SCALES = ("absolute", "relative", "neftune")
 
+BOUNDARIES = ("cu_seq_lens", "cu_seqlens")  # inputs whose names start so say where packed sequences begin
 CALL = 1 << 40  # from one call's seed to the next one's (an embedding that runs twice, layers)
 
 
@@ -241,7 +242,7 @@ def sequence_numbers(inputs: Mapping[str, Any], rows: torch.Size) -> Tensor | No
     tells = {name: inputs[name] for name in ("sequence_ids", "seq_idx", "position_ids", "attention_mask") if name in inputs}
     tells = {k: t for k, t in tells.items() if isinstance(t, Tensor) and t.ndim == 2 and t.shape[-1] == rows[-1]}
     mask = inputs.get("attention_mask")
-    packed = [name for name in inputs if name.startswith(("cu_seq_lens", "cu_seqlens"))]
+    packed = [name for name in inputs if name.startswith(BOUNDARIES)]
     if isinstance(mask, Tensor) and mask.ndim > 2:
         packed.append("an attention mask of blocks")
     if packed and not tells.keys() - {"attention_mask"}:
@@ -268,6 +269,28 @@ def kept(ids: Tensor, attention_mask: Tensor | None, padding_idx: int | None) ->
     return None if padding_idx is None else ids != padding_idx
 
 
+def time_first(seen: Tensor, ids: Any) -> bool:
+    """Whether a module is given (time, batch, ...) of a batch whose ids are (batch, time), as modules inside XLNet are.
+
+    Where both are as long, that shows in token ids alone.
+
+    Args:
+        seen: what the module was given: ids, or hidden states.
+        ids: the batch's, with choices in front of time or without; anything else tells nothing.
+    """
+    if not isinstance(ids, Tensor) or ids.ndim < 2 or seen is ids or seen.ndim < 2:
+        return False
+    rows = ids.flatten(0, -2)
+    if seen.shape[:2] != rows.shape[::-1]:
+        return False
+    if rows.shape[0] != rows.shape[1]:
+        return True
+    if seen.ndim > 2 or traced() or seen.data_ptr() == ids.data_ptr():
+        return False
+    rows = rows.to(seen)
+    return torch.equal(seen, rows.mT) and not torch.equal(seen, rows)
+
+
 class NoisyEmbedding:
     """While open, a module's output carries noise. Everything is taken back on the way out, whatever happened inside.
 
@@ -283,6 +306,7 @@ class NoisyEmbedding:
         module: the embedding; called with token ids as its first argument.
         noise: what to add.
         attention_mask: of the whole call; (batch, time) or None.
+        ids: of the whole call, by which a module that is given them turned, (time, batch), is known; or None.
         halves: the call is a double batch.
         first_only: noise only at the module's first call in the forward pass (an encoder-decoder may share the module with
             its decoder, which runs second).
@@ -298,12 +322,13 @@ class NoisyEmbedding:
         module: nn.Module,
         noise: Noise,
         attention_mask: Tensor | None = None,
+        ids: Any = None,
         *,
         halves: bool = False,
         first_only: bool = False,
         second_only: bool = False,
     ) -> None:
-        self.module, self.noise, self.attention_mask = module, noise, attention_mask
+        self.module, self.noise, self.attention_mask, self.ids = module, noise, attention_mask, ids
         self.halves = halves
         self.only = 1 if first_only else 2 if second_only else None
         self.runs = self.calls = 0
@@ -352,13 +377,33 @@ class NoisyEmbedding:
         mask = self.attention_mask
         return mask[: mask.shape[0] // 2] if self.halves and mask is not None else mask
 
+    def _keep(self, ids: Tensor) -> Tensor | None:
+        """Which of these ids (batch, time), of one half of a double batch, get noise."""
+        mask = self._mask()
+        if mask is not None and self._padded(ids, mask):
+            more = (0, ids.shape[1] - mask.shape[-1])
+            mask, sequences = nn.functional.pad(mask, more), self.noise.sequences
+            if sequences is not None and sequences.shape[-1] < ids.shape[1]:
+                self.noise.sequences = nn.functional.pad(sequences, more)
+        return kept(ids, mask, self._padding_idx())
+
+    def _padded(self, ids: Tensor, mask: Tensor) -> bool:
+        """Whether the model itself has padded the batch's ids on the right (Longformer: to full windows)."""
+        given, time = self.ids, mask.shape[-1]
+        if not isinstance(given, Tensor) or given.ndim < 2 or ids.ndim != 2 or ids.shape[1] <= time or traced():
+            return False
+        rows = given.flatten(0, -2)[: len(ids)]
+        return given.shape[-1] == time and len(rows) == len(ids) and torch.equal(ids[:, :time], rows.to(ids))
+
     def _both_halves(self, ids: Tensor) -> Tensor:
         assert isinstance(self.module, nn.Embedding)
+        turned = time_first(ids, self.ids)
+        ids = ids.mT if turned else ids
         ids = ids[: ids.shape[0] // 2]
-        keep = kept(ids, self._mask(), self._padding_idx())
+        keep = self._keep(ids)
         both = self.noise.look_up(self.module.weight, ids, keep, self._padding_idx(), self.calls)
         self.calls += 1
-        return both
+        return both.transpose(0, 1).contiguous() if turned else both
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._off():
@@ -368,14 +413,18 @@ class NoisyEmbedding:
         ids = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(ids, Tensor) or ids.shape != output.shape[:-1]:
             ids = None  # no token ids to find padding by, as in a module that mixes features
+        turned = False
+        if ids is not None and time_first(ids, self.ids):
+            turned, ids, output = True, ids.mT, output.transpose(0, 1)
         clean = output
         if self.halves:
             clean, output = output.chunk(2)
             ids = None if ids is None else ids[: len(clean)]
-        keep = None if ids is None else kept(ids, self._mask(), self._padding_idx())
+        keep = None if ids is None else self._keep(ids)
         noised = self.noise.add(output, keep, self.calls)
         self.calls += 1
-        return torch.cat((clean, noised)) if self.halves else noised
+        noised = torch.cat((clean, noised)) if self.halves else noised
+        return noised.transpose(0, 1).contiguous() if turned else noised
 
 
 def _plain(module: nn.Module) -> bool:

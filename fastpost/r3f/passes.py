@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastpost.ops.halves import writable_halves
 from fastpost.ops.noise import fresh_seed
 from fastpost.ops.params import seed_tensor
-from fastpost.r3f.conventions import accelerators, align_labels, beside_virtual_tokens, check_rows, device_of
+from fastpost.r3f.conventions import accelerators, align_labels, beside_virtual_tokens, check_rows, device_of, doubled
 from fastpost.r3f.head import Head, last_stream
 from fastpost.r3f.noise import Noise, NoisyEmbedding, find_embedding, is_encoder_decoder, refuse_neftune, sequence_numbers
 from fastpost.rng import RandomState, seed_of
@@ -150,11 +150,7 @@ class Passes:
         places = self._places()  # draws the seed, ahead of any dropout mask
         if how.forward == "double_batch":
             rows = self.labels.shape[0]
-            inputs = {
-                key: torch.cat((value, value)) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
-                for key, value in inputs.items()
-            }
-            both = self._noised(inputs, places, rows)
+            both = self._noised(doubled(self.root, inputs, rows), places, rows)
             if both.shape[0] != 2 * rows:
                 raise ValueError(
                     f"R3F: a double batch of {2 * rows} rows gave {both.shape[0]} rows of logits; use forward='two_pass'"
@@ -231,6 +227,7 @@ class Passes:
                     place.module,
                     place.noise,
                     mask,
+                    inputs.get("input_ids" if place.side == "encoder" else "decoder_input_ids"),
                     halves=rows is not None,
                     first_only=place.first_only,
                     second_only=place.second_only,

@@ -20,6 +20,7 @@ from fastpost.ops.scalars import check_number, check_whole
 from fastpost.r3f.conventions import (
     accelerators,
     align_labels,
+    beside_virtual_tokens,
     check_rows,
     device_of,
     logits_of,
@@ -97,6 +98,7 @@ class Method(Windowed):
             raise TypeError(
                 f"{type(self).__name__}: embedding must be a module, a module's name or None, not {type(embedding).__name__}"
             )
+        check_whole(type(self).__name__, "ignore_index", ignore_index)
         if seed is not None:
             check_whole(type(self).__name__, "seed", seed)
             seed_tensor(seed, torch.device("cpu"))
@@ -228,7 +230,8 @@ class Method(Windowed):
                 return self._checked(call, call.model(**{**call.inputs, "inputs_embeds": noise.add(embeds, keep)}))
         name, module = self._place(call)
         with self._named():
-            with NoisyEmbedding(module, noise, mask, first_only=is_encoder_decoder(call.root)) as embedding:
+            ids = call.inputs.get("input_ids")
+            with NoisyEmbedding(module, noise, mask, ids, first_only=is_encoder_decoder(call.root)) as embedding:
                 output = call.model(**call.inputs)
             embedding.require_called(name)
             return self._checked(call, output)
@@ -236,12 +239,19 @@ class Method(Windowed):
     def _checked(self, call: Call, output: Any) -> Tensor:
         """The logits in a model's output, once they are known to fit the labels."""
         logits = logits_of(output)
-        check_rows(call.labels, logits, logits.shape[-1], self.ignore_index)
+        self._fits(call, logits, logits.shape[-1])
         return logits
+
+    def _fits(self, call: Call, stream: Tensor, classes: int) -> None:
+        """Raises ValueError where labels do not go with logits, or with the hidden states before a head of `classes`."""
+        check_rows(self._labels(call, stream), stream, classes, self.ignore_index)
+
+    def _labels(self, call: Call, stream: Tensor) -> Tensor:
+        return beside_virtual_tokens(call.root, call.labels, stream, self.ignore_index)
 
     def _targets(self, call: Call, logits: Tensor) -> Tensor:
         """Labels in step with the rows of the logits."""
-        return align_labels(call.root, call.labels, logits, call.shift, self.ignore_index)
+        return align_labels(call.root, self._labels(call, logits), logits, call.shift, self.ignore_index)
 
     def _cross_entropy(self, call: Call, logits: Tensor) -> Tensor:
         """Averaged over the rows that count, or over num_items; 0 where none counts."""

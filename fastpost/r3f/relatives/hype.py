@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastpost.errors import unknown
 from fastpost.modes import evaluating
 from fastpost.ops.noise import check_noise
+from fastpost.r3f.conventions import virtual_tokens
 from fastpost.r3f.model import R3FOutput
-from fastpost.r3f.noise import Noise, is_encoder_decoder
+from fastpost.r3f.noise import Noise, is_encoder_decoder, time_first
 from fastpost.r3f.relatives.base import Call, Method
 
 
@@ -123,10 +125,12 @@ class HyPe(Method):
         """The stacks of layers, whose tokens are counted apart; the last holds all layers that are in none before."""
         device = next((p.device for p in call.root.parameters()), call.labels.device)
         seed, mask = self._seed_on(device), call.attention_mask
+        embeds = call.inputs.get("inputs_embeds")
+        ids = embeds[..., 0] if isinstance(embeds, Tensor) else call.inputs.get("input_ids")
 
         def stack(side: str, prefix: str, mask: Tensor | None) -> _Stack:
             noise = Noise(self.eps, self.noise_type, seed, detach=False, measured=self._measured)
-            return _Stack(side, prefix, noise, mask)
+            return _Stack(side, prefix, noise, mask, ids if side == "encoder" else None, virtual_tokens(call.root))
 
         if not is_encoder_decoder(call.root):
             return [stack("encoder", "", mask)]
@@ -149,13 +153,24 @@ class _Stack:
 
     Attributes:
         side: "encoder" or "decoder". prefix: what their names begin with.
-        noise: theirs. mask: 0 where there is padding, or None.
+        noise: theirs. mask: 0 where there is padding, or None. ids: that the side reads, or None.
+        virtual: how many learned tokens PEFT may have put before the text; they get no noise, nor are they counted.
     """
 
     side: str
     prefix: str
     noise: Noise
     mask: Tensor | None
+    ids: Any
+    virtual: int
+
+    def keep(self, rows: Tensor) -> Tensor | None:
+        """Which of the hidden states (batch, time, width) get noise, bool; None: all."""
+        mask, begins = self.mask, self.virtual
+        if begins and isinstance(self.ids, Tensor) and rows.shape[:-1] == (len(self.ids), self.ids.shape[-1] + begins):
+            mask = torch.ones_like(self.ids) if mask is None or mask.shape != self.ids.shape else mask
+            mask = nn.functional.pad(mask, (begins, 0))
+        return mask != 0 if mask is not None and mask.shape == rows.shape[:-1] else None
 
 
 class _NoisyLayers:
@@ -177,14 +192,14 @@ class _NoisyLayers:
             self._undo.pop().remove()
 
     def _hook(self, stack: _Stack) -> Any:
-        mask = stack.mask
-
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             hidden = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(hidden, Tensor) or not hidden.dtype.is_floating_point:
                 raise TypeError(f"HyPe: {type(module).__name__} was not given hidden states first; pass other layers=")
-            keep = mask != 0 if mask is not None and mask.shape == hidden.shape[:-1] else None
-            noised = stack.noise.add(hidden, keep, self.calls)
+            turned = time_first(hidden, stack.ids)
+            rows = hidden.transpose(0, 1) if turned else hidden
+            noised = stack.noise.add(rows, stack.keep(rows), self.calls)
+            noised = noised.transpose(0, 1).contiguous() if turned else noised
             self.calls += 1
             return ((noised, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": noised})
 

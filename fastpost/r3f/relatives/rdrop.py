@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpost.ops.linear_divergence import linear_r_drop_loss
 from fastpost.ops.scalars import POSITIVE, check_number
-from fastpost.r3f.conventions import check_rows
+from fastpost.r3f.conventions import doubled
 from fastpost.r3f.head import Head, fused_head, last_stream
 from fastpost.r3f.model import OPTIONS, R3FOutput
 from fastpost.r3f.relatives.base import Call, Method
@@ -32,9 +32,8 @@ class RDrop(Method):
 
     Args:
         alpha: weight of the KL, >= 0. At 0 the cross-entropies of both passes remain.
-        forward: "two_pass", or "double_batch": one pass over the batch twice, as in the paper's code; tensors whose first
-            dimension is the batch size are doubled. Same loss in distribution; the same bits without dropout only up to
-            rounding.
+        forward: "two_pass", or "double_batch": one pass over the batch twice, as in the paper's code; tensors are doubled as
+            in R3F. Same loss in distribution; the same bits without dropout only up to rounding.
         fused_linear: for models with a vocabulary: hidden states and the output head's weight go into `linear_r_drop_loss`,
             and logits are never held whole. The head must be a plain nn.Linear, tied or not; `out.logits` is None in
             training. What models may do to their logits: as in R3F.
@@ -92,13 +91,10 @@ class RDrop(Method):
             return self._clean(call)
         with self._named():
             states = last_stream(call.model, call.root, head, call.inputs)
-            check_rows(call.labels, states, head.linear.weight.shape[0], self.ignore_index)
+            self._fits(call, states, head.linear.weight.shape[0])
         return states
 
     def _twice(self, call: Call) -> Call:
-        rows = call.labels.shape[0]
-        inputs = {
-            name: torch.cat((value, value)) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
-            for name, value in call.inputs.items()
-        }
+        with self._named():
+            inputs = doubled(call.root, call.inputs, call.labels.shape[0])
         return replace(call, inputs=inputs, labels=torch.cat((call.labels, call.labels)))
