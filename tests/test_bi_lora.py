@@ -168,6 +168,28 @@ def test_bi_lora_on_a_classifier_leaves_its_head_alone() -> None:
     BiLoRA(model, rho=RHO).remove()  # and again
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"), [("causal", {"lora_bias": True}), ("llama", {"layer_replication": [(0, 1), (0, 1)]})]
+)
+def test_the_second_adapter_is_two_matrices_a_layer(kind: str, options: dict[str, Any]) -> None:
+    """What else it trained would be gone in eval mode and in the end."""
+    model = lora(kind, **options)
+    before = dict(model.named_parameters())
+    bi = BiLoRA(model, rho=RHO)
+    added = dict(model.named_parameters()).keys() - before.keys()
+    assert added == {n.replace(".default.", ".bilora.") for n in before if "lora_" in n and n.endswith("weight")}
+    opt = torch.optim.SGD(bi.param_groups(lr=0.5))
+    bi.attach(opt)
+    for [rows] in windows(2):
+        language_loss(model, rows).backward()
+        opt.step()
+        opt.zero_grad()
+    with torch.no_grad():
+        switched_off = language_loss(model.eval(), rows)
+        bi.remove()
+        assert torch.equal(language_loss(model, rows), switched_off)
+
+
 def test_trainable_tokens_have_no_second_adapter() -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 4]})
     model = peft.get_peft_model(build("llama"), config)

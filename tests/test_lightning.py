@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -414,6 +414,31 @@ def test_sam_and_r3f_see_the_same_noise_in_both_passes(tmp_path: Path) -> None:
     for [rows] in windows(6, 1):
         opt.step(functools.partial(closure, rows))
     assert distance(module.model, model) <= 1e-9
+
+
+class WithBatchNorm(Module):
+    """Behind a batch norm, of which averaged weights need statistics of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1)).double()
+
+    def training_step(self, rows: Tensor, batch_idx: int) -> Tensor:
+        self.calls += 1
+        return self.model(rows.double()).square().mean()
+
+
+def test_averaged_weights_get_their_statistics(tmp_path: Path) -> None:
+    """StochasticWeightAveraging ends with an epoch of forward passes alone, in which SAM has nothing to do."""
+    found = []
+    for callback in (None, SAMCallback(rho=0.0)):
+        averaging = StochasticWeightAveraging(swa_lrs=LR, swa_epoch_start=1)
+        found.append(WithBatchNorm())
+        trainer(tmp_path, callback, max_epochs=3, callbacks=[averaging]).fit(found[-1], loader(12))
+    plain, sam = found
+    assert sam.calls - plain.calls == 3 * 6
+    assert all(same_bits(a, b) for a, b in zip(plain.state_dict().values(), sam.state_dict().values(), strict=True))
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -432,7 +432,7 @@ def fabric_step(form: str, fabric: Fabric, model: Any, opt: Any, x: Tensor, clip
 
 @pytest.mark.parametrize("interval", [1, 2])
 @pytest.mark.parametrize(("form", "clip"), [("two calls", None), ("two calls", 0.5), ("closure", None)])
-def test_fabric(form: str, clip: float | None, interval: int) -> None:
+def test_fabric(form: str, clip: float | None, interval: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net, reference = network(), network()
     fabric = Fabric(accelerator="cpu", devices=1)
     sam = SAM(net.parameters(), torch.optim.SGD, rho=RHO, lr=LR, momentum=0.9, interval=interval)
@@ -448,6 +448,8 @@ def test_fabric(form: str, clip: float | None, interval: int) -> None:
         assert gap(net, reference) <= 1e-12
     assert opt.skipped_steps == 0
     assert opt.state_dict()["param_groups"][0]["sam_steps"] == len(BATCHES)
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)  # as of sharded models
+    assert net.float()[0].weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("form", "clip"), [("two calls", None), ("two calls", 0.05), ("closure", None)])

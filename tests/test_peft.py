@@ -435,6 +435,26 @@ def test_a_copy_of_a_model_computes_with_its_own_weights(name: str, attached: bo
     assert not torch.equal(language_loss(twin, rows).detach(), language_loss(model, rows).detach())
 
 
+class Attentive(nn.Module):
+    """torch's own attention, for which PEFT adds B A to the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.MultiheadAttention(6, 2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("where", ["attention", "parameters"])
+def test_adapters_whose_matrices_are_not_called_are_refused(name: str, where: str) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"])
+    if where == "parameters":
+        config = peft.LoraConfig(target_modules=[], target_parameters=["q_proj.weight"])
+    model = peft.get_peft_model(Attentive() if where == "attention" else build("llama"), config)
+    with pytest.raises(TypeError, match="q_proj is no plain LoRA on a matrix"):
+        METHODS[name][0](model)
+    assert list(model.peft_config) == ["default"]
+
+
 class Stranger:
     """A trainer or a logger, with hooks of its own on the optimizer."""
 

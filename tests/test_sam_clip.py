@@ -402,8 +402,8 @@ def test_between_steps_nothing_is_kept() -> None:
     assert not opt._step.clean
 
 
-@pytest.mark.parametrize("how", ["copied", "added", "thawed"])
-def test_parameters_that_come_later_are_watched(how: str) -> None:
+@pytest.mark.parametrize("how", ["copied", "added", "swapped", "thawed"])
+def test_parameters_that_come_later_are_watched(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network().double()
     params = list(model.parameters())
     if how == "copied":
@@ -412,6 +412,12 @@ def test_parameters_that_come_later_are_watched(how: str) -> None:
     elif how == "added":
         opt = SAM(params[:2], torch.optim.SGD, rho=RHO, lr=LR, variant=GSAM(0.7))
         opt.add_param_group({"params": params[2:]})
+    elif how == "swapped":  # as conversions of sharded models do it
+        opt = SAM(params, torch.optim.SGD, rho=RHO, lr=LR, variant=GSAM(0.7))
+        opt.step(closure_of(model, BATCHES[0]))
+        opt.zero_grad()
+        monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+        model.float().double()
     else:
         for p in params[:3]:
             p.requires_grad_(False)

@@ -196,7 +196,7 @@ class SAMCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         window = self._window
-        if self._is_off:
+        if self._is_off or trainer.fit_loop._skip_backward:  # as StochasticWeightAveraging's last epoch, for batch norms
             return
         assert window is not None
         if not window.is_open:

@@ -26,6 +26,7 @@ from fastpost.rng import seed_of
 try:
     from peft import LoraConfig, PeftModel
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 except ImportError as error:
     raise ImportError("fastpost.integrations.peft needs peft: pip install 'fastpost[peft]'") from error
 
@@ -74,7 +75,7 @@ class BiLoRA(_Method):
         bi.remove()                        # before saving or merging
 
     Args:
-        model: a PeftModel whose adapter is LoRA on matrices (no DoRA, no convolutions or embeddings), not sharded.
+        model: a PeftModel whose adapter is LoRA on linear layers (no DoRA, no target_parameters), not sharded.
         rho: the perturbation's norm, >= 0, in the units of the merged weights.
         adapter: the adapter that is trained.
         auxiliary: a name for the other one.
@@ -118,6 +119,8 @@ class BiLoRA(_Method):
         if config.use_rslora:
             second.lora_alpha = config.lora_alpha * math.sqrt(second.r / config.r)
         second.lora_dropout, second.bias, second.modules_to_save = 0.0, "none", None
+        second.lora_bias = second.ensure_weight_tying = False  # beside A and B nothing of it is trained
+        second.layer_replication = None  # the layers are replicated by now
         second.init_lora_weights, second.inference_mode = True, False
         self._trained = [p for p in model.parameters() if p.requires_grad]
         try:
@@ -236,7 +239,7 @@ class EFlatLoRA(_Method):
     loss scale) changes nothing. To resume, load `state_dict()`.
 
     Args:
-        model: a PeftModel whose adapter is LoRA on matrices (no DoRA, no convolutions or embeddings), not sharded.
+        model: a PeftModel whose adapter is LoRA on linear layers (no DoRA, no target_parameters), not sharded.
         rho: radius, >= 0, in the units of each merged weight; may be changed between steps, as the paper lets it fall.
         beta: share of the newest perturbation, in (0, 1).
         adapter: the adapter that is trained.
@@ -518,8 +521,12 @@ def _lora_layers(who: str, model: Any, adapter: str | None) -> Iterator[tuple[st
             continue
         found = True
         matrices = [m.weight for which in (layer.lora_A, layer.lora_B) for m in which.values()]
-        if layer.lora_variant or len(layer.lora_embedding_A) or not matrices or any(m.ndim != 2 for m in matrices):
-            raise TypeError(f"{who}: {name} is no plain LoRA on a matrix (DoRA, embedding or convolution), so it has no B A")
+        merges = isinstance(layer, MultiheadAttention | ParamWrapper)  # adds B A to weights, and calls no A, no B
+        if merges or layer.lora_variant or len(layer.lora_embedding_A) or any(m.ndim != 2 for m in matrices) or not matrices:
+            raise TypeError(
+                f"{who}: {name} is no plain LoRA on a matrix (DoRA, embedding, convolution, nn.MultiheadAttention, "
+                "target_parameters), so it has no layers A and B to act on; leave it out of the adapter, or use SAM"
+            )
         yield name, layer
     if not found:
         raise TypeError(f"{who}: the model has no LoRA layer")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -106,7 +105,7 @@ def _step_of(wrapper: Any) -> Any:
             with sam.stepped_by_others():
                 result = wrapper.step(self, **kwargs)
         else:
-            stray = [] if reuse_grads else _strays(sam, vars(self).get("_spent", {}))
+            stray = [] if reuse_grads else _strays(sam)
             try:
                 loss = sam.passes(_watched(closure, stray, sam), reuse_grads=reuse_grads, clear=not stray)
             except _NoLoss:
@@ -115,20 +114,21 @@ def _step_of(wrapper: Any) -> Any:
                 handed = (lambda: loss,) if calls_closures else ()
                 wrapper.step(self, *handed, **kwargs)
             result = loss
-        vars(self)["_spent"] = {id(p): (weakref.ref(p.grad), p.grad._version) for p in sam.tensors() if p.grad is not None}
+        for gradient in (p.grad for p in sam.tensors() if p.grad is not None):
+            # On the tensor itself: a weak reference would keep torch from swapping it, as `to()` of a sharded model does.
+            vars(gradient)[_SPENT] = gradient._version
         return result
 
     return step
 
 
-def _strays(sam: Any, spent: dict[int, Any]) -> list[tuple[Tensor, Tensor]]:
+_SPENT = "_spent_by_sam"  # what a gradient's version was when a step had used it
+
+
+def _strays(sam: Any) -> list[tuple[Tensor, Tensor]]:
     """Parameters with gradients, other than zeros, that no step has used: they may be of earlier micro-batches."""
-    found = []
-    for p in sam.tensors():
-        if p.grad is not None:
-            known, version = spent.get(id(p), (lambda: None, 0))
-            if known() is not p.grad or version != p.grad._version:
-                found.append((p, p.grad))
+    present = [(p, p.grad) for p in sam.tensors() if p.grad is not None]
+    found = [(p, gradient) for p, gradient in present if vars(gradient).get(_SPENT) != gradient._version]
     values = (values_of(local(gradient)) for _, gradient in found)
     return found if any(v is not None and bool(v.count_nonzero()) for v in values) else []
 

@@ -21,28 +21,43 @@ Register = Callable[[Tensor], Iterable[Any]]
 
 
 class ParameterHooks:
-    """Hooks on those parameters that require a gradient; nothing is done while these are the same."""
+    """Hooks on those parameters that require a gradient; nothing is done while these are the same.
+
+    Where a conversion swaps tensors (`to()` of a sharded model), torch puts another one into the parameter and leaves the
+    hooks behind. They are put on anew then.
+    """
 
     def __init__(self) -> None:
         self._selection: ops.Selection | None = None
-        self._hooked: tuple[int, ...] = ()
+        self._first = 0  # what the first parameter holds: a conversion swaps all
+        self._hooked: tuple[tuple[int, int], ...] = ()
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
 
     def put(self, lists: list[list[Tensor]], register: Register) -> None:
         """Hooks the parameters of these lists and no others; `register` returns the handles of one parameter's hooks."""
-        if self._selection is not None and self._selection.same(lists):
+        first = next((p._cdata for part in lists for p in part), 0)
+        if self._selection is not None and first == self._first and self._selection.same(lists):
             return
         params = [p for part in lists for p in part]
         selection, params = ops.Selection(params, "requires_grad"), [p for p in params if p.requires_grad]
-        key = tuple(map(id, params))
+        key = tuple((id(p), p._cdata) for p in params)
         if key != self._hooked:
             self._selection, self._hooked = None, ()  # an interrupt must not leave some hooked and taken for all
             _remove(self._handles)
             for p in params:
+                _connect_hooks(p)
                 self._handles += register(p)
             self._hooked = key
-        self._selection = selection
+        self._selection, self._first = selection, first
+
+
+def _connect_hooks(p: Tensor) -> None:
+    """Has torch call the hooks in a parameter's dictionaries, to which it adds without looking whether they are called."""
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        hooks = getattr(p, name)
+        if hooks is not None:
+            setattr(p, name, hooks or None)
 
 
 def _remove(handles: list[Any]) -> None:
@@ -202,11 +217,13 @@ class Change(NamedTuple):
     """What the rewriting did to one gradient.
 
     Attributes:
+        parameter: whose gradient it is.
         gradient: `p.grad`, to tell whether it is still the same.
         part: this rank's part of it.
         added: the difference that the rewriting made, like `part`.
     """
 
+    parameter: Tensor
     gradient: Tensor
     part: Tensor
     added: Tensor
@@ -231,8 +248,8 @@ class EarlyRewriting:
     def __init__(self, wanted: Callable[[], bool], gradients: Callable[[], Gradients], rewrite: Callable[[], None]) -> None:
         self._wanted, self._gradients, self._rewrite = map(weakref.WeakMethod, (wanted, gradients, rewrite))
         self._hooks = ParameterHooks()
-        self._changes: dict[Tensor, Change] = {}
-        self._there: dict[Tensor, Tensor] = {}  # whether anything of a change is left; of gradients that may be added to
+        self._changes: dict[int, Change] = {}  # by the parameter's id
+        self._there: dict[int, Tensor] = {}  # whether anything of a change is left; of gradients that may be added to
         self._pass = -1
         self.done = False
 
@@ -241,12 +258,12 @@ class EarlyRewriting:
         mine = weakref.ref(self)
 
         def register(p: Tensor) -> Iterable[Any]:
-            parameter = weakref.ref(p)
+            key = id(p)  # a weak reference would keep torch from swapping the tensor, as `to()` of a sharded model does
 
             def before(gradient: Tensor) -> None:
-                this, p = mine(), parameter()
-                if this is not None and p is not None:
-                    this._look(p)
+                this = mine()
+                if this is not None:
+                    this._look(key)
 
             def after(p: Tensor) -> None:
                 this = mine()
@@ -264,18 +281,18 @@ class EarlyRewriting:
         self.done = False
 
     @ops.without_grad
-    def _look(self, p: Tensor) -> None:
+    def _look(self, key: int) -> None:
         """Before a gradient is added to, or while `torch.autograd.grad` runs: what can only be seen now."""
-        self._there.pop(p, None)
-        change = self._changes.get(p)
-        if change is not None and p.grad is change.gradient:
-            self._there[p] = _left(change)
+        self._there.pop(key, None)
+        change = self._changes.get(key)
+        if change is not None and change.parameter.grad is change.gradient:
+            self._there[key] = _left(change)
 
     @ops.without_grad
     def _arrived(self, p: Tensor) -> None:
-        there = self._there.pop(p, None)
+        there = self._there.pop(id(p), None)
         if there is not None:
-            change = self._changes.pop(p)
+            change = self._changes.pop(id(p))
             part = change.part if p.grad is change.gradient else distributed.local_gradient(p)
             assert part is not None
             _subtract(part, change, there)
@@ -296,19 +313,19 @@ class EarlyRewriting:
         self._pass = -1
         if self.done or not _call(self._wanted):
             return
-        for p in list(self._changes):
-            self._take_back(p)
+        for key in list(self._changes):
+            self._take_back(key)
         found = _call(self._gradients)
         plain = {p: g.clone() for p, g in found.items()}
         _call(self._rewrite)
         for p, g in found.items():
-            self._changes[p] = Change(p.grad, g, g - plain.pop(p))
+            self._changes[id(p)] = Change(p, p.grad, g, g - plain.pop(p))
         self.done = True
 
     @ops.without_grad
-    def _take_back(self, p: Tensor) -> None:
-        change = self._changes.pop(p, None)
-        if change is not None and p.grad is change.gradient:
+    def _take_back(self, key: int) -> None:
+        change = self._changes.pop(key, None)
+        if change is not None and change.parameter.grad is change.gradient:
             _subtract(change.part, change, _left(change))
 
 
