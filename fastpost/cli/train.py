@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from fastpost.cli.options import complain
 from fastpost.integrations.masking import Mask
 
+# What is raised for what was asked for, as long as nothing is written; of transformers too.
+_REFUSALS = (ValueError, TypeError, OSError, RuntimeError, ImportError)
+
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; 0 when done, 2 where something is wrong with what was asked for, 130 when interrupted."""
@@ -25,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             job = train_run.prepare(run)
             trainer = train_run.assemble(job)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:  # what transformers refuses, too
+    except _REFUSALS as error:
         if isinstance(error, ModuleNotFoundError) and not isinstance(error, importlib.metadata.PackageNotFoundError):
             raise  # the command line's own list says what to install
         complain("fastpost train", error, mask)
@@ -43,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"interrupted; GAP puts the weights back, and nothing was written. To begin again:\n{run.command}")
         return 130
     except Exception as error:
-        if not _is_users(error, gap=run.method == "gap"):
+        refused = run.method != "gap" and trainer.watch.began_at is None and isinstance(error, _REFUSALS)
+        if not refused and not _is_users(error, gap=run.method == "gap"):
             mask.exception(error)
             raise
         complain("fastpost train", error, mask)
