@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -107,7 +108,7 @@ def test_a_model_of_another_task_gets_a_head_and_the_loss_of_this_one(models, fi
     found = job.model.eval()(**batches[0])
     logits = found.logits.detach().double()
     expected = logits.logsumexp(-1) - logits.gather(1, batches[0]["labels"][:, None])[:, 0]
-    assert float(found.loss) == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert found.loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
 def test_labels_that_a_hub_data_set_names(tmp_path) -> None:
@@ -150,6 +151,8 @@ def test_labels_that_a_hub_data_set_names(tmp_path) -> None:
         ("x.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n', "a single row of each label, so"),
         ("x.parquet", "", "Known: text"),
         ("x.csv", b"text\n\xff\n", r"x\.csv: not UTF-8 \(.* at byte 5\); save it as UTF-8, from Latin-1 by iconv -f LATIN1"),
+        ("x y.csv", "text\na".encode("utf-16"), r"from UTF-16 by iconv -f UTF-16 -t UTF-8 '.*x y\.csv' > NEW"),
+        ("x.csv", gzip.compress(b"text\n"), r"x\.csv: not UTF-8 \(.*\) but compressed; unpack it by gunzip -c .*x\.csv"),
     ],
 )  # fmt: skip
 def test_broken_data_name_file_and_line(tmp_path, name, content, message) -> None:

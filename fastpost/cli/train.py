@@ -50,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
         if not refused and not _is_users(error, gap=run.method == "gap"):
             mask.exception(error)
             raise
-        complain("fastpost train", error, mask)
+        told = f"a checkpoint cannot be written; is the disk full? {error}" if _is_of_torch_save(error) else error
+        complain("fastpost train", told, mask)
         return 2
     if is_first:
         for what, value, aside in train_report.tiles_of(results):
@@ -63,4 +64,12 @@ def _is_users(error: Exception, gap: bool) -> bool:
     """A disk that is full or cannot be written; a score or a text that GAP refuses. Anything else wants its traceback."""
     from safetensors import SafetensorError
 
-    return isinstance(error, (OSError, SafetensorError)) or (gap and isinstance(error, ValueError))
+    is_of_disk = isinstance(error, (OSError, SafetensorError)) or _is_of_torch_save(error)
+    return is_of_disk or (gap and isinstance(error, ValueError))
+
+
+def _is_of_torch_save(error: Exception) -> bool:
+    """What `torch.save` makes of a full disk."""
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("PytorchStreamWriter", "iostream error", "unexpected pos")
+    )
