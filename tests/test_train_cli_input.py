@@ -301,6 +301,7 @@ def test_help_all_groups_every_option_by_method() -> None:
         ("--method sam --eval_do_concat_batches false", "fastpost train scores all batches of an evaluation together"),
         ("--method sam --dataloader_drop_last --per_device_train_batch_size 99", "training examples make no whole batch"),
         ("--method sam --dataloader_persistent_workers", "persistent_workers option needs num_workers > 0"),
+        ("--method sam --model . --output_dir .", "--output_dir . is the folder of --model, which would be overwritten"),
         ("--method sam --label_names foo", "--label_names: fastpost train makes the batches"),
         ("--method sam --metric_for_best_model accuracies", "Did you mean 'accuracy'?"),
         ("--method gap --gap_lr 1e30 --max_length 3", "evaluate returned NaN"),

@@ -347,6 +347,14 @@ def _check(method: str, data: DataOptions, gap: GapOptions, values: Any, asked: 
     for name in ("dataset_config", "train_split", "validation_split"):
         if data.dataset is None and name in asked:
             raise ValueError(f"--{name} goes with --dataset, and there is none")
+    if (
+        data.model is not None
+        and Path(data.model).is_dir()
+        and Path(data.model).resolve() == Path(data.output_dir).resolve()
+    ):
+        raise ValueError(
+            f"--output_dir {data.output_dir} is the folder of --model, which would be overwritten; give another"
+        )
     for name in ("train_file", "validation_file"):
         path = getattr(data, name)
         if path is not None and not Path(path).is_file():
