@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"interrupted; GAP puts the weights back, and nothing was written. To begin again:\n{run.command}")
         return 130
     except Exception as error:
-        refused = run.method != "gap" and trainer.watch.began_at is None and isinstance(error, _REFUSALS)
+        refused = run.method != "gap" and trainer.watch.refused and isinstance(error, _REFUSALS)
         if not refused and not _is_users(error, gap=run.method == "gap"):
             mask.exception(error)
             raise

@@ -179,7 +179,7 @@ def carry_out(job: Job, trainer: Any) -> train_report.Results:
 
     Raises:
         KeyboardInterrupt: Ctrl-C; a checkpoint of the last whole step is there, where one process trains.
-        Exception: also what the trainer refuses as it begins, when nothing is written yet (`Watch.began_at` is None).
+        Exception: also what the trainer refuses as it begins, when nothing is written yet (`Watch.refused`).
     """
     run, arguments, watch = job.run, job.run.arguments, trainer.watch
     results: train_report.Results = watch.results
@@ -200,7 +200,8 @@ def carry_out(job: Job, trainer: Any) -> train_report.Results:
             elif first:
                 keep_options(run)
     except Exception:
-        if watch.began_at is None:
+        watch.refused = watch.began_at is None
+        if watch.refused:
             watch.leave_no_folder()
         raise
     finally:
@@ -243,7 +244,7 @@ class Watch(TrainerCallback):
     def __init__(self, run: Run, results: train_report.Results) -> None:
         self.run, self.results = run, results
         self.made_folder = not run.folder.exists()
-        self.asked = False
+        self.asked = self.refused = False
         self.began_at: int | None = None  # None: no step is made, the checkpoint is the end
         self.saved_at: int | None = None
         self._before: Any = None
