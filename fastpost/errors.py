@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,11 +25,13 @@ def no_file(path: Path) -> FileNotFoundError:
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
-    """For a file of another encoding: where, and how it is converted."""
-    return ValueError(
-        f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8, from Latin-1 by "
-        f"iconv -f LATIN1 -t UTF-8 {path} > NEW"
-    )
+    """For a file of another encoding, or a compressed one: where, and how it is converted."""
+    found, file = f"{path}: not UTF-8 ({error.reason} at byte {error.start})", shlex.quote(str(path))
+    begins = bytes(error.object[:2])
+    if begins == b"\x1f\x8b":
+        return ValueError(f"{found} but compressed; unpack it by gunzip -c {file} > NEW")
+    name, code = ("UTF-16",) * 2 if begins in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ("Latin-1", "LATIN1")
+    return ValueError(f"{found}; save it as UTF-8, from {name} by iconv -f {code} -t UTF-8 {file} > NEW")
 
 
 def nearest(given: object, known: Iterable[str]) -> str:

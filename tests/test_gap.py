@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 
@@ -285,7 +286,7 @@ def test_modes_gradients_and_dropout_are_put_back():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("where", ["evaluate", "forward", "step"])
+@pytest.mark.parametrize("where", ["evaluate", "forward", "step", "end"])
 def test_whatever_is_raised_leaves_the_untouched_weights(error, where, monkeypatch):
     model = tiny_model()
     before, modes = bits(model), [m.training for m in model.modules()]
@@ -304,6 +305,15 @@ def test_whatever_is_raised_leaves_the_untouched_weights(error, where, monkeypat
     if where == "step":
         step = torch.optim.Adam.step
         monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a: (step(self), third_time()))
+    if where == "end":  # of the run, as modes are put back
+
+        @contextlib.contextmanager
+        def kept_modes(model):
+            with fastpost.modes.kept_modes(model):
+                yield
+            raise error("stop")
+
+        monkeypatch.setattr("fastpost.gap.run.kept_modes", kept_modes)
     with pytest.raises(error, match="stop"):
         fastpost.GAP(n_steps=6)(model, a_text(), evaluate=third_time if where == "evaluate" else None)
     assert same(before, bits(model))

@@ -226,6 +226,11 @@ def test_methods_of_two_objects_and_partials_of_other_parts_are_two() -> None:
         ({}, {"probe": torch.zeros(1, 4, dtype=torch.int64)}, "max_kl and probe go together"),
         ({"max_kl": 0.1}, {"probe": torch.zeros(4, dtype=torch.int64)}, "probe must be token ids"),
         ({"max_kl": 0.1}, {"probe": torch.zeros(0, 4, dtype=torch.int64)}, "probe must be token ids"),
+        (
+            {"max_kl": 0.1},
+            {"probe": dict.fromkeys(("input_ids", "attention_mask"), torch.zeros(1, 4).long())},
+            "leave at least",
+        ),
     ],
 )
 def test_bad_input_writes_nothing(options: dict, call: dict, message: str) -> None:

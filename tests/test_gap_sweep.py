@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,6 +153,20 @@ def test_another_sweeps_file_is_refused(change: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"another sweep|not among the texts"):
         sweep(gap, model, given, evaluate, output=output, **options)
     assert output.read_text() == before
+
+
+def test_files_are_utf_8_whatever_the_locale_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, path_open = [], Path.open
+
+    def noted(self: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        opened.append(options.get("encoding"))
+        return path_open(self, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", noted)
+    for _ in range(2):
+        sweep(recipe(), tiny_model(), {"é": texts(1)["text 0"]}, output=tmp_path / "runs.csv")
+    assert set(opened) == {"utf-8"}
+    assert "é," in (tmp_path / "runs.csv").read_bytes().decode("utf-8")
 
 
 def test_names_are_strings_and_numbers_may_be_numpy_s(tmp_path: Path) -> None:

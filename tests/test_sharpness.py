@@ -17,6 +17,7 @@ import fastpost
 from fastpost import SAM, sharpness
 from fastpost.distributed import drop_waiting_gradients, no_sync
 from fastpost.sam.measurement.weights import Weights
+from fastpost.sam.perturbation import Perturbation
 
 from . import distributed as d
 from .conftest import bits
@@ -263,6 +264,24 @@ def test_everything_stays_as_it_was(eval_mode: bool, fails_at: int | None) -> No
     assert same(everything(model), before)
     assert set(calls) == {not eval_mode}
     assert not grad_modes  # optimizers that step in the backward pass are not set off
+
+
+@pytest.mark.parametrize("fails_at", [0, 3, 7])
+def test_an_interrupt_on_the_way_back_to_w(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls, undo = Everything(), [], Perturbation.undo
+    before = everything(model)
+
+    def interrupted(perturbation: Perturbation) -> None:
+        calls.append(perturbation.active)
+        if len(calls) - 1 == fails_at:
+            raise KeyboardInterrupt
+        undo(perturbation)
+
+    monkeypatch.setattr(Perturbation, "undo", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sharpness(model, loss, [data(i, dtype=torch.float32) for i in range(2)])
+    assert calls[fails_at]
+    assert same(everything(model), before)
 
 
 def test_passes_of_a_batch_share_their_dropout_masks() -> None:

@@ -126,3 +126,20 @@ def test_a_full_disk_leaves_no_parts(tmp_path, monkeypatch) -> None:
     with pytest.raises(OSError, match="No space"):
         replace_text(tmp_path / "report.html", "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_is_one_line(models, files, tmp_path, capsys) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = (Path(models["encoder"]) / "model.safetensors").stat().st_size * 3 // 2  # Adam's state takes twice as much
+    words = words_of("none", models, files, tmp_path / "out", "--save_strategy", "steps", "--save_steps", "1")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        assert main(words) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert "fastpost train: error: a checkpoint cannot be written; is the disk full? " in error
+    assert error.count("\n") == 1
+    assert train_checkpoints.newest_whole(tmp_path / "out") is None

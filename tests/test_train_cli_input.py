@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -90,6 +91,26 @@ def test_labels_of_numbers_are_in_their_order_and_a_model_keeps_its_own(models, 
     assert [row["labels"] for row in job.train] == [int(name == "code") for name in names]
 
 
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_a_model_of_another_task_gets_a_head_and_the_loss_of_this_one(models, files, tmp_path, problem) -> None:
+    config = transformers.AutoConfig.from_pretrained(models["encoder"], num_labels=3, problem_type=problem)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(models["encoder"], config=config)
+    model.save_pretrained(tmp_path / "own")
+    transformers.AutoTokenizer.from_pretrained(models["encoder"]).save_pretrained(tmp_path / "own")
+    whole = ["--dataloader_drop_last", "--per_device_eval_batch_size", "3"]
+    words = words_of("none", {"encoder": str(tmp_path / "own")}, files, tmp_path / "out", *whole)
+    job = train_run.prepare(train_options.parse(words[1:]))
+    assert job.fresh == [f"classifier.{name} (of 3 labels there)" for name in ("bias", "weight")]
+    trainer = train_run.assemble(job)
+    batches = list(trainer.get_eval_dataloader())
+    assert sum(len(batch["labels"]) for batch in batches) == len(job.validation)  # none is dropped
+    assert len(job.validation) % len(batches[0]["labels"])
+    found = job.model.eval()(**batches[0])
+    logits = found.logits.detach().double()
+    expected = logits.logsumexp(-1) - logits.gather(1, batches[0]["labels"][:, None])[:, 0]
+    assert found.loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
 def test_labels_that_a_hub_data_set_names(tmp_path) -> None:
     import datasets
 
@@ -130,6 +151,8 @@ def test_labels_that_a_hub_data_set_names(tmp_path) -> None:
         ("x.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n', "a single row of each label, so"),
         ("x.parquet", "", "Known: text"),
         ("x.csv", b"text\n\xff\n", r"x\.csv: not UTF-8 \(.* at byte 5\); save it as UTF-8, from Latin-1 by iconv -f LATIN1"),
+        ("x y.csv", "text\na".encode("utf-16"), r"from UTF-16 by iconv -f UTF-16 -t UTF-8 '.*x y\.csv' > NEW"),
+        ("x.csv", gzip.compress(b"text\n"), r"x\.csv: not UTF-8 \(.*\) but compressed; unpack it by gunzip -c .*x\.csv"),
     ],
 )  # fmt: skip
 def test_broken_data_name_file_and_line(tmp_path, name, content, message) -> None:
@@ -275,6 +298,10 @@ def test_help_all_groups_every_option_by_method() -> None:
         ("--method sam --label_column text", "text, pair and label are three columns"),
         ("--method sam --dtype float23", "choose from 'float32', 'bfloat16', 'auto'"),
         ("--method sam --per_device_train_batch_size 0", "--per_device_train_batch_size must be at least 1"),
+        ("--method sam --eval_do_concat_batches false", "fastpost train scores all batches of an evaluation together"),
+        ("--method sam --dataloader_drop_last --per_device_train_batch_size 99", "training examples make no whole batch"),
+        ("--method sam --dataloader_persistent_workers", "persistent_workers option needs num_workers > 0"),
+        ("--method sam --model . --output_dir .", "--output_dir . is the folder of --model, which would be overwritten"),
         ("--method sam --label_names foo", "--label_names: fastpost train makes the batches"),
         ("--method sam --metric_for_best_model accuracies", "Did you mean 'accuracy'?"),
         ("--method gap --gap_lr 1e30 --max_length 3", "evaluate returned NaN"),

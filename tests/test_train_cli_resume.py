@@ -261,6 +261,7 @@ def test_it_goes_on_from_there_to_the_same_weights(models, files, stopped, run_o
     assert "made anew" not in said  # all weights are the checkpoint's
     assert "checkpoint-3 is incomplete" in said
     assert_same(saved(stopped), saved(run_of_four))
+    assert (stopped / "metrics.csv").read_text() == (run_of_four / "metrics.csv").read_text()
     assert train_checkpoints.flaw_of(stopped / "checkpoint-3") is None
     assert table(stopped) == table(run_of_four)
 

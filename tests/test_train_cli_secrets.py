@@ -140,7 +140,7 @@ def test_a_traceback_holds_none(models, files, tmp_path, monkeypatch) -> None:
         except KeyError as error:
             raise RuntimeError(f"401 for {TOKEN} and environ-sesame-99") from error
 
-    monkeypatch.setattr(train_checkpoints.RunTrainer, "train", fails)
+    monkeypatch.setattr(train_checkpoints.RunTrainer, "training_step", fails)
     with pytest.raises(RuntimeError, match=r"401 for \*\*\* and \*\*\*") as raised:
         main(words_of("sam", models, files, tmp_path, "--hub_token", TOKEN))
     assert TOKEN not in "".join(traceback.format_exception(raised.value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -60,6 +61,20 @@ def test_a_plain_trainer_keeps_it_in_its_history(tmp_path: Any) -> None:
     history = [line for line in trainer.state.log_history if "sharpness/own_rise" in line]
     assert [line["step"] for line in history] == [0, 4]
     assert not any("sharpness/full_rise" in line for line in history)
+
+
+def test_training_goes_on_where_nothing_can_be_measured(tmp_path: Any) -> None:
+    seen: list[int] = []
+
+    def loss(model: Any, batch: Any) -> Any:
+        seen.append(0)
+        return model(**batch).loss * (math.inf if len(seen) == 1 else 1)
+
+    callback = SharpnessCallback(BATCHES[:1], every=4, loss=loss, full_batch=False)
+    with pytest.warns(UserWarning, match="nothing is measured at step 0. sharpness: batch 0 has loss inf"):
+        trainer = trained(tmp_path, Trainer, callback)
+    assert trainer.state.global_step == 4
+    assert [step for step, _ in callback.results] == [4]
 
 
 def test_bad_input(tmp_path: Any) -> None:

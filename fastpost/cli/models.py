@@ -67,7 +67,8 @@ def load(name: str, labels: Sequence[str] = (), dtype: str = "float32") -> tuple
     """From a local folder or a hub: tokenizer, model, and the names of weights that were made anew.
 
     Args:
-        labels: names of the classes of a classifier, which are kept in its config; none for a causal language model.
+        labels: names of the classes of a classifier, which are kept in its config; none for a causal language model. A head
+            of another number of labels is made anew.
         dtype: of the weights: "float32", "bfloat16" or "auto".
 
     Raises:
@@ -79,14 +80,23 @@ def load(name: str, labels: Sequence[str] = (), dtype: str = "float32") -> tuple
     with loading(name), quietly():
         config: Any = AutoConfig.from_pretrained(name)
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        if labels:  # a model of scores or of several labels at once brings another loss
+            config.problem_type = "single_label_classification"
         if labels and set(getattr(config, "label2id", None) or ()) != set(labels):  # else the model keeps its own order
             config.num_labels = len(labels)
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: k for k, label in enumerate(labels)}
         if not labels and not getattr(config, "pad_token_id", None) and getattr(config, "is_encoder_decoder", False):
             raise ValueError("an encoder-decoder does not continue text; give a causal language model")
-        model, info = auto.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
-    return tokenizer, model, sorted(info["missing_keys"])
+        model, info = auto.from_pretrained(
+            name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=bool(labels)
+        )
+        fresh = list(info["missing_keys"])
+        for weight, there, here in info["mismatched_keys"]:
+            if tuple(here) != (len(labels), *there[1:]):
+                raise ValueError(f"{weight} is {tuple(there)}, and {tuple(here)} by its config")
+            fresh.append(f"{weight} (of {there[0]} labels there)")
+    return tokenizer, model, sorted(fresh)
 
 
 # -- encoders ----------------------------------------------------------------------------------------------------------

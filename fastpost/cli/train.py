@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from fastpost.cli.options import complain
 from fastpost.integrations.masking import Mask
 
+# What is raised for what was asked for, as long as nothing is written; of transformers too.
+_REFUSALS = (ValueError, TypeError, OSError, RuntimeError, ImportError)
+
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; 0 when done, 2 where something is wrong with what was asked for, 130 when interrupted."""
@@ -25,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             job = train_run.prepare(run)
             trainer = train_run.assemble(job)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:  # what transformers refuses, too
+    except _REFUSALS as error:
         if isinstance(error, ModuleNotFoundError) and not isinstance(error, importlib.metadata.PackageNotFoundError):
             raise  # the command line's own list says what to install
         complain("fastpost train", error, mask)
@@ -43,10 +46,12 @@ def main(argv: Sequence[str]) -> int:
             print(f"interrupted; GAP puts the weights back, and nothing was written. To begin again:\n{run.command}")
         return 130
     except Exception as error:
-        if not _is_users(error, gap=run.method == "gap"):
+        refused = run.method != "gap" and trainer.watch.refused and isinstance(error, _REFUSALS)
+        if not refused and not _is_users(error, gap=run.method == "gap"):
             mask.exception(error)
             raise
-        complain("fastpost train", error, mask)
+        told = f"a checkpoint cannot be written; is the disk full? {error}" if _is_of_torch_save(error) else error
+        complain("fastpost train", told, mask)
         return 2
     if is_first:
         for what, value, aside in train_report.tiles_of(results):
@@ -59,4 +64,12 @@ def _is_users(error: Exception, gap: bool) -> bool:
     """A disk that is full or cannot be written; a score or a text that GAP refuses. Anything else wants its traceback."""
     from safetensors import SafetensorError
 
-    return isinstance(error, (OSError, SafetensorError)) or (gap and isinstance(error, ValueError))
+    is_of_disk = isinstance(error, (OSError, SafetensorError)) or _is_of_torch_save(error)
+    return is_of_disk or (gap and isinstance(error, ValueError))
+
+
+def _is_of_torch_save(error: Exception) -> bool:
+    """What `torch.save` makes of a full disk."""
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("PytorchStreamWriter", "iostream error", "unexpected pos")
+    )

@@ -144,6 +144,14 @@ class RunTrainer(PostTrainer):
             self._load_best_model()
         return True
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Of every row: `dataloader_drop_last` is for training."""
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drops
+
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
         is_best: bool = super()._determine_best_metric(metrics, trial)
         return is_best or self.is_last()

@@ -347,6 +347,14 @@ def _check(method: str, data: DataOptions, gap: GapOptions, values: Any, asked: 
     for name in ("dataset_config", "train_split", "validation_split"):
         if data.dataset is None and name in asked:
             raise ValueError(f"--{name} goes with --dataset, and there is none")
+    if (
+        data.model is not None
+        and Path(data.model).is_dir()
+        and Path(data.model).resolve() == Path(data.output_dir).resolve()
+    ):
+        raise ValueError(
+            f"--output_dir {data.output_dir} is the folder of --model, which would be overwritten; give another"
+        )
     for name in ("train_file", "validation_file"):
         path = getattr(data, name)
         if path is not None and not Path(path).is_file():
@@ -367,6 +375,10 @@ def _check(method: str, data: DataOptions, gap: GapOptions, values: Any, asked: 
                 "--anchor context: fastpost train joins texts and cuts them into blocks, of which none has a context of its "
                 "own; AnchorTrainer and AnchorSFTTrainer take examples with context_input_ids. Or take --anchor reference, "
                 "ema or lora_off"
+            )
+        if not values.eval_do_concat_batches:
+            raise ValueError(
+                "--eval_do_concat_batches: fastpost train scores all batches of an evaluation together; leave it out"
             )
         if values.label_names not in (None, ["labels"]):
             raise ValueError("--label_names: fastpost train makes the batches, and calls labels `labels`; leave it out")

@@ -69,7 +69,8 @@ class Results:
             row.update(numbers)
             if self.metric == "eval_perplexity" and "eval_loss" in line:
                 row["eval_perplexity"] = math.inf if line["eval_loss"] > 709 else math.exp(line["eval_loss"])
-        self.rows = [found[step] for step in sorted(found)]
+        # The names in order: a resumed run reads its lines from a state that is written so.
+        self.rows = [dict(sorted(found[step].items())) for step in sorted(found)]
 
     def points(self, column: str) -> list[tuple[int, Any]]:
         """Steps and values of a column."""

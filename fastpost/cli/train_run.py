@@ -101,6 +101,12 @@ def prepare(run: Run) -> Job:
         train, validation = (
             train_data.blocks(part, size, which) for part, which in zip(ids, ("training", "validation"), strict=True)
         )
+    batch = run.arguments.per_device_train_batch_size * run.arguments.world_size
+    if run.arguments.dataloader_drop_last and len(train) < batch:
+        raise ValueError(
+            f"--dataloader_drop_last: the {len(train)} training examples make no whole batch of {batch}; leave it out, or "
+            "take a smaller --per_device_train_batch_size"
+        )
     blocks = "" if data.labels else f": {len(train)} and {len(validation)} blocks of {size} tokens"
     given = {"training data": data.train, "validation data": data.validation}
     made_by = {
@@ -131,8 +137,7 @@ def assemble(job: Job) -> Any:
         ValueError, TypeError, RuntimeError, ImportError: what the trainer refuses; the folder that it made is gone again.
     """
     run, arguments = job.run, job.run.arguments
-    watch = Watch(_results(job))
-    there = run.folder.exists()
+    watch = Watch(run, _results(job))
     collate: Any = transformers.default_data_collator
     if job.labels:
         collate = transformers.DataCollatorWithPadding(job.tokenizer)
@@ -159,8 +164,7 @@ def assemble(job: Job) -> Any:
             trainer.model_accepts_loss_kwargs = False
         trainer.rehearse()
     except Exception:
-        if not there and run.folder.is_dir() and not any(run.folder.iterdir()):
-            run.folder.rmdir()
+        watch.leave_no_folder()
         raise
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
@@ -175,6 +179,7 @@ def carry_out(job: Job, trainer: Any) -> train_report.Results:
 
     Raises:
         KeyboardInterrupt: Ctrl-C; a checkpoint of the last whole step is there, where one process trains.
+        Exception: also what the trainer refuses as it begins, when nothing is written yet (`Watch.refused`).
     """
     run, arguments, watch = job.run, job.run.arguments, trainer.watch
     results: train_report.Results = watch.results
@@ -187,12 +192,18 @@ def carry_out(job: Job, trainer: Any) -> train_report.Results:
             print(f"not in the checkpoint, made anew: {', '.join(job.fresh)}")
         for note in (*job.start.notes, *job.start.changes.values()):
             print(f"resuming from {checkpoint}: {note}")
-        keep_options(run)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "resuming from a checkpoint that was made differently")  # said above, in full
             if checkpoint is None or not trainer.was_at_its_end(checkpoint):
                 trainer.train(resume_from_checkpoint=checkpoint)
+            elif first:
+                keep_options(run)
+    except Exception:
+        watch.refused = watch.began_at is None
+        if watch.refused:
+            watch.leave_no_folder()
+        raise
     finally:
         watch.release()
         if first:
@@ -224,15 +235,16 @@ class Bar(ProgressCallback):
 
 
 class Watch(TrainerCallback):
-    """Keeps metrics.csv, and lets Ctrl-C end a run at a step's end, with a checkpoint.
+    """Keeps run.yaml and metrics.csv, and lets Ctrl-C end a run at a step's end, with a checkpoint.
 
     A second Ctrl-C ends it at once. With several processes the first does: they could not agree on a step without waiting
     for each other at all of them.
     """
 
-    def __init__(self, results: train_report.Results) -> None:
-        self.results = results
-        self.asked = False
+    def __init__(self, run: Run, results: train_report.Results) -> None:
+        self.run, self.results = run, results
+        self.made_folder = not run.folder.exists()
+        self.asked = self.refused = False
         self.began_at: int | None = None  # None: no step is made, the checkpoint is the end
         self.saved_at: int | None = None
         self._before: Any = None
@@ -242,6 +254,12 @@ class Watch(TrainerCallback):
         self.results.steps = 0 if self.began_at is None else state.global_step - self.began_at
         if self.results.rows:
             self.results.write_csv()
+
+    def leave_no_folder(self) -> None:
+        """The trainer makes its folder before it has checked everything."""
+        folder = self.run.folder
+        if self.made_folder and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
     def release(self) -> None:
         """Gives Ctrl-C back to whoever had it."""
@@ -257,6 +275,8 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began_at = state.global_step
+        if state.is_world_process_zero:
+            keep_options(self.run)
         if args.world_size == 1 and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._interrupt)
 
@@ -297,11 +317,13 @@ def scores(predicted: Any) -> dict[str, float]:
     said, labels = logits.argmax(-1), predicted.label_ids
     classes = logits.shape[-1]
     which: Any = {"pos_label": 1} if classes == 2 else {"average": "macro", "labels": range(classes)}
-    return {
-        "accuracy": float(accuracy_score(labels, said)),
-        "f1": float(f1_score(labels, said, zero_division=0, **which)),
-        "mcc": float(matthews_corrcoef(labels, said)),
-    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A single label was found")
+        return {
+            "accuracy": float(accuracy_score(labels, said)),
+            "f1": float(f1_score(labels, said, zero_division=0, **which)),
+            "mcc": float(matthews_corrcoef(labels, said)),
+        }
 
 
 # -- what is said of it -----------------------------------------------------------------------------------------------------

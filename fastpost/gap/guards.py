@@ -24,7 +24,7 @@ class Probe:
             count.
 
     Raises:
-        ValueError: the batch is empty, or the model returns no logits of (batch, time, vocabulary) for it.
+        ValueError: the batch is empty or none of its tokens counts, or the model gives no logits (batch, time, vocabulary).
     """
 
     def __init__(self, model: nn.Module, batch: Tensor | Mapping[str, Any]) -> None:
@@ -39,6 +39,11 @@ class Probe:
             raise ValueError("GAP: probe must be token ids of shape (batch, time), or a mapping with such input_ids")
         mask = self._inputs.get("attention_mask")
         self._counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(device) != 0
+        if self._counts.shape != ids.shape or not bool(self._counts.any()):
+            raise ValueError(
+                f"GAP: probe's attention_mask, of shape {tuple(self._counts.shape)}, must have the shape of its input_ids, "
+                f"{tuple(ids.shape)}, and leave at least one token to count"
+            )
         self._start = self._log_probabilities(model)
 
     @torch.no_grad()

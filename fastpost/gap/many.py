@@ -134,12 +134,12 @@ def _resume(path: Path, identity: Row) -> list[Row]:
     if not path.exists():
         return []
     told = Path(f"{path}.json")
-    if not told.exists() or json.loads(told.read_text()) != identity:
+    if not told.exists() or json.loads(told.read_text(encoding="utf-8")) != identity:
         raise ValueError(
             f"GAP: {path} is of another sweep (other options or other weights, another probe or other data to score on); "
             "give another output, or remove it"
         )
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return [_parsed(row) for row in csv.DictReader(file)]
 
 
@@ -167,7 +167,7 @@ def _write(path: Path, rows: list[Row], identity: Row) -> None:
 def _replace(path: Path, fill: Callable[[Any], object]) -> None:
     new = path.with_name(f".{path.name}.new")
     try:
-        with new.open("w", newline="") as file:
+        with new.open("w", newline="", encoding="utf-8") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())

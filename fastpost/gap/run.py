@@ -225,16 +225,20 @@ class GAP:
         checks.check_callables(evaluate, test, allow_leak)
         if (probe is None) != (self.max_kl is None):
             raise ValueError("GAP: max_kl and probe go together: a bound, and the batch on which it is watched")
-        with _as_before(model, weights):
-            ids = prepare(model, input_ids, attention_mask, self.max_tokens)
-            ids = ids.clone() if ids.is_inference() else ids
-            if base is None:
-                base = Snapshot(weights, model)
-            else:
-                base.follow()
-                if {id(p) for p in base.weights} != {id(p) for p in weights}:
-                    raise ValueError("GAP: base is a copy of other weights than those of the model that have requires_grad")
-            try:
+        held: list[Snapshot] = []  # once there is something to go back to
+        try:
+            with _as_before(model, weights):
+                ids = prepare(model, input_ids, attention_mask, self.max_tokens)
+                ids = ids.clone() if ids.is_inference() else ids
+                if base is None:
+                    base = Snapshot(weights, model)
+                else:
+                    base.follow()
+                    if {id(p) for p in base.weights} != {id(p) for p in weights}:
+                        raise ValueError(
+                            "GAP: base is a copy of other weights than those of the model that have requires_grad"
+                        )
+                held.append(base)
                 model.eval()
                 untouched = None if test is None else _score(test, model, base)
                 watched = None if probe is None else Probe(model, probe)
@@ -242,10 +246,11 @@ class GAP:
                     result = self._climb(model, weights, ids, base, evaluate, watched, report)
                 if test is not None and untouched is not None:
                     result.test_scores = [untouched, _score(test, model, base)]
-                return result
-            except BaseException:
-                base.restore()
-                raise
+            return result
+        except BaseException:
+            for copy in held:
+                copy.restore()
+            raise
 
     def _climb(
         self,

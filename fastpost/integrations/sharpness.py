@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 
 from fastpost.integrations import COMPUTE_DTYPES
 from fastpost.sam import Sharpness, sharpness
+from fastpost.sam.measurement.study import NotFinite
 
 _NOT_LOGGED = ("rho", "batches", "micro_batches", "resolution")  # the same in every line
 
@@ -20,8 +22,9 @@ class SharpnessCallback(TrainerCallback):
 
     The lines are called `sharpness/own_rise`, `sharpness/own_rise_se` and so on, as in `Sharpness.as_dict()`. fastpost's
     trainers hand them to whoever reports. A plain Trainer keeps them in `state.log_history`; it reports them as well after
-    `callback.log = trainer.log`. Training goes on as without the callback, bit for bit. FSDP2 has to be given the sharded
-    model's ranks' parts of each batch, as `fastpost.sharpness` says; other ranks all measure the same batches.
+    `callback.log = trainer.log`. Training goes on as without the callback, bit for bit; where the loss is not finite, a
+    warning takes the place of the line. FSDP2 has to be given the sharded model's ranks' parts of each batch, as
+    `fastpost.sharpness` says; other ranks all measure the same batches.
 
     Args:
         batches: what to measure on, always the same, as the model takes them; read once and kept.
@@ -64,7 +67,11 @@ class SharpnessCallback(TrainerCallback):
         device = next(model.parameters()).device
         batches = [_to(batch, device) for batch in self._batches]
         precision = COMPUTE_DTYPES.get("bf16" if args.bf16 else "fp16" if args.fp16 else "no")
-        found = sharpness(model, self._loss, batches, **{"compute_dtype": precision, **self.options})
+        try:
+            found = sharpness(model, self._loss, batches, **{"compute_dtype": precision, **self.options})
+        except NotFinite as error:
+            warnings.warn(f"SharpnessCallback: nothing is measured at step {state.global_step}. {error}", stacklevel=2)
+            return
         self.results.append((state.global_step, found))
         numbers = {f"sharpness/{name}": value for name, value in found.as_dict().items() if name not in _NOT_LOGGED}
         if self.log is not None:

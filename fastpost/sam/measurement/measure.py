@@ -125,6 +125,7 @@ def sharpness(
             wholes = study.measure_full(len(found)) if full_batch else []
     finally:
         before.put()
+        weights.put_back()  # which an interrupt may have ended
     if is_replica:
         rows, wholes = _gathered(rows), _gathered(wholes)
     own = _around(rows, "own_", curvature)

@@ -23,6 +23,10 @@ NO_STAGES = (
 )
 
 
+class NotFinite(ValueError):
+    """The loss or its gradient at w is no number, so that nothing can be measured around it."""
+
+
 @dataclass(frozen=True)
 class _Part:
     """A micro-batch.
@@ -68,7 +72,7 @@ class Study:
         squared = weights.squared_norm(gradients)
         if not (math.isfinite(at) and math.isfinite(squared)):
             norm = math.sqrt(squared)
-            raise ValueError(f"sharpness: batch {part.number} has loss {at:g} and gradient norm {norm:g} at w")
+            raise NotFinite(f"sharpness: batch {part.number} has loss {at:g} and gradient norm {norm:g} at w")
         part = replace(part, loss=at)
         self._parts.append(part)
         with torch.no_grad():

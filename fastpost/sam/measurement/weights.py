@@ -122,8 +122,12 @@ class Weights:
                 origin = {p: w for b in buckets for p, w in zip(b.params, b.bucket.stash, strict=True)}
             yield Moved(self, direction, rho / math.sqrt(squared) if squared else 0.0, sums, origin)
         finally:
-            with torch.no_grad():
-                self._perturbation.undo()
+            self.put_back()
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """w again, bit for bit. Where an interrupt has ended a call of it, the next one does what is left."""
+        self._perturbation.undo()
 
     def random(self, like: Gradients, seed: int) -> tuple[Gradients, float]:
         """Normal numbers for all weights that `like` holds, for ASAM scaled by t, and their squared norm before that.
