@@ -209,7 +209,7 @@ def shard_rows(at: Target, dtype: torch.dtype) -> Case:
         weights = torch.ones(rows, dtype=torch.float64, device=at.device)
         task = OperandTask(clean, noised, None, IGNORED, weights, None, torch.empty_like(weights), None, first, second)
         top = torch.stack((clean.amax(-1), noised.amax(-1)))
-        shard = ShardTask(task, top, torch.full((), float(cols), dtype=torch.float64, device=at.device), leads=True)
+        shard = ShardTask(task, top, torch.full((), float(cols), dtype=torch.float64, device=at.device))
 
         def work() -> None:
             sums_of, finish = (select(op, clean.device, clean.dtype) for op in ("shard_sums", "shard_operands"))

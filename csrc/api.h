@@ -308,13 +308,15 @@ void operand_rows(const LogitRows& clean, const LogitRows& noised, const LogitRo
 
 // Rows of float logits whose columns are cut across ranks, whole as operand_rows has them. All ranks call shard_sums and add
 // up what it gives, kShardSums numbers a row; call it again with that and add up again; and call shard_operands with both.
-//   tops: the largest logits over all ranks, the clean stream's of all rows and then the noised one's; 0 for a stream
-//   without a class. labels: columns of this rank, or one of the numbers below; null: without cross-entropies. before: the
-//   added sums of the first call, null in it. leads: on one rank alone. vocab: on the device, how many columns there are in
-//   all.
+//   before: the added sums of the first call, null in it. vocab: on the device, how many columns there are in all.
 constexpr int kShardSums = 12;
-constexpr int64_t kShardElsewhere = -1, kShardNoClass = -2, kShardIgnored = -3;
+constexpr int64_t kShardNoClass = -2, kShardIgnored = -3;
 
+// What both calls are told of the rows.
+//   tops: the largest logits over all ranks, the clean stream's of all rows and then the noised one's; 0 for a stream
+//   without a class.
+//   labels: a column of this rank; -1, a column of another one; no class; or that the row has no cross-entropy, as above.
+//   null: no row has one.
 struct ShardRows {
   const float* tops;
   const int64_t* labels;
@@ -322,7 +324,7 @@ struct ShardRows {
 };
 
 void shard_sums(const LogitRows& clean, const LogitRows& noised, int64_t rows, int64_t cols, const ShardRows& shard,
-                const double* before, bool leads, double* sums, int device, void* stream);
+                const double* before, double* sums, int device, void* stream);
 
 // noised_classifies and mixture of `how` are not served.
 void shard_operands(const LogitRows& clean, const LogitRows& noised, const LogitRows& first, const LogitRows& second,

@@ -607,6 +607,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           py::arg("column_mask"));
   m.attr("TENSOR_ALIGNMENT") = kTensorAlignment;
   m.attr("SHARD_SUMS") = cuda::kShardSums;
+  m.attr("SHARD_NO_CLASS") = cuda::kShardNoClass;
+  m.attr("SHARD_IGNORED") = cuda::kShardIgnored;
 
   bind_tensors(m);
   py::module_ cpu = m.def_submodule("cpu");

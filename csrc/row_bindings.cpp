@@ -130,14 +130,14 @@ void bind_cuda_rows(py::module_& m) {
   m.def(
       "shard_sums",
       [](Pointer clean, int64_t clean_stride, Pointer noised, int64_t noised_stride, int64_t rows, int64_t cols,
-         Pointer tops, Pointer labels, Pointer kl_weights, Pointer ce_weights, Pointer before, bool leads, Pointer sums,
-         int device, Pointer stream) {
+         Pointer tops, Pointer labels, Pointer kl_weights, Pointer ce_weights, Pointer before, Pointer sums, int device,
+         Pointer stream) {
         cuda::shard_sums({clean, clean_stride}, {noised, noised_stride}, rows, cols, {tops, labels, kl_weights, ce_weights},
-                         before, leads, sums, device, stream);
+                         before, sums, device, stream);
       },
       py::arg("clean"), py::arg("clean_stride"), py::arg("noised"), py::arg("noised_stride"), py::arg("rows"),
       py::arg("cols"), py::arg("tops"), py::arg("labels"), py::arg("kl_weights"), py::arg("ce_weights"), py::arg("before"),
-      py::arg("leads"), py::arg("sums"), py::arg("device"), py::arg("stream"), Released());
+      py::arg("sums"), py::arg("device"), py::arg("stream"), Released());
   m.def(
       "shard_operands",
       [](Pointer clean, int64_t clean_stride, Pointer noised, int64_t noised_stride, Pointer first, int64_t first_stride,

@@ -99,16 +99,14 @@ class ShardTask(NamedTuple):
             below, the last of which is its ignore_index.
         top: (2, rows), both streams' largest logits over all ranks, 0 where a stream has no class; in the logits' dtype.
         vocab: how many columns all ranks have together, a float64 scalar.
-        leads: whether this is the first rank.
     """
 
     task: OperandTask
     top: Tensor
     vocab: Tensor
-    leads: bool
 
 
-# Labels of a ShardTask: a column of another rank, no class at all, no cross-entropy in this row.
+# Labels of a ShardTask: a column of another rank, no class at all, no cross-entropy in this row. csrc/api.h has them too.
 ELSEWHERE, NO_CLASS, IGNORED = -1, -2, -3
 
 

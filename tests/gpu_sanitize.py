@@ -33,11 +33,12 @@ from fastpost import (
     linear_top_k_distillation_loss,
     plan,
 )
+from fastpost.backends.vocab_shards import own_columns
 from fastpost.errors import BackendUnavailable
 from fastpost.ops import params as ops
 from fastpost.ops.divergence import r3f_loss, symmetric_kl
 from fastpost.ops.noise import NOISE_TYPES, add_noise, embedding_noise
-from fastpost.row_tasks import ELSEWHERE, IGNORED, OperandTask, ShardTask
+from fastpost.row_tasks import IGNORED, OperandTask, ShardTask
 
 LENGTHS = (1, 7, 0, 33, 1025, 65537)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -208,22 +209,23 @@ def heads(device: str) -> Iterator[str]:
 
 
 def cut_rows(cols: int, dtype: torch.dtype, device: str) -> None:
-    """Rows of two ranks' columns: labels of either, and a row that is looked at again."""
-    clean, noised = torch.randn(2, 5, cols, device=device).unbind()
+    """Rows of two ranks' columns: labels of either and of none, and rows that are looked at again."""
+    clean, noised = torch.randn(2, 6, cols, device=device).unbind()
     noised[1, 20] = -math.inf
-    weights = torch.ones(5, dtype=torch.float64, device=device)
-    labels = torch.tensor([0, cols - 1, 3, -100, 7], device=device)
+    noised[2] = clean[2] + 4
+    noised[2, 22], clean[2, 22] = 7, 5
+    weights = torch.ones(6, dtype=torch.float64, device=device)
+    labels = torch.tensor([0, cols - 1, 3, -100, 7, cols], device=device)
     top = torch.stack((clean.amax(-1), noised.amax(-1)))
     vocab = torch.full((), float(cols), dtype=torch.float64, device=device)
     ranks = []
     for first, end in ((0, 21), (21, cols)):
-        inside = (labels >= first) & (labels < end)
-        own = torch.where(labels == -100, IGNORED, torch.where(inside, labels - first, ELSEWHERE))
-        logits = (t[:, first:end] for t in (clean, noised))
-        operands = (torch.empty(5, end - first, dtype=dtype, device=device) for _ in range(2))
+        own = own_columns(labels, -100, first, end - first, cols)
+        logits = [t[:, first:end] for t in (clean, noised)]
+        operands = [torch.empty(6, end - first, dtype=dtype, device=device) for _ in range(2)]
         values = (torch.empty_like(weights) for _ in range(2))
         task = OperandTask(*logits, own, IGNORED, weights, weights, *values, *operands, smoothing=0.1)
-        ranks.append(ShardTask(task, top, vocab, leads=first == 0))
+        ranks.append(ShardTask(task, top, vocab))
     sums_of, finish = (dispatch.select(op, clean.device, clean.dtype) for op in ("shard_sums", "shard_operands"))
     before = torch.stack([sums_of(rank, None) for rank in ranks]).sum(0)
     sums = torch.stack([sums_of(rank, before) for rank in ranks]).sum(0)

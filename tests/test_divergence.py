@@ -239,6 +239,19 @@ def test_huge_logits_stay_finite(backend: str, cols: int) -> None:
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max() + 1e-30)
 
 
+@pytest.mark.parametrize("level", [-2.2e6, -3.5e6, -1e9, 3.5e6])
+def test_streams_on_levels_far_apart(backend: str, level: float) -> None:
+    """One of them so far below or above the other that no centre of their differences serves."""
+    clean, noised = streams(4, 2000, 0.1)
+    clean += level
+    expected, *expected_grads = oracles.divergence(clean, noised)
+    value, grads = gradients(symmetric_kl, clean, noised, reduction="sum")
+    assert float(value) == pytest.approx(expected.sum(), rel=1e-5)
+    for got, want in zip(grads, expected_grads, strict=True):
+        assert got is not None
+        assert relative_l2(got, want) < 1e-5
+
+
 @pytest.mark.parametrize("cols", [6, 2000])
 def test_minus_infinity(backend: str, cols: int) -> None:
     a, b = streams(3, cols, 0.3)

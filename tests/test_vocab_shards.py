@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpost import linear_r3f_loss
-from fastpost.backends import reference
+from fastpost.backends import native, reference
+from fastpost.backends.vocab_shards import own_columns
 from fastpost.dispatch import select, serving
-from fastpost.row_tasks import ELSEWHERE, IGNORED, NO_CLASS, OperandTask, ShardTask
+from fastpost.row_tasks import IGNORED, NO_CLASS, OperandTask, ShardTask
 
 from .test_operand_rows import PLAIN, ROWS, run, streams, truth
 
@@ -45,20 +46,18 @@ def run_shards(
     tops = torch.where(tops == -math.inf, 0.0, tops)
     rows, cols = clean.shape
     values = torch.full((len(cuts) + 1, 2, rows), math.nan, dtype=torch.float64)
-    operands = [torch.full((rows, cols), math.nan, dtype=dtype) if w else None for w in want]
+    # Those of the logits' dtype take their place, as in the fused head.
+    room = [clean, noised] if dtype == clean.dtype else torch.full((2, rows, cols), math.nan, dtype=dtype)
+    operands = [t if w else None for t, w in zip(room, want, strict=True)]
     shards: list[ShardTask] = []
     for rank, (begin, end) in enumerate(zip((0, *cuts), (*cuts, cols), strict=True)):
         here = slice(begin, end)
-        own = None
-        if labels is not None:
-            own = torch.where((labels >= begin) & (labels < end), labels - begin, ELSEWHERE)
-            own = torch.where((labels < 0) | (labels >= cols), NO_CLASS, own)
-            own = torch.where(labels == -100, IGNORED, own)
+        own = None if labels is None else own_columns(labels, -100, begin, end - begin, cols)
         task = OperandTask(
             clean[:, here], noised[:, here], own, IGNORED, weights[0], None if labels is None else weights[1],
             *values[rank], *(None if t is None else t[:, here] for t in operands), **rule,
         )  # fmt: skip
-        shards.append(ShardTask(task, tops, torch.tensor(float(cols), dtype=torch.float64), rank == 0))
+        shards.append(ShardTask(task, tops, torch.tensor(float(cols), dtype=torch.float64)))
     before = sum(sums_of(shard, None) for shard in shards)
     again = [sums_of(shard, before) for shard in shards]
     assert len({part is None for part in again}) == 1
@@ -151,11 +150,10 @@ def test_difficult_rows(backend: str, kind: str) -> None:
 
 @pytest.mark.parametrize("teaches", [True, False])
 def test_what_has_no_value_and_what_has_no_weight(backend: str, teaches: bool) -> None:
-    """NaN, infinities, missing classes, labels that are none: as `operand_rows` has them, on every rank."""
-    torch.manual_seed(3)
-    clean, noised = torch.randn(2, 12, COLS).unbind()
-    labels = torch.randint(0, COLS, (12,))
-    weights = torch.rand(2, 12, dtype=torch.float64) + 0.1
+    """NaN, infinities, missing classes: as `operand_rows` has them, on every rank."""
+    clean, noised = torch.randn(2, 13, COLS).unbind()
+    labels = torch.randint(0, COLS, (13,))
+    weights = torch.rand(2, 13, dtype=torch.float64) + 0.1
     noised[0, 1500] = math.nan
     clean[1, 4000] = math.nan
     clean[2, 7] = math.inf
@@ -168,13 +166,34 @@ def test_what_has_no_value_and_what_has_no_weight(backend: str, teaches: bool) -
     weights[:, 9] = 0
     clean[9] = noised[9] = math.nan
     labels[10] = -100
+    clean[11, 3], noised[11, 4] = -math.inf, math.nan
+    clean[12] = noised[12] = -math.inf  # no class, and nobody asks for its cross-entropy
+    weights[1, 12] = 0
     want = (True, True) if teaches else (True, False)
     rule = {"teaches": teaches}
-    got = run_shards(clean, noised, labels, weights, rule, want, torch.float32, (1024, 2001))
+    got = run_shards(clean.clone(), noised.clone(), labels, weights, rule, want, torch.float32, (1024, 2001))
     whole = run(clean.clone(), noised.clone(), labels, weights, rule, want, torch.float32)
     for name, a, b in zip(("kl", "ce", "first", "second"), got, whole, strict=True):
         if a is not None and b is not None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_label_that_is_no_class_has_no_cross_entropy(backend: str) -> None:
+    """Which shows in its value; on a CPU it is refused before. The row's divergence has its gradient."""
+    clean, noised, labels = streams(COLS, 0.1)
+    weights = torch.ones(2, ROWS, dtype=torch.float64)
+    without = labels.clone()
+    labels[:2], without[:2] = torch.tensor([-1, COLS]), -100
+    found = [
+        run_shards(clean.clone(), noised.clone(), y, weights, {}, (True, True), torch.float32, (1024, 2001))
+        for y in (labels, without)
+    ]
+    assert found[0][1].isnan().tolist() == [True, True, False, False, False]
+    for k in (0, 2, 3):
+        assert torch.equal(found[0][k], found[1][k])
+    if backend == "cuda":
+        core = native.core()
+        assert (core.SHARD_NO_CLASS, core.SHARD_IGNORED) == (NO_CLASS, IGNORED)
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 8.0}, {"grad": "noised"}], ids=str)

@@ -30,7 +30,7 @@ __device__ __forceinline__ T* row_of(const LogitRows& block, int64_t row) {
 // What a row is asked for, as the API says it.
 struct Task {
   double kl_weight, ce_weight, noised_ce_weight;  // 0: not wanted
-  int64_t label;                                  // below 0: no column of these, but of another rank's
+  int64_t label;                                  // below 0: another rank's column
   bool bad_label;
 };
 

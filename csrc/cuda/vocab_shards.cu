@@ -1,7 +1,7 @@
 // Wide rows of logits whose columns are cut across ranks: the walks of divergence.cu, with the ranks' sums added up between
 // them. All ranks begin a row at its largest logits, which they have agreed on, so that their sums are about one centre and
-// in one unit. What one rank would look at again by itself all take again in a second call: a row off its centre, and the
-// clean stream of a row without a divergence.
+// in one unit. A row that needs another look gets it in a second call, on all ranks: a row off its centre, and the clean
+// stream of a row without a divergence.
 #include "api.h"
 #include "cuda/launch.cuh"
 #include "cuda/row_launch.cuh"
@@ -14,15 +14,15 @@ namespace {
 struct ShardSums {
   NearSums near;
   FarSums far;
-  double undefined, clean_lacks, noised_lacks;  // ranks that have met it
+  double undefined, clean_lacks, noised_lacks;  // how many ranks have met it: numbers, as they are added up
   double label;                                 // the clean stream's logit there
 };
 static_assert(sizeof(ShardSums) == kShardSums * sizeof(double));
 
+// What a kernel has beside this rank's rows, from all ranks.
 struct Shard {
   const float* tops;        // the clean stream's of all rows, then the noised one's
-  const ShardSums* before;  // of all ranks, from the first call; null in it
-  bool leads;
+  const ShardSums* before;  // from the first call; null in it
 };
 
 __device__ __forceinline__ Task shard_task_of(const Rows& r, int64_t row) {
@@ -70,7 +70,7 @@ __device__ __forceinline__ void conclude(const ShardSums& all, bool may_ask, con
   if (work.next == Next::streams) work.start = start_of(shard.tops, r.rows, row, work.streams);
 }
 
-// One block, one row: what its columns here add up to.
+// One block, one row: what its columns here add up to; nothing where nobody will look at it.
 __global__ void __launch_bounds__(kRowThreads, 3)
     shard_sums_kernel(const __grid_constant__ Rows r, const __grid_constant__ Shard shard, ShardSums* sums, int64_t first) {
   __shared__ Room room;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
     conclude(shard.before[row], true, shard, r, row, 1, {}, room, work);
   __syncthreads();
   if (!wanted || (shard.before != nullptr && uniform(work.next) == Next::done)) {
-    if (threadIdx.x == 0) sums[row] = wanted && shard.leads ? shard.before[row] : ShardSums{};
+    if (threadIdx.x == 0) sums[row] = ShardSums{};
     return;
   }
   if (threadIdx.x == 0) room.clear();
@@ -132,10 +132,10 @@ __global__ void __launch_bounds__(kRowThreads, 3)
 }  // namespace
 
 void shard_sums(const LogitRows& clean, const LogitRows& noised, int64_t rows, int64_t cols, const ShardRows& shard,
-                const double* before, bool leads, double* sums, int device, void* stream) {
+                const double* before, double* sums, int device, void* stream) {
   const Call call("shard_sums", device, stream);
   const Rows work{clean, noised, {}, {}, rows, cols, shard.labels, 0, shard.kl_weights, shard.ce_weights, nullptr, nullptr};
-  launch_wide_rows(call, rows, shard_sums_kernel, work, Shard{shard.tops, reinterpret_cast<const ShardSums*>(before), leads},
+  launch_wide_rows(call, rows, shard_sums_kernel, work, Shard{shard.tops, reinterpret_cast<const ShardSums*>(before)},
                    reinterpret_cast<ShardSums*>(sums));
 }
 
@@ -149,8 +149,8 @@ void shard_operands(const LogitRows& clean, const LogitRows& noised, const Logit
                          first.address != nullptr && second.address != nullptr, false};
   with_operand_dtype("shard_operands", operand_dtype, [&](auto t) {
     launch_wide_rows(call, rows, shard_operands_kernel<decltype(t)>, work, rule,
-                     Shard{shard.tops, reinterpret_cast<const ShardSums*>(before), false},
-                     reinterpret_cast<const ShardSums*>(sums), vocab);
+                     Shard{shard.tops, reinterpret_cast<const ShardSums*>(before)}, reinterpret_cast<const ShardSums*>(sums),
+                     vocab);
   });
 }
 

@@ -108,7 +108,9 @@ __device__ __forceinline__ void judge(const RowPart& sums, const RowMeaning& row
   }
   if (!work.start.given) {
     work.start.given = true;
-    if (room.huge || !(row.noised > 0) || !(row.clean > 0)) {
+    // So far apart the streams have no centre.
+    const bool apart = fabsf(sums.unit - sums.clean_unit) >= kFurthestCentre;
+    if (room.huge || apart || !(row.noised > 0) || !(row.clean > 0)) {
       work.next = Next::huge;
     } else if (row.off_centre || (sizeof(T) == 2 && row.divergence > 0 && row.divergence < kFaint)) {
       work.start.careful = sizeof(T) == 2 && row.divergence < kMaybeFaint;

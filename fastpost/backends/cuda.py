@@ -330,7 +330,7 @@ def shard_sums(shard: ShardTask, before: Tensor | None) -> Tensor:
     core, clean = native.core(), shard.task.clean
     sums = _doubles(clean.device, len(clean) * core.SHARD_SUMS)
     core.cuda.shard_sums(
-        *addresses_and_strides(clean, shard.task.noised), *clean.shape, *_of_shard(shard), address(before), shard.leads,
+        *addresses_and_strides(clean, shard.task.noised), *clean.shape, *_of_shard(shard), address(before),
         sums.data_ptr(), *_where(clean.device),
     )  # fmt: skip
     return sums

@@ -203,11 +203,11 @@ def _placed(weights: Tensor, device: torch.device) -> Tensor:
 def smoothing_gap(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     """z_y - mean(z) of every row, float64; 0 where the label does not count."""
     known = labels.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)
-    gap = logits.gather(-1, known).squeeze(-1).double() - _means(logits)
+    gap = logits.gather(-1, known).squeeze(-1).double() - means(logits)
     return torch.where(counts, gap, torch.zeros_like(gap))
 
 
-def _means(logits: Tensor) -> Tensor:
+def means(logits: Tensor) -> Tensor:
     """Of every row, float64: a mean in float32 is rounded beside the logits, whose level may be far from 0."""
     if traced() or waits(logits.device):
         return logits.mean(-1, dtype=torch.float64)

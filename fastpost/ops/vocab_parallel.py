@@ -14,8 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpost.backends import reference
+from fastpost.backends.vocab_shards import own_columns
 from fastpost.dispatch import select, serving
-from fastpost.row_tasks import ELSEWHERE, IGNORED, NO_CLASS, OperandTask, ShardTask
+from fastpost.ops.reductions import means
+from fastpost.row_tasks import ELSEWHERE, IGNORED, OperandTask, ShardTask
 
 
 def group_named(name: str) -> dist.ProcessGroup:
@@ -38,7 +40,7 @@ def sharded_operand_rows(task: OperandTask, group: dist.ProcessGroup) -> None:
     Args:
         task: with the logits of this rank's columns, labels of the whole vocabulary, and smoothing in the cross-entropy's
             values as well. A cross-entropy of the noised stream is not served.
-        group: the ranks that share the vocabulary, in the order of their ranks.
+        group: the ranks that share the vocabulary, in the order of their ranks. One backend serves all of them.
 
     Raises:
         ValueError: a label outside the vocabulary (on the CPU; elsewhere it gives NaN); a task with `noised_classifies`.
@@ -49,11 +51,9 @@ def sharded_operand_rows(task: OperandTask, group: dist.ProcessGroup) -> None:
     top, start, vocab = agree(clean, task.noised, group)
     check_labels(labels, task.ignore_index, vocab)
     if labels is not None:
-        column, outside = labels - start, (labels < 0) | (labels >= vocab)
-        column = torch.where((column >= 0) & (column < clean.shape[1]), column, ELSEWHERE)
-        labels = torch.where(labels == task.ignore_index, IGNORED, torch.where(outside, NO_CLASS, column))
+        labels = own_columns(labels, task.ignore_index, start, clean.shape[1], vocab)
     gap = _smoothing_gap(clean, labels, vocab, group) if task.smoothing and labels is not None else None  # before gradients
-    shard = ShardTask(task._replace(labels=labels, ignore_index=IGNORED), top, vocab, leads=dist.get_rank(group) == 0)
+    shard = ShardTask(task._replace(labels=labels, ignore_index=IGNORED), top, vocab)
     sums_of, finish = (_function(op, clean) for op in ("shard_sums", "shard_operands"))
 
     def added_up(before: Tensor | None) -> Tensor | None:
@@ -71,7 +71,7 @@ def sharded_operand_rows(task: OperandTask, group: dist.ProcessGroup) -> None:
 
 
 def _function(op: str, logits: Tensor) -> Callable[..., Any]:
-    """Of the backend that has it. One that was chosen by hand and has not leaves these rows to the reference."""
+    """The backend's function; the reference's where a backend was chosen by hand that has none."""
     served = serving(op, logits.device, logits.dtype)
     return getattr(reference, op) if served is None else select(op, logits.device, logits.dtype)
 
@@ -79,7 +79,7 @@ def _function(op: str, logits: Tensor) -> Callable[..., Any]:
 def _smoothing_gap(clean: Tensor, labels: Tensor, vocab: Tensor, group: dist.ProcessGroup) -> Tensor:
     """z_y - mean(z) of every row, float64; 0 where the label does not count. labels: of a ShardTask."""
     own = clean.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).double()
-    sums = torch.stack((torch.where(labels >= 0, own, torch.zeros_like(own)), clean.sum(-1, dtype=torch.float64)))
+    sums = torch.stack((torch.where(labels >= 0, own, torch.zeros_like(own)), means(clean) * clean.shape[1]))
     dist.all_reduce(sums, dist.ReduceOp.SUM, group=group)
     return torch.where(labels >= ELSEWHERE, sums[0] - sums[1] / vocab, torch.zeros_like(own))
 
