@@ -120,6 +120,7 @@ class BiLoRA(_Method):
             second.lora_alpha = config.lora_alpha * math.sqrt(second.r / config.r)
         second.lora_dropout, second.bias, second.modules_to_save = 0.0, "none", None
         second.lora_bias = second.ensure_weight_tying = False  # beside A and B nothing of it is trained
+        second.modules_to_tie = None  # which PEFT has noted in the first one's
         second.layer_replication = None  # the layers are replicated by now
         second.init_lora_weights, second.inference_mode = True, False
         self._trained = [p for p in model.parameters() if p.requires_grad]
