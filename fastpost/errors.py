@@ -30,7 +30,8 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
     begins = bytes(error.object[:2])
     if begins == b"\x1f\x8b":
         return ValueError(f"{found} but compressed; unpack it by gunzip -c {file} > NEW")
-    name, code = ("UTF-16",) * 2 if begins in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ("Latin-1", "LATIN1")
+    is_utf16 = begins in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    name, code = ("UTF-16", "UTF-16") if is_utf16 else ("Latin-1", "LATIN1")
     return ValueError(f"{found}; save it as UTF-8, from {name} by iconv -f {code} -t UTF-8 {file} > NEW")
 
 

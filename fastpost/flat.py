@@ -6,7 +6,7 @@ import collections
 import functools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,6 +40,11 @@ class FlatParameters:
 
     @torch.no_grad()
     def _build(self, model: nn.Module) -> None:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                "flatten_parameters: the model is a torch.jit.ScriptModule, whose state_dict takes no hooks; put it into a "
+                "plain module, such as torch.nn.Sequential(model), and flatten and save that"
+            )
         parameters = list(model.parameters())
         _check(parameters)
         self.parameters: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -50,8 +55,8 @@ class FlatParameters:
         names = collections.Counter(_key(p) for _, p in model.named_parameters(remove_duplicate=False))
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):
-                continue  # which takes no hooks
-            tied = frozenset(name for name, p in module._parameters.items() if p is not None and names[_key(p)] > 1)
+                continue  # which takes no hooks; the plain module that holds it saves its weights
+            tied = frozenset(name for name, p in _saved_by(module) if names[_key(p)] > 1)
             saved_apart = functools.partial(_saved_apart, tied)
             self._hooks.append(module.register_state_dict_post_hook(saved_apart))  # type: ignore[no-untyped-call]
         kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
@@ -134,17 +139,25 @@ def _owners(parameters: list[nn.Parameter]) -> dict[tuple[Any, ...], nn.Paramete
     return {_key(p): p for p in parameters}
 
 
+def _saved_by(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters whose entries in a state dict are a module's: its own, and all of the scripted modules in it."""
+    yield from ((name, p) for name, p in module._parameters.items() if p is not None)
+    for prefix, child in module._modules.items():
+        if isinstance(child, torch.jit.ScriptModule):
+            yield from child.named_parameters(prefix, remove_duplicate=False)
+
+
 def _saved_apart(tied: frozenset[str], module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """A state dict's hook: the module's own parameters as tensors of the same memory, but with a storage each.
+    """A state dict's hook: the parameters of `_saved_by` as tensors of the same memory, with a storage each.
 
     Who saves a model takes tensors of one storage for one tensor under several names, or writes all of the storage.
 
     Args:
         tied: names of parameters that the model has under another name too; they stay one tensor.
     """
-    for name, p in module._parameters.items():
+    for name, p in _saved_by(module):
         found = state.get(prefix + name)
-        if p is None or found is None or found is p or found.data_ptr() != p.data_ptr():
+        if found is None or found is p or found.data_ptr() != p.data_ptr():
             continue  # `keep_vars`, or another hook's
         if found.untyped_storage().nbytes() <= found.numel() * found.element_size() or not found.numel():
             continue
@@ -184,11 +197,12 @@ def flatten_parameters(model: nn.Module) -> FlatParameters:
 
     Parameters stay the same objects with the same values and shapes, and strides where they leave no gaps, so optimizers,
     `state_dict`, tied weights and hooks keep working; element-wise operations on the list then see one span. What
-    `state_dict` returns can be saved by any library: its tensors are the weights' memory, with a storage each. (Read or
-    copy them; autograd does not see what is written through them. A device without DLPack brings a warning.) A pickle of
-    the whole model needs fastpost where it is loaded. After `zero_grad(set_to_none=True)` gradients come back into the
-    buffer, at the price of one copy. `model.to()` moves parameters out of it again: a warning says so, and `reflatten()`
-    mends it. Flatten before building anything that remembers addresses (CUDA graphs, DDP).
+    `state_dict` returns can be saved by any library: its tensors are the weights' memory, with a storage each. (Read or copy
+    them; autograd does not see what is written through them. A device without DLPack brings a warning. Scripted modules are
+    saved so by the plain module that holds them.) A pickle of the whole model needs fastpost where it is loaded. After
+    `zero_grad(set_to_none=True)` gradients come back into the buffer, at the price of one copy. `model.to()` moves
+    parameters out of it again: a warning says so, and `reflatten()` mends it. Flatten before building anything that
+    remembers addresses (CUDA graphs, DDP).
 
     Args:
         model: any module whose parameters are plain dense tensors.
@@ -198,6 +212,6 @@ def flatten_parameters(model: nn.Module) -> FlatParameters:
 
     Raises:
         ValueError: no parameters, one on the meta device, or two that share memory without being the same tensor.
-        TypeError: sharded (DTensor), sparse or non-floating-point parameters.
+        TypeError: sharded (DTensor), sparse or non-floating-point parameters; a model that is itself scripted.
     """
     return FlatParameters(model)

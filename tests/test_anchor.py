@@ -246,7 +246,7 @@ def test_what_is_refused() -> None:
             Anchor(llama, **options)
     for name, value in (("anchor_kl", "0.1"), ("beta", None), ("label_smoothing", "0.1"), ("ignore_index", None)):
         with pytest.raises(TypeError, match=f"Anchor: {name} must be a (whole )?number, not {value!r}"):
-            Anchor(llama, divergence="js", **{name: value})
+            Anchor(llama, **{name: value})
     with pytest.raises(ValueError, match="needs a reference"):
         Anchor(None)
     with pytest.raises(TypeError, match="must be a Reference, a module or None, not str"):

@@ -168,8 +168,14 @@ def test_bi_lora_on_a_classifier_leaves_its_head_alone() -> None:
     BiLoRA(model, rho=RHO).remove()  # and again
 
 
+@pytest.mark.filterwarnings("error:You have requested `ensure_weight_tying`")
 @pytest.mark.parametrize(
-    ("kind", "options"), [("causal", {"lora_bias": True}), ("llama", {"layer_replication": [(0, 1), (0, 1)]})]
+    ("kind", "options"),
+    [
+        ("causal", {"lora_bias": True}),
+        ("causal", {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+        ("llama", {"layer_replication": [(0, 1), (0, 1)]}),
+    ],
 )
 def test_the_second_adapter_is_two_matrices_a_layer(kind: str, options: dict[str, Any]) -> None:
     """What else it trained would be gone in eval mode and in the end."""

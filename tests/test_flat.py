@@ -207,8 +207,9 @@ def beside_sparse(model: nn.ModuleDict) -> None:
 
 
 def scripted(model: nn.ModuleDict) -> None:
-    model["script"] = torch.jit.script(nn.Linear(2, 2))
+    model["inside"] = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     twice(model)
+    model["script"] = torch.jit.script(model["head"])  # of the same weights
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
@@ -227,7 +228,10 @@ def test_a_weight_with_two_names_is_saved_once(change: Callable[[nn.ModuleDict],
     file.seek(0)
     state = torch.load(file)
     assert state[again].data_ptr() == state["head.weight"].data_ptr()
-    assert state["head.weight"].untyped_storage().nbytes() == 4 * 24
+    assert all(t.untyped_storage().nbytes() == 4 * t.numel() for t in state.values() if t.layout == torch.strided)
+    if change is scripted:
+        assert state["script.weight"].data_ptr() == state["head.weight"].data_ptr()
+        assert same_bits(state["inside.1.bias"], model["inside"].state_dict()["1.bias"])
     assert same_bits(state[again], model["head"].weight.detach())
 
 
@@ -276,3 +280,14 @@ def test_bad_input() -> None:
     quantized.register_parameter("w", nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False))
     with pytest.raises(TypeError, match="int8"):
         fastpost.flatten_parameters(quantized)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_model_that_is_scripted_goes_into_a_plain_one() -> None:
+    model = torch.jit.script(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"torch.jit.ScriptModule, .*torch.nn.Sequential\(model\)"):
+        fastpost.flatten_parameters(model)
+    outer = nn.Sequential(model)
+    fastpost.flatten_parameters(outer)
+    assert [t.untyped_storage().nbytes() for t in outer.state_dict().values()] == [16, 8]
+    assert all(t is p for t, p in zip(outer.state_dict(keep_vars=True).values(), outer.parameters(), strict=True))

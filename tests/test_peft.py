@@ -455,6 +455,23 @@ def test_adapters_whose_matrices_are_not_called_are_refused(name: str, where: st
     assert list(model.peft_config) == ["default"]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"target_modules": [], "target_parameters": ["o_proj.weight"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+    ],
+)
+@pytest.mark.parametrize("name", METHODS)
+def test_what_inactive_adapters_are_does_not_matter(name: str, other: dict[str, Any]) -> None:
+    model, alone = lora(), lora()
+    model.add_adapter("other", peft.LoraConfig(r=2, **other))
+    rows = rows_of_text(2)
+    for each in (model, alone):
+        METHODS[name][0](each)
+    assert torch.equal(model(input_ids=rows).logits, alone(input_ids=rows).logits)
+
+
 class Stranger:
     """A trainer or a logger, with hooks of its own on the optimizer."""
 

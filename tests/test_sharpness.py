@@ -16,6 +16,7 @@ from torch.func import functional_call
 import fastpost
 from fastpost import SAM, sharpness
 from fastpost.distributed import drop_waiting_gradients, no_sync
+from fastpost.sam.measurement.study import NotFinite
 from fastpost.sam.measurement.weights import Weights
 from fastpost.sam.perturbation import Perturbation
 
@@ -420,6 +421,15 @@ def one_cannot() -> None:
     with pytest.raises((ValueError, RuntimeError), match="no batch") as raised:
         sharpness(model, of_net, batches, 0.2)
     assert ("rank 1 cannot measure" in str(raised.value)) == (dist.get_rank() == 0)
+
+    def infinite(model: nn.Module, batch: Batch) -> Tensor:
+        return of_net(model, batch) * (math.inf if dist.get_rank() == 0 else 1)
+
+    with pytest.raises(NotFinite, match="batch 0 has loss inf"):
+        sharpness(model, infinite, [d.batch(0)], 0.2)
+    with pytest.raises((ValueError, RuntimeError), match="no batch") as raised:  # of which no callback makes a warning
+        sharpness(model, infinite, batches, 0.2)
+    assert not isinstance(raised.value, NotFinite)
 
 
 def shards() -> None:

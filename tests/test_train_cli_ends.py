@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 
 from fastpost.cli import main, train_checkpoints, train_gap, train_options, train_run
@@ -87,8 +88,12 @@ def test_smoothed_losses_make_no_perplexity_and_an_ascent_on_a_part_is_told(mode
     assert "eval_perplexity" not in table(tmp_path)[0]
     assert "training loss, past the ascent at w + e, last logged" in Page.of(tmp_path).seen
     alone = tmp_path / "alone"  # of one micro-batch a quarter is the whole
-    assert main([*words_of("sam_lm", models, files, alone), "--gradient_accumulation_steps", "1"]) == 0
+    words = words_of("sam_lm", models, files, alone, "--gradient_accumulation_steps", "1")
+    assert main([*words, "--eval_do_concat_batches", "False"]) == 0  # nothing of a text is scored together
     assert "training loss, last logged" in Page.of(alone).seen
+    run = train_options.parse([*words[1:], "--model", str(alone), "--output_dir", str(tmp_path / "again")])
+    concatenated = train_run.assemble(train_run.prepare(run)).evaluate()["eval_loss"]
+    assert float(table(alone)[-1]["eval_loss"]) == pytest.approx(concatenated, rel=1e-6)
 
 
 def test_a_text_of_gap_has_the_number_of_its_row_whatever_is_held_out(models, files, tmp_path) -> None:
@@ -143,3 +148,18 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_one_line(models, files, tmp_path
     assert "fastpost train: error: a checkpoint cannot be written; is the disk full? " in error
     assert error.count("\n") == 1
     assert train_checkpoints.newest_whole(tmp_path / "out") is None
+
+
+@pytest.mark.parametrize("where", ["rehearse", "_inner_training_loop"])
+def test_a_gpu_that_is_full_as_training_begins_is_told_by_its_traceback(models, files, tmp_path, monkeypatch, where) -> None:
+    """And the folder is taken away once, whichever process does it."""
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    remove = Path.rmdir
+    monkeypatch.setattr(Path, "rmdir", lambda path: (remove(path), remove(path)))
+    monkeypatch.setattr(train_checkpoints.RunTrainer, where, full)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        main(words_of("none", models, files, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

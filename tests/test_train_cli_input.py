@@ -298,7 +298,7 @@ def test_help_all_groups_every_option_by_method() -> None:
         ("--method sam --label_column text", "text, pair and label are three columns"),
         ("--method sam --dtype float23", "choose from 'float32', 'bfloat16', 'auto'"),
         ("--method sam --per_device_train_batch_size 0", "--per_device_train_batch_size must be at least 1"),
-        ("--method sam --eval_do_concat_batches false", "fastpost train scores all batches of an evaluation together"),
+        ("--method sam --eval_do_concat_batches false", "a classifier is scored on all batches of an evaluation together"),
         ("--method sam --dataloader_drop_last --per_device_train_batch_size 99", "training examples make no whole batch"),
         ("--method sam --dataloader_persistent_workers", "persistent_workers option needs num_workers > 0"),
         ("--method sam --model . --output_dir .", "--output_dir . is the folder of --model, which would be overwritten"),
@@ -326,6 +326,14 @@ def test_wrong_use_is_one_line_and_writes_nothing(models, files, tmp_path, capsy
     assert error.startswith("fastpost train: error: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_that_dataloader_drop_last_needs_is_of_all_gpus(models, files, tmp_path) -> None:
+    run = train_options.parse(words_of("sam", models, files, tmp_path / "out", "--dataloader_drop_last")[1:])
+    run.arguments.per_device_train_batch_size = 15  # of 20 rows
+    run.arguments._n_gpu = 2
+    with pytest.raises(ValueError, match="the 20 training examples make no whole batch of 30"):
+        train_run.prepare(run)
 
 
 def test_files_of_options_in_the_words_of_yaml_and_json(models, files, tmp_path, capsys) -> None:

@@ -145,12 +145,15 @@ def test_noise_by_length_under_context_parallelism_is_refused(tmp_path: Any, mon
         trainer._take_options()
 
 
+@pytest.mark.parametrize("accepts", [True, False])
 @pytest.mark.parametrize("options", [{"method": "r3f"}, {"method": "anchor", "anchor": "reference"}])
-def test_several_gpus_in_one_process_are_refused_by_name(tmp_path: Any, options: dict[str, str]) -> None:
-    """As a script without torchrun has them. Evaluation is the Trainer's own."""
+def test_several_gpus_in_one_process_are_refused_by_name(tmp_path: Any, options: dict[str, str], accepts: bool) -> None:
+    """As a script without torchrun has them; also where the model is told of no number of labels. Evaluation is the
+    Trainer's own."""
     args = arguments(tmp_path, 1, **options)
     args._n_gpu = 2
     trainer = trainer_of(PostTrainer, tiny.build("causal", 0.0), args, eval_dataset=rows())
+    trainer.model_accepts_loss_kwargs = accepts
     assert trainer.evaluate()["eval_loss"] > 0
     with pytest.raises(ValueError, match=r"DataParallel cuts each batch among the 2 GPUs .*torchrun"):
         trainer.train()

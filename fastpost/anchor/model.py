@@ -117,13 +117,12 @@ class Anchor:
         """Attributes may be changed between steps (schedules), so they are checked at every one."""
         for name in ("anchor_kl", "ce_weight"):
             check_number("Anchor", name, getattr(self, name))
-        check_real("Anchor", "label_smoothing", self.label_smoothing)
+        for name in ("label_smoothing", "beta"):
+            check_real("Anchor", name, getattr(self, name))
         check_whole("Anchor", "ignore_index", self.ignore_index)
         for name, valid in (("divergence", DIVERGENCES), ("weighting", WEIGHTINGS)):
             if getattr(self, name) not in valid:
                 raise unknown(name, getattr(self, name), valid)
-        if self.divergence == "js":
-            check_real("Anchor", "beta", self.beta)
         if self.divergence == "js" and not 0 < self.beta < 1:
             raise ValueError(f"Anchor: beta must lie in (0, 1), not {self.beta}")
         if not 0 <= self.label_smoothing < 1:

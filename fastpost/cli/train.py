@@ -31,6 +31,9 @@ def main(argv: Sequence[str]) -> int:
     except _REFUSALS as error:
         if isinstance(error, ModuleNotFoundError) and not isinstance(error, importlib.metadata.PackageNotFoundError):
             raise  # the command line's own list says what to install
+        if not _is_refusal(error):
+            mask.exception(error)
+            raise
         complain("fastpost train", error, mask)
         return 2
     except KeyboardInterrupt:
@@ -46,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"interrupted; GAP puts the weights back, and nothing was written. To begin again:\n{run.command}")
         return 130
     except Exception as error:
-        refused = run.method != "gap" and trainer.watch.refused and isinstance(error, _REFUSALS)
+        refused = run.method != "gap" and trainer.watch.refused and _is_refusal(error)
         if not refused and not _is_users(error, gap=run.method == "gap"):
             mask.exception(error)
             raise
@@ -66,6 +69,13 @@ def _is_users(error: Exception, gap: bool) -> bool:
 
     is_of_disk = isinstance(error, (OSError, SafetensorError)) or _is_of_torch_save(error)
     return is_of_disk or (gap and isinstance(error, ValueError))
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Not of a device that is full: the traceback says what took its memory."""
+    import torch
+
+    return isinstance(error, _REFUSALS) and not isinstance(error, torch.OutOfMemoryError)
 
 
 def _is_of_torch_save(error: Exception) -> bool:

@@ -376,10 +376,6 @@ def _check(method: str, data: DataOptions, gap: GapOptions, values: Any, asked: 
                 "own; AnchorTrainer and AnchorSFTTrainer take examples with context_input_ids. Or take --anchor reference, "
                 "ema or lora_off"
             )
-        if not values.eval_do_concat_batches:
-            raise ValueError(
-                "--eval_do_concat_batches: fastpost train scores all batches of an evaluation together; leave it out"
-            )
         if values.label_names not in (None, ["labels"]):
             raise ValueError("--label_names: fastpost train makes the batches, and calls labels `labels`; leave it out")
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import sys
@@ -71,6 +72,10 @@ def prepare(run: Run) -> Job:
             f"--method {run.method} normalises the head of a classifier (--r3f_spectral), and the data have no labels; "
             "--method r3f takes text"
         )
+    if data.labels and not run.arguments.eval_do_concat_batches:
+        raise ValueError(
+            "--eval_do_concat_batches: a classifier is scored on all batches of an evaluation together; leave it out"
+        )
     asked, known = run.arguments.metric_for_best_model, ("loss", *SCORES) if data.labels else ("loss",)
     if asked is not None and asked.removeprefix("eval_") not in known:
         raise unknown("metric_for_best_model", asked, known)
@@ -101,7 +106,7 @@ def prepare(run: Run) -> Job:
         train, validation = (
             train_data.blocks(part, size, which) for part, which in zip(ids, ("training", "validation"), strict=True)
         )
-    batch = run.arguments.per_device_train_batch_size * run.arguments.world_size
+    batch = run.arguments.train_batch_size * run.arguments.world_size  # the first is of all GPUs of a process
     if run.arguments.dataloader_drop_last and len(train) < batch:
         raise ValueError(
             f"--dataloader_drop_last: the {len(train)} training examples make no whole batch of {batch}; leave it out, or "
@@ -257,9 +262,9 @@ class Watch(TrainerCallback):
 
     def leave_no_folder(self) -> None:
         """The trainer makes its folder before it has checked everything."""
-        folder = self.run.folder
-        if self.made_folder and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        if self.made_folder:
+            with contextlib.suppress(OSError):  # something is in it, or another process was faster
+                self.run.folder.rmdir()
 
     def release(self) -> None:
         """Gives Ctrl-C back to whoever had it."""
@@ -352,7 +357,7 @@ def results_of(
 
 def _results(job: Job) -> train_report.Results:
     a = job.run.arguments
-    each = f"{a.per_device_train_batch_size} x {a.gradient_accumulation_steps} x {a.world_size}"
+    each = f"{a.train_batch_size} x {a.gradient_accumulation_steps} x {a.world_size}"
     facts = [("a step", f"{each} examples (batch x accumulation x processes), learning rate {a.learning_rate:g}")]
     if job.majority is not None:
         label, share = job.majority

@@ -225,7 +225,7 @@ class GAP:
         checks.check_callables(evaluate, test, allow_leak)
         if (probe is None) != (self.max_kl is None):
             raise ValueError("GAP: max_kl and probe go together: a bound, and the batch on which it is watched")
-        held: list[Snapshot] = []  # once there is something to go back to
+        held: Snapshot | None = None  # the base, once it is known to be of this model
         try:
             with _as_before(model, weights):
                 ids = prepare(model, input_ids, attention_mask, self.max_tokens)
@@ -238,7 +238,7 @@ class GAP:
                         raise ValueError(
                             "GAP: base is a copy of other weights than those of the model that have requires_grad"
                         )
-                held.append(base)
+                held = base
                 model.eval()
                 untouched = None if test is None else _score(test, model, base)
                 watched = None if probe is None else Probe(model, probe)
@@ -248,8 +248,8 @@ class GAP:
                     result.test_scores = [untouched, _score(test, model, base)]
             return result
         except BaseException:
-            for copy in held:
-                copy.restore()
+            if held is not None:
+                held.restore()
             raise
 
     def _climb(

@@ -114,8 +114,18 @@ class PostTrainingMixin(Base):  # type: ignore[misc]
             self._take_options()
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's own, with the options as they are now."""
+        """As the trainer's own, with the options as they are now.
+
+        Raises:
+            ValueError: several devices in this process (DataParallel), and a method with a loss of its own.
+        """
         self._take_options()
+        if self.args.n_gpu > 1 and self._methods & {"r3f", "anchor"}:
+            raise ValueError(
+                f"{type(self).__name__}: DataParallel cuts each batch among the {self.args.n_gpu} GPUs of this process, "
+                "which this loss does not serve; start a process for each GPU (torchrun, accelerate launch), or show it one "
+                "GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
         return super()._inner_training_loop(*args, **kwargs)
 
     def _record(self) -> dict[str, Any]:
@@ -153,17 +163,7 @@ class PostTrainingMixin(Base):  # type: ignore[misc]
         return dict(inputs)
 
     def _factor(self, items: Any) -> int:
-        """What undoes the mean over processes, where the divisor counts the labels of all.
-
-        Raises:
-            ValueError: the trainer counts for each of several devices (DataParallel).
-        """
-        if isinstance(items, torch.Tensor) and items.numel() > 1:
-            raise ValueError(
-                f"{type(self).__name__}: DataParallel cuts each batch among the {self.args.n_gpu} GPUs of this process, "
-                "which this loss does not serve; start a process for each GPU (torchrun, accelerate launch), or show it one "
-                "GPU (CUDA_VISIBLE_DEVICES=0)"
-            )
+        """What undoes the mean over processes, where the divisor counts the labels of all."""
         if items is None or not self.args.average_tokens_across_devices:
             return 1
         return int(self.accelerator.num_processes // self.get_tp_size())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -120,6 +120,7 @@ class BiLoRA(_Method):
             second.lora_alpha = config.lora_alpha * math.sqrt(second.r / config.r)
         second.lora_dropout, second.bias, second.modules_to_save = 0.0, "none", None
         second.lora_bias = second.ensure_weight_tying = False  # beside A and B nothing of it is trained
+        second.modules_to_tie = None  # which PEFT has noted in the first one's
         second.layer_replication = None  # the layers are replicated by now
         second.init_lora_weights, second.inference_mode = True, False
         self._trained = [p for p in model.parameters() if p.requires_grad]
@@ -392,7 +393,7 @@ class FlatLoRA(_Method):
 
     Args:
         model: a PeftModel with LoRA on linear layers (nn.Linear, transformers' Conv1D) in floating point, whose own weights
-            are frozen.
+            are frozen. Where only inactive adapters have other layers, these are left alone.
         sigma: standard deviation of the noise relative to a row's root mean square, >= 0.
         total_steps: T; None: no ramp.
         seed: of the noise.
@@ -411,19 +412,18 @@ class FlatLoRA(_Method):
         _lora_config("FlatLoRA", model, model.active_adapters[0] if isinstance(model, PeftModel) else "")
         self.sigma, self.total_steps, self.seed, self.step = sigma, total_steps, seed, 0
         self._layers: list[Any] = []
-        found = list(_lora_layers("FlatLoRA", model, None))
-        for name, layer in found:
-            base = layer.get_base_layer()
-            if not isinstance(base, nn.Linear | Conv1D) or not base.weight.is_floating_point():
-                raise TypeError(
-                    f"FlatLoRA: {name} is {type(base).__name__} in {base.weight.dtype}; only linear layers in floating "
-                    "point have weights to put noise on"
-                )
-            if base.weight.requires_grad:
-                raise ValueError(f"FlatLoRA: the weight of {name} trains; the noise is for frozen weights under adapters")
-            if "forward" in vars(base):
-                raise ValueError(f"FlatLoRA: the forward of {name} has been replaced already, maybe by another FlatLoRA")
-        for number, (_, layer) in enumerate(found):
+        found: list[Any] = []
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            refusal = _noise_refusal(name, layer)
+            if refusal is None:
+                found.append(layer)  # also without an active adapter: it may get one by set_adapter
+            elif _active(layer):
+                raise refusal
+        if not any(map(_active, found)):
+            raise TypeError("FlatLoRA: the active adapters have no LoRA layer in the model")
+        for number, layer in enumerate(found):
             base = layer.get_base_layer()
             base.forward = functools.partial(self._forward, layer, base, number)
             self._layers.append(base)
@@ -462,8 +462,7 @@ class FlatLoRA(_Method):
 
     def _forward(self, layer: Any, base: Any, number: int, x: Tensor) -> Tensor:
         eps = self.sigma_now
-        active = any(name in layer.lora_A for name in layer.active_adapters)
-        if not base.training or eps == 0 or layer.disable_adapters or layer.merged or not active:
+        if not base.training or eps == 0 or layer.disable_adapters or layer.merged or not _active(layer):
             plain: Tensor = type(base).forward(base, x)
             return plain
         if is_sharded(base.weight):
@@ -478,7 +477,7 @@ class FlatLoRA(_Method):
         """Root mean square of each row of the merged weight, without merging: |w + b A|^2 = |w|^2 + 2 b.(A w) + |b A|^2."""
         wide = _wide(weight)
         own = wide.square().sum(1)  # anew, as weights may be loaded in between: little beside the noise
-        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        names = _active(layer)
         a = torch.cat([layer.lora_A[name].weight for name in names]).to(wide.dtype)
         b = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for name in names], 1).to(wide.dtype)
         cross = (b * (wide @ a.T)).sum(1)
@@ -509,7 +508,7 @@ def _lora_config(who: str, model: Any, adapter: str) -> LoraConfig:
     return config
 
 
-def _lora_layers(who: str, model: Any, adapter: str | None) -> Iterator[tuple[str, Any]]:
+def _lora_layers(who: str, model: Any, adapter: str) -> Iterator[tuple[str, Any]]:
     """The layers with an adapter, each with its name.
 
     Raises:
@@ -517,16 +516,46 @@ def _lora_layers(who: str, model: Any, adapter: str | None) -> Iterator[tuple[st
     """
     found = False
     for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer) or (adapter is not None and adapter not in layer.r):
+        if not isinstance(layer, LoraLayer) or adapter not in layer.r:
             continue
         found = True
-        matrices = [m.weight for which in (layer.lora_A, layer.lora_B) for m in which.values()]
-        merges = isinstance(layer, MultiheadAttention | ParamWrapper)  # adds B A to weights, and calls no A, no B
-        if merges or layer.lora_variant or len(layer.lora_embedding_A) or any(m.ndim != 2 for m in matrices) or not matrices:
-            raise TypeError(
-                f"{who}: {name} is no plain LoRA on a matrix (DoRA, embedding, convolution, nn.MultiheadAttention, "
-                "target_parameters), so it has no layers A and B to act on; leave it out of the adapter, or use SAM"
-            )
+        if (refusal := _refusal(who, name, layer, [adapter])) is not None:
+            raise refusal
         yield name, layer
     if not found:
         raise TypeError(f"{who}: the model has no LoRA layer")
+
+
+def _refusal(who: str, name: str, layer: Any, adapters: Iterable[str]) -> TypeError | None:
+    """The error for a layer where one of these adapters is something else than s B A with matrices; None where none is."""
+    merges = isinstance(layer, MultiheadAttention | ParamWrapper)  # adds B A to weights, and calls no A, no B
+    for adapter in adapters:
+        matrices = [which[adapter].weight for which in (layer.lora_A, layer.lora_B) if adapter in which]
+        if merges or adapter in layer.lora_variant or not matrices or any(m.ndim != 2 for m in matrices):
+            return TypeError(
+                f"{who}: {name} is no plain LoRA on a matrix (DoRA, embedding, convolution, nn.MultiheadAttention, "
+                "target_parameters), so it has no layers A and B to act on; leave it out of the adapter, or use SAM"
+            )
+    return None
+
+
+def _noise_refusal(name: str, layer: Any) -> TypeError | ValueError | None:
+    """The error for a layer that Flat-LoRA cannot serve under its active adapters, or under all where none is; or None."""
+    refusal = _refusal("FlatLoRA", name, layer, _active(layer) or layer.r)
+    if refusal is not None:
+        return refusal
+    base = layer.get_base_layer()
+    if not isinstance(base, nn.Linear | Conv1D) or not base.weight.is_floating_point():
+        return TypeError(
+            f"FlatLoRA: {name} is {type(base).__name__} in {base.weight.dtype}; only linear layers in floating "
+            "point have weights to put noise on"
+        )
+    if base.weight.requires_grad:
+        return ValueError(f"FlatLoRA: the weight of {name} trains; the noise is for frozen weights under adapters")
+    if "forward" in vars(base):
+        return ValueError(f"FlatLoRA: the forward of {name} has been replaced already, maybe by another FlatLoRA")
+    return None
+
+
+def _active(layer: Any) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.r]

@@ -373,8 +373,7 @@ def check_options(op: str, options: DistillationOptions, labels: Tensor | None) 
     ):
         if given not in valid:
             raise unknown(name, given, valid)
-    if options.divergence == "js":
-        check_number(op, "beta", options.beta)
+    check_number(op, "beta", options.beta)
     if options.divergence == "js" and not 0 < options.beta < 1:
         raise ValueError(
             f"{op}: beta must lie in (0, 1), not {options.beta}; what GKD calls 0 and 1 are divergence='forward_kl' and "

@@ -19,6 +19,8 @@ from torch import Tensor
 from fastpost.distributed import local
 from fastpost.sam.hooks import values_of
 
+_SPENT = "_spent_by_sam"  # an attribute of gradients: their version when a step had used them
+
 
 def find_sam(optimizer: Any) -> Any:
     """The SAM inside any wrappers that keep it as `.optimizer`; None where there is none."""
@@ -120,9 +122,6 @@ def _step_of(wrapper: Any) -> Any:
         return result
 
     return step
-
-
-_SPENT = "_spent_by_sam"  # what a gradient's version was when a step had used it
 
 
 def _strays(sam: Any) -> list[tuple[Tensor, Tensor]]:

@@ -29,7 +29,7 @@ class ParameterHooks:
 
     def __init__(self) -> None:
         self._selection: ops.Selection | None = None
-        self._first = 0  # what the first parameter holds: a conversion swaps all
+        self._first = 0  # the first parameter's C++ tensor; a conversion that swaps one swaps them all
         self._hooked: tuple[tuple[int, int], ...] = ()
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
@@ -53,7 +53,11 @@ class ParameterHooks:
 
 
 def _connect_hooks(p: Tensor) -> None:
-    """Has torch call the hooks in a parameter's dictionaries, to which it adds without looking whether they are called."""
+    """Has torch call the hooks in a parameter's dictionaries again.
+
+    After a swap the C++ side no longer knows them, and torch would add further hooks without registering them there. Setting
+    the attribute registers a dictionary again; an empty one becomes None, and torch makes and registers a new one.
+    """
     for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         hooks = getattr(p, name)
         if hooks is not None:

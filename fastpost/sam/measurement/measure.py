@@ -17,7 +17,7 @@ from fastpost.norm_stats import frozen_norm_stats
 from fastpost.ops import params as ops
 from fastpost.rng import RandomState, accelerators
 from fastpost.sam.measurement.results import Around, Estimate, Sharpness
-from fastpost.sam.measurement.study import NO_STAGES, Loss, Row, Study
+from fastpost.sam.measurement.study import NO_STAGES, Loss, NotFinite, Row, Study
 from fastpost.sam.measurement.weights import Weights
 from fastpost.sam.scopes import Scope
 
@@ -163,7 +163,7 @@ def _gathered(rows: list[Row]) -> list[Row]:
 
 @contextlib.contextmanager
 def _raising_together(is_replica: bool) -> Iterator[None]:
-    """What raises in one replica raises in all, so that none waits for it."""
+    """What raises in one replica raises in all, so that none waits for it. It is NotFinite in all, or in none."""
     mine: Exception | None = None
     try:
         yield
@@ -173,13 +173,15 @@ def _raising_together(is_replica: bool) -> Iterator[None]:
         mine = error
     if not is_replica:
         return
-    told: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if mine is None else f"{type(mine).__name__}: {mine}")
-    if mine is not None:
+    told: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, None if mine is None else (isinstance(mine, NotFinite), f"{type(mine).__name__}: {mine}"))
+    raised = [(rank, *found) for rank, found in enumerate(told) if found is not None]
+    if not raised:
+        return
+    rank, only_not_finite, message = min(raised, key=lambda found: found[1])  # another error, where there is one
+    if mine is not None and isinstance(mine, NotFinite) == only_not_finite:
         raise mine
-    for rank, message in enumerate(told):
-        if message is not None:
-            raise RuntimeError(f"sharpness: rank {rank} cannot measure: {message}")
+    raise (NotFinite if only_not_finite else RuntimeError)(f"sharpness: rank {rank} cannot measure: {message}") from mine
 
 
 def _innermost(model: nn.Module) -> tuple[nn.Module, bool]:
