@@ -19,6 +19,7 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 from fastpost import R3F
 from fastpost.anchor import Anchor
 from fastpost.ops.noise import add_noise
+from fastpost.r3f import noise
 from fastpost.r3f.noise import Layout
 from fastpost.r3f.relatives import SMART, FreeLB, HyPe, NEFTune, NoisedStudent, RDrop, SymNoise
 from fastpost.r3f.relatives.base import Method
@@ -93,6 +94,13 @@ def test_an_embedding_may_be_given_its_batch_in_another_order(method: str, order
             out = of(model, input_ids=ids, attention_mask=mask.long(), labels=(ids % 3).where(mask, -100))
         found.append((out.loss, out.symm_kl))
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+def test_without_values_a_module_is_given_its_batch_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "traced", lambda: True)
+    layout, square = Layout(), torch.randint(3, VOCABULARY, (4, 4))
+    for ids, expected in ((square, False), (square[:3], True), (square, True)):
+        assert layout.time_first(ids.t().contiguous(), ids) is expected
 
 
 def test_on_a_gpu_one_look_shows_how_a_module_is_given_its_batch() -> None:
