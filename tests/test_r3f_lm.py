@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastpost import R3F
 from fastpost.anchor import Anchor
+from fastpost.r3f.conventions import VARLEN, doubled
 from fastpost.r3f.head import find_head
 from fastpost.r3f.relatives import RDrop
 from tests.conftest import same_bits
@@ -387,11 +388,52 @@ def test_a_double_batch_of_packed_sequences_has_twice_their_boundaries(method: A
     torch.testing.assert_close(double.symm_kl, two.symm_kl, rtol=1e-4, atol=1e-9)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("method", [R3F, RDrop])
+@pytest.mark.parametrize(
+    ("positions", "more", "refused"),
+    [
+        ([[0, 1, 2, 3, 0, 1]], {}, True),
+        ([[0, 1, 2, 3, 0, 1]], {"attention_mask": torch.ones(1, 6)}, True),  # which transformers leaves out
+        ([[0, 1, 2, 3, 0, 1]], {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, False),
+        ([[0, 1, 2, 3, 0, 1]], dict.fromkeys(VARLEN[:2], torch.tensor([0, 4, 6])), True),
+        ([[0, 1, 2, 3, 0, 1]], {**dict.fromkeys(VARLEN[:2], torch.tensor([0, 4, 6])), "max_length_q": 4}, True),
+        (
+            [[0, 1, 2, 3, 0, 1]],
+            {**dict.fromkeys(VARLEN[:2], torch.tensor([0, 4, 6])), **dict.fromkeys(VARLEN[2:], 4)},
+            False,
+        ),
+        ([[0, 1, 2, 3, 4, 5]], {}, False),
+        ([[2, 3, 4, 5, 6, 7]], {"attention_mask": torch.ones(1, 6)}, False),
+        ([[0]], {}, False),
+        ([[[0, 1, 2, 3, 0, 1]]] * 4, {}, True),  # of the text, and of an image in time, height and width
+        ([[[0, 1, 2, 2, 2, 3]]] * 3, {}, False),  # without the text's, which flash attention is given alone
+        ([[0, 1, 2, 0, 1, 2]] * 2, {}, False),  # in two rows transformers takes each for one sequence
+    ],
+)
+def test_packed_positions_that_two_rows_would_lose_are_refused(
+    method: Any, positions: list[Any], more: dict[str, Any], refused: bool
+) -> None:
+    model = build("llama")
     model.config._attn_implementation = "flash_attention_2"  # type: ignore[union-attr]
+    inputs = {"position_ids": torch.tensor(positions), **more}
+    rows = inputs["position_ids"].shape[-2]
+    if not refused:
+        assert doubled(model, inputs, rows)
+        return
+    ids = torch.randint(3, VOCABULARY, (rows, 6))
     with pytest.raises(
         ValueError, match=f"{method.__name__}: flash attention tells packed sequences apart by position_ids in"
     ):
-        method(forward="double_batch")(model, labels=ids, **batch)
+        method(forward="double_batch")(model, input_ids=ids, labels=ids, **inputs)
+
+
+def test_boundaries_of_each_row_are_doubled_as_rows() -> None:
+    begins = torch.tensor([[0, 4, 6], [0, 2, 6]])
+    found = doubled(build("llama"), {"cu_seqlens": begins, "cu_seq_lens_q": begins[0]}, 2)
+    assert found["cu_seqlens"].tolist() == 2 * begins.tolist()
+    assert found["cu_seq_lens_q"].tolist() == [0, 4, 6, 10, 12]
 
 
 # -- encoder-decoders -----------------------------------------------------------------------------------------------------
@@ -460,6 +502,15 @@ def test_another_label_that_does_not_count_is_no_token_of_the_decoder(kind: str,
         found.append(method(model, **{**batch, "labels": labels}))
     assert same_bits(found[0].loss, found[1].loss)
     assert float(found[0].task_loss) == pytest.approx(float(model(**batch).loss.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "t5", "m2m"])
+@pytest.mark.parametrize("missing", ["pad_token_id", "decoder_start_token_id"])
+def test_without_tokens_for_a_decoder_s_inputs_the_config_is_named(kind: str, missing: str) -> None:
+    model, batch = build(kind), batch_for(kind)
+    setattr(model.config, missing, None)
+    with pytest.raises(ValueError, match=rf"^R3F: {type(model).__name__} needs config\.{missing} to make decoder inputs"):
+        R3F()(model, **batch)
 
 
 # -- presets --------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 from fastpost import R3F
 from fastpost.anchor import Anchor
 from fastpost.ops.noise import add_noise
+from fastpost.r3f import noise
+from fastpost.r3f.noise import Layout
 from fastpost.r3f.relatives import SMART, FreeLB, HyPe, NEFTune, NoisedStudent, RDrop, SymNoise
 from fastpost.r3f.relatives.base import Method
 from fastpost.r3f.relatives.delta import Delta
@@ -38,6 +40,85 @@ def test_padding_changes_nothing(name: str, kind: str) -> None:
     (short, expected), (long, found) = (step(of(name), model, pad(batch, pads)) for pads in (0, 5))
     torch.testing.assert_close(long.loss, short.loss, rtol=1e-9, atol=0)
     assert_same(found, expected, rtol=1e-5, atol=1e-9)
+
+
+class Ordered(nn.Module):
+    """A model whose embedding is given its batch in one of several orders."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.order, self.embedding = order, nn.Embedding(VOCABULARY, 4, padding_idx=1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+        self.head = nn.Linear(4, 3)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        given = input_ids.reshape(-1, 4) if "pieces" in self.order else input_ids
+        given = given.t() if "turned" in self.order else given
+        given = given.clone(memory_format=torch.contiguous_format) if "copy" in self.order else given
+        if "features" in self.order:  # two of each token
+            given = torch.stack((given, torch.where(given == 1, given, given % 7 + 2)), -1)
+        x = self.embedding(given)
+        x = x.mean(2) if "features" in self.order else x
+        x = x.transpose(0, 1) if "behind" in self.order else x
+        for block in self.blocks:
+            x = block(x)
+        x = x.transpose(0, 1) if {"turned", "behind"} & {*self.order.split()} else x.reshape(*input_ids.shape, -1)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+LIKE, UNLIKE, ONE_AFTER_ANOTHER = [(4, 8)], [(4, 9)], [(4, 9), (4, 4)]  # whether pieces of 4 have the shape of turned rows
+
+
+@pytest.mark.parametrize(
+    ("order", "sizes"),
+    [(order, sizes) for order in ("pieces", "pieces copy") for sizes in (LIKE, [(4, 4)], [(2, 4)])]
+    + [(order, sizes) for order in ("turned", "turned copy") for sizes in (LIKE, UNLIKE, [(4, 4)], [(2, 4)])]
+    # A square batch alone does not show the order of features and of hidden states.
+    + [(order, sizes) for order in ("turned features", "behind") for sizes in (UNLIKE, ONE_AFTER_ANOTHER)],
+)
+@pytest.mark.parametrize("method", ["two_pass", "double_batch", "hype"])
+def test_an_embedding_may_be_given_its_batch_in_another_order(method: str, order: str, sizes: list[tuple[int, int]]) -> None:
+    """A batch turned before the embedding or behind it, or cut into pieces of 4 tokens."""
+    found = []
+    for model in (Ordered(order).double(), Ordered("features" if "features" in order else "plain").double()):
+        for rows, time in sizes:
+            lengths = torch.tensor([time, 3, time - 1, 2])[:rows]
+            mask = torch.arange(time) < lengths[:, None]
+            ids = torch.randint(2, VOCABULARY, (rows, time), generator=torch.Generator().manual_seed(3)).where(mask, 1)
+            of = HyPe(0.3, seed=4) if method == "hype" else R3F(0.3, seed=4, forward=method)
+            out = of(model, input_ids=ids, attention_mask=mask.long(), labels=(ids % 3).where(mask, -100))
+        found.append((out.loss, out.symm_kl))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+def test_without_values_a_module_is_given_its_batch_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "traced", lambda: True)
+    layout, square = Layout(), torch.randint(3, VOCABULARY, (4, 4))
+    for ids, expected in ((square, False), (square[:3], True), (square, True)):
+        assert layout.time_first(ids.t().contiguous(), ids) is expected
+
+
+def test_on_a_gpu_one_look_shows_how_a_module_is_given_its_batch() -> None:
+    """A look at the values of meta tensors raises, where one at a GPU's waits."""
+    ids = torch.randint(3, VOCABULARY, (4, 8))
+    turned, padded = torch.empty(8, 4, device="meta"), torch.empty(4, 16, device="meta")
+    for other in (ids.t().contiguous(), ids.reshape(8, 4).clone()):
+        layout = Layout()
+        with pytest.raises(RuntimeError):
+            layout.time_first(turned, ids)
+        expected = layout.time_first(other, ids)
+        assert layout.time_first(turned, ids) == expected == (other[1, 0] == ids[0, 1]).item()
+    assert Layout().time_first(torch.empty(9, 4, device="meta"), torch.zeros(4, 9)) is True
+    layout = Layout()
+    with pytest.raises(RuntimeError):
+        layout.padded_by_model(padded, ids, 8)
+    assert layout.padded_by_model(nn.functional.pad(ids, (0, 8)), ids, 8)
+    assert layout.padded_by_model(padded, ids, 8)
 
 
 @pytest.mark.parametrize("name", [n for n in NOISY if n != "hype"])

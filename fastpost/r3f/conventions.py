@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from fastpost.ops.reductions import item_divisor
 from fastpost.r3f.noise import BOUNDARIES, is_encoder_decoder
 
+DECODER_TOKENS = ("pad_token_id", "decoder_start_token_id")
+VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # flash attention needs all of them, or none
+
 
 @contextlib.contextmanager
 def named(method: str) -> Iterator[None]:
@@ -223,15 +226,23 @@ def give_decoder_inputs(root: Any, inputs: dict[str, Any], labels: Tensor, ignor
     if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
         return
     shift = _decoder_shift(root)
-    if shift is not None:
-        if ignore_index < 0:  # no token; models put padding in the place of -100
-            labels = labels.masked_fill(labels == ignore_index, -100)
+    if shift is None:
+        raise ValueError(
+            f"R3F: {type(root).__name__} is an encoder-decoder that cannot make decoder inputs from labels; add "
+            "decoder_input_ids to the batch"
+        )
+    if ignore_index < 0:  # no token; models put padding in the place of -100
+        labels = labels.masked_fill(labels == ignore_index, -100)
+    try:
         inputs["decoder_input_ids"] = shift(labels)
-        return
-    raise ValueError(
-        f"R3F: {type(root).__name__} is an encoder-decoder that cannot make decoder inputs from labels; add "
-        "decoder_input_ids to the batch"
-    )
+    except (ValueError, TypeError) as error:
+        missing = [name for name in DECODER_TOKENS if getattr(root.config, name, None) is None]
+        if not missing:
+            raise
+        raise ValueError(
+            f"R3F: {type(root).__name__} needs {' and '.join(f'config.{name}' for name in missing)} to make decoder inputs "
+            "from labels; set that, or add decoder_input_ids to the batch"
+        ) from error
 
 
 def _decoder_shift(root: Any) -> Callable[[Tensor], Tensor] | None:
@@ -245,17 +256,19 @@ def _decoder_shift(root: Any) -> Callable[[Tensor], Tensor] | None:
     shift = (
         getattr(forward, "__globals__", {}).get("shift_tokens_right") if "shift_tokens_right" in _names(forward) else None
     )
-    config = getattr(root, "config", None)
-    tokens = [getattr(config, name, None) for name in ("pad_token_id", "decoder_start_token_id")]
-    if not callable(shift) or len(inspect.signature(shift).parameters) != 3 or None in tokens:
+    tokens = [getattr(root.config, name, None) for name in DECODER_TOKENS]
+    if not callable(shift) or len(inspect.signature(shift).parameters) != 3:
         return None
     return lambda labels: cast(Tensor, shift(labels, *tokens))
 
 
+def _without_peft(root: Any) -> Any:
+    return root.get_base_model() if callable(getattr(root, "get_base_model", None)) else root
+
+
 def _own_forward(root: Any) -> Any:
     """The function behind a model's forward pass, without decorators and PEFT; None where there is none."""
-    model = root.get_base_model() if callable(getattr(root, "get_base_model", None)) else root  # PEFT
-    forward = getattr(type(model), "forward", None)
+    forward = getattr(type(_without_peft(root)), "forward", None)
     return None if forward is None else inspect.unwrap(forward)
 
 
@@ -270,35 +283,52 @@ def shifts_labels(root: Any) -> bool:
 
     Class names do not tell: BartForCausalLM, XLNetLMHeadModel and some forty others take labels that are shifted already.
     """
-    model = root.get_base_model() if callable(getattr(root, "get_base_model", None)) else root  # PEFT
     names = _names(_own_forward(root))
     if "loss_function" in names:
-        return getattr(model.loss_function, "__name__", "") == "ForCausalLMLoss"
+        return getattr(_without_peft(root).loss_function, "__name__", "") == "ForCausalLMLoss"
     return bool(names & {"shift_logits", "shift_labels"})
 
 
 def doubled(root: Any, inputs: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """The inputs of a batch that holds the batch twice: tensors whose first dimension is `rows`, and where packed sequences
-    begin.
+    begin (a tensor of one dimension).
 
     Raises:
         ValueError: flash attention would take the packed sequences of each half for one.
     """
+    if rows == 1 and _told_by_positions(root, inputs):
+        raise ValueError(
+            "R3F: flash attention tells packed sequences apart by position_ids in a batch of one row alone, and a double "
+            f"batch has two; use forward='two_pass', or add all of {', '.join(VARLEN)}"
+        )
     twice = {}
     for name, value in inputs.items():
-        if isinstance(value, Tensor) and name.startswith(BOUNDARIES):
+        if isinstance(value, Tensor) and value.ndim == 1 and name.startswith(BOUNDARIES):
             value = torch.cat((value, value[1:] + value[-1]))
         elif isinstance(value, Tensor) and value.shape[:1] == (rows,):
             value = torch.cat((value, value))
         twice[name] = value
-    attention = str(getattr(text_config(getattr(root, "config", None)), "_attn_implementation", ""))
-    told = inputs.get("attention_mask") is not None or any(name.startswith(BOUNDARIES) for name in inputs)
-    if rows == 1 and "flash" in attention and inputs.get("position_ids") is not None and not told:
-        raise ValueError(
-            "R3F: flash attention tells packed sequences apart by position_ids in a batch of one row alone, and a double "
-            "batch has two; use forward='two_pass', or add cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k"
-        )
     return twice
+
+
+def _told_by_positions(root: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether flash attention knows where the sequences of one row begin by its position_ids alone.
+
+    So transformers has it where a boundary is missing and no token is masked. Reads the positions, and the mask, as
+    transformers does in every layer.
+    """
+    if "flash" not in str(getattr(text_config(getattr(root, "config", None)), "_attn_implementation", "")):
+        return False
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if not isinstance(positions, Tensor) or all(inputs.get(name) is not None for name in VARLEN):
+        return False
+    if positions.ndim == 3:  # (kinds, rows, time) of models for images, where the first of four is the text's
+        if len(positions) != 4:
+            return False
+        positions = positions[0]
+    if bool((positions.diff(dim=-1) == 1).all()):
+        return False
+    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask != 0).all()))
 
 
 def logits_of(output: Any) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from fastpost.distributed import unwrap
 from fastpost.errors import unknown
-from fastpost.ops.autograd import traced
+from fastpost.ops.autograd import checks_values, traced
 from fastpost.ops.noise import add_noise, asks_for_gradient, embedding_noise
 
 SCALES = ("absolute", "relative", "neftune")
@@ -269,26 +270,89 @@ def kept(ids: Tensor, attention_mask: Tensor | None, padding_idx: int | None) ->
     return None if padding_idx is None else ids != padding_idx
 
 
-def time_first(seen: Tensor, ids: Any) -> bool:
-    """Whether a module is given (time, batch, ...) of a batch whose ids are (batch, time), as modules inside XLNet are.
+class Layout:
+    """How a module is given its batch, as far as past passes have shown; `layout_of` has one for each module.
 
-    Where both are as long, that shows in token ids alone.
+    On a GPU a look at values waits for the device, so it is taken once and then remembered.
 
-    Args:
-        seen: what the module was given: ids, or hidden states.
-        ids: the batch's, with choices in front of time or without; anything else tells nothing.
+    Attributes:
+        turned: whether the module is given (time, batch, ...), None while unknown.
+        padded: whether the model pads token ids on the right before this module, None while unknown.
     """
-    if not isinstance(ids, Tensor) or ids.ndim < 2 or seen is ids or seen.ndim < 2:
-        return False
-    rows = ids.flatten(0, -2)
-    if seen.shape[:2] != rows.shape[::-1]:
-        return False
-    if rows.shape[0] != rows.shape[1]:
-        return True
-    if seen.ndim > 2 or traced() or seen.data_ptr() == ids.data_ptr():
-        return False
-    rows = rows.to(seen)
-    return torch.equal(seen, rows.mT) and not torch.equal(seen, rows)
+
+    def __init__(self) -> None:
+        self.turned: bool | None = None
+        self.padded: bool | None = None
+
+    def time_first(self, seen: Tensor, ids: Any) -> bool:
+        """Whether the module is given (time, batch, ...) of a batch whose ids are (batch, time), as inside XLNet.
+
+        The shape shows that, except where time is a multiple of the batch size: then the batch may be square, or its
+        rows cut into pieces as long as the batch size. There the memory or the values of token ids decide. Hidden states
+        and traced tensors (torch.compile) have none to look at. For them what was seen before holds; before that the
+        shape, and a square batch counts as not turned.
+
+        Args:
+            seen: what the module was given: ids, or hidden states.
+            ids: the batch's, with choices in front of time or without; anything else tells nothing.
+        """
+        if not isinstance(ids, Tensor) or ids.ndim < 2 or seen is ids or seen.ndim < 2:
+            return False
+        rows = ids.flatten(0, -2)
+        batch, time = rows.shape
+        square = batch == time
+        if seen.shape[:2] != (time, batch):
+            if seen.shape[:2] == (batch, time) and batch > 1:
+                self.turned = False
+            return False
+        if batch == 1 or time == 1:
+            return not square  # both readings have the same tokens in the same order, so this shows nothing
+        found = True if time % batch else None
+        if found is None and seen.ndim == 2 and not traced():
+            found = self._by_tokens(seen, rows)
+        if found is None:
+            return not square if self.turned is None else self.turned
+        self.turned = found
+        return found
+
+    def _by_tokens(self, seen: Tensor, rows: Tensor) -> bool | None:
+        """Whether ids (time, batch) are `rows` (batch, time) turned, rather than reshaped; None: they do not tell."""
+        turned = rows.transpose(0, 1)
+        if (seen.device, seen.dtype, seen.data_ptr()) == (rows.device, rows.dtype, rows.data_ptr()):
+            return seen.stride() == turned.stride() != rows.stride()
+        if self.turned is not None and not checks_values(seen.device):
+            return self.turned
+        turned, straight = turned.to(seen.device), rows.to(seen.device).reshape(seen.shape)
+        more = int((seen == turned).sum() - (seen == straight).sum())  # a model may have changed some of them
+        return None if more == 0 else more > 0
+
+    def padded_by_model(self, ids: Tensor, given: Any, time: int) -> bool:
+        """Whether the model itself has padded the batch's ids on the right (Longformer: to full windows).
+
+        Args:
+            ids: what the module was given. given: the batch's ids. time: how long these are.
+        """
+        if not isinstance(given, Tensor) or given.ndim < 2 or ids.ndim != 2 or ids.shape[1] <= time:
+            return False
+        rows = given.flatten(0, -2)[: len(ids)]
+        if given.shape[-1] != time or len(rows) != len(ids):
+            return False
+        if checks_values(ids.device) or (self.padded is None and not traced()):
+            self.padded = torch.equal(ids[:, :time], rows.to(ids))
+        return bool(self.padded)
+
+
+_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """What is known of the module from all passes; to be called outside of what torch.compile traces."""
+    return _LAYOUTS.setdefault(module, Layout())
+
+
+def turned_if(turned: bool, x: Tensor) -> Tensor:
+    """(batch, time, ...) as (time, batch, ...), or the other way round; x itself where it need not be turned."""
+    return x.transpose(0, 1).contiguous() if turned else x
 
 
 class NoisyEmbedding:
@@ -329,7 +393,7 @@ class NoisyEmbedding:
         second_only: bool = False,
     ) -> None:
         self.module, self.noise, self.attention_mask, self.ids = module, noise, attention_mask, ids
-        self.halves = halves
+        self.halves, self.layout = halves, layout_of(module)
         self.only = 1 if first_only else 2 if second_only else None
         self.runs = self.calls = 0
         self._undo: list[Callable[[], None]] = []
@@ -377,33 +441,28 @@ class NoisyEmbedding:
         mask = self.attention_mask
         return mask[: mask.shape[0] // 2] if self.halves and mask is not None else mask
 
-    def _keep(self, ids: Tensor) -> Tensor | None:
-        """Which of these ids (batch, time), of one half of a double batch, get noise."""
+    def _fit(self, ids: Tensor) -> Tensor | None:
+        """Which of these ids (batch, time), of one half of a double batch, get noise.
+
+        Where the model has padded them itself, the noise's `sequences` are padded as well.
+        """
         mask = self._mask()
-        if mask is not None and self._padded(ids, mask):
+        if mask is not None and self.layout.padded_by_model(ids, self.ids, mask.shape[-1]):
             more = (0, ids.shape[1] - mask.shape[-1])
             mask, sequences = nn.functional.pad(mask, more), self.noise.sequences
             if sequences is not None and sequences.shape[-1] < ids.shape[1]:
                 self.noise.sequences = nn.functional.pad(sequences, more)
         return kept(ids, mask, self._padding_idx())
 
-    def _padded(self, ids: Tensor, mask: Tensor) -> bool:
-        """Whether the model itself has padded the batch's ids on the right (Longformer: to full windows)."""
-        given, time = self.ids, mask.shape[-1]
-        if not isinstance(given, Tensor) or given.ndim < 2 or ids.ndim != 2 or ids.shape[1] <= time or traced():
-            return False
-        rows = given.flatten(0, -2)[: len(ids)]
-        return given.shape[-1] == time and len(rows) == len(ids) and torch.equal(ids[:, :time], rows.to(ids))
-
     def _both_halves(self, ids: Tensor) -> Tensor:
         assert isinstance(self.module, nn.Embedding)
-        turned = time_first(ids, self.ids)
-        ids = ids.mT if turned else ids
+        turned = self.layout.time_first(ids, self.ids)
+        ids = turned_if(turned, ids)
         ids = ids[: ids.shape[0] // 2]
-        keep = self._keep(ids)
+        keep = self._fit(ids)
         both = self.noise.look_up(self.module.weight, ids, keep, self._padding_idx(), self.calls)
         self.calls += 1
-        return both.transpose(0, 1).contiguous() if turned else both
+        return turned_if(turned, both)
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._off():
@@ -413,18 +472,18 @@ class NoisyEmbedding:
         ids = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(ids, Tensor) or ids.shape != output.shape[:-1]:
             ids = None  # no token ids to find padding by, as in a module that mixes features
-        turned = False
-        if ids is not None and time_first(ids, self.ids):
-            turned, ids, output = True, ids.mT, output.transpose(0, 1)
+        turned = ids is not None and self.layout.time_first(ids, self.ids)
+        if ids is not None:
+            ids, output = turned_if(turned, ids), turned_if(turned, output)
         clean = output
         if self.halves:
             clean, output = output.chunk(2)
             ids = None if ids is None else ids[: len(clean)]
-        keep = None if ids is None else self._keep(ids)
+        keep = None if ids is None else self._fit(ids)
         noised = self.noise.add(output, keep, self.calls)
         self.calls += 1
         noised = torch.cat((clean, noised)) if self.halves else noised
-        return noised.transpose(0, 1).contiguous() if turned else noised
+        return turned_if(turned, noised)
 
 
 def _plain(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fastpost.modes import evaluating
 from fastpost.ops.noise import check_noise
 from fastpost.r3f.conventions import virtual_tokens
 from fastpost.r3f.model import R3FOutput
-from fastpost.r3f.noise import Noise, is_encoder_decoder, time_first
+from fastpost.r3f.noise import Layout, Noise, find_embedding, is_encoder_decoder, kept, layout_of, turned_if
 from fastpost.r3f.relatives.base import Call, Method
 
 
@@ -73,7 +73,8 @@ class HyPe(Method):
         layers: the blocks (modules or dotted names); None finds them by structure, in an encoder-decoder on both sides.
         dropout: True leaves the model's dropout as it is; False runs the pass with it off (the whole model in eval mode for
             the pass, modes put back), as the paper does, whose noise takes its place.
-        options: `seed`, ...: as in `Method`; `embedding` changes nothing.
+        options: `seed`, ...: as in `Method`. `embedding` shows by its token ids whether layers are given (time, batch),
+            where their shape does not show it; it changes nothing else.
 
     Raises:
         ValueError: an option out of range; no layers found; gradient checkpointing, which runs layers a second time when the
@@ -115,11 +116,18 @@ class HyPe(Method):
             with contextlib.ExitStack() as entered:
                 for stack in stacks:
                     entered.enter_context(self._counted(stack.noise, stack.side))
-                noisy = entered.enter_context(_NoisyLayers(blocks, stacks))
+                noisy = entered.enter_context(_NoisyLayers(blocks, stacks, self._embedding(call.root)))
                 logits = self._clean(call)
         if noisy.calls == 0:
             raise RuntimeError(f"HyPe: none of the layers {', '.join(blocks)} ran in the forward pass, so no noise entered")
         return self._plain(call, logits)
+
+    def _embedding(self, root: nn.Module) -> nn.Module | None:
+        """The module that shows, by the token ids it is given, in which order the layers get a batch."""
+        try:
+            return find_embedding(root, self.embedding)[1]
+        except ValueError:
+            return None
 
     def _stacks(self, call: Call) -> list[_Stack]:
         """The stacks of layers, whose tokens are counted apart; the last holds all layers that are in none before."""
@@ -155,6 +163,7 @@ class _Stack:
         side: "encoder" or "decoder". prefix: what their names begin with.
         noise: theirs. mask: 0 where there is padding, or None. ids: that the side reads, or None.
         virtual: how many learned tokens PEFT may have put before the text; they get no noise, nor are they counted.
+        seen: shapes of ids that the embedding was given in this pass, and whether they are (time, batch).
     """
 
     side: str
@@ -163,6 +172,18 @@ class _Stack:
     mask: Tensor | None
     ids: Any
     virtual: int
+    seen: dict[torch.Size, bool] = field(default_factory=dict)
+
+    def time_first(self, hidden: Tensor, layout: Layout) -> bool:
+        """`Layout.time_first` of the hidden states, which have their order from the embedding.
+
+        A model may turn them behind the embedding. In a square batch that shows only by what the layer got before.
+        """
+        rows = hidden.shape[:2]
+        turned = self.seen.get(rows)
+        if turned is None or (not turned and rows[0] == rows[-1]):
+            return layout.time_first(hidden, self.ids)
+        return turned
 
     def keep(self, rows: Tensor) -> Tensor | None:
         """Which of the hidden states (batch, time, width) get noise, bool; None: all."""
@@ -170,36 +191,47 @@ class _Stack:
         if begins and isinstance(self.ids, Tensor) and rows.shape[:-1] == (len(self.ids), self.ids.shape[-1] + begins):
             mask = torch.ones_like(self.ids) if mask is None or mask.shape != self.ids.shape else mask
             mask = nn.functional.pad(mask, (begins, 0))
-        return mask != 0 if mask is not None and mask.shape == rows.shape[:-1] else None
+        return kept(rows[..., 0], mask, None)
 
 
 class _NoisyLayers:
     """While open, the hidden states that enter the blocks carry noise, other numbers at every call."""
 
-    def __init__(self, blocks: dict[str, nn.Module], stacks: list[_Stack]) -> None:
-        self.blocks, self.stacks = blocks, stacks
+    def __init__(self, blocks: dict[str, nn.Module], stacks: list[_Stack], embedding: nn.Module | None) -> None:
+        self.blocks, self.stacks, self.embedding = blocks, stacks, embedding
         self.calls = 0
         self._undo: list[Any] = []
 
     def __enter__(self) -> _NoisyLayers:
+        if self.embedding is not None:
+            self._undo.append(self.embedding.register_forward_pre_hook(self._look(self.embedding), with_kwargs=True))
         for name, block in self.blocks.items():
             stack = next(stack for stack in self.stacks if name.startswith(stack.prefix))
-            self._undo.append(block.register_forward_pre_hook(self._hook(stack), with_kwargs=True))
+            self._undo.append(block.register_forward_pre_hook(self._hook(stack, layout_of(block)), with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
         while self._undo:
             self._undo.pop().remove()
 
-    def _hook(self, stack: _Stack) -> Any:
+    def _look(self, embedding: nn.Module) -> Any:
+        layout, stack = layout_of(embedding), self.stacks[0]  # the one that reads the batch's ids
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ids = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(ids, Tensor) and ids.ndim > 1 and ids.shape[:2] not in stack.seen:
+                stack.seen[ids.shape[:2]] = layout.time_first(ids, stack.ids)
+
+        return look
+
+    def _hook(self, stack: _Stack, layout: Layout) -> Any:
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             hidden = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(hidden, Tensor) or not hidden.dtype.is_floating_point:
                 raise TypeError(f"HyPe: {type(module).__name__} was not given hidden states first; pass other layers=")
-            turned = time_first(hidden, stack.ids)
-            rows = hidden.transpose(0, 1) if turned else hidden
-            noised = stack.noise.add(rows, stack.keep(rows), self.calls)
-            noised = noised.transpose(0, 1).contiguous() if turned else noised
+            turned = stack.time_first(hidden, layout)
+            rows = turned_if(turned, hidden)
+            noised = turned_if(turned, stack.noise.add(rows, stack.keep(rows), self.calls))
             self.calls += 1
             return ((noised, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": noised})
 
