@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from fastpost.plan import distinct, flat_like, overlap
 
+_Scripted: type[nn.Module] = torch.jit.RecursiveScriptModule  # type: ignore[attr-defined]  # takes no hooks; traced ones do
+
 
 class FlatParameters:
     """The buffers behind a flattened model; made by `flatten_parameters`.
@@ -40,10 +42,10 @@ class FlatParameters:
 
     @torch.no_grad()
     def _build(self, model: nn.Module) -> None:
-        if isinstance(model, torch.jit.ScriptModule):
+        if isinstance(model, _Scripted):
             raise TypeError(
-                "flatten_parameters: the model is a torch.jit.ScriptModule, whose state_dict takes no hooks; put it into a "
-                "plain module, such as torch.nn.Sequential(model), and flatten and save that"
+                "flatten_parameters: the model was made by torch.jit.script, and its state_dict takes no hooks; put it into "
+                "a plain module, such as torch.nn.Sequential(model), and flatten and save that"
             )
         parameters = list(model.parameters())
         _check(parameters)
@@ -54,8 +56,8 @@ class FlatParameters:
         # Of a module with two names each of its parameters has two as well.
         names = collections.Counter(_key(p) for _, p in model.named_parameters(remove_duplicate=False))
         for module in model.modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue  # which takes no hooks; the plain module that holds it saves its weights
+            if isinstance(module, _Scripted):
+                continue  # which takes no hooks; the module that holds it saves its weights
             tied = frozenset(name for name, p in _saved_by(module) if names[_key(p)] > 1)
             saved_apart = functools.partial(_saved_apart, tied)
             self._hooks.append(module.register_state_dict_post_hook(saved_apart))  # type: ignore[no-untyped-call]
@@ -143,7 +145,7 @@ def _saved_by(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters whose entries in a state dict are a module's: its own, and all of the scripted modules in it."""
     yield from ((name, p) for name, p in module._parameters.items() if p is not None)
     for prefix, child in module._modules.items():
-        if isinstance(child, torch.jit.ScriptModule):
+        if isinstance(child, _Scripted):
             yield from child.named_parameters(prefix, remove_duplicate=False)
 
 

@@ -472,6 +472,18 @@ def test_what_inactive_adapters_are_does_not_matter(name: str, other: dict[str, 
     assert torch.equal(model(input_ids=rows).logits, alone(input_ids=rows).logits)
 
 
+def test_an_adapter_that_flat_lora_cannot_serve_may_not_become_active() -> None:
+    model = lora()
+    targets = next(iter(model.peft_config.values())).target_modules
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=targets, use_dora=True))
+    flat = FlatLoRA(model, 0.5)
+    model.set_adapter("other")
+    with pytest.raises(TypeError, match=r"active now is no plain LoRA .*remove\(\)"):
+        model(input_ids=rows_of_text(2))
+    flat.remove()
+    assert model(input_ids=rows_of_text(2)).logits.isfinite().all()
+
+
 class Stranger:
     """A trainer or a logger, with hooks of its own on the optimizer."""
 

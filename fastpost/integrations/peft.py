@@ -461,10 +461,14 @@ class FlatLoRA(_Method):
             self.step += 1
 
     def _forward(self, layer: Any, base: Any, number: int, x: Tensor) -> Tensor:
-        eps = self.sigma_now
-        if not base.training or eps == 0 or layer.disable_adapters or layer.merged or not _active(layer):
+        eps, active = self.sigma_now, _active(layer)
+        if not base.training or eps == 0 or layer.disable_adapters or layer.merged or not active:
             plain: Tensor = type(base).forward(base, x)
             return plain
+        if any(name in layer.lora_variant for name in active):  # another adapter than those that were looked at
+            raise TypeError(
+                "FlatLoRA: the adapter that is active now is no plain LoRA (DoRA, ...); remove() FlatLoRA before"
+            )
         if is_sharded(base.weight):
             raise TypeError("FlatLoRA: tensor-parallel weights are not served")
         transposed = isinstance(base, Conv1D)

@@ -235,7 +235,7 @@ def give_decoder_inputs(root: Any, inputs: dict[str, Any], labels: Tensor, ignor
         labels = labels.masked_fill(labels == ignore_index, -100)
     try:
         inputs["decoder_input_ids"] = shift(labels)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         missing = [name for name in DECODER_TOKENS if getattr(root.config, name, None) is None]
         if not missing:
             raise
