@@ -1,4 +1,4 @@
-"""R3F's relatives: padding, other ways in, accumulation, replicas and shards, HyPe's layers, errors."""
+"""R3F's relatives: padding, other ways in, accumulation, shards, HyPe, errors; long, as each rule is tried on all."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 from fastpost import R3F
 from fastpost.anchor import Anchor
 from fastpost.ops.noise import add_noise
-from fastpost.r3f import noise
-from fastpost.r3f.noise import Layout
+from fastpost.r3f import layout as layouts
+from fastpost.r3f.layout import Layout
 from fastpost.r3f.relatives import SMART, FreeLB, HyPe, NEFTune, NoisedStudent, RDrop, SymNoise
 from fastpost.r3f.relatives.base import Method
 from fastpost.r3f.relatives.delta import Delta
@@ -97,7 +97,7 @@ def test_an_embedding_may_be_given_its_batch_in_another_order(method: str, order
 
 
 def test_without_values_a_module_is_given_its_batch_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise, "traced", lambda: True)
+    monkeypatch.setattr(layouts, "traced", lambda: True)
     layout, square = Layout(), torch.randint(3, VOCABULARY, (4, 4))
     for ids, expected in ((square, False), (square[:3], True), (square, True)):
         assert layout.time_first(ids.t().contiguous(), ids) is expected

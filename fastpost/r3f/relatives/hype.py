@@ -14,8 +14,9 @@ from fastpost.errors import unknown
 from fastpost.modes import evaluating
 from fastpost.ops.noise import check_noise
 from fastpost.r3f.conventions import virtual_tokens
+from fastpost.r3f.layout import Layout, layout_of, turned_if
 from fastpost.r3f.model import R3FOutput
-from fastpost.r3f.noise import Layout, Noise, find_embedding, is_encoder_decoder, kept, layout_of, turned_if
+from fastpost.r3f.noise import Noise, find_embedding, is_encoder_decoder, kept
 from fastpost.r3f.relatives.base import Call, Method
 
 
