@@ -1,4 +1,4 @@
-"""Every variant against its equations, in float64, over several steps; state, scale and faults of the hooks."""
+"""Every variant of SAM against its equations, in float64, over several steps, and its hooks; long, as each has its own."""
 
 from __future__ import annotations
 

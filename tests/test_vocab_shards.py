@@ -140,7 +140,7 @@ def difficult(kind: str) -> tuple[Tensor, Tensor, Tensor]:
     ],
 )
 def test_difficult_rows(backend: str, kind: str) -> None:
-    """As right as rows that are whole: by the same measure, and where those are less so, no worse than twice as far off."""
+    """As right as any other row."""
     weights = torch.rand(2, ROWS, dtype=torch.float64) + 0.1
     clean, noised, labels = difficult(kind)
     exact = truth(clean, noised, labels, *weights, **PLAIN)

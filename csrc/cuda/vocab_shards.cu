@@ -53,6 +53,15 @@ __device__ __forceinline__ Start start_of(const float* tops, int64_t rows, int64
   return start;
 }
 
+// By the whole block.
+__device__ __forceinline__ void begin(Work& work, const Shard& shard, const Rows& r, int64_t row) {
+  if (threadIdx.x == 0) {
+    set_up<float>(work, shard_task_of(r, row), r, row);
+    work.start = start_of(shard.tops, r.rows, row, work.streams);
+  }
+  __syncthreads();
+}
+
 // By the first warp: what the sums of all ranks come to. They may ask for other ones only if `may_ask`.
 __device__ __forceinline__ void conclude(const ShardSums& all, bool may_ask, const Shard& shard, const Rows& r, int64_t row,
                                          int64_t vocab, const OperandRule& rule, Room& room, Work& work) {
@@ -76,11 +85,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
   __shared__ Room room;
   __shared__ Work work;
   const int64_t row = first + blockIdx.x;
-  if (threadIdx.x == 0) {
-    set_up<float>(work, shard_task_of(r, row), r, row);
-    work.start = start_of(shard.tops, r.rows, row, work.streams);
-  }
-  __syncthreads();
+  begin(work, shard, r, row);
   const bool wanted = uniform(work.task.kl_weight != 0) || uniform(work.task.ce_weight != 0);
   if (wanted && shard.before != nullptr && threadIdx.x < kWarp)
     conclude(shard.before[row], true, shard, r, row, 1, {}, room, work);
@@ -113,11 +118,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
   __shared__ Room room;
   __shared__ Work work;
   const int64_t row = first + blockIdx.x;
-  if (threadIdx.x == 0) {
-    set_up<float>(work, shard_task_of(r, row), r, row);
-    work.start = start_of(shard.tops, r.rows, row, work.streams);
-  }
-  __syncthreads();
+  begin(work, shard, r, row);
   do_row<float, O, true, true>(r, rule, row, work, room, [&] {
     if (threadIdx.x < kWarp) {
       const int64_t columns = static_cast<int64_t>(*vocab);
